@@ -1,0 +1,146 @@
+"""The Python API: `generate`, `as_completed`, `stream` and `infill` over one engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from dllm.cache.base import Cache
+from dllm.engine import Step
+from dllm.generation import Generation, Recorder
+from dllm.loading import LanguageModel
+from dllm.plan import Answer, Callback, Plan, parse_options
+from dllm.prompts import Prompts, encode
+from dllm.samplers.base import Sampler
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The canvas after one step, for all B rows.
+
+    Attributes:
+        tokens: (B, L) prompts, left-padded, and what is decoded so far; [MASK] elsewhere.
+        provisional: (B, L) the tokens this step predicted but did not commit; [MASK] elsewhere.
+        committed: (B, L) True where this step committed a token.
+        revoked: (B, L) True where this step took a token back.
+        nfe: (B,) forwards so far.
+    """
+
+    tokens: Int[Tensor, "B L"]
+    provisional: Int[Tensor, "B L"]
+    committed: Bool[Tensor, "B L"]
+    revoked: Bool[Tensor, "B L"]
+    nfe: Int[Tensor, " B"]
+
+
+def generate(
+    lm: LanguageModel,
+    prompts: Prompts,
+    sampler: str | Sampler = "vanilla",
+    cache: str | Cache = "none",
+    *,
+    callback: Callback | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> Generation:
+    """Generate after each prompt.
+
+    Args:
+        lm: a loaded model.
+        prompts: a text, texts, chat messages, chats, or token ids (lists or a (B, P) LongTensor).
+        sampler: the policy that decides what is written when: a name of conf/sampler or an object.
+        cache: what is reused between steps: a name of conf/cache or an object.
+        callback: called after every step of every batch.
+        progress: draw a progress bar.
+        **options: fields of `dllm.Options`.
+
+    Raises:
+        ValueError: an unknown option or name, a value out of range, a prompt that does not fit the
+            model, or a sampler and cache that do not go together.
+    """
+    plan = Plan(lm, encode(prompts, lm.tokenizer), sampler, cache, parse_options(options), infill=False)
+    return plan.run(callback, progress)
+
+
+def as_completed(
+    lm: LanguageModel,
+    prompts: Prompts,
+    sampler: str | Sampler = "vanilla",
+    cache: str | Cache = "none",
+    *,
+    callback: Callback | None = None,
+    **options: Any,
+) -> Iterator[Answer]:
+    """Generate as `generate` does, yielding each row as soon as it is finished, in the order they finish.
+
+    Raises:
+        ValueError: as `generate`; options and prompts are checked at the call, not at the first step.
+    """
+    plan = Plan(lm, encode(prompts, lm.tokenizer), sampler, cache, parse_options(options), infill=False)
+    return plan.answers(callback)
+
+
+def stream(
+    lm: LanguageModel,
+    prompts: Prompts,
+    sampler: str | Sampler = "vanilla",
+    cache: str | Cache = "none",
+    **options: Any,
+) -> Iterator[Frame]:
+    """Generate as `generate` does, all prompts in one batch, yielding the canvas after every step.
+
+    Raises:
+        ValueError: as `generate`; options and prompts are checked at the call, not at the first step.
+    """
+    if "batch_size" in options:
+        raise ValueError("batch_size has no effect on stream, which decodes all prompts together; leave it out")
+    ids = encode(prompts, lm.tokenizer)
+    plan = Plan(lm, ids, sampler, cache, parse_options(options | {"batch_size": len(ids)}), infill=False)
+    return (_frame(recorder, step) for recorder, step in plan.steps())
+
+
+def infill(
+    lm: LanguageModel,
+    texts: Prompts,
+    sampler: str | Sampler = "vanilla",
+    cache: str | Cache = "none",
+    *,
+    callback: Callback | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> Generation:
+    """Fill the [MASK] tokens of each text, wherever they stand; everything else stays.
+
+    The mask is written as the tokenizer writes it (``lm.tokenizer.mask_token``) or as its id. Blocks
+    are counted from a row's first mask. In the result the whole text is the completion, and only
+    former masks count as generated; end-of-text does not stop anything.
+
+    Raises:
+        ValueError: as `generate`, or a text without a mask.
+    """
+    for name in ("gen_length", "stop_at_eos"):
+        if name in options:
+            raise ValueError(f"{name} has no effect on infill; leave it out")
+    checked = parse_options(options | {"stop_at_eos": False})
+    return Plan(lm, encode(texts, lm.tokenizer), sampler, cache, checked, infill=True).run(callback, progress)
+
+
+def _frame(recorder: Recorder, step: Step) -> Frame:
+    rows, shape = step.change.rows, recorder.canvas.host.shape
+    provisional = np.full(shape, recorder.canvas.mask_token_id)
+    provisional[rows] = step.provisional
+    committed, revoked = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
+    committed[rows], revoked[rows] = step.change.committed, step.change.revoked
+    return Frame(
+        tokens=torch.tensor(recorder.canvas.host),
+        provisional=torch.from_numpy(provisional),
+        committed=torch.from_numpy(committed),
+        revoked=torch.from_numpy(revoked),
+        nfe=torch.tensor(recorder.nfe),
+    )

@@ -1,0 +1,148 @@
+"""What every denoiser backbone offers the decode engine, as a Hugging Face `PreTrainedModel`."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import MaskedLMOutput
+
+from dllm.backbones.transformer import BlockInputs, KVStore, rotary_embedding
+
+
+class MaskedDiffusionModel(PreTrainedModel):
+    """A bidirectional transformer that predicts the tokens behind [MASK].
+
+    A family gives its modules the names of its published tensors and answers the abstract methods;
+    mask id, end-of-text ids and the shift of the logits are read here and nowhere else.
+
+    Attributes:
+        logits_shift: the prediction for column i is read at column i - logits_shift.
+        end_of_turn: tokens that end a chat turn and count as end of text where the tokenizer has them.
+        extra_eos_token_ids: ids that end a text beside the config's; `dllm.load` sets those of `end_of_turn`.
+    """
+
+    logits_shift: ClassVar[int] = 0
+    end_of_turn: ClassVar[tuple[str, ...]] = ()
+    extra_eos_token_ids: tuple[int, ...] = ()
+    _supports_sdpa = True
+
+    @property
+    @abstractmethod
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks, each called as ``block(layer, hidden, BlockInputs)``."""
+
+    @property
+    @abstractmethod
+    def final_norm(self) -> nn.Module:
+        """The norm before the vocabulary projection."""
+
+    @property
+    def mask_token_id(self) -> int:
+        """Id of [MASK]."""
+        return self.config.mask_token_id
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end a text; the first one fills what follows."""
+        return tuple(dict.fromkeys((*token_ids(self.config.eos_token_id), *self.extra_eos_token_ids)))
+
+    @property
+    def max_length(self) -> int:
+        """Longest canvas, in tokens, the positions were made for."""
+        return self.config.max_position_embeddings
+
+    @property
+    def kv_shape(self) -> tuple[int, int, int]:
+        """Layers, key-value heads and head dimension: what a cache must make room for."""
+        config = self.config
+        return config.num_hidden_layers, config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B C"],
+        attention_mask: Int[Tensor, "B S"] | Bool[Tensor, "B 1 C S"] | None = None,
+        position_ids: Int[Tensor, "B C"] | None = None,
+        store: KVStore | None = None,
+        select: Int[Tensor, " N"] | None = None,
+    ) -> MaskedLMOutput:
+        """Run the columns given and project the selected ones to the vocabulary.
+
+        Args:
+            input_ids: tokens of the computed columns.
+            attention_mask: over the S columns attended to (S = C without a store): nonzero where a
+                column is real, or a boolean mask per query, True where it may look.
+            position_ids: positions of the computed columns; by default counted over the real ones.
+            store: keys and values of columns that are not computed now.
+            select: flat indices into B * C of the slots whose logits are wanted; None for all.
+
+        Returns:
+            `logits`, unshifted: (B, C, V), or (N, V) with `select`.
+        """
+        if position_ids is None:
+            position_ids = _default_positions(input_ids, attention_mask)
+        config = self.config
+        head_dim = config.hidden_size // config.num_attention_heads
+        hidden = self.get_input_embeddings()(input_ids)
+        inputs = BlockInputs(
+            head_dim,
+            rotary_embedding(position_ids, head_dim, config.rope_theta, hidden.dtype),
+            _per_query(attention_mask),
+            store,
+            eager=config._attn_implementation == "eager",
+        )
+        for layer, block in enumerate(self.blocks):
+            hidden = block(layer, hidden, inputs)
+        if select is not None:
+            hidden = hidden.flatten(0, 1)[select]
+        return MaskedLMOutput(logits=self.get_output_embeddings()(self.final_norm(hidden)))
+
+
+def token_ids(ids: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The ids of a config entry that may be one id, a list of them or nothing."""
+    if ids is None:
+        return ()
+    return (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def check_config(config: PretrainedConfig) -> None:
+    """Refuse a config no model can be built from.
+
+    Raises:
+        ValueError: a size or a constant is not a positive number, or the heads do not divide what they share.
+    """
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "max_position_embeddings")  # fmt: skip
+    kind, names = config.model_type, {size: config.attribute_map.get(size, size) for size in sizes}
+    for size, name in names.items():
+        value = getattr(config, size)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{kind} config: {name}={value!r} is no size; give an integer of at least 1")
+    for name in ("rope_theta", "rms_norm_eps"):
+        value = getattr(config, name)
+        if not isinstance(value, (int, float)) or not value > 0:
+            raise ValueError(f"{kind} config: {name}={value!r} is out of range; give a positive number")
+    for whole, part in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")):
+        if getattr(config, whole) % getattr(config, part):
+            raise ValueError(
+                f"{kind} config: {names[whole]}={getattr(config, whole)} is not divisible by "
+                f"{names[part]}={getattr(config, part)}; give a multiple of it"
+            )
+
+
+def _default_positions(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+
+
+def _per_query(attention_mask: Tensor | None) -> Tensor | None:
+    # Padded queries may look at the real columns: a row that sees nothing would turn into NaN and spread.
+    if attention_mask is None or attention_mask.ndim == 4:
+        return attention_mask
+    return attention_mask.bool()[:, None, None, :]

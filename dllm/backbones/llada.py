@@ -1,0 +1,185 @@
+"""LLaDA (arXiv 2502.09992): a llama block without causal mask or biases, unshifted logits.
+
+Tensor names are the published ones (``model.transformer.blocks.0.attn_out.weight``), so that
+checkpoints load and save as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from dllm.backbones.base import MaskedDiffusionModel, check_config
+from dllm.backbones.transformer import BlockInputs, BlockParts, RMSNorm, block_forward
+
+# What the published config could say and this implementation does not compute otherwise; null means false.
+_FIXED = {
+    "block_type": "llama",
+    "layer_norm_type": "rms",
+    "activation_type": "silu",
+    "rope": True,
+    "alibi": False,
+    "attention_layer_norm": False,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "input_emb_norm": False,
+    "scale_logits": False,
+    "weight_tying": False,
+    "multi_query_attention": None,
+}
+
+
+class LLaDAConfig(PretrainedConfig):
+    """Configuration in the published layout; unknown published keys are kept and written back.
+
+    Args:
+        vocab_size: entries V of the logits that mean something.
+        embedding_size: rows of the embedding and the projection; `vocab_size` when None.
+        d_model: hidden size.
+        n_heads: attention heads H.
+        n_kv_heads: key-value heads; `n_heads` when None.
+        n_layers: transformer blocks.
+        mlp_hidden_size: width of the feed-forward part.
+        max_sequence_length: longest canvas.
+        rope_theta: base of the rotary embedding.
+        rms_norm_eps: added to the mean square.
+        mask_token_id: id of [MASK].
+        eos_token_id: id or ids that end a text; the first one fills what follows.
+
+    Raises:
+        ValueError: the config asks for something other than LLaDA's published architecture.
+    """
+
+    model_type = "llada"
+    attribute_map = {
+        "hidden_size": "d_model",
+        "num_attention_heads": "n_heads",
+        "num_hidden_layers": "n_layers",
+        "num_key_value_heads": "n_kv_heads",
+        "intermediate_size": "mlp_hidden_size",
+        "max_position_embeddings": "max_sequence_length",
+        "initializer_range": "init_std",
+    }
+    base_model_tp_plan = {
+        "model.transformer.blocks.*.q_proj": "colwise",
+        "model.transformer.blocks.*.k_proj": "colwise",
+        "model.transformer.blocks.*.v_proj": "colwise",
+        "model.transformer.blocks.*.attn_out": "rowwise",
+        "model.transformer.blocks.*.ff_proj": "colwise",
+        "model.transformer.blocks.*.up_proj": "colwise",
+        "model.transformer.blocks.*.ff_out": "rowwise",
+    }
+
+    def __init__(
+        self,
+        vocab_size: int = 126464,
+        embedding_size: int | None = None,
+        d_model: int = 4096,
+        n_heads: int = 32,
+        n_kv_heads: int | None = None,
+        n_layers: int = 32,
+        mlp_hidden_size: int = 12288,
+        max_sequence_length: int = 4096,
+        rope_theta: float = 500000.0,
+        rms_norm_eps: float = 1e-5,
+        init_std: float = 0.02,
+        mask_token_id: int = 126336,
+        eos_token_id: int | list[int] | None = 126081,
+        **kwargs: Any,
+    ) -> None:
+        for key, value in _FIXED.items():
+            if (kwargs.get(key, value) or None) != (value or None):
+                raise ValueError(
+                    f"LLaDA config: {key}={kwargs[key]!r} is not supported; the published models have {value!r}"
+                )
+        self.vocab_size = vocab_size
+        self.embedding_size = embedding_size or vocab_size
+        self.d_model = d_model
+        self.n_heads = n_heads
+        self.n_kv_heads = n_kv_heads or n_heads
+        self.n_layers = n_layers
+        self.mlp_hidden_size = mlp_hidden_size
+        self.max_sequence_length = max_sequence_length
+        self.rope_theta = rope_theta
+        self.rms_norm_eps = rms_norm_eps
+        self.init_std = init_std
+        self.mask_token_id = mask_token_id
+        kwargs.setdefault("tie_word_embeddings", False)
+        kwargs["eos_token_id"] = eos_token_id
+        super().__init__(**kwargs)
+        check_config(self)
+
+
+class LLaDABlock(nn.Module):
+    """One block under its published names."""
+
+    def __init__(self, config: LLaDAConfig) -> None:
+        super().__init__()
+        kv_size = config.d_model // config.n_heads * config.n_kv_heads
+        self.attn_norm = RMSNorm(config.d_model, config.rms_norm_eps)
+        self.q_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.k_proj = nn.Linear(config.d_model, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.d_model, kv_size, bias=False)
+        self.attn_out = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.ff_norm = RMSNorm(config.d_model, config.rms_norm_eps)
+        self.ff_proj = nn.Linear(config.d_model, config.mlp_hidden_size, bias=False)
+        self.up_proj = nn.Linear(config.d_model, config.mlp_hidden_size, bias=False)
+        self.ff_out = nn.Linear(config.mlp_hidden_size, config.d_model, bias=False)
+
+    def forward(self, layer: int, hidden: Tensor, inputs: BlockInputs) -> Tensor:
+        """Map hidden states (B, C, d) to the next layer's."""
+        parts = BlockParts(
+            self.attn_norm, self.q_proj, self.k_proj, self.v_proj, self.attn_out,
+            self.ff_norm, self.ff_proj, self.up_proj, self.ff_out,
+        )  # fmt: skip
+        return block_forward(parts, layer, hidden, inputs)
+
+
+class _Inner(nn.Module):
+    """Carries the ``model.transformer`` prefix of the published names."""
+
+    def __init__(self, config: LLaDAConfig) -> None:
+        super().__init__()
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.embedding_size, config.d_model),
+                "blocks": nn.ModuleList(LLaDABlock(config) for _ in range(config.n_layers)),
+                "ln_f": RMSNorm(config.d_model, config.rms_norm_eps),
+                "ff_out": nn.Linear(config.d_model, config.embedding_size, bias=False),
+            }
+        )
+
+
+class LLaDAModelLM(MaskedDiffusionModel):
+    """LLaDA with its vocabulary projection."""
+
+    config_class = LLaDAConfig
+    end_of_turn = ("<|eot_id|>",)
+    _no_split_modules = ["LLaDABlock"]
+
+    def __init__(self, config: LLaDAConfig) -> None:
+        super().__init__(config)
+        self.model = _Inner(config)
+        self.post_init()
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.transformer["blocks"]
+
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.model.transformer["ln_f"]
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.transformer["wte"]
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.transformer["wte"] = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.transformer["ff_out"]
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.model.transformer["ff_out"] = value

@@ -1,0 +1,128 @@
+"""The bidirectional transformer that LLaDA and Dream share: RMSNorm, RoPE, SwiGLU, grouped-query attention.
+
+A family names its modules after its published tensors and hands them over as `BlockParts`; the
+computation is written once, here. Nothing in this folder knows a policy or a cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+
+@runtime_checkable
+class KVStore(Protocol):
+    """Where a forward over some columns writes its keys and values, and reads those of all columns."""
+
+    def update(
+        self, layer: int, keys: Float[Tensor, "B H C D"], values: Float[Tensor, "B H C D"]
+    ) -> tuple[Float[Tensor, "B H S D"], Float[Tensor, "B H S D"]]:
+        """Store fresh keys and values of the computed columns; return those of every column attended to."""
+        ...
+
+
+@dataclass(frozen=True)
+class BlockParts:
+    """The modules of one transformer block, whatever the family calls them."""
+
+    attention_norm: nn.Module
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    output: nn.Module
+    mlp_norm: nn.Module
+    gate: nn.Module
+    up: nn.Module
+    down: nn.Module
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Cosines and sines of the rotary embedding of the computed columns, in float32 or wider."""
+
+    cos: Float[Tensor, "B 1 C D"]
+    sin: Float[Tensor, "B 1 C D"]
+
+    def __call__(self, x: Float[Tensor, "B H C D"]) -> Float[Tensor, "B H C D"]:
+        wide = x.to(self.cos.dtype)
+        left, right = wide.chunk(2, dim=-1)
+        return (wide * self.cos + torch.cat((-right, left), dim=-1) * self.sin).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """What every block of one forward receives beside the hidden states.
+
+    Attributes:
+        head_dim: size D of an attention head.
+        rotation: rotary embedding of the computed columns.
+        mask: True where a column may be attended to, broadcastable to (B, 1, C, S); None allows all.
+        store: keys and values of the columns that are not computed now; None when all are computed.
+        eager: spell attention out instead of calling the fused kernel.
+    """
+
+    head_dim: int
+    rotation: Rotation
+    mask: Bool[Tensor, "B 1 C S"] | None = None
+    store: KVStore | None = None
+    eager: bool = False
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with its statistics in float32, or wider where the input is."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "*B d"]) -> Float[Tensor, "*B d"]:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+def rotary_embedding(position_ids: Int[Tensor, "B C"], head_dim: int, theta: float, dtype: torch.dtype) -> Rotation:
+    """Rotary embedding (arXiv 2104.09864) of the given positions, computed in float32 or wider."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=dtype) / head_dim
+    angles = position_ids[:, None, :, None].to(dtype) * (1.0 / theta**exponents)
+    angles = torch.cat((angles, angles), dim=-1)
+    return Rotation(angles.cos(), angles.sin())
+
+
+def block_forward(
+    parts: BlockParts, layer: int, x: Float[Tensor, "B C d"], inputs: BlockInputs
+) -> Float[Tensor, "B C d"]:
+    """One pre-norm block: x + attention(norm(x)), then + down(silu(gate) * up) of its norm."""
+    h = parts.attention_norm(x)
+    q, k, v = (
+        rearrange(project(h), "b c (h d) -> b h c d", d=inputs.head_dim)
+        for project in (parts.query, parts.key, parts.value)
+    )
+    q, k = inputs.rotation(q), inputs.rotation(k)
+    if inputs.store is not None:
+        k, v = inputs.store.update(layer, k, v)
+    attended = _eager_attention(q, k, v, inputs.mask) if inputs.eager else _sdpa(q, k, v, inputs.mask)
+    x = x + parts.output(rearrange(attended, "b h c d -> b c (h d)"))
+    h = parts.mlp_norm(x)
+    return x + parts.down(F.silu(parts.gate(h)) * parts.up(h))
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1).to(v.dtype) @ v

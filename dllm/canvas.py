@@ -1,0 +1,220 @@
+"""The canvas being decoded, and the two things that pass between it and a sampler: Window and Edit.
+
+Tokens live on the device. A copy on the host is refreshed once a step, and everything that decides
+what happens next (blocks, finished rows, end-of-text) is worked out there with NumPy, for all rows
+at once: one read of the device per step, however many rows there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a sampler sees in one step: the rows still being decoded, each at its own block.
+
+    Attributes:
+        rows: canvas row of each of the B entries; index state kept per row with it.
+        tokens: the whole canvas of these rows. Never write to it.
+        columns: canvas columns of each row's active block; past the end they repeat the last column.
+        inside: True at positions to generate, decoded or not; False past the end of a short block and
+            where a token was given.
+        masked: True where a token may be committed now.
+        index: flat indices of `masked`, worked out on the host.
+        block: number of each row's active block.
+        entry_masks: masked positions the row had when it entered this block.
+        step: steps the row has spent in this block.
+        uniform: draws (B, K) numbers in [0, 1), each row from its own generator.
+    """
+
+    rows: Int[Tensor, " B"]
+    tokens: Int[Tensor, "B L"]
+    columns: Int[Tensor, "B K"]
+    inside: Bool[Tensor, "B K"]
+    masked: Bool[Tensor, "B K"]
+    index: Int[Tensor, " N"]
+    block: Int[Tensor, " B"]
+    entry_masks: Int[Tensor, " B"]
+    step: Int[Tensor, " B"]
+    uniform: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What a sampler wants written: `tokens` at `columns` where `write`; writing [MASK] revokes a token.
+
+    `columns` need not be those of the window, so that a policy can edit anywhere it may.
+    """
+
+    columns: Int[Tensor, "B K"]
+    tokens: Int[Tensor, "B K"]
+    write: Bool[Tensor, "B K"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an edit did, on the host, for the rows of the window it belongs to.
+
+    Attributes:
+        rows: canvas rows of the B entries.
+        committed: positions whose token changed to something other than [MASK].
+        revoked: positions that became [MASK] again.
+        filled: positions that end-of-text stopping filled, never decoded.
+        gained: (B,) how many masks fewer each row has, those filled not counted.
+    """
+
+    rows: NDArray[np.int64]
+    committed: NDArray[np.bool_]
+    revoked: NDArray[np.bool_]
+    filled: NDArray[np.bool_]
+    gained: NDArray[np.int64]
+
+
+class Canvas:
+    """Rows of prompt and generated region, left-padded to one length.
+
+    Args:
+        sequences: token ids of each row; what is to be generated is `mask_token_id`.
+        mask_token_id: id of [MASK].
+        eos_token_ids: ids that end a text; the first one pads and fills.
+        block_length: columns K of a block, counted from each row's first mask; None for one block.
+        stop_at_eos: finish a row once everything up to its first end-of-text is decoded.
+        seeds: one seed a row.
+        device: where the tokens live.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequence[Sequence[int]],
+        mask_token_id: int,
+        eos_token_ids: tuple[int, ...],
+        block_length: int | None,
+        stop_at_eos: bool,
+        seeds: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        self.mask_token_id, self.eos_token_ids, self.stop_at_eos = mask_token_id, eos_token_ids, stop_at_eos
+        self.length = max(len(sequence) for sequence in sequences)
+        padding = np.array([self.length - len(sequence) for sequence in sequences])
+        self.host = np.full((len(sequences), self.length), eos_token_ids[0], dtype=np.int64)
+        for row, sequence in enumerate(sequences):
+            self.host[row, padding[row] :] = sequence
+        self.real: NDArray[np.bool_] = np.arange(self.length) >= padding[:, None]
+        self.region: NDArray[np.bool_] = (self.host == mask_token_id) & self.real
+        # Rows without a mask have nothing to do; their region is empty.
+        self.start = np.where(self.region.any(1), self.region.argmax(1), self.length)
+        self.end = self.length - np.where(self.region.any(1), self.region[:, ::-1].argmax(1), self.length)
+        self.block_length = block_length or max(1, int((self.end - self.start).max()))
+        self.step = np.zeros(len(sequences), dtype=np.int64)
+        self.block = np.full(len(sequences), -1, dtype=np.int64)
+        self.entry_masks = np.zeros(len(sequences), dtype=np.int64)
+        self.rows = np.flatnonzero(self.region.any(1))
+        self._enter_blocks()
+
+        self.device = device
+        self.padded = bool(padding.any())
+        self.first_real = torch.as_tensor(padding, device=device)
+        # One spare column takes the writes that are not wanted, so that an edit is a single scatter.
+        spare = np.full((len(sequences), 1), mask_token_id)
+        self._buffer = torch.as_tensor(np.concatenate((self.host, spare), 1), device=device)
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    @property
+    def spans(self) -> NDArray[np.int64]:
+        """Columns of each row from its first to its last mask."""
+        return np.asarray(self.end - self.start)
+
+    def window(self) -> Window:
+        """The active block of every unfinished row."""
+        columns = (self.start + self.block * self.block_length)[self.rows, None] + np.arange(self.block_length)
+        inside = columns < self.end[self.rows, None]
+        columns = np.minimum(columns, self.length - 1)
+        at = self.rows[:, None], columns
+        inside &= self.region[at]
+        masked = inside & (self.host[at] == self.mask_token_id)
+        rows = self._put(self.rows)
+        everything = len(self.rows) == len(self.host)
+        return Window(
+            rows=rows,
+            tokens=(self._buffer if everything else self._buffer[rows])[:, : self.length],
+            columns=self._put(columns),
+            inside=self._put(inside),
+            masked=self._put(masked),
+            index=self._put(np.flatnonzero(masked)),
+            block=self._put(self.block[self.rows]),
+            entry_masks=self._put(self.entry_masks[self.rows]),
+            step=self._put(self.step[self.rows]),
+            uniform=self._uniform(self.rows),
+        )
+
+    def apply(self, window: Window, edit: Edit) -> Change:
+        """Write an edit, refresh the host's copy, advance blocks, retire finished rows.
+
+        Raises:
+            RuntimeError: the edit writes outside the region to be generated.
+        """
+        target = edit.columns.where(edit.write, self.length)
+        self._buffer.index_put_((window.rows[:, None], target), edit.tokens)
+        rows = self.rows
+        after = self._buffer[window.rows, : self.length].cpu().numpy()  # the one read of the step
+        changed = after != self.host[rows]
+        if (changed & ~self.region[rows]).any():
+            raise RuntimeError("a sampler wrote outside the positions to be generated")
+        masked = after == self.mask_token_id
+        gained = (self.host[rows] == self.mask_token_id).sum(1) - masked.sum(1)
+        self.host[rows] = after
+        self.step[rows] += 1
+        filled = self._stop_at_eos(rows) if self.stop_at_eos else np.zeros_like(changed)
+        self.rows = rows[((self.host[rows] == self.mask_token_id) & self.region[rows]).any(1)]
+        self._enter_blocks()
+        return Change(rows, changed & ~masked, changed & masked, filled, gained)
+
+    def _stop_at_eos(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Fill the masks behind each first end-of-text that has no mask before it."""
+        region, tokens = self.region[rows], self.host[rows]
+        masked = (tokens == self.mask_token_id) & region
+        ended = np.isin(tokens, self.eos_token_ids) & region
+        first_masked = np.where(masked.any(1), masked.argmax(1), self.length)
+        done = ended.any(1) & (ended.argmax(1) < first_masked)
+        filled = masked & done[:, None]
+        if filled.any():
+            tokens[filled] = self.eos_token_ids[0]
+            self.host[rows] = tokens
+            self._buffer[self._put(rows), : self.length] = self._put(tokens)
+        return filled
+
+    def _enter_blocks(self) -> None:
+        """Point every unfinished row at the block of its first mask."""
+        masked = (self.host[self.rows] == self.mask_token_id) & self.region[self.rows]
+        block = (masked.argmax(1) - self.start[self.rows]) // self.block_length
+        entered = self.rows[block != self.block[self.rows]]
+        self.block[self.rows] = block
+        self.step[entered] = 0
+        column = np.arange(self.length)
+        low = self.start + self.block * self.block_length
+        within = (column >= low[self.rows, None]) & (column < low[self.rows, None] + self.block_length)
+        counts = (masked & within).sum(1)
+        self.entry_masks[entered] = counts[np.isin(self.rows, entered)]
+
+    def _uniform(self, rows: NDArray[np.int64]) -> Callable[[], Tensor]:
+        # A loop over rows on purpose: a row's draws must not depend on its batch mates, nor on their spans.
+        counts = np.minimum(self.block_length, self.spans[rows])
+
+        def draw() -> Tensor:
+            noise = torch.zeros(len(rows), self.block_length, device=self.device)
+            for entry, (row, count) in enumerate(zip(rows, counts, strict=True)):
+                noise[entry, :count] = torch.rand(int(count), generator=self.generators[row], device=self.device)
+            return noise
+
+        return draw
+
+    def _put(self, array: NDArray[np.generic]) -> Tensor:
+        return torch.as_tensor(array, device=self.device)

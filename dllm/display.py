@@ -1,0 +1,118 @@
+"""Drawing a canvas for people: live on a terminal, as plain lines elsewhere, or as a picture."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from dllm.engine import Step
+
+FRESH, SETTLED, PROVISIONAL, MASKED = "bold black on green", "default", "dim italic", "dim"
+
+
+class CanvasView:
+    """Shows the generated region of one row after each step.
+
+    Args:
+        tokenizer: turns tokens into text; ids are shown without one.
+        generated: columns at the end of the canvas to show.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, generated: int) -> None:
+        self.tokenizer, self.generated = tokenizer, generated
+
+    def draw(self, step: Step, row: int = 0) -> Text:
+        """The canvas: fresh tokens highlighted, provisional ones dim, masks as dots, end-of-text left out."""
+        entry = int(np.flatnonzero(step.change.rows == row)[0])
+        tokens = step.canvas.host[row, -self.generated :]
+        guesses = step.provisional[entry, -self.generated :]
+        fresh = step.change.committed[entry, -self.generated :]
+        masked = tokens == step.canvas.mask_token_id
+        ended = np.isin(tokens, step.canvas.eos_token_ids)
+        text = Text()
+        for token, guess, new, mask, end in zip(tokens, guesses, fresh, masked, ended, strict=True):
+            if mask and guess != step.canvas.mask_token_id and guess not in step.canvas.eos_token_ids:
+                text.append(self._word(int(guess)), PROVISIONAL)
+            elif mask:
+                text.append("·", MASKED)
+            elif end:
+                text.append("∎" if new else "", FRESH)
+            else:
+                text.append(self._word(int(token)), FRESH if new else SETTLED)
+        return text
+
+    def line(self, step: Step, row: int = 0) -> str:
+        """The canvas in plain characters: masks as dots, end-of-text left out."""
+        tokens = step.canvas.host[row, -self.generated :]
+        return "".join(self._symbol(step, token) for token in tokens).rstrip("·") or "·"
+
+    def _symbol(self, step: Step, token: int) -> str:
+        if token == step.canvas.mask_token_id:
+            return "·"
+        return "" if token in step.canvas.eos_token_ids else self._word(int(token))
+
+    def _word(self, token: int) -> str:
+        if self.tokenizer is None:
+            return f" {token}"
+        return str(self.tokenizer.decode([token])).replace("\n", "⏎")
+
+
+def live(view: CanvasView, console: Console) -> tuple[Live, Callable[[Step], None]]:
+    """A live display and the callback that feeds it."""
+    display = Live(console=console, auto_refresh=False)
+    return display, lambda step: display.update(view.draw(step), refresh=True)
+
+
+def plain(view: CanvasView, write: Callable[[str], object]) -> Callable[[Step], None]:
+    """A callback that writes a numbered line for each step that changes what is seen."""
+    count, seen = 0, ""
+
+    def draw(step: Step) -> None:
+        nonlocal count, seen
+        count, line = count + 1, view.line(step)
+        if line != seen:
+            write(f"{count:4d}  {line}")
+        seen = line
+
+    return draw
+
+
+def save_picture(frames: list[Text], title: str, path: Path, most: int = 12) -> None:
+    """Write an SVG of evenly chosen frames.
+
+    Args:
+        frames: the canvas after each step.
+        title: shown above.
+        path: where to write.
+        most: frames shown at most, the first and the last among them.
+    """
+    chosen: NDArray[np.int64] = np.unique(np.linspace(0, len(frames) - 1, most).round().astype(int))
+    console = Console(record=True, width=100, file=io.StringIO(), force_terminal=True)
+    for index in chosen:
+        console.print(Text(f"step {index + 1:2d}  ", "dim cyan") + _tidy(frames[index]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(console.export_svg(title=title), encoding="utf-8")
+
+
+def _tidy(text: Text) -> Text:
+    """Leave out the undecoded tail, and join runs of one style: viewers place each run by itself."""
+    plain = text.plain.rstrip("·∎")
+    styles = [SETTLED] * len(plain)
+    for span in text.spans:
+        styles[span.start : span.end] = [str(span.style)] * len(plain[span.start : span.end])
+    for i, character in enumerate(plain):
+        if character == " " and i > 0:
+            styles[i] = styles[i - 1]  # a run that began with a space would lose it in some viewers
+    tidy = Text()
+    for style, run in groupby(range(len(plain)), key=lambda i: styles[i]):
+        tidy.append("".join(plain[i] for i in run), style)
+    return tidy

@@ -1,0 +1,112 @@
+"""The decode loop: plan what to compute, denoise, let the sampler choose, edit the canvas, record.
+
+This is the only loop there is. It knows no sampler, no cache and no option of either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dllm.backbones.base import MaskedDiffusionModel
+from dllm.cache.base import Cache
+from dllm.canvas import Canvas, Change
+from dllm.denoiser import Denoiser
+from dllm.prediction import Sampling
+from dllm.run import Run
+from dllm.samplers.base import Sampler
+
+
+@dataclass(frozen=True)
+class Step:
+    """One denoising step, for the B rows that took part.
+
+    Attributes:
+        change: rows, and what was committed, revoked and filled.
+        forwards: (B,) denoiser forwards of each row.
+        canvas: the canvas after the step; it moves on with the run.
+        denoiser: whose latest prediction is still provisional.
+    """
+
+    change: Change
+    forwards: NDArray[np.int64]
+    canvas: Canvas
+    denoiser: Denoiser
+
+    @property
+    def finished(self) -> int:
+        """Number of rows that this step finished."""
+        return len(self.change.rows) - len(self.canvas.rows)
+
+    @cached_property
+    def provisional(self) -> NDArray[np.int64]:
+        """(B, L) tokens predicted in this step where nothing is committed yet; [MASK] elsewhere."""
+        tokens = np.full((len(self.change.rows), self.canvas.length), self.canvas.mask_token_id)
+        if self.denoiser.last is not None:
+            prediction, columns = self.denoiser.last
+            asked = prediction.asked.cpu().numpy()
+            entry, k = np.nonzero(asked) if asked.ndim == 2 else (np.empty(0, int), np.empty(0, int))
+            tokens[entry, columns.cpu().numpy()[entry, k]] = prediction.tokens.cpu().numpy()[entry, k]
+        still = self.canvas.host[self.change.rows] == self.canvas.mask_token_id
+        return np.where(still, tokens, self.canvas.mask_token_id)
+
+
+@torch.inference_mode()
+def decode(
+    backbone: MaskedDiffusionModel,
+    canvas: Canvas,
+    sampler: Sampler,
+    cache: Cache,
+    sampling: Sampling,
+    cfg_scale: float = 0.0,
+) -> Iterator[Step]:
+    """Fill a canvas, yielding after every step.
+
+    Args:
+        backbone: the denoiser.
+        canvas: rows to fill; edited in place.
+        sampler: decides what is written.
+        cache: decides what is computed.
+        sampling: how logits become tokens.
+        cfg_scale: classifier-free guidance scale; 0 is off.
+
+    Raises:
+        ValueError: sampler, cache and canvas do not go together; raised before the first forward.
+        RuntimeError: a sampler broke its contract: a row has no fewer masks after a step.
+    """
+    run = _facts(backbone, canvas, cfg_scale)
+    state = sampler.start(run)
+    denoiser = Denoiser(backbone, canvas, cache.start(run), sampling, cfg_scale)
+    while canvas.rows.size:
+        window = canvas.window()
+        edit = sampler.step(window, denoiser.bind(window), state)
+        change = canvas.apply(window, edit)
+        _check_progress(sampler, change)
+        denoiser.cache.observe(window, change)
+        yield Step(change, denoiser.forwards, canvas, denoiser)
+
+
+def _facts(backbone: MaskedDiffusionModel, canvas: Canvas, cfg_scale: float) -> Run:
+    return Run(
+        rows=len(canvas.host),
+        length=canvas.length,
+        block_length=canvas.block_length,
+        spans=tuple(canvas.spans.tolist()),
+        mask_token_id=canvas.mask_token_id,
+        eos_token_ids=canvas.eos_token_ids,
+        guided=cfg_scale > 0,
+        kv_shape=backbone.kv_shape,
+        dtype=backbone.dtype,
+        device=canvas.device,
+    )
+
+
+def _check_progress(sampler: Sampler, change: Change) -> None:
+    stuck = change.gained <= 0
+    if stuck.any():
+        raise RuntimeError(f"{sampler!r} made no progress in row {change.rows[stuck][0]}: it must leave fewer masks")

@@ -1,0 +1,179 @@
+"""The result of a run, and the recorder that counts it honestly."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dllm.canvas import Canvas
+from dllm.engine import Step
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a run cost.
+
+    Attributes:
+        seconds: wall time of decoding.
+        tokens: generated tokens up to and including each row's first end-of-text. Prompt tokens and
+            what stands after end-of-text are not counted.
+        tokens_per_second: `tokens` over `seconds`.
+        tpf: `tokens` over the forwards of all rows.
+        computed_share: columns computed, over those that computing everything each time would take.
+        cache_refreshes: times a cache recomputed everything, over all rows.
+        peak_memory: bytes; of the device on CUDA, of the process elsewhere.
+    """
+
+    seconds: float
+    tokens: int
+    tokens_per_second: float
+    tpf: float
+    computed_share: float
+    cache_refreshes: int
+    peak_memory: int
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The result for a batch of B prompts, P prompt columns and G generated ones.
+
+    Attributes:
+        sequences: (B, P + G) prompts, left-padded, and what was generated.
+        completions: (B, G) the generated region.
+        texts: decoded completions up to end-of-text; None without a tokenizer.
+        nfe: (B,) denoiser forwards each row took part in.
+        guide_nfe: (B,) forwards of a guide model, for policies that have one.
+        commit_step: (B, G) the row's own forward, counted from 0, after which a position had its
+            final token; -1 where end-of-text stopping filled it.
+        stats: what the run cost.
+    """
+
+    sequences: Int[Tensor, "B L"]
+    completions: Int[Tensor, "B G"]
+    texts: list[str | None]
+    nfe: Int[Tensor, " B"]
+    guide_nfe: Int[Tensor, " B"]
+    commit_step: Int[Tensor, "B G"]
+    stats: Stats
+
+
+def count_tokens(completions: NDArray[np.int64], eos_token_ids: Sequence[int]) -> NDArray[np.int64]:
+    """Tokens of each row up to and including its first end-of-text."""
+    ended = np.isin(completions, eos_token_ids)
+    return np.where(ended.any(1), ended.argmax(1) + 1, completions.shape[1])
+
+
+def decode_text(tokenizer: PreTrainedTokenizerBase | None, tokens: NDArray[np.int64]) -> str | None:
+    """The text of some tokens without special ones; None without a tokenizer."""
+    return None if tokenizer is None else str(tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
+
+
+class Recorder:
+    """Follows one canvas: forwards per row, and the forward that settled each position."""
+
+    def __init__(self, canvas: Canvas) -> None:
+        self.canvas = canvas
+        self.nfe = np.zeros(len(canvas.host), dtype=np.int64)
+        self.commit_step = np.full(canvas.host.shape, -1, dtype=np.int64)
+        self.full_columns = 0
+        self.computed_columns = 0
+        self.refreshes = 0
+
+    def update(self, step: Step) -> None:
+        """Count one step."""
+        rows, change = step.change.rows, step.change
+        self.nfe[rows] += step.forwards
+        self.full_columns += int(step.forwards.sum()) * self.canvas.length
+        settled = self.commit_step[rows]
+        settled[change.revoked] = -1
+        self.commit_step[rows] = np.where(change.committed, self.nfe[rows, None] - 1, settled)
+        self.computed_columns, self.refreshes = step.denoiser.computed, step.denoiser.cache.refreshes
+
+
+class Clock:
+    """Wall time and peak memory of a run."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self._started = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Seconds since the start, the device's pending work included."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter() - self._started
+
+    def peak_memory(self) -> int:
+        """Bytes at the peak."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        # Linux counts in KiB, macOS in bytes.
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def assemble(
+    recorders: Sequence[Recorder], generated: int | None, tokenizer: PreTrainedTokenizerBase | None, clock: Clock
+) -> Generation:
+    """Join the recorded canvases into one result.
+
+    Args:
+        recorders: one per canvas, finished, in the order of the prompts.
+        generated: columns G at the end of every canvas that were generated; None where masks stood
+            anywhere: then everything is the completion and only former masks are counted.
+        tokenizer: decodes the completions.
+        clock: started with the run.
+    """
+    eos = recorders[0].canvas.eos_token_ids
+    seconds, peak = clock.seconds(), clock.peak_memory()
+    sequences = _stack([r.canvas.host for r in recorders], eos[0])
+    commit_step = _stack([r.commit_step for r in recorders], -1)
+    nfe = np.concatenate([r.nfe for r in recorders])
+    if generated is None:
+        completions, settled = sequences, commit_step
+        counts = np.concatenate([r.canvas.region.sum(1) for r in recorders])
+        real = _stack([r.canvas.real for r in recorders], False)
+        cut = [row[keep] for row, keep in zip(sequences, real, strict=True)]
+    else:
+        completions, settled = sequences[:, -generated:], commit_step[:, -generated:]
+        counts = count_tokens(completions, eos)
+        cut = [row[:count] for row, count in zip(completions, counts, strict=True)]
+    tokens = int(counts.sum())
+    stats = Stats(
+        seconds=seconds,
+        tokens=tokens,
+        tokens_per_second=tokens / seconds,
+        tpf=tokens / max(1, int(nfe.sum())),
+        computed_share=sum(r.computed_columns for r in recorders) / max(1, sum(r.full_columns for r in recorders)),
+        cache_refreshes=sum(r.refreshes for r in recorders),
+        peak_memory=peak,
+    )
+    return Generation(
+        sequences=torch.from_numpy(sequences),
+        completions=torch.from_numpy(completions),
+        texts=[decode_text(tokenizer, row) for row in cut],
+        nfe=torch.from_numpy(nfe),
+        guide_nfe=torch.zeros(len(nfe), dtype=torch.long),
+        commit_step=torch.from_numpy(settled),
+        stats=stats,
+    )
+
+
+def _stack(parts: Sequence[NDArray[Any]], fill: int | bool) -> NDArray[Any]:
+    """Stack (B, L) arrays of unequal L, padded on the left."""
+    width = max(part.shape[1] for part in parts)
+    padded = [np.pad(part, ((0, 0), (width - part.shape[1], 0)), constant_values=fill) for part in parts]
+    return np.concatenate(padded)

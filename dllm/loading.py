@@ -1,0 +1,289 @@
+"""`load`: from a name to a backbone and its tokenizer, without running any code of the checkpoint."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from omegaconf import OmegaConf
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from dllm.backbones import FAMILIES, MaskedDiffusionModel
+from dllm.backbones.base import token_ids
+from dllm.resolve import names
+from dllm.tokenizers import load_tokenizer
+
+BUNDLED = Path(__file__).parent / "checkpoints"
+# What a checkpoint is made of; code that lies beside it is not even downloaded.
+_FILES = ("*.json", "*.jinja", "*.txt", "*.safetensors")
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+_ATTENTION = ("sdpa", "eager")
+_SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A loaded model.
+
+    Attributes:
+        backbone: the denoiser, in evaluation mode.
+        tokenizer: None where the checkpoint has none; token ids are taken then.
+        name: what it was loaded by.
+    """
+
+    backbone: MaskedDiffusionModel
+    tokenizer: PreTrainedTokenizerBase | None
+    name: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.backbone.device
+
+
+def load(
+    name: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    device_map: str | dict[str, Any] | None = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+) -> LanguageModel:
+    """Load a denoiser and its tokenizer.
+
+    The architecture is chosen by ``model_type`` in ``config.json`` and is always this package's own:
+    code in the checkpoint, named by ``auto_map``, is never executed. Tokens that end a turn or are
+    listed in ``generation_config.json`` count as end of text beside the config's.
+
+    Args:
+        name: a model of conf/model such as "tiny-llada" or "llada-8b-instruct", a local folder, or a hub id.
+        device: where the weights go; None for the first GPU, or the CPU without one.
+        dtype: "auto" for the checkpoint's, or "float16", "bfloat16", "float32", "float64" or a `torch.dtype`.
+        device_map: how to spread the model over devices, as in transformers; instead of `device`.
+        attn_implementation: "sdpa" (the default) or "eager".
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        ValueError: an unknown name or option, or a checkpoint that is incomplete, damaged, of another
+            architecture, or holds NaN or infinite weights.
+    """
+    options = _options(device, dtype, device_map, attn_implementation)
+    # The config comes first: it tells whether the gigabytes that follow are of use.
+    family = _family(checkpoint_folder(name, revision, files=("config.json",)))
+    folder = checkpoint_folder(name, revision)
+    with _quiet():
+        backbone = _load_weights(family, folder, options)
+        tokenizer = load_tokenizer(folder)
+    backbone.extra_eos_token_ids = _extra_eos(backbone, tokenizer, folder)
+    _check_vocabulary(backbone, folder)
+    if tokenizer is not None and tokenizer.mask_token_id != backbone.mask_token_id:
+        # The config decides; LLaDA's published tokenizer does not say which of its tokens is the mask.
+        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(backbone.mask_token_id)
+    return LanguageModel(backbone, tokenizer, str(name))
+
+
+def checkpoint_folder(name: str | Path, revision: str | None = None, files: Sequence[str] = _FILES) -> Path:
+    """Find the folder a name stands for; a hub id is downloaded into the Hugging Face cache.
+
+    Args:
+        name: as for `load`; bundled models that are no denoisers, such as "tiny-guide", are found too.
+        revision: branch, tag or commit of a hub id.
+        files: patterns of the files to download.
+
+    Raises:
+        ValueError: no such model, or a `revision` of something that is not on the hub.
+    """
+    path = str(name)
+    known = [model for model in names("model") if model != "custom"]
+    if path in known:
+        path = _path_of(path)
+    folder = BUNDLED / path if path in _bundled() else Path(path).expanduser()
+    if path and folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} has no effect on a local folder ({folder}); leave it out")
+        return folder
+    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise ValueError(f"name={str(name)!r} is no folder, hub id or known model; known are {', '.join(known)}")
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=list(files), ignore_patterns="*/*"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"name={str(name)!r} is no folder, and {path!r} cannot be fetched from the hub ({_first_line(error)}); "
+            "check the spelling and the connection, or give the folder of a downloaded copy"
+        ) from None
+
+
+def _bundled() -> list[str]:
+    return [folder.name for folder in BUNDLED.iterdir()] if BUNDLED.is_dir() else []
+
+
+def _path_of(model: str) -> str:
+    text = (resources.files("dllm.conf") / "model" / f"{model}.yaml").read_text()
+    return str(OmegaConf.select(OmegaConf.create(text), "path"))
+
+
+def _options(
+    device: str | torch.device | None,
+    dtype: str | torch.dtype,
+    device_map: str | dict[str, Any] | None,
+    attn_implementation: str | None,
+) -> dict[str, Any]:
+    """Check what the user chose and turn it into arguments of `from_pretrained`."""
+    if isinstance(dtype, str) and dtype != "auto":
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype={dtype!r} is unknown; use auto, {', '.join(_DTYPES)} or a torch.dtype")
+        dtype = getattr(torch, dtype)
+    if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype} holds no weights; use a floating-point dtype such as torch.bfloat16")
+    if attn_implementation not in (None, *_ATTENTION):
+        raise ValueError(f"attn_implementation={attn_implementation!r} is unknown; use {' or '.join(_ATTENTION)}")
+    if device_map is not None and device is not None:
+        raise ValueError(f"device={device!r} has no effect beside device_map={device_map!r}; give one of them")
+    placement: Any = device_map
+    if device_map is None or (isinstance(device_map, str) and device_map not in _SPREADS):
+        placement = {"": _device(device) if device_map is None else _device(device_map, "device_map")}
+    elif not isinstance(device_map, str):
+        placement = dict(device_map)
+    options = {"dtype": dtype, "device_map": placement}
+    return options if attn_implementation is None else options | {"attn_implementation": attn_implementation}
+
+
+def _device(device: str | torch.device | None, parameter: str = "device") -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.empty(0, device=device).device
+        if place.type == "meta":
+            raise RuntimeError("holds no weights")
+        return place
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"{parameter}={str(device)!r} is not available here; use cpu or a device torch sees") from None
+
+
+def _family(folder: Path) -> type[MaskedDiffusionModel]:
+    """The class that computes what `config.json` describes."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no config.json; give the folder of a whole checkpoint")
+    model_type = str(_read_json(path).get("model_type"))
+    if model_type not in FAMILIES:
+        raise ValueError(f"{path}: model_type={model_type!r} is not supported; use one of {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
+
+
+def _load_weights(family: type[MaskedDiffusionModel], folder: Path, options: dict[str, Any]) -> MaskedDiffusionModel:
+    """Load every tensor of the architecture, and no other."""
+    _check_files(folder)
+    loaded: Any = family.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    backbone, info = loaded
+    problems = {
+        # Newer transformers report the two shapes beside the name.
+        "has another shape than config.json asks for": [
+            entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]
+        ],
+        "is missing": info["missing_keys"],
+        f"is no part of {family.__name__}": info["unexpected_keys"],
+        "holds NaN or infinity": [name for name, weight in backbone.named_parameters() if not _is_finite(weight)],
+    }
+    for problem, tensors in problems.items():
+        if tensors:
+            raise ValueError(
+                f"{folder}: tensor {min(tensors)} {problem}; copy config.json and weights of one model again"
+            )
+    return backbone
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    # Quantised weights are finite by their format, and weights left on disk are not here to look at.
+    ordinary = weight.is_floating_point() and type(weight.data) is torch.Tensor and not weight.is_meta
+    return not ordinary or bool(weight.isfinite().all())
+
+
+def _check_files(folder: Path) -> None:
+    """Name the file that is missing or cut off; the loaders below would only say that one is."""
+    for weights in _WEIGHTS:
+        index = folder / f"{weights}.index.json"
+        if (folder / weights).is_file():
+            files = [weights]
+        elif index.is_file():
+            files = sorted(set(_read_json(index).get("weight_map", {}).values())) or [weights]
+        else:
+            continue
+        break
+    else:
+        raise ValueError(f"{folder} has no weights; put {' or '.join(_WEIGHTS)} or shards with their index there")
+    for path in (folder / file for file in files):
+        if not path.is_file():
+            raise ValueError(f"{path} is missing; copy or download this shard again")
+        if not _is_whole(path):
+            raise ValueError(f"{path} is damaged or incomplete; copy or download it again")
+
+
+def _is_whole(path: Path) -> bool:
+    if path.suffix != ".safetensors":
+        return zipfile.is_zipfile(path)
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except SafetensorError:
+        return False
+
+
+def _extra_eos(
+    backbone: MaskedDiffusionModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path
+) -> tuple[int, ...]:
+    path = folder / "generation_config.json"
+    listed = token_ids(_read_json(path).get("eos_token_id")) if path.is_file() else ()
+    added = {} if tokenizer is None else tokenizer.get_added_vocab()
+    return (*listed, *(added[token] for token in backbone.end_of_turn if token in added))
+
+
+def _check_vocabulary(backbone: MaskedDiffusionModel, folder: Path) -> None:
+    embedding: Any = backbone.get_input_embeddings()
+    rows = len(embedding.weight)
+    if not backbone.eos_token_ids:
+        raise ValueError(f"{folder}/config.json has no eos_token_id; add the id that ends a text")
+    for key, ids in (("mask_token_id", (backbone.mask_token_id,)), ("eos_token_id", backbone.eos_token_ids)):
+        wrong = next((token for token in ids if not isinstance(token, int) or not 0 <= token < rows), None)
+        if wrong is not None:
+            raise ValueError(f"{folder}: {key}={wrong} is no id of this model; use one from 0 to {rows - 1}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({_first_line(error)}); copy or download it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a JSON {type(content).__name__}, not an object; copy or download it again")
+    return content
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and load reports of transformers: what is wrong is raised instead."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

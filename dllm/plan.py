@@ -1,0 +1,244 @@
+"""A run, checked as far as it can be before the first forward, and its ways to be carried out."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from dllm.cache.base import Cache
+from dllm.canvas import Canvas
+from dllm.checks import choice, number
+from dllm.engine import Step, decode
+from dllm.generation import Clock, Generation, Recorder, assemble, count_tokens, decode_text
+from dllm.loading import LanguageModel
+from dllm.prediction import Sampling
+from dllm.resolve import resolve
+from dllm.samplers.base import Sampler
+
+Callback: TypeAlias = Callable[[Step], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything about a run but its model, prompts, sampler and cache.
+
+    Attributes:
+        gen_length: positions G to generate per prompt; unused by `infill`.
+        block_length: columns K decoded at a time, left to right; None for all at once. The last
+            block is shorter where K does not divide G.
+        temperature: 0 is greedy; above, Gumbel-max sampling.
+        top_p: nucleus; None for all tokens.
+        top_k: tokens considered; None for all.
+        cfg_scale: classifier-free guidance against the masked prompt (LLaDA's convention:
+            0 is off); two forwards' work, counted as one.
+        seed: row i draws from seed + i; a sequence gives each row its own; None draws the seed itself.
+        stop_at_eos: finish a row once everything up to its first end-of-text is decoded; the text
+            up to there is the same either way.
+        eos_token_id: id or ids that end a text; None for the backbone's.
+        eos_suppression: None, "logits" (never predict the token that fills canvases), "confidence"
+            (commit what ends a text last) or "both".
+        batch_size: rows decoded together.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    gen_length: int = 128
+    block_length: int | None = 32
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    cfg_scale: float = 0.0
+    seed: int | Sequence[int] | None = None
+    stop_at_eos: bool = True
+    eos_token_id: int | Sequence[int] | None = None
+    eos_suppression: str | None = None
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        number("gen_length", self.gen_length, "a whole number of at least 1", low=1, whole=True)
+        if self.block_length is not None:
+            number("block_length", self.block_length, "a whole number of at least 1, or null", low=1, whole=True)
+        number("cfg_scale", self.cfg_scale, "0 (off) or a positive number", low=0, high=1e6)
+        number("batch_size", self.batch_size, "a whole number of at least 1", low=1, whole=True)
+        if self.seed is not None:
+            for seed in [self.seed] if isinstance(self.seed, (int, float, str)) else self.seed:
+                number("seed", seed, "a whole number of at least 0, or null", low=0, high=2**63 - 1, whole=True)
+        choice("stop_at_eos", self.stop_at_eos, (True, False))
+        # The rest is checked where it is used; this refuses bad values before a model is there.
+        Sampling(self.temperature, self.top_p, self.top_k, self.eos_suppression)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One finished row of `dllm.as_completed`.
+
+    Attributes:
+        index: number of its prompt.
+        text: decoded completion up to end-of-text; None without a tokenizer.
+        completion: (G,) the generated region.
+        tokens: generated tokens up to and including end-of-text.
+        nfe: denoiser forwards.
+    """
+
+    index: int
+    text: str | None
+    completion: list[int]
+    tokens: int
+    nfe: int
+
+
+class Plan:
+    """What is to be decoded and how.
+
+    Args:
+        lm: a loaded model.
+        ids: token ids of each prompt, or of each text with masks.
+        sampler: a name of conf/sampler or an object.
+        cache: a name of conf/cache or an object.
+        options: the rest.
+        infill: masks stand in `ids` already.
+
+    Raises:
+        ValueError: an unknown name, or a prompt that does not fit the model.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        ids: list[list[int]],
+        sampler: str | Sampler,
+        cache: str | Cache,
+        options: Options,
+        infill: bool,
+    ) -> None:
+        self.lm, self.options, self.infill = lm, options, infill
+        self.sampler: Sampler = resolve("sampler", sampler, Sampler)
+        self.cache: Cache = resolve("cache", cache, Cache)
+        self.eos_token_ids = _eos(options.eos_token_id, lm)
+        self.sampling = Sampling(
+            options.temperature, options.top_p, options.top_k, options.eos_suppression, self.eos_token_ids
+        )
+        mask = lm.backbone.mask_token_id
+        for place, row in enumerate(ids):
+            self._check(place, row, mask)
+        self.sequences = ids if infill else [[*row, *[mask] * options.gen_length] for row in ids]
+        self.seeds = _seeds(options.seed, len(ids))
+        self.recorders: list[Recorder] = []
+
+    def steps(self) -> Iterator[tuple[Recorder, Step]]:
+        """Decode batch after batch."""
+        size = self.options.batch_size
+        self.recorders = []
+        for start in range(0, len(self.sequences), size):
+            recorder = Recorder(self._canvas(start, start + size))
+            self.recorders.append(recorder)
+            for step in decode(
+                self.lm.backbone, recorder.canvas, self.sampler, self.cache, self.sampling, self.options.cfg_scale
+            ):
+                recorder.update(step)
+                yield recorder, step
+
+    def answers(self, callback: Callback | None) -> Iterator[Answer]:
+        """Decode everything, row by row as they finish."""
+        for recorder, step in self.steps():
+            if callback is not None:
+                callback(step)
+            canvas = recorder.canvas
+            for row in np.setdiff1d(step.change.rows, canvas.rows):
+                completion = canvas.host[row, -self.options.gen_length :]
+                tokens = int(count_tokens(completion[None], canvas.eos_token_ids)[0])
+                yield Answer(
+                    index=(len(self.recorders) - 1) * self.options.batch_size + int(row),
+                    text=decode_text(self.lm.tokenizer, completion[:tokens]),
+                    completion=completion.tolist(),
+                    tokens=tokens,
+                    nfe=int(recorder.nfe[row]),
+                )
+
+    def run(self, callback: Callback | None, progress: bool) -> Generation:
+        """Decode everything and join the results."""
+        clock = Clock(self.lm.device)
+        total = sum(row.count(self.lm.backbone.mask_token_id) for row in self.sequences)
+        columns = TextColumn("decoding"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn()
+        with Progress(*columns) if progress else nullcontext() as bar:
+            if bar:
+                bar.add_task("decoding", total=total)
+            for _, step in self.steps():
+                if callback is not None:
+                    callback(step)
+                if bar:
+                    bar.advance(bar.task_ids[0], int(step.change.gained.sum() + step.change.filled.sum()))
+        generated = None if self.infill else self.options.gen_length
+        return assemble(self.recorders, generated, self.lm.tokenizer, clock)
+
+    def _canvas(self, start: int, end: int) -> Canvas:
+        return Canvas(
+            self.sequences[start:end],
+            self.lm.backbone.mask_token_id,
+            self.eos_token_ids,
+            self.options.block_length,
+            self.options.stop_at_eos,
+            self.seeds[start:end],
+            self.lm.device,
+        )
+
+    def _check(self, place: int, row: list[int], mask: int) -> None:
+        vocabulary = self.lm.backbone.config.vocab_size
+        wrong = next((token for token in row if not 0 <= token < vocabulary), None)
+        if wrong is not None:
+            raise ValueError(f"prompts[{place}] has token id {wrong}; this model's ids are 0 to {vocabulary - 1}")
+        if not self.infill and mask in row:
+            raise ValueError(f"prompts[{place}] contains [MASK]; use infill to fill masks within a text")
+        if self.infill and mask not in row:
+            raise ValueError(f"prompts[{place}] has no [MASK]; put one ({self._mask_name()}) for each token to fill in")
+        room = self.lm.backbone.max_length - (0 if self.infill else self.options.gen_length)
+        if len(row) > room:
+            beside = "" if self.infill else f" beside gen_length={self.options.gen_length}"
+            raise ValueError(
+                f"prompts[{place}] has {len(row)} tokens; the model's context of {self.lm.backbone.max_length} leaves "
+                f"room for {max(0, room)}{beside}: shorten one of them"
+            )
+
+    def _mask_name(self) -> str:
+        tokenizer = self.lm.tokenizer
+        return f"id {self.lm.backbone.mask_token_id}" if tokenizer is None else str(tokenizer.mask_token)
+
+
+def _eos(eos: int | Sequence[int] | None, lm: LanguageModel) -> tuple[int, ...]:
+    if eos is None:
+        return lm.backbone.eos_token_ids
+    ids = tuple(eos) if isinstance(eos, Sequence) and not isinstance(eos, str) else (eos,)
+    most = lm.backbone.config.vocab_size - 1
+    for token in ids or (None,):
+        use = f"ids from 0 to {most}, or null for the model's own"
+        number("eos_token_id", token, use, low=0, high=most, whole=True)
+    return ids
+
+
+def _seeds(seed: int | Sequence[int] | None, rows: int) -> Sequence[int]:
+    if seed is None:
+        seed = random.randrange(2**31)
+    if isinstance(seed, int):
+        return range(seed, seed + rows)
+    if len(seed) != rows:
+        raise ValueError(f"seed has {len(seed)} entries for {rows} prompts; give one a prompt, or a single number")
+    return seed
+
+
+def parse_options(options: dict[str, Any]) -> Options:
+    """Make options of keyword arguments.
+
+    Raises:
+        ValueError: an unknown name, or a value out of range.
+    """
+    unknown = set(options) - set(Options.__dataclass_fields__)
+    if unknown:
+        raise ValueError(f"{min(unknown)} is no option; use one of {', '.join(Options.__dataclass_fields__)}")
+    return Options(**options)

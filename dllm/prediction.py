@@ -1,0 +1,164 @@
+"""What the denoiser says about the positions it was asked for: a token each and how sure it is.
+
+Only the asked positions are ever projected to the vocabulary; everything here is computed from
+their N rows of logits, and handed out aligned to the window: (B, K), with neutral values where
+nothing was asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dllm.checks import choice, number
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How logits become tokens.
+
+    Attributes:
+        temperature: 0 takes the most probable token; above, Gumbel-max over logits / temperature.
+        top_p: keep the smallest set of tokens with this much probability; None keeps all.
+        top_k: keep this many tokens; None keeps all.
+        eos_suppression: LLaDA's logits_eos_inf and confidence_eos_eot_inf. None; "logits": never predict
+            the first of `eos_token_ids`; "confidence": leave all of them out of the probabilities after
+            choosing, and give one that was chosen confidence 0 (margin -inf, entropy inf), so that every
+            order but a random one commits it last; "both".
+        eos_token_ids: what counts as end-of-text; the first one is the one that fills canvases.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    eos_suppression: str | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        number("temperature", self.temperature, "0 (greedy) or a positive number", low=0, high=1e6)
+        if self.top_p is not None:
+            number("top_p", self.top_p, "a number in (0, 1], or null for all tokens", above=0, high=1)
+        if self.top_k is not None:
+            number("top_k", self.top_k, "a whole number of at least 1, or null for all tokens", low=1, whole=True)
+        choice("eos_suppression", self.eos_suppression, (None, "logits", "confidence", "both"))
+
+
+class Prediction:
+    """Predicted tokens and confidences of one forward, aligned to the (B, K) positions asked about.
+
+    Args:
+        logits: (N, V) logits of the asked positions, row by row.
+        asked: (B, K) True at those N positions; (B, D, K) for D drafts a row.
+        index: (N,) their flat indices into `asked`.
+        mask_token_id: never predicted, though it keeps its share of the probability.
+        sampling: how to choose tokens.
+        generators: the N positions' random sources as (generator, count) runs; used above temperature 0.
+    """
+
+    def __init__(
+        self,
+        logits: Float[Tensor, "N V"],
+        asked: Bool[Tensor, "*B K"],
+        index: Int[Tensor, " N"],
+        mask_token_id: int,
+        sampling: Sampling,
+        generators: Sequence[tuple[torch.Generator, int]] = (),
+    ) -> None:
+        self.asked = asked
+        self._index = index
+        self._sampling = sampling
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if sampling.eos_suppression in ("logits", "both"):
+            logits = _without(logits, sampling.eos_token_ids[:1])
+        self.logits = _filter(logits, sampling)
+        self._chosen = _argmax(logits, mask_token_id)
+        if sampling.temperature > 0:
+            drawn = _gumbel_max(self.logits, mask_token_id, sampling.temperature, generators)
+            self._chosen = drawn.where(drawn >= 0, self._chosen)
+        self._last = torch.zeros_like(self._chosen, dtype=torch.bool)
+        if sampling.eos_suppression in ("confidence", "both"):
+            self.logits = _without(self.logits, sampling.eos_token_ids)
+            self._last = torch.isin(self._chosen, torch.tensor(sampling.eos_token_ids, device=logits.device))
+
+    @cached_property
+    def tokens(self) -> Int[Tensor, "*B K"]:
+        """The predicted token of each asked position, 0 elsewhere."""
+        return self._spread(self._chosen, 0)
+
+    @cached_property
+    def confidence(self) -> Float[Tensor, "*B K"]:
+        """Probability of the predicted token; -inf where nothing was asked."""
+        # exp(logit - logsumexp), with the largest logit taken out first: exact up to the last sum.
+        weights = (self.logits - self.logits.amax(-1, keepdim=True)).exp()
+        probability = weights.gather(-1, self._chosen[:, None])[:, 0] / weights.sum(-1)
+        return self._spread(probability.masked_fill(self._last, 0.0), -torch.inf)
+
+    @cached_property
+    def margin(self) -> Float[Tensor, "*B K"]:
+        """Probability of the most probable token minus that of the second; -inf where nothing was asked."""
+        top = self._probabilities.topk(2, dim=-1).values
+        return self._spread((top[:, 0] - top[:, 1]).masked_fill(self._last, -torch.inf), -torch.inf)
+
+    @cached_property
+    def entropy(self) -> Float[Tensor, "*B K"]:
+        """Entropy in nats; +inf where nothing was asked."""
+        entropy = torch.special.entr(self._probabilities).sum(-1)
+        return self._spread(entropy.masked_fill(self._last, torch.inf), torch.inf)
+
+    @cached_property
+    def _probabilities(self) -> Float[Tensor, "N V"]:
+        return self.logits.softmax(-1)
+
+    def _spread(self, values: Tensor, fill: float) -> Tensor:
+        out = values.new_full((self.asked.numel(),), fill)
+        return out.index_copy_(0, self._index, values).view(self.asked.shape)
+
+
+def _without(logits: Tensor, tokens: Sequence[int]) -> Tensor:
+    return logits.index_fill(-1, torch.tensor(tokens, device=logits.device), -torch.inf)
+
+
+def _filter(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Exclude tokens by nucleus, then top-k, in Dream's order."""
+    if sampling.top_p is not None and sampling.top_p < 1:
+        ranked, order = logits.div(sampling.temperature or 1.0).sort(dim=-1, descending=True, stable=True)
+        probabilities = ranked.softmax(-1)
+        # A token stays while the probability before it has not passed top_p: the first always does.
+        beyond = probabilities.cumsum(-1) - probabilities > sampling.top_p
+        logits = logits.masked_fill(torch.empty_like(beyond).scatter_(-1, order, beyond), -torch.inf)
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    return logits
+
+
+def _argmax(logits: Tensor, mask_token_id: int) -> Tensor:
+    """The most probable token other than [MASK]; the logits are left as they were."""
+    kept = logits[:, mask_token_id].clone()
+    logits[:, mask_token_id] = -torch.inf
+    best = logits.argmax(-1)
+    logits[:, mask_token_id] = kept
+    return best
+
+
+def _gumbel_max(
+    logits: Tensor, mask_token_id: int, temperature: float, generators: Sequence[tuple[torch.Generator, int]]
+) -> Tensor:
+    """Draw tokens in float64: argmax of logits - temperature * log(-log u); -1 where only [MASK] is left."""
+    chosen = []
+    # Row by row on purpose: each has its own generator, and float64 noise exists for one row at a time.
+    for part, (generator, count) in zip(logits.split([n for _, n in generators]), generators, strict=True):
+        u = torch.rand((count, logits.shape[-1]), generator=generator, dtype=torch.float64, device=logits.device)
+        noisy = part.double() - temperature * (-u.log()).log()
+        noisy[:, mask_token_id] = -torch.inf
+        best = noisy.max(-1)
+        chosen.append(best.indices.where(best.values > -torch.inf, -1))
+    return torch.cat(chosen)

@@ -1,0 +1,1 @@
+"""Tasks to measure on, and the tokenizer of the bundled one."""

@@ -1,0 +1,75 @@
+"""Tokenizers of the published layouts, read as data.
+
+LLaDA publishes ``tokenizer.json``. Dream publishes ``vocab.json`` and ``merges.txt`` with a tokenizer
+class of its own as code; that class is Qwen2's byte-level BPE, so `Qwen2TokenizerFast` reads the
+files and the code is never run.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import (  # type: ignore[attr-defined]  # Qwen2TokenizerFast is an alias in newer releases
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2TokenizerFast,
+)
+
+_BPE_FILES = ("vocab.json", "merges.txt")
+_OTHER_FILES = ("tokenizer_config.json", "tokenizer.model")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer of a checkpoint folder, padding on the left.
+
+    Args:
+        folder: the checkpoint folder; ``tokenizer.json`` is preferred to ``vocab.json`` and ``merges.txt``.
+
+    Returns:
+        The tokenizer, or None where the folder has no tokenizer files.
+
+    Raises:
+        ValueError: tokenizer files that are incomplete, unreadable or at odds with each other.
+    """
+    present = {path.name for path in folder.iterdir()}
+    if "tokenizer.json" in present:
+        kind, files = PreTrainedTokenizerFast, ["tokenizer.json"]
+    elif present.intersection(_BPE_FILES):
+        kind, files = Qwen2TokenizerFast, list(_BPE_FILES)
+    elif present.intersection(_OTHER_FILES):
+        kind, files = PreTrainedTokenizerFast, ["tokenizer.json"]
+    else:
+        return None
+    missing = next((file for file in files if file not in present), None)
+    if missing is not None:
+        raise ValueError(f"{folder}: the tokenizer's {missing} is missing; copy it here from the published model")
+    try:
+        tokenizer = kind.from_pretrained(folder, padding_side="left")
+        declared = _declared_ids(folder)
+    except Exception as error:  # noqa: BLE001  # the tokenizers library raises bare Exception for bad files
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            f"{folder}: the tokenizer files ({', '.join(files)}, tokenizer_config.json) cannot be read: {reason}; "
+            "copy them again from the published model"
+        ) from None
+    for token, declared_id in declared.items():
+        found = tokenizer.convert_tokens_to_ids(token)
+        if found != declared_id:
+            raise ValueError(
+                f"{folder}: the tokenizer gives {token!r} the id {found}, its files say {declared_id}; "
+                "copy the tokenizer files of one model"
+            )
+    return tokenizer
+
+
+def _declared_ids(folder: Path) -> dict[str, int]:
+    """Ids of the added tokens as the files state them; a loader may renumber them without a word."""
+    added: dict[str, int] = _read(folder / "added_tokens.json")
+    stated = _read(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
+    return added | {token["content"]: int(number) for number, token in stated.items()}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

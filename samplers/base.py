@@ -1,0 +1,57 @@
+"""What a sampler is: a rule that looks at predictions and decides which tokens to write.
+
+A sampler is a frozen dataclass of its options. What it must remember between steps lives in the
+state object that `start` returns, kept per canvas row and addressed with `Window.rows`, so that one
+sampler serves many runs at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from dllm.canvas import Edit, Window
+from dllm.prediction import Prediction
+from dllm.run import Run
+
+
+@runtime_checkable
+class Denoise(Protocol):
+    """Runs the denoiser once for every row that asks something, and counts it."""
+
+    def __call__(
+        self,
+        asked: Bool[Tensor, "*B K"] | None = None,
+        columns: Int[Tensor, "B K"] | None = None,
+        tokens: Int[Tensor, "*B L"] | None = None,
+    ) -> Prediction:
+        """Predict tokens.
+
+        Args:
+            asked: where predictions are wanted; the window's masked positions by default. A row
+                that asks nothing takes no part in the forward.
+            columns: canvas columns that `asked` is about; the window's by default.
+            tokens: canvases to look at instead of the current ones: (B, L), or (B, D, L) for D
+                drafts a row, which count as one forward of that row; `asked` then is (B, D, K).
+        """
+        ...
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """A rule for unmasking."""
+
+    def start(self, run: Run) -> Any:
+        """Refuse what cannot work (ValueError, before any forward) and return this run's state."""
+        ...
+
+    def step(self, window: Window, denoise: Denoise, state: Any) -> Edit:
+        """Decide one step: every row that takes part in a forward commits at least one token."""
+        ...
+
+
+def commit(window: Window, prediction: Prediction, chosen: Bool[Tensor, "B K"]) -> Edit:
+    """The edit that writes the predicted tokens at the chosen positions of the window."""
+    return Edit(window.columns, prediction.tokens, chosen)

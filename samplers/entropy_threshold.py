@@ -1,0 +1,42 @@
+"""dParallel's entropy threshold (arXiv 2509.26488, section 3.3).
+
+Per step: commit every masked position of the block whose entropy (nats) is at most `threshold`, and
+always the one with the lowest. The Dream version of the reference compares strictly; here both
+families use <=.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dllm.canvas import Edit, Window
+from dllm.checks import number
+from dllm.run import Run
+from dllm.samplers.base import Denoise, commit
+from dllm.samplers.selection import top
+
+
+@dataclass(frozen=True)
+class EntropyThreshold:
+    """Commit where the prediction is concentrated.
+
+    Args:
+        threshold: largest entropy, in nats, of a position to be committed.
+
+    Raises:
+        ValueError: a negative threshold.
+    """
+
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        number("threshold", self.threshold, "0 or more nats (0.5 is published)", low=0)
+
+    def start(self, run: Run) -> None:
+        """Nothing to prepare."""
+
+    def step(self, window: Window, denoise: Denoise, state: None) -> Edit:
+        """Commit all positions at or below the threshold, at least the lowest."""
+        prediction = denoise()
+        lowest = top(-prediction.entropy, 1, window.masked)
+        return commit(window, prediction, lowest | (prediction.entropy <= self.threshold) & window.masked)

@@ -1,0 +1,52 @@
+"""Fast-dLLM's factor rule (arXiv 2505.22618, section 3.3, theorem 1).
+
+With the block's confidences sorted c1 >= c2 >= ..., find the smallest n with
+
+    (n + 1) (1 - c_n) >= factor
+
+and commit the best n - 1 positions, at least one. Where no n satisfies it all but the last are
+committed, as in the reference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dllm.canvas import Edit, Window
+from dllm.checks import number
+from dllm.run import Run
+from dllm.samplers.base import Denoise, commit
+from dllm.samplers.selection import ranks, top
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Commit as many tokens as their joint confidence bears.
+
+    Args:
+        factor: the bound on (n + 1)(1 - c_n); larger commits more.
+
+    Raises:
+        ValueError: a factor that is not positive.
+    """
+
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        number("factor", self.factor, "a positive number (1.0 is published)", above=0)
+
+    def start(self, run: Run) -> None:
+        """Nothing to prepare."""
+
+    def step(self, window: Window, denoise: Denoise, state: None) -> Edit:
+        """Commit the longest safe head of the sorted confidences."""
+        prediction = denoise()
+        confidence = prediction.confidence.masked_fill(~window.masked, -torch.inf)
+        n = ranks(confidence) + 1
+        # Unmasked positions rank last and count as failing, so the smallest failing n is at most masks + 1.
+        fails = ((n + 1) * (1 - confidence) >= self.factor) & window.masked
+        masks = window.masked.sum(-1)
+        first = torch.where(fails, n, masks[:, None]).amin(-1)
+        return commit(window, prediction, top(confidence, (first - 1).clamp(min=1), window.masked))

@@ -1,0 +1,23 @@
+"""Selection rules that several policies share. Ties always go to the leftmost position."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def ranks(score: Float[Tensor, "B K"]) -> Int[Tensor, "B K"]:
+    """Rank of each position by descending score, 0 for the best; the leftmost of equals comes first."""
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(score.shape[-1], device=score.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)
+
+
+def top(
+    score: Float[Tensor, "B K"], count: Int[Tensor, " B"] | int, eligible: Bool[Tensor, "B K"]
+) -> Bool[Tensor, "B K"]:
+    """The `count` best eligible positions of each row."""
+    place = ranks(score.masked_fill(~eligible, -torch.inf))
+    limit = count[:, None] if isinstance(count, Tensor) else count
+    return (place < limit) & eligible
