@@ -1,0 +1,1 @@
+"""The commands of `dllm`, each a Hydra application."""

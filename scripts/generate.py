@@ -1,0 +1,194 @@
+"""`dllm generate`: one prompt with its canvas drawn as it fills, or a JSONL file of prompts."""
+
+from __future__ import annotations
+
+import random
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from hydra.utils import instantiate
+from jinja2 import TemplateError
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+import dllm
+from dllm.display import CanvasView, live, plain, save_picture
+from dllm.engine import Step
+from dllm.jsonl import AnswerFile, Question, read_questions
+from dllm.prompts import encode
+from dllm.scripts import app
+from dllm.tasks import word_problems
+
+_KINDS = get_type_hints(dllm.Options) | {"seed": int | None, "prompt": str | None}
+_SEEDS = 2**62
+
+
+def main() -> None:
+    """Entry point."""
+    app.run(generate, "generate", _KINDS)
+
+
+def generate(cfg: DictConfig) -> None:
+    """Do what the configuration says."""
+    _check(cfg)
+    questions = read_questions(Path(cfg.input)) if cfg.input else []
+    answers = AnswerFile(Path(cfg.output)) if cfg.output else None
+    sampler, cache = instantiate(cfg.sampler), instantiate(cfg.cache)
+    fields: Any = OmegaConf.to_container(cfg, resolve=True)
+    options = {name: fields[name] for name in dllm.Options.__dataclass_fields__}
+    options["seed"] = random.randrange(_SEEDS) if cfg.seed is None else cfg.seed
+    dllm.Options(**options)  # refuse bad values before the model loads
+    if answers is not None and not _left(questions, answers):
+        print(_done(questions, answers))
+        return
+    lm = dllm.load(cfg.model.path, **{name: value for name, value in fields["model"].items() if name != "path"})
+    runner = Runner(lm, sampler, cache, options, cfg.chat)
+    if answers is not None:
+        with answers:
+            runner.answer_file(questions, answers, cfg.show)
+    else:
+        prompt = word_problems.problems(1, seed=options["seed"])[0].question if cfg.prompt is None else cfg.prompt
+        runner.answer_prompt(prompt, cfg.show, Path(cfg.picture) if cfg.picture else None)
+
+
+class Runner:
+    """A loaded model and how to decode with it.
+
+    Args:
+        lm: the model.
+        sampler: the policy.
+        cache: what is reused between steps.
+        options: fields of `dllm.Options`; `seed` is a single number.
+        chat: send plain text as a user message.
+    """
+
+    def __init__(self, lm: dllm.LanguageModel, sampler: Any, cache: Any, options: dict[str, Any], chat: bool) -> None:
+        self.lm, self.sampler, self.cache, self.options, self.chat = lm, sampler, cache, options, chat
+
+    def answer_prompt(self, prompt: str, show: str, picture: Path | None) -> None:
+        """Decode one prompt, drawing its canvas; print the answer and what it cost."""
+        console = Console()
+        view = CanvasView(self.lm.tokenizer, self.options["gen_length"])
+        frames: list[Text] = []
+        if show == "auto":
+            show = "live" if console.is_terminal else "lines"
+        display, draw = live(view, console) if show == "live" else (nullcontext(), plain(view, print))
+        heading = [prompt]
+
+        def callback(step: Step) -> None:
+            while heading:  # only at the first step is it certain that nothing is refused
+                console.print(heading.pop(), style="bold", highlight=False, markup=False, soft_wrap=True)
+            if show != "none":
+                draw(step)
+            if picture:
+                frames.append(view.draw(step))
+
+        ids = self._encode([("prompt", prompt)])
+        with display, _naming(["prompt"]):
+            result = dllm.generate(self.lm, ids, self.sampler, self.cache, callback=callback, **self.options)
+        console.print(result.texts[0], style="green", highlight=False, markup=False, soft_wrap=True)
+        stats, nfe = result.stats, int(result.nfe[0])
+        counts = f"NFE {nfe}  tokens {stats.tokens}  TPF {stats.tpf:.2f}  {stats.tokens_per_second:.1f} tokens/s"
+        console.print(counts, highlight=False)
+        if picture:
+            save_picture(frames, f"{self.lm.name} · {prompt}", picture)
+
+    def answer_file(self, questions: Sequence[Question], answers: AnswerFile, show: str) -> None:
+        """Decode the questions that have no answer yet, writing each answer as it finishes."""
+        left = _left(questions, answers)
+        ids = self._encode([(question.place, question.prompt) for question in left])
+        # A question's seed is its line's, so that a resumed run gives what an uninterrupted one would.
+        options = self.options | {"seed": [self.options["seed"] + question.number for question in left]}
+        with _naming([question.place for question in left]):
+            finished = dllm.as_completed(self.lm, ids, self.sampler, self.cache, **options)
+        with _progress(show, len(questions), len(answers.ids)) as advance:
+            for answer in finished:
+                name = left[answer.index].id
+                answers.add({"id": name, "text": answer.text, "tokens": answer.tokens, "nfe": answer.nfe})
+                advance(name)
+        print(_done(questions, answers))
+
+    def _encode(self, prompts: Sequence[tuple[str, str | list[Mapping[str, str]]]]) -> list[list[int]]:
+        """Token ids of (place, prompt) pairs; an error names the place."""
+        ids = []
+        for place, prompt in prompts:
+            message = [{"role": "user", "content": prompt}] if self.chat and isinstance(prompt, str) else prompt
+            with _naming([place]):
+                ids += encode(message, self.lm.tokenizer)
+        return ids
+
+
+def _check(cfg: DictConfig) -> None:
+    if cfg.show not in ("auto", "live", "lines", "none"):
+        raise ValueError(f"show={cfg.show!r} is unknown; use auto, live, lines or none")
+    if (cfg.input is None) != (cfg.output is None):
+        raise ValueError(f"input={cfg.input!r} and output={cfg.output!r} belong together; give both or neither")
+    for name in ("prompt", "picture"):
+        if cfg.input is not None and cfg[name] is not None:
+            raise ValueError(f"{name} and input exclude each other; give one of them")
+    if cfg.input is not None and Path(cfg.input).resolve() == Path(cfg.output).resolve():
+        raise ValueError(f"output={cfg.output!r} is the input itself; give another file")
+    if cfg.picture is not None and Path(cfg.picture).suffix != ".svg":
+        raise ValueError(f"picture={cfg.picture!r} is no SVG file; give a name that ends in .svg")
+    for name in ("output", "picture"):
+        if cfg[name] is not None:
+            app.check_writable(name, cfg[name])
+    if not _is_text(cfg.prompt or ""):
+        raise ValueError(f"prompt={cfg.prompt!r} holds bytes that are no text; give UTF-8")
+    if cfg.seed is not None and not 0 <= cfg.seed < _SEEDS:
+        raise ValueError(f"seed={cfg.seed} is out of range; use 0 to 2**62 - 1, or null for any")
+
+
+def _left(questions: Sequence[Question], answers: AnswerFile) -> list[Question]:
+    """The questions without an answer."""
+    if strange := answers.ids - {question.id for question in questions}:
+        name = min(strange, key=str)
+        raise ValueError(f"output={str(answers.path)!r} answers {name!r}, which is not in input; give another file")
+    return [question for question in questions if question.id not in answers.ids]
+
+
+def _done(questions: Sequence[Question], answers: AnswerFile) -> str:
+    return f"{len(answers.ids)} of {len(questions)} answers are in {answers.path}"
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@contextmanager
+def _naming(places: Sequence[str]) -> Iterator[None]:
+    """Let an error about prompts[i] say where that prompt came from."""
+    try:
+        yield
+    except TemplateError as error:
+        raise ValueError(f"{places[0]} does not suit the chat template: {error}") from None
+    except ValueError as error:
+        raise ValueError(re.sub(r"^prompts\[(\d+)\]", lambda match: places[int(match[1])], str(error))) from None
+
+
+@contextmanager
+def _progress(show: str, total: int, done: int) -> Iterator[Callable[[str | int], None]]:
+    """A progress bar on a terminal, a line for each answer elsewhere."""
+    console = Console(stderr=True)
+    if show == "live" or (show == "auto" and console.is_terminal):
+        columns = TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task("answering", total=total, completed=done)
+            yield lambda name: progress.advance(task)
+    else:
+        count = iter(range(done + 1, total + 1))
+        yield lambda name: print(f"{next(count)}/{total}  {name}", file=sys.stderr) if show != "none" else None
+
+
+if __name__ == "__main__":
+    main()

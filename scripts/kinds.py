@@ -1,0 +1,100 @@
+"""Options of the right kind: what the command line turned into values, held against type hints and defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+
+from dllm.loading import load
+from dllm.scripts.usage import groups
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+
+
+def check_kinds(cfg: DictConfig, config_name: str, kinds: Mapping[str, Any]) -> None:
+    """Refuse options that do not exist and values of the wrong kind.
+
+    Args:
+        cfg: the composed configuration.
+        config_name: its YAML in conf/; a default other than null tells an option's kind.
+        kinds: type hints that go before the defaults.
+
+    Raises:
+        ValueError: naming the option, its value and what it takes.
+    """
+    source = OmegaConf.create((resources.files("dllm.conf") / f"{config_name}.yaml").read_text(encoding="utf-8"))
+    defaults: Any = OmegaConf.to_container(source)
+    group_names = groups(config_name)
+    for key, value in cfg.items():
+        name = str(key)
+        value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        if name in group_names:
+            _check_group(name, value)
+        elif name in kinds:
+            _check(name, value, kinds[name])
+        elif name in defaults:
+            _check_like(name, value, defaults[name])
+        else:
+            raise ValueError(f"{name} is no option here; --help lists those there are")
+
+
+def _check_group(group: str, values: Any) -> None:
+    """Hold a group's options against the constructor they go to."""
+    hints = get_type_hints(get_object(values["_target_"]) if "_target_" in values else load)
+    for name, value in values.items():
+        if name in hints:
+            _check(f"{group}.{name}", value, hints[name])
+        elif name not in ("_target_", "path"):
+            raise ValueError(f"{group}.{name} is no option here; --help lists those there are")
+
+
+def _check_like(name: str, value: Any, default: Any) -> None:
+    """Hold a value against its default; null says nothing about what is allowed."""
+    if isinstance(default, dict) and isinstance(value, dict):
+        for key in set(value) & set(default):
+            _check_like(f"{name}.{key}", value[key], default[key])
+    elif isinstance(default, list):
+        _check(name, value, Sequence[type(default[0])])  # type: ignore[misc]  # a type known only now
+    elif default is not None:
+        _check(name, value, type(default))
+
+
+def _check(name: str, value: Any, hint: Any) -> None:
+    if not _fits(value, hint):
+        raise ValueError(f"{name}={value!r} is of the wrong kind; give {_describe(hint)}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    parts = get_args(hint)
+    match get_origin(hint) or hint:
+        case kind if kind in (Union, UnionType):
+            return any(_fits(value, part) for part in parts)
+        case kind if kind is Literal:
+            return value in parts
+        case kind if kind is Sequence:
+            return isinstance(value, list) and all(_fits(entry, parts[0]) for entry in value)
+        case kind if kind in (int, float):
+            return isinstance(value, (int, kind)) and not isinstance(value, bool)
+        case kind if kind in (bool, str, NoneType):
+            return isinstance(value, kind)
+        case kind:
+            # An object to be made from a group of options: its own constructor looks at them.
+            return kind is Any or isinstance(value, dict)
+
+
+def _describe(hint: Any) -> str:
+    parts = get_args(hint)
+    match get_origin(hint) or hint:
+        case kind if kind in (Union, UnionType):
+            return " or ".join(dict.fromkeys(_describe(part) for part in parts))
+        case kind if kind is Literal:
+            return " or ".join(map(str, parts))
+        case kind if kind is Sequence:
+            return "a list"
+        case kind:
+            return _WORDS.get(kind, "a group of options")

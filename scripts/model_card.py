@@ -1,0 +1,148 @@
+"""The model card of a bundled model: what it is, how it was made, and how well it does, measured here."""
+
+from __future__ import annotations
+
+import shlex
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import track
+from safetensors import safe_open
+from transformers import Qwen2ForCausalLM
+
+import dllm
+from dllm.evaluation import Score, evaluate, evaluate_causal
+from dllm.samplers import Vanilla
+from dllm.tasks import word_problems
+from dllm.tokenizers import load_tokenizer
+
+_KINDS = {
+    "llada": "A masked diffusion language model in the LLaDA architecture (bidirectional transformer)",
+    "dream": "A masked diffusion language model in the Dream architecture (bidirectional Qwen2, shifted logits)",
+    "guide": "A causal language model in the Qwen2 architecture, which can guide the bundled denoisers",
+}
+# Where things lay and how they were measured is no part of how a model is trained.
+_NO_RECIPE = ("out", "publish", "init", "threads", "checkpoint_every", "log_every", "eval_problems", "eval_seed")
+
+
+def model_card(folder: Path, recipe_file: Path, cfg: DictConfig, minutes: float) -> str:
+    """Measure a trained model and describe it.
+
+    Args:
+        folder: where it lies.
+        recipe_file: the configuration it was trained with.
+        cfg: says how to measure: `eval_problems`, `eval_seed` and `device`.
+        minutes: training time.
+
+    Returns:
+        Markdown with the YAML front matter that Hugging Face reads.
+    """
+    recipe: Any = OmegaConf.create(recipe_file.read_text(encoding="utf-8"))
+    with safe_open(folder / "model.safetensors", framework="pt") as weights:
+        parameters = sum(torch.Size(weights.get_slice(key).get_shape()).numel() for key in weights.keys())  # noqa: SIM118
+    start = f", starting from the weights of {Path(recipe.init).name}" if recipe.init else ""
+    parts = [
+        *_front_matter(recipe.arch),
+        f"# tiny-{recipe.arch}",
+        f"{_KINDS[recipe.arch]}, {parameters:,} parameters. It does one thing: solve the word problems that "
+        "`dllm.tasks.word_problems` makes.",
+        "## Data",
+        "Problems of two or three additions and subtractions (and some of one) over 0 to 99, told in varied "
+        "phrasings, each answered in one of three styles at random. They are made as training goes, "
+        f"{recipe.batch_size:,} a step, from seed {recipe.seed}; a word-level tokenizer with single digits comes with "
+        "the model. Problems to measure on come from seeds of 1,000,000 and above, which training never uses.",
+        "## Training",
+        f"`{_command(recipe)}`: {recipe.steps:,} steps of {recipe.batch_size:,} problems, "
+        f"seed {recipe.seed}, {minutes:.0f} minutes on {_device(recipe)}{start}.",
+        _yaml({key: value for key, value in recipe.items() if key not in _NO_RECIPE}),
+        "## Accuracy",
+        *_accuracy(folder, recipe.arch, cfg),
+        "## Limits",
+        "It knows the words, phrasings and number range of this task and nothing else: other text, larger numbers or "
+        "longer chains give nonsense. It exists to compare ways of decoding on any machine.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(arch: str) -> list[str]:
+    kind = "causal-lm" if arch == "guide" else "masked-diffusion"
+    fields = {
+        "license": "apache-2.0",
+        "library_name": "transformers" if arch == "guide" else "dllm-samplers",
+        "language": "en",
+        "pipeline_tag": "text-generation",
+        "tags": ["dllm", kind, {"guide": "qwen2"}.get(arch, arch), "word-problems"],
+    }
+    return ["---\n" + OmegaConf.to_yaml(fields) + "---"]
+
+
+def _accuracy(folder: Path, arch: str, cfg: DictConfig) -> list[str]:
+    if cfg.eval_problems == 0:
+        return ["Not measured."]
+    scores = measure(folder, arch, word_problems.problems(cfg.eval_problems, cfg.eval_seed), cfg.device)
+    rows = [
+        f"| {label} | {s.final:.1%} | {s.interval[0]:.1%} to {s.interval[1]:.1%} | {s.chain:.1%} |"
+        for label, s in scores.items()
+    ]
+    head = "| decoding | right final answers | 95% interval | right final answer and whole chain |\n|---|---|---|---|\n"
+    how = "" if arch == "guide" else ", 64 positions in blocks of 32"
+    return [f"On {cfg.eval_problems} problems of seed {cfg.eval_seed}{how}:", head + "\n".join(rows)]
+
+
+def measure(folder: Path, arch: str, problems: list[word_problems.Problem], device: str) -> dict[str, Score]:
+    """Score a trained model: a denoiser at one and at four tokens a step, the guide greedily."""
+    if arch == "guide":
+        model: Any = Qwen2ForCausalLM.from_pretrained(folder)
+        tokenizer = load_tokenizer(folder)
+        assert tokenizer is not None
+        return {"greedy": evaluate_causal(model.to(device=device).eval(), tokenizer, problems)}
+    lm, scores = dllm.load(folder, device=device), {}
+    console = Console(stderr=True)
+    for count in track((1, 4), "measuring", console=console, disable=not console.is_terminal):
+        label = f"vanilla, {count} token{'s' * (count > 1)} per step"
+        scores[label] = evaluate(
+            lm, problems, Vanilla(tokens_per_step=count), gen_length=64, block_length=32, batch_size=50
+        )
+    return scores
+
+
+def _device(recipe: Any) -> str:
+    if torch.device(recipe.device).type == "cuda" and torch.cuda.is_available():
+        return f"one {torch.cuda.get_device_name(recipe.device)}"
+    threads = recipe.threads or torch.get_num_threads()
+    return f"{recipe.device} ({threads} thread{'s' * (threads > 1)})"
+
+
+def _yaml(fields: dict[Any, Any]) -> str:
+    return f"```yaml\n{OmegaConf.to_yaml(OmegaConf.create(fields), resolve=True)}```"
+
+
+def _command(recipe: Any) -> str:
+    """The command that trains by this recipe: everything that differs from the defaults."""
+    text = (resources.files("dllm.conf") / "train_tiny.yaml").read_text(encoding="utf-8")
+    defaults: Any = OmegaConf.to_container(OmegaConf.create(text))
+    fields: Any = OmegaConf.to_container(recipe)
+    words = [f"dllm train-tiny arch={recipe.arch}"]
+    if recipe.init:
+        words.append(f"init=outputs/{Path(recipe.init).name}")
+    for key, value in fields.items():
+        if key in ("arch", *_NO_RECIPE) or value == defaults.get(key):
+            continue
+        if isinstance(value, dict):
+            # Hydra merges: what the recipe does not have must be taken back.
+            value = dict.fromkeys(defaults[key], 0) | value
+        words.append(shlex.quote(f"{key}={_as_override(value)}"))
+    return " ".join(words)
+
+
+def _as_override(value: Any) -> str:
+    """A value as Hydra's grammar writes it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_as_override(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_as_override, value)) + "]"
+    return "null" if value is None else str(value)

@@ -1,0 +1,129 @@
+"""`dllm tradeoff`: measure several settings on held-out word problems; write a table and a chart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import dllm
+from dllm.evaluation import Score, evaluate
+from dllm.scripts import app
+from dllm.tasks import word_problems
+
+_COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")
+
+
+def main() -> None:
+    """Entry point."""
+    app.run(tradeoff, "tradeoff", {"block_length": int | None})
+
+
+def tradeoff(cfg: DictConfig) -> None:
+    """Measure every setting and write `out`.md and `out`.svg."""
+    figure = _new_figure()  # missing matplotlib is told now, not after the measuring
+    if cfg.problems < 1:
+        raise ValueError(f"problems={cfg.problems} is out of range; use 1 or more")
+    for suffix in (".md", ".svg"):
+        app.check_writable("out", cfg.out, cfg.out + suffix)
+    samplers = {str(label): instantiate(sampler) for label, sampler in cfg.settings.items()}
+    options = {name: cfg[name] for name in ("gen_length", "block_length", "batch_size")}
+    dllm.Options(**options)  # refuse bad values before the model loads
+    lm = dllm.load(cfg.model.path, **{name: value for name, value in cfg.model.items() if name != "path"})
+
+    scores = _measure(lm, word_problems.problems(cfg.problems, cfg.seed), samplers, options)
+    settings = ", ".join(f"{name}={value}" for name, value in options.items())
+    text = table(scores, f"{lm.name}, {cfg.problems} problems of seed {cfg.seed}, {settings}")
+    draw(figure, scores, lm.name)
+    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(cfg.out + ".md").write_text(text, encoding="utf-8")
+    figure.savefig(cfg.out + ".svg", metadata={"Date": None})
+    console = Console()
+    if console.is_terminal:
+        console.print(Markdown(text))
+    else:
+        print(text)
+
+
+def _measure(
+    lm: dllm.LanguageModel, problems: list[word_problems.Problem], samplers: dict[str, Any], options: dict[str, Any]
+) -> dict[str, Score]:
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    scores = {}
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=len(problems) * len(samplers))
+        for label, sampler in samplers.items():
+            progress.update(task, description=label)
+            scores[label] = evaluate(
+                lm, problems, sampler, callback=lambda step: progress.advance(task, step.finished), **options
+            )
+    return scores
+
+
+def table(scores: dict[str, Score], caption: str) -> str:
+    """The scores as a Markdown table."""
+    rows = [
+        f"| {label} | {s.final:.1%} | {s.interval[0]:.1%} to {s.interval[1]:.1%} | {s.chain:.1%} "
+        f"| {s.nfe:.1f} | {s.tpf:.2f} |"
+        for label, s in scores.items()
+    ]
+    head = "| setting | right answers | 95% interval | whole chain right | NFE | TPF |"
+    return "\n".join([caption, "", head, "|---|---|---|---|---|---|", *rows, ""])
+
+
+def draw(figure: Any, scores: dict[str, Score], title: str) -> None:
+    """Draw accuracy over NFE: one labelled point a setting with its 95% interval, one colour a sampler."""
+    axes = figure.add_subplot()
+    colours: dict[str, str] = {}
+    # Neighbours are labelled above and below in turn, so that their labels keep apart.
+    for place, (label, s) in enumerate(sorted(scores.items(), key=lambda entry: entry[1].nfe)):
+        family, setting = _split(label)
+        known = family in colours
+        colour = colours.setdefault(family, _COLOURS[len(colours) % len(_COLOURS)])
+        low, high = s.interval
+        # At 0% and 100% rounding may put the interval's end beyond the share itself.
+        error = [[max(0.0, s.final - low)], [max(0.0, high - s.final)]]
+        name = None if known else family
+        axes.errorbar(s.nfe, s.final, yerr=error, fmt="o", color=colour, capsize=3, markersize=5, label=name)
+        end, offset, side = ((low, -4, "top"), (high, 4, "bottom"))[place % 2]
+        axes.annotate(
+            setting, (s.nfe, end), (0, offset), textcoords="offset points",
+            ha="center", va=side, fontsize=9, color=colour,
+        )  # fmt: skip
+    axes.set(xlabel="NFE per problem", ylabel="right answers", title=title, ylim=(-0.08, 1.1))
+    axes.set_xlim(0, max(s.nfe for s in scores.values()) * 1.1)
+    axes.set_yticks([share / 5 for share in range(6)], [f"{share:.0%}" for share in (0, 0.2, 0.4, 0.6, 0.8, 1)])
+    axes.grid(axis="y", color="#eeeeee")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+
+
+def _split(label: str) -> tuple[str, str]:
+    """A label's sampler and its setting: "vanilla, 2 per step" and "threshold 0.9" alike."""
+    family, _, setting = label.partition(" ")
+    return family.rstrip(","), setting or family
+
+
+def _new_figure() -> Any:
+    """An empty figure on matplotlib's Agg canvas, which needs no display."""
+    try:
+        from matplotlib import rcParams
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("the chart needs matplotlib: pip install 'dllm-samplers[plot]'") from None
+    # Text stays text, and the same numbers give the same file.
+    rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "dllm"})
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+if __name__ == "__main__":
+    main()

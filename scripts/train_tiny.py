@@ -1,0 +1,234 @@
+"""Train a bundled model on the word problems: `python scripts/train_tiny.py arch=llada`.
+
+Muon on the matrices, AdamW on the rest, linear decay, averaged weights; what the batches are and how
+they are masked is in `tiny_data`. Run again to resume; a finished run only measures and writes the
+model card.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import TextIO
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from dllm.scripts import app
+from dllm.scripts.model_card import model_card
+from dllm.scripts.tiny_data import BatchMaker, corrupt
+from dllm.scripts.tiny_models import build_model
+from dllm.tasks.tokenizer import build_tokenizer
+
+# What a published model consists of; the rest of the folder serves resuming.
+PUBLISHED = """README.md config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json
+special_tokens_map.json added_tokens.json chat_template.jinja""".split()
+
+
+class Trainer:
+    """Everything that a resumed run needs, in one place."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        torch.manual_seed(cfg.seed)
+        self.cfg = cfg
+        self.out = Path(cfg.out)
+        self.device_type = torch.device(cfg.device).type
+        self.tokenizer = build_tokenizer()
+        self.batches = BatchMaker(cfg, self.tokenizer)
+        self.rng = torch.Generator().manual_seed(cfg.seed)
+        self.model = build_model(cfg, self.tokenizer).to(cfg.device)
+        matrices = [p for n, p in self.model.named_parameters() if p.ndim == 2 and (".layers." in n or ".blocks." in n)]
+        chosen = {id(p) for p in matrices}
+        rest = [p for p in self.model.parameters() if id(p) not in chosen]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(matrices, lr=cfg.matrix_lr, weight_decay=0.01),
+            torch.optim.AdamW(rest, lr=cfg.rest_lr, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
+        self.average = [p.detach().clone() for p in self.model.parameters()]
+        self.step = 0
+        self.seconds = 0.0
+        self.compute_loss = torch.compile(self._loss, dynamic=False) if cfg.compile else self._loss
+
+    def _loss(self, ids: Tensor, valid: Tensor, masked: Tensor, target: Tensor) -> Tensor:
+        cfg, width = self.cfg, self.cfg.prompt_length
+        positions = (valid.cumsum(-1) - 1).clamp(min=0)
+        dtype = getattr(torch, cfg.autocast) if cfg.autocast else torch.float32
+        canvas, shift = ids[:, width:], 0 if cfg.arch == "llada" else 1
+        if cfg.arch != "guide":
+            ids = torch.cat((ids[:, :width], canvas.masked_fill(masked, self.tokenizer.mask_token_id)), dim=1)
+        extra = {"use_cache": False} if cfg.arch == "guide" else {}
+        with torch.autocast(self.device_type, dtype=dtype, enabled=cfg.autocast is not None):
+            logits = self.model(input_ids=ids, attention_mask=valid, position_ids=positions, **extra).logits
+        logits = logits[:, width - shift : logits.shape[1] - shift].float()
+        losses = F.cross_entropy(logits.transpose(1, 2), canvas, reduction="none")
+        return ((losses * target).sum(-1) / target.sum(-1).clamp(min=1)).mean()
+
+    def train_step(self) -> Tensor:
+        """Learn from one batch; return its loss."""
+        cfg = self.cfg
+        batch = self.batches()
+        canvas = batch.ids[:, cfg.prompt_length :]
+        if cfg.arch == "guide":
+            masked = target = torch.ones_like(canvas, dtype=torch.bool)
+        else:
+            masked, target = corrupt(canvas, batch.answer_lengths, cfg.noise, self.tokenizer, self.rng)
+        loss = self.compute_loss(*(t.to(cfg.device) for t in (batch.ids, batch.valid, masked, target)))
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        scale = min(1.0, (self.step + 1) / cfg.warmup) * max(0.01, 1 - self.step / cfg.steps)
+        for optimizer, rate in zip(self.optimizers, (cfg.matrix_lr, cfg.rest_lr), strict=True):
+            optimizer.param_groups[0]["lr"] = rate * scale
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            weight = max(1 - cfg.ema, 10 / (self.step + 10))
+            torch._foreach_lerp_(self.average, list(self.model.parameters()), weight)
+        self.step += 1
+        return loss.detach()
+
+    def save(self) -> None:
+        """Write what resuming needs, and the averaged weights as a loadable folder beside it."""
+        state = {
+            "model": [p.detach().clone() for p in self.model.parameters()], "average": self.average,
+            "optimizers": [o.state_dict() for o in self.optimizers], "step": self.step, "seconds": self.seconds,
+            "rng": self.rng.get_state(), "problems": self.batches.rng.getstate(),
+        }  # fmt: skip
+        torch.save(state, self.out / "state.tmp")
+        (self.out / "state.tmp").replace(self.out / "state.pt")
+        self.export()
+
+    def export(self) -> None:
+        """Write the averaged weights and the tokenizer."""
+        trained = [p.detach().clone() for p in self.model.parameters()]
+        self._assign(self.average)
+        self.model.save_pretrained(self.out)
+        self.tokenizer.save_pretrained(self.out)
+        self._assign(trained)
+
+    def resume(self) -> None:
+        """Continue from `out/state.pt` where there is one.
+
+        Raises:
+            ValueError: it belongs to another model.
+        """
+        path = self.out / "state.pt"
+        if not path.exists():
+            return
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if [p.shape for p in state["model"]] != [p.shape for p in self.model.parameters()]:
+            raise ValueError(f"out={str(self.out)!r} holds the training of another model; give another folder")
+        self._assign(state["model"])
+        self.average = [p.to(self.cfg.device) for p in state["average"]]
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.rng.set_state(state["rng"])
+        self.batches.rng.setstate(state["problems"])
+
+    def _assign(self, values: list[Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(self.model.parameters(), values, strict=True):
+                parameter.copy_(value)
+
+
+def main() -> None:
+    """Entry point."""
+    text = {"init": str | None, "publish": str | None, "autocast": str | None}
+    app.run(train, "train_tiny", {**text, "threads": int | None})
+
+
+def train(cfg: DictConfig) -> None:
+    """Train until `steps`, saving as it goes; then measure, write the model card and publish."""
+    _check(cfg)
+    logging.disable_progress_bar()  # transformers draws one for each small file
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    trainer = Trainer(cfg)
+    trainer.resume()
+    trainer.out.mkdir(parents=True, exist_ok=True)
+    recipe = trainer.out / "train_tiny.yaml"
+    if trainer.step < cfg.steps or not recipe.exists():
+        recipe.write_text(OmegaConf.to_yaml(cfg), encoding="utf-8")
+    _run(trainer)
+    trainer.export()
+    card = model_card(trainer.out, recipe, cfg, trainer.seconds / 60)
+    (trainer.out / "README.md").write_text(card, encoding="utf-8")
+    if cfg.publish:
+        Path(cfg.publish).mkdir(parents=True, exist_ok=True)
+        for name in PUBLISHED:
+            if (trainer.out / name).exists():
+                shutil.copy(trainer.out / name, cfg.publish)
+    print(f"model and model card in {cfg.publish or cfg.out}")
+
+
+def _run(trainer: Trainer) -> None:
+    """Take the steps that are left, with a progress bar on a terminal and a line now and then elsewhere."""
+    cfg, console, log = trainer.cfg, Console(stderr=True), []
+    loss_column = TextColumn("{task.fields[loss]}")
+    columns = *Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn(), loss_column
+    with (
+        _open_log(trainer) as file,
+        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
+    ):
+        task = progress.add_task(cfg.arch, total=cfg.steps, completed=trainer.step, loss="")
+        while trainer.step < cfg.steps:
+            started = time.perf_counter()
+            log.append(trainer.train_step())
+            trainer.seconds += time.perf_counter() - started
+            progress.update(task, completed=trainer.step)
+            if trainer.step % cfg.log_every == 0:
+                loss = torch.stack(log).mean().item()
+                log.clear()
+                progress.update(task, loss=f"loss {loss:.4f}")
+                if not console.is_terminal:
+                    print(f"{trainer.step}/{cfg.steps}  loss {loss:.4f}", flush=True)
+                file.write(f"{trainer.step},{loss:.5f},{trainer.seconds:.0f}\n")
+                file.flush()
+            if trainer.step % cfg.checkpoint_every == 0 or trainer.step == cfg.steps:
+                trainer.save()
+
+
+def _open_log(trainer: Trainer) -> TextIO:
+    """Open loss.csv without what a run wrote after the checkpoint that is resumed."""
+    path = trainer.out / "loss.csv"
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    file = path.open("w", encoding="utf-8")
+    file.writelines(f"{line}\n" for line in lines if int(line.split(",")[0]) <= trainer.step)
+    return file
+
+
+def _check(cfg: DictConfig) -> None:
+    for name in ("steps", "batch_size", "prompt_length", "warmup", "checkpoint_every", "log_every", "eval_problems"):
+        least = 0 if name == "eval_problems" else 1
+        if cfg[name] < least:
+            raise ValueError(f"{name}={cfg[name]} is out of range; use {least} or more")
+    if cfg.arch not in ("guide", "llada", "dream"):
+        raise ValueError(f"arch={cfg.arch!r} is unknown; use guide, llada or dream")
+    if cfg.autocast not in (None, "bfloat16", "float16"):
+        raise ValueError(f"autocast={cfg.autocast!r} is unknown; use bfloat16, float16 or null")
+    try:
+        torch.empty(0, device=cfg.device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device={cfg.device!r} is not available here; use cpu or a device torch sees") from None
+    for name in ("out", "publish"):
+        if cfg[name] is not None:
+            app.check_writable(name, cfg[name], f"{cfg[name]}/README.md")
+    size = cfg.model
+    for name, value in size.items():
+        if value < 1:
+            raise ValueError(f"model.{name}={value} is out of range; use 1 or more")
+    if size.hidden_size % (2 * size.num_heads) or size.num_heads % size.num_kv_heads:
+        raise ValueError(
+            f"model.num_heads={size.num_heads} is out of range; twice it must divide hidden_size={size.hidden_size}, "
+            f"and num_kv_heads={size.num_kv_heads} must divide it"
+        )
+
+
+if __name__ == "__main__":
+    main()
