@@ -1,0 +1,31 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """The models here are too small for more, and xdist brings its own parallelism."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Small random checkpoints with the logits of the published implementations."""
+    return TESTS / "golden"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """More checkpoints and recorded decodes, in a folder beside the repository; tests skip without it."""
+    folder = TESTS.parent.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"needs {folder}")
+    return folder

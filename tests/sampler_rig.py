@@ -1,0 +1,67 @@
+"""Runs one step of a sampler on confidences given by hand."""
+
+from __future__ import annotations
+
+from math import nan
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dllm.canvas import Edit, Window
+from dllm.prediction import Prediction, Sampling
+from dllm.run import Run
+
+# What a block may look like: nan stands for a position that is decoded already.
+confidences = st.lists(st.one_of(st.just(nan), st.floats(0.02, 0.999)), min_size=1, max_size=12).filter(
+    lambda values: any(value == value for value in values)
+)
+MASK = 99
+GUESSES = 100
+
+
+def facts(block_length: int = 8, generated: int = 16) -> Run:
+    """A run of one row."""
+    return Run(1, 20, block_length, (generated,), MASK, (98,), False, (1, 1, 4), torch.float64, torch.device("cpu"))
+
+
+def window(masked: Tensor, step: int = 0, block: int = 0, entry_masks: int | None = None) -> Window:
+    """A window over the columns 4, 5, ... of one row."""
+    masked = masked[None]
+    width = masked.shape[1]
+    return Window(
+        rows=torch.tensor([0]),
+        tokens=torch.full((1, 20), MASK),
+        columns=4 + torch.arange(width)[None],
+        inside=torch.ones_like(masked),
+        masked=masked,
+        index=masked.flatten().nonzero()[:, 0],
+        block=torch.tensor([block]),
+        entry_masks=torch.tensor([width if entry_masks is None else entry_masks]),
+        step=torch.tensor([step]),
+        uniform=lambda: torch.rand(1, width, generator=torch.Generator().manual_seed(step)),
+    )
+
+
+def chosen(sampler: Any, confidence: list[float], **where: Any) -> list[int]:
+    """Offsets that one step commits, given the confidence of each position; nan stands for a decoded one."""
+    values = torch.tensor(confidence, dtype=torch.float64)
+    view = window(~values.isnan(), **where)
+    logits = two_way(values[~values.isnan()])
+
+    def denoise(*args: Any, **kwargs: Any) -> Prediction:
+        return Prediction(logits, view.masked, view.index, GUESSES, Sampling())
+
+    edit: Edit = sampler.step(
+        view, denoise, sampler.start(facts(block_length=len(confidence), generated=2 * len(confidence)))
+    )
+    assert torch.equal(edit.columns, view.columns)
+    assert (edit.tokens[edit.write] == 0).all()
+    return edit.write[0].nonzero()[:, 0].tolist()
+
+
+def two_way(confidence: Tensor) -> Tensor:
+    """Logits whose token 0 has the given probability, the rest spread over so many that none is larger."""
+    rest = ((1 - confidence) / GUESSES).clamp(min=1e-300).log()
+    return torch.cat((confidence.log()[:, None], rest[:, None].expand(-1, GUESSES), rest[:, None] - 1e9), dim=1)

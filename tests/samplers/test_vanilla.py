@@ -1,0 +1,108 @@
+"""Fixed schedules."""
+
+from __future__ import annotations
+
+from math import nan
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import dllm
+from dllm.samplers import Vanilla
+from models import random_llada
+from sampler_rig import chosen, facts
+
+
+def test_commits_the_quota_of_the_step() -> None:
+    # Two blocks of 8 masks share 5 steps: two in the first (4, 4), three in the second (3, 3, 2).
+    vanilla = Vanilla(steps=5)
+    values = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
+    assert chosen(vanilla, values, step=0) == [4, 5, 6, 7]
+    assert chosen(vanilla, [*values[:4], *[nan] * 4], step=1) == [0, 1, 2, 3]
+    assert chosen(vanilla, values, step=0, block=1) == [5, 6, 7]
+    assert chosen(vanilla, [*values[:5], *[nan] * 3], step=1, block=1) == [2, 3, 4]
+    assert chosen(vanilla, [*values[:2], *[nan] * 6], step=2, block=1) == [0, 1]
+
+
+def test_ties_go_to_the_leftmost() -> None:
+    assert chosen(Vanilla(tokens_per_step=2), [0.4, 0.5, 0.5, 0.5]) == [1, 2]
+
+
+@given(st.integers(1, 24), st.integers(1, 24), st.sampled_from(["uniform", "timestep"]))
+def test_quotas_use_up_the_masks_without_an_empty_step(masks: int, steps: int, schedule: str) -> None:
+    run = facts(block_length=24, generated=24)
+    table = Vanilla(steps=steps, schedule=schedule).start(run).table  # type: ignore[arg-type]
+    for row in table:
+        quotas = row[masks].tolist()
+        used = [quota for quota in quotas if quota]
+        assert sum(quotas) == masks
+        # No zero before the last token is out: a step that commits nothing would cost a forward.
+        assert quotas[: len(used)] == used
+        assert len(used) <= steps
+
+
+def test_the_uniform_schedule_gives_the_remainder_to_the_first_steps() -> None:
+    table = Vanilla(steps=5).start(facts(block_length=16)).table
+    assert table[0][13, :5].tolist() == [3, 3, 3, 2, 2]
+
+
+def test_the_timestep_schedule_is_dreams() -> None:
+    # t = linspace(1, 0.001, 5): int(m (1 - s/t)) of 10 masks, the last step all.
+    table = Vanilla(steps=4, schedule="timestep").start(facts(block_length=16)).table
+    assert table[0][10, :4].tolist() == [2, 2, 2, 4]
+
+
+@pytest.mark.parametrize("order", ["low_confidence", "margin", "entropy"])
+def test_every_order_prefers_the_surest(order: str) -> None:
+    assert chosen(Vanilla(order=order), [0.5, 0.9, nan, 0.7]) == [1]  # type: ignore[arg-type]
+
+
+def test_orders_differ_where_they_should() -> None:
+    lm = random_llada()
+    runs = {
+        order: dllm.generate(lm, [[1, 2]], Vanilla(order=order), gen_length=16, stop_at_eos=False, seed=0).commit_step
+        for order in ("low_confidence", "margin", "entropy", "random")
+    }
+    assert len({tuple(steps[0].tolist()) for steps in runs.values()}) == 4
+
+
+def test_a_random_order_is_uniform() -> None:
+    first = torch.zeros(4)
+    lm = random_llada()
+    for seed in range(200):
+        result = dllm.generate(lm, [[1]], Vanilla(order="random"), gen_length=4, stop_at_eos=False, seed=seed)
+        first[result.commit_step[0].argmin()] += 1
+    assert first.min() > 25
+
+
+def test_steps_cost_what_they_say() -> None:
+    lm = random_llada()
+    for steps in (3, 7, 20):
+        result = dllm.generate(
+            lm, [[1], [2, 3]], Vanilla(steps=steps), gen_length=20, block_length=8, stop_at_eos=False
+        )
+        assert result.nfe.tolist() == [steps, steps]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"steps": 0}, "steps=0"),
+        ({"tokens_per_step": 0}, "tokens_per_step=0"),
+        ({"steps": 4, "tokens_per_step": 2}, "exclude each other"),
+        ({"order": "best"}, "order='best'.*low_confidence"),
+        ({"schedule": "cosine"}, "schedule='cosine'.*timestep"),
+        ({"schedule": "timestep"}, "needs steps"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Vanilla(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("steps", [1, 17])
+def test_steps_that_do_not_fit_the_run_are_refused(steps: int) -> None:
+    with pytest.raises(ValueError, match=rf"steps={steps} .*between 2 .* and 16"):
+        Vanilla(steps=steps).start(facts())

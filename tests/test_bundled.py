@@ -1,0 +1,50 @@
+"""The bundled models do what their cards say, so that policies have something to win and to lose."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from transformers import Qwen2ForCausalLM
+
+import dllm
+from dllm.evaluation import evaluate, evaluate_causal
+from dllm.loading import BUNDLED
+from dllm.samplers import Vanilla
+from dllm.tasks import word_problems
+from dllm.tokenizers import load_tokenizer
+
+# Held out: training uses seeds below 1,000,000.
+PROBLEMS = word_problems.problems(100, seed=3_000_001)
+OPTIONS = {"gen_length": 64, "block_length": 32, "batch_size": 50}
+
+
+@pytest.mark.parametrize(("name", "least"), [("tiny-llada", 0.95), ("tiny-dream", 0.90)])
+def test_one_token_per_step_is_nearly_always_right_and_four_visibly_worse(name: str, least: float) -> None:
+    lm = dllm.load(name, device="cpu")
+    slow = evaluate(lm, PROBLEMS, Vanilla(), **OPTIONS)
+    fast = evaluate(lm, PROBLEMS, Vanilla(tokens_per_step=4), **OPTIONS)
+    # 100 problems: three standard errors of room below what 500 must show.
+    assert slow.final >= least - 3 * (least * (1 - least) / 100) ** 0.5
+    assert fast.final <= slow.final - 0.10
+    assert fast.nfe < slow.nfe / 3
+
+
+def test_the_guide_is_nearly_always_right() -> None:
+    folder = BUNDLED / "tiny-guide"
+    score = evaluate_causal(Qwen2ForCausalLM.from_pretrained(folder).eval(), load_tokenizer(folder), PROBLEMS)
+    assert score.final >= 0.90
+
+
+def test_together_they_are_small() -> None:
+    assert sum(path.stat().st_size for path in BUNDLED.rglob("*")) < 25e6
+
+
+def test_the_readme_shows_the_measured_table() -> None:
+    root = Path(__file__).parents[1]
+    table = [line for line in (root / "docs" / "tradeoff.md").read_text().splitlines() if line.startswith("|")]
+    assert "\n".join(table) in (root / "README.md").read_text()
+    card = (BUNDLED / "tiny-llada" / "README.md").read_text()
+    measured = re.search(r"vanilla, 1 token per step \| ([\d.]+%)", card)
+    assert measured is not None and f"vanilla, 1 per step | {measured[1]}" in "\n".join(table)

@@ -1,0 +1,148 @@
+"""`dllm` itself: help that shows every option and works as printed, version, unknown commands, runs from a clone."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from importlib import resources
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from commands import Outcome, command
+from dllm.resolve import names
+from dllm.scripts.app import rewrite
+from dllm.scripts.cli import COMMANDS
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+CONF = resources.files("dllm.conf")
+EACH = pytest.mark.parametrize("name", COMMANDS)
+
+
+def yaml(file: str) -> tuple[str, Any]:
+    text = (CONF / file).read_text(encoding="utf-8")
+    return text, OmegaConf.to_container(OmegaConf.create(text))
+
+
+def config(name: str) -> str:
+    return f"{name.replace('-', '_')}.yaml"
+
+
+def helped(*arguments: str) -> str:
+    result = command(*arguments, "--help")
+    assert (result.code, result.err) == (0, "")
+    return result.out
+
+
+class TestDllm:
+    @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
+    def test_lists_every_command_with_its_purpose(self, arguments: list[str]) -> None:
+        result = command(*arguments)
+        assert (result.code, result.err) == (0, "")
+        for name in COMMANDS:
+            purpose = yaml(config(name))[0].splitlines()[0].removeprefix("# ")
+            assert re.search(rf"^  {name} +{re.escape(purpose)}$", result.out, re.MULTILINE)
+
+    def test_every_application_is_a_command(self) -> None:
+        applications = {path.stem for path in SCRIPTS.glob("*.py") if "app.run(" in path.read_text()}
+        assert {name.replace("-", "_") for name in COMMANDS} == applications
+
+    def test_tells_its_version(self) -> None:
+        assert command("--version") == Outcome(0, f"dllm {version('dllm-samplers')}\n", "")
+
+    @pytest.mark.parametrize("name", ["generat", "train_tiny", "app", "prompt=x", "--foo", ""])
+    def test_an_unknown_command_is_named_with_those_there_are(self, name: str) -> None:
+        result = command(name)
+        assert (result.code, result.out) == (2, "")
+        assert result.err == f"dllm: error: {name!r} is no command; use one of {', '.join(COMMANDS)}\n"
+
+
+class TestHelp:
+    @EACH
+    @pytest.mark.parametrize("flag", ["--help", "-h"])
+    def test_shows_every_option_with_its_comment(self, name: str, flag: str) -> None:
+        shown = command(name, flag).out
+        text, options = yaml(config(name))
+        for option in set(options) - {"defaults", "hydra"}:
+            line = re.search(rf"^{option}:.*$", text, re.MULTILINE)
+            assert line is not None
+            assert f"\n  {line[0]}\n" in shown
+
+    @EACH
+    def test_every_option_is_explained(self, name: str) -> None:
+        text, options = yaml(config(name))
+        unexplained = {option for option in options if not re.search(rf"^{option}:.*#", text, re.MULTILINE)}
+        assert unexplained <= {"defaults", "hydra"}
+
+    @EACH
+    def test_shows_every_choice_of_every_group(self, name: str) -> None:
+        shown, (_, options) = helped(name), yaml(config(name))
+        for entry in options["defaults"]:
+            for group, default in entry.items() if isinstance(entry, dict) else ():
+                if group.startswith("override "):
+                    continue
+                assert f"\n{group}=NAME, by default {default}:\n" in shown
+                for choice in names(group):
+                    purpose = yaml(f"{group}/{choice}.yaml")[0].splitlines()[0].removeprefix("# ")
+                    assert re.search(rf"^  {re.escape(choice)} +{re.escape(purpose)}$", shown, re.MULTILINE)
+
+    @EACH
+    def test_shows_nothing_that_only_hydra_reads(self, name: str) -> None:
+        shown = helped(name)
+        assert not re.search(r"^ *(defaults|hydra|output_subdir):|override hydra|_target_: *$", shown, re.MULTILINE)
+        assert max(map(len, shown.splitlines())) <= 120
+
+    @pytest.mark.parametrize("sampler", names("sampler"))
+    def test_explains_the_options_of_the_chosen_sampler(self, sampler: str) -> None:
+        shown = helped("generate", f"sampler={sampler}")
+        assert f"\nOptions of sampler={sampler}, changed with sampler.NAME=VALUE:\n" in shown
+        for line in yaml(f"sampler/{sampler}.yaml")[0].splitlines():
+            if not line.startswith(("#", "_target_")):
+                assert f"\n  {line}\n" in shown
+
+    def test_a_folder_is_the_custom_model(self) -> None:
+        assert "\nOptions of model=custom, " in helped("generate", "model=/some/folder")
+
+    def test_an_unknown_choice_is_refused(self) -> None:
+        result = command("generate", "sampler=nope", "--help")
+        assert (result.code, result.out) == (2, "")
+        assert result.err.startswith("dllm generate: error: sampler=nope is unknown; use one of ")
+
+    @EACH
+    def test_its_examples_are_valid(self, name: str) -> None:
+        examples = [line.strip() for line in helped(name).splitlines() if line.startswith(f"  dllm {name}")]
+        assert examples
+        for example in examples:
+            with initialize_config_module("dllm.conf", version_base="1.3"):
+                application = name.replace("-", "_")
+                compose(application, rewrite(shlex.split(example)[2:], application))
+
+
+def test_every_application_runs_from_a_clone() -> None:
+    scripts = {name: str(SCRIPTS / f"{name.replace('-', '_')}.py") for name in COMMANDS}
+    running = {
+        name: subprocess.Popen([sys.executable, path, "-h"], stdout=subprocess.PIPE) for name, path in scripts.items()
+    }
+    for name, process in running.items():
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 0
+        assert out.decode() == helped(name)
+
+
+def test_multirun_sweeps_over_settings_and_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    monkeypatch.setattr("dllm.scripts.generate.generate", seen.append)
+    result = command(
+        "generate", "-m", "prompt=a, b", "sampler=vanilla,threshold", "model=tiny-llada,/no/such", "seed=3"
+    )
+    assert result.code == 0
+    assert [cfg.prompt for cfg in seen] == ["a, b"] * 4
+    assert [cfg.sampler._target_.split(".")[-1] for cfg in seen] == ["Vanilla", "Vanilla", "Threshold", "Threshold"]
+    assert [cfg.model.path for cfg in seen] == ["tiny-llada", "/no/such"] * 2

@@ -1,0 +1,249 @@
+"""What holds for every sampler over every backbone, whatever the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import dllm
+from dllm.resolve import names
+from dllm.samplers import EntropyThreshold, Factor, Threshold, Vanilla
+from dllm.samplers.base import Sampler
+from models import random_dream, random_llada
+from toys import Drafting, Refreshing, Remembering, Revoking, Rewriting, Stalling, Vandal, Watching
+
+BACKBONES = {"llada": random_llada, "dream": random_dream}
+SAMPLERS: dict[str, Any] = {
+    **{name: name for name in names("sampler")},
+    "vanilla-steps": Vanilla(steps=13),
+    "vanilla-3": Vanilla(tokens_per_step=3),
+    "vanilla-timestep": Vanilla(steps=20, schedule="timestep"),
+    "vanilla-margin": Vanilla(order="margin"),
+    "vanilla-entropy": Vanilla(order="entropy", tokens_per_step=2),
+    "vanilla-random": Vanilla(order="random"),
+    "threshold-0.3": Threshold(0.3),
+    "threshold-paced": Threshold(0.2, steps=11),
+    "factor-3": Factor(3.0),
+    "entropy-2": EntropyThreshold(2.0),
+    "drafting": Drafting(),
+    "remembering": Remembering(),
+    "revoking": Revoking(),
+}
+# No empty prompt here: all masks are alike then, and rounding alone decides among them.
+PROMPTS = [[5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [50], [11, 12], [30, 31, 32, 33], [8, 8], [4, 40, 4, 40, 4]]
+
+
+def only(keep: Callable[[Any], bool]) -> Any:
+    """Parametrise over the samplers that a rule applies to."""
+    kept = {name: sampler for name, sampler in SAMPLERS.items() if keep(sampler)}
+    return pytest.mark.parametrize("sampler", kept.values(), ids=kept)
+
+
+backbones = pytest.mark.parametrize("make", BACKBONES.values(), ids=BACKBONES)
+samplers = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+Maker = Callable[..., dllm.LanguageModel]
+
+
+def run(
+    lm: dllm.LanguageModel, prompts: list[list[int]], sampler: Any, cache: Any = "none", **options: Any
+) -> dllm.Generation:
+    defaults = {"gen_length": 22, "block_length": 8, "batch_size": 8, "stop_at_eos": False, "seed": 3}
+    return dllm.generate(lm, prompts, sampler, cache, **defaults | options)
+
+
+@backbones
+@samplers
+def test_finishes_without_masks_and_leaves_the_prompt(make: Maker, sampler: Any) -> None:
+    lm = make()
+    result = run(lm, PROMPTS, sampler)
+    assert not (result.completions == lm.backbone.mask_token_id).any()
+    for prompt, row in zip(PROMPTS, result.sequences, strict=True):
+        assert row[len(row) - 22 - len(prompt) : -22].tolist() == prompt
+
+
+@backbones
+@samplers
+def test_row_result_ignores_batchmates(make: Maker, sampler: Any) -> None:
+    lm = make()
+    alone = [run(lm, [prompt], sampler, seed=[50 + i]) for i, prompt in enumerate(PROMPTS)]
+    for size in range(1, 9):
+        batch = run(lm, PROMPTS, sampler, batch_size=size, seed=50)
+        for row, single in enumerate(alone):
+            assert batch.completions[row].tolist() == single.completions[0].tolist()
+            assert batch.commit_step[row].tolist() == single.commit_step[0].tolist()
+            assert batch.nfe[row] == single.nfe[0]
+
+
+@backbones
+@only(
+    lambda sampler: sampler not in (Vanilla(steps=13), Vanilla(steps=20, schedule="timestep"), Threshold(0.2, steps=11))
+)
+@pytest.mark.parametrize("block_length", [4, None])
+def test_infilled_row_ignores_batchmates(make: Maker, sampler: Any, block_length: int | None) -> None:
+    lm = make()
+    m = lm.backbone.mask_token_id
+    rows = [[m, 5, m, m, 8, 9, m], [3, m, m, 4], [1, 2, 3, 4, 5, 6, m, 7, *[m] * 12, 9], [8, m]]
+    batch = dllm.infill(lm, rows, sampler, block_length=block_length, seed=5)
+    for i, row in enumerate(rows):
+        alone = dllm.infill(lm, [row], sampler, block_length=block_length, seed=5 + i)
+        assert batch.sequences[i, -len(row) :].tolist() == alone.sequences[0].tolist()
+        assert batch.nfe[i] == alone.nfe[0]
+
+
+@pytest.mark.parametrize(
+    "sampler", [Vanilla(steps=6), Vanilla(steps=6, schedule="timestep"), Threshold(0.2, steps=6)], ids=repr
+)
+def test_infilled_rows_of_unequal_spans_share_their_own_steps(sampler: Any) -> None:
+    lm = random_llada()
+    m = lm.backbone.mask_token_id
+    rows = [[4, *[m] * 9], [5, 6, *[m] * 17]]
+    batch = dllm.infill(lm, rows, sampler, block_length=4)
+    for i, row in enumerate(rows):
+        alone = dllm.infill(lm, [row], sampler, block_length=4)
+        assert batch.sequences[i, -len(row) :].tolist() == alone.sequences[0].tolist()
+        assert batch.nfe[i] == alone.nfe[0] <= 6
+
+
+@backbones
+@samplers
+def test_row_result_ignores_batchmates_when_rows_stop_and_draw(make: Maker, sampler: Any) -> None:
+    lm = make()
+    # A frequent token ends the text, so that rows leave the batch at different times.
+    common = int(run(lm, PROMPTS, "vanilla").completions.flatten().mode().values)
+    options = {"stop_at_eos": True, "eos_token_id": common, "temperature": 0.7, "top_p": 0.95}
+    batch = run(lm, PROMPTS, sampler, seed=9, **options)
+    for row, prompt in enumerate(PROMPTS):
+        single = run(lm, [prompt], sampler, seed=9 + row, **options)
+        assert batch.completions[row].tolist() == single.completions[0].tolist()
+        assert batch.nfe[row] == single.nfe[0]
+
+
+@backbones
+@only(lambda sampler: not isinstance(sampler, Drafting))  # takes two forwards a step by design
+def test_every_forward_commits(make: Maker, sampler: Any) -> None:
+    result = run(make(), PROMPTS, sampler)
+    assert (result.nfe <= 22).all()
+    for row, nfe in zip(result.commit_step.tolist(), result.nfe.tolist(), strict=True):
+        # A revoked position carries its last commit only, so the steps of Revoking may have gaps.
+        if not isinstance(sampler, Revoking):
+            assert set(row) == set(range(nfe))
+        assert max(row) == nfe - 1 and min(row) >= 0
+
+
+@backbones
+@samplers
+def test_same_seed_same_result(make: Maker, sampler: Any) -> None:
+    lm = make()
+    first, again, other = (run(lm, PROMPTS, sampler, temperature=1.5, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first.sequences, again.sequences)
+    assert not torch.equal(first.sequences, other.sequences)
+
+
+@backbones
+@only(lambda sampler: sampler != Vanilla(order="random"))
+def test_greedy_needs_no_seed(make: Maker, sampler: Any) -> None:
+    lm = make()
+    assert torch.equal(run(lm, PROMPTS, sampler, seed=1).sequences, run(lm, PROMPTS, sampler, seed=None).sequences)
+
+
+@backbones
+@samplers
+def test_inputs_are_left_alone(make: Maker, sampler: Any) -> None:
+    lm = make()
+    inner = dllm.resolve.resolve("sampler", sampler, Sampler)
+    prompts = torch.tensor([[5, 9, 3], [6, 1, 2]])
+    kept = prompts.clone()
+    watched = dllm.generate(lm, prompts, Watching(inner), gen_length=22, block_length=8, stop_at_eos=False, seed=0)
+    plain = dllm.generate(lm, prompts, inner, gen_length=22, block_length=8, stop_at_eos=False, seed=0)
+    assert torch.equal(prompts, kept)
+    assert torch.equal(watched.sequences, plain.sequences)
+
+
+@backbones
+@only(lambda sampler: not isinstance(sampler, Drafting))  # the toy store keeps one draft a row
+def test_a_cache_that_refreshes_at_every_step_is_no_cache(make: Maker, sampler: Any) -> None:
+    lm = make()
+    exact, refreshed = run(lm, PROMPTS, sampler), run(lm, PROMPTS, sampler, Refreshing())
+    assert torch.equal(exact.sequences, refreshed.sequences)
+    assert torch.equal(exact.nfe, refreshed.nfe)
+    assert refreshed.stats.cache_refreshes == int(refreshed.nfe.sum())
+
+
+@backbones
+def test_a_cache_may_compute_any_columns(make: Maker) -> None:
+    lm = make()
+    result = run(lm, PROMPTS[:3], "threshold", Refreshing(narrow=True))
+    assert not (result.completions == lm.backbone.mask_token_id).any()
+    assert result.stats.computed_share < 0.7
+    # Stale keys change something on a random model; otherwise this test would not see the store at all.
+    assert not torch.equal(result.sequences, run(lm, PROMPTS[:3], "threshold").sequences)
+
+
+@backbones
+@only(lambda sampler: sampler != Vanilla(order="random") and not isinstance(sampler, (Drafting, Revoking)))
+def test_ties_go_to_the_leftmost(make: Maker, sampler: Any) -> None:
+    lm = make()
+    with torch.no_grad():
+        lm.backbone.get_output_embeddings().weight.zero_()
+    steps = run(lm, PROMPTS, sampler).commit_step
+    assert torch.equal(steps, steps.sort(dim=1).values)
+
+
+@backbones
+def test_a_guided_run_is_one_forward_a_step(make: Maker) -> None:
+    lm = make()
+    plain, guided = run(lm, PROMPTS, "vanilla"), run(lm, PROMPTS, "vanilla", cfg_scale=1.5)
+    assert guided.nfe.tolist() == [22] * len(PROMPTS)
+    assert not torch.equal(plain.sequences, guided.sequences)
+    alone = run(lm, PROMPTS[2:3], "vanilla", cfg_scale=1.5)
+    assert guided.completions[2].tolist() == alone.completions[0].tolist()
+
+
+@backbones
+def test_an_empty_prompt_generates(make: Maker) -> None:
+    lm = make()
+    result = run(lm, [[], [3, 4]], "threshold")
+    assert not (result.completions == lm.backbone.mask_token_id).any()
+    assert result.completions[1].tolist() == run(lm, [[3, 4]], "threshold").completions[0].tolist()
+
+
+def test_a_cache_may_refuse_a_run_before_the_first_forward() -> None:
+    lm = random_llada()
+    lm.backbone.register_forward_pre_hook(lambda *_: pytest.fail("a forward was run"))
+    with pytest.raises(ValueError, match="cfg_scale needs cache=none"):
+        run(lm, PROMPTS, "vanilla", Refreshing(), cfg_scale=1.0)
+
+
+def test_a_sampler_that_makes_no_progress_is_stopped() -> None:
+    with pytest.raises(RuntimeError, match="no progress in row 0"):
+        run(random_llada(), PROMPTS, Stalling())
+
+
+def test_a_sampler_that_only_rewrites_is_stopped() -> None:
+    with pytest.raises(RuntimeError, match="no progress in row 0"):
+        run(random_llada(), [[1, 2]], Rewriting())
+
+
+def test_a_cache_that_leaves_out_a_column_that_is_read_fails() -> None:
+    with pytest.raises(IndexError):
+        run(random_llada(), [[1, 2]], "vanilla", Refreshing(short=True))
+
+
+def test_a_sampler_cannot_touch_the_prompt() -> None:
+    with pytest.raises(RuntimeError, match="outside the positions"):
+        run(random_llada(), [[1, 2, 3]], Vandal())
+
+
+def test_one_sampler_serves_runs_at_once() -> None:
+    lm, sampler = random_llada(), Remembering()
+    streams = [
+        dllm.stream(lm, [prompt], sampler, gen_length=22, block_length=8, stop_at_eos=False) for prompt in PROMPTS[:3]
+    ]
+    frames: list[Any] = [None] * 3
+    for together in zip(*streams, strict=True):
+        frames = list(together)
+    for prompt, frame in zip(PROMPTS[:3], frames, strict=True):
+        assert frame.tokens[0].tolist() == run(lm, [prompt], sampler).sequences[0].tolist()

@@ -1,0 +1,316 @@
+"""Tokenizers in the layouts LLaDA and Dream publish, written small and read back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase
+
+from dllm.tasks.tokenizer import build_tokenizer
+from dllm.tokenizers import load_tokenizer
+
+LLADA_TOKENS = (
+    "<|startoftext|> <|endoftext|> [gMASK] <|mdm_mask|> <|start_header_id|> <|end_header_id|> <|eot_id|>".split()
+)
+DREAM_TOKENS = "<|endoftext|> <|im_start|> <|im_end|> <|beginoftext|> <|mask|>".split()
+LLADA_CHAT = (
+    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
+    "+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}"
+    "{% endif %}{{ content }}{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+)
+DREAM_CHAT = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TEXTS = [
+    "Hello world, don't stop!",
+    " leading, trailing and  double  spaces \n\n\ttabs ",
+    "spaces before , punctuation . n't 's stay",
+    "naïve Ωmega 日本語 العربية 🙂👩‍👩‍👧 \u200b",
+    "2024-11-20: 3.14159 + 1e-9",
+    "",
+]
+
+
+def train() -> Tokenizer:
+    """A byte-level BPE that has learnt whole numbers, which Qwen2's pre-tokenization never shows it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    corpus = ["hello world hello 2024 2024", "don't stop the music", "naïve café naïve café"] * 20
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        corpus, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
+    )
+    return tokenizer
+
+
+def added_tokens(tokens: list[str], first: int) -> dict[str, Any]:
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    return {str(first + i): {"content": token, **flags} for i, token in enumerate(tokens)}
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def write_llada(folder: Path) -> None:
+    """LLaDA's layout: everything in tokenizer.json, described again in tokenizer_config.json."""
+    tokenizer = train()
+    first = tokenizer.get_vocab_size()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in LLADA_TOKENS])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    write_json(folder / "special_tokens_map.json", special)
+    write_json(
+        folder / "tokenizer_config.json",
+        special
+        | {
+            "added_tokens_decoder": added_tokens(LLADA_TOKENS, first),
+            "chat_template": LLADA_CHAT,
+            "clean_up_tokenization_spaces": False,
+            "fast_tokenizer": True,
+            "gmask_token": "[gMASK]",
+            "merges_file": None,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "model_max_length": 1000000000000000019884624838656,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "trust_remote_code": True,
+            "vocab_file": None,
+        },
+    )
+
+
+def write_dream(folder: Path) -> None:
+    """Dream's layout: vocab.json, merges.txt and added tokens, with a tokenizer class given as code."""
+    tokenizer = train()
+    first = tokenizer.get_vocab_size()
+    tokenizer.model.save(str(folder))
+    write_json(folder / "added_tokens.json", {token: first + i for i, token in enumerate(DREAM_TOKENS)})
+    special = {
+        "additional_special_tokens": ["<|beginoftext|>", "<|mask|>"],
+        "bos_token": "<|beginoftext|>",
+        "eos_token": "<|endoftext|>",
+        "mask_token": "<|mask|>",
+        "pad_token": "<|endoftext|>",
+    }
+    write_json(folder / "special_tokens_map.json", special)
+    write_json(
+        folder / "tokenizer_config.json",
+        special
+        | {
+            "add_bos_token": False,
+            "add_prefix_space": False,
+            "added_tokens_decoder": added_tokens(DREAM_TOKENS, first),
+            "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+            "chat_template": DREAM_CHAT,
+            "clean_up_tokenization_spaces": False,
+            "errors": "replace",
+            "model_max_length": 131072,
+            "split_special_tokens": False,
+            "tokenizer_class": "DreamTokenizer",
+            "unk_token": None,
+        },
+    )
+    trace = folder / "executed"
+    (folder / "tokenization_dream.py").write_text(
+        f"open({str(trace)!r}, 'w').close()\nclass DreamTokenizer: ...\n", encoding="utf-8"
+    )
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One folder of each layout, to be read only."""
+    folders = {}
+    for layout, write in (("llada", write_llada), ("dream", write_dream)):
+        folders[layout] = tmp_path_factory.mktemp(layout)
+        write(folders[layout])
+    return folders
+
+
+def read(folder: Path) -> PreTrainedTokenizerBase:
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer is not None
+    return tokenizer
+
+
+@pytest.fixture(scope="module", params=["llada", "dream"])
+def tokenizer(request: pytest.FixtureRequest, written: dict[str, Path]) -> PreTrainedTokenizerBase:
+    return read(written[request.param])
+
+
+@pytest.fixture
+def dream(written: dict[str, Path], tmp_path: Path) -> Path:
+    """A private copy of the Dream layout."""
+    return Path(shutil.copytree(written["dream"], tmp_path / "dream"))
+
+
+@pytest.fixture
+def llada(written: dict[str, Path], tmp_path: Path) -> Path:
+    """A private copy of the LLaDA layout."""
+    return Path(shutil.copytree(written["llada"], tmp_path / "llada"))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_survives_the_round_trip(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+@settings(max_examples=50, deadline=None)
+@given(text=st.text(max_size=40))
+def test_any_text_survives_the_round_trip_up_to_unicode_composition(
+    tokenizer: PreTrainedTokenizerBase, text: str
+) -> None:
+    decoded = tokenizer.decode(tokenizer(text).input_ids)
+    assert unicodedata.normalize("NFC", decoded) == unicodedata.normalize("NFC", text)
+
+
+@pytest.mark.parametrize(("layout", "tokens"), [("llada", LLADA_TOKENS), ("dream", DREAM_TOKENS)])
+def test_special_tokens_are_single_ids_after_the_vocabulary(
+    written: dict[str, Path], layout: str, tokens: list[str]
+) -> None:
+    tokenizer = read(written[layout])
+    first = train().get_vocab_size()
+    for i, token in enumerate(tokens):
+        ids = tokenizer(f"a{token}b").input_ids
+        assert ids[1:-1] == [first + i]
+        assert tokenizer.decode(ids) == f"a{token}b"
+        assert tokenizer.decode(ids, skip_special_tokens=True) == "ab"
+    assert len(tokenizer) == first + len(tokens)
+
+
+def test_dream_splits_text_as_qwen2_does(written: dict[str, Path]) -> None:
+    """Single digits, composed characters, a space before the word: not what the vocabulary was trained on."""
+    dream, llada = read(written["dream"]), read(written["llada"])
+    assert len(llada.tokenize("2024")) < 4
+    assert dream.tokenize("2024") == ["2", "0", "2", "4"]
+    assert dream("cafe\u0301").input_ids == dream("caf\u00e9").input_ids
+    assert dream.tokenize("hello world") == ["hello", "Ġworld"]
+
+
+def test_dream_code_is_never_executed(written: dict[str, Path]) -> None:
+    read(written["dream"])
+    assert (written["dream"] / "tokenization_dream.py").is_file()
+    assert not (written["dream"] / "executed").exists()
+
+
+def test_chat_template_of_llada_opens_the_answer(written: dict[str, Path]) -> None:
+    tokenizer = read(written["llada"])
+    chat = [{"role": "user", "content": " Hi "}]
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert text == (
+        "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+    assert tokenizer(text).input_ids.count(tokenizer.convert_tokens_to_ids("<|start_header_id|>")) == 2
+
+
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_chat_template_of_dream_is_read_from_the_config_or_a_file(dream: Path, in_a_file: bool) -> None:
+    if in_a_file:
+        config = json.loads((dream / "tokenizer_config.json").read_text())
+        (dream / "chat_template.jinja").write_text(config.pop("chat_template"), encoding="utf-8")
+        write_json(dream / "tokenizer_config.json", config)
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    text = read(dream).apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert text == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("source", ["added_tokens.json", "tokenizer_config.json"])
+def test_added_tokens_may_be_stated_in_either_file(dream: Path, source: str) -> None:
+    expected = read(dream)("a<|im_end|>b<|mask|>").input_ids
+    if source == "added_tokens.json":
+        config = json.loads((dream / "tokenizer_config.json").read_text())
+        del config["added_tokens_decoder"]
+        write_json(dream / "tokenizer_config.json", config)
+    else:
+        (dream / "added_tokens.json").unlink()
+    assert read(dream)("a<|im_end|>b<|mask|>").input_ids == expected
+
+
+def test_batches_are_padded_on_the_left(tokenizer: PreTrainedTokenizerBase) -> None:
+    batch = tokenizer(["a", "a b c"], padding=True)
+    short, long = batch.input_ids
+    assert len(short) == len(long)
+    assert short[:-1] == [tokenizer.pad_token_id] * (len(long) - 1)
+    assert batch.attention_mask[0] == [0] * (len(long) - 1) + [1]
+
+
+def test_the_bundled_tokenizer_is_read_back_as_it_was_built(tmp_path: Path) -> None:
+    built = build_tokenizer()
+    built.save_pretrained(tmp_path)
+    loaded = read(tmp_path)
+    text = "Sam has 38 pens. The answer is 52.<|mdm_mask|>"
+    assert loaded(text).input_ids == built(text).input_ids
+    assert loaded.decode(loaded(text).input_ids) == text
+    assert loaded.mask_token_id == built.mask_token_id
+    assert loaded.get_vocab() == built.get_vocab()
+
+
+def test_a_folder_without_tokenizer_files_has_no_tokenizer(golden: Path) -> None:
+    assert load_tokenizer(golden / "llada-rand-a") is None
+
+
+def _write(name: str, content: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).write_text(content, encoding="utf-8")
+
+
+def _shift_ids(folder: Path) -> None:
+    ids = json.loads((folder / "added_tokens.json").read_text())
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["added_tokens_decoder"]
+    write_json(folder / "added_tokens.json", {token: number + 5 for token, number in ids.items()})
+    write_json(folder / "tokenizer_config.json", config)
+
+
+DREAM_DAMAGE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
+    "no vocabulary": (lambda folder: (folder / "vocab.json").unlink(), ("vocab.json is missing",)),
+    "no merges": (lambda folder: (folder / "merges.txt").unlink(), ("merges.txt is missing",)),
+    "vocabulary is no JSON": (_write("vocab.json", "{"), ("vocab.json", "cannot be read")),
+    "vocabulary of another model": (_write("vocab.json", '{"a": 0}'), ("vocab.json", "cannot be read")),
+    "merges are no merges": (_write("merges.txt", "a b c d\n"), ("merges.txt", "cannot be read")),
+    "config is no JSON": (_write("tokenizer_config.json", "{"), ("tokenizer_config.json", "cannot be read")),
+    "config is no object": (_write("tokenizer_config.json", "[1]"), ("tokenizer_config.json", "cannot be read")),
+    "ids with a gap": (_shift_ids, ("<|endoftext|>", "its files say")),
+}
+LLADA_DAMAGE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
+    "no tokenizer.json": (lambda folder: (folder / "tokenizer.json").unlink(), ("tokenizer.json is missing",)),
+    "tokenizer.json is no JSON": (_write("tokenizer.json", "{"), ("tokenizer.json", "cannot be read")),
+    "tokenizer.json is empty": (_write("tokenizer.json", "{}"), ("tokenizer.json", "cannot be read")),
+}
+
+
+def _error_of(folder: Path) -> str:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  # both callers look at the message
+        load_tokenizer(folder)
+    assert len(str(caught.value).splitlines()) == 1
+    assert caught.value.__context__ is None or caught.value.__suppress_context__
+    assert str(folder) in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("damage", DREAM_DAMAGE)
+def test_damaged_dream_files_are_one_clear_line(dream: Path, damage: str) -> None:
+    edit, expected = DREAM_DAMAGE[damage]
+    edit(dream)
+    message = _error_of(dream)
+    for part in expected:
+        assert part in message
+
+
+@pytest.mark.parametrize("damage", LLADA_DAMAGE)
+def test_damaged_llada_files_are_one_clear_line(llada: Path, damage: str) -> None:
+    edit, expected = LLADA_DAMAGE[damage]
+    edit(llada)
+    message = _error_of(llada)
+    for part in expected:
+        assert part in message

@@ -1,0 +1,179 @@
+"""`dllm tradeoff`: a table and a chart of what was measured."""
+
+from __future__ import annotations
+
+import builtins
+import re
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+import dllm
+from commands import Outcome, command
+from dllm.evaluation import Score, evaluate, wilson
+from dllm.scripts import tradeoff as application
+from dllm.tasks import word_problems
+from models import random_llada, save_folder
+
+LM = random_llada(tokenizer=True, max_length=128)
+SETTINGS = {
+    "vanilla, 4 per step": dllm.samplers.Vanilla(tokens_per_step=4),
+    "threshold 0.7": dllm.samplers.Threshold(threshold=0.7),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_folder(LM, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def measured(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, Path]:
+    """One run of the command on four problems."""
+    out = tmp_path_factory.mktemp("out") / "new" / "chart.v1"
+    options = ["problems=4", "seed=1000009", "gen_length=10", "block_length=5", "batch_size=3"]
+    return command("tradeoff", f"model={model}", f"out={out}", *options), out
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def score(final: float, nfe: float, n: int = 100) -> Score:
+    return Score(n, final, final / 2, wilson(round(final * n), n), nfe, 2.5, 321.4)
+
+
+class TestCommand:
+    def test_the_table_holds_the_scores(self, measured: tuple[Outcome, Path]) -> None:
+        result, out = measured
+        assert (result.code, result.err) == (0, "")
+        lines = Path(f"{out}.md").read_text().splitlines()
+        assert "4 problems of seed 1000009, gen_length=10, block_length=5, batch_size=3" in lines[0]
+        head, table = cells(lines[2]), {cells(line)[0]: cells(line) for line in lines[4:]}
+        assert head[1:6] == ["right answers", "95% interval", "whole chain right", "NFE", "TPF"]
+        assert len(table) == 7
+        problems = word_problems.problems(4, 1000009)
+        for label, sampler in SETTINGS.items():
+            s = evaluate(LM, problems, sampler, gen_length=10, block_length=5, batch_size=3)
+            assert table[label][1:6] == [
+                f"{s.final:.1%}", f"{s.interval[0]:.1%} to {s.interval[1]:.1%}", f"{s.chain:.1%}", f"{s.nfe:.1f}",
+                f"{s.tpf:.2f}",
+            ]  # fmt: skip
+
+    def test_the_table_is_printed_too(self, measured: tuple[Outcome, Path]) -> None:
+        assert measured[0].out.strip() == Path(f"{measured[1]}.md").read_text().strip()
+
+    def test_the_chart_is_well_formed_and_names_every_setting(self, measured: tuple[Outcome, Path]) -> None:
+        texts = [
+            element.text for element in ElementTree.parse(f"{measured[1]}.svg").iter("{http://www.w3.org/2000/svg}text")
+        ]
+        assert {"vanilla", "threshold", "1 per step", "8 per step", "0.95", "0.7", "NFE per problem"} <= set(texts)
+
+    @pytest.mark.parametrize(
+        ("arguments", "named"),
+        [
+            (["problems=0"], "problems=0 is out of range"),
+            (["problems=some"], "problems='some'"),
+            (["gen_length=0"], "gen_length=0"),
+            (["batch_size=0"], "batch_size=0"),
+            (["gen_length=200"], "context of 128"),
+            (["settings.threshold 0.9.threshold=-1"], "threshold=-1"),
+            (["+extra=1"], "extra is no option"),
+            (["out=/dev/null/x"], "out='/dev/null/x' cannot be written"),
+            (["model=/no/such/folder"], "'/no/such/folder'"),
+        ],
+    )
+    def test_bad_input_is_one_line_and_writes_nothing(
+        self, model: Path, tmp_path: Path, arguments: list[str], named: str
+    ) -> None:
+        result = command("tradeoff", f"model={model}", f"out={tmp_path}/a/chart", "problems=1", *arguments)
+        assert (result.code, result.out) == (2, "")
+        assert result.err.startswith("dllm tradeoff: error: ")
+        assert result.err.count("\n") == 1
+        assert named in result.err
+        assert list(tmp_path.iterdir()) == []
+
+    def test_missing_matplotlib_is_told_before_anything_is_measured(
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+            monkeypatch.delitem(sys.modules, name)
+        real = builtins.__import__
+
+        def without(name: str, *rest: Any) -> Any:
+            if name.split(".")[0] == "matplotlib":
+                raise ImportError(name)
+            return real(name, *rest)
+
+        monkeypatch.setattr(builtins, "__import__", without)
+        monkeypatch.setattr(dllm, "load", None)
+        result = command("tradeoff", f"model={model}", f"out={tmp_path}/chart")
+        expected = "dllm tradeoff: error: the chart needs matplotlib: pip install 'dllm-samplers[plot]'\n"
+        assert result == Outcome(2, "", expected)
+
+
+class TestChart:
+    SCORES = {  # noqa: RUF012
+        "vanilla, 1 per step": score(0.98, 40.2), "vanilla, 2 per step": score(0.93, 20.5),
+        "vanilla, 4 per step": score(0.6, 10.8), "vanilla, 8 per step": score(0.2, 5.9),
+        "threshold 0.95": score(0.975, 17.0), "threshold 0.9": score(0.97, 15.5), "threshold 0.7": score(0.95, 11.8),
+    }  # fmt: skip
+
+    @pytest.fixture
+    def axes(self) -> Any:
+        figure = application._new_figure()
+        application.draw(figure, self.SCORES, "tiny-llada")
+        figure.draw_without_rendering()
+        return figure.axes[0]
+
+    def test_every_point_stands_at_its_score_with_its_interval(self, axes: Any) -> None:
+        points, bars = set(), set()
+        for container in axes.containers:
+            line, _, (bar,) = container.lines
+            points.add((float(line.get_xdata()[0]), float(line.get_ydata()[0])))
+            ((x, low), (_, high)) = bar.get_segments()[0]
+            bars.add((round(float(x), 6), round(float(low), 6), round(float(high), 6)))
+        assert points == {(s.nfe, s.final) for s in self.SCORES.values()}
+        assert bars == {(s.nfe, round(s.interval[0], 6), round(s.interval[1], 6)) for s in self.SCORES.values()}
+
+    def test_labels_cover_neither_each_other_nor_a_point_and_stay_inside(self, axes: Any) -> None:
+        boxes = [text.get_window_extent() for text in axes.texts]
+        assert len(boxes) == len(self.SCORES)
+        for number, box in enumerate(boxes):
+            assert not any(box.overlaps(other) for other in boxes[:number])
+            assert axes.bbox.y0 <= box.y0
+            assert box.y1 <= axes.bbox.y1
+            assert not any(box.contains(*axes.transData.transform((s.nfe, s.final))) for s in self.SCORES.values())
+
+    def test_one_colour_a_sampler(self, axes: Any) -> None:
+        colours: dict[str, set[str]] = {}
+        for text in axes.texts:
+            colours.setdefault("vanilla" if "per step" in text.get_text() else "threshold", set()).add(text.get_color())
+        assert [len(found) for found in colours.values()] == [1, 1]
+        assert colours["vanilla"] != colours["threshold"]
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["vanilla", "threshold"]
+
+    @pytest.mark.parametrize("final", [0.0, 1.0])
+    @pytest.mark.parametrize("n", [1, 3, 500])
+    def test_none_and_all_right_can_be_drawn(self, final: float, n: int) -> None:
+        figure = application._new_figure()
+        application.draw(figure, {"vanilla": score(final, 1.0, n)}, "")
+        assert len(figure.axes[0].containers) == 1
+
+    def test_the_same_scores_give_the_same_file(self, tmp_path: Path) -> None:
+        for name in ("a.svg", "b.svg"):
+            figure = application._new_figure()
+            application.draw(figure, self.SCORES, "tiny-llada")
+            figure.savefig(tmp_path / name, metadata={"Date": None})
+        assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+        assert not re.search(r"\d{4}-\d\d-\d\dT", (tmp_path / "a.svg").read_text())
+
+
+def test_the_table_is_markdown() -> None:
+    lines = application.table({"a": score(0.5, 3.25), "b": score(1.0, 10)}, "caption").splitlines()
+    assert lines[0] == "caption"
+    assert lines[4] == "| a | 50.0% | 40.4% to 59.6% | 25.0% | 3.2 | 2.50 |"
+    assert {line.count("|") for line in lines[2:]} == {7}
