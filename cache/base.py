@@ -22,7 +22,7 @@ class Plan:
     """How to compute the next forward.
 
     Attributes:
-        columns: canvas columns to compute for each entry taking part, ascending; None for all.
+        columns: canvas columns to compute for each sequence, ascending; None for all.
         store: takes the fresh keys and values of these columns and gives those of all L columns;
             None when every column is computed.
     """
@@ -46,8 +46,9 @@ class CacheRun(Protocol):
 
         Args:
             window: the rows of this step and their active blocks.
-            live: entries of the window that take part; None for all.
-            read: columns whose hidden states the forward must produce, for each entry taking part.
+            live: the entry of the window that each computed sequence belongs to: entries that take no
+                part are missing, and one with several drafts comes as often. None for every entry once.
+            read: columns whose hidden states the forward must produce, for each sequence.
         """
         ...
 

@@ -24,6 +24,7 @@ class Window:
     Attributes:
         rows: canvas row of each of the B entries; index state kept per row with it.
         tokens: the whole canvas of these rows. Never write to it.
+        region: True at all positions of these rows to generate, decoded or not, in any block.
         columns: canvas columns of each row's active block; past the end they repeat the last column.
         inside: True at positions to generate, decoded or not; False past the end of a short block and
             where a token was given.
@@ -37,6 +38,7 @@ class Window:
 
     rows: Int[Tensor, " B"]
     tokens: Int[Tensor, "B L"]
+    region: Bool[Tensor, "B L"]
     columns: Int[Tensor, "B K"]
     inside: Bool[Tensor, "B K"]
     masked: Bool[Tensor, "B K"]
@@ -52,11 +54,29 @@ class Edit:
     """What a sampler wants written: `tokens` at `columns` where `write`; writing [MASK] revokes a token.
 
     `columns` need not be those of the window, so that a policy can edit anywhere it may.
+
+    Attributes:
+        columns: canvas columns the edit is about.
+        tokens: what to write there.
+        write: where.
+        end: column each row ends before: what lies from there on is filled with end-of-text, never decoded
+            and no longer looked at. None for no change; only where nothing is given behind a mask.
+        guide_forwards: forwards of a guide model that each row took part in for this edit; None for none.
+        guide_seconds: wall time of those.
     """
 
     columns: Int[Tensor, "B K"]
     tokens: Int[Tensor, "B K"]
     write: Bool[Tensor, "B K"]
+    end: Int[Tensor, " B"] | None = None
+    guide_forwards: NDArray[np.int64] | None = None
+    guide_seconds: float = 0.0
+
+    def on(self, tokens: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
+        """What these canvases would be with the edit; they themselves are left alone."""
+        length = tokens.shape[1]
+        spare = torch.cat((tokens, tokens[:, :1]), dim=1)  # takes the writes that are not wanted
+        return spare.scatter(1, self.columns.where(self.write, length), self.tokens)[:, :length]
 
 
 @dataclass(frozen=True)
@@ -67,8 +87,8 @@ class Change:
         rows: canvas rows of the B entries.
         committed: positions whose token changed to something other than [MASK].
         revoked: positions that became [MASK] again.
-        filled: positions that end-of-text stopping filled, never decoded.
-        gained: (B,) how many masks fewer each row has, those filled not counted.
+        filled: positions that an early end of the row filled, never decoded.
+        gained: (B,) how many masks fewer each row has by what was written.
     """
 
     rows: NDArray[np.int64]
@@ -101,6 +121,7 @@ class Canvas:
         seeds: Sequence[int],
         device: torch.device,
     ) -> None:
+        self._made_of = sequences, mask_token_id, eos_token_ids, block_length, stop_at_eos, seeds, device
         self.mask_token_id, self.eos_token_ids, self.stop_at_eos = mask_token_id, eos_token_ids, stop_at_eos
         self.length = max(len(sequence) for sequence in sequences)
         padding = np.array([self.length - len(sequence) for sequence in sequences])
@@ -125,7 +146,13 @@ class Canvas:
         # One spare column takes the writes that are not wanted, so that an edit is a single scatter.
         spare = np.full((len(sequences), 1), mask_token_id)
         self._buffer = torch.as_tensor(np.concatenate((self.host, spare), 1), device=device)
+        self._region = torch.as_tensor(self.region, device=device)
+        self._ends: Tensor | None = None
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def fresh(self) -> Canvas:
+        """The canvas as it was before anything was decoded, for a run of its own."""
+        return Canvas(*self._made_of)
 
     @property
     def spans(self) -> NDArray[np.int64]:
@@ -145,6 +172,7 @@ class Canvas:
         return Window(
             rows=rows,
             tokens=(self._buffer if everything else self._buffer[rows])[:, : self.length],
+            region=self._region if everything else self._region[rows],
             columns=self._put(columns),
             inside=self._put(inside),
             masked=self._put(masked),
@@ -172,10 +200,34 @@ class Canvas:
         gained = (self.host[rows] == self.mask_token_id).sum(1) - masked.sum(1)
         self.host[rows] = after
         self.step[rows] += 1
-        filled = self._stop_at_eos(rows) if self.stop_at_eos else np.zeros_like(changed)
+        filled = self._cut(rows, edit.end) if edit.end is not None else np.zeros_like(changed)
+        if self.stop_at_eos:
+            filled |= self._stop_at_eos(rows)
         self.rows = rows[((self.host[rows] == self.mask_token_id) & self.region[rows]).any(1)]
         self._enter_blocks()
-        return Change(rows, changed & ~masked, changed & masked, filled, gained)
+        return Change(rows, changed & ~masked & ~filled, changed & masked & ~filled, filled, gained)
+
+    @property
+    def real_columns(self) -> Bool[Tensor, "rows L"] | None:
+        """Where each row's own columns are, without padding and what was cut off; None for everywhere."""
+        if not self.padded and self._ends is None:
+            return None
+        column = torch.arange(self.length, device=self.device)
+        real = column >= self.first_real[:, None]
+        return real if self._ends is None else real & (column < self._ends[:, None])
+
+    def _cut(self, rows: NDArray[np.int64], end: Tensor) -> NDArray[np.bool_]:
+        """Let rows end before a column."""
+        beyond = (np.arange(self.length) >= end.cpu().numpy()[:, None]) & self.region[rows]
+        self.region[rows] &= ~beyond
+        self.host[rows] = np.where(beyond, self.eos_token_ids[0], self.host[rows])
+        at = self._put(rows)
+        self._region = self._put(self.region)
+        self._buffer[at, : self.length] = self._put(self.host[rows])
+        if self._ends is None:
+            self._ends = torch.full((len(self.host),), self.length, device=self.device)
+        self._ends = self._ends.index_copy(0, at, end.minimum(self._ends[at]))
+        return beyond
 
     def _stop_at_eos(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Fill the masks behind each first end-of-text that has no mask before it."""

@@ -44,7 +44,6 @@ class Denoiser:
         self.sampling, self.cfg_scale = sampling, cfg_scale
         column = torch.arange(canvas.length, device=canvas.device)
         self._positions = (column - canvas.first_real[:, None]).clamp(min=0)
-        self._real = column >= canvas.first_real[:, None] if canvas.padded else None
         self._given = ~torch.as_tensor(canvas.region, device=canvas.device)
         self.computed = 0
 
@@ -58,8 +57,9 @@ class Denoiser:
     def __call__(
         self,
         asked: Bool[Tensor, "*B K"] | None = None,
-        columns: Int[Tensor, "B K"] | None = None,
+        columns: Int[Tensor, "*B K"] | None = None,
         tokens: Int[Tensor, "*B L"] | None = None,
+        joined: bool = False,
     ) -> Prediction:
         """Predict tokens; see `dllm.samplers.base.Denoise`."""
         window = self.window
@@ -72,58 +72,71 @@ class Denoiser:
         else:
             # Reads the device: only policies that ask for something special pay for it.
             index = asked.flatten().nonzero()[:, 0]
-            live = rearrange(asked, "b ... -> b (...)").any(-1).nonzero()[:, 0]
-            entries = live.cpu().numpy()
+            wanted = asked.any(-1).view(len(window.rows), -1)
+            if joined:  # a row's drafts are computed together or not at all
+                wanted = wanted.any(-1, keepdim=True).expand(-1, drafts)
+            live = wanted.flatten().nonzero()[:, 0]
+            entries = live.div(drafts, rounding_mode="floor").unique().cpu().numpy()
         self.forwards[entries] += 1
-        logits = self._logits(tokens if tokens.ndim == 3 else tokens[:, None], columns, index, live, drafts)
+        if columns.ndim == 2:
+            columns = repeat(columns, "b k -> b d k", d=drafts)
+        logits = self._logits(
+            tokens if tokens.ndim == 3 else tokens[:, None], columns, index, live, drafts if joined else 1
+        )
         prediction = Prediction(
             logits, asked, index, self.canvas.mask_token_id, self.sampling, self._generators(asked, entries)
         )
-        self.last = prediction, columns
+        # Of several drafts the first is the canvas as it is.
+        shown = prediction if asked.ndim == 2 else prediction.arranged(lambda values: values[:, 0])
+        self.last = shown, columns[:, 0]
         return prediction
 
     def _logits(
-        self, tokens: Int[Tensor, "B D L"], columns: Tensor, index: Tensor, live: Tensor | None, drafts: int
+        self, tokens: Int[Tensor, "B D L"], columns: Int[Tensor, "B D K"], index: Tensor, live: Tensor | None, joined: int
     ) -> Float[Tensor, "N V"]:
-        """Logits of the asked slots, `index` counting over (B, D, K)."""
-        window, width = self.window, columns.shape[1]
-        rows = window.rows if live is None else window.rows[live]
+        """Logits of the asked slots, `index` counting over (B, D, K) and `live` over the sequences (B, D)."""
+        window, (_, drafts, width) = self.window, columns.shape
+        tokens, columns = rearrange(tokens, "b d l -> (b d) l"), rearrange(columns, "b d k -> (b d) k")
+        entries = torch.arange(len(tokens), device=tokens.device).div(drafts, rounding_mode="floor")
+        rows = window.rows[entries]
+        sequence, within = index.div(width, rounding_mode="floor"), index % width
         # The prediction for a column is read `logits_shift` to its left, but never in the padding.
-        read = torch.maximum(columns - self.backbone.logits_shift, self.canvas.first_real[window.rows, None])
-        plan = self.cache.plan(window, live, read if live is None else read[live])
-        entry, within = index.div(drafts * width, rounding_mode="floor"), index % width
-        draft = index.div(width, rounding_mode="floor") % drafts
-        slot = read[entry, within]
+        read = torch.maximum(columns - self.backbone.logits_shift, self.canvas.first_real[rows, None])
+        slot = read[sequence, within]
         if live is not None:
-            tokens = tokens[live]
-            place = torch.zeros(len(window.rows), dtype=torch.long, device=live.device)
-            entry = place.index_copy(0, live, torch.arange(len(live), device=live.device))[entry]
+            tokens, rows, read, entries = tokens[live], rows[live], read[live], entries[live]
+            place = torch.zeros(len(columns), dtype=torch.long, device=live.device)
+            sequence = place.index_copy(0, live, torch.arange(len(live), device=live.device))[sequence]
+        plan = self.cache.plan(window, None if live is None and drafts == 1 else entries, read)
         if plan.columns is not None:
-            tokens = tokens.gather(2, repeat(plan.columns, "b c -> b d c", d=drafts))
+            tokens = tokens.gather(1, plan.columns)
             # A column that is read but not planned has no slot: indexing with this fails instead of reading another.
             slots = torch.full((len(rows), self.canvas.length), 2**40, device=tokens.device)
             order = torch.arange(plan.columns.shape[1], device=tokens.device).expand_as(plan.columns)
-            slot = slots.scatter(1, plan.columns, order)[entry, slot]
-        select = (entry * drafts + draft) * tokens.shape[2] + slot
-        return self._forward(rows, tokens, plan, select)
+            slot = slots.scatter(1, plan.columns, order)[sequence, slot]
+        return self._forward(rows, tokens, plan, sequence * tokens.shape[1] + slot, joined)
 
-    def _forward(self, rows: Tensor, tokens: Int[Tensor, "B D C"], plan: Plan, select: Tensor) -> Tensor:
+    def _forward(
+        self, rows: Tensor, tokens: Int[Tensor, "A C"], plan: Plan, select: Tensor, joined: int
+    ) -> Float[Tensor, "N V"]:
         """Run the backbone on the planned columns and project the selected slots; two passes under guidance."""
-        drafts = tokens.shape[1]
-        positions = self._positions[rows]
-        given = self._given[rows]
+        positions, given = self._positions[rows], self._given[rows]
         if plan.columns is not None:
             positions, given = positions.gather(1, plan.columns), given.gather(1, plan.columns)
-        positions = repeat(positions, "b c -> (b d) c", d=drafts)
-        mask = None if self._real is None else repeat(self._real[rows], "b s -> (b d) s", d=drafts)
-        flat = rearrange(tokens, "b d c -> (b d) c")
-        self.computed += flat.numel()
+        real = self.canvas.real_columns
+        mask = None if real is None else real[rows]
+        blind = tokens.masked_fill(given, self.canvas.mask_token_id)
+        if joined > 1:
+            mask = _tree_mask(mask, joined, tokens)
+            tokens, positions, blind = (
+                rearrange(each, "(a d) c -> a (d c)", d=joined) for each in (tokens, positions, blind)
+            )
+        self.computed += tokens.numel()
         if self.cfg_scale == 0:
-            return self.backbone(flat, mask, positions, plan.store, select).logits
-        blind = flat.masked_fill(repeat(given, "b c -> (b d) c", d=drafts), self.canvas.mask_token_id)
-        both = torch.cat((select, select + flat.numel()))
+            return self.backbone(tokens, mask, positions, plan.store, select).logits
+        both = torch.cat((select, select + tokens.numel()))
         mask = None if mask is None else torch.cat((mask, mask))
-        logits = self.backbone(torch.cat((flat, blind)), mask, torch.cat((positions, positions)), None, both).logits
+        logits = self.backbone(torch.cat((tokens, blind)), mask, torch.cat((positions, positions)), None, both).logits
         conditional, unconditional = logits.chunk(2)
         return unconditional + (self.cfg_scale + 1) * (conditional - unconditional)
 
@@ -133,3 +146,12 @@ class Denoiser:
             return []
         counts = rearrange(asked, "b ... -> b (...)").sum(-1).tolist()
         return [(self.canvas.generators[self.canvas.rows[entry]], counts[entry]) for entry in entries]
+
+
+def _tree_mask(real: Bool[Tensor, "A S"] | None, drafts: int, tokens: Int[Tensor, "A C"]) -> Bool[Tensor, "B 1 C S"]:
+    """Which columns each column of a row's joined drafts may look at: those of its own draft."""
+    branch = torch.arange(drafts, device=tokens.device).repeat_interleave(tokens.shape[1])
+    mask = (branch[:, None] == branch)[None, None]
+    if real is None:
+        return mask.expand(len(tokens) // drafts, -1, -1, -1)
+    return mask & rearrange(real, "(a d) s -> a 1 1 (d s)", d=drafts)

@@ -5,13 +5,16 @@ This is the only loop there is. It knows no sampler, no cache and no option of e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from dllm.backbones.base import MaskedDiffusionModel
 from dllm.cache.base import Cache
@@ -29,12 +32,16 @@ class Step:
     Attributes:
         change: rows, and what was committed, revoked and filled.
         forwards: (B,) denoiser forwards of each row.
+        guide_forwards: (B,) guide forwards of each row; None without a guide.
+        guide_seconds: wall time of the guide.
         canvas: the canvas after the step; it moves on with the run.
         denoiser: whose latest prediction is still provisional.
     """
 
     change: Change
     forwards: NDArray[np.int64]
+    guide_forwards: NDArray[np.int64] | None
+    guide_seconds: float
     canvas: Canvas
     denoiser: Denoiser
 
@@ -49,8 +56,7 @@ class Step:
         tokens = np.full((len(self.change.rows), self.canvas.length), self.canvas.mask_token_id)
         if self.denoiser.last is not None:
             prediction, columns = self.denoiser.last
-            asked = prediction.asked.cpu().numpy()
-            entry, k = np.nonzero(asked) if asked.ndim == 2 else (np.empty(0, int), np.empty(0, int))
+            entry, k = np.nonzero(prediction.asked.cpu().numpy())
             tokens[entry, columns.cpu().numpy()[entry, k]] = prediction.tokens.cpu().numpy()[entry, k]
         still = self.canvas.host[self.change.rows] == self.canvas.mask_token_id
         return np.where(still, tokens, self.canvas.mask_token_id)
@@ -64,6 +70,7 @@ def decode(
     cache: Cache,
     sampling: Sampling,
     cfg_scale: float = 0.0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Iterator[Step]:
     """Fill a canvas, yielding after every step.
 
@@ -74,12 +81,19 @@ def decode(
         cache: decides what is computed.
         sampling: how logits become tokens.
         cfg_scale: classifier-free guidance scale; 0 is off.
+        tokenizer: of the backbone, for samplers that consult a model with another one.
 
     Raises:
         ValueError: sampler, cache and canvas do not go together; raised before the first forward.
         RuntimeError: a sampler broke its contract: a row has no fewer masks after a step.
     """
-    run = _facts(backbone, canvas, cfg_scale)
+
+    def rehearse(other: Sampler) -> Tensor:
+        copy = canvas.fresh()
+        deque(decode(backbone, copy, other, cache, sampling, cfg_scale, tokenizer), maxlen=0)
+        return torch.as_tensor(copy.host, device=copy.device)
+
+    run = _facts(backbone, canvas, cfg_scale > 0, tokenizer, rehearse)
     state = sampler.start(run)
     denoiser = Denoiser(backbone, canvas, cache.start(run), sampling, cfg_scale)
     while canvas.rows.size:
@@ -88,10 +102,16 @@ def decode(
         change = canvas.apply(window, edit)
         _check_progress(sampler, change)
         denoiser.cache.observe(window, change)
-        yield Step(change, denoiser.forwards, canvas, denoiser)
+        yield Step(change, denoiser.forwards, edit.guide_forwards, edit.guide_seconds, canvas, denoiser)
 
 
-def _facts(backbone: MaskedDiffusionModel, canvas: Canvas, cfg_scale: float) -> Run:
+def _facts(
+    backbone: MaskedDiffusionModel,
+    canvas: Canvas,
+    guided: bool,
+    tokenizer: PreTrainedTokenizerBase | None,
+    rehearse: Callable[[Sampler], Tensor],
+) -> Run:
     return Run(
         rows=len(canvas.host),
         length=canvas.length,
@@ -99,10 +119,16 @@ def _facts(backbone: MaskedDiffusionModel, canvas: Canvas, cfg_scale: float) -> 
         spans=tuple(canvas.spans.tolist()),
         mask_token_id=canvas.mask_token_id,
         eos_token_ids=canvas.eos_token_ids,
-        guided=cfg_scale > 0,
+        stop_at_eos=canvas.stop_at_eos,
+        infill=bool((canvas.region.sum(1) < canvas.length - canvas.start).any()),
+        guided=guided,
         kv_shape=backbone.kv_shape,
         dtype=backbone.dtype,
         device=canvas.device,
+        tokenizer=tokenizer,
+        vocab_size=backbone.config.vocab_size,
+        fingerprint=backbone.fingerprint,
+        rehearse=rehearse,
     )
 
 

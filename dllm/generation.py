@@ -31,6 +31,8 @@ class Stats:
         tokens_per_second: `tokens` over `seconds`.
         tpf: `tokens` over the forwards of all rows.
         computed_share: columns computed, over those that computing everything each time would take.
+        computed_columns: columns computed by the denoiser, over all rows and drafts.
+        guide_seconds: wall time of the guide's forwards, part of `seconds`.
         cache_refreshes: times a cache recomputed everything, over all rows.
         peak_memory: bytes; of the device on CUDA, of the process elsewhere.
     """
@@ -40,6 +42,8 @@ class Stats:
     tokens_per_second: float
     tpf: float
     computed_share: float
+    computed_columns: int
+    guide_seconds: float
     cache_refreshes: int
     peak_memory: int
 
@@ -85,6 +89,8 @@ class Recorder:
     def __init__(self, canvas: Canvas) -> None:
         self.canvas = canvas
         self.nfe = np.zeros(len(canvas.host), dtype=np.int64)
+        self.guide_nfe = np.zeros(len(canvas.host), dtype=np.int64)
+        self.guide_seconds = 0.0
         self.commit_step = np.full(canvas.host.shape, -1, dtype=np.int64)
         self.full_columns = 0
         self.computed_columns = 0
@@ -94,6 +100,9 @@ class Recorder:
         """Count one step."""
         rows, change = step.change.rows, step.change
         self.nfe[rows] += step.forwards
+        if step.guide_forwards is not None:
+            self.guide_nfe[rows] += step.guide_forwards
+            self.guide_seconds += step.guide_seconds
         self.full_columns += int(step.forwards.sum()) * self.canvas.length
         settled = self.commit_step[rows]
         settled[change.revoked] = -1
@@ -157,6 +166,8 @@ def assemble(
         tokens=tokens,
         tokens_per_second=tokens / seconds,
         tpf=tokens / max(1, int(nfe.sum())),
+        computed_columns=sum(r.computed_columns for r in recorders),
+        guide_seconds=sum(r.guide_seconds for r in recorders),
         computed_share=sum(r.computed_columns for r in recorders) / max(1, sum(r.full_columns for r in recorders)),
         cache_refreshes=sum(r.refreshes for r in recorders),
         peak_memory=peak,
@@ -166,7 +177,7 @@ def assemble(
         completions=torch.from_numpy(completions),
         texts=[decode_text(tokenizer, row) for row in cut],
         nfe=torch.from_numpy(nfe),
-        guide_nfe=torch.zeros(len(nfe), dtype=torch.long),
+        guide_nfe=torch.from_numpy(np.concatenate([r.guide_nfe for r in recorders])),
         commit_step=torch.from_numpy(settled),
         stats=stats,
     )

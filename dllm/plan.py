@@ -140,8 +140,9 @@ class Plan:
             recorder = Recorder(self._canvas(start, start + size))
             self.recorders.append(recorder)
             for step in decode(
-                self.lm.backbone, recorder.canvas, self.sampler, self.cache, self.sampling, self.options.cfg_scale
-            ):
+                self.lm.backbone, recorder.canvas, self.sampler, self.cache, self.sampling, self.options.cfg_scale,
+                self.lm.tokenizer,
+            ):  # fmt: skip
                 recorder.update(step)
                 yield recorder, step
 

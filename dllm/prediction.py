@@ -7,7 +7,7 @@ nothing was asked.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,6 +16,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm.checks import choice, number
+
+
+_ALIGNED = ("tokens", "confidence", "margin", "entropy")
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,9 @@ class Prediction:
         sampling: Sampling,
         generators: Sequence[tuple[torch.Generator, int]] = (),
     ) -> None:
-        self.asked = asked
+        self.asked, self._shape = asked, asked.shape
         self._index = index
+        self._arrange: Callable[[Tensor], Tensor] = lambda values: values
         self._sampling = sampling
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if sampling.eos_suppression in ("logits", "both"):
@@ -87,6 +91,24 @@ class Prediction:
         if sampling.eos_suppression in ("confidence", "both"):
             self.logits = _without(self.logits, sampling.eos_token_ids)
             self._last = torch.isin(self._chosen, torch.tensor(sampling.eos_token_ids, device=logits.device))
+
+    def arranged(self, arrange: Callable[[Tensor], Tensor]) -> Prediction:
+        """The same predictions, with everything aligned to the asked positions passed through `arrange`.
+
+        Args:
+            arrange: reshapes or selects; given tensors shaped as this prediction's own.
+        """
+        other, inner = object.__new__(Prediction), self._arrange
+        # What is worked out already is in the old arrangement.
+        vars(other).update({name: value for name, value in vars(self).items() if name not in _ALIGNED})
+        other.asked, other._arrange = arrange(self.asked), lambda values: arrange(inner(values))
+        return other
+
+    def kept(self, arrange: Callable[[Tensor], Tensor]) -> Prediction:
+        """What was looked at of this prediction, passed through `arrange`, without the logits behind it."""
+        other = object.__new__(Prediction)
+        vars(other).update({name: arrange(value) for name, value in vars(self).items() if name in _ALIGNED})
+        return other
 
     @cached_property
     def tokens(self) -> Int[Tensor, "*B K"]:
@@ -118,8 +140,8 @@ class Prediction:
         return self.logits.softmax(-1)
 
     def _spread(self, values: Tensor, fill: float) -> Tensor:
-        out = values.new_full((self.asked.numel(),), fill)
-        return out.index_copy_(0, self._index, values).view(self.asked.shape)
+        out = values.new_full((self._shape.numel(),), fill)
+        return self._arrange(out.index_copy_(0, self._index, values).view(self._shape))
 
 
 def _without(logits: Tensor, tokens: Sequence[int]) -> Tensor:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -18,11 +23,17 @@ class Run:
         spans: columns of each row from the first to the last that is generated.
         mask_token_id: id of [MASK].
         eos_token_ids: ids that end a text; the first one fills.
+        stop_at_eos: a row is finished once everything up to its first end-of-text is decoded.
+        infill: some row has given tokens behind its first mask.
         guided: every forward computes a second row with the prompt masked; a cache that keeps one set
             of keys and values a row must refuse.
         kv_shape: layers, key-value heads and head dimension of the backbone.
         dtype: of the backbone's keys and values.
         device: where the tensors live.
+        tokenizer: of the denoiser; None where it has none.
+        vocab_size: entries V of the logits.
+        fingerprint: tells which denoiser this is, by its weights.
+        rehearse: decodes the same canvas with another sampler, uncounted, and returns all rows.
     """
 
     rows: int
@@ -31,10 +42,16 @@ class Run:
     spans: tuple[int, ...]
     mask_token_id: int
     eos_token_ids: tuple[int, ...]
+    stop_at_eos: bool
+    infill: bool
     guided: bool
     kv_shape: tuple[int, int, int]
     dtype: torch.dtype
     device: torch.device
+    tokenizer: PreTrainedTokenizerBase | None
+    vocab_size: int
+    fingerprint: Callable[[], str]
+    rehearse: Callable[[Any], Int[Tensor, "rows L"]]
 
     @property
     def blocks(self) -> int:

@@ -2,7 +2,11 @@
 
 from dllm.samplers.entropy_threshold import EntropyThreshold
 from dllm.samplers.factor import Factor
+from dllm.samplers.freedave import FreeDave
+from dllm.samplers.learn2pd import Learn2PD
+from dllm.samplers.localleap import LocalLeap
+from dllm.samplers.oracle import Oracle
 from dllm.samplers.threshold import Threshold
 from dllm.samplers.vanilla import Vanilla
 
-__all__ = ["EntropyThreshold", "Factor", "Threshold", "Vanilla"]
+__all__ = ["EntropyThreshold", "Factor", "FreeDave", "Learn2PD", "LocalLeap", "Oracle", "Threshold", "Vanilla"]

@@ -24,8 +24,9 @@ class Denoise(Protocol):
     def __call__(
         self,
         asked: Bool[Tensor, "*B K"] | None = None,
-        columns: Int[Tensor, "B K"] | None = None,
+        columns: Int[Tensor, "*B K"] | None = None,
         tokens: Int[Tensor, "*B L"] | None = None,
+        joined: bool = False,
     ) -> Prediction:
         """Predict tokens.
 
@@ -34,14 +35,22 @@ class Denoise(Protocol):
                 that asks nothing takes no part in the forward.
             columns: canvas columns that `asked` is about; the window's by default.
             tokens: canvases to look at instead of the current ones: (B, L), or (B, D, L) for D
-                drafts a row, which count as one forward of that row; `asked` then is (B, D, K).
+                drafts a row, which count as one forward of that row; `asked` then is (B, D, K), and
+                `columns` may be. The first draft is the canvas as it is. A draft that asks nothing is
+                not computed.
+            joined: compute the drafts of a row as one sequence, each seeing itself only, instead of as
+                D sequences.
         """
         ...
 
 
 @runtime_checkable
 class Sampler(Protocol):
-    """A rule for unmasking."""
+    """A rule for unmasking.
+
+    A class attribute ``single_forward = True`` promises that a step calls `denoise` once, for the window's
+    own columns and tokens, and leaves the state as it is: then others may run its step on drafts.
+    """
 
     def start(self, run: Run) -> Any:
         """Refuse what cannot work (ValueError, before any forward) and return this run's state."""

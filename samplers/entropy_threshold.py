@@ -8,6 +8,7 @@ families use <=.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from dllm.canvas import Edit, Window
 from dllm.checks import number
@@ -26,6 +27,8 @@ class EntropyThreshold:
     Raises:
         ValueError: a negative threshold.
     """
+
+    single_forward: ClassVar[bool] = True
 
     threshold: float = 0.5
 

@@ -11,6 +11,7 @@ committed, as in the reference.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -31,6 +32,8 @@ class Factor:
     Raises:
         ValueError: a factor that is not positive.
     """
+
+    single_forward: ClassVar[bool] = True
 
     factor: float = 1.0
 

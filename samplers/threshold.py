@@ -11,6 +11,7 @@ Dream sampler without cache does, where steps = generated length means one token
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Int
 from torch import Tensor
@@ -35,6 +36,8 @@ class Threshold:
     Raises:
         ValueError: a negative threshold, or a number below 1.
     """
+
+    single_forward: ClassVar[bool] = True
 
     threshold: float = 0.9
     at_least: int = 1

@@ -21,7 +21,7 @@ multiple of anything; ties go to the leftmost position.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,8 @@ class Vanilla:
     Raises:
         ValueError: an unknown order or schedule, a number below 1, or both numbers given.
     """
+
+    single_forward: ClassVar[bool] = True
 
     steps: int | None = None
     tokens_per_step: int = 1

@@ -23,7 +23,11 @@ GUESSES = 100
 
 def facts(block_length: int = 8, generated: int = 16) -> Run:
     """A run of one row."""
-    return Run(1, 20, block_length, (generated,), MASK, (98,), False, (1, 1, 4), torch.float64, torch.device("cpu"))
+    return Run(
+        rows=1, length=20, block_length=block_length, spans=(generated,), mask_token_id=MASK, eos_token_ids=(98,),
+        stop_at_eos=True, infill=False, guided=False, kv_shape=(1, 1, 4), dtype=torch.float64, device=torch.device("cpu"),
+        tokenizer=None, vocab_size=GUESSES + 2, fingerprint=str, rehearse=lambda other: torch.zeros(1, 20).long(),
+    )  # fmt: skip
 
 
 def window(masked: Tensor, step: int = 0, block: int = 0, entry_masks: int | None = None) -> Window:
@@ -33,6 +37,7 @@ def window(masked: Tensor, step: int = 0, block: int = 0, entry_masks: int | Non
     return Window(
         rows=torch.tensor([0]),
         tokens=torch.full((1, 20), MASK),
+        region=torch.arange(20)[None] >= 4,
         columns=4 + torch.arange(width)[None],
         inside=torch.ones_like(masked),
         masked=masked,

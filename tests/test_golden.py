@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 
 import dllm
-from dllm.samplers import EntropyThreshold, Factor, Threshold, Vanilla
+from dllm.samplers import EntropyThreshold, Factor, FreeDave, LocalLeap, Threshold, Vanilla
 
 HERE = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared" / "golden"
 
 ORDERS = {"maskgit_plus": "low_confidence", "topk_margin": "margin", "entropy": "entropy"}
+MODES = {"batch_expanding": "batch", "tree_attention": "tree"}
 UNSUPPORTED = ("gamma", "sigma", "early_stop", "stop_until_eos")
 
 
@@ -41,6 +42,12 @@ def sampler_of(case: dict[str, Any]) -> Any:
         case "freedave_static":
             bound = p["confidence_threshold"]
             return Vanilla() if bound is None else Threshold(bound)
+        case "localleap":
+            return LocalLeap(p["threshold"], p["relaxed_threshold"], p["radius"])
+        case "freedave":
+            bound = p["confidence_threshold"]
+            base = "vanilla" if bound is None else Threshold(bound)
+            return FreeDave(p["draft_steps"], base, MODES[p["draft_mode"]], p["eager_acceptance"])
         case "d2_vanilla" | "d2cache_repo_vanilla":
             if p.get("factor") is not None:
                 return Factor(p["factor"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
@@ -62,6 +63,19 @@ class MaskedDiffusionModel(PreTrainedModel):
         """Layers, key-value heads and head dimension: what a cache must make room for."""
         config = self.config
         return config.num_hidden_layers, config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that tell this model's weights from others': the same in any precision from bfloat16 up.
+
+        Read from up to 64 evenly spaced values of every parameter, rounded to bfloat16.
+        """
+        digest = hashlib.sha256()
+        for name, parameter in self.named_parameters():
+            flat = parameter.detach().flatten()
+            few = flat[:: max(1, len(flat) // 64)][:64].to(torch.bfloat16)
+            digest.update(f"{name}{tuple(parameter.shape)}".encode())
+            digest.update(few.view(torch.int16).cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def forward(
         self,

@@ -1,0 +1,154 @@
+"""Learn2PD filters (arXiv 2509.25188, section 3.3): which predictions of a block are final already?
+
+A filter is a two-layer network over the confidences of one block, about 2,100 parameters for a block
+of 32. On disk it is ``NAME.safetensors`` with ``fc1`` and ``fc2`` and beside it ``NAME.json``, a card
+that says what it was trained for. A bare safetensors file without a card loads too.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+BUNDLED = Path(__file__).parent / "checkpoints" / "filters"
+_TENSORS = {"fc1.weight": 2, "fc1.bias": 1, "fc2.weight": 2, "fc2.bias": 1}
+
+
+class ConfidenceFilter(nn.Module):
+    """fc2(relu(fc1(confidences))): one logit per position of the block, positive where the prediction is final.
+
+    Args:
+        block_length: positions K it sees and judges.
+        hidden: width of its hidden layer; K is published.
+    """
+
+    def __init__(self, block_length: int, hidden: int | None = None) -> None:
+        super().__init__()
+        hidden = block_length if hidden is None else hidden
+        self.fc1 = nn.Linear(block_length, hidden)
+        self.fc2 = nn.Linear(hidden, block_length)
+
+    @property
+    def block_length(self) -> int:
+        """Positions K of the blocks it is for."""
+        return self.fc1.in_features
+
+    def forward(self, confidence: Float[Tensor, "B K"]) -> Float[Tensor, "B K"]:
+        """Logits that the predictions at these confidences are final."""
+        return self.fc2(self.fc1(confidence).relu())
+
+
+@dataclass(frozen=True)
+class FilterCard:
+    """What a filter was trained for, and how well it does on prompts it has not seen.
+
+    Attributes:
+        block_length: columns K of a block.
+        backbone: name the denoiser was loaded by.
+        fingerprint: of its weights, as `MaskedDiffusionModel.fingerprint` gives it.
+        cache: options of the cache the records were made with.
+        sampler: options of the policy whose results are the truth.
+        data: where the prompts came from.
+        prompts: how many.
+        seed: of prompts, split and training.
+        records: (confidences, is final) pairs seen in training and held out.
+        held_out: loss, and precision and recall of what is accepted at several thresholds.
+        calibration: per bin of the predicted probability its mean, the share that was final, and the count.
+    """
+
+    block_length: int
+    backbone: str
+    fingerprint: str
+    cache: dict[str, Any]
+    sampler: dict[str, Any]
+    data: str
+    prompts: int
+    seed: int
+    records: dict[str, int]
+    held_out: dict[str, Any]
+    calibration: list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Filter:
+    """A filter and its card; None for a bare file."""
+
+    network: ConfidenceFilter
+    card: FilterCard | None
+    path: Path
+
+    def save(self) -> None:
+        """Write both files."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}, self.path)
+        if self.card is not None:
+            self.path.with_suffix(".json").write_text(json.dumps(asdict(self.card), indent=1) + "\n", encoding="utf-8")
+
+
+def bundled_filters() -> list[str]:
+    """Names of the filters that come with the package."""
+    return sorted(path.stem for path in BUNDLED.glob("*.safetensors"))
+
+
+def find_filter(fingerprint: str, block_length: int) -> Filter:
+    """The bundled filter of a denoiser.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for name in bundled_filters():
+        found = load_filter(name)
+        if found.card is not None and (found.card.fingerprint, found.card.block_length) == (fingerprint, block_length):
+            return found
+    raise ValueError(
+        f"filter=null finds no bundled filter for this model at block_length={block_length}; train one with "
+        "`dllm train-filter model=... block_length=...` and give its file, or use one of "
+        f"{', '.join(bundled_filters())} with any_backbone=true"
+    )
+
+
+def load_filter(name: str | Path) -> Filter:
+    """Load a filter.
+
+    Args:
+        name: of a bundled filter, or a safetensors file, with its card beside it or bare.
+
+    Raises:
+        ValueError: no such filter, or a file that is damaged or no filter.
+    """
+    path = BUNDLED / f"{name}.safetensors" if str(name) in bundled_filters() else Path(name).expanduser()
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise ValueError(
+            f"filter={str(name)!r} is no bundled filter and no .safetensors file; bundled are "
+            f"{', '.join(bundled_filters())} (pickled filters are not loaded, as they can run code)"
+        )
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"filter={str(name)!r} is damaged: {error}; make it again") from None
+    if {key: tensor.ndim for key, tensor in tensors.items()} != _TENSORS:
+        raise ValueError(f"filter={str(name)!r} is no filter: it must hold {', '.join(_TENSORS)} and nothing else")
+    hidden, block_length = tensors["fc1.weight"].shape
+    network = ConfidenceFilter(block_length, hidden)
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError:
+        raise ValueError(f"filter={str(name)!r} is no filter: its tensors do not fit together") from None
+    return Filter(network.float().eval(), _load_card(path.with_suffix(".json")), path)
+
+
+def _load_card(path: Path) -> FilterCard | None:
+    if not path.is_file():
+        return None
+    try:
+        return FilterCard(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no card of a filter ({error}); make it again, or remove it") from None

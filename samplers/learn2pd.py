@@ -1,0 +1,151 @@
+"""Learn2PD: a learned filter decides what is final (arXiv 2509.25188, sections 3.3 and 3.4).
+
+Per step, with c the confidences of all K positions of the block: commit every masked position with
+
+    sigmoid(filter(c)) > threshold,
+
+and always the `at_least` most confident ones. At positions decided already c is the probability of the token
+that would be predicted there now. Positions a short block does not have, and those that were given,
+count as decided with confidence 1.
+
+End-of-text prediction (`eotp`) gives up the canvas behind a predicted end-of-text, at a cut p:
+
+    published  the first end-of-text that the filter accepted in the block; else, of all masked
+               positions of the whole canvas that predict end-of-text, the most confident
+    safe       the first masked position of the block after the commits, if it predicts end-of-text
+
+What lies behind p becomes end-of-text and is no longer looked at; p itself need not be committed yet.
+
+Differences: cut within a block the reference raises, as its filter no longer fits; here what was cut
+off counts as decided.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from dllm.canvas import Edit, Window
+from dllm.checks import choice, number
+from dllm.filters import ConfidenceFilter, Filter, find_filter, load_filter
+from dllm.prediction import Prediction
+from dllm.run import Run
+from dllm.samplers.base import Denoise, commit
+from dllm.samplers.selection import top
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a run works with."""
+
+    network: ConfidenceFilter
+    run: Run
+
+
+@dataclass(frozen=True)
+class Learn2PD:
+    """Commit what a learned filter takes for final.
+
+    Args:
+        filter: a bundled filter or a file; None for the bundled one of the model.
+        threshold: a position is committed where the filter is surer than this.
+        eotp: end-of-text prediction: off, published or safe.
+        at_least: tokens committed per step whatever the filter says.
+        any_backbone: use the filter although it was trained for another model.
+
+    Raises:
+        ValueError: an option out of range; at the start of a run: no such filter, or one for another
+            block length or model.
+    """
+
+    filter: str | Filter | None = None
+    threshold: float = 0.96
+    eotp: Literal["off", "published", "safe"] = "off"
+    at_least: int = 1
+    any_backbone: bool = False
+
+    def __post_init__(self) -> None:
+        number("threshold", self.threshold, "a number from 0 to 1 (0.96 is published)", low=0, high=1)
+        choice("eotp", self.eotp, ("off", "published", "safe"))
+        number("at_least", self.at_least, "a whole number of at least 1", low=1, whole=True)
+        choice("any_backbone", self.any_backbone, (True, False))
+
+    @property
+    def single_forward(self) -> bool:
+        """Whether a step depends on the active block alone."""
+        return self.eotp == "off"
+
+    def start(self, run: Run) -> Ready:
+        """Load the filter and refuse one that is for something else."""
+        if run.infill and self.eotp != "off":
+            raise ValueError(f"eotp={self.eotp} would cut off text that is given; use eotp=off to infill")
+        if self.filter is None:
+            found = find_filter(run.fingerprint(), run.block_length)
+        else:
+            found = self.filter if isinstance(self.filter, Filter) else load_filter(self.filter)
+        made_for, here = found.network.block_length, run.block_length
+        if made_for != here:
+            raise ValueError(f"filter={found.path.stem!r} is for block_length={made_for}, not {here}; set that")
+        if not self.any_backbone and (found.card is None or found.card.fingerprint != run.fingerprint()):
+            whose = "says not which model it is for" if found.card is None else f"is for {found.card.backbone!r}"
+            raise ValueError(
+                f"filter={found.path.stem!r} {whose}; train one with `dllm train-filter`, "
+                "or set any_backbone=true to use it all the same"
+            )
+        return Ready(found.network.to(run.device), run)
+
+    def step(self, window: Window, denoise: Denoise, state: Ready) -> Edit:
+        """Commit what is accepted, the best in any case, and cut behind a predicted end-of-text."""
+        everywhere = None
+        if self.eotp == "off":
+            prediction = denoise(window.inside)
+        else:
+            everywhere = _ask_everywhere(window, denoise, state.run)
+            prediction = everywhere.arranged(lambda values: values.gather(1, window.columns))
+        seen = prediction.confidence.float().masked_fill(~window.inside, 1.0)
+        accepted = (state.network(seen).sigmoid() > self.threshold) & window.masked
+        edit = commit(window, prediction, accepted | top(prediction.confidence, self.at_least, window.masked))
+        if everywhere is None:
+            return edit
+        return replace(edit, end=self._end(window, everywhere, accepted, edit.write, state.run))
+
+    def _end(
+        self,
+        window: Window,
+        everywhere: Prediction,
+        accepted: Bool[Tensor, "B K"],
+        committed: Bool[Tensor, "B K"],
+        run: Run,
+    ) -> Int[Tensor, " B"]:
+        """The column each row ends before: one behind the cut, or the canvas's length where there is none."""
+        ends = _is_eos(everywhere.tokens, run)
+        ends_here = ends.gather(1, window.columns)
+        if self.eotp == "safe":
+            left = window.masked & ~committed
+            first = left & (left.cumsum(-1) == 1)
+            return (_first(first & ends_here, window, run.length) + 1).clamp(max=run.length)
+        masked = (window.tokens == run.mask_token_id) & window.region
+        score = everywhere.confidence.masked_fill(~(masked & ends), -torch.inf)
+        surest = torch.where((masked & ends).any(-1), score.argmax(-1), run.length)
+        within = _first(accepted & ends_here, window, run.length)
+        return (torch.where(within < run.length, within, surest) + 1).clamp(max=run.length)
+
+
+def _ask_everywhere(window: Window, denoise: Denoise, run: Run) -> Prediction:
+    """Predictions for the whole block and for the masks of the whole canvas."""
+    columns = torch.arange(window.tokens.shape[1], device=window.tokens.device).expand_as(window.tokens)
+    block = torch.zeros_like(window.region).scatter_reduce(1, window.columns, window.inside, "amax")
+    return denoise(block | ((window.tokens == run.mask_token_id) & window.region), columns)
+
+
+def _is_eos(tokens: Tensor, run: Run) -> Tensor:
+    return torch.isin(tokens, torch.tensor(run.eos_token_ids, device=tokens.device))
+
+
+def _first(where: Bool[Tensor, "B K"], window: Window, none: int) -> Int[Tensor, " B"]:
+    """Canvas column of each row's first True."""
+    return window.columns.masked_fill(~where, none).amin(-1)

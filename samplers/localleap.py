@@ -1,0 +1,65 @@
+"""LocalLeap's anchor propagation (arXiv 2510.07081, section 3.2, algorithm 1).
+
+Per step, over the masked positions of the block: anchors are those with p(top token) >= threshold.
+Commit
+
+    p(top) >= threshold,  or  p(top) >= relaxed_threshold with an anchor at most `radius` columns away,
+
+and always the most confident position. What an anchor drew in becomes no anchor in the same step.
+radius = 0 and relaxed_threshold = threshold are both the plain confidence threshold.
+
+Differences: the reference's `early_stop` gives up everything behind a finished block that holds an
+end-of-text; `stop_at_eos` here does so already behind the end-of-text itself, for every policy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F
+
+from dllm.canvas import Edit, Window
+from dllm.checks import number
+from dllm.run import Run
+from dllm.samplers.base import Denoise, commit
+from dllm.samplers.selection import top
+
+
+@dataclass(frozen=True)
+class LocalLeap:
+    """Commit what the model is sure of, and near it also what it is fairly sure of.
+
+    Args:
+        threshold: least probability of an anchor; above 1 there is none.
+        relaxed_threshold: least probability of a token near an anchor.
+        radius: columns on either side of an anchor that count as near.
+
+    Raises:
+        ValueError: a negative number, or a relaxed threshold above the threshold.
+    """
+
+    single_forward: ClassVar[bool] = True
+
+    threshold: float = 0.9
+    relaxed_threshold: float = 0.75
+    radius: int = 4
+
+    def __post_init__(self) -> None:
+        number("threshold", self.threshold, "0 or more (0.9 is published)", low=0)
+        use = f"a number from 0 to threshold={self.threshold} (0.75 is published)"
+        number("relaxed_threshold", self.relaxed_threshold, use, low=0, high=self.threshold)
+        number("radius", self.radius, "a whole number of at least 0 (4 is published)", low=0, whole=True)
+
+    def start(self, run: Run) -> None:
+        """Nothing to prepare."""
+
+    def step(self, window: Window, denoise: Denoise, state: None) -> Edit:
+        """Commit the anchors, what they draw in, and the best in any case."""
+        prediction = denoise()
+        confidence = prediction.confidence
+        anchors = (confidence >= self.threshold) & window.masked
+        reach = min(self.radius, anchors.shape[1])
+        near = F.max_pool1d(anchors[:, None].float(), 2 * reach + 1, stride=1, padding=reach)[:, 0] > 0
+        drawn = near & (confidence >= self.relaxed_threshold) & window.masked
+        return commit(window, prediction, anchors | drawn | top(confidence, 1, window.masked))
