@@ -24,6 +24,7 @@ class Window:
     Attributes:
         rows: canvas row of each of the B entries; index state kept per row with it.
         tokens: the whole canvas of these rows. Never write to it.
+        first: column of each row's first token, behind the padding.
         region: True at all positions of these rows to generate, decoded or not, in any block.
         columns: canvas columns of each row's active block; past the end they repeat the last column.
         inside: True at positions to generate, decoded or not; False past the end of a short block and
@@ -38,6 +39,7 @@ class Window:
 
     rows: Int[Tensor, " B"]
     tokens: Int[Tensor, "B L"]
+    first: Int[Tensor, " B"]
     region: Bool[Tensor, "B L"]
     columns: Int[Tensor, "B K"]
     inside: Bool[Tensor, "B K"]
@@ -172,6 +174,7 @@ class Canvas:
         return Window(
             rows=rows,
             tokens=(self._buffer if everything else self._buffer[rows])[:, : self.length],
+            first=self.first_real[rows],
             region=self._region if everything else self._region[rows],
             columns=self._put(columns),
             inside=self._put(inside),

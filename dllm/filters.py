@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-BUNDLED = Path(__file__).parent / "checkpoints" / "filters"
+BUNDLED = Path(__file__).parent / "checkpoints"
+_FILE = "learn2pd.safetensors"
 _TENSORS = {"fc1.weight": 2, "fc1.bias": 1, "fc2.weight": 2, "fc2.bias": 1}
 
 
@@ -83,19 +84,19 @@ class Filter:
 
     network: ConfidenceFilter
     card: FilterCard | None
-    path: Path
+    name: str
 
-    def save(self) -> None:
-        """Write both files."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}, self.path)
+    def save(self, path: Path) -> None:
+        """Write the tensors to `path`, a .safetensors file, and the card beside it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}, path)
         if self.card is not None:
-            self.path.with_suffix(".json").write_text(json.dumps(asdict(self.card), indent=1) + "\n", encoding="utf-8")
+            path.with_suffix(".json").write_text(json.dumps(asdict(self.card), indent=1) + "\n", encoding="utf-8")
 
 
 def bundled_filters() -> list[str]:
-    """Names of the filters that come with the package."""
-    return sorted(path.stem for path in BUNDLED.glob("*.safetensors"))
+    """Names of the filters that come with the package: those of the bundled models they are for."""
+    return sorted(path.parent.name for path in BUNDLED.glob(f"*/{_FILE}"))
 
 
 def find_filter(fingerprint: str, block_length: int) -> Filter:
@@ -124,7 +125,7 @@ def load_filter(name: str | Path) -> Filter:
     Raises:
         ValueError: no such filter, or a file that is damaged or no filter.
     """
-    path = BUNDLED / f"{name}.safetensors" if str(name) in bundled_filters() else Path(name).expanduser()
+    path = BUNDLED / name / _FILE if str(name) in bundled_filters() else Path(name).expanduser()
     if path.suffix != ".safetensors" or not path.is_file():
         raise ValueError(
             f"filter={str(name)!r} is no bundled filter and no .safetensors file; bundled are "
@@ -142,7 +143,7 @@ def load_filter(name: str | Path) -> Filter:
         network.load_state_dict(tensors)
     except RuntimeError:
         raise ValueError(f"filter={str(name)!r} is no filter: its tensors do not fit together") from None
-    return Filter(network.float().eval(), _load_card(path.with_suffix(".json")), path)
+    return Filter(network.float().eval(), _load_card(path.with_suffix(".json")), str(name))
 
 
 def _load_card(path: Path) -> FilterCard | None:

@@ -1,5 +1,6 @@
 """Unmasking policies, one a file. Adding one is a module here, a YAML in conf/sampler/ and a test."""
 
+from dllm.samplers.ar_guided import ARGuided
 from dllm.samplers.entropy_threshold import EntropyThreshold
 from dllm.samplers.factor import Factor
 from dllm.samplers.freedave import FreeDave
@@ -9,4 +10,4 @@ from dllm.samplers.oracle import Oracle
 from dllm.samplers.threshold import Threshold
 from dllm.samplers.vanilla import Vanilla
 
-__all__ = ["EntropyThreshold", "Factor", "FreeDave", "Learn2PD", "LocalLeap", "Oracle", "Threshold", "Vanilla"]
+__all__ = ["ARGuided", "EntropyThreshold", "Factor", "FreeDave", "Learn2PD", "LocalLeap", "Oracle", "Threshold", "Vanilla"]

@@ -151,17 +151,17 @@ def _advanced(view: Window, tokens: Int[Tensor, "B L"], step: Int[Tensor, " B"],
 def _views(window: Window, drafts: Int[Tensor, "B D L"], new: Bool[Tensor, "B D"], run: Run) -> Window:
     """Every draft as an entry of its own; those that need no judging ask nothing."""
     count = drafts.shape[1]
-    rows, region, columns, inside, masked, block, entry_masks, step = (
+    rows, first, region, columns, inside, masked, block, entry_masks, step = (
         repeat(each, "b ... -> (b d) ...", d=count)
         for each in (
-            window.rows, window.region, window.columns, window.inside, window.masked,
+            window.rows, window.first, window.region, window.columns, window.inside, window.masked,
             window.block, window.entry_masks, window.step,
         )
     )  # fmt: skip
     tokens = drafts.flatten(0, 1)
     judged = new.flatten() & ~_stopped(tokens, region, run)
     every = replace(
-        window, rows=rows, tokens=tokens, region=region, columns=columns, inside=inside & judged[:, None],
+        window, rows=rows, tokens=tokens, first=first, region=region, columns=columns, inside=inside & judged[:, None],
         masked=masked, block=block, entry_masks=entry_masks, step=step,
         uniform=lambda: torch.stack([window.uniform() for _ in range(count)], dim=1).flatten(0, 1),
     )  # fmt: skip

@@ -89,11 +89,11 @@ class Learn2PD:
             found = self.filter if isinstance(self.filter, Filter) else load_filter(self.filter)
         made_for, here = found.network.block_length, run.block_length
         if made_for != here:
-            raise ValueError(f"filter={found.path.stem!r} is for block_length={made_for}, not {here}; set that")
+            raise ValueError(f"filter={found.name!r} is for block_length={made_for}, not {here}; set that")
         if not self.any_backbone and (found.card is None or found.card.fingerprint != run.fingerprint()):
             whose = "says not which model it is for" if found.card is None else f"is for {found.card.backbone!r}"
             raise ValueError(
-                f"filter={found.path.stem!r} {whose}; train one with `dllm train-filter`, "
+                f"filter={found.name!r} {whose}; train one with `dllm train-filter`, "
                 "or set any_backbone=true to use it all the same"
             )
         return Ready(found.network.to(run.device), run)

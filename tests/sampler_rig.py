@@ -37,6 +37,7 @@ def window(masked: Tensor, step: int = 0, block: int = 0, entry_masks: int | Non
     return Window(
         rows=torch.tensor([0]),
         tokens=torch.full((1, 20), MASK),
+        first=torch.tensor([0]),
         region=torch.arange(20)[None] >= 4,
         columns=4 + torch.arange(width)[None],
         inside=torch.ones_like(masked),

@@ -1,0 +1,206 @@
+"""How a Learn2PD filter is made (arXiv 2509.25188, section 3.3): replay, records, training, measuring.
+
+The truth is what the base policy decodes. The replay decodes the same canvas extremely greedily: at
+each step it records the block's confidences and which predictions equal the truth, and commits exactly
+those. Where none does, the whole block is given the truth, and the replay goes on with the next one.
+The published replay calls the model once more before it gives up; the canvas being what it was, that
+call repeats the last record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+import dllm
+from dllm.canvas import Edit, Window
+from dllm.filters import ConfidenceFilter
+from dllm.run import Run
+from dllm.samplers.base import Denoise
+
+THRESHOLDS = (0.5, 0.7, 0.9, 0.96, 0.99)
+
+
+@dataclass
+class Records:
+    """R steps of replayed blocks.
+
+    Attributes:
+        confidence: of every position of the block; 1 where it has none.
+        final: True where the predicted token was the final one.
+        masked: True where a token could be committed.
+        prompt: number of the prompt a record is from.
+    """
+
+    confidence: Float[Tensor, "R K"]
+    final: Bool[Tensor, "R K"]
+    masked: Bool[Tensor, "R K"]
+    prompt: Int[Tensor, " R"]
+
+    @classmethod
+    def join(cls, parts: Sequence[Records]) -> Records:
+        """All records of several collections."""
+        names = ("confidence", "final", "masked", "prompt")
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+    def where(self, keep: Bool[Tensor, " R"]) -> Records:
+        """The records that are kept."""
+        return Records(self.confidence[keep], self.final[keep], self.masked[keep], self.prompt[keep])
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A sampler that decodes extremely greedily towards the result of another, and records what it saw.
+
+    Attributes:
+        base: the policy whose result is the truth.
+        records: one entry a step, for the rows of one batch.
+    """
+
+    base: Any
+    records: list[Records] = field(default_factory=list)
+
+    def start(self, run: Run) -> Int[Tensor, "rows L"]:
+        """Decode the truth."""
+        return run.rehearse(self.base)
+
+    def step(self, window: Window, denoise: Denoise, state: Int[Tensor, "rows L"]) -> Edit:
+        """Record, and commit what is right."""
+        prediction = denoise(window.inside)
+        final = state[window.rows].gather(1, window.columns)
+        equal = (prediction.tokens == final) | ~window.inside
+        seen = prediction.confidence.float().masked_fill(~window.inside, 1.0)
+        self.records.append(Records(seen.cpu(), equal.cpu(), window.masked.cpu(), window.rows.cpu()))
+        right = equal & window.masked
+        return Edit(window.columns, final, torch.where(right.any(-1, keepdim=True), right, window.masked))
+
+
+def collect(
+    lm: dllm.LanguageModel, prompts: Sequence[Sequence[int]], base: Any, cache: Any, **options: Any
+) -> Records:
+    """Replay one batch of prompts.
+
+    Args:
+        lm: the denoiser.
+        prompts: token ids of each.
+        base: the policy whose results are the truth.
+        cache: as for `dllm.generate`.
+        **options: fields of `dllm.Options`.
+    """
+    replay = Replay(base)
+    dllm.generate(lm, [list(ids) for ids in prompts], replay, cache, **options, batch_size=len(prompts))
+    return Records.join(replay.records)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a filter is fitted.
+
+    Attributes:
+        hidden: width of its hidden layer; None for the block length.
+        rate: of AdamW, 0.003 as published.
+        batch_size: records a step.
+        epochs: at most.
+        patience: epochs without a better held-out loss before it stops.
+        held_out: share of the prompts that are held out.
+        seed: of weights, split and order.
+    """
+
+    hidden: int | None = None
+    rate: float = 3e-3
+    batch_size: int = 256
+    epochs: int = 200
+    patience: int = 15
+    held_out: float = 0.2
+    seed: int = 0
+
+
+def split(records: Records, how: Training) -> tuple[Records, Records]:
+    """Records to learn from and records held out, no prompt in both."""
+    prompts = records.prompt.unique()
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(how.seed))
+    apart = torch.isin(records.prompt, prompts[order[: max(1, round(len(prompts) * how.held_out))]])
+    return records.where(~apart), records.where(apart)
+
+
+def fit(
+    learn: Records, held_out: Records, how: Training, progress: Callable[[int, float], object] = lambda *_: None
+) -> tuple[ConfidenceFilter, int]:
+    """Train a filter by binary cross-entropy over all positions, keeping the weights of the best held-out loss.
+
+    Args:
+        learn: records to learn from.
+        held_out: records that tell when to stop.
+        how: the settings.
+        progress: told the number of every finished epoch and its held-out loss.
+
+    Returns:
+        The filter, and the number of the epoch it is from.
+    """
+    torch.manual_seed(how.seed)
+    network = ConfidenceFilter(learn.confidence.shape[1], how.hidden)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=how.rate)
+    order = torch.Generator().manual_seed(how.seed)
+    best, best_epoch, weights = float("inf"), 0, network.state_dict()
+    for epoch in range(1, how.epochs + 1):
+        for batch in torch.randperm(len(learn.prompt), generator=order).split(how.batch_size):
+            loss = _loss(network, learn.confidence[batch], learn.final[batch])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            now = _loss(network, held_out.confidence, held_out.final).item()
+        progress(epoch, now)
+        if now < best:
+            best, best_epoch = now, epoch
+            weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        elif epoch - best_epoch >= how.patience:
+            break
+    network.load_state_dict(weights)
+    return network.eval(), best_epoch
+
+
+@torch.no_grad()
+def measure(network: ConfidenceFilter, records: Records) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """How well a filter does at masked positions, which are those it decides about.
+
+    Returns:
+        Loss over all positions, and per threshold the precision (share of what it accepts that is final)
+        and recall (share of what is final that it accepts); and the calibration table.
+    """
+    logits = network(records.confidence)
+    probability, final = logits.sigmoid()[records.masked], records.final[records.masked]
+    at = []
+    for threshold in THRESHOLDS:
+        accepted = probability > threshold
+        right = int((accepted & final).sum())
+        at.append(
+            {
+                "threshold": threshold,
+                "precision": round(right / max(1, int(accepted.sum())), 4),
+                "recall": round(right / max(1, int(final.sum())), 4),
+            }
+        )
+    loss = F.binary_cross_entropy_with_logits(logits, records.final.float()).item()
+    return {"loss": round(loss, 5), "thresholds": at}, _calibration(probability, final)
+
+
+def _calibration(probability: Tensor, final: Tensor, bins: int = 10) -> list[dict[str, float]]:
+    """Mean prediction and share that was final, per bin of the prediction."""
+    place = (probability * bins).long().clamp(max=bins - 1)
+    table = []
+    for number in place.unique().tolist():
+        here = place == number
+        predicted, share = probability[here].mean().item(), final[here].float().mean().item()
+        table.append({"predicted": round(predicted, 4), "final": round(share, 4), "count": int(here.sum())})
+    return table
+
+
+def _loss(network: ConfidenceFilter, confidence: Tensor, final: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(network(confidence), final.float())

@@ -1,0 +1,166 @@
+"""A causal language model that judges drafts: batched, with its own cropped KV cache.
+
+Any Hugging Face `AutoModelForCausalLM` with full attention will do. Rows differ in length and in how
+much of a draft survives, so every cache slot carries the index of the token it holds; slots of rejected
+tokens are masked, cropped where no row needs them, and squeezed out when they are the majority.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from dllm.loading import checkpoint_folder
+
+
+@dataclass(frozen=True, eq=False)
+class Guide:
+    """A causal model and its tokenizer; None where it takes the denoiser's token ids."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+
+    def __post_init__(self) -> None:
+        config = self.model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"} or "position_ids" not in inspect.signature(self.model.forward).parameters:
+            raise ValueError(
+                f"guide={self.model.name_or_path!r} cannot be cropped ({type(self.model).__name__} with "
+                f"{', '.join(sorted(kinds))}); use a causal model with full attention and position ids"
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of its logits."""
+        return self.model.config.get_text_config().vocab_size
+
+
+@lru_cache(maxsize=1)
+def load_guide(name: str, device: torch.device) -> Guide:
+    """Load a guide; the last one is kept, so that every batch of a run uses the same.
+
+    Args:
+        name: a bundled model such as "tiny-guide", a local folder, or a hub id.
+        device: where it goes.
+
+    Raises:
+        ValueError: no such model, or one that is no causal language model or cannot be cropped.
+    """
+    try:
+        folder = checkpoint_folder(name)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise ValueError(f"guide={name!r} is no causal language model that can be loaded: {error}") from None
+    has_tokenizer = any((Path(folder) / file).is_file() for file in ("tokenizer.json", "vocab.json", "tokenizer.model"))
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if has_tokenizer else None
+    return Guide(model.to(device).eval(), tokenizer)
+
+
+@dataclass
+class Judging:
+    """One run's conversation with a guide.
+
+    Attributes:
+        guide: who judges.
+        cache: keys and values, one entry a row of `rows`.
+        rows: canvas rows of the last call.
+        ids: tokens of the last call.
+        held: index of the token that each slot of the cache holds; -1 where it counts no more.
+    """
+
+    guide: Guide
+    cache: Any = None
+    rows: Int[Tensor, " B"] | None = None
+    ids: Int[Tensor, "B T"] | None = None
+    held: Int[Tensor, "B S"] | None = None
+    seconds: float = 0.0
+
+    def logits(
+        self, rows: Int[Tensor, " B"], ids: Int[Tensor, "B T"], lengths: Int[Tensor, " B"], start: Int[Tensor, " B"]
+    ) -> tuple[Float[Tensor, "B N V"], Int[Tensor, "B N"]] | None:
+        """What the guide expects from index `start` on, given the tokens before it.
+
+        Args:
+            rows: canvas rows of the entries, ascending.
+            ids: tokens, left-aligned.
+            lengths: of each row; a row of length `start` asks nothing.
+            start: index of the first token that is judged; 0 has nothing before it and gets no answer.
+
+        Returns:
+            Logits, and the index of the token each is about; T where they are about none. None where
+            nobody asks.
+        """
+        started = time.perf_counter()
+        known = self._keep(rows, ids).minimum((start - 1).clamp(min=0))
+        last = torch.where(lengths > start, lengths - 1, known)  # the last token is judged, and judges nothing
+        width = int((last - known).amax())
+        if width <= 0:
+            return None
+        self._drop(known)
+        assert self.held is not None
+        index = known[:, None] + torch.arange(width, device=ids.device)
+        fresh = index < last[:, None]
+        chunk = ids.gather(1, index.clamp(max=ids.shape[1] - 1)).where(fresh, 0)
+        self.held = torch.cat((self.held, index.where(fresh, -1)), dim=1)
+        # Answers are wanted from the first judged token on, in the row where it comes first.
+        skip = int((start - 1 - known).clamp(min=0).where(last > known, width - 1).amin())
+        keep = width - skip
+        out = self.guide.model(
+            input_ids=chunk.where(chunk < self.guide.vocab_size, 0),
+            attention_mask=(self.held >= 0).long(),
+            position_ids=index,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=keep,
+        ).logits[:, -keep:]
+        self.rows, self.ids = rows, ids
+        if ids.device.type == "cuda":
+            torch.cuda.synchronize(ids.device)
+        self.seconds += time.perf_counter() - started
+        # A slot answers about the token after the one it was given.
+        about = index + 1
+        return out, about.where(fresh & (about >= start[:, None]), ids.shape[1])[:, skip:]
+
+    def _keep(self, rows: Tensor, ids: Tensor) -> Int[Tensor, " B"]:
+        """Follow rows that left; say how many leading tokens of each row the cache may still hold."""
+        entry = None
+        if self.rows is not None:
+            entry = torch.searchsorted(self.rows, rows).clamp(max=len(self.rows) - 1)
+        if self.rows is None or entry is None or not torch.equal(self.rows[entry], rows):
+            self.cache = DynamicCache()
+            self.held = torch.empty((len(rows), 0), dtype=torch.long, device=rows.device)
+            return torch.zeros_like(rows)
+        assert self.ids is not None and self.held is not None
+        if len(rows) < len(self.rows):
+            self.cache.batch_select_indices(entry)
+            self.held, self.ids = self.held[entry], self.ids[entry]
+        width = min(ids.shape[1], self.ids.shape[1])
+        same = (ids[:, :width] == self.ids[:, :width]).long().cumprod(-1).sum(-1)
+        return same.minimum(self.held.amax(-1) + 1)
+
+    def _drop(self, known: Int[Tensor, " B"]) -> None:
+        """Forget all tokens from index `known` on."""
+        assert self.held is not None
+        held = self.held.where(self.held < known[:, None], -1)
+        needed = int((held >= 0).sum(-1).amax())
+        used = (held >= 0).any(0).nonzero()
+        size = int(used[-1]) + 1 if len(used) else 0
+        if size > 2 * needed:
+            order = (held < 0).long().argsort(dim=1, stable=True)[:, :needed]
+            for layer in self.cache.layers:
+                at = order[:, None, :, None]
+                layer.keys = layer.keys.take_along_dim(at, 2)
+                layer.values = layer.values.take_along_dim(at, 2)
+            held, size = held.gather(1, order), needed
+        elif size < held.shape[1]:
+            self.cache.crop(size - held.shape[1])  # a negative number is how many to remove
+        self.held = held[:, :size]

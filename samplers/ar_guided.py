@@ -1,0 +1,156 @@
+"""AR-guided diffusion: a causal model says how far a draft holds (FlashDLM, arXiv 2505.21467, section 3.3).
+
+Per step: the denoiser drafts every masked position of the block at once, however unsure it is. The
+guide reads the row up to the first mask and the drafts behind it. A draft y at position i is accepted
+where the guide, given everything to its left, has
+
+    argmax  y = argmax p
+    topk    y among the `top_k` most probable
+    ratio   y among the `top_k`, and p(y) >= ratio * max p
+
+and the longest accepted run from the first mask on is committed, tokens in it that were decided before
+counting as accepted. If not even the first draft holds, the denoiser's own draft is written there all
+the same (on_reject=draft, the reference: the guide only decides how many), or the guide's choice stands
+at the first rejected position (on_reject=guide, as in speculative decoding). No step commits nothing.
+
+Differences from the reference:
+- The block is what is drafted; block_length=null drafts the whole rest, as published. The guide reads a
+  run in one forward, not in chunks.
+- The guide's cache keeps what the canvas still holds, row by row, in batches; the reference loses count
+  after several whole chunks. A last draft alone is committed without asking the guide.
+- A guide with another vocabulary reads the text; see `dllm.alignment`. The reference keeps the first
+  piece of each re-encoded token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dllm.alignment import Aligned, Aligner, SameVocabulary, align
+from dllm.canvas import Edit, Window
+from dllm.checks import choice, number
+from dllm.guide import Guide, Judging, load_guide
+from dllm.prediction import Prediction
+from dllm.run import Run
+from dllm.samplers.base import Denoise, commit
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a run works with."""
+
+    judging: Judging
+    aligner: Aligner
+    run: Run
+
+
+@dataclass(frozen=True)
+class ARGuided:
+    """Commit the run of drafts that a causal model agrees with.
+
+    Args:
+        guide: the causal model: a bundled name, a local folder, a hub id, or a loaded model (one that
+            takes the denoiser's token ids, or a `dllm.guide.Guide` with its tokenizer).
+        accept: when a draft is accepted: argmax, topk or ratio.
+        top_k: drafts among this many are accepted, under topk and ratio.
+        ratio: least probability of a draft as a share of the highest, under ratio.
+        on_reject: what is written where the first draft is rejected: the draft, or what the guide expects.
+
+    Raises:
+        ValueError: an option out of range; at the start of a run: a guide that cannot be loaded, cropped
+            or aligned.
+    """
+
+    single_forward: ClassVar[bool] = False
+
+    guide: str | Guide | PreTrainedModel = "tiny-guide"
+    accept: Literal["argmax", "topk", "ratio"] = "argmax"
+    top_k: int = 5
+    ratio: float = 0.5
+    on_reject: Literal["draft", "guide"] = "draft"
+
+    def __post_init__(self) -> None:
+        choice("accept", self.accept, ("argmax", "topk", "ratio"))
+        number("top_k", self.top_k, "a whole number of at least 1", low=1, whole=True)
+        number("ratio", self.ratio, "a number from 0 to 1", low=0, high=1)
+        choice("on_reject", self.on_reject, ("draft", "guide"))
+
+    def start(self, run: Run) -> Ready:
+        """Load the guide and find out how it can read the canvas."""
+        match self.guide:
+            case str():
+                guide = load_guide(self.guide, run.device)
+            case Guide():
+                guide = self.guide
+            case _:
+                guide = Guide(self.guide, run.tokenizer)
+        aligner = align(guide, run.tokenizer, run.vocab_size, run.eos_token_ids)
+        if self.on_reject == "guide" and not isinstance(aligner, SameVocabulary):
+            raise ValueError("on_reject=guide needs a guide with the model's own vocabulary; use on_reject=draft")
+        return Ready(Judging(guide), aligner, run)
+
+    def step(self, window: Window, denoise: Denoise, state: Ready) -> Edit:
+        """Draft the block, let the guide read it, commit what holds."""
+        prediction = denoise()
+        drafted = commit(window, prediction, window.masked).on(window.tokens)
+        aligned = state.aligner(drafted, window.first, window.columns, window.masked, window.inside)
+        asks = window.masked.sum(-1) > (1 if self.on_reject == "draft" else 0)
+        before = state.judging.seconds
+        judged = state.judging.logits(
+            window.rows, aligned.ids, aligned.lengths.where(asks, aligned.start), aligned.start
+        )
+        first = window.masked & (window.masked.cumsum(-1) == 1)
+        edit = commit(window, prediction, first)
+        if judged is not None:
+            edit = self._judge(window, prediction, aligned, judged, state.run)
+        return replace(
+            edit, guide_forwards=(asks & (judged is not None)).long().cpu().numpy(),
+            guide_seconds=state.judging.seconds - before,
+        )  # fmt: skip
+
+    def _judge(
+        self,
+        window: Window,
+        prediction: Prediction,
+        aligned: Aligned,
+        judged: tuple[Tensor, Tensor],
+        run: Run,
+    ) -> Edit:
+        logits, about = judged
+        length = aligned.ids.shape[1]
+        draft = torch.cat((aligned.ids, aligned.ids[:, :1]), dim=1).gather(1, about)
+        holds = self._holds(logits, draft)
+        index = torch.arange(length, device=about.device)
+        # What was not asked about holds where it comes before the question or is decided.
+        verdict = (index < aligned.start[:, None]) | (index == 0) | aligned.free
+        verdict = torch.cat((verdict, verdict[:, :1]), dim=1).scatter_reduce(1, about, holds, "amax")[:, :length]
+        accepted = verdict.long().cumprod(-1).sum(-1)
+        run_ = (aligned.upto <= accepted[:, None]) & window.masked
+        first = window.masked & (window.masked.cumsum(-1) == 1)
+        if self.on_reject == "draft":
+            return commit(window, prediction, run_ | first)
+        rejected = (aligned.upto == accepted[:, None] + 1) & window.masked
+        logits = logits.index_fill(-1, torch.tensor([run.mask_token_id], device=logits.device), -torch.inf)
+        choices = logits.argmax(-1)
+        corrected = torch.cat((aligned.ids, aligned.ids[:, :1]), dim=1).scatter(1, about, choices)
+        own = corrected.gather(1, (aligned.upto - 1).clamp(0, length - 1))
+        tokens = torch.where(rejected, own, prediction.tokens)
+        return Edit(window.columns, tokens, run_ | rejected)
+
+    def _holds(self, logits: Tensor, draft: Int[Tensor, "B N"]) -> Bool[Tensor, "B N"]:
+        """Whether each draft is accepted given the guide's logits at its place."""
+        known = draft < logits.shape[-1]
+        value = logits.gather(-1, draft.where(known, 0)[..., None])
+        if self.accept == "argmax":
+            return (logits.argmax(-1) == draft) & known
+        among = (logits > value).sum(-1) < self.top_k
+        if self.accept == "ratio":
+            # p(y) >= r max p, whatever they sum to.
+            among &= (value - logits.amax(-1, keepdim=True)).exp()[..., 0] >= self.ratio
+        return among & known
