@@ -148,7 +148,7 @@ class Denoiser:
         return [(self.canvas.generators[self.canvas.rows[entry]], counts[entry]) for entry in entries]
 
 
-def _tree_mask(real: Bool[Tensor, "A S"] | None, drafts: int, tokens: Int[Tensor, "A C"]) -> Bool[Tensor, "B 1 C S"]:
+def _tree_mask(real: Bool[Tensor, "A S"] | None, drafts: int, tokens: Int[Tensor, "A C"]) -> Bool[Tensor, "B 1 Q Q"]:
     """Which columns each column of a row's joined drafts may look at: those of its own draft."""
     branch = torch.arange(drafts, device=tokens.device).repeat_interleave(tokens.shape[1])
     mask = (branch[:, None] == branch)[None, None]

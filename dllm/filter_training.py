@@ -20,11 +20,12 @@ from torch import Tensor
 
 import dllm
 from dllm.canvas import Edit, Window
-from dllm.filters import ConfidenceFilter
+from dllm.filters import ConfidenceFilter, FilterNetwork, NeighbourFilter
+from dllm.resolve import resolve
 from dllm.run import Run
-from dllm.samplers.base import Denoise
+from dllm.samplers.base import Denoise, Sampler
 
-THRESHOLDS = (0.5, 0.7, 0.9, 0.96, 0.99)
+THRESHOLDS = (0.5, 0.7, 0.9, 0.96, 0.99, 0.999)
 
 
 @dataclass
@@ -33,12 +34,14 @@ class Records:
 
     Attributes:
         confidence: of every position of the block; 1 where it has none.
+        inside: True where it has one.
         final: True where the predicted token was the final one.
         masked: True where a token could be committed.
         prompt: number of the prompt a record is from.
     """
 
     confidence: Float[Tensor, "R K"]
+    inside: Bool[Tensor, "R K"]
     final: Bool[Tensor, "R K"]
     masked: Bool[Tensor, "R K"]
     prompt: Int[Tensor, " R"]
@@ -46,12 +49,11 @@ class Records:
     @classmethod
     def join(cls, parts: Sequence[Records]) -> Records:
         """All records of several collections."""
-        names = ("confidence", "final", "masked", "prompt")
-        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+        return cls(**{name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])})
 
-    def where(self, keep: Bool[Tensor, " R"]) -> Records:
-        """The records that are kept."""
-        return Records(self.confidence[keep], self.final[keep], self.masked[keep], self.prompt[keep])
+    def where(self, keep: Bool[Tensor, " R"] | Int[Tensor, " N"]) -> Records:
+        """Some of the records."""
+        return Records(**{name: values[keep] for name, values in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,9 @@ class Replay:
         final = state[window.rows].gather(1, window.columns)
         equal = (prediction.tokens == final) | ~window.inside
         seen = prediction.confidence.float().masked_fill(~window.inside, 1.0)
-        self.records.append(Records(seen.cpu(), equal.cpu(), window.masked.cpu(), window.rows.cpu()))
+        self.records.append(
+            Records(*(each.cpu() for each in (seen, window.inside, equal, window.masked, window.rows)))
+        )
         right = equal & window.masked
         return Edit(window.columns, final, torch.where(right.any(-1, keepdim=True), right, window.masked))
 
@@ -93,7 +97,7 @@ def collect(
         cache: as for `dllm.generate`.
         **options: fields of `dllm.Options`.
     """
-    replay = Replay(base)
+    replay = Replay(resolve("sampler", base, Sampler))
     dllm.generate(lm, [list(ids) for ids in prompts], replay, cache, **options, batch_size=len(prompts))
     return Records.join(replay.records)
 
@@ -103,7 +107,8 @@ class Training:
     """How a filter is fitted.
 
     Attributes:
-        hidden: width of its hidden layer; None for the block length.
+        architecture: "neighbours", or "published".
+        hidden: width of its hidden layers; None for 24, or for the block length in the published form.
         rate: of AdamW, 0.003 as published.
         batch_size: records a step.
         epochs: at most.
@@ -112,6 +117,7 @@ class Training:
         seed: of weights, split and order.
     """
 
+    architecture: str = "neighbours"
     hidden: int | None = None
     rate: float = 3e-3
     batch_size: int = 256
@@ -131,8 +137,10 @@ def split(records: Records, how: Training) -> tuple[Records, Records]:
 
 def fit(
     learn: Records, held_out: Records, how: Training, progress: Callable[[int, float], object] = lambda *_: None
-) -> tuple[ConfidenceFilter, int]:
-    """Train a filter by binary cross-entropy over all positions, keeping the weights of the best held-out loss.
+) -> tuple[FilterNetwork, int]:
+    """Train a filter by binary cross-entropy, keeping the weights of the best held-out loss.
+
+    The published form learns from all positions, as published; the other from the masked ones, where it decides.
 
     Args:
         learn: records to learn from.
@@ -144,18 +152,22 @@ def fit(
         The filter, and the number of the epoch it is from.
     """
     torch.manual_seed(how.seed)
-    network = ConfidenceFilter(learn.confidence.shape[1], how.hidden)
+    network: FilterNetwork
+    if how.architecture == "published":
+        network = ConfidenceFilter(learn.confidence.shape[1], how.hidden)
+    else:
+        network = NeighbourFilter(how.hidden or 24)
     optimizer = torch.optim.AdamW(network.parameters(), lr=how.rate)
     order = torch.Generator().manual_seed(how.seed)
     best, best_epoch, weights = float("inf"), 0, network.state_dict()
     for epoch in range(1, how.epochs + 1):
         for batch in torch.randperm(len(learn.prompt), generator=order).split(how.batch_size):
-            loss = _loss(network, learn.confidence[batch], learn.final[batch])
+            loss = _loss(network, learn.where(batch))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
         with torch.no_grad():
-            now = _loss(network, held_out.confidence, held_out.final).item()
+            now = _loss(network, held_out).item()
         progress(epoch, now)
         if now < best:
             best, best_epoch = now, epoch
@@ -167,14 +179,14 @@ def fit(
 
 
 @torch.no_grad()
-def measure(network: ConfidenceFilter, records: Records) -> tuple[dict[str, Any], list[dict[str, float]]]:
+def measure(network: FilterNetwork, records: Records) -> tuple[dict[str, Any], list[dict[str, float]]]:
     """How well a filter does at masked positions, which are those it decides about.
 
     Returns:
-        Loss over all positions, and per threshold the precision (share of what it accepts that is final)
-        and recall (share of what is final that it accepts); and the calibration table.
+        Loss, per threshold the precision (share of what it accepts that is final)
+        and recall (share of what is final that it accepts), and the recall at fixed precisions; and the calibration table.
     """
-    logits = network(records.confidence)
+    logits = network(records.confidence, records.masked, records.inside)
     probability, final = logits.sigmoid()[records.masked], records.final[records.masked]
     at = []
     for threshold in THRESHOLDS:
@@ -187,8 +199,20 @@ def measure(network: ConfidenceFilter, records: Records) -> tuple[dict[str, Any]
                 "recall": round(right / max(1, int(final.sum())), 4),
             }
         )
-    loss = F.binary_cross_entropy_with_logits(logits, records.final.float()).item()
-    return {"loss": round(loss, 5), "thresholds": at}, _calibration(probability, final)
+    return {"loss": round(_loss(network, records).item(), 5), "thresholds": at, **_recall(probability, final)}, _calibration(
+        probability, final
+    )
+
+
+def _recall(probability: Tensor, final: Tensor) -> dict[str, float]:
+    """Share of the final tokens that the surest predictions hold which together have a precision of 99 and 99.9%."""
+    right = final[probability.argsort(descending=True, stable=True)].cumsum(0)
+    precision = right / torch.arange(1, len(right) + 1)
+    return {
+        f"recall_at_{share}": round((right / right[-1])[precision >= share].amax().item(), 4)
+        if (precision >= share).any() else 0.0
+        for share in (0.99, 0.999)
+    }  # fmt: skip
 
 
 def _calibration(probability: Tensor, final: Tensor, bins: int = 10) -> list[dict[str, float]]:
@@ -202,5 +226,8 @@ def _calibration(probability: Tensor, final: Tensor, bins: int = 10) -> list[dic
     return table
 
 
-def _loss(network: ConfidenceFilter, confidence: Tensor, final: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(network(confidence), final.float())
+def _loss(network: FilterNetwork, records: Records) -> Tensor:
+    logits, final = network(records.confidence, records.masked, records.inside), records.final.float()
+    if network.architecture == "neighbours":
+        logits, final = logits[records.masked], final[records.masked]
+    return F.binary_cross_entropy_with_logits(logits, final)

@@ -1,8 +1,14 @@
 """Learn2PD filters (arXiv 2509.25188, section 3.3): which predictions of a block are final already?
 
-A filter is a two-layer network over the confidences of one block, about 2,100 parameters for a block
-of 32. On disk it is ``NAME.safetensors`` with ``fc1`` and ``fc2`` and beside it ``NAME.json``, a card
-that says what it was trained for. A bare safetensors file without a card loads too.
+`ConfidenceFilter` is the published form: two layers over the confidences of one block, about 2,100
+parameters for a block of 32. `NeighbourFilter` judges a position by its neighbourhood instead: a small
+convolution over the confidence c, -log(1 - c), whether the position is masked, and where in the block
+it is. It tells nearly sure from sure, which c alone in the published form hardly can: at a precision of
+99.9% on held-out prompts of the bundled models it recalls 64 to 66% of the final tokens, the published
+form 5 to 49% (`dllm train-filter` prints both figures of what it trains).
+
+On disk a filter is ``NAME.safetensors`` and beside it ``NAME.json``, a card that says what it was
+trained for. A bare file in the published form loads without a card.
 """
 
 from __future__ import annotations
@@ -10,17 +16,16 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 BUNDLED = Path(__file__).parent / "checkpoints"
 _FILE = "learn2pd.safetensors"
-_TENSORS = {"fc1.weight": 2, "fc1.bias": 1, "fc2.weight": 2, "fc2.bias": 1}
 
 
 class ConfidenceFilter(nn.Module):
@@ -31,20 +36,56 @@ class ConfidenceFilter(nn.Module):
         hidden: width of its hidden layer; K is published.
     """
 
+    architecture: ClassVar[str] = "published"
+
     def __init__(self, block_length: int, hidden: int | None = None) -> None:
         super().__init__()
         hidden = block_length if hidden is None else hidden
+        self.block_length = block_length
         self.fc1 = nn.Linear(block_length, hidden)
         self.fc2 = nn.Linear(hidden, block_length)
 
-    @property
-    def block_length(self) -> int:
-        """Positions K of the blocks it is for."""
-        return self.fc1.in_features
+    def forward(
+        self, confidence: Float[Tensor, "B K"], masked: Bool[Tensor, "B K"], inside: Bool[Tensor, "B K"]
+    ) -> Float[Tensor, "B K"]:
+        """Logits that the predictions are final; positions a block does not have count as decided and sure."""
+        return self.fc2(self.fc1(confidence.masked_fill(~inside, 1.0)).relu())
 
-    def forward(self, confidence: Float[Tensor, "B K"]) -> Float[Tensor, "B K"]:
-        """Logits that the predictions at these confidences are final."""
-        return self.fc2(self.fc1(confidence).relu())
+
+class NeighbourFilter(nn.Module):
+    """Two convolutions over the features of a block's positions and a linear read-out; for any block length.
+
+    Args:
+        hidden: channels.
+        reach: columns on either side that one convolution sees.
+    """
+
+    architecture: ClassVar[str] = "neighbours"
+    block_length: ClassVar[None] = None
+
+    def __init__(self, hidden: int = 24, reach: int = 3) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv1d(4, hidden, 2 * reach + 1, padding=reach)
+        self.conv2 = nn.Conv1d(hidden, hidden, 2 * reach + 1, padding=reach)
+        self.out = nn.Conv1d(hidden, 1, 1)
+
+    def forward(
+        self, confidence: Float[Tensor, "B K"], masked: Bool[Tensor, "B K"], inside: Bool[Tensor, "B K"]
+    ) -> Float[Tensor, "B K"]:
+        """Logits that the predictions are final; positions a block does not have are like what lies beyond its ends."""
+        # 16 is about -log of the smallest difference from 1 that float32 has, 32 the published block length.
+        doubt = -(1 - confidence).clamp(min=1e-7).log() / 16
+        place = torch.arange(confidence.shape[1], device=confidence.device) / 32
+        features = torch.stack((confidence, doubt, masked.float(), place.expand_as(confidence)), dim=1)
+        exists = inside[:, None]
+        hidden = self.conv1(features.where(exists, 0.0)).relu()
+        hidden = self.conv2(hidden.where(exists, 0.0)).relu()
+        return self.out(hidden)[:, 0]
+
+
+FilterNetwork: TypeAlias = ConfidenceFilter | NeighbourFilter
+_PUBLISHED = {"fc1.weight": 2, "fc1.bias": 1, "fc2.weight": 2, "fc2.bias": 1}
+_NEIGHBOURS = {"conv1.weight": 3, "conv1.bias": 1, "conv2.weight": 3, "conv2.bias": 1, "out.weight": 3, "out.bias": 1}
 
 
 @dataclass(frozen=True)
@@ -52,6 +93,7 @@ class FilterCard:
     """What a filter was trained for, and how well it does on prompts it has not seen.
 
     Attributes:
+        architecture: "published" or "neighbours".
         block_length: columns K of a block.
         backbone: name the denoiser was loaded by.
         fingerprint: of its weights, as `MaskedDiffusionModel.fingerprint` gives it.
@@ -65,6 +107,7 @@ class FilterCard:
         calibration: per bin of the predicted probability its mean, the share that was final, and the count.
     """
 
+    architecture: str
     block_length: int
     backbone: str
     fingerprint: str
@@ -82,7 +125,7 @@ class FilterCard:
 class Filter:
     """A filter and its card; None for a bare file."""
 
-    network: ConfidenceFilter
+    network: FilterNetwork
     card: FilterCard | None
     name: str
 
@@ -112,7 +155,7 @@ def find_filter(fingerprint: str, block_length: int) -> Filter:
     raise ValueError(
         f"filter=null finds no bundled filter for this model at block_length={block_length}; train one with "
         "`dllm train-filter model=... block_length=...` and give its file, or use one of "
-        f"{', '.join(bundled_filters())} with any_backbone=true"
+        f"{', '.join(bundled_filters())} with allow_mismatch=true"
     )
 
 
@@ -135,15 +178,24 @@ def load_filter(name: str | Path) -> Filter:
         tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"filter={str(name)!r} is damaged: {error}; make it again") from None
-    if {key: tensor.ndim for key, tensor in tensors.items()} != _TENSORS:
-        raise ValueError(f"filter={str(name)!r} is no filter: it must hold {', '.join(_TENSORS)} and nothing else")
-    hidden, block_length = tensors["fc1.weight"].shape
-    network = ConfidenceFilter(block_length, hidden)
+    network = _build({key: tensor.ndim for key, tensor in tensors.items()}, tensors, str(name))
+    return Filter(network.float().eval(), _load_card(path.with_suffix(".json")), str(name))
+
+
+def _build(layout: dict[str, int], tensors: dict[str, Tensor], name: str) -> FilterNetwork:
+    network: FilterNetwork
+    if layout == _PUBLISHED:
+        network = ConfidenceFilter(tensors["fc1.weight"].shape[1], len(tensors["fc1.weight"]))
+    elif layout == _NEIGHBOURS:
+        hidden, _, width = tensors["conv1.weight"].shape
+        network = NeighbourFilter(hidden, width // 2)
+    else:
+        raise ValueError(f"filter={name!r} is no filter: it must hold {', '.join(_PUBLISHED)} and nothing else")
     try:
         network.load_state_dict(tensors)
     except RuntimeError:
-        raise ValueError(f"filter={str(name)!r} is no filter: its tensors do not fit together") from None
-    return Filter(network.float().eval(), _load_card(path.with_suffix(".json")), str(name))
+        raise ValueError(f"filter={name!r} is no filter: its tensors do not fit together") from None
+    return network
 
 
 def _load_card(path: Path) -> FilterCard | None:

@@ -142,7 +142,7 @@ class Judging:
         assert self.ids is not None and self.held is not None
         if len(rows) < len(self.rows):
             self.cache.batch_select_indices(entry)
-            self.held, self.ids = self.held[entry], self.ids[entry]
+            self.rows, self.held, self.ids = rows, self.held[entry], self.ids[entry]
         width = min(ids.shape[1], self.ids.shape[1])
         same = (ids[:, :width] == self.ids[:, :width]).long().cumprod(-1).sum(-1)
         return same.minimum(self.held.amax(-1) + 1)

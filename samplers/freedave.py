@@ -41,6 +41,7 @@ from dllm.prediction import Prediction
 from dllm.resolve import resolve
 from dllm.run import Run
 from dllm.samplers.base import Denoise, Sampler
+from dllm.samplers.selection import stopped
 
 
 @dataclass
@@ -159,23 +160,13 @@ def _views(window: Window, drafts: Int[Tensor, "B D L"], new: Bool[Tensor, "B D"
         )
     )  # fmt: skip
     tokens = drafts.flatten(0, 1)
-    judged = new.flatten() & ~_stopped(tokens, region, run)
+    judged = new.flatten() & ~stopped(tokens, region, run)
     every = replace(
         window, rows=rows, tokens=tokens, first=first, region=region, columns=columns, inside=inside & judged[:, None],
         masked=masked, block=block, entry_masks=entry_masks, step=step,
         uniform=lambda: torch.stack([window.uniform() for _ in range(count)], dim=1).flatten(0, 1),
     )  # fmt: skip
     return _advanced(every, tokens, step + torch.arange(count, device=step.device).repeat(len(new)), run)
-
-
-def _stopped(tokens: Int[Tensor, "B L"], region: Bool[Tensor, "B L"], run: Run) -> Bool[Tensor, " B"]:
-    """Canvases that end-of-text stopping would finish: the base takes no step from there."""
-    if not run.stop_at_eos:
-        return torch.zeros_like(region[:, 0])
-    eos = torch.tensor(run.eos_token_ids, device=tokens.device)
-    ended = torch.isin(tokens, eos) & region
-    masked = (tokens == run.mask_token_id) & region
-    return ended.any(-1) & ~(masked.cumsum(-1).gather(1, ended.int().argmax(-1, keepdim=True))[:, 0] > 0)
 
 
 def _enter_next_blocks(views: Window, run: Run) -> Window:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from dllm.canvas import Edit, Window
 from dllm.checks import choice, number
-from dllm.filters import ConfidenceFilter, Filter, find_filter, load_filter
+from dllm.filters import Filter, FilterNetwork, find_filter, load_filter
 from dllm.prediction import Prediction
 from dllm.run import Run
 from dllm.samplers.base import Denoise, commit
@@ -42,7 +42,7 @@ from dllm.samplers.selection import top
 class Ready:
     """What a run works with."""
 
-    network: ConfidenceFilter
+    network: FilterNetwork
     run: Run
 
 
@@ -55,7 +55,8 @@ class Learn2PD:
         threshold: a position is committed where the filter is surer than this.
         eotp: end-of-text prediction: off, published or safe.
         at_least: tokens committed per step whatever the filter says.
-        any_backbone: use the filter although it was trained for another model.
+        allow_mismatch: use the filter although it was trained for another model or block length, or does not
+            say for which.
 
     Raises:
         ValueError: an option out of range; at the start of a run: no such filter, or one for another
@@ -66,13 +67,13 @@ class Learn2PD:
     threshold: float = 0.96
     eotp: Literal["off", "published", "safe"] = "off"
     at_least: int = 1
-    any_backbone: bool = False
+    allow_mismatch: bool = False
 
     def __post_init__(self) -> None:
         number("threshold", self.threshold, "a number from 0 to 1 (0.96 is published)", low=0, high=1)
         choice("eotp", self.eotp, ("off", "published", "safe"))
         number("at_least", self.at_least, "a whole number of at least 1", low=1, whole=True)
-        choice("any_backbone", self.any_backbone, (True, False))
+        choice("allow_mismatch", self.allow_mismatch, (True, False))
 
     @property
     def single_forward(self) -> bool:
@@ -87,15 +88,7 @@ class Learn2PD:
             found = find_filter(run.fingerprint(), run.block_length)
         else:
             found = self.filter if isinstance(self.filter, Filter) else load_filter(self.filter)
-        made_for, here = found.network.block_length, run.block_length
-        if made_for != here:
-            raise ValueError(f"filter={found.name!r} is for block_length={made_for}, not {here}; set that")
-        if not self.any_backbone and (found.card is None or found.card.fingerprint != run.fingerprint()):
-            whose = "says not which model it is for" if found.card is None else f"is for {found.card.backbone!r}"
-            raise ValueError(
-                f"filter={found.name!r} {whose}; train one with `dllm train-filter`, "
-                "or set any_backbone=true to use it all the same"
-            )
+        _check(found, run, self.allow_mismatch)
         return Ready(found.network.to(run.device), run)
 
     def step(self, window: Window, denoise: Denoise, state: Ready) -> Edit:
@@ -106,8 +99,8 @@ class Learn2PD:
         else:
             everywhere = _ask_everywhere(window, denoise, state.run)
             prediction = everywhere.arranged(lambda values: values.gather(1, window.columns))
-        seen = prediction.confidence.float().masked_fill(~window.inside, 1.0)
-        accepted = (state.network(seen).sigmoid() > self.threshold) & window.masked
+        surety = state.network(prediction.confidence.float(), window.masked, window.inside).sigmoid()
+        accepted = (surety > self.threshold) & window.masked
         edit = commit(window, prediction, accepted | top(prediction.confidence, self.at_least, window.masked))
         if everywhere is None:
             return edit
@@ -149,3 +142,19 @@ def _is_eos(tokens: Tensor, run: Run) -> Tensor:
 def _first(where: Bool[Tensor, "B K"], window: Window, none: int) -> Int[Tensor, " B"]:
     """Canvas column of each row's first True."""
     return window.columns.masked_fill(~where, none).amin(-1)
+
+
+def _check(found: Filter, run: Run, allow_mismatch: bool) -> None:
+    """Refuse a filter that is for something else."""
+    card, only = found.card, found.network.block_length
+    if only is not None and only != run.block_length:
+        raise ValueError(f"filter={found.name!r} fits block_length={only} only, not {run.block_length}; set that")
+    if allow_mismatch:
+        return
+    use = "train one with `dllm train-filter`, or set allow_mismatch=true to use it all the same"
+    if card is None:
+        raise ValueError(f"filter={found.name!r} does not say which model it is for; {use}")
+    if card.fingerprint != run.fingerprint():
+        raise ValueError(f"filter={found.name!r} is for the weights of {card.backbone!r}; {use}")
+    if card.block_length != run.block_length:
+        raise ValueError(f"filter={found.name!r} is for block_length={card.block_length}, not {run.block_length}; {use}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -21,7 +22,15 @@ from dllm.canvas import Edit, Window
 from dllm.resolve import resolve
 from dllm.run import Run
 from dllm.samplers.base import Denoise, Sampler
-from dllm.samplers.selection import top
+from dllm.samplers.selection import stopped, top
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a run works with: the result of the base, (rows, L), and the facts."""
+
+    result: Int[Tensor, "rows L"]
+    run: Run
 
 
 @dataclass(frozen=True)
@@ -42,14 +51,21 @@ class Oracle:
     def __post_init__(self) -> None:
         resolve("sampler", self.base, Sampler)
 
-    def start(self, run: Run) -> Int[Tensor, "rows L"]:
+    def start(self, run: Run) -> Known:
         """Decode the result that is going to be reproduced."""
-        return run.rehearse(resolve("sampler", self.base, Sampler))
+        return Known(run.rehearse(resolve("sampler", self.base, Sampler)), run)
 
-    def step(self, window: Window, denoise: Denoise, state: Int[Tensor, "rows L"]) -> Edit:
+    def step(self, window: Window, denoise: Denoise, state: Known) -> Edit:
         """Commit every position that is right."""
         prediction = denoise()
-        final = state[window.rows].gather(1, window.columns)
+        result = state.result[window.rows]
+        final = result.gather(1, window.columns)
         right = (prediction.tokens == final) & window.masked
         stuck = ~right.any(-1, keepdim=True)
-        return Edit(window.columns, final, right | (stuck & top(prediction.confidence, 1, window.masked)))
+        edit = Edit(window.columns, final, right | (stuck & top(prediction.confidence, 1, window.masked)))
+        # The base may have decoded something behind its end-of-text; what it left is filled for both alike.
+        after = edit.on(window.tokens)
+        rest = (stopped(after, window.region, state.run)[:, None]) & (result != state.run.eos_token_ids[0])
+        after = torch.where(rest, result, after)
+        columns = torch.arange(after.shape[1], device=after.device).expand_as(after)
+        return Edit(columns, after, after != window.tokens)

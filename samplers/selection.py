@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dllm.run import Run
+
 
 def ranks(score: Float[Tensor, "B K"]) -> Int[Tensor, "B K"]:
     """Rank of each position by descending score, 0 for the best; the leftmost of equals comes first."""
@@ -21,3 +23,12 @@ def top(
     place = ranks(score.masked_fill(~eligible, -torch.inf))
     limit = count[:, None] if isinstance(count, Tensor) else count
     return (place < limit) & eligible
+
+
+def stopped(tokens: Int[Tensor, "B L"], region: Bool[Tensor, "B L"], run: Run) -> Bool[Tensor, " B"]:
+    """Canvases that end-of-text stopping finishes: everything up to the first end-of-text of `region` is decoded."""
+    if not run.stop_at_eos:
+        return torch.zeros_like(region[:, 0])
+    ended = torch.isin(tokens, torch.tensor(run.eos_token_ids, device=tokens.device)) & region
+    masks = ((tokens == run.mask_token_id) & region).cumsum(-1)
+    return ended.any(-1) & (masks.gather(1, ended.int().argmax(-1, keepdim=True))[:, 0] == 0)

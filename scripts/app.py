@@ -19,7 +19,7 @@ from dllm.scripts import usage
 from dllm.scripts.kinds import check_kinds
 
 # Options whose values are quoted for Hydra, so that commas, "?" and "=" in them mean themselves.
-_PATHS = ("input", "output", "picture", "out", "init", "publish", "model.path")
+_PATHS = ("input", "output", "picture", "out", "init", "publish", "data", "model.path")
 _FLAGS = """-h --help --hydra-help -v --version -c --cfg --resolve -p --package -r --run -m --multirun -sc
 --shell-completion -cp --config-path -cn --config-name -cd --config-dir --experimental-rerun -i --info""".split()
 # What bad input looks like when it surfaces; anything else is a bug and keeps its traceback.

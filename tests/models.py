@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from dllm import LanguageModel
 from dllm.backbones import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM, MaskedDiffusionModel
+from dllm.filters import ConfidenceFilter, Filter, NeighbourFilter
 from dllm.tasks.tokenizer import build_tokenizer
 
 
@@ -83,6 +86,39 @@ def random_dream(
         eos_token_id=words.eos_token_id if words else vocab - 2,
     )
     return LanguageModel(_randomise(DreamModel(config), seed, dtype, sharpness), words, "random-dream")
+
+
+def random_guide(vocab: int = 64, seed: int = 0, dtype: torch.dtype = torch.float64, sharpness: float = 2.0) -> Any:
+    """A random causal Qwen2 over the same vocabulary, to guide the random denoisers."""
+    config = Qwen2Config(
+        vocab_size=vocab,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=256,
+        eos_token_id=vocab - 2,
+        bos_token_id=None,
+    )
+    model = Qwen2ForCausalLM(config).to(dtype).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                weight = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.copy_(weight * sharpness * parameter.shape[1] ** -0.5)
+    return model
+
+
+def random_filter(seed: int = 0, block_length: int | None = None) -> Filter:
+    """A random Learn2PD filter that accepts a good part of what it sees; in the published form with a block length."""
+    generator = torch.Generator().manual_seed(seed)
+    network = NeighbourFilter(8) if block_length is None else ConfidenceFilter(block_length)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return Filter(network, None, "random")
 
 
 def save_folder(lm: LanguageModel, path: Path) -> Path:

@@ -161,6 +161,9 @@ class RefreshingRun:
 
     def plan(self, window: Window, live: Tensor | None, read: Tensor) -> Plan:
         rows = window.rows if live is None else window.rows[live]
+        if len(rows.unique()) < len(rows):  # drafts: nothing to keep, all to compute
+            self.refreshes += len(rows.unique())
+            return Plan()
         if self.narrow and bool((window.step > 0).all()):
             # The block and the column to its left, in which the shifted families read its first prediction.
             block = window.columns if live is None else window.columns[live]

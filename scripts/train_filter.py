@@ -1,0 +1,200 @@
+"""`dllm train-filter`: make a Learn2PD filter for a model, from its own decodes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+
+import dllm
+from dllm.checks import choice, number
+from dllm.filter_training import Records, Training, collect, fit, measure, split
+from dllm.filters import Filter, FilterCard
+from dllm.jsonl import read_questions
+from dllm.prompts import encode
+from dllm.scripts import app
+from dllm.tasks import word_problems
+
+_KINDS = get_type_hints(dllm.Options) | {"data": str | None, "out": str | None, "hidden": int | None}
+# What decides which records there are; the rest may change between two runs over the same records.
+_RECIPE = """model sampler cache data split column prompts chat seed gen_length block_length temperature top_p top_k
+stop_at_eos eos_token_id eos_suppression batch_size""".split()
+
+
+def main() -> None:
+    """Entry point."""
+    app.run(train_filter, "train_filter", _KINDS)
+
+
+def train_filter(cfg: DictConfig) -> None:
+    """Collect records, train, measure, write the filter and its card."""
+    how = _check(cfg)
+    sampler, cache = instantiate(cfg.sampler), instantiate(cfg.cache)
+    fields: Any = OmegaConf.to_container(cfg, resolve=True)
+    options = {name: fields[name] for name in dllm.Options.__dataclass_fields__ if name in fields}
+    dllm.Options(**options)  # refuse bad values before the model loads
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    prompts = _prompts(cfg)
+    lm = dllm.load(cfg.model.path, **{name: value for name, value in fields["model"].items() if name != "path"})
+    out = Path(cfg.out or f"outputs/filters/{Path(lm.name).name}-{cfg.block_length}.safetensors")
+    ids = encode(prompts, lm.tokenizer)
+    records = _collect(lm, ids, sampler, cache, options, out.with_suffix(".records"), {key: fields[key] for key in _RECIPE})
+    learn, held_out = split(records, how)
+    with _progress("training", how.epochs) as advance:
+        network, epoch = fit(learn, held_out, how, lambda number, loss: advance(number, f"held-out loss {loss:.4f}"))
+    quality, calibration = measure(network, held_out)
+    card = FilterCard(
+        architecture=network.architecture,
+        block_length=records.confidence.shape[1],
+        backbone=lm.name,
+        fingerprint=lm.backbone.fingerprint(),
+        cache=fields["cache"],
+        sampler=fields["sampler"],
+        data=_data_name(cfg),
+        prompts=len(ids),
+        seed=cfg.seed,
+        records={"learned": len(learn.prompt), "held_out": len(held_out.prompt), "epoch": epoch},
+        held_out=quality,
+        calibration=calibration,
+    )
+    Filter(network, card, out.stem).save(out)
+    plot = _plot(card, out.with_suffix(".svg"))
+    _report(card, out, plot)
+
+
+def _prompts(cfg: DictConfig) -> list[Any]:
+    """The first `prompts` prompts of the source; all there are where it has fewer."""
+    prompts = _read(cfg)[: cfg.prompts]
+    if len(prompts) < 2:
+        raise ValueError(f"data={cfg.data!r} has {len(prompts)} prompts, too few to hold one out; give more")
+    if cfg.chat:
+        return [[{"role": "user", "content": text}] if isinstance(text, str) else text for text in prompts]
+    return prompts
+
+
+def _read(cfg: DictConfig) -> list[Any]:
+    if cfg.data is None:
+        return [problem.question for problem in word_problems.problems(cfg.prompts, cfg.seed)]
+    if cfg.data.endswith(".jsonl"):
+        return [question.prompt for question in read_questions(Path(cfg.data))]
+    from datasets import load_dataset  # heavy, and needed here only
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        rows = load_dataset(cfg.data, split=cfg.split)
+    except (DatasetNotFoundError, OSError, ValueError) as error:
+        raise ValueError(f"data={cfg.data!r} with split={cfg.split!r} cannot be read: {error}") from None
+    if cfg.column not in rows.column_names:
+        raise ValueError(f"column={cfg.column!r} is not in {cfg.data}; use one of {', '.join(rows.column_names)}")
+    return list(rows[cfg.column])
+
+
+def _collect(
+    lm: dllm.LanguageModel,
+    ids: list[list[int]],
+    sampler: Any,
+    cache: Any,
+    options: dict[str, Any],
+    folder: Path,
+    recipe: dict[str, Any],
+) -> Records:
+    """Records of all prompts, batch by batch; what an earlier run of the same recipe left is taken over."""
+    file = folder / "recipe.json"
+    recipe = recipe | {"fingerprint": lm.backbone.fingerprint()}
+    if file.exists() and json.loads(file.read_text(encoding="utf-8")) != recipe:
+        raise ValueError(f"out: {folder} holds records of other settings; give another out, or remove that folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(recipe, indent=1), encoding="utf-8")
+    size, parts = options["batch_size"], []
+    with _progress("collecting", len(ids)) as advance:
+        for start in range(0, len(ids), size):
+            part = folder / f"{start:07}.safetensors"
+            if not part.exists():
+                seeded = options | {"seed": options["seed"] + start}
+                del seeded["batch_size"]
+                records = collect(lm, ids[start : start + size], sampler, cache, **seeded)
+                records = replace(records, prompt=records.prompt + start)
+                save_file(vars(records), part.with_suffix(".tmp"))
+                part.with_suffix(".tmp").replace(part)
+            parts.append(Records(**load_file(part)))
+            advance(min(start + size, len(ids)), "")
+    return Records.join(parts)
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Any]:
+    console = Console(stderr=True)
+    columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=total, note="")
+        yield lambda done, note: progress.update(task, completed=done, note=note)
+
+
+def _plot(card: FilterCard, path: Path) -> Path | None:
+    """The reliability plot: how often a prediction was final, over how sure the filter was."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(4.4, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=1)
+    axes.plot([row["predicted"] for row in card.calibration], [row["final"] for row in card.calibration], "o-")
+    axes.set(xlabel="predicted probability", ylabel="share that was final", title=f"{card.backbone}, held-out prompts")
+    figure.savefig(path, metadata={"Date": None})
+    return path
+
+
+def _report(card: FilterCard, out: Path, plot: Path | None) -> None:
+    print(f"{card.records['learned']} records learned from, {card.records['held_out']} held out, by prompt")
+    for row in card.held_out["thresholds"]:
+        print(f"threshold {row['threshold']:<6} precision {row['precision']:.2%}  recall {row['recall']:.2%}")
+    for share in (0.99, 0.999):
+        print(f"recall {card.held_out[f'recall_at_{share}']:.2%} at a precision of {share:.1%}")
+    beside = "" if plot else " (no reliability plot: it needs matplotlib, pip install 'dllm-samplers[plot]')"
+    print(f"filter in {out}, card in {out.with_suffix('.json')}{f', plot in {plot}' if plot else ''}{beside}")
+
+
+def _data_name(cfg: DictConfig) -> str:
+    if cfg.data is None:
+        return f"dllm.tasks.word_problems, seed {cfg.seed}"
+    return str(cfg.data) if cfg.data.endswith(".jsonl") else f"{cfg.data}, split {cfg.split}, column {cfg.column}"
+
+
+def _check(cfg: DictConfig) -> Training:
+    choice("architecture", cfg.architecture, ("neighbours", "published"))
+    for name in ("prompts", "epochs", "patience", "train_batch_size"):
+        number(name, cfg[name], "a whole number of at least 1", low=1, whole=True)
+    if cfg.prompts < 2:
+        raise ValueError(f"prompts={cfg.prompts} cannot be split; use 2 or more")
+    for name in ("hidden", "threads"):
+        if cfg[name] is not None:
+            number(name, cfg[name], "a whole number of at least 1, or null", low=1, whole=True)
+    if cfg.block_length is None:
+        raise ValueError("block_length=null is no length a filter can be for; give the one it is going to be used with")
+    number("rate", cfg.rate, "a positive number (0.003 is published)", above=0)
+    number("held_out", cfg.held_out, "a share above 0 and below 1", above=0, high=0.99)
+    if cfg.out is not None:
+        if not cfg.out.endswith(".safetensors"):
+            raise ValueError(f"out={cfg.out!r} is no filter file; give a name that ends in .safetensors")
+        app.check_writable("out", cfg.out)
+    return Training(
+        cfg.architecture, cfg.hidden, cfg.rate, cfg.train_batch_size, cfg.epochs, cfg.patience, cfg.held_out, cfg.seed
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""FreeDave: the result of its base, token for token, in fewer forwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import dllm
+from dllm.samplers import (
+    ARGuided,
+    EntropyThreshold,
+    Factor,
+    FreeDave,
+    Learn2PD,
+    LocalLeap,
+    Oracle,
+    Threshold,
+    Vanilla,
+)
+from dllm.tasks import word_problems
+from models import random_dream, random_filter, random_llada
+
+BACKBONES = {"llada": random_llada, "dream": random_dream}
+BASES = {
+    "vanilla": Vanilla(),
+    "vanilla-margin": Vanilla(order="margin"),
+    "vanilla-2": Vanilla(tokens_per_step=2),
+    "vanilla-steps": Vanilla(steps=17),
+    "threshold": Threshold(0.4),
+    "threshold-paced": Threshold(0.2, steps=15),
+    "factor": Factor(2.0),
+    "entropy_threshold": EntropyThreshold(1.5),
+    "localleap": LocalLeap(0.5, 0.3, 3),
+    "learn2pd": Learn2PD(random_filter(), 0.8, allow_mismatch=True),
+    "oracle": Oracle(),
+}
+
+
+def prompts(count: int, seed: int) -> list[list[int]]:
+    draw = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 9, (count,), generator=draw).tolist()
+    return [torch.randint(0, 60, (n,), generator=draw).tolist() for n in lengths]
+
+
+def check_lossless(lm: dllm.LanguageModel, ask: Any, base: Any, sampler: FreeDave, **options: Any) -> Any:
+    wanted, found = (dllm.generate(lm, ask, each, **options) for each in (base, sampler))
+    assert torch.equal(found.sequences, wanted.sequences)
+    assert (found.nfe <= wanted.nfe).all()
+    return found, wanted
+
+
+@pytest.mark.parametrize("make", BACKBONES.values(), ids=BACKBONES)
+@pytest.mark.parametrize(
+    "sampler",
+    [FreeDave(2), FreeDave(4, draft_mode="tree"), FreeDave(8), FreeDave(4, eager=True), FreeDave(1)],
+    ids=repr,
+)
+def test_two_hundred_prompts_on_random_models(make: Any, sampler: FreeDave) -> None:
+    lm = make(sharpness=8.0)
+    options: dict[str, Any] = {"gen_length": 20, "block_length": 8, "batch_size": 100, "eos_token_id": [9, 17, 40]}
+    found, wanted = check_lossless(lm, prompts(200, 0), "vanilla", sampler, **options)
+    if sampler.draft_steps == 1:
+        assert torch.equal(found.nfe, wanted.nfe)
+    else:
+        assert found.nfe.sum() < 0.95 * wanted.nfe.sum()
+        assert found.stats.computed_share > 1.1  # what the drafts cost is not hidden
+
+
+@pytest.mark.parametrize("name", ["tiny-llada", "tiny-dream"])
+@pytest.mark.parametrize("sampler", [FreeDave(4), FreeDave(8, draft_mode="tree", eager=True)], ids=repr)
+def test_a_hundred_prompts_on_each_trained_model(name: str, sampler: FreeDave) -> None:
+    lm = dllm.load(name, dtype="float64", device="cpu")
+    ask = [problem.question for problem in word_problems.problems(100 if sampler.draft_steps == 4 else 20, 1_500_000)]
+    found, wanted = check_lossless(lm, ask, "vanilla", sampler, gen_length=64, block_length=32, batch_size=50)
+    assert found.nfe.sum() < 0.6 * wanted.nfe.sum()
+
+
+@pytest.mark.parametrize("make", BACKBONES.values(), ids=BACKBONES)
+@pytest.mark.parametrize("eager", [False, True], ids=["block", "eager"])
+@pytest.mark.parametrize("base", BASES.values(), ids=BASES)
+def test_any_policy_of_one_forward_is_reproduced(make: Any, base: Any, eager: bool) -> None:
+    options = {"gen_length": 21, "block_length": 8, "batch_size": 20, "stop_at_eos": False}
+    found, wanted = check_lossless(make(), prompts(20, 1), base, FreeDave(5, base, eager=eager), **options)
+    if eager:  # a finished block's last forward can open the next one at the least
+        assert found.nfe.sum() <= wanted.nfe.sum()
+
+
+@pytest.mark.parametrize("make", BACKBONES.values(), ids=BACKBONES)
+def test_eager_needs_no_more_and_sometimes_fewer_forwards(make: Any) -> None:
+    options = {"gen_length": 24, "block_length": 4, "batch_size": 40, "stop_at_eos": False}
+    plain, eager = (dllm.generate(make(), prompts(40, 2), FreeDave(6, eager=e), **options) for e in (False, True))
+    assert torch.equal(plain.sequences, eager.sequences)
+    assert eager.nfe.sum() < plain.nfe.sum()
+
+
+@pytest.mark.parametrize("make", BACKBONES.values(), ids=BACKBONES)
+def test_infilled_text_is_that_of_the_base(make: Any) -> None:
+    lm = make()
+    m = lm.backbone.mask_token_id
+    rows = [[m, 5, m, m, 8, 9, *[m] * 7, 3, 3, 3, 3, m, m], [3, m, m, 4], [1, 2, m, 7, *[m] * 12, 9]]
+    wanted, found = (dllm.infill(lm, rows, s, block_length=4) for s in ("vanilla", FreeDave(5, eager=True)))
+    assert torch.equal(found.sequences, wanted.sequences)
+    assert found.nfe.sum() < wanted.nfe.sum()
+
+
+def test_tree_and_batch_drafts_are_the_same_step_for_step() -> None:
+    options = {"gen_length": 24, "block_length": 8, "batch_size": 30}
+    lm = random_llada()
+    batch, tree = (dllm.generate(lm, prompts(30, 3), FreeDave(4, draft_mode=m), **options) for m in ("batch", "tree"))
+    assert torch.equal(batch.sequences, tree.sequences)
+    assert torch.equal(batch.commit_step, tree.commit_step)
+
+
+def test_a_tree_is_one_sequence_a_row() -> None:
+    lm, widths = random_llada(), []
+    lm.backbone.register_forward_pre_hook(lambda _, args: widths.append(tuple(args[0].shape)))
+    dllm.generate(lm, [[1, 2], [3, 4]], FreeDave(3, draft_mode="tree"), gen_length=8, stop_at_eos=False)
+    assert widths[0] == (2, 30)
+
+
+@pytest.mark.parametrize(
+    "base", ["freedave", ARGuided(), Learn2PD(eotp="safe"), object(), "nothing"], ids=["freedave", "ar", "cut", "no", "?"]
+)
+def test_a_base_that_cannot_be_drafted_is_refused(base: Any) -> None:
+    with pytest.raises(ValueError, match=r"base=|sampler="):
+        FreeDave(base=base)
+
+
+@pytest.mark.parametrize(("name", "value"), [("draft_steps", 0), ("draft_mode", "rows"), ("eager", 2)])
+def test_values_out_of_range_are_named(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{name}=.*use "):
+        FreeDave(**{name: value})
