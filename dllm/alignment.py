@@ -9,10 +9,9 @@ cannot represent exactly is never accepted on a guess.
 
 from __future__ import annotations
 
-import os.path
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -44,8 +43,22 @@ class Aligned:
     upto: Int[Tensor, "B K"]
 
 
+@runtime_checkable
 class Aligner(Protocol):
     """Prepares drafted canvases for a guide."""
+
+    def check(self, tokens: Int[Tensor, "B L"], first: Int[Tensor, " B"], end: Int[Tensor, " B"]) -> None:
+        """Refuse prompts that the guide cannot read as they are.
+
+        Args:
+            tokens: canvases.
+            first: column of each row's first token.
+            end: column each prompt ends before.
+
+        Raises:
+            ValueError: a prompt holds a token that the guide does not have, or text that its tokenizer changes.
+        """
+        ...
 
     def __call__(
         self,
@@ -53,22 +66,41 @@ class Aligner(Protocol):
         first: Int[Tensor, " B"],
         columns: Int[Tensor, "B K"],
         masked: Bool[Tensor, "B K"],
-        inside: Bool[Tensor, "B K"],
     ) -> Aligned:
         """Align rows whose masks in the window hold drafts.
+
+        A row in which something is decided that the guide cannot read asks nothing: its length is its start.
 
         Args:
             tokens: canvases with the drafts written.
             first: column of each row's first token.
             columns: of the window.
             masked: where the drafts are.
-            inside: columns of the window that exist.
         """
         ...
 
 
+@dataclass(frozen=True)
 class SameVocabulary:
-    """The guide reads the denoiser's token ids."""
+    """The guide reads the denoiser's token ids.
+
+    Attributes:
+        name: of the guide.
+        readable: which of the denoiser's ids stand for the same in the guide.
+    """
+
+    name: str
+    readable: Bool[Tensor, " V"]
+
+    def check(self, tokens: Int[Tensor, "B L"], first: Int[Tensor, " B"], end: Int[Tensor, " B"]) -> None:
+        """See `Aligner`."""
+        column = torch.arange(tokens.shape[1], device=tokens.device)
+        unknown = tokens[~self.readable[tokens] & (column >= first[:, None]) & (column < end[:, None])]
+        if len(unknown):
+            raise ValueError(
+                f"guide={self.name!r} does not have token {int(unknown[0])}, which a prompt holds; "
+                "use a guide that has it, or a prompt without"
+            )
 
     def __call__(
         self,
@@ -76,17 +108,19 @@ class SameVocabulary:
         first: Int[Tensor, " B"],
         columns: Int[Tensor, "B K"],
         masked: Bool[Tensor, "B K"],
-        inside: Bool[Tensor, "B K"],
     ) -> Aligned:
         """See `Aligner`."""
         length = tokens.shape[1]
         end = columns.masked_fill(~masked, -1).amax(-1) + 1
         start = columns.masked_fill(~masked, length).amin(-1) - first
-        index = torch.arange(int((end - first).amax()), device=tokens.device)
-        ids = tokens.gather(1, (first[:, None] + index).clamp(max=length - 1))
+        index = torch.arange(int((end - first).amax()), device=tokens.device)  # read: it is how wide the guide reads
+        column = (first[:, None] + index).clamp(max=length - 1)
+        ids = tokens.gather(1, column)
+        ids = ids.where(self.readable[ids], -1)
         drafted = torch.zeros_like(tokens, dtype=torch.bool).scatter_reduce(1, columns, masked, "amax")
-        free = ~drafted.gather(1, (first[:, None] + index).clamp(max=length - 1))
-        return Aligned(ids, end - first, start, free, columns - first[:, None] + 1)
+        unreadable = ((ids < 0) & (index < start[:, None])).any(-1)
+        free = ~drafted.gather(1, column) & (ids >= 0)
+        return Aligned(ids, torch.where(unreadable, start, end - first), start, free, columns - first[:, None] + 1)
 
 
 @dataclass(frozen=True)
@@ -94,11 +128,13 @@ class ByText:
     """The guide has another tokenizer and reads the same text.
 
     Attributes:
+        name: of the guide.
         ours: the denoiser's tokenizer.
         theirs: the guide's, a fast one.
         eos_token_ids: what ends a text for the denoiser; the guide reads its own end-of-text there.
     """
 
+    name: str
     ours: PreTrainedTokenizerBase
     theirs: PreTrainedTokenizerBase
     eos_token_ids: tuple[int, ...]
@@ -109,58 +145,75 @@ class ByText:
         first: Int[Tensor, " B"],
         columns: Int[Tensor, "B K"],
         masked: Bool[Tensor, "B K"],
-        inside: Bool[Tensor, "B K"],
     ) -> Aligned:
-        """See `Aligner`.
-
-        Raises:
-            ValueError: decided text holds a special token that the guide does not have, or text that its
-                tokenizer changes.
-        """
-        # Tokenizers work on one text at a time, on the host.
+        """See `Aligner`."""
+        # Read from the device: tokenizers work on one text at a time, on the host.
         host, begin, at = tokens.tolist(), first.tolist(), columns.tolist()
         rows = []
         upto = torch.full(columns.shape, NEVER)
         for b, drafted in enumerate(masked.tolist()):
             wanted = [column for column, is_draft in zip(at[b], drafted, strict=True) if is_draft]
             low, end = min(wanted), max(wanted) + 1
-            row = self._row(host[b][begin[b] : end], low - begin[b])
+            try:
+                row = self._row(host[b][begin[b] : end], low - begin[b], {column - low for column in wanted})
+            except _UnreadableError:
+                row = _Row([], 0, [], [])
             for k, column in enumerate(at[b]):
                 if low <= column < low + len(row.upto):
                     upto[b, k] = row.upto[column - low]
             rows.append(row)
-        ids = torch.zeros((len(rows), max(len(row.ids) for row in rows)), dtype=torch.long)
+        ids = torch.zeros((len(rows), max(1, *(len(row.ids) for row in rows))), dtype=torch.long)
         for b, row in enumerate(rows):
             ids[b, : len(row.ids)] = torch.tensor(row.ids)
         device = tokens.device
         lengths = torch.tensor([len(row.ids) for row in rows], device=device)
         start = torch.tensor([row.start for row in rows], device=device)
-        return Aligned(ids.to(device), lengths, start, torch.zeros_like(ids, dtype=torch.bool).to(device), upto.to(device))
+        free = torch.zeros_like(ids, dtype=torch.bool)
+        for b, row in enumerate(rows):
+            free[b, row.free] = True
+        return Aligned(ids.to(device), lengths, start, free.to(device), upto.to(device))
 
-    def _row(self, ids: list[int], drafted: int) -> _Row:
-        """One row whose tokens from `drafted` on are in question."""
+    def check(self, tokens: Int[Tensor, "B L"], first: Int[Tensor, " B"], end: Int[Tensor, " B"]) -> None:
+        """See `Aligner`."""
+        for row, low, high in zip(tokens.tolist(), first.tolist(), end.tolist(), strict=True):
+            self._decided(row[low:high])
+
+    def _decided(self, ids: list[int]) -> tuple[list[int], int]:
+        """The guide's tokens up to the last special one of ours, and how many of ours those are."""
         out, at = self._opening(), 0
-        for i in range(drafted):
-            if ids[i] in self._special:
+        for i, token in enumerate(ids):
+            if token in self._special:
                 out += self._encode_decided(ids[at:i])
-                out.append(self._counterpart(ids[i]))
+                out.append(self._counterpart(token))
                 at = i + 1
-        self._encode_decided(ids[at:drafted])
+        self._encode_decided(ids[at:])
+        return out, at
+
+    def _row(self, ids: list[int], drafted: int, drafts: set[int]) -> _Row:
+        """One row whose tokens from `drafted` on are in question, of which `drafts`, counted from there, are drafts."""
+        out, at = self._decided(ids[:drafted])
         end = next((i for i in range(drafted, len(ids)) if ids[i] in self._special), len(ids))
         text = self._text(ids[at:end])
         theirs, borders = self._encode(text)
         ours = [self._border(ids[at:i], text) for i in range(drafted, end + 1)]
-        decided = len(self._text(ids[at:drafted]))
+        # A character of which a part is decided only is judged with its other parts.
+        decided = len(self._text(ids[at:drafted]).rstrip("\ufffd"))
         start = max(count for border, count in borders.items() if border <= decided)
         upto = []
         for i in range(1, len(ours)):
-            behind = [borders[border] for border in ours[i:] if border in borders]
+            behind = [borders[border] for border in ours[i:] if border is not None and border in borders]
             upto.append(len(out) + behind[0] if behind else NEVER)
-        row = _Row(out + theirs, len(out) + start, upto)
+        ends = {count: border for border, count in borders.items()}
+        free = [
+            len(out) + number
+            for number in range(start, len(theirs))
+            if not _touches(ends.get(number), ends.get(number + 1), ours, drafts)
+        ]
+        row = _Row(out + theirs, len(out) + start, upto, free)
         if end < len(ids) and ids[end] in self.eos_token_ids and ours[-1] in borders:
             eos = self.theirs.eos_token_id
             if isinstance(eos, int):
-                return _Row([*row.ids, eos], row.start, [*upto, len(row.ids) + 1])
+                return _Row([*row.ids, eos], row.start, [*upto, len(row.ids) + 1], free)
         return row
 
     @cached_property
@@ -179,12 +232,16 @@ class ByText:
         part = self._text(ids)
         return len(part) if text.startswith(part) and not part.endswith("\ufffd") else None
 
-    def _encode(self, text: str) -> tuple[list[int], dict[int | None, int]]:
+    def _encode(self, text: str) -> tuple[list[int], dict[int, int]]:
         """The guide's tokens of a text, and how many of them end at or before each whole border, as far as exact."""
         encoded = self.theirs(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-        exact = len(os.path.commonprefix((text, str(self.theirs.decode(ids, clean_up_tokenization_spaces=False)))))
-        borders: dict[int | None, int] = {0: 0}
+        back = str(self.theirs.decode(ids, clean_up_tokenization_spaces=False))
+        exact = next(
+            (i for i, (one, other) in enumerate(zip(text, back, strict=False)) if one != other),
+            min(len(text), len(back)),
+        )
+        borders = {0: 0}
         for number, (_, end) in enumerate(offsets):
             if end <= exact and (number + 1 == len(offsets) or offsets[number + 1][0] >= end):
                 borders[end] = number + 1
@@ -194,27 +251,49 @@ class ByText:
         text = self._text(ids)
         theirs, borders = self._encode(text)
         if len(text) not in borders:
-            raise ValueError(f"guide: its tokenizer changes the text {text[-40:]!r}; use a guide that represents it exactly")
+            raise _UnreadableError(
+                f"guide={self.name!r} has a tokenizer that changes the text {text[-40:]!r}; "
+                "use a guide that represents it exactly"
+            )
         return theirs
 
     def _counterpart(self, token: int) -> int:
         """The guide's special token of the same name or meaning."""
-        name = self.ours.convert_ids_to_tokens(token)
+        name = str(self.ours.convert_ids_to_tokens(token))
         found = self.theirs.get_vocab().get(name)
         if found is None and token in self.eos_token_ids:
             found = self.theirs.eos_token_id
         if found is None:
-            raise ValueError(f"guide: it has no token {name!r}, which the prompt holds; use a guide that has it, or plain text")
+            raise _UnreadableError(
+                f"guide={self.name!r} has no token {name!r}, which the prompt holds; "
+                "use a guide that has it, or plain text"
+            )
         return int(found)
+
+
+class _UnreadableError(ValueError):
+    """Decided text that the guide cannot read as it is."""
 
 
 @dataclass(frozen=True)
 class _Row:
-    """`Aligned` for one row; `upto` from the first drafted column on."""
+    """`Aligned` for one row; `upto` from the first drafted column on, `free` as indices."""
 
     ids: list[int]
     start: int
     upto: list[int]
+    free: list[int]
+
+
+def _touches(low: int | None, high: int | None, borders: list[int | None], drafts: set[int]) -> bool:
+    """Whether the text between two characters holds a part of a draft; where a border is unknown it may."""
+    if low is None or high is None:
+        return True
+    for number in drafts & set(range(len(borders) - 1)):
+        begin, end = borders[number], borders[number + 1]
+        if (begin is None or begin < high) and (end is None or end > low):
+            return True
+    return False
 
 
 def align(guide: Guide, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, eos: tuple[int, ...]) -> Aligner:
@@ -229,19 +308,29 @@ def align(guide: Guide, tokenizer: PreTrainedTokenizerBase | None, vocab_size: i
     Raises:
         ValueError: the vocabularies differ and there is no text to go by.
     """
-    name = guide.model.name_or_path
+    device = guide.model.device
     if guide.tokenizer is None or tokenizer is None:
         if guide.tokenizer is tokenizer and guide.vocab_size == vocab_size:
-            return SameVocabulary()
+            return SameVocabulary(guide.name, torch.ones(vocab_size, dtype=torch.bool, device=device))
         raise ValueError(
-            f"guide={name!r} and the model cannot be aligned: without a tokenizer for both, their vocabularies "
+            f"guide={guide.name!r} and the model cannot be aligned: without a tokenizer for both, their vocabularies "
             f"({guide.vocab_size} and {vocab_size} entries) must be one and have no tokenizer; use another guide"
         )
+    if guide.tokenizer is tokenizer and guide.vocab_size != vocab_size:
+        raise ValueError(
+            f"guide={guide.name!r} has {guide.vocab_size} tokens and the model {vocab_size}: without a tokenizer "
+            "of its own it must take the model's; give dllm.guide.Guide(model, tokenizer)"
+        )
     theirs, ours, special = guide.tokenizer.get_vocab(), tokenizer.get_vocab(), tokenizer.get_added_vocab()
-    if all(theirs.get(token) == number for token, number in ours.items() if token not in special) and all(
-        ours.get(token, number) == number for token, number in theirs.items()
+    # Either may know special tokens more, such as [MASK]; all others must be the same.
+    taken = set(ours.values())
+    shared = {token: number for token, number in ours.items() if theirs.get(token) == number}
+    if all(token in shared or token in special for token in ours) and all(
+        token in shared or (token not in ours and number not in taken) for token, number in theirs.items()
     ):
-        return SameVocabulary()  # the denoiser may know special tokens more, such as [MASK]
+        readable = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+        readable[list(shared.values())] = True
+        return SameVocabulary(guide.name, readable)
     if not guide.tokenizer.is_fast:
-        raise ValueError(f"guide={name!r} has a tokenizer without offsets; use a guide with a fast tokenizer")
-    return ByText(tokenizer, guide.tokenizer, eos)
+        raise ValueError(f"guide={guide.name!r} has a tokenizer without offsets; use a guide with a fast tokenizer")
+    return ByText(guide.name, tokenizer, guide.tokenizer, eos)

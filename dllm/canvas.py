@@ -89,8 +89,8 @@ class Change:
         rows: canvas rows of the B entries.
         committed: positions whose token changed to something other than [MASK].
         revoked: positions that became [MASK] again.
-        filled: positions that an early end of the row filled, never decoded.
-        gained: (B,) how many masks fewer each row has by what was written.
+        filled: positions that an early end of the row filled, whatever stood there.
+        gained: (B,) how many masks fewer each row has.
     """
 
     rows: NDArray[np.int64]
@@ -200,12 +200,13 @@ class Canvas:
         if (changed & ~self.region[rows]).any():
             raise RuntimeError("a sampler wrote outside the positions to be generated")
         masked = after == self.mask_token_id
-        gained = (self.host[rows] == self.mask_token_id).sum(1) - masked.sum(1)
+        before = (self.host[rows] == self.mask_token_id).sum(1)
         self.host[rows] = after
         self.step[rows] += 1
         filled = self._cut(rows, edit.end) if edit.end is not None else np.zeros_like(changed)
         if self.stop_at_eos:
             filled |= self._stop_at_eos(rows)
+        gained = before - (self.host[rows] == self.mask_token_id).sum(1)
         self.rows = rows[((self.host[rows] == self.mask_token_id) & self.region[rows]).any(1)]
         self._enter_blocks()
         return Change(rows, changed & ~masked & ~filled, changed & masked & ~filled, filled, gained)
@@ -221,7 +222,10 @@ class Canvas:
 
     def _cut(self, rows: NDArray[np.int64], end: Tensor) -> NDArray[np.bool_]:
         """Let rows end before a column."""
+        # A second read of the device: what was cut off decides which rows and blocks are left.
         beyond = (np.arange(self.length) >= end.cpu().numpy()[:, None]) & self.region[rows]
+        if not beyond.any():
+            return beyond
         self.region[rows] &= ~beyond
         self.host[rows] = np.where(beyond, self.eos_token_ids[0], self.host[rows])
         at = self._put(rows)

@@ -92,7 +92,12 @@ class Denoiser:
         return prediction
 
     def _logits(
-        self, tokens: Int[Tensor, "B D L"], columns: Int[Tensor, "B D K"], index: Tensor, live: Tensor | None, joined: int
+        self,
+        tokens: Int[Tensor, "B D L"],
+        columns: Int[Tensor, "B D K"],
+        index: Tensor,
+        live: Tensor | None,
+        joined: int,
     ) -> Float[Tensor, "N V"]:
         """Logits of the asked slots, `index` counting over (B, D, K) and `live` over the sequences (B, D)."""
         window, (_, drafts, width) = self.window, columns.shape

@@ -5,6 +5,7 @@ This is the only loop there is. It knows no sampler, no cache and no option of e
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ class Step:
         forwards: (B,) denoiser forwards of each row.
         guide_forwards: (B,) guide forwards of each row; None without a guide.
         guide_seconds: wall time of the guide.
+        rehearsal_seconds: wall time of what the sampler had decoded beforehand, over all steps so far.
         canvas: the canvas after the step; it moves on with the run.
         denoiser: whose latest prediction is still provisional.
     """
@@ -42,6 +44,7 @@ class Step:
     forwards: NDArray[np.int64]
     guide_forwards: NDArray[np.int64] | None
     guide_seconds: float
+    rehearsal_seconds: float
     canvas: Canvas
     denoiser: Denoiser
 
@@ -87,10 +90,13 @@ def decode(
         ValueError: sampler, cache and canvas do not go together; raised before the first forward.
         RuntimeError: a sampler broke its contract: a row has no fewer masks after a step.
     """
+    rehearsed = 0.0
 
     def rehearse(other: Sampler) -> Tensor:
-        copy = canvas.fresh()
+        nonlocal rehearsed
+        started, copy = time.perf_counter(), canvas.fresh()
         deque(decode(backbone, copy, other, cache, sampling, cfg_scale, tokenizer), maxlen=0)
+        rehearsed += time.perf_counter() - started
         return torch.as_tensor(copy.host, device=copy.device)
 
     run = _facts(backbone, canvas, cfg_scale > 0, tokenizer, rehearse)
@@ -102,7 +108,7 @@ def decode(
         change = canvas.apply(window, edit)
         _check_progress(sampler, change)
         denoiser.cache.observe(window, change)
-        yield Step(change, denoiser.forwards, edit.guide_forwards, edit.guide_seconds, canvas, denoiser)
+        yield Step(change, denoiser.forwards, edit.guide_forwards, edit.guide_seconds, rehearsed, canvas, denoiser)
 
 
 def _facts(

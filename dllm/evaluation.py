@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,9 @@ class Score:
         nfe: mean denoiser forwards per problem.
         tpf: generated tokens up to end-of-text over forwards.
         tokens_per_second: generated tokens up to end-of-text over wall time.
+        positions: mean columns the denoiser computed per problem.
+        extra_positions: those beyond one canvas per forward; negative where a cache saved some.
+        guide_nfe: mean guide forwards per problem.
     """
 
     n: int
@@ -36,6 +39,9 @@ class Score:
     nfe: float
     tpf: float
     tokens_per_second: float
+    positions: float = 0.0
+    extra_positions: float = 0.0
+    guide_nfe: float = 0.0
 
 
 def evaluate(
@@ -52,8 +58,14 @@ def evaluate(
     """
     result = generate(lm, [problem.question for problem in problems], sampler, cache, **options)
     grades = [grade(text or "", problem) for text, problem in zip(result.texts, problems, strict=True)]
-    nfe = float(result.nfe.double().mean())
-    return score(grades, nfe, result.stats.tpf, result.stats.tokens_per_second)
+    stats, nfe = result.stats, float(result.nfe.double().mean())
+    positions = stats.computed_columns / len(problems)
+    return replace(
+        score(grades, nfe, stats.tpf, stats.tokens_per_second),
+        positions=positions,
+        extra_positions=round(positions - positions / stats.computed_share, 6),
+        guide_nfe=float(result.guide_nfe.double().mean()),
+    )
 
 
 def evaluate_causal(

@@ -78,16 +78,12 @@ class Replay:
         final = state[window.rows].gather(1, window.columns)
         equal = (prediction.tokens == final) | ~window.inside
         seen = prediction.confidence.float().masked_fill(~window.inside, 1.0)
-        self.records.append(
-            Records(*(each.cpu() for each in (seen, window.inside, equal, window.masked, window.rows)))
-        )
+        self.records.append(Records(*(each.cpu() for each in (seen, window.inside, equal, window.masked, window.rows))))
         right = equal & window.masked
         return Edit(window.columns, final, torch.where(right.any(-1, keepdim=True), right, window.masked))
 
 
-def collect(
-    lm: dllm.LanguageModel, prompts: Sequence[Sequence[int]], base: Any, cache: Any, **options: Any
-) -> Records:
+def collect(lm: dllm.LanguageModel, prompts: Sequence[Sequence[int]], base: Any, cache: Any, **options: Any) -> Records:
     """Replay one batch of prompts.
 
     Args:
@@ -121,7 +117,7 @@ class Training:
     hidden: int | None = None
     rate: float = 3e-3
     batch_size: int = 256
-    epochs: int = 200
+    epochs: int = 300
     patience: int = 15
     held_out: float = 0.2
     seed: int = 0
@@ -131,7 +127,8 @@ def split(records: Records, how: Training) -> tuple[Records, Records]:
     """Records to learn from and records held out, no prompt in both."""
     prompts = records.prompt.unique()
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(how.seed))
-    apart = torch.isin(records.prompt, prompts[order[: max(1, round(len(prompts) * how.held_out))]])
+    count = min(max(1, round(len(prompts) * how.held_out)), len(prompts) - 1)
+    apart = torch.isin(records.prompt, prompts[order[:count]])
     return records.where(~apart), records.where(apart)
 
 
@@ -151,12 +148,13 @@ def fit(
     Returns:
         The filter, and the number of the epoch it is from.
     """
-    torch.manual_seed(how.seed)
     network: FilterNetwork
-    if how.architecture == "published":
-        network = ConfidenceFilter(learn.confidence.shape[1], how.hidden)
-    else:
-        network = NeighbourFilter(how.hidden or 24)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(how.seed)  # layers draw their weights from the global generator
+        if how.architecture == "published":
+            network = ConfidenceFilter(learn.confidence.shape[1], how.hidden)
+        else:
+            network = NeighbourFilter(how.hidden or 24)
     optimizer = torch.optim.AdamW(network.parameters(), lr=how.rate)
     order = torch.Generator().manual_seed(how.seed)
     best, best_epoch, weights = float("inf"), 0, network.state_dict()
@@ -183,8 +181,8 @@ def measure(network: FilterNetwork, records: Records) -> tuple[dict[str, Any], l
     """How well a filter does at masked positions, which are those it decides about.
 
     Returns:
-        Loss, per threshold the precision (share of what it accepts that is final)
-        and recall (share of what is final that it accepts), and the recall at fixed precisions; and the calibration table.
+        Loss, per threshold the precision (share of what it accepts that is final) and recall (share of
+        what is final that it accepts), and the recall at fixed precisions; and the calibration table.
     """
     logits = network(records.confidence, records.masked, records.inside)
     probability, final = logits.sigmoid()[records.masked], records.final[records.masked]
@@ -199,9 +197,11 @@ def measure(network: FilterNetwork, records: Records) -> tuple[dict[str, Any], l
                 "recall": round(right / max(1, int(final.sum())), 4),
             }
         )
-    return {"loss": round(_loss(network, records).item(), 5), "thresholds": at, **_recall(probability, final)}, _calibration(
-        probability, final
-    )
+    return {
+        "loss": round(_loss(network, records).item(), 5),
+        "thresholds": at,
+        **_recall(probability, final),
+    }, _calibration(probability, final)
 
 
 def _recall(probability: Tensor, final: Tensor) -> dict[str, float]:

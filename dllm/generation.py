@@ -25,7 +25,7 @@ class Stats:
     """What a run cost.
 
     Attributes:
-        seconds: wall time of decoding.
+        seconds: wall time of decoding; without what a policy such as the oracle decodes beforehand.
         tokens: generated tokens up to and including each row's first end-of-text. Prompt tokens and
             what stands after end-of-text are not counted.
         tokens_per_second: `tokens` over `seconds`.
@@ -59,7 +59,7 @@ class Generation:
         nfe: (B,) denoiser forwards each row took part in.
         guide_nfe: (B,) forwards of a guide model, for policies that have one.
         commit_step: (B, G) the row's own forward, counted from 0, after which a position had its
-            final token; -1 where end-of-text stopping filled it.
+            final token; -1 where an early end of the text filled it.
         stats: what the run cost.
     """
 
@@ -90,7 +90,7 @@ class Recorder:
         self.canvas = canvas
         self.nfe = np.zeros(len(canvas.host), dtype=np.int64)
         self.guide_nfe = np.zeros(len(canvas.host), dtype=np.int64)
-        self.guide_seconds = 0.0
+        self.guide_seconds = self.rehearsal_seconds = 0.0
         self.commit_step = np.full(canvas.host.shape, -1, dtype=np.int64)
         self.full_columns = 0
         self.computed_columns = 0
@@ -105,8 +105,9 @@ class Recorder:
             self.guide_seconds += step.guide_seconds
         self.full_columns += int(step.forwards.sum()) * self.canvas.length
         settled = self.commit_step[rows]
-        settled[change.revoked] = -1
+        settled[change.revoked | change.filled] = -1
         self.commit_step[rows] = np.where(change.committed, self.nfe[rows, None] - 1, settled)
+        self.rehearsal_seconds = step.rehearsal_seconds
         self.computed_columns, self.refreshes = step.denoiser.computed, step.denoiser.cache.refreshes
 
 
@@ -147,7 +148,8 @@ def assemble(
         clock: started with the run.
     """
     eos = recorders[0].canvas.eos_token_ids
-    seconds, peak = clock.seconds(), clock.peak_memory()
+    seconds = clock.seconds() - sum(r.rehearsal_seconds for r in recorders)
+    peak = clock.peak_memory()
     sequences = _stack([r.canvas.host for r in recorders], eos[0])
     commit_step = _stack([r.commit_step for r in recorders], -1)
     nfe = np.concatenate([r.nfe for r in recorders])

@@ -11,15 +11,15 @@ import inspect
 import time
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from dllm.loading import checkpoint_folder
+from dllm.loading import checkpoint_folder, first_line, quiet
+from dllm.tokenizers import load_tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,12 +31,18 @@ class Guide:
 
     def __post_init__(self) -> None:
         config = self.model.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        sliding = getattr(config, "sliding_window", None) is not None
+        kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if sliding else "full_attention"])
         if kinds != {"full_attention"} or "position_ids" not in inspect.signature(self.model.forward).parameters:
             raise ValueError(
-                f"guide={self.model.name_or_path!r} cannot be cropped ({type(self.model).__name__} with "
+                f"guide={self.name!r} cannot be cropped ({type(self.model).__name__} with "
                 f"{', '.join(sorted(kinds))}); use a causal model with full attention and position ids"
             )
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+        return self.model.name_or_path or type(self.model).__name__
 
     @property
     def vocab_size(self) -> int:
@@ -55,14 +61,21 @@ def load_guide(name: str, device: torch.device) -> Guide:
     Raises:
         ValueError: no such model, or one that is no causal language model or cannot be cropped.
     """
+    folder = checkpoint_folder(name, option="guide", known=("tiny-guide",))
     try:
-        folder = checkpoint_folder(name)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
-        raise ValueError(f"guide={name!r} is no causal language model that can be loaded: {error}") from None
-    has_tokenizer = any((Path(folder) / file).is_file() for file in ("tokenizer.json", "vocab.json", "tokenizer.model"))
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if has_tokenizer else None
-    return Guide(model.to(device).eval(), tokenizer)
+        raise ValueError(
+            f"guide={name!r} is no causal language model that can be loaded: {first_line(error)}"
+        ) from None
+    tokenizer = None
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = load_tokenizer(folder)  # as the file says, where AutoTokenizer goes by the kind of model
+    elif any((folder / file).is_file() for file in ("vocab.json", "tokenizer.model")):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    placed: PreTrainedModel = nn.Module.to(model, device)
+    return Guide(placed.eval(), tokenizer)
 
 
 @dataclass
@@ -91,7 +104,7 @@ class Judging:
 
         Args:
             rows: canvas rows of the entries, ascending.
-            ids: tokens, left-aligned.
+            ids: tokens, left-aligned; -1 for one that the guide does not have.
             lengths: of each row; a row of length `start` asks nothing.
             start: index of the first token that is judged; 0 has nothing before it and gets no answer.
 
@@ -102,7 +115,7 @@ class Judging:
         started = time.perf_counter()
         known = self._keep(rows, ids).minimum((start - 1).clamp(min=0))
         last = torch.where(lengths > start, lengths - 1, known)  # the last token is judged, and judges nothing
-        width = int((last - known).amax())
+        width = int((last - known).amax())  # read from the device, like `skip`: it decides how wide the forward is
         if width <= 0:
             return None
         self._drop(known)
@@ -115,7 +128,7 @@ class Judging:
         skip = int((start - 1 - known).clamp(min=0).where(last > known, width - 1).amin())
         keep = width - skip
         out = self.guide.model(
-            input_ids=chunk.where(chunk < self.guide.vocab_size, 0),
+            input_ids=chunk.where((chunk >= 0) & (chunk < self.guide.vocab_size), 0),
             attention_mask=(self.held >= 0).long(),
             position_ids=index,
             past_key_values=self.cache,
@@ -135,11 +148,13 @@ class Judging:
         entry = None
         if self.rows is not None:
             entry = torch.searchsorted(self.rows, rows).clamp(max=len(self.rows) - 1)
+        # Read from the device, like the sizes in `_drop`: a cache can only be cropped by numbers on the host.
         if self.rows is None or entry is None or not torch.equal(self.rows[entry], rows):
             self.cache = DynamicCache()
             self.held = torch.empty((len(rows), 0), dtype=torch.long, device=rows.device)
             return torch.zeros_like(rows)
-        assert self.ids is not None and self.held is not None
+        assert self.ids is not None
+        assert self.held is not None
         if len(rows) < len(self.rows):
             self.cache.batch_select_indices(entry)
             self.rows, self.held, self.ids = rows, self.held[entry], self.ids[entry]

@@ -26,8 +26,12 @@ class Question:
     place: str
 
 
-def read_questions(path: Path) -> list[Question]:
+def read_questions(path: Path, option: str = "input") -> list[Question]:
     """Read lines of ``{"id": ..., "prompt": "..."}`` or ``{"id": ..., "messages": [...]}``.
+
+    Args:
+        path: the file.
+        option: what errors call it.
 
     Raises:
         ValueError: an unreadable file or line, a line without a prompt, or an id that occurs twice.
@@ -35,17 +39,18 @@ def read_questions(path: Path) -> list[Question]:
     try:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"input={str(path)!r} cannot be read ({error}); give a JSONL file in UTF-8") from None
+        raise ValueError(f"{option}={str(path)!r} cannot be read ({error}); give a JSONL file in UTF-8") from None
     questions: dict[str | int, Question] = {}
     for number, line in enumerate(lines):
         if not line.strip():
             continue
-        question = _question(path, number, line)
+        where = f"{option}={str(path)!r} line {number + 1}"
+        question = _question(where, number, line)
         if question.id in questions:
-            raise ValueError(f"input={str(path)!r} line {number + 1}: id {question.id!r} occurs twice; make ids unique")
+            raise ValueError(f"{where}: id {question.id!r} occurs twice; make ids unique")
         questions[question.id] = question
     if not questions:
-        raise ValueError(f"input={str(path)!r} has no lines; give one JSON object a line")
+        raise ValueError(f"{option}={str(path)!r} has no lines; give one JSON object a line")
     return list(questions.values())
 
 
@@ -94,8 +99,7 @@ class AnswerFile:
             self._file.close()
 
 
-def _question(path: Path, number: int, line: str) -> Question:
-    where = f"input={str(path)!r} line {number + 1}"
+def _question(where: str, number: int, line: str) -> Question:
     try:
         row: Any = json.loads(line)
         json.dumps(row, ensure_ascii=False).encode()

@@ -83,7 +83,7 @@ def load(
     # The config comes first: it tells whether the gigabytes that follow are of use.
     family = _family(checkpoint_folder(name, revision, files=("config.json",)))
     folder = checkpoint_folder(name, revision)
-    with _quiet():
+    with quiet():
         backbone = _load_weights(family, folder, options)
         tokenizer = load_tokenizer(folder)
     backbone.extra_eos_token_ids = _extra_eos(backbone, tokenizer, folder)
@@ -94,20 +94,28 @@ def load(
     return LanguageModel(backbone, tokenizer, str(name))
 
 
-def checkpoint_folder(name: str | Path, revision: str | None = None, files: Sequence[str] = _FILES) -> Path:
+def checkpoint_folder(
+    name: str | Path,
+    revision: str | None = None,
+    files: Sequence[str] = _FILES,
+    option: str = "name",
+    known: Sequence[str] | None = None,
+) -> Path:
     """Find the folder a name stands for; a hub id is downloaded into the Hugging Face cache.
 
     Args:
         name: as for `load`; bundled models that are no denoisers, such as "tiny-guide", are found too.
         revision: branch, tag or commit of a hub id.
         files: patterns of the files to download.
+        option: what errors call the name.
+        known: names that errors suggest; None for those of conf/model.
 
     Raises:
         ValueError: no such model, or a `revision` of something that is not on the hub.
     """
     path = str(name)
-    known = [model for model in names("model") if model != "custom"]
-    if path in known:
+    models = [model for model in names("model") if model != "custom"]
+    if path in models:
         path = _path_of(path)
     folder = BUNDLED / path if path in _bundled() else Path(path).expanduser()
     if path and folder.is_dir():
@@ -115,12 +123,13 @@ def checkpoint_folder(name: str | Path, revision: str | None = None, files: Sequ
             raise ValueError(f"revision={revision!r} has no effect on a local folder ({folder}); leave it out")
         return folder
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
-        raise ValueError(f"name={str(name)!r} is no folder, hub id or known model; known are {', '.join(known)}")
+        suggested = ", ".join(models if known is None else known)
+        raise ValueError(f"{option}={str(name)!r} is no folder, hub id or known model; known are {suggested}")
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=list(files), ignore_patterns="*/*"))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"name={str(name)!r} is no folder, and {path!r} cannot be fetched from the hub ({_first_line(error)}); "
+            f"{option}={str(name)!r} is no folder, and {path!r} cannot be fetched from the hub ({first_line(error)}); "
             "check the spelling and the connection, or give the folder of a downloaded copy"
         ) from None
 
@@ -265,18 +274,19 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({_first_line(error)}); copy or download it again") from None
+        raise ValueError(f"{path} is not JSON ({first_line(error)}); copy or download it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}, not an object; copy or download it again")
     return content
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its kind where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and load reports of transformers: what is wrong is raised instead."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -175,7 +175,7 @@ class Plan:
                 if callback is not None:
                     callback(step)
                 if bar:
-                    bar.advance(bar.task_ids[0], int(step.change.gained.sum() + step.change.filled.sum()))
+                    bar.advance(bar.task_ids[0], int(step.change.gained.sum()))
         generated = None if self.infill else self.options.gen_length
         return assemble(self.recorders, generated, self.lm.tokenizer, clock)
 

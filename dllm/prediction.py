@@ -17,7 +17,6 @@ from torch import Tensor
 
 from dllm.checks import choice, number
 
-
 _ALIGNED = ("tokens", "confidence", "margin", "entropy")
 
 

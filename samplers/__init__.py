@@ -10,4 +10,14 @@ from dllm.samplers.oracle import Oracle
 from dllm.samplers.threshold import Threshold
 from dllm.samplers.vanilla import Vanilla
 
-__all__ = ["ARGuided", "EntropyThreshold", "Factor", "FreeDave", "Learn2PD", "LocalLeap", "Oracle", "Threshold", "Vanilla"]
+__all__ = [
+    "ARGuided",
+    "EntropyThreshold",
+    "Factor",
+    "FreeDave",
+    "Learn2PD",
+    "LocalLeap",
+    "Oracle",
+    "Threshold",
+    "Vanilla",
+]

@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -41,13 +42,21 @@ from dllm.run import Run
 from dllm.samplers.base import Denoise, commit
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ready:
-    """What a run works with."""
+    """What a run works with.
+
+    Attributes:
+        judging: the conversation with the guide.
+        aligner: how it reads the canvas.
+        writable: tokens of the guide that may be written; None where its tokens are others.
+        checked: whether the prompts are known to be readable.
+    """
 
     judging: Judging
     aligner: Aligner
-    run: Run
+    writable: Bool[Tensor, " V"] | None
+    checked: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,27 +67,37 @@ class ARGuided:
         guide: the causal model: a bundled name, a local folder, a hub id, or a loaded model (one that
             takes the denoiser's token ids, or a `dllm.guide.Guide` with its tokenizer).
         accept: when a draft is accepted: argmax, topk or ratio.
-        top_k: drafts among this many are accepted, under topk and ratio.
-        ratio: least probability of a draft as a share of the highest, under ratio.
+        top_k: drafts among this many are accepted, under topk and ratio; None for 5 there.
+        ratio: least probability of a draft as a share of the highest, under ratio; None for 0.5 there.
         on_reject: what is written where the first draft is rejected: the draft, or what the guide expects.
 
     Raises:
-        ValueError: an option out of range; at the start of a run: a guide that cannot be loaded, cropped
-            or aligned.
+        ValueError: an option out of range or without effect; at the start of a run: a guide that cannot be
+            loaded, cropped or aligned, or that cannot read a prompt.
     """
 
     single_forward: ClassVar[bool] = False
 
     guide: str | Guide | PreTrainedModel = "tiny-guide"
     accept: Literal["argmax", "topk", "ratio"] = "argmax"
-    top_k: int = 5
-    ratio: float = 0.5
+    top_k: int | None = None
+    ratio: float | None = None
     on_reject: Literal["draft", "guide"] = "draft"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.guide, (str, Guide, PreTrainedModel)):
+            raise ValueError(
+                f"guide={self.guide!r} is no guide; use a name, a folder, a hub id or a loaded causal model"
+            )
         choice("accept", self.accept, ("argmax", "topk", "ratio"))
-        number("top_k", self.top_k, "a whole number of at least 1", low=1, whole=True)
-        number("ratio", self.ratio, "a number from 0 to 1", low=0, high=1)
+        if self.top_k is not None:
+            number("top_k", self.top_k, "a whole number of at least 1, or null for 5", low=1, whole=True)
+            if self.accept == "argmax":
+                raise ValueError(f"top_k={self.top_k} has no effect with accept=argmax; use accept=topk or ratio")
+        if self.ratio is not None:
+            number("ratio", self.ratio, "a number from 0 to 1, or null for 0.5", low=0, high=1)
+            if self.accept != "ratio":
+                raise ValueError(f"ratio={self.ratio} has no effect with accept={self.accept}; use accept=ratio")
         choice("on_reject", self.on_reject, ("draft", "guide"))
 
     def start(self, run: Run) -> Ready:
@@ -88,19 +107,27 @@ class ARGuided:
                 guide = load_guide(self.guide, run.device)
             case Guide():
                 guide = self.guide
-            case _:
+            case PreTrainedModel():
                 guide = Guide(self.guide, run.tokenizer)
         aligner = align(guide, run.tokenizer, run.vocab_size, run.eos_token_ids)
-        if self.on_reject == "guide" and not isinstance(aligner, SameVocabulary):
+        writable = None
+        if isinstance(aligner, SameVocabulary):
+            shared = min(guide.vocab_size, run.vocab_size)
+            writable = F.pad(aligner.readable[:shared], (0, guide.vocab_size - shared))
+            writable[run.mask_token_id : run.mask_token_id + 1] = False
+        elif self.on_reject == "guide":
             raise ValueError("on_reject=guide needs a guide with the model's own vocabulary; use on_reject=draft")
-        return Ready(Judging(guide), aligner, run)
+        return Ready(Judging(guide), aligner, writable)
 
     def step(self, window: Window, denoise: Denoise, state: Ready) -> Edit:
         """Draft the block, let the guide read it, commit what holds."""
+        if not state.checked:
+            state.aligner.check(window.tokens, window.first, window.columns[:, 0])
+            state.checked = True
         prediction = denoise()
         drafted = commit(window, prediction, window.masked).on(window.tokens)
-        aligned = state.aligner(drafted, window.first, window.columns, window.masked, window.inside)
-        asks = window.masked.sum(-1) > (1 if self.on_reject == "draft" else 0)
+        aligned = state.aligner(drafted, window.first, window.columns, window.masked)
+        asks = (window.masked.sum(-1) > (1 if self.on_reject == "draft" else 0)) & (aligned.lengths > aligned.start)
         before = state.judging.seconds
         judged = state.judging.logits(
             window.rows, aligned.ids, aligned.lengths.where(asks, aligned.start), aligned.start
@@ -108,7 +135,7 @@ class ARGuided:
         first = window.masked & (window.masked.cumsum(-1) == 1)
         edit = commit(window, prediction, first)
         if judged is not None:
-            edit = self._judge(window, prediction, aligned, judged, state.run)
+            edit = self._judge(window, prediction, aligned, judged, state.writable)
         return replace(
             edit, guide_forwards=(asks & (judged is not None)).long().cpu().numpy(),
             guide_seconds=state.judging.seconds - before,
@@ -120,7 +147,7 @@ class ARGuided:
         prediction: Prediction,
         aligned: Aligned,
         judged: tuple[Tensor, Tensor],
-        run: Run,
+        writable: Bool[Tensor, " V"] | None,
     ) -> Edit:
         logits, about = judged
         length = aligned.ids.shape[1]
@@ -133,24 +160,25 @@ class ARGuided:
         accepted = verdict.long().cumprod(-1).sum(-1)
         run_ = (aligned.upto <= accepted[:, None]) & window.masked
         first = window.masked & (window.masked.cumsum(-1) == 1)
-        if self.on_reject == "draft":
+        if self.on_reject == "draft" or writable is None:
             return commit(window, prediction, run_ | first)
         rejected = (aligned.upto == accepted[:, None] + 1) & window.masked
-        logits = logits.index_fill(-1, torch.tensor([run.mask_token_id], device=logits.device), -torch.inf)
-        choices = logits.argmax(-1)
-        corrected = torch.cat((aligned.ids, aligned.ids[:, :1]), dim=1).scatter(1, about, choices)
-        own = corrected.gather(1, (aligned.upto - 1).clamp(0, length - 1))
-        tokens = torch.where(rejected, own, prediction.tokens)
+        choices = logits.masked_fill(~writable, -torch.inf).argmax(-1)
+        expected = torch.full((len(choices), length + 1), -1, device=about.device).scatter(1, about, choices)
+        expected = expected.gather(1, (aligned.upto - 1).clamp(0, length - 1))
+        tokens = torch.where(rejected & (expected >= 0), expected, prediction.tokens)
         return Edit(window.columns, tokens, run_ | rejected)
 
     def _holds(self, logits: Tensor, draft: Int[Tensor, "B N"]) -> Bool[Tensor, "B N"]:
         """Whether each draft is accepted given the guide's logits at its place."""
-        known = draft < logits.shape[-1]
+        known = (draft >= 0) & (draft < logits.shape[-1])
         value = logits.gather(-1, draft.where(known, 0)[..., None])
         if self.accept == "argmax":
             return (logits.argmax(-1) == draft) & known
-        among = (logits > value).sum(-1) < self.top_k
+        among = (logits > value).sum(-1) < (self.top_k or 5)
         if self.accept == "ratio":
             # p(y) >= r max p, whatever they sum to.
-            among &= (value - logits.amax(-1, keepdim=True)).exp()[..., 0] >= self.ratio
+            among &= (value - logits.amax(-1, keepdim=True)).exp()[..., 0] >= (
+                0.5 if self.ratio is None else self.ratio
+            )
         return among & known

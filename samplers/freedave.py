@@ -28,10 +28,12 @@ Differences from the reference:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from einops import rearrange, repeat
+import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -46,22 +48,26 @@ from dllm.samplers.selection import stopped
 
 @dataclass
 class Memory:
-    """What a run remembers.
+    """What a run remembers: the base, and of every canvas row where the base is.
 
     Attributes:
         base: the policy that drafts and judges.
         state: its own state.
         run: the facts of the run.
-        rows: rows of the last step.
-        block: block that the predictions kept of each are about.
-        kept: their predictions for the accepted draft.
+        block: block of the last accepted draft; -1 before the first.
+        step: steps the base has spent in that block.
+        entry_masks: masked positions the row had when the base entered it.
+        entry: which entry of the predictions kept is the row's.
+        kept: predictions for the accepted drafts of the last step.
     """
 
     base: Sampler
     state: Any
     run: Run
-    rows: Int[Tensor, " B"] | None = None
-    block: Int[Tensor, " B"] | None = None
+    block: Int[Tensor, " rows"]
+    step: Int[Tensor, " rows"]
+    entry_masks: Int[Tensor, " rows"]
+    entry: Int[Tensor, " rows"]
     kept: Prediction | None = None
 
 
@@ -88,59 +94,124 @@ class FreeDave:
     eager: bool = False
 
     def __post_init__(self) -> None:
-        number("draft_steps", self.draft_steps, "a whole number of at least 1 (4 and 8 are published)", low=1, whole=True)
+        number(
+            "draft_steps", self.draft_steps, "a whole number of at least 1 (4 and 8 are published)", low=1, whole=True
+        )
         choice("draft_mode", self.draft_mode, ("batch", "tree"))
         choice("eager", self.eager, (True, False))
-        base = resolve("sampler", self.base, Sampler)
+        base = resolve("sampler", self.base, Sampler, "base")
         if not getattr(base, "single_forward", False):
-            raise ValueError(f"base={self.base!r} cannot be drafted: it takes several forwards a step or remembers earlier ones")
+            raise ValueError(
+                f"base={self.base!r} cannot be drafted: its step is more than one forward about the active block; "
+                "use a policy of the kind of vanilla or threshold (learn2pd with eotp=off)"
+            )
 
     def start(self, run: Run) -> Memory:
         """Start the base."""
-        base = resolve("sampler", self.base, Sampler)
-        return Memory(base, base.start(run), run)
+        base = resolve("sampler", self.base, Sampler, "base")
+        block, *zeros = torch.zeros((4, run.rows), dtype=torch.long, device=run.device)
+        return Memory(base, base.start(run), run, block - 1, *zeros)
 
     def step(self, window: Window, denoise: Denoise, state: Memory) -> Edit:
         """Draft, judge all drafts in one forward, follow the chain."""
-        drafts, new = self._draft(window, state)
+        known = state.block[window.rows] == window.block
+        # The engine counts its own steps; the base has spent more.
+        window = replace(
+            window,
+            step=state.step[window.rows].where(known, 0),
+            entry_masks=state.entry_masks[window.rows].where(known, window.entry_masks),
+        )
+        drafts = self._draft(window, known, state)
+        new = F.pad((drafts[:, 1:] != drafts[:, :-1]).any(-1), (1, 0), value=True)
         views = _views(window, drafts, new, state.run)
         if self.eager:
             views = _enter_next_blocks(views, state.run)
-        asked: list[Prediction] = []
+        views = replace(views, inside=views.inside & views.masked.any(-1, keepdim=True))
+        judged: list[Prediction] = []
 
-        def judge(asking: Bool[Tensor, "*B K"] | None = None, *_: Any) -> Prediction:
+        def judge(
+            asked: Tensor | None = None,
+            columns: Tensor | None = None,
+            tokens: Tensor | None = None,
+            joined: bool = False,
+        ) -> Prediction:
             split = "(b d) k -> b d k"
-            wanted = rearrange(views.masked if asking is None else asking, split, d=self.draft_steps)
-            columns = rearrange(views.columns, split, d=self.draft_steps)
-            prediction = denoise(wanted, columns, drafts, self.draft_mode == "tree")
-            asked.append(prediction.arranged(lambda values: values.flatten(0, 1)))
-            return asked[0]
+            wanted = rearrange(views.masked if asked is None else asked, split, d=self.draft_steps)
+            about = rearrange(views.columns, split, d=self.draft_steps)
+            prediction = denoise(wanted, about, drafts, self.draft_mode == "tree")
+            judged.append(prediction.arranged(lambda values: values.flatten(0, 1)))
+            return judged[0]
 
-        target = state.base.step(views, judge, state.state).on(views.tokens).view_as(drafts)
-        at = _follow(drafts, target, new)
-        entry = torch.arange(len(at), device=at.device)
-        state.rows, state.block = window.rows, views.block.view_as(new)[entry, at]
-        state.kept = asked[0].kept(lambda values: values[entry * self.draft_steps + at])
-        final = target[entry, at]
+        targets = state.base.step(views, judge, state.state).on(views.tokens).view_as(drafts)
+        at, step, final = self._follow(window, drafts, new, views, judged[0], targets[:, 0], state)
+        state.block[window.rows], state.step[window.rows] = views.block[at], step + 1
+        state.entry_masks[window.rows] = views.entry_masks[at]
+        state.entry[window.rows] = torch.arange(len(at), device=at.device)
+        state.kept = judged[0].kept(lambda values: values[at])
         columns = torch.arange(final.shape[1], device=final.device).expand_as(final)
         return Edit(columns, final, final != window.tokens)
 
-    def _draft(self, window: Window, state: Memory) -> tuple[Int[Tensor, "B D L"], Bool[Tensor, "B D"]]:
-        """The canvas and what the base would make of it, step by step; and which of them differ from the one before."""
+    def _draft(self, window: Window, known: Bool[Tensor, " B"], state: Memory) -> Int[Tensor, "B D L"]:
+        """The canvas and what the base would make of it, step by step, if what was predicted still held."""
         drafts = [window.tokens] * self.draft_steps
-        new = window.tokens.new_zeros((len(window.rows), self.draft_steps), dtype=torch.bool)
-        new[:, 0] = True
-        if state.kept is None or state.rows is None or state.block is None:
-            return torch.stack(drafts, dim=1), new
-        entry = torch.searchsorted(state.rows, window.rows).clamp(max=len(state.rows) - 1)
-        known = (state.rows[entry] == window.rows) & (state.block[entry] == window.block)
-        stale = state.kept.kept(lambda values: values[entry])
-        view = replace(window, inside=window.inside & known[:, None], masked=window.masked & known[:, None])
-        for k in range(1, self.draft_steps):
-            drafts[k] = state.base.step(view, lambda *_: stale, state.state).on(view.tokens)
-            new[:, k] = (drafts[k] != drafts[k - 1]).any(-1)
-            view = _advanced(view, drafts[k], window.step + k, state.run)
-        return torch.stack(drafts, dim=1), new
+        if state.kept is not None:
+            stale = state.kept.kept(lambda values: values[state.entry[window.rows]])
+            view = replace(window, inside=window.inside & known[:, None], masked=window.masked & known[:, None])
+            for k in range(1, self.draft_steps):
+                drafts[k] = state.base.step(view, _told(stale), state.state).on(view.tokens)
+                view = _advanced(view, drafts[k], window.step + k, state.run)
+        return torch.stack(drafts, dim=1)
+
+    def _follow(
+        self,
+        window: Window,
+        drafts: Int[Tensor, "B D L"],
+        new: Bool[Tensor, "B D"],
+        views: Window,
+        judged: Prediction,
+        target: Int[Tensor, "B L"],
+        state: Memory,
+    ) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"], Int[Tensor, "B L"]]:
+        """Go from draft to draft.
+
+        Args:
+            window: the rows.
+            drafts: their canvases.
+            new: drafts that differ from the one before.
+            views: the drafts as entries, as the base was shown them.
+            judged: predictions for those.
+            target: the base's next canvas of the first draft.
+            state: the run's.
+
+        Returns:
+            The last draft of each chain, as an entry of `views`; the steps the base has spent in its block by
+            then; and the base's next canvas of it.
+        """
+        entries = torch.arange(len(drafts) * self.draft_steps, device=drafts.device).view_as(new)
+        at, step = entries[:, 0], window.step
+        for _ in range(self.draft_steps - 1):
+            equal = (drafts == target[:, None]).all(-1) & new & (entries > at[:, None])
+            onward = torch.where(equal, entries, at[:, None]).amax(-1)
+            moved, stays = onward > at, views.block[onward] == views.block[at]
+            # The base needs fewer steps to a draft than drafting did where it skips some; its schedule counts its own.
+            step, at = torch.where(moved, (step + 1).where(stays, 0), step), onward
+            view = _taken(views, at)
+            view = replace(view, step=step.where(view.masked.any(-1), 0), uniform=window.uniform)
+            told = _told(judged.kept(partial(torch.index_select, dim=0, index=at)))
+            after = state.base.step(view, told, state.state).on(view.tokens)
+            target = after.where(moved[:, None], target)
+        return at, step, target
+
+
+def _told(prediction: Prediction) -> Denoise:
+    """Answers with this prediction, whatever is asked."""
+
+    def denoise(
+        asked: Tensor | None = None, columns: Tensor | None = None, tokens: Tensor | None = None, joined: bool = False
+    ) -> Prediction:
+        return prediction
+
+    return denoise
 
 
 def _advanced(view: Window, tokens: Int[Tensor, "B L"], step: Int[Tensor, " B"], run: Run) -> Window:
@@ -149,24 +220,25 @@ def _advanced(view: Window, tokens: Int[Tensor, "B L"], step: Int[Tensor, " B"],
     return replace(view, tokens=tokens, masked=masked, step=step.where(masked.any(-1), view.step))
 
 
+def _taken(window: Window, entries: Int[Tensor, " N"]) -> Window:
+    """Some entries of a window, in this order."""
+    names = "rows tokens first region columns inside masked block entry_masks step".split()
+    return replace(window, **{name: getattr(window, name)[entries] for name in names})
+
+
 def _views(window: Window, drafts: Int[Tensor, "B D L"], new: Bool[Tensor, "B D"], run: Run) -> Window:
     """Every draft as an entry of its own; those that need no judging ask nothing."""
-    count = drafts.shape[1]
-    rows, first, region, columns, inside, masked, block, entry_masks, step = (
-        repeat(each, "b ... -> (b d) ...", d=count)
-        for each in (
-            window.rows, window.first, window.region, window.columns, window.inside, window.masked,
-            window.block, window.entry_masks, window.step,
-        )
-    )  # fmt: skip
+    rows, count = new.shape
+    number = torch.arange(count, device=new.device).repeat(rows)
+    every = _taken(window, torch.arange(rows, device=new.device).repeat_interleave(count))
     tokens = drafts.flatten(0, 1)
-    judged = new.flatten() & ~stopped(tokens, region, run)
+    judged = new.flatten() & ~stopped(tokens, every.region, run)
     every = replace(
-        window, rows=rows, tokens=tokens, first=first, region=region, columns=columns, inside=inside & judged[:, None],
-        masked=masked, block=block, entry_masks=entry_masks, step=step,
+        every,
+        inside=every.inside & judged[:, None],
         uniform=lambda: torch.stack([window.uniform() for _ in range(count)], dim=1).flatten(0, 1),
-    )  # fmt: skip
-    return _advanced(every, tokens, step + torch.arange(count, device=step.device).repeat(len(new)), run)
+    )
+    return _advanced(every, tokens, every.step + number, run)
 
 
 def _enter_next_blocks(views: Window, run: Run) -> Window:
@@ -176,8 +248,8 @@ def _enter_next_blocks(views: Window, run: Run) -> Window:
     ahead = (masked.int().argmax(-1) - views.columns[:, 0]).div(run.block_length, rounding_mode="floor")
     ahead = ahead.where(enters, 0)
     length = views.tokens.shape[1]
-    columns = views.columns[:, :1] + ahead[:, None] * run.block_length + torch.arange(
-        run.block_length, device=ahead.device
+    columns = (
+        views.columns[:, :1] + ahead[:, None] * run.block_length + torch.arange(run.block_length, device=ahead.device)
     )
     exists = columns < length
     columns = columns.clamp(max=length - 1)
@@ -192,17 +264,3 @@ def _enter_next_blocks(views: Window, run: Run) -> Window:
         entry_masks=masked.sum(-1).where(enters, views.entry_masks),
         step=views.step.masked_fill(enters, 0),
     )
-
-
-def _follow(
-    drafts: Int[Tensor, "B D L"], target: Int[Tensor, "B D L"], new: Bool[Tensor, "B D"]
-) -> Int[Tensor, " B"]:
-    """The last draft of each row's chain."""
-    same = (target[:, :, None] == drafts[:, None]).all(-1)
-    count = new.shape[1]
-    number = torch.arange(count, device=new.device)
-    at = torch.zeros(len(new), dtype=torch.long, device=new.device)
-    for _ in range(count - 1):
-        onward = same[torch.arange(len(at), device=at.device), at] & new & (number > at[:, None])
-        at = torch.where(onward, number, at[:, None]).amax(-1)
-    return at

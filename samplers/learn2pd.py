@@ -6,7 +6,7 @@ Per step, with c the confidences of all K positions of the block: commit every m
 
 and always the `at_least` most confident ones. At positions decided already c is the probability of the token
 that would be predicted there now. Positions a short block does not have, and those that were given,
-count as decided with confidence 1.
+count as sure in the published filter, and as nothing in the other (see `dllm.filters`).
 
 End-of-text prediction (`eotp`) gives up the canvas behind a predicted end-of-text, at a cut p:
 
@@ -17,7 +17,7 @@ End-of-text prediction (`eotp`) gives up the canvas behind a predicted end-of-te
 What lies behind p becomes end-of-text and is no longer looked at; p itself need not be committed yet.
 
 Differences: cut within a block the reference raises, as its filter no longer fits; here what was cut
-off counts as decided.
+off are positions the block does not have.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from dllm.filters import Filter, FilterNetwork, find_filter, load_filter
 from dllm.prediction import Prediction
 from dllm.run import Run
 from dllm.samplers.base import Denoise, commit
-from dllm.samplers.selection import top
+from dllm.samplers.selection import is_eos, top
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Learn2PD:
         run: Run,
     ) -> Int[Tensor, " B"]:
         """The column each row ends before: one behind the cut, or the canvas's length where there is none."""
-        ends = _is_eos(everywhere.tokens, run)
+        ends = is_eos(everywhere.tokens, run)
         ends_here = ends.gather(1, window.columns)
         if self.eotp == "safe":
             left = window.masked & ~committed
@@ -133,10 +133,6 @@ def _ask_everywhere(window: Window, denoise: Denoise, run: Run) -> Prediction:
     columns = torch.arange(window.tokens.shape[1], device=window.tokens.device).expand_as(window.tokens)
     block = torch.zeros_like(window.region).scatter_reduce(1, window.columns, window.inside, "amax")
     return denoise(block | ((window.tokens == run.mask_token_id) & window.region), columns)
-
-
-def _is_eos(tokens: Tensor, run: Run) -> Tensor:
-    return torch.isin(tokens, torch.tensor(run.eos_token_ids, device=tokens.device))
 
 
 def _first(where: Bool[Tensor, "B K"], window: Window, none: int) -> Int[Tensor, " B"]:
@@ -157,4 +153,6 @@ def _check(found: Filter, run: Run, allow_mismatch: bool) -> None:
     if card.fingerprint != run.fingerprint():
         raise ValueError(f"filter={found.name!r} is for the weights of {card.backbone!r}; {use}")
     if card.block_length != run.block_length:
-        raise ValueError(f"filter={found.name!r} is for block_length={card.block_length}, not {run.block_length}; {use}")
+        raise ValueError(
+            f"filter={found.name!r} is for block_length={card.block_length}, not {run.block_length}; {use}"
+        )

@@ -49,11 +49,11 @@ class Oracle:
     base: str | Sampler = "vanilla"
 
     def __post_init__(self) -> None:
-        resolve("sampler", self.base, Sampler)
+        resolve("sampler", self.base, Sampler, "base")
 
     def start(self, run: Run) -> Known:
         """Decode the result that is going to be reproduced."""
-        return Known(run.rehearse(resolve("sampler", self.base, Sampler)), run)
+        return Known(run.rehearse(resolve("sampler", self.base, Sampler, "base")), run)
 
     def step(self, window: Window, denoise: Denoise, state: Known) -> Edit:
         """Commit every position that is right."""

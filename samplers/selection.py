@@ -25,10 +25,15 @@ def top(
     return (place < limit) & eligible
 
 
+def is_eos(tokens: Int[Tensor, "B K"], run: Run) -> Bool[Tensor, "B K"]:
+    """Where a token ends a text."""
+    return torch.isin(tokens, torch.tensor(run.eos_token_ids, device=tokens.device))
+
+
 def stopped(tokens: Int[Tensor, "B L"], region: Bool[Tensor, "B L"], run: Run) -> Bool[Tensor, " B"]:
     """Canvases that end-of-text stopping finishes: everything up to the first end-of-text of `region` is decoded."""
     if not run.stop_at_eos:
         return torch.zeros_like(region[:, 0])
-    ended = torch.isin(tokens, torch.tensor(run.eos_token_ids, device=tokens.device)) & region
+    ended = is_eos(tokens, run) & region
     masks = ((tokens == run.mask_token_id) & region).cumsum(-1)
     return ended.any(-1) & (masks.gather(1, ended.int().argmax(-1, keepdim=True))[:, 0] == 0)

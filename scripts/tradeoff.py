@@ -5,23 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import dllm
 from dllm.evaluation import Score, evaluate
+from dllm.plan import parse_options
 from dllm.scripts import app
 from dllm.tasks import word_problems
 
+_MOST_LABELS = 8  # more of them cover each other
 _COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")
+KINDS = {"block_length": int | None, "settings": Any}
 
 
 def main() -> None:
     """Entry point."""
-    app.run(tradeoff, "tradeoff", {"block_length": int | None})
+    app.run(tradeoff, "tradeoff", KINDS)
 
 
 def tradeoff(cfg: DictConfig) -> None:
@@ -31,14 +35,16 @@ def tradeoff(cfg: DictConfig) -> None:
         raise ValueError(f"problems={cfg.problems} is out of range; use 1 or more")
     for suffix in (".md", ".svg"):
         app.check_writable("out", cfg.out, cfg.out + suffix)
-    samplers = {str(label): instantiate(sampler) for label, sampler in cfg.settings.items()}
+    settings = {str(label): _setting(entry) for label, entry in cfg.settings.items()}
     options = {name: cfg[name] for name in ("gen_length", "block_length", "batch_size")}
-    dllm.Options(**options)  # refuse bad values before the model loads
+    for _, own in settings.values():
+        parse_options(options | own)  # refuse bad values before the model loads
     lm = dllm.load(cfg.model.path, **{name: value for name, value in cfg.model.items() if name != "path"})
 
-    scores = _measure(lm, word_problems.problems(cfg.problems, cfg.seed), samplers, options)
-    settings = ", ".join(f"{name}={value}" for name, value in options.items())
-    text = table(scores, f"{lm.name}, {cfg.problems} problems of seed {cfg.seed}, {settings}")
+    scores = _measure(lm, word_problems.problems(cfg.problems, cfg.seed), settings, options)
+    shared = ", ".join(f"{name}={value}" for name, value in options.items())
+    where = f"{lm.backbone.device.type} with {torch.get_num_threads()} thread(s)"
+    text = table(scores, f"{lm.name}, {cfg.problems} problems of seed {cfg.seed}, {shared}, {where}")
     draw(figure, scores, lm.name)
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
     Path(cfg.out + ".md").write_text(text, encoding="utf-8")
@@ -50,31 +56,62 @@ def tradeoff(cfg: DictConfig) -> None:
         print(text)
 
 
+def _setting(entry: DictConfig) -> tuple[Any, dict[str, Any]]:
+    """A sampler, and the options of the run that are its own."""
+    fields: Any = OmegaConf.to_container(entry, resolve=True)
+    own = fields.pop("run", {})
+    return instantiate(fields), own
+
+
 def _measure(
-    lm: dllm.LanguageModel, problems: list[word_problems.Problem], samplers: dict[str, Any], options: dict[str, Any]
+    lm: dllm.LanguageModel,
+    problems: list[word_problems.Problem],
+    settings: dict[str, tuple[Any, dict[str, Any]]],
+    options: dict[str, Any],
 ) -> dict[str, Score]:
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     scores = {}
+    for sampler, own in settings.values():
+        # What a run refuses is told now, not when the settings before it are measured.
+        dllm.generate(lm, problems[0].question, sampler, **options | own)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=len(problems) * len(samplers))
-        for label, sampler in samplers.items():
+        task = progress.add_task("", total=len(problems) * len(settings))
+        for label, (sampler, own) in settings.items():
             progress.update(task, description=label)
-            scores[label] = evaluate(
-                lm, problems, sampler, callback=lambda step: progress.advance(task, step.finished), **options
-            )
+            count = lambda step: progress.advance(task, step.finished)  # noqa: E731
+            scores[label] = evaluate(lm, problems, sampler, callback=count, **options | own)
     return scores
 
 
 def table(scores: dict[str, Score], caption: str) -> str:
     """The scores as a Markdown table."""
+    head = ["setting", "right answers", "95% interval", "whole chain right", "NFE", "TPF"]
     rows = [
-        f"| {label} | {s.final:.1%} | {s.interval[0]:.1%} to {s.interval[1]:.1%} | {s.chain:.1%} "
-        f"| {s.nfe:.1f} | {s.tpf:.2f} |"
+        [
+            label,
+            f"{s.final:.1%}",
+            f"{s.interval[0]:.1%} to {s.interval[1]:.1%}",
+            f"{s.chain:.1%}",
+            f"{s.nfe:.1f}",
+            f"{s.tpf:.2f}",
+        ]
         for label, s in scores.items()
     ]
-    head = "| setting | right answers | 95% interval | whole chain right | NFE | TPF |"
-    return "\n".join([caption, "", head, "|---|---|---|---|---|---|", *rows, ""])
+    # Where NFE is the whole cost the rest would say nothing.
+    if any(s.guide_nfe or s.extra_positions for s in scores.values()):
+        head += ["positions", "extra positions", "guide NFE", "tokens/s"]
+        for row, s in zip(rows, scores.values(), strict=True):
+            row += [
+                f"{s.positions:,.0f}",
+                f"{s.extra_positions:,.0f}",
+                f"{s.guide_nfe:.1f}",
+                f"{s.tokens_per_second:,.0f}",
+            ]
+    lines = [" | ".join(cells) for cells in (head, *rows)]
+    return "\n".join(
+        [caption, "", f"| {lines[0]} |", "|" + "---|" * len(head), *(f"| {line} |" for line in lines[1:]), ""]
+    )
 
 
 def draw(figure: Any, scores: dict[str, Score], title: str) -> None:
@@ -91,6 +128,8 @@ def draw(figure: Any, scores: dict[str, Score], title: str) -> None:
         error = [[max(0.0, s.final - low)], [max(0.0, high - s.final)]]
         name = None if known else family
         axes.errorbar(s.nfe, s.final, yerr=error, fmt="o", color=colour, capsize=3, markersize=5, label=name)
+        if len(scores) > _MOST_LABELS:
+            continue
         end, offset, side = ((low, -4, "top"), (high, 4, "bottom"))[place % 2]
         axes.annotate(
             setting, (s.nfe, end), (0, offset), textcoords="offset points",

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -21,14 +22,17 @@ from dllm.checks import choice, number
 from dllm.filter_training import Records, Training, collect, fit, measure, split
 from dllm.filters import Filter, FilterCard
 from dllm.jsonl import read_questions
+from dllm.plan import Plan
 from dllm.prompts import encode
 from dllm.scripts import app
 from dllm.tasks import word_problems
 
-_KINDS = get_type_hints(dllm.Options) | {"data": str | None, "out": str | None, "hidden": int | None}
+_KINDS = get_type_hints(dllm.Options) | {
+    name: kind | None for name, kind in {"data": str, "split": str, "column": str, "out": str, "hidden": int}.items()
+}
 # What decides which records there are; the rest may change between two runs over the same records.
-_RECIPE = """model sampler cache data split column prompts chat seed gen_length block_length temperature top_p top_k
-stop_at_eos eos_token_id eos_suppression batch_size""".split()
+_RECIPE = """model sampler cache seed gen_length block_length temperature top_p top_k stop_at_eos eos_token_id
+eos_suppression batch_size""".split()
 
 
 def main() -> None:
@@ -49,7 +53,10 @@ def train_filter(cfg: DictConfig) -> None:
     lm = dllm.load(cfg.model.path, **{name: value for name, value in fields["model"].items() if name != "path"})
     out = Path(cfg.out or f"outputs/filters/{Path(lm.name).name}-{cfg.block_length}.safetensors")
     ids = encode(prompts, lm.tokenizer)
-    records = _collect(lm, ids, sampler, cache, options, out.with_suffix(".records"), {key: fields[key] for key in _RECIPE})
+    Plan(lm, ids, sampler, cache, dllm.Options(**options), infill=False)  # refuses prompts that do not fit
+    records = _collect(
+        lm, ids, sampler, cache, options, out.with_suffix(".records"), {key: fields[key] for key in _RECIPE}
+    )
     learn, held_out = split(records, how)
     with _progress("training", how.epochs) as advance:
         network, epoch = fit(learn, held_out, how, lambda number, loss: advance(number, f"held-out loss {loss:.4f}"))
@@ -87,17 +94,20 @@ def _read(cfg: DictConfig) -> list[Any]:
     if cfg.data is None:
         return [problem.question for problem in word_problems.problems(cfg.prompts, cfg.seed)]
     if cfg.data.endswith(".jsonl"):
-        return [question.prompt for question in read_questions(Path(cfg.data))]
-    from datasets import load_dataset  # heavy, and needed here only
+        return [question.prompt for question in read_questions(Path(cfg.data), "data")]
+    from datasets import disable_progress_bars, load_dataset  # heavy, and needed here only
     from datasets.exceptions import DatasetNotFoundError
 
+    if not Console(stderr=True).is_terminal:
+        disable_progress_bars()
     try:
-        rows = load_dataset(cfg.data, split=cfg.split)
+        rows = load_dataset(cfg.data, split=cfg.split or "train")
     except (DatasetNotFoundError, OSError, ValueError) as error:
-        raise ValueError(f"data={cfg.data!r} with split={cfg.split!r} cannot be read: {error}") from None
-    if cfg.column not in rows.column_names:
-        raise ValueError(f"column={cfg.column!r} is not in {cfg.data}; use one of {', '.join(rows.column_names)}")
-    return list(rows[cfg.column])
+        raise ValueError(f"data={cfg.data!r} with split={cfg.split or 'train'!r} cannot be read: {error}") from None
+    column = cfg.column or "question"
+    if column not in rows.column_names:
+        raise ValueError(f"column={column!r} is not in {cfg.data}; use one of {', '.join(rows.column_names)}")
+    return list(rows[column])
 
 
 def _collect(
@@ -111,11 +121,13 @@ def _collect(
 ) -> Records:
     """Records of all prompts, batch by batch; what an earlier run of the same recipe left is taken over."""
     file = folder / "recipe.json"
-    recipe = recipe | {"fingerprint": lm.backbone.fingerprint()}
+    asked = sha256(json.dumps(ids).encode()).hexdigest()
+    recipe = recipe | {"fingerprint": lm.backbone.fingerprint(), "prompts": asked}
     if file.exists() and json.loads(file.read_text(encoding="utf-8")) != recipe:
         raise ValueError(f"out: {folder} holds records of other settings; give another out, or remove that folder")
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(recipe, indent=1), encoding="utf-8")
+    file.with_suffix(".tmp").write_text(json.dumps(recipe, indent=1), encoding="utf-8")
+    file.with_suffix(".tmp").replace(file)
     size, parts = options["batch_size"], []
     with _progress("collecting", len(ids)) as advance:
         for start in range(0, len(ids), size):
@@ -135,7 +147,13 @@ def _collect(
 @contextmanager
 def _progress(what: str, total: int) -> Iterator[Any]:
     console = Console(stderr=True)
-    columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=total, note="")
         yield lambda done, note: progress.update(task, completed=done, note=note)
@@ -171,7 +189,9 @@ def _report(card: FilterCard, out: Path, plot: Path | None) -> None:
 def _data_name(cfg: DictConfig) -> str:
     if cfg.data is None:
         return f"dllm.tasks.word_problems, seed {cfg.seed}"
-    return str(cfg.data) if cfg.data.endswith(".jsonl") else f"{cfg.data}, split {cfg.split}, column {cfg.column}"
+    if cfg.data.endswith(".jsonl"):
+        return str(cfg.data)
+    return f"{cfg.data}, split {cfg.split or 'train'}, column {cfg.column or 'question'}"
 
 
 def _check(cfg: DictConfig) -> Training:
@@ -187,6 +207,11 @@ def _check(cfg: DictConfig) -> Training:
         raise ValueError("block_length=null is no length a filter can be for; give the one it is going to be used with")
     number("rate", cfg.rate, "a positive number (0.003 is published)", above=0)
     number("held_out", cfg.held_out, "a share above 0 and below 1", above=0, high=0.99)
+    for name in ("split", "column"):
+        if cfg[name] is not None and (cfg.data is None or cfg.data.endswith(".jsonl")):
+            raise ValueError(
+                f"{name}={cfg[name]!r} has no effect without a data set; leave it out, or name one in data"
+            )
     if cfg.out is not None:
         if not cfg.out.endswith(".safetensors"):
             raise ValueError(f"out={cfg.out!r} is no filter file; give a name that ends in .safetensors")

@@ -43,6 +43,42 @@ def test_rows_advance_on_their_own() -> None:
     assert window.entry_masks.tolist() == [1, 3]
 
 
+def test_an_edit_may_end_a_row_early() -> None:
+    c = canvas([[1, 2, 3, MASK, MASK, MASK, MASK], [1, MASK, MASK, MASK, MASK]], stop=False)
+    assert c.host.shape == (2, 7)
+    window = c.window()
+    columns = torch.tensor([[3], [3]])
+    edit = Edit(columns, torch.full((2, 1), 5), torch.ones(2, 1, dtype=torch.bool), end=torch.tensor([5, 7]))
+    change = c.apply(window, edit)
+    assert c.host.tolist() == [[1, 2, 3, 5, MASK, FILL, FILL], [FILL, FILL, 1, 5, MASK, MASK, MASK]]
+    assert change.filled.sum(1).tolist() == [2, 0]
+    assert not (change.committed & change.filled).any()
+    assert c.window().region.tolist()[0] == [False, False, False, True, True, False, False]
+    assert c.real_columns is not None
+    # What was cut off is looked at no more.
+    assert c.real_columns.tolist() == [[True] * 5 + [False] * 2, [False] * 2 + [True] * 5]
+    write(c, 0, {4: 6})
+    assert c.rows.tolist() == [1]
+
+
+def test_a_row_does_not_end_later_again() -> None:
+    c = canvas([[1, MASK, MASK, MASK, MASK, MASK]], stop=False)
+    for column, end in ((1, 4), (2, 6)):
+        one = torch.tensor([[column]])
+        c.apply(c.window(), Edit(one, one, one > 0, end=torch.tensor([end])))
+    assert c.host[0].tolist() == [1, 1, 2, MASK, FILL, FILL]
+    assert c.real_columns is not None
+    assert c.real_columns[0].tolist() == [True] * 4 + [False] * 2
+
+
+def test_a_fresh_canvas_is_the_one_it_was() -> None:
+    c = canvas([[1, MASK, MASK], [MASK]])
+    before = c.host.copy()
+    write(c, 0, {1: 4})
+    assert (c.fresh().host == before).all()
+    assert c.fresh().window().masked.tolist() == [[True, True, False], [True, False, False]]
+
+
 def test_a_finished_row_leaves() -> None:
     c = canvas([[1, MASK], [1, 2, 3, MASK, MASK]])
     write(c, 0, {4: 5})

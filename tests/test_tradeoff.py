@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -81,6 +82,10 @@ class TestCommand:
             (["batch_size=0"], "batch_size=0"),
             (["gen_length=200"], "context of 128"),
             (["settings.threshold 0.9.threshold=-1"], "threshold=-1"),
+            (["settings.threshold 0.9.threshold=-1", "problems=2"], "threshold=-1"),
+            (["+settings.learned._target_=dllm.samplers.Learn2PD"], "filter=null finds no bundled filter"),
+            (["+settings.cut._target_=dllm.samplers.Vanilla", "+settings.cut.run.gen_length=0"], "gen_length=0"),
+            (["+settings.cut._target_=dllm.samplers.Vanilla", "+settings.cut.run.speed=9"], "speed"),
             (["+extra=1"], "extra is no option"),
             (["out=/dev/null/x"], "out='/dev/null/x' cannot be written"),
             (["model=/no/such/folder"], "'/no/such/folder'"),
@@ -113,6 +118,34 @@ class TestCommand:
         result = command("tradeoff", f"model={model}", f"out={tmp_path}/chart")
         expected = "dllm tradeoff: error: the chart needs matplotlib: pip install 'dllm-samplers[plot]'\n"
         assert result == Outcome(2, "", expected)
+
+
+def test_a_setting_may_have_options_of_the_run(model: Path, tmp_path: Path) -> None:
+    own = ["+settings.whole._target_=dllm.samplers.Vanilla", "+settings.whole.run.gen_length=20"]
+    result = command(
+        "tradeoff", f"model={model}", f"out={tmp_path}/chart", "problems=1", "gen_length=10", "block_length=5", *own
+    )
+    assert (result.code, result.err) == (0, "")
+    table = {cells(line)[0]: cells(line) for line in Path(f"{tmp_path}/chart.md").read_text().splitlines()[4:]}
+    assert float(table["whole"][4]) > 10 >= float(table["vanilla, 1 per step"][4])
+
+
+class TestPolicies:
+    """`dllm policies`: the same with all policies."""
+
+    def test_every_policy_is_in_the_table_with_what_it_costs(self, tmp_path: Path) -> None:
+        result = command("policies", f"out={tmp_path}/all", "problems=1")
+        assert (result.code, result.err) == (0, "")
+        lines = Path(f"{tmp_path}/all.md").read_text().splitlines()
+        families = {re.split("[ ,]", cells(line)[0])[0] for line in lines[4:]}
+        assert families == {"vanilla", "threshold", "localleap", "learn2pd", "freedave", "ar_guided", "oracle"}
+        table = {cells(line)[0]: dict(zip(cells(lines[2]), cells(line), strict=True)) for line in lines[4:]}
+        assert float(table["ar_guided argmax"]["guide NFE"]) > 0
+        assert float(table["freedave 4 over vanilla"]["extra positions"].replace(",", "")) > 0
+        assert (
+            float(table["vanilla, EOS-aware"]["NFE"]) <= float(table["vanilla, to the end of the canvas"]["NFE"]) == 64
+        )
+        assert ElementTree.parse(f"{tmp_path}/all.svg").getroot().tag.endswith("svg")
 
 
 class TestChart:
@@ -177,3 +210,11 @@ def test_the_table_is_markdown() -> None:
     assert lines[0] == "caption"
     assert lines[4] == "| a | 50.0% | 40.4% to 59.6% | 25.0% | 3.2 | 2.50 |"
     assert {line.count("|") for line in lines[2:]} == {7}
+
+
+def test_costs_that_nfe_does_not_count_are_shown_where_there_are_any() -> None:
+    drafted = replace(score(0.5, 3.25), positions=1234.4, extra_positions=1000.0, guide_nfe=2.0)
+    lines = application.table({"a": drafted, "b": score(1.0, 10)}, "caption").splitlines()
+    assert lines[2].endswith("| TPF | positions | extra positions | guide NFE | tokens/s |")
+    assert lines[4].endswith("| 2.50 | 1,234 | 1,000 | 2.0 | 321 |")
+    assert {line.count("|") for line in lines[2:]} == {11}

@@ -1,0 +1,1 @@
+../../dllm/filter_training.py

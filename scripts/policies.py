@@ -1,0 +1,15 @@
+"""`dllm policies`: the table of all unmasking policies; `dllm tradeoff` with other settings."""
+
+from __future__ import annotations
+
+from dllm.scripts import app
+from dllm.scripts.tradeoff import KINDS, tradeoff
+
+
+def main() -> None:
+    """Entry point."""
+    app.run(tradeoff, "policies", KINDS)
+
+
+if __name__ == "__main__":
+    main()

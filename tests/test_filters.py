@@ -1,0 +1,132 @@
+"""Filters on disk, and what their two forms can and cannot see."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import dllm
+from dllm.filters import (
+    ConfidenceFilter,
+    Filter,
+    FilterCard,
+    FilterNetwork,
+    NeighbourFilter,
+    bundled_filters,
+    find_filter,
+    load_filter,
+)
+from models import random_filter
+
+CARD = FilterCard("neighbours", 8, "m", "0123", {"a": 1}, {"b": None}, "data", 5, 6, {"x": 1}, {"y": 0.5}, [{"z": 1.0}])
+
+
+def shown(width: int = 8, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    confidence = torch.rand((3, width), generator=draw)
+    return confidence, torch.rand((3, width), generator=draw) > 0.5, torch.ones(3, width, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("network", [NeighbourFilter(5, 2), ConfidenceFilter(8), ConfidenceFilter(8, 3)], ids=repr)
+def test_what_is_saved_is_what_loads(network: FilterNetwork, tmp_path: Path) -> None:
+    Filter(network, CARD, "x").save(tmp_path / "new" / "f.safetensors")
+    found = load_filter(tmp_path / "new" / "f.safetensors")
+    assert found.card == CARD
+    assert torch.equal(found.network(*shown()), network.eval()(*shown()))
+
+
+def test_a_bare_file_in_the_published_form_loads_without_a_card(tmp_path: Path) -> None:
+    save_file(ConfidenceFilter(32).state_dict(), tmp_path / "f.safetensors")
+    found = load_filter(str(tmp_path / "f.safetensors"))
+    assert found.card is None
+    assert found.network.block_length == 32
+    assert sum(p.numel() for p in found.network.parameters()) == 2112
+
+
+def test_the_published_form_is_its_two_layers() -> None:
+    network = ConfidenceFilter(8)
+    confidence, masked, inside = shown()
+    inside[:, 6:] = False
+    seen = torch.where(inside, confidence, 1.0)
+    wanted = (seen @ network.fc1.weight.T + network.fc1.bias).relu() @ network.fc2.weight.T + network.fc2.bias
+    torch.testing.assert_close(network(confidence, masked, inside), wanted)
+
+
+def test_neighbours_beyond_a_short_block_are_as_good_as_none() -> None:
+    network = random_filter().network
+    confidence, masked, inside = shown(12)
+    inside[:, 7:] = False
+    short = network(confidence[:, :7], masked[:, :7], inside[:, :7])
+    torch.testing.assert_close(network(confidence, masked, inside)[:, :7], short)
+
+
+def test_a_neighbour_filter_sees_its_neighbours_and_no_further() -> None:
+    network = random_filter().network
+    confidence, masked, inside = shown(24)
+    moved = confidence.clone()
+    moved[:, 20] = 1 - moved[:, 20]
+    changed = (network(confidence, masked, inside) != network(moved, masked, inside)).any(0)
+    assert changed[20]
+    assert not changed[:14].any()
+
+
+def test_sure_and_nearly_sure_are_told_apart() -> None:
+    network = random_filter().network
+    inside = torch.ones(1, 1, dtype=torch.bool)
+    at = [network(torch.tensor([[c]]), inside, inside).item() for c in (0.99, 0.9999, 0.999999, 1.0)]
+    assert len(set(at)) == 4
+    assert all(abs(value) < 1e4 for value in at)
+
+
+class TestBundled:
+    @pytest.mark.parametrize("name", ["tiny-llada", "tiny-dream"])
+    def test_the_card_is_about_the_model_it_comes_with(self, name: str) -> None:
+        found = load_filter(name)
+        assert found.card is not None
+        assert found.card.fingerprint == dllm.load(name, device="cpu").backbone.fingerprint()
+        assert (found.card.block_length, found.card.backbone) == (32, name)
+        assert find_filter(found.card.fingerprint, 32).name == name
+        assert found.card.held_out["recall_at_0.999"] > 0.5
+        precise = {row["threshold"]: row["precision"] for row in found.card.held_out["thresholds"]}
+        assert precise[0.99] > 0.998
+
+    def test_there_is_one_for_each_denoiser(self) -> None:
+        assert bundled_filters() == ["tiny-dream", "tiny-llada"]
+
+
+class TestDamage:
+    @pytest.fixture
+    def file(self, tmp_path: Path) -> Path:
+        Filter(ConfidenceFilter(8), CARD, "x").save(tmp_path / "f.safetensors")
+        return tmp_path / "f.safetensors"
+
+    def refused(self, file: Path, why: str) -> None:
+        with pytest.raises(ValueError, match=why) as caught:
+            load_filter(file)
+        assert "\n" not in str(caught.value)
+
+    def test_a_file_cut_short(self, file: Path) -> None:
+        file.write_bytes(file.read_bytes()[:-10])
+        self.refused(file, "is damaged: .*; make it again")
+
+    def test_tensors_of_something_else(self, file: Path) -> None:
+        save_file({"weight": torch.zeros(3, 3)}, file)
+        self.refused(file, "is no filter: it must hold fc1.weight, fc1.bias, fc2.weight, fc2.bias and nothing else")
+
+    def test_one_tensor_too_many(self, file: Path) -> None:
+        save_file(load_file(file) | {"fc3.bias": torch.zeros(3)}, file)
+        self.refused(file, "is no filter")
+
+    def test_tensors_that_do_not_fit_together(self, file: Path) -> None:
+        save_file(load_file(file) | {"fc2.bias": torch.zeros(3)}, file)
+        self.refused(file, "its tensors do not fit together")
+
+    @pytest.mark.parametrize("text", ["{", "[]", "{}", json.dumps(asdict(CARD) | {"more": 1})])
+    def test_a_card_that_is_none(self, file: Path, text: str) -> None:
+        file.with_suffix(".json").write_text(text)
+        self.refused(file, "f.json is no card of a filter .*; make it again, or remove it")

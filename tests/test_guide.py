@@ -1,0 +1,88 @@
+"""A guide's cache: whatever is rejected, replaced or finished, its answers are those of reading everything anew."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dllm.guide import Guide, Judging, load_guide
+from models import random_guide
+
+VOCAB = 64
+
+
+def conversation(seed: int, rows: int = 4, turns: int = 30) -> Any:
+    """Rows that grow, get other tokens at their ends, ask nothing for a while, and leave."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (1,), generator=draw))
+
+    texts = {row: [number(0, VOCAB - 1) for _ in range(number(1, 9))] for row in range(rows)}
+    for _ in range(turns):
+        if len(texts) > 1 and number(0, 9) == 0:
+            del texts[sorted(texts)[number(0, len(texts) - 1)]]
+        asking = {}
+        for row, text in texts.items():
+            kept = number(max(1, len(text) - 4), len(text))
+            text[kept:] = [number(0, VOCAB - 1) for _ in range(number(0, 6))]
+            start = min(kept, len(text))
+            asking[row] = (start, len(text) if number(0, 3) else start)
+        yield {row: list(text) for row, text in texts.items()}, asking
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_answers_are_those_of_reading_everything_anew(seed: int) -> None:
+    model = random_guide()
+    judging, answered = Judging(Guide(model, None)), 0
+    for texts, asking in conversation(seed):
+        ids = torch.zeros((len(texts), max(map(len, texts.values()))), dtype=torch.long)
+        for entry, text in enumerate(texts.values()):
+            ids[entry, : len(text)] = torch.tensor(text)
+        start = torch.tensor([asking[row][0] for row in texts])
+        lengths = torch.tensor([asking[row][1] for row in texts])
+        found = judging.logits(torch.tensor(list(texts)), ids, lengths, start)
+        wanted = {(entry, i) for entry in range(len(texts)) for i in range(int(start[entry]), int(lengths[entry]))}
+        if found is None:
+            assert not wanted
+            continue
+        logits, about = found
+        given = {
+            (entry, int(about[entry, n])): logits[entry, n]
+            for entry in range(len(texts))
+            for n in range(about.shape[1])
+            if about[entry, n] < ids.shape[1]
+        }
+        assert wanted == set(given)
+        for (entry, i), row in given.items():
+            with torch.no_grad():
+                anew = model(ids[entry : entry + 1, :i]).logits[0, -1]
+            torch.testing.assert_close(row, anew, atol=1e-10, rtol=0)
+            answered += 1
+    assert answered > 40
+
+
+def test_slots_of_rejected_tokens_do_not_pile_up() -> None:
+    judging = Judging(Guide(random_guide(), None))
+    draw = torch.Generator().manual_seed(0)
+    prompt = torch.randint(0, VOCAB, (2, 20), generator=draw)
+    # One row keeps every token, the other none: no slot is free in both, and only squeezing helps.
+    grown, widest = prompt, 0
+    for turn in range(40):
+        fresh = torch.randint(0, VOCAB, (2, 8), generator=draw)
+        ids = torch.cat((grown, fresh), dim=1)
+        ids[1, 20:28] = fresh[1]
+        lengths, start = torch.tensor([ids.shape[1], 28]), torch.tensor([20 + turn, 20])
+        judging.logits(torch.tensor([0, 1]), ids, lengths, start)
+        grown = ids[:, : 21 + turn]
+        assert judging.held is not None
+        widest = max(widest, judging.held.shape[1])
+    assert judging.cache.get_seq_length() == judging.held.shape[1]
+    assert widest <= 2 * (20 + 40) + 8
+
+
+def test_the_last_guide_loaded_is_kept() -> None:
+    device = torch.device("cpu")
+    assert load_guide("tiny-guide", device) is load_guide("tiny-guide", device)
