@@ -314,7 +314,7 @@ BAD_OPTIONS = [
     (["nonsense"], "'nonsense' is no option; options are written name=value"),
     (["--prompt", "x"], "'--prompt' is no flag"),
     (["-x"], "'-x' is no flag"),
-    (["sampler=nope"], "sampler=nope is unknown; use one of entropy_threshold, factor"),
+    (["sampler=nope"], "sampler=nope is unknown; use one of ar_guided, entropy_threshold, factor"),
     (["cache=nope"], "cache=nope is unknown; use one of"),
     (["sampler=vanilla,threshold"], "sampler=vanilla,threshold names several"),
     (["gen_length=["], "["),
