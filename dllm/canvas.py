@@ -8,7 +8,7 @@ at once: one read of the device per step, however many rows there are.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -49,6 +49,11 @@ class Window:
     entry_masks: Int[Tensor, " B"]
     step: Int[Tensor, " B"]
     uniform: Callable[[], Tensor]
+
+    def taken(self, entries: Int[Tensor, " N"]) -> Window:
+        """Some entries in this order, repeats allowed; `index` and `uniform` stay those of all."""
+        names = "rows tokens first region columns inside masked block entry_masks step".split()
+        return replace(self, **{name: getattr(self, name)[entries] for name in names})
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ policy's next canvas t_i, from that draft's own predictions. d_0 is certain; fro
     to d_j, the largest j > i with d_j = t_i,
 
 as often as there is one; where there is none, t_i is the new canvas. Every canvas passed on the way is
-one the base policy passes too, so without a cache tokens equal those of the base, whatever the base:
-the drafts only decide how many of its steps one forward carries. At temperature 0 that is the same
-text, above it the same distribution.
+one the base policy passes too, so without a cache tokens equal those of the base: the drafts only
+decide how many of its steps one forward carries. Where the base draws (temperature above 0,
+`order=random`) it draws anew for each draft, and what stays the same is the distribution. As ever,
+rounding may decide near ties: drafts are computed in batches of another shape.
 
 Differences from the reference:
 - It accepts a draft that is a subset of t_i. Over one token per step that is the same rule; over a
@@ -22,7 +23,7 @@ Differences from the reference:
 - Batches of any size; each row has its own chain.
 - The tree of the reference shares prefix and suffix among the drafts, which is exact only where a
   cache froze them: attention is bidirectional. Without one, `draft_mode=tree` puts whole canvases into
-  one sequence, computes what `batch` does and gives the same.
+  one sequence and gives what `batch` does; it saves nothing then.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from dllm.checks import choice, number
 from dllm.prediction import Prediction
 from dllm.resolve import resolve
 from dllm.run import Run
-from dllm.samplers.base import Denoise, Sampler
+from dllm.samplers.base import Denoise, Sampler, told
 from dllm.samplers.selection import stopped
 
 
@@ -158,7 +159,7 @@ class FreeDave:
             stale = state.kept.kept(lambda values: values[state.entry[window.rows]])
             view = replace(window, inside=window.inside & known[:, None], masked=window.masked & known[:, None])
             for k in range(1, self.draft_steps):
-                drafts[k] = state.base.step(view, _told(stale), state.state).on(view.tokens)
+                drafts[k] = state.base.step(view, told(stale), state.state).on(view.tokens)
                 view = _advanced(view, drafts[k], window.step + k, state.run)
         return torch.stack(drafts, dim=1)
 
@@ -195,23 +196,12 @@ class FreeDave:
             moved, stays = onward > at, views.block[onward] == views.block[at]
             # The base needs fewer steps to a draft than drafting did where it skips some; its schedule counts its own.
             step, at = torch.where(moved, (step + 1).where(stays, 0), step), onward
-            view = _taken(views, at)
+            view = views.taken(at)
             view = replace(view, step=step.where(view.masked.any(-1), 0), uniform=window.uniform)
-            told = _told(judged.kept(partial(torch.index_select, dim=0, index=at)))
-            after = state.base.step(view, told, state.state).on(view.tokens)
+            known = told(judged.kept(partial(torch.index_select, dim=0, index=at)))
+            after = state.base.step(view, known, state.state).on(view.tokens)
             target = after.where(moved[:, None], target)
         return at, step, target
-
-
-def _told(prediction: Prediction) -> Denoise:
-    """Answers with this prediction, whatever is asked."""
-
-    def denoise(
-        asked: Tensor | None = None, columns: Tensor | None = None, tokens: Tensor | None = None, joined: bool = False
-    ) -> Prediction:
-        return prediction
-
-    return denoise
 
 
 def _advanced(view: Window, tokens: Int[Tensor, "B L"], step: Int[Tensor, " B"], run: Run) -> Window:
@@ -220,17 +210,11 @@ def _advanced(view: Window, tokens: Int[Tensor, "B L"], step: Int[Tensor, " B"],
     return replace(view, tokens=tokens, masked=masked, step=step.where(masked.any(-1), view.step))
 
 
-def _taken(window: Window, entries: Int[Tensor, " N"]) -> Window:
-    """Some entries of a window, in this order."""
-    names = "rows tokens first region columns inside masked block entry_masks step".split()
-    return replace(window, **{name: getattr(window, name)[entries] for name in names})
-
-
 def _views(window: Window, drafts: Int[Tensor, "B D L"], new: Bool[Tensor, "B D"], run: Run) -> Window:
     """Every draft as an entry of its own; those that need no judging ask nothing."""
     rows, count = new.shape
     number = torch.arange(count, device=new.device).repeat(rows)
-    every = _taken(window, torch.arange(rows, device=new.device).repeat_interleave(count))
+    every = window.taken(torch.arange(rows, device=new.device).repeat_interleave(count))
     tokens = drafts.flatten(0, 1)
     judged = new.flatten() & ~stopped(tokens, every.region, run)
     every = replace(

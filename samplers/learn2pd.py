@@ -15,6 +15,8 @@ End-of-text prediction (`eotp`) gives up the canvas behind a predicted end-of-te
     safe       the first masked position of the block after the commits, if it predicts end-of-text
 
 What lies behind p becomes end-of-text and is no longer looked at; p itself need not be committed yet.
+On the bundled models (docs/policies-*.md) neither saves forwards over eotp=off, as rows stop at their first
+end-of-text anyway; so off is the default. It may pay with stop_at_eos=false.
 
 Differences: cut within a block the reference raises, as its filter no longer fits; here what was cut
 off are positions the block does not have.

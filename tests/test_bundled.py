@@ -48,3 +48,31 @@ def test_the_readme_shows_the_measured_table() -> None:
     card = (BUNDLED / "tiny-llada" / "README.md").read_text()
     measured = re.search(r"vanilla, 1 token per step \| ([\d.]+%)", card)
     assert measured is not None and f"vanilla, 1 per step | {measured[1]}" in "\n".join(table)
+
+
+def test_the_readme_compares_policies_by_the_measured_table() -> None:
+    root = Path(__file__).parents[1]
+
+    def rows(text: str) -> dict[str, dict[str, str]]:
+        table = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+        return {row[0]: dict(zip(table[0], row, strict=True)) for row in table[2:]}
+
+    measured = rows((root / "docs" / "policies-tiny-llada.md").read_text())
+    shown = rows((root / "README.md").read_text().partition("## Policies compared")[2])
+    assert len(shown) > 8
+    for setting, cells in shown.items():
+        assert cells.items() <= measured[setting].items()
+
+
+@pytest.mark.parametrize("name", ["tiny-llada", "tiny-dream"])
+def test_every_method_stays_within_a_point_of_one_token_per_step_at_most_at_60_percent_of_its_forwards(
+    name: str,
+) -> None:
+    lines = (Path(__file__).parents[1] / "docs" / f"policies-{name}.md").read_text().splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:]]
+    measured = {row[0]: (float(row[1].rstrip("%")), float(row[4])) for row in table}
+    share, nfe = measured["vanilla, EOS-aware"]
+    for method in ("localleap", "learn2pd", "freedave", "ar_guided"):
+        own = [values for setting, values in measured.items() if setting.startswith(method)]
+        assert any(right >= share - 1 and forwards <= 0.6 * nfe for right, forwards in own), method
+    assert {values[0] for setting, values in measured.items() if setting.endswith("over vanilla")} == {share}
