@@ -59,11 +59,10 @@ def evaluate(
     result = generate(lm, [problem.question for problem in problems], sampler, cache, **options)
     grades = [grade(text or "", problem) for text, problem in zip(result.texts, problems, strict=True)]
     stats, nfe = result.stats, float(result.nfe.double().mean())
-    positions = stats.computed_columns / len(problems)
     return replace(
         score(grades, nfe, stats.tpf, stats.tokens_per_second),
-        positions=positions,
-        extra_positions=round(positions - positions / stats.computed_share, 6),
+        positions=stats.computed_columns / len(problems),
+        extra_positions=stats.extra_columns / len(problems),
         guide_nfe=float(result.guide_nfe.double().mean()),
     )
 

@@ -32,6 +32,7 @@ class Stats:
         tpf: `tokens` over the forwards of all rows.
         computed_share: columns computed, over those that computing everything each time would take.
         computed_columns: columns computed by the denoiser, over all rows and drafts.
+        extra_columns: those beyond one canvas per forward, for drafts; negative where a cache saved some.
         guide_seconds: wall time of the guide's forwards, part of `seconds`.
         cache_refreshes: times a cache recomputed everything, over all rows.
         peak_memory: bytes; of the device on CUDA, of the process elsewhere.
@@ -43,6 +44,7 @@ class Stats:
     tpf: float
     computed_share: float
     computed_columns: int
+    extra_columns: int
     guide_seconds: float
     cache_refreshes: int
     peak_memory: int
@@ -163,14 +165,16 @@ def assemble(
         counts = count_tokens(completions, eos)
         cut = [row[:count] for row, count in zip(completions, counts, strict=True)]
     tokens = int(counts.sum())
+    computed, full = (sum(getattr(r, name) for r in recorders) for name in ("computed_columns", "full_columns"))
     stats = Stats(
         seconds=seconds,
         tokens=tokens,
         tokens_per_second=tokens / seconds,
         tpf=tokens / max(1, int(nfe.sum())),
-        computed_columns=sum(r.computed_columns for r in recorders),
+        computed_columns=computed,
+        extra_columns=computed - full,
         guide_seconds=sum(r.guide_seconds for r in recorders),
-        computed_share=sum(r.computed_columns for r in recorders) / max(1, sum(r.full_columns for r in recorders)),
+        computed_share=computed / max(1, full),
         cache_refreshes=sum(r.refreshes for r in recorders),
         peak_memory=peak,
     )

@@ -85,6 +85,7 @@ class Answer:
         completion: (G,) the generated region.
         tokens: generated tokens up to and including end-of-text.
         nfe: denoiser forwards.
+        guide_nfe: guide forwards, for policies that have one.
     """
 
     index: int
@@ -92,6 +93,7 @@ class Answer:
     completion: list[int]
     tokens: int
     nfe: int
+    guide_nfe: int
 
 
 class Plan:
@@ -161,6 +163,7 @@ class Plan:
                     completion=completion.tolist(),
                     tokens=tokens,
                     nfe=int(recorder.nfe[row]),
+                    guide_nfe=int(recorder.guide_nfe[row]),
                 )
 
     def run(self, callback: Callback | None, progress: bool) -> Generation:

@@ -95,7 +95,11 @@ class Runner:
         console.print(result.texts[0], style="green", highlight=False, markup=False, soft_wrap=True)
         stats, nfe = result.stats, int(result.nfe[0])
         counts = f"NFE {nfe}  tokens {stats.tokens}  TPF {stats.tpf:.2f}  {stats.tokens_per_second:.1f} tokens/s"
-        console.print(counts, highlight=False)
+        # What NFE does not count is shown where there is any.
+        counts += f"  extra positions {stats.extra_columns}" if stats.extra_columns > 0 else ""
+        guided = int(result.guide_nfe[0])
+        counts += f"  guide NFE {guided} in {stats.guide_seconds:.2f} s" if guided else ""
+        console.print(counts, highlight=False, soft_wrap=True)
         if picture:
             save_picture(frames, f"{self.lm.name} · {prompt}", picture)
 
@@ -110,7 +114,15 @@ class Runner:
         with _progress(show, len(questions), len(answers.ids)) as advance:
             for answer in finished:
                 name = left[answer.index].id
-                answers.add({"id": name, "text": answer.text, "tokens": answer.tokens, "nfe": answer.nfe})
+                answers.add(
+                    {
+                        "id": name,
+                        "text": answer.text,
+                        "tokens": answer.tokens,
+                        "nfe": answer.nfe,
+                        "guide_nfe": answer.guide_nfe,
+                    }
+                )
                 advance(name)
         print(_done(questions, answers))
 

@@ -83,6 +83,15 @@ class TestPrompt:
         assert int(numbers[2]) == expected.stats.tokens
         assert numbers[3] == f"{expected.stats.tpf:.2f}"
 
+    def test_costs_that_nfe_does_not_count_are_told(self) -> None:
+        drafted, guided, plain = (
+            command("generate", f"sampler={name}", "gen_length=32", "show=none").out.splitlines()[-1]
+            for name in ("freedave", "ar_guided", "learn2pd")
+        )
+        assert re.search(r"tokens/s  extra positions [1-9]\d+$", drafted)
+        assert re.search(r"tokens/s  guide NFE [1-9]\d* in \d\.\d\d s$", guided)
+        assert re.search(r"tokens/s$", plain)
+
     def test_long_lines_are_not_wrapped(self, run: Any) -> None:
         prompt = f"{QUESTION} {QUESTION}"
         assert run(f"prompt={prompt}", "show=none").out.splitlines()[0] == prompt
@@ -183,6 +192,7 @@ class TestFile:
             ends = [i + 1 for i, token in enumerate(completion) if token in LM.backbone.eos_token_ids]
             assert answers[name] == {
                 "id": name, "text": expected.texts[row], "tokens": min([*ends, 12]), "nfe": int(expected.nfe[row]),
+                "guide_nfe": 0,
             }  # fmt: skip
         assert result.code == 0
         assert result.out == f"9 of 9 answers are in {output}\n"
