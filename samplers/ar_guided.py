@@ -136,6 +136,7 @@ class ARGuided:
         edit = commit(window, prediction, first)
         if judged is not None:
             edit = self._judge(window, prediction, aligned, judged, state.writable)
+        # Read from the device: forwards are counted on the host, per row.
         return replace(
             edit, guide_forwards=(asks & (judged is not None)).long().cpu().numpy(),
             guide_seconds=state.judging.seconds - before,
