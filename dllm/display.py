@@ -33,13 +33,13 @@ class CanvasView:
     def draw(self, step: Step, row: int = 0) -> Text:
         """The canvas: fresh tokens highlighted, provisional ones dim, masks as dots, end-of-text left out."""
         entry = int(np.flatnonzero(step.change.rows == row)[0])
-        tokens = step.canvas.host[row, -self.generated :]
+        tokens = self._tokens(step, row)
         guesses = step.provisional[entry, -self.generated :]
         fresh = step.change.committed[entry, -self.generated :]
         masked = tokens == step.canvas.mask_token_id
         ended = np.isin(tokens, step.canvas.eos_token_ids)
         text = Text()
-        for token, guess, new, mask, end in zip(tokens, guesses, fresh, masked, ended, strict=True):
+        for token, guess, new, mask, end in zip(tokens, guesses, fresh, masked, ended, strict=False):
             if mask and guess != step.canvas.mask_token_id and guess not in step.canvas.eos_token_ids:
                 text.append(self._word(int(guess)), PROVISIONAL)
             elif mask:
@@ -52,8 +52,15 @@ class CanvasView:
 
     def line(self, step: Step, row: int = 0) -> str:
         """The canvas in plain characters: masks as dots, end-of-text left out."""
-        tokens = step.canvas.host[row, -self.generated :]
+        tokens = self._tokens(step, row)
         return "".join(self._symbol(step, token) for token in tokens).rstrip("·") or "·"
+
+    def _tokens(self, step: Step, row: int) -> NDArray[np.int64]:
+        """The generated region, up to an end-of-text with nothing left to decode before it."""
+        tokens = step.canvas.host[row, -self.generated :]
+        ended, masked = np.isin(tokens, step.canvas.eos_token_ids), tokens == step.canvas.mask_token_id
+        done = ended.any() and not masked[: ended.argmax()].any()
+        return tokens[: ended.argmax() + 1] if done else tokens
 
     def _symbol(self, step: Step, token: int) -> str:
         if token == step.canvas.mask_token_id:

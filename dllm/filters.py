@@ -21,7 +21,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from jaxtyping import Bool, Float
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 BUNDLED = Path(__file__).parent / "checkpoints"
@@ -132,7 +132,8 @@ class Filter:
     def save(self, path: Path) -> None:
         """Write the tensors to `path`, a .safetensors file, and the card beside it."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}, path)
+        # Not save_file, which writes for the owner alone.
+        path.write_bytes(save({name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}))
         if self.card is not None:
             path.with_suffix(".json").write_text(json.dumps(asdict(self.card), indent=1) + "\n", encoding="utf-8")
 
@@ -154,8 +155,8 @@ def find_filter(fingerprint: str, block_length: int) -> Filter:
             return found
     raise ValueError(
         f"filter=null finds no bundled filter for this model at block_length={block_length}; train one with "
-        "`dllm train-filter model=... block_length=...` and give its file, or use one of "
-        f"{', '.join(bundled_filters())} with allow_mismatch=true"
+        "`dllm train-filter model=... block_length=...` and give its file, or set "
+        f"filter={bundled_filters()[0]} (of {', '.join(bundled_filters())}) and allow_mismatch=true"
     )
 
 
@@ -171,7 +172,7 @@ def load_filter(name: str | Path) -> Filter:
     path = BUNDLED / name / _FILE if str(name) in bundled_filters() else Path(name).expanduser()
     if path.suffix != ".safetensors" or not path.is_file():
         raise ValueError(
-            f"filter={str(name)!r} is no bundled filter and no .safetensors file; bundled are "
+            f"filter={str(name)!r} is no bundled filter and no .safetensors file that exists; bundled are "
             f"{', '.join(bundled_filters())} (pickled filters are not loaded, as they can run code)"
         )
     try:

@@ -46,7 +46,7 @@ def run(task: Callable[[DictConfig], None], config_name: str, kinds: Mapping[str
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except _BAD_INPUT as error:
-            fail(command, _one_line(error))
+            fail(command, _qualified(_one_line(error), cfg))
 
     # Without this Hydra prints its own report of a wrong option and exits with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -125,12 +125,25 @@ def _quote(value: str) -> str:
     return f"'{escaped}'"
 
 
+def _qualified(text: str, cfg: DictConfig) -> str:
+    """An error about a sampler, whose options have a prefix on the command line."""
+    for name in cfg.get("sampler") or ():
+        if name not in cfg:
+            text = re.sub(rf"(?<![\w.(]){name}=", f"sampler.{name}=", text)
+    return text
+
+
 def _one_line(error: BaseException) -> str:
     cause: BaseException = error
     # instantiate() wraps what a constructor raised; the constructor's own words name the fix.
     while isinstance(cause, HydraException) and isinstance(cause.__cause__, (ValueError, TypeError)):
         cause = cause.__cause__
     text = re.sub(r"\s+", " ", str(cause)).strip() or type(error).__name__
+    if match := re.search(r"Could not override '((sampler|cache)\.[^']+)'", text):
+        group = match[2]
+        return (
+            f"{match[1]} is no option here; choose with {group}=NAME, of which `{group}=NAME --help` lists the options"
+        )
     if match := re.search(r"Could not override '([^']+)'", text):
         return f"{match[1]} is no option here; --help lists those there are"
     if match := re.search(r"Could not find '([^/]+)/([^']+)' Available options in '[^']+': (.*?) Config search", text):

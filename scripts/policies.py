@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from dllm.scripts import app
 from dllm.scripts.tradeoff import KINDS, tradeoff
 
 
 def main() -> None:
     """Entry point."""
-    app.run(tradeoff, "policies", KINDS)
+    app.run(partial(tradeoff, command="policies"), "policies", KINDS)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from dllm.tasks import word_problems
 
 _MOST_LABELS = 8  # more of them cover each other
 _COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")
-KINDS = {"block_length": int | None, "settings": Any}
+KINDS = {"block_length": int | None, "settings": Any, "out": str | None}
 
 
 def main() -> None:
@@ -28,13 +28,14 @@ def main() -> None:
     app.run(tradeoff, "tradeoff", KINDS)
 
 
-def tradeoff(cfg: DictConfig) -> None:
+def tradeoff(cfg: DictConfig, command: str = "tradeoff") -> None:
     """Measure every setting and write `out`.md and `out`.svg."""
+    out = cfg.out or f"outputs/{command}-{Path(cfg.model.path).name}"
     figure = _new_figure()  # missing matplotlib is told now, not after the measuring
     if cfg.problems < 1:
         raise ValueError(f"problems={cfg.problems} is out of range; use 1 or more")
     for suffix in (".md", ".svg"):
-        app.check_writable("out", cfg.out, cfg.out + suffix)
+        app.check_writable("out", out, out + suffix)
     settings = {str(label): _setting(entry) for label, entry in cfg.settings.items()}
     options = {name: cfg[name] for name in ("gen_length", "block_length", "batch_size")}
     for _, own in settings.values():
@@ -46,14 +47,15 @@ def tradeoff(cfg: DictConfig) -> None:
     where = f"{lm.backbone.device.type} with {torch.get_num_threads()} thread(s)"
     text = table(scores, f"{lm.name}, {cfg.problems} problems of seed {cfg.seed}, {shared}, {where}")
     draw(figure, scores, lm.name)
-    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(cfg.out + ".md").write_text(text, encoding="utf-8")
-    figure.savefig(cfg.out + ".svg", metadata={"Date": None})
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    Path(out + ".md").write_text(text, encoding="utf-8")
+    figure.savefig(out + ".svg", metadata={"Date": None})
     console = Console()
     if console.is_terminal:
         console.print(Markdown(text))
     else:
         print(text)
+    print(f"written to {out}.md and {out}.svg")
 
 
 def _setting(entry: DictConfig) -> tuple[Any, dict[str, Any]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
@@ -15,7 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 import dllm
 from dllm.checks import choice, number
@@ -123,8 +124,13 @@ def _collect(
     file = folder / "recipe.json"
     asked = sha256(json.dumps(ids).encode()).hexdigest()
     recipe = recipe | {"fingerprint": lm.backbone.fingerprint(), "prompts": asked}
-    if file.exists() and json.loads(file.read_text(encoding="utf-8")) != recipe:
-        raise ValueError(f"out: {folder} holds records of other settings; give another out, or remove that folder")
+    if file.exists():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        other = ", ".join(name for name in recipe if before.get(name) != recipe[name])
+        if other:
+            raise ValueError(
+                f"out: {folder} holds records of other settings ({other}); give another out, or remove that folder"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     file.with_suffix(".tmp").write_text(json.dumps(recipe, indent=1), encoding="utf-8")
     file.with_suffix(".tmp").replace(file)
@@ -137,7 +143,7 @@ def _collect(
                 del seeded["batch_size"]
                 records = collect(lm, ids[start : start + size], sampler, cache, **seeded)
                 records = replace(records, prompt=records.prompt + start)
-                save_file(vars(records), part.with_suffix(".tmp"))
+                part.with_suffix(".tmp").write_bytes(save(vars(records)))
                 part.with_suffix(".tmp").replace(part)
             parts.append(Records(**load_file(part)))
             advance(min(start + size, len(ids)), "")
@@ -154,9 +160,25 @@ def _progress(what: str, total: int) -> Iterator[Any]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    if not console.is_terminal:
+        yield _lines(what, total)
+        return
+    with Progress(*columns, console=console) as progress:
         task = progress.add_task(what, total=total, note="")
         yield lambda done, note: progress.update(task, completed=done, note=note)
+
+
+def _lines(what: str, total: int) -> Callable[[int, str], None]:
+    """Progress for a log: a line for each tenth of the way."""
+    tenth = 0
+
+    def advance(done: int, note: str) -> None:
+        nonlocal tenth
+        if done * 10 // total > tenth:
+            tenth = done * 10 // total
+            print(f"{what} {done}/{total}  {note}".rstrip(), file=sys.stderr, flush=True)
+
+    return advance
 
 
 def _plot(card: FilterCard, path: Path) -> Path | None:
@@ -177,9 +199,11 @@ def _plot(card: FilterCard, path: Path) -> Path | None:
 
 
 def _report(card: FilterCard, out: Path, plot: Path | None) -> None:
-    print(f"{card.records['learned']} records learned from, {card.records['held_out']} held out, by prompt")
+    learned, apart = card.records["learned"], card.records["held_out"]
+    print(f"{card.prompts} prompts gave {learned} blocks under way to learn from and {apart} held out, by prompt")
     for row in card.held_out["thresholds"]:
-        print(f"threshold {row['threshold']:<6} precision {row['precision']:.2%}  recall {row['recall']:.2%}")
+        precision = f"{row['precision']:.2%}" if row["recall"] else "-"  # nothing right was accepted
+        print(f"threshold {row['threshold']:<6} precision {precision}  recall {row['recall']:.2%}")
     for share in (0.99, 0.999):
         print(f"recall {card.held_out[f'recall_at_{share}']:.2%} at a precision of {share:.1%}")
     beside = "" if plot else " (no reliability plot: it needs matplotlib, pip install 'dllm-samplers[plot]')"

@@ -146,3 +146,30 @@ def test_multirun_sweeps_over_settings_and_models(tmp_path: Path, monkeypatch: p
     assert [cfg.prompt for cfg in seen] == ["a, b"] * 4
     assert [cfg.sampler._target_.split(".")[-1] for cfg in seen] == ["Vanilla", "Vanilla", "Threshold", "Threshold"]
     assert [cfg.model.path for cfg in seen] == ["tiny-llada", "/no/such"] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (
+            ["sampler.threshold=0.8"],
+            "sampler.threshold is no option here; choose with sampler=NAME, whose options `sampler",
+        ),
+        (["sampler=threshold", "sampler.threshold=-1"], "error: sampler.threshold=-1 is out of range; use "),
+        (
+            ["sampler=learn2pd", "block_length=16"],
+            "sampler.filter=null finds no bundled filter for this model",
+        ),
+        (
+            ["sampler=learn2pd", "block_length=16"],
+            "sampler.filter=tiny-dream (of tiny-dream, tiny-llada) and sampler.al",
+        ),
+        (["sampler=freedave", "sampler.base=freedave"], "error: sampler.base='freedave' cannot be drafted: "),
+        (["sampler=ar_guided", "sampler.guide=/no/such"], "error: sampler.guide='/no/such' is no folder, "),
+        (["sampler=learn2pd", "sampler.filter=x.pt"], "error: sampler.filter='x.pt' is no bundled filter"),
+    ],
+)
+def test_errors_name_options_of_a_sampler_as_the_command_line_does(arguments: list[str], named: str) -> None:
+    result = command("generate", "gen_length=16", *arguments)
+    assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
+    assert named in result.err

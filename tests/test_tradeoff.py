@@ -65,7 +65,8 @@ class TestCommand:
             ]  # fmt: skip
 
     def test_the_table_is_printed_too(self, measured: tuple[Outcome, Path]) -> None:
-        assert measured[0].out.strip() == Path(f"{measured[1]}.md").read_text().strip()
+        written = f"written to {measured[1]}.md and {measured[1]}.svg"
+        assert measured[0].out.strip() == f"{Path(f'{measured[1]}.md').read_text()}\n{written}"
 
     def test_the_chart_is_well_formed_and_names_every_setting(self, measured: tuple[Outcome, Path]) -> None:
         texts = [
@@ -128,6 +129,17 @@ def test_a_setting_may_have_options_of_the_run(model: Path, tmp_path: Path) -> N
     assert (result.code, result.err) == (0, "")
     table = {cells(line)[0]: cells(line) for line in Path(f"{tmp_path}/chart.md").read_text().splitlines()[4:]}
     assert float(table["whole"][4]) > 10 >= float(table["vanilla, 1 per step"][4])
+
+
+@pytest.mark.parametrize("name", ["tradeoff", "policies"])
+def test_without_a_name_it_is_that_of_command_and_model(
+    name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(application, "_measure", lambda *_: {"a": score(0.5, 3.0)})
+    assert command(name, f"model={model}").code == 0
+    folder = tmp_path / "outputs"
+    assert {path.name for path in folder.iterdir()} == {f"{name}-{model.name}.md", f"{name}-{model.name}.svg"}
 
 
 class TestPolicies:

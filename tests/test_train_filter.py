@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -49,7 +50,11 @@ def tensors(out: Path) -> dict[str, Any]:
 class TestResult:
     def test_it_says_what_came_out(self, trained: tuple[Outcome, Path]) -> None:
         result, out = trained
-        assert (result.code, result.err) == (0, "")
+        assert result.code == 0
+        assert [line.split("  ")[0] for line in result.err.splitlines()][:3] == [
+            "collecting 4/6", "collecting 6/6", "training 1/3",
+        ]  # fmt: skip
+        assert re.search(r"^6 prompts gave \d+ blocks under way to learn from and \d+ held out", result.out)
         assert f"filter in {out}, card in {out.with_suffix('.json')}, plot in {out.with_suffix('.svg')}" in result.out
         assert "threshold 0.96" in result.out
         assert "at a precision of 99.9%" in result.out
@@ -188,7 +193,7 @@ class TestInterruption:
         asked.write_text("\n".join(json.dumps({"prompt": text}) for text in ASK[::-1]))
         result = train(model, *arguments)  # type: ignore[arg-type]
         assert result.code == 2
-        assert "holds records of other settings" in result.err
+        assert "holds records of other settings (prompts)" in result.err
 
     def test_records_of_other_settings_are_not_mixed_in(
         self, model: Path, trained: tuple[Outcome, Path], tmp_path: Path
@@ -196,7 +201,7 @@ class TestInterruption:
         shutil.copytree(trained[1].parent, tmp_path / "copy")
         result = train(model, tmp_path / "copy" / "mine.safetensors", "temperature=0.5")
         assert (result.code, result.err.count("\n")) == (2, 1)
-        assert "holds records of other settings; give another out, or remove that folder" in result.err
+        assert "holds records of other settings (temperature); give another out, or remove that folder" in result.err
 
 
 @pytest.mark.parametrize(
