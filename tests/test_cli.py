@@ -153,7 +153,7 @@ def test_multirun_sweeps_over_settings_and_models(tmp_path: Path, monkeypatch: p
     [
         (
             ["sampler.threshold=0.8"],
-            "sampler.threshold is no option here; choose with sampler=NAME, whose options `sampler",
+            "sampler.threshold is no option here; choose with sampler=NAME, of which `sampler",
         ),
         (["sampler=threshold", "sampler.threshold=-1"], "error: sampler.threshold=-1 is out of range; use "),
         (
