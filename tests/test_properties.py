@@ -29,7 +29,7 @@ def model(family: str, seed: int) -> dllm.LanguageModel:
     return {"llada": random_llada, "dream": random_dream}[family](seed=seed, layers=1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.sampled_from(["llada", "dream"]),
     st.integers(0, 4),
@@ -53,7 +53,7 @@ def test_rows_finish_alone_and_together(
         assert batch.nfe[row] == alone.nfe[0]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.sampled_from(["llada", "dream"]), st.integers(0, 4), SAMPLERS, PROMPTS, st.integers(1, 24), st.integers(1, 30)
 )

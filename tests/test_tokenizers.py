@@ -165,7 +165,7 @@ def test_text_survives_the_round_trip(tokenizer: PreTrainedTokenizerBase, text: 
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(text=st.text(max_size=40))
 def test_any_text_survives_the_round_trip_up_to_unicode_composition(
     tokenizer: PreTrainedTokenizerBase, text: str
