@@ -40,6 +40,7 @@ from dllm.guide import Guide, Judging, load_guide
 from dllm.prediction import Prediction
 from dllm.run import Run
 from dllm.samplers.base import Denoise, commit
+from dllm.samplers.selection import leftmost
 
 
 @dataclass
@@ -132,15 +133,11 @@ class ARGuided:
         judged = state.judging.logits(
             window.rows, aligned.ids, aligned.lengths.where(asks, aligned.start), aligned.start
         )
-        first = window.masked & (window.masked.cumsum(-1) == 1)
-        edit = commit(window, prediction, first)
-        if judged is not None:
-            edit = self._judge(window, prediction, aligned, judged, state.writable)
-        # Read from the device: forwards are counted on the host, per row.
-        return replace(
-            edit, guide_forwards=(asks & (judged is not None)).long().cpu().numpy(),
-            guide_seconds=state.judging.seconds - before,
-        )  # fmt: skip
+        if judged is None:
+            return commit(window, prediction, leftmost(window.masked))
+        edit = self._judge(window, prediction, aligned, judged, state.writable)
+        forwards = asks.long().cpu().numpy()  # read from the device: forwards are counted on the host, per row
+        return replace(edit, guide_forwards=forwards, guide_seconds=state.judging.seconds - before)
 
     def _judge(
         self,
@@ -159,16 +156,15 @@ class ARGuided:
         verdict = (index < aligned.start[:, None]) | (index == 0) | aligned.free
         verdict = torch.cat((verdict, verdict[:, :1]), dim=1).scatter_reduce(1, about, holds, "amax")[:, :length]
         accepted = verdict.long().cumprod(-1).sum(-1)
-        run_ = (aligned.upto <= accepted[:, None]) & window.masked
-        first = window.masked & (window.masked.cumsum(-1) == 1)
+        held = (aligned.upto <= accepted[:, None]) & window.masked
         if self.on_reject == "draft" or writable is None:
-            return commit(window, prediction, run_ | first)
+            return commit(window, prediction, held | leftmost(window.masked))
         rejected = (aligned.upto == accepted[:, None] + 1) & window.masked
         choices = logits.masked_fill(~writable, -torch.inf).argmax(-1)
         expected = torch.full((len(choices), length + 1), -1, device=about.device).scatter(1, about, choices)
         expected = expected.gather(1, (aligned.upto - 1).clamp(0, length - 1))
         tokens = torch.where(rejected & (expected >= 0), expected, prediction.tokens)
-        return Edit(window.columns, tokens, run_ | rejected)
+        return Edit(window.columns, tokens, held | rejected)
 
     def _holds(self, logits: Tensor, draft: Int[Tensor, "B N"]) -> Bool[Tensor, "B N"]:
         """Whether each draft is accepted given the guide's logits at its place."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -75,3 +76,9 @@ def told(prediction: Prediction) -> Denoise:
 def commit(window: Window, prediction: Prediction, chosen: Bool[Tensor, "B K"]) -> Edit:
     """The edit that writes the predicted tokens at the chosen positions of the window."""
     return Edit(window.columns, prediction.tokens, chosen)
+
+
+def become(window: Window, tokens: Int[Tensor, "B L"]) -> Edit:
+    """The edit that turns the window's canvases into these."""
+    columns = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    return Edit(columns, tokens, tokens != window.tokens)

@@ -43,7 +43,7 @@ from dllm.checks import choice, number
 from dllm.prediction import Prediction
 from dllm.resolve import resolve
 from dllm.run import Run
-from dllm.samplers.base import Denoise, Sampler, told
+from dllm.samplers.base import Denoise, Sampler, become, told
 from dllm.samplers.selection import stopped
 
 
@@ -149,8 +149,7 @@ class FreeDave:
         state.entry_masks[window.rows] = views.entry_masks[at]
         state.entry[window.rows] = torch.arange(len(at), device=at.device)
         state.kept = judged[0].kept(lambda values: values[at])
-        columns = torch.arange(final.shape[1], device=final.device).expand_as(final)
-        return Edit(columns, final, final != window.tokens)
+        return become(window, final)
 
     def _draft(self, window: Window, known: Bool[Tensor, " B"], state: Memory) -> Int[Tensor, "B D L"]:
         """The canvas and what the base would make of it, step by step, if what was predicted still held."""

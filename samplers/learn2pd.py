@@ -37,7 +37,7 @@ from dllm.filters import Filter, FilterNetwork, find_filter, load_filter
 from dllm.prediction import Prediction
 from dllm.run import Run
 from dllm.samplers.base import Denoise, commit
-from dllm.samplers.selection import is_eos, top
+from dllm.samplers.selection import is_eos, leftmost, top
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,8 @@ class Learn2PD:
         ends = is_eos(everywhere.tokens, run)
         ends_here = ends.gather(1, window.columns)
         if self.eotp == "safe":
-            left = window.masked & ~committed
-            first = left & (left.cumsum(-1) == 1)
-            return (_first(first & ends_here, window, run.length) + 1).clamp(max=run.length)
+            left = leftmost(window.masked & ~committed)
+            return (_first(left & ends_here, window, run.length) + 1).clamp(max=run.length)
         masked = (window.tokens == run.mask_token_id) & window.region
         score = everywhere.confidence.masked_fill(~(masked & ends), -torch.inf)
         surest = torch.where((masked & ends).any(-1), score.argmax(-1), run.length)

@@ -21,7 +21,7 @@ from torch import Tensor
 from dllm.canvas import Edit, Window
 from dllm.resolve import resolve
 from dllm.run import Run
-from dllm.samplers.base import Denoise, Sampler
+from dllm.samplers.base import Denoise, Sampler, become
 from dllm.samplers.selection import stopped, top
 
 
@@ -66,6 +66,4 @@ class Oracle:
         # The base may have decoded something behind its end-of-text; what it left is filled for both alike.
         after = edit.on(window.tokens)
         rest = (stopped(after, window.region, state.run)[:, None]) & (result != state.run.eos_token_ids[0])
-        after = torch.where(rest, result, after)
-        columns = torch.arange(after.shape[1], device=after.device).expand_as(after)
-        return Edit(columns, after, after != window.tokens)
+        return become(window, torch.where(rest, result, after))

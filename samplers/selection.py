@@ -25,6 +25,11 @@ def top(
     return (place < limit) & eligible
 
 
+def leftmost(where: Bool[Tensor, "B K"]) -> Bool[Tensor, "B K"]:
+    """The first of the positions of each row."""
+    return where & (where.cumsum(-1) == 1)
+
+
 def is_eos(tokens: Int[Tensor, "B K"], run: Run) -> Bool[Tensor, "B K"]:
     """Where a token ends a text."""
     return torch.isin(tokens, torch.tensor(run.eos_token_ids, device=tokens.device))
