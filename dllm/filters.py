@@ -191,11 +191,12 @@ def _build(layout: dict[str, int], tensors: dict[str, Tensor], name: str) -> Fil
         hidden, _, width = tensors["conv1.weight"].shape
         network = NeighbourFilter(hidden, width // 2)
     else:
-        raise ValueError(f"filter={name!r} is no filter: it must hold {', '.join(_PUBLISHED)} and nothing else")
+        forms = " or ".join(", ".join(form) for form in (_PUBLISHED, _NEIGHBOURS))
+        raise ValueError(f"filter={name!r} is no filter: it must hold {forms}, and nothing else; give another file")
     try:
         network.load_state_dict(tensors)
     except RuntimeError:
-        raise ValueError(f"filter={name!r} is no filter: its tensors do not fit together") from None
+        raise ValueError(f"filter={name!r} is no filter: its tensors do not fit together; make it again") from None
     return network
 
 
