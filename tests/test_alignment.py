@@ -21,7 +21,7 @@ from models import random_guide, random_llada
 EOS, MASK = "<|endoftext|>", "<|mdm_mask|>"
 
 
-def bpe(merges: list[tuple[str, str]], alphabet: str = "abcd é", **special: str) -> PreTrainedTokenizerFast:
+def bpe(merges: list[tuple[str, str]], **special: Any) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with the given merges."""
     pieces = [*pre_tokenizers.ByteLevel.alphabet()]
     vocab = {piece: i for i, piece in enumerate(sorted(pieces))}
@@ -33,7 +33,7 @@ def bpe(merges: list[tuple[str, str]], alphabet: str = "abcd é", **special: str
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
 
 
-def plain(**special: str) -> PreTrainedTokenizerFast:
+def plain(**special: Any) -> PreTrainedTokenizerFast:
     """One token a byte, end-of-text and [MASK]."""
     return bpe([], **{"eos_token": EOS, "mask_token": MASK} | special)
 
@@ -93,7 +93,7 @@ class TestMapping:
         assert found.upto.tolist() == [[1, 1, 2, NEVER]]
 
     def test_special_tokens_of_the_prompt_become_those_of_the_guide(self) -> None:
-        ours = plain(additional_special_tokens=["<|im_start|>"])  # type: ignore[arg-type]
+        ours = plain(additional_special_tokens=["<|im_start|>"])
         theirs = bpe([("a", "b")], eos_token="</s>", bos_token="<s>")
         theirs.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
         prompt = [ours.convert_tokens_to_ids("<|im_start|>"), *ours("ab").input_ids, ours.eos_token_id]
@@ -131,7 +131,7 @@ class TestMapping:
 
 class TestRefusals:
     def test_a_special_token_the_guide_does_not_have(self) -> None:
-        ours = plain(additional_special_tokens=["<|im_start|>"])  # type: ignore[arg-type]
+        ours = plain(additional_special_tokens=["<|im_start|>"])
         prompt = [ours.convert_tokens_to_ids("<|im_start|>"), *ours("ab").input_ids]
         aligner = by_text(TestMapping.AB, ours)
         with pytest.raises(ValueError, match=r"guide='Qwen2.*' has no token '<\|im_start\|>', which the prompt"):
@@ -172,7 +172,7 @@ class TestRefusals:
 def test_accepting_up_to_a_column_covers_its_text_and_nothing_in_between_is_missing(data: Any) -> None:
     pairs = [("a", "b"), ("b", "c"), ("c", "d"), ("a", "bc"), ("ab", "c"), ("d", "a"), ("Ã", "©"), ("a", "Ã")]
 
-    def tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    def tokenizer(**special: Any) -> PreTrainedTokenizerFast:
         chosen = data.draw(st.lists(st.sampled_from(pairs), unique=True, max_size=5))
         have = {left + right for left, right in chosen}
         return bpe([p for p in chosen if all(len(part) == 1 or part in have for part in p)], **special)
@@ -201,31 +201,28 @@ def test_accepting_up_to_a_column_covers_its_text_and_nothing_in_between_is_miss
             assert not (fewer.startswith(whole) and common and upto - 1 > int(found.start[0]))
 
 
-class Permuted:
+def permuted() -> Guide:
     """tiny-guide with its tokens numbered otherwise: the same model over another vocabulary."""
-
-    def __new__(cls) -> Guide:  # type: ignore[misc]
-        """Renumber tokens and the rows of the weights alike."""
-        known = load_guide("tiny-guide", torch.device("cpu"))
-        tokenizer = known.tokenizer
-        assert tokenizer is not None
-        size = known.vocab_size
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(0))  # old number of each new one
-        place = order.argsort()
-        vocab = {token: int(place[number]) for token, number in tokenizer.get_vocab().items()}
-        inner = Tokenizer(models.WordLevel(vocab, unk_token=tokenizer.unk_token))
-        inner.pre_tokenizer = tokenizer.backend_tokenizer.pre_tokenizer
-        inner.decoder = tokenizer.backend_tokenizer.decoder
-        theirs = PreTrainedTokenizerFast(
-            tokenizer_object=inner, eos_token=tokenizer.eos_token, pad_token=tokenizer.eos_token,
-            unk_token=tokenizer.unk_token, clean_up_tokenization_spaces=False,
-        )  # fmt: skip
-        model = type(known.model)(known.model.config)
-        weights = {name: tensor.clone() for name, tensor in known.model.state_dict().items()}
-        for name in ("model.embed_tokens.weight", "lm_head.weight"):
-            weights[name] = weights[name][order]
-        model.load_state_dict(weights)
-        return Guide(model.eval(), theirs)
+    known = load_guide("tiny-guide", torch.device("cpu"))
+    tokenizer = known.tokenizer
+    assert tokenizer is not None
+    size = known.vocab_size
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0))  # old number of each new one
+    place = order.argsort()
+    vocab = {token: int(place[number]) for token, number in tokenizer.get_vocab().items()}
+    inner = Tokenizer(models.WordLevel(vocab, unk_token=tokenizer.unk_token))
+    inner.pre_tokenizer = tokenizer.backend_tokenizer.pre_tokenizer
+    inner.decoder = tokenizer.backend_tokenizer.decoder
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token=tokenizer.eos_token, pad_token=tokenizer.eos_token,
+        unk_token=tokenizer.unk_token, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    model = type(known.model)(known.model.config)
+    weights = {name: tensor.clone() for name, tensor in known.model.state_dict().items()}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = weights[name][order]
+    model.load_state_dict(weights)
+    return Guide(model.eval(), theirs)
 
 
 @pytest.mark.parametrize("accept", ["argmax", "topk", "ratio"])
@@ -235,7 +232,7 @@ def test_a_guide_whose_tokens_are_only_numbered_otherwise_says_the_same(accept: 
     options = {"gen_length": 64, "block_length": 32, "batch_size": 12}
     top_k = None if accept == "argmax" else 2
     same = dllm.generate(lm, questions, ARGuided(accept=accept, top_k=top_k), **options)
-    other = dllm.generate(lm, questions, ARGuided(Permuted(), accept, top_k), **options)
+    other = dllm.generate(lm, questions, ARGuided(permuted(), accept, top_k), **options)
     assert same.texts == other.texts
     # Behind an end-of-text there is no text to judge; up to it the steps are the same.
     assert torch.equal(same.nfe, other.nfe)

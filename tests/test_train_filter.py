@@ -187,11 +187,11 @@ class TestInterruption:
 
     def test_other_prompts_are_other_records(self, model: Path, tmp_path: Path) -> None:
         asked = tmp_path / "q.jsonl"
-        arguments = [tmp_path / "f.safetensors", f"data={asked}"]
+        out, data = tmp_path / "f.safetensors", f"data={asked}"
         asked.write_text("\n".join(json.dumps({"prompt": text}) for text in ASK))
-        assert train(model, *arguments).code == 0  # type: ignore[arg-type]
+        assert train(model, out, data).code == 0
         asked.write_text("\n".join(json.dumps({"prompt": text}) for text in ASK[::-1]))
-        result = train(model, *arguments)  # type: ignore[arg-type]
+        result = train(model, out, data)
         assert result.code == 2
         assert "holds records of other settings (prompts)" in result.err
 

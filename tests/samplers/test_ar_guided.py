@@ -187,7 +187,7 @@ class TestRefusals:
 
     def test_what_is_no_guide(self) -> None:
         with pytest.raises(ValueError, match="guide=5 is no guide; use "):
-            ARGuided(5)  # type: ignore[arg-type]
+            replace(ARGuided(), guide=5)
 
     @pytest.mark.parametrize("options", [{"top_k": 3}, {"ratio": 0.5}, {"accept": "topk", "ratio": 0.5}])
     def test_an_option_without_effect(self, options: dict[str, Any]) -> None:

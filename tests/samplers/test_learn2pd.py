@@ -112,7 +112,8 @@ def end(
     view = window(tokens[0, 4:12] == MASK)
     view = replace(view, tokens=tokens, region=(torch.arange(20) >= 4)[None] & (torch.arange(20) < given)[None])
 
-    def denoise(asked: Tensor, columns: Tensor) -> Prediction:
+    def denoise(*args: Any) -> Any:
+        asked, columns = args
         logits = []
         for column in columns[asked].tolist():
             token, confidence = predicted.get(column, (1, 0.3))
@@ -121,7 +122,7 @@ def end(
             logits.append(row.log())
         return Prediction(torch.stack(logits), asked, asked.flatten().nonzero()[:, 0], MASK, Sampling())
 
-    edit = sampler.step(view, denoise, sampler.start(replace(facts(), fingerprint=str)))  # type: ignore[arg-type]
+    edit = sampler.step(view, denoise, sampler.start(facts()))
     assert edit.end is not None
     return int(edit.end[0])
 

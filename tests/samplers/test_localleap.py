@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import nan
+from typing import Any
 
 import pytest
 import torch
@@ -47,8 +48,8 @@ def test_a_lower_relaxed_threshold_or_larger_radius_commits_at_least_as_much(
 
 @pytest.mark.parametrize("make", [random_llada, random_dream])
 @pytest.mark.parametrize("same", [LocalLeap(0.5, 0.1, 0), LocalLeap(0.5, 0.5, 4)], ids=repr)
-def test_without_reach_or_relaxation_it_is_the_threshold(make: object, same: LocalLeap) -> None:
-    lm = make()  # type: ignore[operator]
+def test_without_reach_or_relaxation_it_is_the_threshold(make: Any, same: LocalLeap) -> None:
+    lm = make()
     options = {"gen_length": 20, "block_length": 8, "stop_at_eos": False}
     plain = dllm.generate(lm, [[3, 4], [5]], Threshold(0.5), **options)
     leap = dllm.generate(lm, [[3, 4], [5]], same, **options)
@@ -59,6 +60,6 @@ def test_without_reach_or_relaxation_it_is_the_threshold(make: object, same: Loc
 @pytest.mark.parametrize(
     ("name", "value"), [("threshold", -0.1), ("relaxed_threshold", 0.95), ("relaxed_threshold", -1), ("radius", 1.5)]
 )
-def test_values_out_of_range_are_named(name: str, value: float) -> None:
+def test_values_out_of_range_are_named(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"{name}=.*use "):
-        LocalLeap(**{name: value})  # type: ignore[arg-type]
+        LocalLeap(**{name: value})
