@@ -1,20 +1,128 @@
 """What a cache is: a plan of which columns the next forward computes, and where the others come from.
 
 A cache is a frozen dataclass of its options; `start` returns the object that holds one run's keys
-and values. It knows the canvas and what changed, never the sampler that changed it.
+and values. It knows the canvas and what changed, never the sampler that changed it. Plans are made
+on the host, from what the host knows anyway, so that they cost the device nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from functools import cached_property
+from typing import ClassVar, Protocol, TypeAlias, runtime_checkable
 
-from jaxtyping import Int
+import numpy as np
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dllm.backbones.transformer import KVStore
-from dllm.canvas import Change, Window
+from dllm.canvas import Canvas, Change
+from dllm.checks import number
 from dllm.run import Run
+
+Flags: TypeAlias = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a forward is asked, about A sequences.
+
+    Attributes:
+        canvas: the canvas as it is. Never write to it.
+        rows: (A,) canvas row of each sequence, ascending; a row with several drafts comes as often.
+        first: (A,) True at each row's first sequence, which is the canvas as it is.
+        places: what is asked, as (N,) sequences and (N,) columns whose hidden states are needed for it; not
+            looked up unless somebody calls it.
+    """
+
+    canvas: Canvas
+    rows: NDArray[np.int64]
+    first: Flags
+    places: Callable[[], tuple[NDArray[np.int64], NDArray[np.int64]]]
+
+    @cached_property
+    def read(self) -> Flags:
+        """(A, L) columns whose hidden states the forward must produce."""
+        read = np.zeros((len(self.rows), self.canvas.length), dtype=bool)
+        read[self.places()] = True
+        return read
+
+    @property
+    def block(self) -> NDArray[np.int64]:
+        """(A,) number of the active block."""
+        return self.canvas.block[self.rows]
+
+    @property
+    def low(self) -> NDArray[np.int64]:
+        """(A,) first column of the active block."""
+        return self.canvas.start[self.rows] + self.block * self.canvas.block_length
+
+    @property
+    def high(self) -> NDArray[np.int64]:
+        """(A,) the column behind the active block."""
+        return np.asarray(np.minimum(self.low + self.canvas.block_length, self.canvas.end[self.rows]))
+
+    @property
+    def masked(self) -> Flags:
+        """(A, L) positions still to be decoded."""
+        return (self.canvas.host[self.rows] == self.canvas.mask_token_id) & self.canvas.region[self.rows]
+
+    def since(self, column: NDArray[np.int64]) -> Flags:
+        """(A, L) the columns from one of each sequence on."""
+        return np.arange(self.canvas.length) >= column[:, None]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Columns that one forward computes for A sequences.
+
+    Attributes:
+        rows: (A,) canvas row of each sequence, ascending.
+        first: (A,) True at each row's first sequence, whose keys and values are the ones to keep.
+        host: (A, C) the columns, ascending; a sequence with fewer of them repeats its last.
+        columns: the same on the device.
+        drafts: sequences of a row that are joined to one.
+    """
+
+    rows: NDArray[np.int64]
+    first: Flags
+    host: NDArray[np.int64]
+    columns: Int[Tensor, "A C"]
+    drafts: int = 1
+
+
+@runtime_checkable
+class Store(Protocol):
+    """Keys and values of a whole run.
+
+    Attributes:
+        joinable: it can serve drafts joined to one sequence.
+    """
+
+    joinable: bool
+
+    def bind(self, selection: Selection) -> KVStore:
+        """Serve a forward that computes these columns."""
+        ...
+
+    def held(self, layer: int, rows: Int[Tensor, " M"]) -> tuple[Float[Tensor, "M H L D"], Float[Tensor, "M H L D"]]:
+        """Keys and values of some rows as they are."""
+        ...
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Columns whose predictions a cache wants to know about beside those that the sampler asks for.
+
+    Attributes:
+        read: (A, L) columns whose hidden states are projected for it.
+        tell: called with the probability of the most probable token there, (A, L).
+    """
+
+    read: Flags
+    tell: Callable[[Float[Tensor, "A L"]], None]
 
 
 @dataclass(frozen=True)
@@ -22,13 +130,16 @@ class Plan:
     """How to compute the next forward.
 
     Attributes:
-        columns: canvas columns to compute for each sequence, ascending; None for all.
-        store: takes the fresh keys and values of these columns and gives those of all L columns;
-            None when every column is computed.
+        compute: (A, L) canvas columns to compute; None for all of them, without a store.
+        store: takes their keys and values and gives those of all L columns.
+        cost: (A,) columns computed through a whole layer, where that is fewer than `compute` says.
+        probe: what else the cache wants to know.
     """
 
-    columns: Int[Tensor, "B C"] | None = None
-    store: KVStore | None = None
+    compute: Flags | None = None
+    store: Store | None = None
+    cost: NDArray[np.int64] | None = None
+    probe: Probe | None = None
 
 
 @runtime_checkable
@@ -41,25 +152,76 @@ class CacheRun(Protocol):
 
     refreshes: int
 
-    def plan(self, window: Window, live: Int[Tensor, " A"] | None, read: Int[Tensor, "A R"]) -> Plan:
-        """Plan one forward.
-
-        Args:
-            window: the rows of this step and their active blocks.
-            live: the entry of the window that each computed sequence belongs to: entries that take no
-                part are missing, and one with several drafts comes as often. None for every entry once.
-            read: columns whose hidden states the forward must produce, for each sequence.
-        """
+    def plan(self, question: Question) -> Plan:
+        """Plan one forward."""
         ...
 
-    def observe(self, window: Window, change: Change) -> None:
+    def observe(self, change: Change) -> None:
         """Learn what a step committed and revoked."""
         ...
+
+    def expire(self, rows: NDArray[np.int64]) -> None:
+        """Compute everything anew in the next forward of these rows."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metered:
+    """The options that all caches have.
+
+    Args:
+        measure_every: a row's forwards from one that is compared with an exact one to the next; None never
+            measures.
+        refresh_above: where the relative error of keys and values is larger than this, the exact predictions are
+            used and everything is computed anew in the next forward; None only measures.
+
+    Raises:
+        ValueError: an option out of range or without effect.
+    """
+
+    refuses: ClassVar[Mapping[str, str]] = {
+        "guidance": "cfg_scale computes every row twice, and a cache keeps one set of keys and values a row",
+        "next_block": "its drafts are judged on the next block before the cache computes it anew, so that they "
+        "would not be lossless",
+        "several_devices": "it keeps keys and values on one",
+    }
+
+    repeatable: ClassVar[bool] = False
+
+    measure_every: int | None = None
+    refresh_above: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.measure_every is not None:
+            number("measure_every", self.measure_every, "a whole number of at least 1, or null", low=1, whole=True)
+        if self.refresh_above is not None:
+            number("refresh_above", self.refresh_above, "a number of at least 0, or null", low=0)
+            if self.measure_every is None:
+                raise ValueError(
+                    f"refresh_above={self.refresh_above} has no effect without measuring; set measure_every too"
+                )
 
 
 @runtime_checkable
 class Cache(Protocol):
-    """A way to reuse computation between denoising steps."""
+    """A way to reuse computation between denoising steps.
+
+    Attributes:
+        refuses: what a sampler may need (`dllm.compatibility`) that this cache cannot give, with the reason.
+        repeatable: whether two runs that enter a block with the same canvas predict the same for the same
+            canvas within it, whatever came in between: then draft-and-verify stays lossless.
+        measure_every: forwards of a row from one comparison with an exact one to the next; None for never.
+        refresh_above: relative error of keys and values above which everything is computed anew.
+    """
+
+    refuses: ClassVar[Mapping[str, str]]
+    measure_every: int | None
+    refresh_above: float | None
+
+    @property
+    def repeatable(self) -> bool:
+        """See above."""
+        ...
 
     def start(self, run: Run) -> CacheRun:
         """Refuse what cannot work (ValueError, before any forward) and make room for one run."""

@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxtyping import Int
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from dllm.cache.base import Plan
-from dllm.canvas import Change, Window
+from dllm.cache.base import Metered, Plan, Question
+from dllm.canvas import Change
 from dllm.run import Run
 
 
 @dataclass(frozen=True)
-class NoCache:
-    """Compute everything, remember nothing."""
+class NoCache(Metered):
+    """Compute everything, remember nothing; measured, it is off by nothing.
 
+    Raises:
+        ValueError: a bound for refreshing.
+    """
+
+    refuses: ClassVar[Mapping[str, str]] = {}
+    repeatable: ClassVar[bool] = True
     refreshes: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.refresh_above is not None:
+            raise ValueError(f"refresh_above={self.refresh_above} has no effect without a cache; use null")
 
     def start(self, run: Run) -> NoCache:
         """Nothing to make room for: the run is the cache itself."""
         return self
 
-    def plan(self, window: Window, live: Int[Tensor, " A"] | None, read: Int[Tensor, "A R"]) -> Plan:
+    def plan(self, question: Question) -> Plan:
         """Every column, no store."""
         return Plan()
 
-    def observe(self, window: Window, change: Change) -> None:
+    def observe(self, change: Change) -> None:
         """Nothing to learn."""
+
+    def expire(self, rows: NDArray[np.int64]) -> None:
+        """Everything is computed anew anyway."""

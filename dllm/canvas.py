@@ -93,6 +93,7 @@ class Change:
     Attributes:
         rows: canvas rows of the B entries.
         committed: positions whose token changed to something other than [MASK].
+        edited: positions among those that held another token before.
         revoked: positions that became [MASK] again.
         filled: positions that an early end of the row filled, whatever stood there.
         gained: (B,) how many masks fewer each row has.
@@ -100,6 +101,7 @@ class Change:
 
     rows: NDArray[np.int64]
     committed: NDArray[np.bool_]
+    edited: NDArray[np.bool_]
     revoked: NDArray[np.bool_]
     filled: NDArray[np.bool_]
     gained: NDArray[np.int64]
@@ -131,11 +133,12 @@ class Canvas:
         self._made_of = sequences, mask_token_id, eos_token_ids, block_length, stop_at_eos, seeds, device
         self.mask_token_id, self.eos_token_ids, self.stop_at_eos = mask_token_id, eos_token_ids, stop_at_eos
         self.length = max(len(sequence) for sequence in sequences)
-        padding = np.array([self.length - len(sequence) for sequence in sequences])
+        padding = self.padding = np.array([self.length - len(sequence) for sequence in sequences])
         self.host = np.full((len(sequences), self.length), eos_token_ids[0], dtype=np.int64)
         for row, sequence in enumerate(sequences):
             self.host[row, padding[row] :] = sequence
         self.real: NDArray[np.bool_] = np.arange(self.length) >= padding[:, None]
+        self.visible: NDArray[np.bool_] = self.real.copy()  # and not cut off
         self.region: NDArray[np.bool_] = (self.host == mask_token_id) & self.real
         # Rows without a mask have nothing to do; their region is empty.
         self.start = np.where(self.region.any(1), self.region.argmax(1), self.length)
@@ -165,6 +168,13 @@ class Canvas:
     def spans(self) -> NDArray[np.int64]:
         """Columns of each row from its first to its last mask."""
         return np.asarray(self.end - self.start)
+
+    def active_masks(self) -> NDArray[np.bool_]:
+        """(B, L) positions of the unfinished rows' active blocks that may be committed now."""
+        low = (self.start + self.block * self.block_length)[self.rows, None]
+        column = np.arange(self.length)
+        masked = (self.host[self.rows] == self.mask_token_id) & self.region[self.rows]
+        return np.asarray(masked & (column >= low) & (column < low + self.block_length))
 
     def window(self) -> Window:
         """The active block of every unfinished row."""
@@ -205,16 +215,17 @@ class Canvas:
         if (changed & ~self.region[rows]).any():
             raise RuntimeError("a sampler wrote outside the positions to be generated")
         masked = after == self.mask_token_id
-        before = (self.host[rows] == self.mask_token_id).sum(1)
+        unset = self.host[rows] == self.mask_token_id
         self.host[rows] = after
         self.step[rows] += 1
         filled = self._cut(rows, edit.end) if edit.end is not None else np.zeros_like(changed)
         if self.stop_at_eos:
             filled |= self._stop_at_eos(rows)
-        gained = before - (self.host[rows] == self.mask_token_id).sum(1)
+        gained = unset.sum(1) - (self.host[rows] == self.mask_token_id).sum(1)
         self.rows = rows[((self.host[rows] == self.mask_token_id) & self.region[rows]).any(1)]
         self._enter_blocks()
-        return Change(rows, changed & ~masked & ~filled, changed & masked & ~filled, filled, gained)
+        committed, revoked = changed & ~masked & ~filled, changed & masked & ~filled
+        return Change(rows, committed, committed & ~unset, revoked, filled, gained)
 
     @property
     def real_columns(self) -> Bool[Tensor, "rows L"] | None:
@@ -232,6 +243,7 @@ class Canvas:
         if not beyond.any():
             return beyond
         self.region[rows] &= ~beyond
+        self.visible[rows] &= ~beyond
         self.host[rows] = np.where(beyond, self.eos_token_ids[0], self.host[rows])
         at = self._put(rows)
         self._region = self._put(self.region)
@@ -262,10 +274,7 @@ class Canvas:
         entered = self.rows[block != self.block[self.rows]]
         self.block[self.rows] = block
         self.step[entered] = 0
-        column = np.arange(self.length)
-        low = self.start + self.block * self.block_length
-        within = (column >= low[self.rows, None]) & (column < low[self.rows, None] + self.block_length)
-        counts = (masked & within).sum(1)
+        counts = self.active_masks().sum(1)
         self.entry_masks[entered] = counts[np.isin(self.rows, entered)]
 
     def _uniform(self, rows: NDArray[np.int64]) -> Callable[[], Tensor]:

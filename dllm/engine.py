@@ -21,6 +21,7 @@ from dllm.backbones.base import MaskedDiffusionModel
 from dllm.cache.base import Cache
 from dllm.canvas import Canvas, Change
 from dllm.denoiser import Denoiser
+from dllm.drift import Measurement, Meter
 from dllm.prediction import Sampling
 from dllm.run import Run
 from dllm.samplers.base import Sampler
@@ -36,6 +37,7 @@ class Step:
         guide_forwards: (B,) guide forwards of each row; None without a guide.
         guide_seconds: wall time of the guide.
         rehearsal_seconds: wall time of what the sampler had decoded beforehand, over all steps so far.
+        drift: how far the cache was off in forwards of this step that were compared with exact ones.
         canvas: the canvas after the step; it moves on with the run.
         denoiser: whose latest prediction is still provisional.
     """
@@ -45,6 +47,7 @@ class Step:
     guide_forwards: NDArray[np.int64] | None
     guide_seconds: float
     rehearsal_seconds: float
+    drift: tuple[Measurement, ...]
     canvas: Canvas
     denoiser: Denoiser
 
@@ -101,14 +104,24 @@ def decode(
 
     run = _facts(backbone, canvas, cfg_scale > 0, tokenizer, rehearse)
     state = sampler.start(run)
-    denoiser = Denoiser(backbone, canvas, cache.start(run), sampling, cfg_scale)
+    meter = Meter(run.rows, cache.measure_every, cache.refresh_above, run.mask_token_id)
+    denoiser = Denoiser(backbone, canvas, cache.start(run), sampling, cfg_scale, meter)
     while canvas.rows.size:
         window = canvas.window()
         edit = sampler.step(window, denoiser.bind(window), state)
         change = canvas.apply(window, edit)
         _check_progress(sampler, change)
-        denoiser.cache.observe(window, change)
-        yield Step(change, denoiser.forwards, edit.guide_forwards, edit.guide_seconds, rehearsed, canvas, denoiser)
+        denoiser.cache.observe(change)
+        yield Step(
+            change,
+            denoiser.forwards,
+            edit.guide_forwards,
+            edit.guide_seconds,
+            rehearsed,
+            meter.take(),
+            canvas,
+            denoiser,
+        )
 
 
 def _facts(
@@ -128,7 +141,9 @@ def _facts(
         stop_at_eos=canvas.stop_at_eos,
         infill=bool((canvas.region.sum(1) < canvas.length - canvas.start).any()),
         guided=guided,
+        logits_shift=backbone.logits_shift,
         kv_shape=backbone.kv_shape,
+        hidden_size=backbone.config.hidden_size,
         dtype=backbone.dtype,
         device=canvas.device,
         tokenizer=tokenizer,

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dllm.canvas import Canvas
+from dllm.drift import Drift, Measurement, summarise
 from dllm.engine import Step
 
 
@@ -25,7 +26,8 @@ class Stats:
     """What a run cost.
 
     Attributes:
-        seconds: wall time of decoding; without what a policy such as the oracle decodes beforehand.
+        seconds: wall time of decoding; without what a policy such as the oracle decodes beforehand, and
+            without measuring a cache's drift, unless it may refresh the cache.
         tokens: generated tokens up to and including each row's first end-of-text. Prompt tokens and
             what stands after end-of-text are not counted.
         tokens_per_second: `tokens` over `seconds`.
@@ -35,6 +37,7 @@ class Stats:
         extra_columns: those beyond one canvas per forward, for drafts; negative where a cache saved some.
         guide_seconds: wall time of the guide's forwards, part of `seconds`.
         cache_refreshes: times a cache recomputed everything, over all rows.
+        drift: how far the cache was off, where that was measured (`measure_every`); None elsewhere.
         peak_memory: bytes; of the device on CUDA, of the process elsewhere.
     """
 
@@ -47,6 +50,7 @@ class Stats:
     extra_columns: int
     guide_seconds: float
     cache_refreshes: int
+    drift: Drift | None
     peak_memory: int
 
 
@@ -92,11 +96,14 @@ class Recorder:
         self.canvas = canvas
         self.nfe = np.zeros(len(canvas.host), dtype=np.int64)
         self.guide_nfe = np.zeros(len(canvas.host), dtype=np.int64)
-        self.guide_seconds = self.rehearsal_seconds = 0.0
+        self.guide_seconds = 0.0
         self.commit_step = np.full(canvas.host.shape, -1, dtype=np.int64)
         self.full_columns = 0
         self.computed_columns = 0
         self.refreshes = 0
+        self.measurements: list[Measurement] = []
+        self.measuring_seconds = 0.0
+        self.uncounted_seconds = 0.0
 
     def update(self, step: Step) -> None:
         """Count one step."""
@@ -109,7 +116,10 @@ class Recorder:
         settled = self.commit_step[rows]
         settled[change.revoked | change.filled] = -1
         self.commit_step[rows] = np.where(change.committed, self.nfe[rows, None] - 1, settled)
-        self.rehearsal_seconds = step.rehearsal_seconds
+        self.measurements += step.drift
+        meter = step.denoiser.meter
+        self.measuring_seconds = meter.seconds
+        self.uncounted_seconds = step.rehearsal_seconds + (meter.seconds if meter.above is None else 0.0)
         self.computed_columns, self.refreshes = step.denoiser.computed, step.denoiser.cache.refreshes
 
 
@@ -150,7 +160,7 @@ def assemble(
         clock: started with the run.
     """
     eos = recorders[0].canvas.eos_token_ids
-    seconds = clock.seconds() - sum(r.rehearsal_seconds for r in recorders)
+    seconds = clock.seconds() - sum(r.uncounted_seconds for r in recorders)
     peak = clock.peak_memory()
     sequences = _stack([r.canvas.host for r in recorders], eos[0])
     commit_step = _stack([r.commit_step for r in recorders], -1)
@@ -176,6 +186,9 @@ def assemble(
         guide_seconds=sum(r.guide_seconds for r in recorders),
         computed_share=computed / max(1, full),
         cache_refreshes=sum(r.refreshes for r in recorders),
+        drift=summarise(
+            [each for r in recorders for each in r.measurements], sum(r.measuring_seconds for r in recorders)
+        ),
         peak_memory=peak,
     )
     return Generation(

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from dllm import compatibility
 from dllm.cache.base import Cache
 from dllm.canvas import Canvas
 from dllm.checks import choice, number
@@ -108,7 +109,8 @@ class Plan:
         infill: masks stand in `ids` already.
 
     Raises:
-        ValueError: an unknown name, or a prompt that does not fit the model.
+        ValueError: an unknown name, a sampler and cache that do not go together, or a prompt that does not fit the
+            model.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class Plan:
         self.lm, self.options, self.infill = lm, options, infill
         self.sampler: Sampler = resolve("sampler", sampler, Sampler)
         self.cache: Cache = resolve("cache", cache, Cache)
+        compatibility.check(self.sampler, self.cache, options.cfg_scale, lm.backbone)
         self.eos_token_ids = _eos(options.eos_token_id, lm)
         self.sampling = Sampling(
             options.temperature, options.top_p, options.top_k, options.eos_suppression, self.eos_token_ids

@@ -27,7 +27,9 @@ class Run:
         infill: some row has given tokens behind its first mask.
         guided: every forward computes a second row with the prompt masked; a cache that keeps one set
             of keys and values a row must refuse.
+        logits_shift: the prediction for column i is read at column i - logits_shift.
         kv_shape: layers, key-value heads and head dimension of the backbone.
+        hidden_size: width of the backbone.
         dtype: of the backbone's keys and values.
         device: where the tensors live.
         tokenizer: of the denoiser; None where it has none.
@@ -45,7 +47,9 @@ class Run:
     stop_at_eos: bool
     infill: bool
     guided: bool
+    logits_shift: int
     kv_shape: tuple[int, int, int]
+    hidden_size: int
     dtype: torch.dtype
     device: torch.device
     tokenizer: PreTrainedTokenizerBase | None

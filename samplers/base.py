@@ -26,7 +26,7 @@ class Denoise(Protocol):
         self,
         asked: Bool[Tensor, "*B K"] | None = None,
         columns: Int[Tensor, "*B K"] | None = None,
-        tokens: Int[Tensor, "*B L"] | None = None,
+        tokens: Int[Tensor, "B D L"] | None = None,
         joined: bool = False,
     ) -> Prediction:
         """Predict tokens.
@@ -35,10 +35,9 @@ class Denoise(Protocol):
             asked: where predictions are wanted; the window's masked positions by default. A row
                 that asks nothing takes no part in the forward.
             columns: canvas columns that `asked` is about; the window's by default.
-            tokens: canvases to look at instead of the current ones: (B, L), or (B, D, L) for D
-                drafts a row, which count as one forward of that row; `asked` then is (B, D, K), and
-                `columns` may be. The first draft is the canvas as it is. A draft that asks nothing is
-                not computed.
+            tokens: D drafts a row to look at instead of the current canvas, which count as one forward of
+                that row; `asked` then is (B, D, K), and `columns` may be. The first draft is the canvas as
+                it is. A draft that asks nothing is not computed.
             joined: compute the drafts of a row as one sequence, each seeing itself only, instead of as
                 D sequences.
         """
@@ -50,7 +49,8 @@ class Sampler(Protocol):
     """A rule for unmasking.
 
     A class attribute ``single_forward = True`` promises that a step calls `denoise` once, for the window's
-    own columns and tokens, and leaves the state as it is: then others may run its step on drafts.
+    own columns and tokens, and leaves the state as it is: then others may run its step on drafts. What it
+    relies on that a cache may not give it says in an attribute `needs`, in the words of `dllm.compatibility`.
     """
 
     def start(self, run: Run) -> Any:

@@ -107,6 +107,11 @@ class FreeDave:
                 "use a policy of the kind of vanilla or threshold (learn2pd with eotp=off)"
             )
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What a cache must give (`dllm.compatibility`)."""
+        return frozenset({"next_block"} if self.eager and self.draft_steps > 1 else ())
+
     def start(self, run: Run) -> Memory:
         """Start the base."""
         base = resolve("sampler", self.base, Sampler, "base")

@@ -12,6 +12,8 @@ End-of-text prediction (`eotp`) gives up the canvas behind a predicted end-of-te
 
     published  the first end-of-text that the filter accepted in the block; else, of all masked
                positions of the whole canvas that predict end-of-text, the most confident
+    accepted   the first end-of-text that the filter accepted in the block (the reference's form with a
+               cache, which looks at the block alone)
     safe       the first masked position of the block after the commits, if it predicts end-of-text
 
 What lies behind p becomes end-of-text and is no longer looked at; p itself need not be committed yet.
@@ -55,7 +57,7 @@ class Learn2PD:
     Args:
         filter: a bundled filter or a file; None for the bundled one of the model.
         threshold: a position is committed where the filter is surer than this.
-        eotp: end-of-text prediction: off, published or safe.
+        eotp: end-of-text prediction: off, published, accepted or safe.
         at_least: tokens committed per step whatever the filter says.
         allow_mismatch: use the filter although it was trained for another model or block length, or does not
             say for which.
@@ -67,13 +69,13 @@ class Learn2PD:
 
     filter: str | Filter | None = None
     threshold: float = 0.96
-    eotp: Literal["off", "published", "safe"] = "off"
+    eotp: Literal["off", "published", "accepted", "safe"] = "off"
     at_least: int = 1
     allow_mismatch: bool = False
 
     def __post_init__(self) -> None:
         number("threshold", self.threshold, "a number from 0 to 1 (0.96 is published)", low=0, high=1)
-        choice("eotp", self.eotp, ("off", "published", "safe"))
+        choice("eotp", self.eotp, ("off", "published", "accepted", "safe"))
         number("at_least", self.at_least, "a whole number of at least 1", low=1, whole=True)
         choice("allow_mismatch", self.allow_mismatch, (True, False))
 
@@ -96,37 +98,31 @@ class Learn2PD:
     def step(self, window: Window, denoise: Denoise, state: Ready) -> Edit:
         """Commit what is accepted, the best in any case, and cut behind a predicted end-of-text."""
         everywhere = None
-        if self.eotp == "off":
-            prediction = denoise(window.inside)
-        else:
+        if self.eotp == "published":
             everywhere = _ask_everywhere(window, denoise, state.run)
             prediction = everywhere.arranged(lambda values: values.gather(1, window.columns))
+        else:
+            prediction = denoise(window.inside)
         surety = state.network(prediction.confidence.float(), window.masked, window.inside).sigmoid()
         accepted = (surety > self.threshold) & window.masked
         edit = commit(window, prediction, accepted | top(prediction.confidence, self.at_least, window.masked))
-        if everywhere is None:
+        if self.eotp == "off":
             return edit
-        return replace(edit, end=self._end(window, everywhere, accepted, edit.write, state.run))
-
-    def _end(
-        self,
-        window: Window,
-        everywhere: Prediction,
-        accepted: Bool[Tensor, "B K"],
-        committed: Bool[Tensor, "B K"],
-        run: Run,
-    ) -> Int[Tensor, " B"]:
-        """The column each row ends before: one behind the cut, or the canvas's length where there is none."""
-        ends = is_eos(everywhere.tokens, run)
-        ends_here = ends.gather(1, window.columns)
+        ends, none = is_eos(prediction.tokens, state.run), state.run.length
         if self.eotp == "safe":
-            left = leftmost(window.masked & ~committed)
-            return (_first(left & ends_here, window, run.length) + 1).clamp(max=run.length)
-        masked = (window.tokens == run.mask_token_id) & window.region
-        score = everywhere.confidence.masked_fill(~(masked & ends), -torch.inf)
-        surest = torch.where((masked & ends).any(-1), score.argmax(-1), run.length)
-        within = _first(accepted & ends_here, window, run.length)
-        return (torch.where(within < run.length, within, surest) + 1).clamp(max=run.length)
+            cut = _first(leftmost(window.masked & ~edit.write) & ends, window, none)
+        else:
+            cut = _first(accepted & ends, window, none)
+        if everywhere is not None:
+            cut = torch.where(cut < none, cut, _surest_end(window, everywhere, state.run))
+        return replace(edit, end=(cut + 1).clamp(max=none))
+
+
+def _surest_end(window: Window, everywhere: Prediction, run: Run) -> Int[Tensor, " B"]:
+    """The masked position of the whole canvas that most surely ends the text; the canvas's length if none does."""
+    ends = (window.tokens == run.mask_token_id) & window.region & is_eos(everywhere.tokens, run)
+    score = everywhere.confidence.masked_fill(~ends, -torch.inf)
+    return torch.where(ends.any(-1), score.argmax(-1), run.length)
 
 
 def _ask_everywhere(window: Window, denoise: Denoise, run: Run) -> Prediction:

@@ -51,6 +51,11 @@ class Oracle:
     def __post_init__(self) -> None:
         resolve("sampler", self.base, Sampler, "base")
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What a cache must give (`dllm.compatibility`): what the base needs."""
+        return frozenset(getattr(resolve("sampler", self.base, Sampler, "base"), "needs", ()))
+
     def start(self, run: Run) -> Known:
         """Decode the result that is going to be reproduced."""
         return Known(run.rehearse(resolve("sampler", self.base, Sampler, "base")), run)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dllm.cache.base import Plan
+from dllm.cache.base import Plan, Question
+from dllm.cache.store import KeyValues
 from dllm.canvas import Change, Edit, Window
 from dllm.run import Run
 from dllm.samplers.base import Denoise, commit
@@ -129,64 +131,50 @@ class Vandal:
         )
 
 
-class Store:
-    """Keys and values of all columns of all rows, written where computed."""
-
-    def __init__(self, run: Run) -> None:
-        layers, heads, size = run.kv_shape
-        self.keys = torch.full((layers, run.rows, heads, run.length, size), torch.nan, dtype=run.dtype)
-        self.values = self.keys.clone()
-
-    def at(self, rows: Tensor, columns: Tensor) -> Store:
-        self.rows, self.columns = rows, columns
-        return self
-
-    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        assert len(self.rows.unique()) == len(self.rows), "this toy keeps one draft a row"
-        where = layer, self.rows[:, None], slice(None), self.columns
-        self.keys[where], self.values[where] = keys.transpose(1, 2), values.transpose(1, 2)
-        return self.keys[layer, self.rows], self.values[layer, self.rows]
-
-
 @dataclass
 class RefreshingRun:
-    """Computes the planned columns through a store."""
+    """Computes the planned columns through a store that holds nothing at first."""
 
     run: Run
-    store: Store
+    store: KeyValues
     narrow: bool
     short: bool
     refreshes: int = 0
     seen: list[Change] = field(default_factory=list)
 
-    def plan(self, window: Window, live: Tensor | None, read: Tensor) -> Plan:
-        rows = window.rows if live is None else window.rows[live]
-        if len(rows.unique()) < len(rows):  # drafts: nothing to keep, all to compute
-            self.refreshes += len(rows.unique())
-            return Plan()
-        if self.narrow and bool((window.step > 0).all()):
-            # The block and the column to its left, in which the shifted families read its first prediction.
-            block = window.columns if live is None else window.columns[live]
-            columns = torch.cat((block[:, :1] - 1, block), dim=1)
-        else:
-            columns = torch.arange(self.run.length).expand(len(rows), -1)
-            self.refreshes += len(rows)
-            if self.short:
-                columns = columns[:, :3]
-        return Plan(columns, self.store.at(rows, columns))
+    def __post_init__(self) -> None:
+        self.store.keys.fill_(torch.nan)
+        self.store.values.fill_(torch.nan)
 
-    def observe(self, window: Window, change: Change) -> None:
+    def plan(self, question: Question) -> Plan:
+        compute = np.ones_like(question.read)
+        if self.narrow and (question.canvas.step[question.rows] > 0).all():
+            # The block and the column to its left, in which the shifted families read its first prediction.
+            compute = question.since(question.low - 1) & ~question.since(question.high)
+        else:
+            self.refreshes += int(question.first.sum())
+            if self.short:
+                compute[:, 3:] = False
+        return Plan(compute, self.store)
+
+    def observe(self, change: Change) -> None:
         self.seen.append(change)
+
+    def expire(self, rows: Any) -> None:
+        pass
 
 
 @dataclass(frozen=True)
 class Refreshing:
     """A cache that computes everything: at every step, `narrow`: at the first of each block, `short`: not quite."""
 
+    refuses: ClassVar[dict[str, str]] = {"guidance": "it is a toy"}
+    repeatable: ClassVar[bool] = True
+    measure_every: ClassVar[int | None] = None
+    refresh_above: ClassVar[float | None] = None
+
     narrow: bool = False
     short: bool = False
 
     def start(self, run: Run) -> RefreshingRun:
-        if run.guided:
-            raise ValueError("cfg_scale needs cache=none: use it, or cfg_scale=0")
-        return RefreshingRun(run, Store(run), self.narrow, self.short)
+        return RefreshingRun(run, KeyValues(run), self.narrow, self.short)

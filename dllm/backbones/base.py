@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
-from dllm.backbones.transformer import BlockInputs, KVStore, rotary_embedding
+from dllm.backbones.transformer import AttentionStore, BlockInputs, FeatureStore, KVStore, rotary_embedding
 
 
 class MaskedDiffusionModel(PreTrainedModel):
@@ -109,6 +109,8 @@ class MaskedDiffusionModel(PreTrainedModel):
             _per_query(attention_mask),
             store,
             eager=config._attn_implementation == "eager",
+            features=store if isinstance(store, FeatureStore) else None,
+            watch=store if isinstance(store, AttentionStore) else None,
         )
         for layer, block in enumerate(self.blocks):
             hidden = block(layer, hidden, inputs)

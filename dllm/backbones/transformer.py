@@ -27,6 +27,33 @@ class KVStore(Protocol):
         ...
 
 
+@runtime_checkable
+class FeatureStore(KVStore, Protocol):
+    """A store that also keeps what the two parts of a layer add, so that a layer need not compute all columns."""
+
+    def stale(self, layer: int, values: Float[Tensor, "B H C D"]) -> Int[Tensor, "B U"] | None:
+        """Slots of the C columns to compute in this layer, given their fresh values; None for all of them.
+
+        `update` then gets the keys of these and the values of all C.
+        """
+        ...
+
+    def blend(
+        self, part: str, layer: int, fresh: Float[Tensor, "B U d"], slots: Int[Tensor, "B U"] | None
+    ) -> Float[Tensor, "B C d"]:
+        """Store what a part ("attention" or "mlp") adds at the slots; return what it adds at all C columns."""
+        ...
+
+
+@runtime_checkable
+class AttentionStore(KVStore, Protocol):
+    """A store that wants to know who attends to whom."""
+
+    def attended(self, layer: int, weights: Float[Tensor, "B C S"]) -> None:
+        """Look at the attention weights of the computed columns, averaged over the heads."""
+        ...
+
+
 @dataclass(frozen=True)
 class BlockParts:
     """The modules of one transformer block, whatever the family calls them."""
@@ -49,6 +76,11 @@ class Rotation:
     cos: Float[Tensor, "B 1 C D"]
     sin: Float[Tensor, "B 1 C D"]
 
+    def at(self, slots: Int[Tensor, "B U"]) -> Rotation:
+        """The rotation of some of the columns."""
+        index = slots[:, None, :, None].expand(-1, -1, -1, self.cos.shape[-1])
+        return Rotation(self.cos.gather(2, index), self.sin.gather(2, index))
+
     def __call__(self, x: Float[Tensor, "B H C D"]) -> Float[Tensor, "B H C D"]:
         wide = x.to(self.cos.dtype)
         left, right = wide.chunk(2, dim=-1)
@@ -65,6 +97,8 @@ class BlockInputs:
         mask: True where a column may be attended to, broadcastable to (B, 1, C, S); None allows all.
         store: keys and values of the columns that are not computed now; None when all are computed.
         eager: spell attention out instead of calling the fused kernel.
+        features: the store, where it keeps what layers add.
+        watch: the store, where it wants the attention weights.
     """
 
     head_dim: int
@@ -72,6 +106,8 @@ class BlockInputs:
     mask: Bool[Tensor, "B 1 C S"] | None = None
     store: KVStore | None = None
     eager: bool = False
+    features: FeatureStore | None = None
+    watch: AttentionStore | None = None
 
 
 class RMSNorm(nn.Module):
@@ -101,28 +137,48 @@ def block_forward(
     parts: BlockParts, layer: int, x: Float[Tensor, "B C d"], inputs: BlockInputs
 ) -> Float[Tensor, "B C d"]:
     """One pre-norm block: x + attention(norm(x)), then + down(silu(gate) * up) of its norm."""
+    features, rotation = inputs.features, inputs.rotation
     h = parts.attention_norm(x)
-    q, k, v = (
-        rearrange(project(h), "b c (h d) -> b h c d", d=inputs.head_dim)
-        for project in (parts.query, parts.key, parts.value)
-    )
-    q, k = inputs.rotation(q), inputs.rotation(k)
+    v = _heads(parts.value(h), inputs.head_dim)
+    slots = None if features is None else features.stale(layer, v)
+    if slots is not None:
+        h, rotation = _take(h, slots), rotation.at(slots)
+    q, k = (rotation(_heads(project(h), inputs.head_dim)) for project in (parts.query, parts.key))
     if inputs.store is not None:
         k, v = inputs.store.update(layer, k, v)
-    attended = _eager_attention(q, k, v, inputs.mask) if inputs.eager else _sdpa(q, k, v, inputs.mask)
-    x = x + parts.output(rearrange(attended, "b h c d -> b c (h d)"))
-    h = parts.mlp_norm(x)
-    return x + parts.down(F.silu(parts.gate(h)) * parts.up(h))
+    added = parts.output(rearrange(_attention(q, k, v, layer, inputs), "b h c d -> b c (h d)"))
+    x = x + (added if features is None else features.blend("attention", layer, added, slots))
+    h = parts.mlp_norm(x if slots is None else _take(x, slots))
+    added = parts.down(F.silu(parts.gate(h)) * parts.up(h))
+    return x + (added if features is None else features.blend("mlp", layer, added, slots))
+
+
+def _heads(x: Float[Tensor, "B C d"], head_dim: int) -> Float[Tensor, "B H C D"]:
+    return rearrange(x, "b c (h d) -> b h c d", d=head_dim)
+
+
+def _take(x: Float[Tensor, "B C d"], slots: Int[Tensor, "B U"]) -> Float[Tensor, "B U d"]:
+    return x.gather(1, slots[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, layer: int, inputs: BlockInputs) -> Float[Tensor, "B H C D"]:
+    if inputs.watch is None and not inputs.eager:
+        return _sdpa(q, k, v, inputs.mask)
+    attended, weights = _eager_attention(q, k, v, inputs.mask)
+    if inputs.watch is not None:
+        inputs.watch.attended(layer, weights.mean(1))
+    return attended
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def _eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def _eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1).to(v.dtype) @ v
+    weights = scores.softmax(-1)
+    return weights.to(v.dtype) @ v, weights

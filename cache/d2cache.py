@@ -1,0 +1,210 @@
+"""d2Cache: computed are the masks about to be decoded and the tokens most looked at (arXiv 2509.23094, section 4).
+
+The first forward computes every column. From then on three kinds of columns are computed:
+
+    masks    the `current_k` masked positions j with the highest certainty prior
+                 confidence_j * density_j,   density_j = sum_(known i) exp(-(i - j)^2 / (2 sigma^2)) / sum_(all i) ...
+             those of the active block first, then those up to the end of the block that holds the
+             current_k-th mask; the tokens left of the generated ones count as known, those right of them
+             if the last one is
+    new      what was a mask at the last forward and is none now
+    looked   of the others the most looked at, which together have a share `rollout_p` of the attention
+             rollout's influence: column sums of the product over layers of (A + I) / 2, where A are the
+             attention weights averaged over the heads, and identity where a column was not computed
+
+A gap between two chosen columns that are at most `inflate_w` apart is computed as well. Families with
+shifted logits compute, in place of a mask, the column in which its prediction is read.
+
+Differences from the reference: confidences are renewed with every forward that computes them, as the
+paper says (the reference keeps the first ones); rows of a batch are not topped up to a common number.
+It needs the confidences of masks outside the block, and so their logits; and the attention weights,
+and so attention that is spelled out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dllm.backbones.transformer import KVStore
+from dllm.cache.base import Flags, Metered, Probe, Question, Selection
+from dllm.cache.store import Choice, KeyValues, Reuse
+from dllm.checks import number
+from dllm.run import Run
+
+
+@dataclass(frozen=True)
+class D2Cache(Metered):
+    """Compute the masks about to be decoded and the tokens most looked at.
+
+    Args:
+        current_k: masked positions computed per forward, beside those of the block.
+        sigma: reach of the certainty density, in columns.
+        rollout_p: share of the attention's influence whose columns are computed.
+        inflate_w: widest distance of two chosen columns between which all are computed; 0 for none.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    current_k: int = 32
+    sigma: float = 10.0
+    rollout_p: float = 0.1
+    inflate_w: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number("current_k", self.current_k, "a whole number of at least 1", low=1, whole=True)
+        number("sigma", self.sigma, "a positive number", above=0)
+        number("rollout_p", self.rollout_p, "a number from 0 to 1", low=0, high=1)
+        number("inflate_w", self.inflate_w, "a whole number of at least 0", low=0, whole=True)
+
+    def start(self, run: Run) -> Reuse:
+        """Make room for every column."""
+        store = Watched(run)
+        return Reuse(run, _ByCertaintyAndRollout(self, run, store), store)
+
+
+class _ByCertaintyAndRollout:
+    def __init__(self, options: D2Cache, run: Run, store: Watched) -> None:
+        self.options, self.shift, self.store = options, run.logits_shift, store
+        self.masked = np.zeros((run.rows, run.length), dtype=bool)
+        self.confidence = np.zeros((run.rows, run.length))
+
+    def choose(self, question: Question, due: Flags, stale: Flags) -> Choice:
+        canvas, rows, masked = question.canvas, question.rows, question.masked
+        # Where the prediction for each column is read.
+        at = np.maximum(np.arange(canvas.length) - self.shift, canvas.padding[rows, None])
+        compute = _moved(self._certain(question, masked), at) | (self.masked[rows] & ~masked)
+        compute |= nucleus(self.store.influence[rows], self.options.rollout_p, ~compute & canvas.visible[rows])
+        compute = inflate(compute, self.options.inflate_w) | question.read
+        probe = _moved(masked, at) & (compute | due[:, None])
+        self.masked[rows], self.store.visible[rows] = masked, canvas.visible[rows]
+        return Choice(compute, due, probe=Probe(probe, partial(self._learn, question, probe, at)))
+
+    def _certain(self, question: Question, masked: Flags) -> Flags:
+        """The masked positions with the highest certainty prior."""
+        canvas, rows, k = question.canvas, question.rows, self.options.current_k
+        start, length = canvas.start[rows], canvas.block_length
+        enough = masked.cumsum(1) >= k
+        last = np.where(enough.any(1), enough.argmax(1), canvas.end[rows] - 1)
+        end = start + ((last - start) // length + 1) * length
+        score = self.confidence[rows] * density(~masked, canvas.end[rows], self.options.sigma)
+        score += np.where(question.since(question.low) & ~question.since(question.high), score.max(1)[:, None], 0)
+        score[~masked | question.since(end)] = -1
+        best = np.argsort(-score, axis=1, kind="stable")[:, :k]
+        chosen = np.zeros_like(masked)
+        np.put_along_axis(chosen, best, True, axis=1)
+        return chosen & (score >= 0)
+
+    def _learn(self, question: Question, probe: Flags, at: NDArray[np.int64], confidence: Tensor) -> None:
+        """Take up how sure the model is of what a forward computed, as far as it looked at the canvas as it is."""
+        first, fresh = question.first, confidence.double().cpu().numpy()
+        rows, at = question.rows[first], at[first]
+        known, fresh = (np.take_along_axis(each[first], at, axis=1) for each in (probe, fresh))
+        self.confidence[rows] = np.where(known, fresh, self.confidence[rows])
+
+
+def density(known: Flags, end: NDArray[np.int64], sigma: float) -> NDArray[np.float64]:
+    """How much is known around each column, as a mean weighted with a Gaussian.
+
+    Args:
+        known: (A, L) what is decoded, given or padding; all that lies to the left counts as known.
+        end: (A,) the column behind the last generated one; what lies from there on counts as that one does.
+        sigma: of the Gaussian, in columns.
+    """
+    reach = int(np.ceil(6 * sigma))
+    kernel = np.exp(-(np.arange(-reach, reach + 1) ** 2) / (2 * sigma**2))
+    last = np.take_along_axis(known, end[:, None] - 1, axis=1)
+    known = np.where(np.arange(known.shape[1]) >= end[:, None], last, known)
+    around = np.concatenate((np.ones((len(known), reach)), known, np.repeat(last, reach, axis=1)), axis=1)
+    return np.stack([np.convolve(row, kernel, mode="valid") for row in around]) / kernel.sum()
+
+
+def nucleus(scores: NDArray[np.float64], share: float, among: Flags) -> Flags:
+    """The highest scores of each row that together make up at most a share, and the highest in any case.
+
+    Args:
+        scores: (A, L), not negative.
+        share: of their sum.
+        among: (A, L) where to choose.
+    """
+    scores = np.where(among, scores, 0.0)
+    order = np.argsort(-scores, axis=1, kind="stable")
+    ranked = np.take_along_axis(scores, order, axis=1)
+    taken = ranked.cumsum(1) <= share * scores.sum(1, keepdims=True)
+    taken[:, 0] = True
+    chosen = np.zeros_like(among)
+    np.put_along_axis(chosen, order, taken, axis=1)
+    return chosen & among
+
+
+def inflate(chosen: Flags, width: int) -> Flags:
+    """Fill the gaps between chosen columns that are at most `width` apart."""
+    column, length = np.arange(chosen.shape[1]), chosen.shape[1]
+    before = np.maximum.accumulate(np.where(chosen, column, -length), axis=1)
+    behind = np.minimum.accumulate(np.where(chosen, column, 2 * length)[:, ::-1], axis=1)[:, ::-1]
+    return np.asarray(chosen | (behind - before <= width))
+
+
+def _moved(flags: Flags, at: NDArray[np.int64]) -> Flags:
+    """The columns that some columns are mapped to."""
+    moved = np.zeros_like(flags)
+    sequence, column = np.nonzero(flags)
+    moved[sequence, at[sequence, column]] = True
+    return moved
+
+
+class Watched(KeyValues):
+    """Keys and values, and how much each column is looked at.
+
+    Attributes:
+        influence: (rows, L) column sums of the attention rollout of the last forward.
+        visible: (rows, L) columns that are looked at.
+    """
+
+    joinable = False
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self.layers = run.kv_shape[0]
+        self.influence = np.zeros((run.rows, run.length))
+        self.visible = np.ones((run.rows, run.length), dtype=bool)
+
+    def bind(self, selection: Selection) -> KVStore:
+        """Serve a forward and watch its attention."""
+        return _Watching(self, super().bind(selection), selection)
+
+
+class _Watching:
+    def __init__(self, store: Watched, inner: KVStore, selection: Selection) -> None:
+        self.store, self.inner, self.selection = store, inner, selection
+        self.weights: list[Tensor] = []
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """As the store does."""
+        return self.inner.update(layer, keys, values)
+
+    def attended(self, layer: int, weights: Float[Tensor, "B C S"]) -> None:
+        """Keep the weights; after the last layer, roll them out."""
+        self.weights.append(weights)
+        if layer + 1 < self.store.layers:
+            return
+        rows, columns, host = self.selection.rows, self.selection.columns, self.selection.host
+        # Neither padding nor what fills up a short sequence looks at anything.
+        own = self.store.visible[rows[:, None], host]
+        own[:, 1:] &= host[:, 1:] != host[:, :-1]
+        looks = torch.as_tensor(own, device=columns.device)
+        influence = torch.as_tensor(self.store.visible[rows], device=weights.device).to(weights.dtype)
+        # From the last layer to the first: 1^T R_n ... R_1, with R = (A + I) / 2 in the rows that were computed.
+        for each in reversed(self.weights):
+            half = (influence.gather(1, columns) / 2).masked_fill(~looks, 0)
+            influence = influence.scatter_add(1, columns, -half) + (half[:, None] @ each)[:, 0]
+        first = self.selection.first
+        self.store.influence[rows[first]] = influence.double().cpu().numpy()[first]

@@ -1,0 +1,58 @@
+"""dKV-Cache, delayed: a token is cached one step after it was decoded (arXiv 2505.15781, section 4, dKV-Cache-Decode).
+
+With s the row's forwards in its active block so far,
+
+    s = 0, 1, or s mod interval = 0    compute every column
+    else                               compute the masks of the whole canvas, and what was one at the last forward
+
+A token is unlike its mask, and keys and values settle once it is there: so it is computed once more
+after its commit and frozen then. Families with shifted logits also compute the columns in which the
+predictions that are asked for are read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dllm.cache.base import Flags, Metered, Question
+from dllm.cache.store import Blocks, Choice, Reuse
+from dllm.checks import number
+from dllm.run import Run
+
+
+@dataclass(frozen=True)
+class DKVCache(Metered):
+    """Freeze a token one step after it was decoded.
+
+    Args:
+        interval: forwards within a block from one full computation to the next; 1 is no reuse.
+
+    Raises:
+        ValueError: an interval below 1.
+    """
+
+    interval: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number("interval", self.interval, "a whole number of at least 1", low=1, whole=True)
+
+    def start(self, run: Run) -> Reuse:
+        """Make room for every column."""
+        return Reuse(run, _Delayed(self.interval, run))
+
+
+class _Delayed:
+    def __init__(self, interval: int, run: Run) -> None:
+        self.interval, self.blocks = interval, Blocks(run)
+        self.forwards = np.zeros(run.rows, dtype=np.int64)
+        self.masked = np.ones((run.rows, run.length), dtype=bool)
+
+    def choose(self, question: Question, due: Flags, stale: Flags) -> Choice:
+        rows, masked = question.rows, question.masked
+        step = np.where(self.blocks.entered(question), 0, self.forwards[rows] + 1)
+        compute = masked | self.masked[rows]
+        self.forwards[rows], self.masked[rows] = step, masked
+        return Choice(compute, due | (step <= 1) | (step % self.interval == 0))

@@ -1,0 +1,210 @@
+"""dLLM-Cache: the prompt is computed rarely, the response often, in between what changed most (arXiv 2506.06295).
+
+With s the row's forwards so far (section 3.2 and algorithm 1),
+
+    s mod prompt_interval = 0      compute the prompt
+    s mod response_interval = 0    compute the response
+    else, in every layer           compute the values v of the response, and of its n columns the
+                                   floor(ratio * n) with the lowest cosine similarity of v and what was
+                                   stored; the others keep their keys and what attention and feed-forward
+                                   part added
+
+The first layer is always computed for the whole response: it is where new tokens come in. As the
+response counts what lies behind the prompt and, in families with shifted logits, the column in which
+its first prediction is read.
+
+Differences from the reference: ties go to the leftmost; a position that was revoked or rewritten is
+computed in every layer; rows have their own steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dllm.cache.base import Flags, Metered, Question, Selection
+from dllm.cache.store import Choice, KeyValues, Reuse
+from dllm.checks import number
+from dllm.run import Run
+
+
+@dataclass(frozen=True)
+class DLLMCache(Metered):
+    """Compute what changed most.
+
+    Args:
+        prompt_interval: forwards from one computation of the prompt to the next.
+        response_interval: the same for the response; 1 is no reuse of it.
+        ratio: share of the response computed in between.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    prompt_interval: int = 50
+    response_interval: int = 7
+    ratio: float = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("prompt_interval", "response_interval"):
+            number(name, getattr(self, name), "a whole number of at least 1", low=1, whole=True)
+        number("ratio", self.ratio, "a number from 0 to 1", low=0, high=1)
+
+    def start(self, run: Run) -> Reuse:
+        """Make room for keys, values and what the layers add, of every column."""
+        store = Features(self.ratio, run)
+        return Reuse(run, _ByChange(self, run, store), store)
+
+
+class _ByChange:
+    def __init__(self, options: DLLMCache, run: Run, store: Features) -> None:
+        self.options, self.run, self.store = options, run, store
+        self.forwards = np.zeros(run.rows, dtype=np.int64)
+
+    def choose(self, question: Question, due: Flags, stale: Flags) -> Choice:
+        options, rows = self.options, question.rows
+        step = self.forwards[rows]
+        self.forwards[rows] = step + 1
+        prompt = due | (step % options.prompt_interval == 0)
+        response = due | (step % options.response_interval == 0)
+        within = question.since(question.canvas.start[rows] - self.run.logits_shift)
+        self.store.response[rows] = within
+        self.store.needed[rows] = np.where(within, response[:, None], prompt[:, None]) | stale
+        # The first layer computes the whole response, the others a part of it.
+        length, layers = within.sum(1), self.run.kv_shape[0]
+        part = (length + (layers - 1) * np.floor(options.ratio * length)) / layers
+        cost = np.ceil(np.where(response, length, part)) + np.where(prompt, (~within).sum(1), 0)
+        return Choice(within | prompt[:, None], prompt & response, cost.astype(np.int64))
+
+
+class Features(KeyValues):
+    """Keys, values, and what attention and feed-forward part add to each column: (layers, rows, L, d) each.
+
+    They take 2 * layers * rows * L * (H * D + d) * (bytes of a number).
+
+    Attributes:
+        response: (rows, L) columns that may be computed in part.
+        needed: (rows, L) columns that are computed in every layer of the next forward.
+    """
+
+    joinable = False
+
+    def __init__(self, ratio: float, run: Run) -> None:
+        super().__init__(run)
+        self.ratio = ratio
+        shape = run.kv_shape[0], run.rows, run.length, run.hidden_size
+        self.added = {part: torch.zeros(shape, dtype=run.dtype, device=run.device) for part in ("attention", "mlp")}
+        self.response = np.zeros((run.rows, run.length), dtype=bool)
+        self.needed = np.zeros((run.rows, run.length), dtype=bool)
+
+    def bind(self, selection: Selection) -> _Partial:
+        """Serve a forward that computes these columns, as far as they changed."""
+        return _Partial(self, selection)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What a layer computes of A sequences of C slots.
+
+    Attributes:
+        rank: (A, C) 0 where a slot is chosen anyway, 1 where by its change, 2 where never.
+        width: slots U of the sequence that has most.
+        chosen: the sequences and places (in the ranking) of those chosen.
+        renewed: the sequences and slots whose values are replaced.
+    """
+
+    rank: Tensor
+    width: int
+    chosen: tuple[Tensor, Tensor]
+    renewed: tuple[Tensor, Tensor]
+
+
+class _Partial:
+    """One forward over columns of which each layer chooses some."""
+
+    def __init__(self, store: Features, selection: Selection) -> None:
+        self.store, self.columns = store, selection.columns
+        rows, host = selection.rows, selection.host
+        self.rows, self.kept = self._put(rows), self._put(np.flatnonzero(selection.first))
+        self.whole = bool(selection.first.all()) and len(rows) == store.keys.shape[1]
+        # What fills up a short sequence is chosen never.
+        own = np.ones(host.shape, dtype=bool)
+        own[:, 1:] = host[:, 1:] != host[:, :-1]
+        response, needed = store.response[rows[:, None], host] & own, store.needed[rows[:, None], host] & own
+        n = np.floor(store.ratio * response.sum(1)).astype(np.int64)
+        optional = response & ~needed & (n > 0)[:, None]
+        self.shares = (
+            self._share(response | needed, np.zeros_like(own), n),
+            self._share(needed, optional, np.minimum(n, optional.sum(1))),
+        )
+        self.slots: Int[Tensor, "B U"] | None = None
+
+    def _share(self, needed: Flags, optional: Flags, n: NDArray[np.int64]) -> _Share:
+        count = needed.sum(1) + np.where(optional.any(1), n, 0)
+        width = int(count.max())
+        chosen = np.nonzero(np.arange(width) < count[:, None])
+        renewed = np.nonzero(needed | optional)
+        return _Share(
+            self._put(np.where(needed, 0, np.where(optional, 1, 2))),
+            width,
+            (self._put(chosen[0]), self._put(chosen[1])),
+            (self._put(renewed[0]), self._put(renewed[1])),
+        )
+
+    def stale(self, layer: int, values: Float[Tensor, "B H C D"]) -> Int[Tensor, "B U"] | None:
+        """The columns that are computed anyway and those whose values changed most."""
+        share = self.shares[layer > 0]
+        stored = self._held(self.store.values[layer]).transpose(1, 2)
+        stored = stored.gather(1, self.columns[..., None, None].expand(-1, -1, *stored.shape[2:]))
+        fresh = values.transpose(1, 2)
+        similarity = F.cosine_similarity(fresh.flatten(2), stored.flatten(2), dim=-1)
+        # Between -1 and 1, so that the rank decides first.
+        self.slots = (similarity + 4 * share.rank).argsort(dim=-1, stable=True)[:, : share.width]
+        return self.slots
+
+    def update(
+        self, layer: int, keys: Float[Tensor, "B H U D"], values: Float[Tensor, "B H C D"]
+    ) -> tuple[Float[Tensor, "B H L D"], Float[Tensor, "B H L D"]]:
+        """Put fresh keys and values over the stored ones."""
+        share = self.shares[layer > 0]
+        entry, slot = share.renewed
+        renewed = entry, self.columns[entry, slot], values.transpose(1, 2)[entry, slot]
+        k = self._keep(self.store.keys[layer].transpose(1, 2), *self._chosen(layer, keys.transpose(1, 2)))
+        v = self._keep(self.store.values[layer].transpose(1, 2), *renewed)
+        return k.transpose(1, 2), v.transpose(1, 2)
+
+    def blend(
+        self, part: str, layer: int, fresh: Float[Tensor, "B U d"], slots: Int[Tensor, "B U"] | None
+    ) -> Float[Tensor, "B C d"]:
+        """Put what was computed over what is stored; return it at all columns."""
+        whole = self._keep(self.store.added[part][layer], *self._chosen(layer, fresh))
+        return whole.gather(1, self.columns[..., None].expand(-1, -1, fresh.shape[-1]))
+
+    def _chosen(self, layer: int, fresh: Float[Tensor, "B U ..."]) -> tuple[Tensor, Tensor, Tensor]:
+        """Sequence, canvas column and content of every slot that was computed."""
+        assert self.slots is not None
+        entry, place = self.shares[layer > 0].chosen
+        return entry, self.columns[entry, self.slots[entry, place]], fresh[entry, place]
+
+    def _keep(
+        self, stored: Float[Tensor, "rows L ..."], entry: Tensor, column: Tensor, content: Tensor
+    ) -> Float[Tensor, "B L ..."]:
+        """Write columns of each sequence; of several drafts of a row, what the first wrote is kept."""
+        whole = self._held(stored).index_put_((entry, column), content)
+        if not self.whole:
+            stored[self.rows[self.kept]] = whole[self.kept]
+        return whole
+
+    def _held(self, stored: Float[Tensor, "rows ..."]) -> Float[Tensor, "B ..."]:
+        return stored if self.whole else stored[self.rows]
+
+    def _put(self, array: NDArray[Any]) -> Tensor:
+        return torch.as_tensor(array, device=self.columns.device)

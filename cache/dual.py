@@ -1,0 +1,38 @@
+"""Dual cache: everything but the active block is computed once a block (Fast-dLLM, arXiv 2505.22618, section 3.2).
+
+    at a block's first forward    compute every column
+    then                          compute the block
+
+Families with shifted logits read a prediction one column to its left: there the columns computed are
+the block's, each moved one to the left, as in d2Cache's implementation. The reference runs a useless
+forward where the first one finished the block; here there is none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dllm.cache.base import Flags, Metered, Question
+from dllm.cache.store import Blocks, Choice, Reuse
+from dllm.run import Run
+
+
+@dataclass(frozen=True)
+class Dual(Metered):
+    """Keep what lies before the block and behind it."""
+
+    repeatable: ClassVar[bool] = True
+
+    def start(self, run: Run) -> Reuse:
+        """Make room for every column."""
+        return Reuse(run, _BlockAlone(run))
+
+
+class _BlockAlone:
+    def __init__(self, run: Run) -> None:
+        self.blocks, self.shift = Blocks(run), run.logits_shift
+
+    def choose(self, question: Question, due: Flags, stale: Flags) -> Choice:
+        block = question.since(question.low - self.shift) & ~question.since(question.high - self.shift)
+        return Choice(block, due | self.blocks.entered(question))

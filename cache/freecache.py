@@ -1,0 +1,98 @@
+"""FreeCache: what is decoded is frozen, and only what lies behind it is computed (FlashDLM, arXiv 2505.21467, 3.2).
+
+The first forward computes every column. Then, with f the column from which on nothing is frozen,
+
+    compute the columns from f on
+
+    granularity=prompt    f is the first generated column
+    granularity=block     f is the active block's first column
+    granularity=token     f is the row's first mask
+
+less the shift of the logits, and `freeze` says which keys and values are kept for what f passes:
+
+    last_forward    those of the last forward before it was passed, in which tokens committed by that very
+                    step were masks still; the prompt keeps those it got before anything was decoded
+                    (the reference)
+    clean           those of one more forward, with the final tokens; the prompt too is computed once more,
+                    when the first block is done
+
+`window` keeps columns further than that behind the active block as the first forward left them.
+
+Differences from the reference: a position that is revoked or rewritten is computed again; frozen
+columns keep their own slots whatever a step commits, where the reference's modes for guided decoding
+misplace them (`aggressive`, our token; `sliding`, our window).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from dllm.cache.base import Flags, Metered, Question
+from dllm.cache.store import Blocks, Choice, Reuse
+from dllm.checks import choice, number
+from dllm.run import Run
+
+
+@dataclass(frozen=True)
+class FreeCache(Metered):
+    """Freeze what is decoded.
+
+    Args:
+        freeze: which keys and values a finished column keeps: last_forward or clean.
+        granularity: what is frozen: the prompt alone, finished blocks too, or every leading run of tokens.
+        window: columns behind the active block that are computed; None for all.
+
+    Raises:
+        ValueError: an option out of range or without effect.
+    """
+
+    freeze: Literal["last_forward", "clean"] = "clean"
+    granularity: Literal["prompt", "block", "token"] = "block"
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choice("freeze", self.freeze, ("last_forward", "clean"))
+        choice("granularity", self.granularity, ("prompt", "block", "token"))
+        if self.window is not None:
+            number("window", self.window, "a whole number of at least 0, or null", low=0, whole=True)
+
+    @property
+    def repeatable(self) -> bool:  # type: ignore[override]
+        """Whether what is kept of finished blocks does not depend on the way they were decoded."""
+        return self.freeze == "clean" and self.granularity == "block"
+
+    def start(self, run: Run) -> Reuse:
+        """Make room for every column."""
+        return Reuse(run, _Frozen(self, run))
+
+
+class _Frozen:
+    def __init__(self, options: FreeCache, run: Run) -> None:
+        self.options, self.shift = options, run.logits_shift
+        self.blocks = Blocks(run)
+        self.front = np.zeros(run.rows, dtype=np.int64)  # where the last forward of each row started to compute
+
+    def choose(self, question: Question, due: Flags, stale: Flags) -> Choice:
+        options, rows, start = self.options, question.rows, question.canvas.start[question.rows]
+        match options.granularity:
+            case "prompt":
+                # Position f itself is decoded by the first forward, or its prediction is read and so computed.
+                front = start
+            case "block":
+                front = question.low - self.shift
+            case _:
+                front = question.masked.argmax(1) - self.shift
+        since, entered = front, self.blocks.entered(question)
+        if options.freeze == "clean":
+            # What was passed since the last forward is computed once more; with the second block, the prompt as well.
+            since = np.minimum(front, self.front[rows])
+            since = np.where(entered & (question.block == 1), 0, since)
+        self.front[rows] = front
+        compute = question.since(since)
+        if options.window is not None:
+            compute &= ~question.since(question.high + options.window)
+        return Choice(compute, due)

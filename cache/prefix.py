@@ -1,0 +1,41 @@
+"""Prefix cache: what lies before the active block is computed once a block (Fast-dLLM, arXiv 2505.22618, section 3.2).
+
+    at a block's first forward    compute every column
+    then                          compute the columns from the block's start on
+
+Families with shifted logits read the block's first prediction one column to its left, so that what is
+computed starts and ends one column earlier, as in d2Cache's implementation; Fast-dLLM's commits the
+first token of a Dream block unconditionally instead. The reference runs a useless forward where the
+first one finished the block; here there is none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dllm.cache.base import Flags, Metered, Question
+from dllm.cache.store import Blocks, Choice, Reuse
+from dllm.run import Run
+
+
+@dataclass(frozen=True)
+class Prefix(Metered):
+    """Keep what lies before the block."""
+
+    repeatable: ClassVar[bool] = True
+
+    def start(self, run: Run) -> Reuse:
+        """Make room for every column."""
+        return Reuse(run, _FromBlockOn(run))
+
+
+class _FromBlockOn:
+    def __init__(self, run: Run) -> None:
+        self.blocks, self.shift = Blocks(run), run.logits_shift
+
+    def choose(self, question: Question, due: Flags, stale: Flags) -> Choice:
+        end = question.canvas.length - self.shift
+        compute = question.since(question.low - self.shift)
+        compute[:, end:] = False
+        return Choice(compute, due | self.blocks.entered(question))
