@@ -147,9 +147,9 @@ def nucleus(scores: NDArray[np.float64], share: float, among: Flags) -> Flags:
 
 def inflate(chosen: Flags, width: int) -> Flags:
     """Fill the gaps between chosen columns that are at most `width` apart."""
-    column, length = np.arange(chosen.shape[1]), chosen.shape[1]
-    before = np.maximum.accumulate(np.where(chosen, column, -length), axis=1)
-    behind = np.minimum.accumulate(np.where(chosen, column, 2 * length)[:, ::-1], axis=1)[:, ::-1]
+    column, far = np.arange(chosen.shape[1]), chosen.shape[1] + width
+    before = np.maximum.accumulate(np.where(chosen, column, -far), axis=1)
+    behind = np.minimum.accumulate(np.where(chosen, column, 2 * far)[:, ::-1], axis=1)[:, ::-1]
     return np.asarray(chosen | (behind - before <= width))
 
 

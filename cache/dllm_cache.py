@@ -105,6 +105,11 @@ class Features(KeyValues):
         self.response = np.zeros((run.rows, run.length), dtype=bool)
         self.needed = np.zeros((run.rows, run.length), dtype=bool)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything kept."""
+        return super().nbytes + sum(added.nbytes for added in self.added.values())
+
     def bind(self, selection: Selection) -> _Partial:
         """Serve a forward that computes these columns, as far as they changed."""
         return _Partial(self, selection)

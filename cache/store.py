@@ -31,6 +31,11 @@ class KeyValues:
         self.keys = torch.zeros((layers, run.rows, heads, run.length, size), dtype=run.dtype, device=run.device)
         self.values = torch.zeros_like(self.keys)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything kept."""
+        return self.keys.nbytes + self.values.nbytes
+
     def bind(self, selection: Selection) -> KVStore:
         """Serve a forward that computes these columns, in the cheapest way they allow."""
         rows, host = selection.rows, selection.host

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dllm.cache.base import Cache
+from dllm.drift import Measurement
 from dllm.engine import Step
 from dllm.generation import Generation, Recorder
 from dllm.loading import LanguageModel
@@ -30,6 +31,7 @@ class Frame:
         committed: (B, L) True where this step committed a token.
         revoked: (B, L) True where this step took a token back.
         nfe: (B,) forwards so far.
+        drift: how far the cache was off in forwards of this step that were compared with exact ones.
     """
 
     tokens: Int[Tensor, "B L"]
@@ -37,6 +39,7 @@ class Frame:
     committed: Bool[Tensor, "B L"]
     revoked: Bool[Tensor, "B L"]
     nfe: Int[Tensor, " B"]
+    drift: tuple[Measurement, ...] = ()
 
 
 def generate(
@@ -143,4 +146,5 @@ def _frame(recorder: Recorder, step: Step) -> Frame:
         committed=torch.from_numpy(committed),
         revoked=torch.from_numpy(revoked),
         nfe=torch.tensor(recorder.nfe),
+        drift=step.drift,
     )

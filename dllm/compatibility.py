@@ -39,7 +39,8 @@ def refusals(
     needs |= {"several_devices"} if backbone is not None and spread(backbone) else set()
     for need in sorted(needs & set(cache.refuses)):
         what, without = NEEDS[need]
-        yield f"cache={cache!r} does not go with {what}: {cache.refuses[need]}; use cache=none, or {without}"
+        name = type(cache).__name__
+        yield f"the cache {name} does not go with {what}: {cache.refuses[need]}; use cache=none, or {without}"
 
 
 def spread(backbone: MaskedDiffusionModel) -> bool:

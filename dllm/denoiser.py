@@ -205,7 +205,8 @@ class Denoiser:
             logits = torch.cat(parts)[torch.as_tensor(np.argsort(np.concatenate(order)), device=device)]
         if plan.probe is not None:
             plan.probe.tell(_surest(logits[asked:], plan.probe.read, self.canvas.mask_token_id))
-        return self._measured(question, plan.store, logits[:asked], tokens)
+            logits = logits[:asked].clone()  # what is kept of a prediction must not keep the rest
+        return self._measured(question, plan.store, logits, tokens)
 
     def _measured(
         self, question: Question, store: Store, logits: Float[Tensor, "N V"], tokens: Int[Tensor, "A L"]

@@ -68,7 +68,6 @@ class Step:
         return np.where(still, tokens, self.canvas.mask_token_id)
 
 
-@torch.inference_mode()
 def decode(
     backbone: MaskedDiffusionModel,
     canvas: Canvas,
@@ -103,25 +102,19 @@ def decode(
         return torch.as_tensor(copy.host, device=copy.device)
 
     run = _facts(backbone, canvas, cfg_scale > 0, tokenizer, rehearse)
-    state = sampler.start(run)
     meter = Meter(run.rows, cache.measure_every, cache.refresh_above, run.mask_token_id)
-    denoiser = Denoiser(backbone, canvas, cache.start(run), sampling, cfg_scale, meter)
+    with torch.inference_mode():
+        state = sampler.start(run)
+        denoiser = Denoiser(backbone, canvas, cache.start(run), sampling, cfg_scale, meter)
     while canvas.rows.size:
-        window = canvas.window()
-        edit = sampler.step(window, denoiser.bind(window), state)
-        change = canvas.apply(window, edit)
-        _check_progress(sampler, change)
-        denoiser.cache.observe(change)
-        yield Step(
-            change,
-            denoiser.forwards,
-            edit.guide_forwards,
-            edit.guide_seconds,
-            rehearsed,
-            meter.take(),
-            canvas,
-            denoiser,
-        )
+        with torch.inference_mode():
+            window = canvas.window()
+            edit = sampler.step(window, denoiser.bind(window), state)
+            change = canvas.apply(window, edit)
+            _check_progress(sampler, change)
+            denoiser.cache.observe(change)
+        guide = edit.guide_forwards, edit.guide_seconds
+        yield Step(change, denoiser.forwards, *guide, rehearsed, meter.take(), canvas, denoiser)
 
 
 def _facts(

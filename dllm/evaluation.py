@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dllm.api import generate
+from dllm.drift import Drift
 from dllm.loading import LanguageModel
 from dllm.tasks.word_problems import Grade, Problem, grade
 
@@ -30,6 +31,8 @@ class Score:
         positions: mean columns the denoiser computed per problem.
         extra_positions: those beyond one canvas per forward; negative where a cache saved some.
         guide_nfe: mean guide forwards per problem.
+        refreshes: mean times per problem that a cache computed everything anew.
+        drift: how far the cache was off; None where it was not measured.
     """
 
     n: int
@@ -42,6 +45,8 @@ class Score:
     positions: float = 0.0
     extra_positions: float = 0.0
     guide_nfe: float = 0.0
+    refreshes: float = 0.0
+    drift: Drift | None = None
 
 
 def evaluate(
@@ -64,6 +69,8 @@ def evaluate(
         positions=stats.computed_columns / len(problems),
         extra_positions=stats.extra_columns / len(problems),
         guide_nfe=float(result.guide_nfe.double().mean()),
+        refreshes=stats.cache_refreshes / len(problems),
+        drift=stats.drift,
     )
 
 

@@ -88,6 +88,7 @@ class FreeDave:
     """
 
     single_forward: ClassVar[bool] = False
+    lossless: ClassVar[bool] = True
 
     draft_steps: int = 4
     base: str | Sampler = "vanilla"
@@ -110,6 +111,7 @@ class FreeDave:
     @property
     def needs(self) -> frozenset[str]:
         """What a cache must give (`dllm.compatibility`)."""
+        # One draft is the base itself.
         return frozenset({"next_block"} if self.eager and self.draft_steps > 1 else ())
 
     def start(self, run: Run) -> Memory:

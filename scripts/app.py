@@ -126,10 +126,11 @@ def _quote(value: str) -> str:
 
 
 def _qualified(text: str, cfg: DictConfig) -> str:
-    """An error about a sampler, whose options have a prefix on the command line."""
-    for name in cfg.get("sampler") or ():
-        if name not in cfg:
-            text = re.sub(rf"(?<![\w.(]){name}=", f"sampler.{name}=", text)
+    """An error about a sampler or cache, whose options have a prefix on the command line."""
+    for group in ("sampler", "cache"):
+        for name in cfg.get(group) or ():
+            if name not in cfg:
+                text = re.sub(rf"(?<![\w.(]){name}=", f"{group}.{name}=", text)
     return text
 
 

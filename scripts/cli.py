@@ -9,7 +9,7 @@ from importlib.metadata import version
 from dllm.scripts.app import fail
 from dllm.scripts.usage import summary
 
-COMMANDS = ("generate", "policies", "tradeoff", "train-filter", "train-tiny")
+COMMANDS = ("generate", "bench", "caches", "compatibility", "policies", "tradeoff", "train-filter", "train-tiny")
 
 
 def main() -> None:

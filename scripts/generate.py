@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 import dllm
+from dllm import compatibility
 from dllm.display import CanvasView, live, plain, save_picture
 from dllm.engine import Step
 from dllm.jsonl import AnswerFile, Question, read_questions
@@ -43,7 +44,8 @@ def generate(cfg: DictConfig) -> None:
     fields: Any = OmegaConf.to_container(cfg, resolve=True)
     options = {name: fields[name] for name in dllm.Options.__dataclass_fields__}
     options["seed"] = random.randrange(_SEEDS) if cfg.seed is None else cfg.seed
-    dllm.Options(**options)  # refuse bad values before the model loads
+    # Bad values are refused before the model loads.
+    compatibility.check(sampler, cache, dllm.Options(**options).cfg_scale)
     if answers is not None and not _left(questions, answers):
         print(_done(questions, answers))
         return
@@ -97,6 +99,12 @@ class Runner:
         counts = f"NFE {nfe}  tokens {stats.tokens}  TPF {stats.tpf:.2f}  {stats.tokens_per_second:.1f} tokens/s"
         # What NFE does not count is shown where there is any.
         counts += f"  extra positions {stats.extra_columns}" if stats.extra_columns > 0 else ""
+        if stats.computed_share < 1:
+            counts += f"  computed {stats.computed_share:.0%} of the positions, refreshes {stats.cache_refreshes}"
+        if stats.drift is not None:
+            drift = stats.drift
+            counts += f"  drift in {drift.measured} forwards: KV error {drift.kv_error:.1%}, KL {drift.kl:.3f}"
+            counts += f", flips {drift.flips:.1%}"
         guided = int(result.guide_nfe[0])
         counts += f"  guide NFE {guided} in {stats.guide_seconds:.2f} s" if guided else ""
         console.print(counts, highlight=False, soft_wrap=True)

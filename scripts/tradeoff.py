@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -13,6 +16,8 @@ from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import dllm
+from dllm import compatibility
+from dllm.checks import number
 from dllm.evaluation import Score, evaluate
 from dllm.plan import parse_options
 from dllm.scripts import app
@@ -28,25 +33,32 @@ def main() -> None:
     app.run(tradeoff, "tradeoff", KINDS)
 
 
-def tradeoff(cfg: DictConfig, command: str = "tradeoff") -> None:
-    """Measure every setting and write `out`.md and `out`.svg."""
+def tradeoff(cfg: DictConfig, command: str = "tradeoff", cost: str = "nfe") -> None:
+    """Measure every setting and write `out`.md and `out`.svg.
+
+    Args:
+        cfg: the composed configuration.
+        command: whose it is.
+        cost: what the chart draws accuracy over: nfe or positions.
+    """
     out = cfg.out or f"outputs/{command}-{Path(cfg.model.path).name}"
     figure = _new_figure()  # missing matplotlib is told now, not after the measuring
-    if cfg.problems < 1:
-        raise ValueError(f"problems={cfg.problems} is out of range; use 1 or more")
+    for name in ("problems", "repeats"):
+        number(name, cfg[name], "1 or more", low=1, whole=True)
     for suffix in (".md", ".svg"):
         app.check_writable("out", out, out + suffix)
     settings = {str(label): _setting(entry) for label, entry in cfg.settings.items()}
     options = {name: cfg[name] for name in ("gen_length", "block_length", "batch_size")}
-    for _, own in settings.values():
-        parse_options(options | own)  # refuse bad values before the model loads
+    for sampler, cache, own in settings.values():
+        # Bad values are refused before the model loads.
+        compatibility.check(sampler, cache, parse_options(options | own).cfg_scale)
     lm = dllm.load(cfg.model.path, **{name: value for name, value in cfg.model.items() if name != "path"})
 
-    scores = _measure(lm, word_problems.problems(cfg.problems, cfg.seed), settings, options)
+    scores = _measure(lm, word_problems.problems(cfg.problems, cfg.seed), settings, options, cfg.repeats)
     shared = ", ".join(f"{name}={value}" for name, value in options.items())
     where = f"{lm.backbone.device.type} with {torch.get_num_threads()} thread(s)"
     text = table(scores, f"{lm.name}, {cfg.problems} problems of seed {cfg.seed}, {shared}, {where}")
-    draw(figure, scores, lm.name)
+    draw(figure, scores, lm.name, cost)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     Path(out + ".md").write_text(text, encoding="utf-8")
     figure.savefig(out + ".svg", metadata={"Date": None})
@@ -58,32 +70,38 @@ def tradeoff(cfg: DictConfig, command: str = "tradeoff") -> None:
     print(f"written to {out}.md and {out}.svg")
 
 
-def _setting(entry: DictConfig) -> tuple[Any, dict[str, Any]]:
-    """A sampler, and the options of the run that are its own."""
+def _setting(entry: DictConfig) -> tuple[Any, Any, dict[str, Any]]:
+    """A sampler, a cache, and the options of the run that are their own."""
     fields: Any = OmegaConf.to_container(entry, resolve=True)
-    own = fields.pop("run", {})
-    return instantiate(fields), own
+    own, cache = fields.pop("run", {}), fields.pop("cache", {"_target_": "dllm.cache.NoCache"})
+    return instantiate(fields), instantiate(cache), own
 
 
 def _measure(
     lm: dllm.LanguageModel,
     problems: list[word_problems.Problem],
-    settings: dict[str, tuple[Any, dict[str, Any]]],
+    settings: dict[str, tuple[Any, Any, dict[str, Any]]],
     options: dict[str, Any],
+    repeats: int,
 ) -> dict[str, Score]:
+    """The scores of all settings; speeds are medians over runs that take turns."""
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    scores = {}
-    for sampler, own in settings.values():
+    for sampler, cache, own in settings.values():
         # What a run refuses is told now, not when the settings before it are measured.
-        dllm.generate(lm, problems[0].question, sampler, **options | own)
+        dllm.generate(lm, problems[0].question, sampler, cache, **options | own)
+    runs: dict[str, list[Score]] = {label: [] for label in settings}
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=len(problems) * len(settings))
-        for label, (sampler, own) in settings.items():
+        task = progress.add_task("", total=len(problems) * len(settings) * repeats)
+        count = lambda step: progress.advance(task, step.finished)  # noqa: E731
+        for label in [*settings] * repeats:
+            sampler, cache, own = settings[label]
             progress.update(task, description=label)
-            count = lambda step: progress.advance(task, step.finished)  # noqa: E731
-            scores[label] = evaluate(lm, problems, sampler, callback=count, **options | own)
-    return scores
+            runs[label].append(evaluate(lm, problems, sampler, cache, callback=count, **options | own))
+    return {
+        label: replace(scores[0], tokens_per_second=median(each.tokens_per_second for each in scores))
+        for label, scores in runs.items()
+    }
 
 
 def table(scores: dict[str, Score], caption: str) -> str:
@@ -101,27 +119,36 @@ def table(scores: dict[str, Score], caption: str) -> str:
         for label, s in scores.items()
     ]
     # Where NFE is the whole cost the rest would say nothing.
-    if any(s.guide_nfe or s.extra_positions for s in scores.values()):
-        head += ["positions", "extra positions", "guide NFE", "tokens/s"]
-        for row, s in zip(rows, scores.values(), strict=True):
-            row += [
-                f"{s.positions:,.0f}",
-                f"{s.extra_positions:,.0f}",
-                f"{s.guide_nfe:.1f}",
-                f"{s.tokens_per_second:,.0f}",
-            ]
+    cached = any(s.drift or s.refreshes for s in scores.values())
+    more: dict[str, Callable[[Score], str]] = {}
+    if cached or any(s.guide_nfe or s.extra_positions for s in scores.values()):
+        more["positions"] = lambda s: f"{s.positions:,.0f}"
+    if any(s.extra_positions > 0 for s in scores.values()):
+        more["extra positions"] = lambda s: f"{s.extra_positions:,.0f}"
+    if any(s.guide_nfe for s in scores.values()):
+        more["guide NFE"] = lambda s: f"{s.guide_nfe:.1f}"
+    if cached:
+        more["refreshes"] = lambda s: f"{s.refreshes:.1f}"
+        more["KV error"] = lambda s: f"{s.drift.kv_error:.1%}" if s.drift else ""
+        more["KL"] = lambda s: f"{s.drift.kl:.3f}" if s.drift else ""
+        more["flips"] = lambda s: f"{s.drift.flips:.1%}" if s.drift else ""
+    if more:
+        more["tokens/s"] = lambda s: f"{s.tokens_per_second:,.0f}"
+    head += list(more)
+    for row, s in zip(rows, scores.values(), strict=True):
+        row += [cell(s) for cell in more.values()]
     lines = [" | ".join(cells) for cells in (head, *rows)]
     return "\n".join(
         [caption, "", f"| {lines[0]} |", "|" + "---|" * len(head), *(f"| {line} |" for line in lines[1:]), ""]
     )
 
 
-def draw(figure: Any, scores: dict[str, Score], title: str) -> None:
-    """Draw accuracy over NFE: one labelled point a setting with its 95% interval, one colour a sampler."""
+def draw(figure: Any, scores: dict[str, Score], title: str, cost: str = "nfe") -> None:
+    """Draw accuracy over cost: one labelled point a setting with its 95% interval, one colour a family."""
     axes = figure.add_subplot()
     colours: dict[str, str] = {}
     # Neighbours are labelled above and below in turn, so that their labels keep apart.
-    for place, (label, s) in enumerate(sorted(scores.items(), key=lambda entry: entry[1].nfe)):
+    for place, (label, s) in enumerate(sorted(scores.items(), key=lambda entry: getattr(entry[1], cost))):
         family, setting = _split(label)
         known = family in colours
         colour = colours.setdefault(family, _COLOURS[len(colours) % len(_COLOURS)])
@@ -129,16 +156,17 @@ def draw(figure: Any, scores: dict[str, Score], title: str) -> None:
         # At 0% and 100% rounding may put the interval's end beyond the share itself.
         error = [[max(0.0, s.final - low)], [max(0.0, high - s.final)]]
         name = None if known else family
-        axes.errorbar(s.nfe, s.final, yerr=error, fmt="o", color=colour, capsize=3, markersize=5, label=name)
+        axes.errorbar(getattr(s, cost), s.final, yerr=error, fmt="o", color=colour, capsize=3, markersize=5, label=name)
         if len(scores) > _MOST_LABELS:
             continue
         end, offset, side = ((low, -4, "top"), (high, 4, "bottom"))[place % 2]
         axes.annotate(
-            setting, (s.nfe, end), (0, offset), textcoords="offset points",
+            setting, (getattr(s, cost), end), (0, offset), textcoords="offset points",
             ha="center", va=side, fontsize=9, color=colour,
         )  # fmt: skip
-    axes.set(xlabel="NFE per problem", ylabel="right answers", title=title, ylim=(-0.08, 1.1))
-    axes.set_xlim(0, max(s.nfe for s in scores.values()) * 1.1)
+    names = {"nfe": "NFE per problem", "positions": "positions computed per problem"}
+    axes.set(xlabel=names[cost], ylabel="right answers", title=title, ylim=(-0.08, 1.1))
+    axes.set_xlim(0, max(getattr(s, cost) for s in scores.values()) * 1.1)
     axes.set_yticks([share / 5 for share in range(6)], [f"{share:.0%}" for share in (0, 0.2, 0.4, 0.6, 0.8, 1)])
     axes.grid(axis="y", color="#eeeeee")
     axes.spines[["top", "right"]].set_visible(False)

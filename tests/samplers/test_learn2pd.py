@@ -113,7 +113,7 @@ def end(
     view = replace(view, tokens=tokens, region=(torch.arange(20) >= 4)[None] & (torch.arange(20) < given)[None])
 
     def denoise(*args: Any) -> Any:
-        asked, columns = args
+        asked, columns = (*args, view.columns)[:2]
         logits = []
         for column in columns[asked].tolist():
             token, confidence = predicted.get(column, (1, 0.3))
@@ -129,6 +129,7 @@ def end(
 
 class TestEndOfText:
     PUBLISHED = Learn2PD(rising(8), 0.5, "published", allow_mismatch=True)
+    ACCEPTED = Learn2PD(rising(8), 0.5, "accepted", allow_mismatch=True)
     SAFE = Learn2PD(rising(8), 0.5, "safe", allow_mismatch=True)
 
     def test_published_cuts_behind_the_first_accepted_in_the_block(self) -> None:
@@ -141,7 +142,11 @@ class TestEndOfText:
         assert end(self.PUBLISHED, {9: (EOS, 0.5), 15: (EOS, 0.79)}, decoded={15: 3}) == 10
         assert end(self.PUBLISHED, {9: (EOS, 0.5), 15: (EOS, 0.79)}, given=15) == 10
 
-    @pytest.mark.parametrize("sampler", [PUBLISHED, SAFE], ids=["published", "safe"])
+    def test_accepted_cuts_behind_the_first_accepted_in_the_block_and_nowhere_else(self) -> None:
+        assert end(self.ACCEPTED, {6: (EOS, 0.9), 5: (EOS, 0.5), 8: (EOS, 0.99), 15: (EOS, 0.999)}) == 7
+        assert end(self.ACCEPTED, {9: (EOS, 0.5), 15: (EOS, 0.79)}) == 20
+
+    @pytest.mark.parametrize("sampler", [PUBLISHED, ACCEPTED, SAFE], ids=["published", "accepted", "safe"])
     def test_without_one_nothing_is_cut(self, sampler: Learn2PD) -> None:
         assert end(sampler, {6: (7, 0.9)}) == 20
 

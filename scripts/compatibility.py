@@ -1,0 +1,88 @@
+"""`dllm compatibility`: which sampler goes with which cache, as a table made from what the code says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from dllm.backbones import FAMILIES
+from dllm.cache.base import Cache
+from dllm.compatibility import NEEDS
+from dllm.resolve import names, resolve
+from dllm.samplers.base import Sampler
+from dllm.scripts import app
+
+KINDS = {"variants": Any, "out": str | None}
+
+
+def main() -> None:
+    """Entry point."""
+    app.run(compatibility, "compatibility", KINDS)
+
+
+def compatibility(cfg: DictConfig) -> None:
+    """Print the table, and write it to `out` where that is given."""
+    if cfg.out:
+        app.check_writable("out", cfg.out)
+    text = matrix({str(label): instantiate(entry) for label, entry in cfg.variants.items()})
+    print(text)
+    if cfg.out:
+        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(cfg.out).write_text(text, encoding="utf-8")
+        print(f"written to {cfg.out}")
+
+
+def matrix(variants: dict[str, Any]) -> str:
+    """What goes together, as Markdown.
+
+    Args:
+        variants: samplers with other options than their YAML's, by label.
+    """
+    caches = {name: resolve("cache", name, Cache) for name in names("cache")}
+    caches = {"none": caches.pop("none"), **caches}
+    samplers = {name: resolve("sampler", name, Sampler) for name in names("sampler")} | variants
+    reasons: dict[str, int] = {}
+
+    def cell(sampler: Any, cache: Any, needs: set[str]) -> str:
+        refused = sorted(needs & set(cache.refuses))
+        if refused:
+            marks = (reasons.setdefault(cache.refuses[need], len(reasons) + 1) for need in refused)
+            return "no " + " ".join(f"({mark})" for mark in marks)
+        if getattr(sampler, "lossless", False):
+            return "lossless" if cache.repeatable else "not lossless"
+        return "yes"
+
+    head = ["", *caches]
+    rows = [
+        [f"`{label}`", *(cell(sampler, cache, set(getattr(sampler, "needs", ()))) for cache in caches.values())]
+        for label, sampler in samplers.items()
+    ]
+    rows += [
+        [what, *(cell(None, cache, {need}) for cache in caches.values())]
+        for need, (what, _) in NEEDS.items()
+        if need != "next_block"
+    ]
+    families = ", ".join(family.__name__ for family in FAMILIES.values())
+    lines = [
+        "# What goes together",
+        "",
+        "Made by `dllm compatibility out=docs/compatibility.md` from what samplers and caches say of themselves; the",
+        f"same for every backbone ({families}). What is refused is refused before the first forward, with the reason.",
+        "",
+        "- *yes*: runs, in batches of any size.",
+        "- *lossless*: gives the tokens that its base gives with the same cache.",
+        "- *not lossless*: runs, but the cache keeps what depends on the way a block was decoded, so that the tokens",
+        "  may differ from those of the base.",
+        "",
+        *("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)),
+        "",
+        *(f"({number}) {reason}." for reason, number in reasons.items()),
+    ]
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    main()

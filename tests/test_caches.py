@@ -1,0 +1,230 @@
+"""What holds for every cache with every sampler over every backbone, whatever the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import cycle
+from typing import Any
+
+import pytest
+import torch
+
+import dllm
+from dllm.cache import D2Cache, DKVCache, DLLMCache, Dual, FreeCache, Prefix
+from dllm.cache.base import Cache
+from dllm.compatibility import refusals
+from dllm.resolve import names, resolve
+from dllm.samplers import ARGuided, FreeDave, Learn2PD, LocalLeap, Oracle, Threshold, Vanilla
+from dllm.samplers.base import Sampler
+from models import random_dream, random_filter, random_guide, random_llada
+from toys import Drafting, Editing, Leftmost, Remembering, Revoking, Spying
+
+Maker = Callable[..., dllm.LanguageModel]
+BACKBONES = {"llada": random_llada, "dream": random_dream}
+LEARNED = Learn2PD(random_filter(), threshold=0.8, allow_mismatch=True)
+GUIDED = ARGuided(random_guide(), accept="topk", top_k=9)
+# What these come with is for the bundled models.
+MADE_FOR_OTHERS = {"learn2pd": LEARNED, "ar_guided": GUIDED}
+SAMPLERS: dict[str, Any] = {
+    **{name: MADE_FOR_OTHERS.get(name, resolve("sampler", name, Sampler)) for name in names("sampler")},
+    "vanilla-3": Vanilla(tokens_per_step=3),
+    "threshold-0.3": Threshold(0.3),
+    "localleap-wide": LocalLeap(0.5, 0.2, 3),
+    "learn2pd-cut": replace(LEARNED, eotp="published"),
+    "freedave-tree": FreeDave(3, draft_mode="tree"),
+    "drafting": Drafting(exact=False),
+    "remembering": Remembering(),
+    "revoking": Revoking(),
+    "editing": Editing(),
+}
+CACHES: dict[str, Any] = {
+    **{name: resolve("cache", name, Cache) for name in names("cache") if name != "none"},
+    "freecache-last": FreeCache(freeze="last_forward"),
+    "freecache-token": FreeCache(granularity="token", window=2),
+    "freecache-prompt": FreeCache(granularity="prompt", freeze="last_forward"),
+    "dllm_cache-often": DLLMCache(3, 2, 0.4),
+    "d2cache-few": D2Cache(current_k=3, sigma=2.0, rollout_p=0.3, inflate_w=2),
+}
+PROMPTS = [[5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [50], [11, 12], [30, 31, 32, 33], [8, 8], [4, 40, 4, 40, 4]]
+
+backbones = pytest.mark.parametrize("make", BACKBONES.values(), ids=BACKBONES)
+caches = pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
+sizes = cycle([2, 3, 4, 5, 6, 7])
+
+
+def run(lm: dllm.LanguageModel, prompts: list[list[int]], sampler: Any, cache: Any, **options: Any) -> dllm.Generation:
+    defaults = {"gen_length": 10, "block_length": 4, "batch_size": 8, "stop_at_eos": False, "seed": 3}
+    return dllm.generate(lm, prompts, sampler, cache, **defaults | options)
+
+
+def combinations() -> list[Any]:
+    """Every cache with every sampler, each with one of the batch sizes between 1 and 8.
+
+    Caches with other options meet the samplers that ask most of them.
+    """
+    demanding = ("freedave", "learn2pd-cut", "revoking", "editing")
+    return [
+        pytest.param(sampler, cache, next(sizes), id=f"{first}-{second}")
+        for first, cache in CACHES.items()
+        for second, sampler in SAMPLERS.items()
+        if first in names("cache") or second in demanding
+    ]
+
+
+combined = pytest.mark.parametrize(("sampler", "cache", "size"), combinations())
+
+
+@backbones
+@combined
+def test_every_sampler_runs_in_batches_with_every_cache(make: Maker, sampler: Any, cache: Any, size: int) -> None:
+    lm = make()
+    assert not list(refusals(sampler, cache, 0.0, lm.backbone))
+    alone = [run(lm, [prompt], sampler, cache, seed=[50 + i]) for i, prompt in enumerate(PROMPTS)]
+    for batch_size in (size, 8):
+        batch = run(lm, PROMPTS, sampler, cache, batch_size=batch_size, seed=50)
+        assert not (batch.completions == lm.backbone.mask_token_id).any()
+        for row, (single, prompt) in enumerate(zip(alone, PROMPTS, strict=True)):
+            assert batch.completions[row].tolist() == single.completions[0].tolist()
+            assert batch.commit_step[row].tolist() == single.commit_step[0].tolist()
+            assert batch.nfe[row] == single.nfe[0] <= 10 * (2 if isinstance(sampler, Drafting) else 1)
+            assert batch.sequences[row, -10 - len(prompt) : -10].tolist() == prompt
+    assert batch.stats.cache_refreshes == sum(single.stats.cache_refreshes for single in alone) >= len(PROMPTS)
+
+
+@backbones
+@combined
+def test_refreshed_at_every_forward_a_cache_is_none(make: Maker, sampler: Any, cache: Any, size: int) -> None:
+    lm = make()
+    spied = Spying(cache, expiring=True)
+    exact, refreshed = (run(lm, PROMPTS[:4], sampler, each, batch_size=size) for each in ("none", spied))
+    assert torch.equal(exact.sequences, refreshed.sequences)
+    assert torch.equal(exact.nfe, refreshed.nfe)
+    assert torch.equal(exact.commit_step, refreshed.commit_step)
+
+
+@backbones
+@pytest.mark.parametrize("cache", [DKVCache(interval=1), DLLMCache(1, 1, 0.0)], ids=repr)
+def test_an_interval_of_one_is_none(make: Maker, cache: Any) -> None:
+    lm = make()
+    exact, refreshed = (run(lm, PROMPTS, "threshold", each) for each in ("none", cache))
+    assert torch.equal(exact.sequences, refreshed.sequences)
+    assert refreshed.stats.cache_refreshes == int(refreshed.nfe.sum())
+
+
+@backbones
+@caches
+def test_stale_keys_and_values_are_what_is_used(make: Maker, cache: Any) -> None:
+    # Otherwise the tests above would compare exact runs with exact runs.
+    lm = make()
+    exact, cached = (run(lm, PROMPTS, "vanilla", each, gen_length=28) for each in ("none", cache))
+    assert not torch.equal(exact.sequences, cached.sequences)
+    assert cached.stats.computed_share < 1
+    assert cached.stats.cache_refreshes < int(cached.nfe.sum())
+
+
+@backbones
+@caches
+def test_in_one_layer_only_what_changed_since_can_be_stale(make: Maker, cache: Any) -> None:
+    # Keys and values of a single layer depend on a column's own token alone: what computes a column after its
+    # token changed is exact, in the right slot, at every window's edge.
+    lm = make(layers=1)
+    exact, cached = (run(lm, PROMPTS, "vanilla", each) for each in ("none", cache))
+    keeps_mask_keys = getattr(cache, "freeze", "clean") == "last_forward" and cache.granularity != "prompt"
+    if make is random_dream and isinstance(cache, Prefix):  # the last column of all is not computed again
+        exact.sequences[:, -2:], cached.sequences[:, -2:] = 0, 0
+    # Of a shifted block the column behind the last one read is not computed until the next block.
+    cut_off = make is random_dream and isinstance(cache, Dual)
+    assert torch.equal(exact.sequences, cached.sequences) == (not keeps_mask_keys and not cut_off)
+    assert cached.stats.computed_share < 1
+
+
+@backbones
+@caches
+@pytest.mark.parametrize("base", [Vanilla(), Threshold(0.3), LocalLeap(0.5, 0.2, 3)], ids=repr)
+def test_draft_and_verify_is_lossless_where_the_matrix_says_so(make: Maker, cache: Any, base: Any) -> None:
+    lm = make()
+    for draft_mode in ("batch", "tree"):
+        plain = run(lm, PROMPTS, base, cache, gen_length=14)
+        drafted = run(lm, PROMPTS, FreeDave(4, base, draft_mode), cache, gen_length=14)
+        if cache.repeatable:
+            assert torch.equal(plain.sequences, drafted.sequences)
+            assert (drafted.nfe <= plain.nfe).all()
+
+
+@backbones
+@pytest.mark.parametrize("name", ["freecache-last", "dkv", "dllm_cache", "d2cache"])
+def test_draft_and_verify_is_not_lossless_elsewhere(make: Maker, name: str) -> None:
+    lm, cache = make(), CACHES[name]
+    assert not cache.repeatable
+    plain, drafted = (run(lm, PROMPTS, each, cache, gen_length=28) for each in (Vanilla(), FreeDave(4)))
+    assert not torch.equal(plain.sequences, drafted.sequences)
+
+
+@backbones
+@caches
+def test_an_edited_or_revoked_position_is_computed_again(make: Maker, cache: Any) -> None:
+    lm, spy = make(), Spying(cache)
+    start = len(PROMPTS[0])
+    revoked: list[int] = []
+
+    def watch(step: dllm.engine.Step) -> None:
+        if (step.change.revoked | step.change.edited).any():
+            revoked.append(len(spy.log))
+
+    run(lm, PROMPTS[:1], Editing(), spy, callback=watch)
+    assert len(revoked) == 1
+    # What was taken back and what was rewritten lie in the first block, which was complete.
+    assert {start, start + 1} <= set(spy.log[revoked[0]][0])
+
+
+@backbones
+@caches
+def test_an_oracle_reproduces_its_base_with_the_same_cache(make: Maker, cache: Any) -> None:
+    lm = make()
+    base, oracle = (run(lm, PROMPTS[:3], each, cache) for each in (Leftmost(), Oracle(Leftmost())))
+    assert torch.equal(base.sequences, oracle.sequences)
+    assert (oracle.nfe <= base.nfe).all()
+
+
+@caches
+def test_masks_anywhere_are_filled(cache: Any) -> None:
+    for make in (random_llada, random_dream):
+        lm = make()
+        m = lm.backbone.mask_token_id
+        rows = [[m, 5, m, m, 8, 9, m], [3, m, m, 4], [1, 2, 3, 4, 5, 6, m, 7, *[m] * 12, 9], [8, m]]
+        batch = dllm.infill(lm, rows, "threshold", cache, block_length=4, seed=5)
+        for i, row in enumerate(rows):
+            alone = dllm.infill(lm, [row], "threshold", cache, block_length=4, seed=5 + i)
+            assert batch.sequences[i, -len(row) :].tolist() == alone.sequences[0].tolist()
+            assert batch.nfe[i] == alone.nfe[0]
+
+
+@backbones
+@caches
+def test_rows_that_stop_and_draw_ignore_batchmates(make: Maker, cache: Any) -> None:
+    lm = make()
+    common = int(run(lm, PROMPTS, "vanilla", "none").completions.flatten().mode().values)
+    options = {"stop_at_eos": True, "eos_token_id": common, "temperature": 0.7, "top_p": 0.95}
+    batch = run(lm, PROMPTS, "threshold", cache, seed=9, **options)
+    for row, prompt in enumerate(PROMPTS):
+        single = run(lm, [prompt], "threshold", cache, seed=9 + row, **options)
+        assert batch.completions[row].tolist() == single.completions[0].tolist()
+        assert batch.nfe[row] == single.nfe[0]
+
+
+@backbones
+@caches
+def test_an_empty_prompt_generates(make: Maker, cache: Any) -> None:
+    lm = make()
+    result = run(lm, [[], [3, 4]], "threshold", cache)
+    assert not (result.completions == lm.backbone.mask_token_id).any()
+    assert result.completions[1].tolist() == run(lm, [[3, 4]], "threshold", cache).completions[0].tolist()
+
+
+@caches
+def test_attention_may_be_spelled_out(cache: Any) -> None:
+    fused, eager = random_dream(), random_dream()
+    eager.backbone.config._attn_implementation = "eager"
+    results = [run(lm, PROMPTS, "threshold", cache) for lm in (fused, eager)]
+    assert torch.equal(results[0].sequences, results[1].sequences)
