@@ -85,19 +85,17 @@ class _Gathered:
     """Some of the rows, or several drafts of one: each sequence gets a copy of its row."""
 
     def __init__(self, store: KeyValues, selection: Selection) -> None:
-        device = store.keys.device
-        self.store = store
-        self.rows = torch.as_tensor(selection.rows, device=device)
-        self.kept = torch.as_tensor(np.flatnonzero(selection.first), device=device)
-        self.index = selection.columns[:, None, :, None]
+        self.store, self.columns = store, selection.columns
+        self.rows = torch.as_tensor(selection.rows, device=store.keys.device)
+        self.kept = torch.as_tensor(np.flatnonzero(selection.first), device=store.keys.device)
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Put the fresh columns over the copies; of several drafts, what the first wrote is kept."""
         return self._merge(self.store.keys[layer], keys), self._merge(self.store.values[layer], values)
 
     def _merge(self, stored: Tensor, fresh: Tensor) -> Tensor:
-        whole = stored[self.rows].scatter_(2, self.index.expand_as(fresh), fresh)
-        stored[self.rows[self.kept]] = whole[self.kept]
+        whole = stored[self.rows].scatter_(2, self.columns[:, None, :, None].expand_as(fresh), fresh)
+        _write(stored, self.rows[self.kept], self.columns[self.kept], fresh[self.kept])
         return whole
 
 
@@ -105,10 +103,9 @@ class _Joined:
     """Drafts in one sequence: what is stored is shared, and the fresh columns of all drafts come behind it."""
 
     def __init__(self, store: KeyValues, selection: Selection) -> None:
-        self.store = store
-        self.rows = torch.as_tensor(selection.rows[selection.first], device=store.keys.device)
         kept = torch.as_tensor(np.flatnonzero(selection.first), device=store.keys.device)
-        self.index = selection.columns[kept][:, None, :, None]
+        self.store, self.columns = store, selection.columns[kept]
+        self.rows = torch.as_tensor(selection.rows[selection.first], device=store.keys.device)
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Show every draft everything; the mask says which columns are its own."""
@@ -116,10 +113,13 @@ class _Joined:
 
     def _merge(self, stored: Tensor, fresh: Tensor) -> Tensor:
         whole = torch.cat((stored[self.rows], fresh), dim=2)
-        first = fresh[:, :, : self.index.shape[2]]
-        index = self.index.expand_as(first)
-        stored[self.rows] = whole[:, :, : stored.shape[2]].scatter(2, index, first)
+        _write(stored, self.rows, self.columns, fresh[:, :, : self.columns.shape[1]])
         return whole
+
+
+def _write(stored: Tensor, rows: Tensor, columns: Tensor, fresh: Tensor) -> None:
+    """Keep fresh columns of some rows."""
+    stored.transpose(1, 2)[rows[:, None], columns] = fresh.transpose(1, 2)
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ class Denoiser:
             extra = np.nonzero(plan.probe.read)
             sequence, column = np.concatenate((sequence, extra[0])), np.concatenate((column, extra[1]))
         joined = joined if plan.store.joinable else 1
-        compute = _together(plan.compute, question.rows, joined)
+        compute = _together(plan.compute, joined)
         cost = compute.sum(1) if plan.cost is None else plan.cost
         device, real = tokens.device, self.canvas.real_columns
         parts, order = [], []
@@ -266,7 +266,7 @@ def _surest(logits: Float[Tensor, "N V"], read: NDArray[np.bool_], mask_token_id
     return confidence
 
 
-def _together(compute: NDArray[np.bool_], rows: NDArray[np.int64], joined: int) -> NDArray[np.bool_]:
+def _together(compute: NDArray[np.bool_], joined: int) -> NDArray[np.bool_]:
     """The columns to compute; drafts that are joined compute the same ones."""
     if joined == 1:
         return compute

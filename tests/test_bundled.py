@@ -11,6 +11,7 @@ from transformers import Qwen2ForCausalLM
 import dllm
 from dllm.evaluation import evaluate, evaluate_causal
 from dllm.loading import BUNDLED
+from dllm.resolve import names
 from dllm.samplers import Vanilla
 from dllm.tasks import word_problems
 from dllm.tokenizers import load_tokenizer
@@ -50,18 +51,49 @@ def test_the_readme_shows_the_measured_table() -> None:
     assert measured is not None and f"vanilla, 1 per step | {measured[1]}" in "\n".join(table)
 
 
-def test_the_readme_compares_policies_by_the_measured_table() -> None:
+def rows(text: str) -> dict[str, dict[str, str]]:
+    """The first table of a Markdown text, by its first column."""
+    lines = text[text.index("\n|") :].strip().partition("\n\n")[0].splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0]: dict(zip(table[0], row, strict=True)) for row in table[2:]}
+
+
+@pytest.mark.parametrize(
+    ("heading", "file"),
+    [
+        ("## Policies compared", "policies-tiny-llada.md"),
+        ("## Caches compared", "caches-tiny-llada.md"),
+        ("What a step costs", "bench-100m-cpu.md"),
+    ],
+)
+def test_the_readme_compares_by_the_measured_tables(heading: str, file: str) -> None:
     root = Path(__file__).parents[1]
-
-    def rows(text: str) -> dict[str, dict[str, str]]:
-        table = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
-        return {row[0]: dict(zip(table[0], row, strict=True)) for row in table[2:]}
-
-    measured = rows((root / "docs" / "policies-tiny-llada.md").read_text())
-    shown = rows((root / "README.md").read_text().partition("## Policies compared")[2])
-    assert len(shown) > 8
+    measured = rows((root / "docs" / file).read_text())
+    shown = rows((root / "README.md").read_text().partition(heading)[2])
+    assert len(shown) >= 7
     for setting, cells in shown.items():
         assert cells.items() <= measured[setting].items()
+
+
+@pytest.mark.parametrize("name", ["tiny-llada", "tiny-dream"])
+def test_every_cache_is_measured_with_three_policies_and_the_default_loses_little(name: str) -> None:
+    measured = rows((Path(__file__).parents[1] / "docs" / f"caches-{name}.md").read_text())
+    policies = ("threshold 0.999", "localleap 0.999/0.99/4", "ar_guided argmax")
+    for policy in policies:
+        own = {setting.split(",")[0].split()[0] for setting in measured if setting.endswith(policy)}
+        assert own == set(names("cache"))
+        exact = measured[f"none, {policy}"]
+        for cache in ("dual", "freecache clean", "prefix"):
+            cached = measured[f"{cache}, {policy}"]
+            assert float(cached["right answers"].rstrip("%")) >= float(exact["right answers"].rstrip("%")) - 2
+            assert float(cached["positions"].replace(",", "")) < float(exact["positions"].replace(",", ""))
+
+
+def test_a_step_costs_little_more_than_the_forward_it_needs() -> None:
+    measured = rows((Path(__file__).parents[1] / "docs" / "bench-100m-cpu.md").read_text())
+    # dllm_cache computes the values of the whole response in every layer, which the columns it counts leave out.
+    for cache in ("prefix", "dual", "freecache", "dkv", "d2cache"):
+        assert float(measured[cache]["step / bare forward"]) <= 1.10
 
 
 @pytest.mark.parametrize("name", ["tiny-llada", "tiny-dream"])

@@ -15,6 +15,7 @@ import pytest
 import dllm
 from commands import Outcome, command
 from dllm.evaluation import Score, evaluate, wilson
+from dllm.resolve import names
 from dllm.scripts import tradeoff as application
 from dllm.tasks import word_problems
 from models import random_llada, save_folder
@@ -158,6 +159,61 @@ class TestPolicies:
             float(table["vanilla, EOS-aware"]["NFE"]) <= float(table["vanilla, to the end of the canvas"]["NFE"]) == 64
         )
         assert ElementTree.parse(f"{tmp_path}/all.svg").getroot().tag.endswith("svg")
+
+
+class TestCaches:
+    """`dllm caches`: policies times caches, and how far the caches are off."""
+
+    @pytest.fixture(scope="class")
+    def table(self, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+        out = tmp_path_factory.mktemp("caches") / "all"
+        result = command("caches", f"out={out}", "problems=2", "repeats=1")
+        assert (result.code, result.err) == (0, "")
+        assert "positions computed per problem" in Path(f"{out}.svg").read_text()
+        lines = Path(f"{out}.md").read_text().splitlines()
+        return {cells(line)[0]: dict(zip(cells(lines[2]), cells(line), strict=True)) for line in lines[4:]}
+
+    def test_every_cache_is_there_with_every_policy(self, table: dict[str, dict[str, str]]) -> None:
+        families = {re.split("[ ,]", label)[0] for label in table}
+        assert families == set(names("cache"))
+        assert len(table) == 3 * 8
+
+    def test_positions_and_drift_are_those_of_the_cache(self, table: dict[str, dict[str, str]]) -> None:
+        exact, dual = table["none, threshold 0.999"], table["dual, threshold 0.999"]
+        assert exact["KV error"] == "0.0%" != dual["KV error"]
+        assert float(dual["positions"].replace(",", "")) < float(exact["positions"].replace(",", ""))
+        assert float(exact["refreshes"]) == 0 < float(dual["refreshes"])
+
+    def test_bad_options_are_told_before_the_model_loads(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(dllm, "load", None)
+        for argument, named in (
+            ("caches.dual.measure_every=0", "measure_every=0"),
+            ("repeats=0", "repeats=0"),
+            ("+samplers.bad={_target_: dllm.samplers.FreeDave, eager: true}", "eager=true"),
+        ):
+            result = command("caches", argument)
+            assert (result.code, result.out) == (2, "")
+            assert result.err.startswith("dllm caches: error: ")
+            assert result.err.count("\n") == 1
+            assert named in result.err
+
+
+def test_speeds_are_medians_of_runs_that_take_turns(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = []
+
+    def fake(lm: Any, problems: Any, sampler: Any, *rest: Any, **options: Any) -> Score:
+        order.append(repr(sampler))
+        return replace(score(0.5, 3.0), tokens_per_second=float(len(order)), guide_nfe=1.0)
+
+    monkeypatch.setattr(application, "evaluate", fake)
+    arguments = [f"model={model}", f"out={tmp_path}/c", "problems=1", "repeats=3", "gen_length=8"]
+    assert command("tradeoff", *arguments).code == 0
+    rows = [cells(line) for line in Path(f"{tmp_path}/c.md").read_text().splitlines()[4:]]
+    # Seven settings: the first was measured as the 1st, 8th and 15th.
+    assert [row[-1] for row in rows] == [str(place) for place in range(8, 15)]
+    assert order == order[:7] * 3
 
 
 class TestChart:

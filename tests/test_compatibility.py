@@ -1,0 +1,119 @@
+"""What does not go together is refused before the first forward, and docs/ says the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+import dllm
+from commands import command
+from dllm.cache.base import Cache
+from dllm.compatibility import NEEDS, refusals
+from dllm.resolve import names, resolve
+from dllm.samplers import FreeDave, Oracle, Threshold
+from dllm.samplers.base import Sampler
+from models import random_dream, random_llada
+
+ROOT = Path(__file__).parents[1]
+CACHES = [name for name in names("cache") if name != "none"]
+Maker = Callable[..., dllm.LanguageModel]
+backbones = pytest.mark.parametrize("make", [random_llada, random_dream])
+
+
+def refused(lm: dllm.LanguageModel, sampler: Any, cache: Any, **options: Any) -> str:
+    """Why a run is refused, without a forward."""
+    hook = lm.backbone.register_forward_pre_hook(lambda *_: pytest.fail("a forward was run"))
+    with pytest.raises(ValueError, match="does not go with") as caught:
+        dllm.generate(lm, [[1, 2]], sampler, cache, gen_length=8, **options)
+    hook.remove()
+    return str(caught.value)
+
+
+@backbones
+@pytest.mark.parametrize("name", CACHES)
+def test_guidance_is_refused(make: Maker, name: str) -> None:
+    reason = refused(make(), "vanilla", name, cfg_scale=1.0)
+    assert reason.endswith("one set of keys and values a row; use cache=none, or cfg_scale=0")
+
+
+@backbones
+@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("sampler", [FreeDave(eager=True), Oracle(FreeDave(eager=True))], ids=["freedave", "oracle"])
+def test_drafts_of_the_next_block_are_refused(make: Maker, name: str, sampler: Any) -> None:
+    assert "eager=true" in refused(make(), sampler, name)
+
+
+@backbones
+@pytest.mark.parametrize("name", CACHES)
+def test_several_devices_are_refused(make: Maker, name: str) -> None:
+    lm = make()
+    lm.backbone.hf_device_map = {"model.a": "cpu", "model.b": "meta"}
+    assert "several devices" in refused(lm, "vanilla", name)
+    lm.backbone.hf_device_map = {"model.a": "cpu", "model.b": "cpu"}
+    assert dllm.generate(lm, [[1, 2]], "vanilla", name, gen_length=4).nfe[0] > 0
+
+
+@backbones
+def test_nothing_is_refused_without_a_cache(make: Maker) -> None:
+    lm = make()
+    lm.backbone.hf_device_map = {"model.a": "cpu", "model.b": "meta"}
+    assert dllm.generate(lm, [[1, 2]], FreeDave(eager=True), cfg_scale=1.0, gen_length=4).nfe[0] > 0
+
+
+def test_one_draft_is_its_base_and_goes_with_everything() -> None:
+    assert not list(refusals(FreeDave(1, Threshold(0.9), eager=True), dllm.cache.Dual()))
+
+
+def test_every_need_is_in_the_vocabulary() -> None:
+    for name in names("cache"):
+        assert set(resolve("cache", name, Cache).refuses) <= set(NEEDS)
+    for name in names("sampler"):
+        assert set(getattr(resolve("sampler", name, Sampler), "needs", ())) <= set(NEEDS)
+
+
+def test_the_matrix_in_docs_is_what_the_code_says(tmp_path: Path) -> None:
+    result = command("compatibility", f"out={tmp_path}/new/matrix.md")
+    assert (result.code, result.err) == (0, "")
+    written = (tmp_path / "new" / "matrix.md").read_text()
+    assert written == (ROOT / "docs" / "compatibility.md").read_text()
+    assert result.out.startswith(written)
+
+
+@backbones
+def test_the_matrix_says_what_a_run_says(make: Maker) -> None:
+    lines = [line for line in (ROOT / "docs" / "compatibility.md").read_text().splitlines() if line.startswith("|")]
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert set(table[0][1:]) == set(names("cache"))
+    variants = OmegaConf.load(ROOT / "conf" / "compatibility.yaml").variants
+    labels = {f"`{name}`" for name in (*names("sampler"), *variants)}
+    assert labels <= {row[0] for row in table[2:]}
+    lm, checked = make(), 0
+    for row in table[2:]:
+        for name, cell in zip(table[0][1:], row[1:], strict=True):
+            match row[0]:
+                case "cfg_scale above 0":
+                    found = list(refusals("vanilla", resolve("cache", name, Cache), 1.0, lm.backbone))
+                case "`freedave eager=true`":
+                    found = list(refusals(FreeDave(eager=True), resolve("cache", name, Cache), 0.0, lm.backbone))
+                case label if label in {f"`{name}`" for name in names("sampler")}:
+                    sampler = resolve("sampler", label.strip("`"), Sampler)
+                    found = list(refusals(sampler, resolve("cache", name, Cache), 0.0, lm.backbone))
+                case _:
+                    continue
+            assert bool(found) == cell.startswith("no (")
+            checked += 1
+    assert checked == len(names("cache")) * (len(names("sampler")) + 2)
+
+
+def test_the_command_line_tells_it_in_one_line_before_the_model_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dllm, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    for arguments in (["sampler=freedave", "sampler.eager=true"], ["cfg_scale=1.5"]):
+        result = command("generate", "cache=freecache", *arguments)
+        assert (result.code, result.out) == (2, "")
+        assert result.err.startswith("dllm generate: error: the cache FreeCache does not go with ")
+        assert result.err.count("\n") == 1
+        assert "use cache=none, or " in result.err
