@@ -2,7 +2,8 @@
 
 A cache is a frozen dataclass of its options; `start` returns the object that holds one run's keys
 and values. It knows the canvas and what changed, never the sampler that changed it. Plans are made
-on the host, from what the host knows anyway, so that they cost the device nothing.
+on the host, from what the host knows anyway; only a cache that chooses by what the device computed
+(d2cache) has to read it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -32,15 +33,25 @@ class Question:
     Attributes:
         canvas: the canvas as it is. Never write to it.
         rows: (A,) canvas row of each sequence, ascending; a row with several drafts comes as often.
-        first: (A,) True at each row's first sequence, which is the canvas as it is.
+        first: (A,) True where a sequence is the canvas as it is, which of a row's drafts the first may be. What
+            a cache remembers of a row between forwards changes with these alone.
         places: what is asked, as (N,) sequences and (N,) columns whose hidden states are needed for it; not
             looked up unless somebody calls it.
+        drafts: (A, L) tokens of the sequences, where they are drafts; the same holds.
     """
 
     canvas: Canvas
     rows: NDArray[np.int64]
     first: Flags
     places: Callable[[], tuple[NDArray[np.int64], NDArray[np.int64]]]
+    drafts: Callable[[], NDArray[np.int64]] | None = None
+
+    @cached_property
+    def drafted(self) -> Flags:
+        """(A, L) where a sequence is not the canvas as it is."""
+        if self.drafts is None:
+            return np.zeros((len(self.rows), self.canvas.length), dtype=bool)
+        return np.asarray(self.drafts() != self.canvas.host[self.rows])
 
     @cached_property
     def read(self) -> Flags:
@@ -141,6 +152,12 @@ class Plan:
     cost: NDArray[np.int64] | None = None
     probe: Probe | None = None
 
+    def whole(self, visible: Flags) -> Flags:
+        """(A,) where every column that is looked at is computed, through all layers."""
+        assert self.compute is not None
+        every = (self.compute | ~visible).all(1)
+        return np.asarray(every if self.cost is None else every & (self.cost >= self.compute.sum(1)))
+
 
 @runtime_checkable
 class CacheRun(Protocol):
@@ -179,15 +196,6 @@ class Metered:
         ValueError: an option out of range or without effect.
     """
 
-    refuses: ClassVar[Mapping[str, str]] = {
-        "guidance": "cfg_scale computes every row twice, and a cache keeps one set of keys and values a row",
-        "next_block": "its drafts are judged on the next block before the cache computes it anew, so that they "
-        "would not be lossless",
-        "several_devices": "it keeps keys and values on one",
-    }
-
-    repeatable: ClassVar[bool] = False
-
     measure_every: int | None = None
     refresh_above: float | None = None
 
@@ -201,26 +209,41 @@ class Metered:
                     f"refresh_above={self.refresh_above} has no effect without measuring; set measure_every too"
                 )
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether what is kept is the same for every way in which a block may have been decoded."""
+        return False
+
+    @property
+    def refuses(self) -> Mapping[str, str]:
+        """What a sampler may need that this cache cannot give, with the reason."""
+        reasons = {
+            "guidance": "it keeps one set of keys and values a row, and guidance computes every row twice",
+            "next_block": "a block is computed anew when it is entered; drafts for it from before would not hold",
+            "several_devices": "it keeps keys and values on one",
+        }
+        if self.refresh_above is not None:
+            reasons["repeatable"] = "when it refreshes (refresh_above) depends on the way a block is decoded"
+        elif not self.repeatable:
+            reasons["repeatable"] = "what it keeps depends on the way a block is decoded"
+        return reasons
+
 
 @runtime_checkable
 class Cache(Protocol):
     """A way to reuse computation between denoising steps.
 
     Attributes:
-        refuses: what a sampler may need (`dllm.compatibility`) that this cache cannot give, with the reason.
-        repeatable: whether two runs that enter a block with the same canvas predict the same for the same
-            canvas within it, whatever came in between: then draft-and-verify stays lossless.
         measure_every: forwards of a row from one comparison with an exact one to the next; None for never.
         refresh_above: relative error of keys and values above which everything is computed anew.
     """
 
-    refuses: ClassVar[Mapping[str, str]]
     measure_every: int | None
     refresh_above: float | None
 
     @property
-    def repeatable(self) -> bool:
-        """See above."""
+    def refuses(self) -> Mapping[str, str]:
+        """What a sampler may need (the words of `dllm.compatibility`) that it cannot give, with the reason."""
         ...
 
     def start(self, run: Run) -> CacheRun:

@@ -44,7 +44,8 @@ class D2Cache(Metered):
     """Compute the masks about to be decoded and the tokens most looked at.
 
     Args:
-        current_k: masked positions computed per forward, beside those of the block.
+        current_k: masked positions chosen per forward, those of the active block first; what is asked for is
+            computed in any case.
         sigma: reach of the certainty density, in columns.
         rollout_p: share of the attention's influence whose columns are computed.
         inflate_w: widest distance of two chosen columns between which all are computed; 0 for none.
@@ -82,10 +83,12 @@ class _ByCertaintyAndRollout:
         # Where the prediction for each column is read.
         at = np.maximum(np.arange(canvas.length) - self.shift, canvas.padding[rows, None])
         compute = _moved(self._certain(question, masked), at) | (self.masked[rows] & ~masked)
+        compute |= question.drafted
         compute |= nucleus(self.store.influence[rows], self.options.rollout_p, ~compute & canvas.visible[rows])
         compute = inflate(compute, self.options.inflate_w) | question.read
         probe = _moved(masked, at) & (compute | due[:, None])
-        self.masked[rows], self.store.visible[rows] = masked, canvas.visible[rows]
+        self.masked[rows[question.first]] = masked[question.first]
+        self.store.visible[rows] = canvas.visible[rows]
         return Choice(compute, due, probe=Probe(probe, partial(self._learn, question, probe, at)))
 
     def _certain(self, question: Question, masked: Flags) -> Flags:
@@ -105,6 +108,7 @@ class _ByCertaintyAndRollout:
 
     def _learn(self, question: Question, probe: Flags, at: NDArray[np.int64], confidence: Tensor) -> None:
         """Take up how sure the model is of what a forward computed, as far as it looked at the canvas as it is."""
+        # Read from the device: what is computed next depends on it.
         first, fresh = question.first, confidence.double().cpu().numpy()
         rows, at = question.rows[first], at[first]
         known, fresh = (np.take_along_axis(each[first], at, axis=1) for each in (probe, fresh))
@@ -124,6 +128,7 @@ def density(known: Flags, end: NDArray[np.int64], sigma: float) -> NDArray[np.fl
     last = np.take_along_axis(known, end[:, None] - 1, axis=1)
     known = np.where(np.arange(known.shape[1]) >= end[:, None], last, known)
     around = np.concatenate((np.ones((len(known), reach)), known, np.repeat(last, reach, axis=1)), axis=1)
+    # A loop over sequences on the host, over a few hundred numbers each.
     return np.stack([np.convolve(row, kernel, mode="valid") for row in around]) / kernel.sum()
 
 
@@ -163,6 +168,8 @@ def _moved(flags: Flags, at: NDArray[np.int64]) -> Flags:
 
 class Watched(KeyValues):
     """Keys and values, and how much each column is looked at.
+
+    Beside them a forward holds the attention weights of all layers until its end: layers * A * C * L numbers.
 
     Attributes:
         influence: (rows, L) column sums of the attention rollout of the last forward.
@@ -206,5 +213,6 @@ class _Watching:
         for each in reversed(self.weights):
             half = (influence.gather(1, columns) / 2).masked_fill(~looks, 0)
             influence = influence.scatter_add(1, columns, -half) + (half[:, None] @ each)[:, 0]
+        # Read from the device: what is computed next depends on it.
         first = self.selection.first
         self.store.influence[rows[first]] = influence.double().cpu().numpy()[first]

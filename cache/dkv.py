@@ -54,5 +54,6 @@ class _Delayed:
         rows, masked = question.rows, question.masked
         step = np.where(self.blocks.entered(question), 0, self.forwards[rows] + 1)
         compute = masked | self.masked[rows]
-        self.forwards[rows], self.masked[rows] = step, masked
+        kept, first = rows[question.first], question.first
+        self.forwards[kept], self.masked[kept] = step[first], masked[first]
         return Choice(compute, due | (step <= 1) | (step % self.interval == 0))

@@ -72,17 +72,17 @@ class _ByChange:
     def choose(self, question: Question, due: Flags, stale: Flags) -> Choice:
         options, rows = self.options, question.rows
         step = self.forwards[rows]
-        self.forwards[rows] = step + 1
+        self.forwards[rows[question.first]] = step[question.first] + 1
         prompt = due | (step % options.prompt_interval == 0)
         response = due | (step % options.response_interval == 0)
-        within = question.since(question.canvas.start[rows] - self.run.logits_shift)
+        within = question.since(question.canvas.start[rows] - self.run.logits_shift) & question.canvas.visible[rows]
         self.store.response[rows] = within
         self.store.needed[rows] = np.where(within, response[:, None], prompt[:, None]) | stale
         # The first layer computes the whole response, the others a part of it.
         length, layers = within.sum(1), self.run.kv_shape[0]
         part = (length + (layers - 1) * np.floor(options.ratio * length)) / layers
         cost = np.ceil(np.where(response, length, part)) + np.where(prompt, (~within).sum(1), 0)
-        return Choice(within | prompt[:, None], prompt & response, cost.astype(np.int64))
+        return Choice(within | prompt[:, None], due, cost.astype(np.int64))
 
 
 class Features(KeyValues):
@@ -169,10 +169,16 @@ class _Partial:
         share = self.shares[layer > 0]
         stored = self._held(self.store.values[layer]).transpose(1, 2)
         stored = stored.gather(1, self.columns[..., None, None].expand(-1, -1, *stored.shape[2:]))
-        fresh = values.transpose(1, 2)
-        similarity = F.cosine_similarity(fresh.flatten(2), stored.flatten(2), dim=-1)
-        # Between -1 and 1, so that the rank decides first.
-        self.slots = (similarity + 4 * share.rank).argsort(dim=-1, stable=True)[:, : share.width]
+        # In bfloat16 most similarities would be the same number.
+        wide = torch.promote_types(values.dtype, torch.float32)
+        fresh, stored = (each.flatten(2).to(wide) for each in (values.transpose(1, 2), stored))
+        similarity = F.cosine_similarity(fresh, stored, dim=-1)
+        # Columns that did not change are equal, whatever rounding made of them: ties go to the leftmost.
+        step = 16 * torch.finfo(wide).eps
+        similarity = (similarity / step).round() * step
+        # Between -1 and 1, so that what is needed comes first and what is not wanted last.
+        ranked = similarity.masked_fill(share.rank == 0, -2).masked_fill(share.rank == 2, 2)
+        self.slots = ranked.argsort(dim=-1, stable=True)[:, : share.width]
         return self.slots
 
     def update(

@@ -11,7 +11,6 @@ forward where the first one finished the block; here there is none.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from dllm.cache.base import Flags, Metered, Question
 from dllm.cache.store import Blocks, Choice, Reuse
@@ -22,7 +21,10 @@ from dllm.run import Run
 class Dual(Metered):
     """Keep what lies before the block and behind it."""
 
-    repeatable: ClassVar[bool] = True
+    @property
+    def repeatable(self) -> bool:
+        """A block is always entered with a full computation."""
+        return True
 
     def start(self, run: Run) -> Reuse:
         """Make room for every column."""

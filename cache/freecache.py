@@ -31,7 +31,7 @@ from typing import Literal
 import numpy as np
 
 from dllm.cache.base import Flags, Metered, Question
-from dllm.cache.store import Blocks, Choice, Reuse
+from dllm.cache.store import Choice, Reuse
 from dllm.checks import choice, number
 from dllm.run import Run
 
@@ -61,8 +61,8 @@ class FreeCache(Metered):
             number("window", self.window, "a whole number of at least 0, or null", low=0, whole=True)
 
     @property
-    def repeatable(self) -> bool:  # type: ignore[override]
-        """Whether what is kept of finished blocks does not depend on the way they were decoded."""
+    def repeatable(self) -> bool:
+        """Finished blocks are kept as they are in the end, not as some step left them."""
         return self.freeze == "clean" and self.granularity == "block"
 
     def start(self, run: Run) -> Reuse:
@@ -73,8 +73,8 @@ class FreeCache(Metered):
 class _Frozen:
     def __init__(self, options: FreeCache, run: Run) -> None:
         self.options, self.shift = options, run.logits_shift
-        self.blocks = Blocks(run)
         self.front = np.zeros(run.rows, dtype=np.int64)  # where the last forward of each row started to compute
+        self.raw = np.ones(run.rows, dtype=bool)  # the prompt is as the first forward left it
 
     def choose(self, question: Question, due: Flags, stale: Flags) -> Choice:
         options, rows, start = self.options, question.rows, question.canvas.start[question.rows]
@@ -86,12 +86,14 @@ class _Frozen:
                 front = question.low - self.shift
             case _:
                 front = question.masked.argmax(1) - self.shift
-        since, entered = front, self.blocks.entered(question)
+        since = front
         if options.freeze == "clean":
-            # What was passed since the last forward is computed once more; with the second block, the prompt as well.
+            # What was passed since the last forward is computed once more; behind the first block, the prompt as well.
             since = np.minimum(front, self.front[rows])
-            since = np.where(entered & (question.block == 1), 0, since)
-        self.front[rows] = front
+            since = np.where((question.block > 0) & self.raw[rows], 0, since)
+        kept, first = rows[question.first], question.first
+        self.front[kept] = front[first]
+        self.raw[kept] &= question.block[first] == 0
         compute = question.since(since)
         if options.window is not None:
             compute &= ~question.since(question.high + options.window)

@@ -22,14 +22,17 @@ class NoCache(Metered):
         ValueError: a bound for refreshing.
     """
 
-    refuses: ClassVar[Mapping[str, str]] = {}
-    repeatable: ClassVar[bool] = True
     refreshes: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.refresh_above is not None:
             raise ValueError(f"refresh_above={self.refresh_above} has no effect without a cache; use null")
+
+    @property
+    def refuses(self) -> Mapping[str, str]:
+        """Nothing."""
+        return {}
 
     def start(self, run: Run) -> NoCache:
         """Nothing to make room for: the run is the cache itself."""

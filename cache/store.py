@@ -162,7 +162,7 @@ class Blocks:
     def entered(self, question: Question) -> Flags:
         """(A,) whether the active block is another one than at the last forward."""
         entered = question.block != self._last[question.rows]
-        self._last[question.rows] = question.block
+        self._last[question.rows[question.first]] = question.block[question.first]
         return entered
 
 
@@ -185,12 +185,16 @@ class Reuse:
 
     def plan(self, question: Question) -> Plan:
         """What the rule says, what is read, and what changed under the store."""
-        rows, kept = question.rows, question.rows[question.first]
+        rows, first, canvas = question.rows, question.first, question.canvas
         chosen = self.rule.choose(question, self._due[rows], self._stale[rows])
         compute = chosen.compute | question.read | self._stale[rows] | chosen.due[:, None]
-        self.refreshes += int((chosen.due & question.first).sum())
-        self._due[kept], self._stale[kept] = False, False
-        return Plan(compute, self.store, chosen.cost, chosen.probe)
+        # What a draft changes behind or before the block; within the block the rule decides.
+        compute |= question.drafted & (question.since(question.high) | ~question.since(question.low))
+        compute &= ~canvas.cut[rows]
+        self._due[rows[first]], self._stale[rows[first]] = False, False
+        plan = Plan(compute, self.store, chosen.cost, chosen.probe)
+        self.refreshes += int((plan.whole(canvas.visible[rows]) & first).sum())
+        return plan
 
     def observe(self, change: Change) -> None:
         """Remember what lost its keys and values."""

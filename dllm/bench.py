@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import nan
 from statistics import median, quantiles
 from typing import Any
 
@@ -103,7 +102,7 @@ class Cost:
         tokens_per_second: committed over the sum of the steps.
         to_bare: median of step over bare, of the steps that reuse something; of all where none does.
         to_alone: the same over alone.
-        refresh_to_bare: median of step over bare, of the steps that compute some row anew; NaN without any.
+        refresh_to_bare: median of step over bare, of the steps that compute some row anew; None without any.
         spread: of `to_bare`, the difference of its quartiles.
         store_bytes: of the keys and values kept.
     """
@@ -114,7 +113,7 @@ class Cost:
     tokens_per_second: float
     to_bare: float
     to_alone: float
-    refresh_to_bare: float
+    refresh_to_bare: float | None
     spread: float
     store_bytes: int
 
@@ -197,7 +196,7 @@ class Bench:
             tokens_per_second=sum(each.committed for each in timings) / total,
             to_bare=median(ratios),
             to_alone=median(each.seconds / each.alone for each in reusing),
-            refresh_to_bare=median(refreshing) if refreshing else nan,
+            refresh_to_bare=median(refreshing) if refreshing else None,
             spread=quartiles[2] - quartiles[0],
             store_bytes=self._store_bytes(cache),
         )

@@ -138,7 +138,7 @@ class Canvas:
         for row, sequence in enumerate(sequences):
             self.host[row, padding[row] :] = sequence
         self.real: NDArray[np.bool_] = np.arange(self.length) >= padding[:, None]
-        self.visible: NDArray[np.bool_] = self.real.copy()  # and not cut off
+        self.cut: NDArray[np.bool_] = np.zeros_like(self.real)  # ended before
         self.region: NDArray[np.bool_] = (self.host == mask_token_id) & self.real
         # Rows without a mask have nothing to do; their region is empty.
         self.start = np.where(self.region.any(1), self.region.argmax(1), self.length)
@@ -228,6 +228,11 @@ class Canvas:
         return Change(rows, committed, committed & ~unset, revoked, filled, gained)
 
     @property
+    def visible(self) -> NDArray[np.bool_]:
+        """(rows, L) columns that are looked at: what `real_columns` says, on the host."""
+        return self.real & ~self.cut
+
+    @property
     def real_columns(self) -> Bool[Tensor, "rows L"] | None:
         """Where each row's own columns are, without padding and what was cut off; None for everywhere."""
         if not self.padded and self._ends is None:
@@ -243,7 +248,7 @@ class Canvas:
         if not beyond.any():
             return beyond
         self.region[rows] &= ~beyond
-        self.visible[rows] &= ~beyond
+        self.cut[rows] |= beyond
         self.host[rows] = np.where(beyond, self.eos_token_ids[0], self.host[rows])
         at = self._put(rows)
         self._region = self._put(self.region)

@@ -7,7 +7,6 @@ each other: they share the words below.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from dllm.backbones.base import MaskedDiffusionModel
@@ -16,7 +15,8 @@ from dllm.backbones.base import MaskedDiffusionModel
 NEEDS = {
     "guidance": ("cfg_scale above 0", "cfg_scale=0"),
     "next_block": ("drafts that run into the next block (eager=true)", "eager=false"),
-    "several_devices": ("a model spread over several devices", "a device_map with one device"),
+    "repeatable": ("drafts that promise the tokens of their base", "cache=prefix, dual or freecache (freeze=clean)"),
+    "several_devices": ("a model spread over several devices", "a model on one"),
 }
 
 
@@ -26,23 +26,23 @@ def check(sampler: Any, cache: Any, cfg_scale: float = 0.0, backbone: MaskedDiff
     Raises:
         ValueError: which need the cache does not meet, why, and what to use.
     """
-    for reason in refusals(sampler, cache, cfg_scale, backbone):
-        raise ValueError(reason)
+    for need in unmet(sampler, cache, cfg_scale, backbone):
+        what, without = NEEDS[need]
+        name = type(cache).__name__
+        raise ValueError(
+            f"the cache {name} does not go with {what}: {cache.refuses[need]}; use cache=none, or {without}"
+        )
 
 
-def refusals(
-    sampler: Any, cache: Any, cfg_scale: float = 0.0, backbone: MaskedDiffusionModel | None = None
-) -> Iterator[str]:
-    """Why a combination does not work; nothing where it does."""
+def unmet(sampler: Any, cache: Any, cfg_scale: float = 0.0, backbone: MaskedDiffusionModel | None = None) -> list[str]:
+    """The needs that a cache does not meet, in the words of `NEEDS`; none where everything goes together."""
     needs = set(getattr(sampler, "needs", ()))
     needs |= {"guidance"} if cfg_scale > 0 else set()
     needs |= {"several_devices"} if backbone is not None and spread(backbone) else set()
-    for need in sorted(needs & set(cache.refuses)):
-        what, without = NEEDS[need]
-        name = type(cache).__name__
-        yield f"the cache {name} does not go with {what}: {cache.refuses[need]}; use cache=none, or {without}"
+    return sorted(needs & set(cache.refuses))
 
 
 def spread(backbone: MaskedDiffusionModel) -> bool:
-    """Whether a model's layers are on several devices."""
-    return len(set((getattr(backbone, "hf_device_map", None) or {}).values())) > 1
+    """Whether a model's layers, or parts of them, are on several devices."""
+    parts = getattr(backbone, "tp_size", None) or 1
+    return parts > 1 or len(set((getattr(backbone, "hf_device_map", None) or {}).values())) > 1

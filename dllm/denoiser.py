@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dllm.backbones.base import MaskedDiffusionModel
 from dllm.backbones.transformer import KVStore
-from dllm.cache.base import CacheRun, Plan, Question, Selection, Store
+from dllm.cache.base import CacheRun, Plan, Question, Selection
 from dllm.canvas import Canvas, Window
 from dllm.drift import Meter
 from dllm.layout import apart, pack
@@ -147,13 +147,14 @@ class Denoiser:
                 column = columns[live].cpu().numpy()[sequence, slot]
             return sequence, np.maximum(column - self.backbone.logits_shift, self.canvas.padding[rows[sequence]])
 
-        question = Question(self.canvas, rows, sequences % drafts == 0, places)
-        plan = self.cache.plan(question)
         if live is not None:
             tokens = tokens[live]
+        shown = None if drafts == 1 else lambda: tokens.cpu().numpy()
+        question = Question(self.canvas, rows, sequences % drafts == 0, places, shown)
+        plan = self.cache.plan(question)
         if plan.compute is not None and plan.store is not None:
             return self._reusing(question, plan, tokens, joined)
-        self.meter.trust(question)
+        self.meter.trust(question, self.meter.due(question))
         at = window.rows if live is None else window.rows[live.div(drafts, rounding_mode="floor")]
         sequence, within = index.div(width, rounding_mode="floor"), index % width
         # The prediction for a column is read `logits_shift` to its left, but never in the padding.
@@ -206,10 +207,10 @@ class Denoiser:
         if plan.probe is not None:
             plan.probe.tell(_surest(logits[asked:], plan.probe.read, self.canvas.mask_token_id))
             logits = logits[:asked].clone()  # what is kept of a prediction must not keep the rest
-        return self._measured(question, plan.store, logits, tokens)
+        return self._measured(question, plan, logits, tokens)
 
     def _measured(
-        self, question: Question, store: Store, logits: Float[Tensor, "N V"], tokens: Int[Tensor, "A L"]
+        self, question: Question, plan: Plan, logits: Float[Tensor, "N V"], tokens: Int[Tensor, "A L"]
     ) -> Float[Tensor, "N V"]:
         """The logits, after comparing them with exact ones where that is due."""
         meter, length = self.meter, self.canvas.length
@@ -227,7 +228,7 @@ class Denoiser:
                 self.computed += fed.numel()
             return self._forward(work, torch.as_tensor(slots, device=tokens.device))
 
-        logits, off = meter.measure(question, store, logits, exact)
+        logits, off = meter.measure(question, plan, logits, exact)
         if off.size:
             self.cache.expire(off)
         return logits

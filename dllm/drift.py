@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dllm.cache.base import Question, Store
+from dllm.cache.base import Plan, Question, Store
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Drift:
     """What was measured over a run.
 
     Attributes:
-        measured: forwards compared with exact ones, over all rows.
+        measured: forwards that were looked at, over all rows; those that computed everything are off by nothing,
+            and count.
         kv_error: mean relative error of keys and values.
         worst_kv_error: the largest one.
         kl: mean KL divergence of the cached prediction of a position from the exact one, in nats.
@@ -111,9 +112,8 @@ class Meter:
         self._forwards[rows] += 1
         return np.flatnonzero(question.first & (self._forwards[question.rows] % self.every == 0))
 
-    def trust(self, question: Question) -> None:
-        """Note that an exact forward is off by nothing."""
-        sequences = self.due(question)
+    def trust(self, question: Question, sequences: NDArray[np.int64]) -> None:
+        """Note that what computed everything is off by nothing."""
         if sequences.size:
             zero = np.zeros(len(sequences))
             asked = np.bincount(question.places()[0], minlength=len(question.rows))[sequences]
@@ -122,13 +122,13 @@ class Meter:
             )
 
     def measure(
-        self, question: Question, store: Store, logits: Float[Tensor, "N V"], exact: Exact
+        self, question: Question, plan: Plan, logits: Float[Tensor, "N V"], exact: Exact
     ) -> tuple[Float[Tensor, "N V"], NDArray[np.int64]]:
         """Compare a forward with an exact one, where it is due.
 
         Args:
             question: what was asked.
-            store: what was reused.
+            plan: what was computed, and what reused.
             logits: what came out.
             exact: computes everything for some sequences, showing the keys and values of each layer to a
                 comparison, and returns the logits of what they were asked.
@@ -136,12 +136,18 @@ class Meter:
         Returns:
             The logits to go on with, and the rows whose error is above the bound.
         """
+        assert plan.store is not None
         sequences = self.due(question)
+        whole = plan.whole(question.canvas.visible[question.rows])[sequences]
+        self.trust(question, sequences[whole])
+        sequences = sequences[~whole]
         if not sequences.size:
             return logits, sequences
+        if logits.is_cuda:
+            torch.cuda.synchronize(logits.device)  # what is still under way is not measuring
         started = time.perf_counter()
         rows = question.rows[sequences]
-        comparison = Comparison(store, rows, question.canvas.visible[rows], logits.device)
+        comparison = Comparison(plan.store, rows, question.canvas.visible[rows], logits.device)
         true = exact(sequences, comparison)
         of = question.places()[0]
         mine = np.flatnonzero(np.isin(of, sequences))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,7 +23,7 @@ from dllm.canvas import Canvas, Change
 from dllm.denoiser import Denoiser
 from dllm.drift import Measurement, Meter
 from dllm.prediction import Sampling
-from dllm.run import Run
+from dllm.run import facts
 from dllm.samplers.base import Sampler
 
 
@@ -101,7 +101,7 @@ def decode(
         rehearsed += time.perf_counter() - started
         return torch.as_tensor(copy.host, device=copy.device)
 
-    run = _facts(backbone, canvas, cfg_scale > 0, tokenizer, rehearse)
+    run = facts(backbone, canvas, cfg_scale > 0, tokenizer, rehearse)
     meter = Meter(run.rows, cache.measure_every, cache.refresh_above, run.mask_token_id)
     with torch.inference_mode():
         state = sampler.start(run)
@@ -115,35 +115,6 @@ def decode(
             denoiser.cache.observe(change)
         guide = edit.guide_forwards, edit.guide_seconds
         yield Step(change, denoiser.forwards, *guide, rehearsed, meter.take(), canvas, denoiser)
-
-
-def _facts(
-    backbone: MaskedDiffusionModel,
-    canvas: Canvas,
-    guided: bool,
-    tokenizer: PreTrainedTokenizerBase | None,
-    rehearse: Callable[[Sampler], Tensor],
-) -> Run:
-    return Run(
-        rows=len(canvas.host),
-        length=canvas.length,
-        block_length=canvas.block_length,
-        spans=tuple(canvas.spans.tolist()),
-        mask_token_id=canvas.mask_token_id,
-        eos_token_ids=canvas.eos_token_ids,
-        stop_at_eos=canvas.stop_at_eos,
-        infill=bool((canvas.region.sum(1) < canvas.length - canvas.start).any()),
-        guided=guided,
-        logits_shift=backbone.logits_shift,
-        kv_shape=backbone.kv_shape,
-        hidden_size=backbone.config.hidden_size,
-        dtype=backbone.dtype,
-        device=canvas.device,
-        tokenizer=tokenizer,
-        vocab_size=backbone.config.vocab_size,
-        fingerprint=backbone.fingerprint,
-        rehearse=rehearse,
-    )
 
 
 def _check_progress(sampler: Sampler, change: Change) -> None:

@@ -11,6 +11,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dllm.backbones.base import MaskedDiffusionModel
+from dllm.canvas import Canvas
+
 
 @dataclass(frozen=True)
 class Run:
@@ -61,3 +64,33 @@ class Run:
     def blocks(self) -> int:
         """Most blocks a row has."""
         return -(-max(self.spans) // self.block_length)
+
+
+def facts(
+    backbone: MaskedDiffusionModel,
+    canvas: Canvas,
+    guided: bool,
+    tokenizer: PreTrainedTokenizerBase | None,
+    rehearse: Callable[[Any], Tensor],
+) -> Run:
+    """The facts of decoding a canvas with a backbone."""
+    return Run(
+        rows=len(canvas.host),
+        length=canvas.length,
+        block_length=canvas.block_length,
+        spans=tuple(canvas.spans.tolist()),
+        mask_token_id=canvas.mask_token_id,
+        eos_token_ids=canvas.eos_token_ids,
+        stop_at_eos=canvas.stop_at_eos,
+        infill=bool((canvas.region.sum(1) < canvas.length - canvas.start).any()),
+        guided=guided,
+        logits_shift=backbone.logits_shift,
+        kv_shape=backbone.kv_shape,
+        hidden_size=backbone.config.hidden_size,
+        dtype=backbone.dtype,
+        device=canvas.device,
+        tokenizer=tokenizer,
+        vocab_size=backbone.config.vocab_size,
+        fingerprint=backbone.fingerprint,
+        rehearse=rehearse,
+    )

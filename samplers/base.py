@@ -50,8 +50,7 @@ class Sampler(Protocol):
 
     A class attribute ``single_forward = True`` promises that a step calls `denoise` once, for the window's
     own columns and tokens, and leaves the state as it is: then others may run its step on drafts. What it
-    relies on that a cache may not give it says in an attribute `needs`, in the words of `dllm.compatibility`;
-    ``lossless = True`` says that it promises the result of another policy.
+    relies on that a cache may not give it says in an attribute `needs`, in the words of `dllm.compatibility`.
     """
 
     def start(self, run: Run) -> Any:

@@ -88,7 +88,6 @@ class FreeDave:
     """
 
     single_forward: ClassVar[bool] = False
-    lossless: ClassVar[bool] = True
 
     draft_steps: int = 4
     base: str | Sampler = "vanilla"
@@ -111,8 +110,10 @@ class FreeDave:
     @property
     def needs(self) -> frozenset[str]:
         """What a cache must give (`dllm.compatibility`)."""
+        own = {"repeatable", "next_block"} if self.eager else {"repeatable"}
+        base = resolve("sampler", self.base, Sampler, "base")
         # One draft is the base itself.
-        return frozenset({"next_block"} if self.eager and self.draft_steps > 1 else ())
+        return frozenset(own if self.draft_steps > 1 else ()) | frozenset(getattr(base, "needs", ()))
 
     def start(self, run: Run) -> Memory:
         """Start the base."""

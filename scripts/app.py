@@ -127,10 +127,14 @@ def _quote(value: str) -> str:
 
 def _qualified(text: str, cfg: DictConfig) -> str:
     """An error about a sampler or cache, whose options have a prefix on the command line."""
-    for group in ("sampler", "cache"):
-        for name in cfg.get(group) or ():
+    groups = {group: dict(cfg.get(group) or {}) for group in ("sampler", "cache")}
+    for group, options in groups.items():
+        for name, value in options.items():
+            # An option that both have is known by its value.
+            shared = all(name in other for other in groups.values())
+            said = re.escape(repr(value)) if shared else ""
             if name not in cfg:
-                text = re.sub(rf"(?<![\w.(]){name}=", f"{group}.{name}=", text)
+                text = re.sub(rf"(?<![\w.(]){name}=(?={said})", f"{group}.{name}=", text)
     return text
 
 

@@ -52,7 +52,7 @@ def bench(cfg: DictConfig) -> None:
         Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
         Path(cfg.out + ".md").write_text(text, encoding="utf-8")
         record = {"setting": caption, "torch": torch.__version__, "costs": {k: asdict(v) for k, v in costs.items()}}
-        Path(cfg.out + ".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        Path(cfg.out + ".json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         print(f"written to {cfg.out}.md and {cfg.out}.json")
 
 
@@ -91,7 +91,7 @@ def table(costs: dict[str, Cost], caption: str) -> str:
             f"{cost.to_bare:.2f}",
             f"{cost.spread:.2f}",
             f"{cost.to_alone:.2f}",
-            "" if cost.refresh_to_bare != cost.refresh_to_bare else f"{cost.refresh_to_bare:.2f}",
+            "" if cost.refresh_to_bare is None else f"{cost.refresh_to_bare:.2f}",
             f"{cost.tokens_per_second:.1f}",
             f"{cost.store_bytes / 2**20:.1f}",
         ]

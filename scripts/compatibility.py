@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from omegaconf import DictConfig
 
 from dllm.backbones import FAMILIES
 from dllm.cache.base import Cache
-from dllm.compatibility import NEEDS
+from dllm.compatibility import NEEDS, unmet
 from dllm.resolve import names, resolve
 from dllm.samplers.base import Sampler
 from dllm.scripts import app
@@ -46,24 +47,18 @@ def matrix(variants: dict[str, Any]) -> str:
     samplers = {name: resolve("sampler", name, Sampler) for name in names("sampler")} | variants
     reasons: dict[str, int] = {}
 
-    def cell(sampler: Any, cache: Any, needs: set[str]) -> str:
-        refused = sorted(needs & set(cache.refuses))
-        if refused:
-            marks = (reasons.setdefault(cache.refuses[need], len(reasons) + 1) for need in refused)
-            return "no " + " ".join(f"({mark})" for mark in marks)
-        if getattr(sampler, "lossless", False):
-            return "lossless" if cache.repeatable else "not lossless"
-        return "yes"
+    def cell(cache: Any, needs: Iterable[str]) -> str:
+        marks = [reasons.setdefault(cache.refuses[need], len(reasons) + 1) for need in needs]
+        return "no " + " ".join(f"({mark})" for mark in marks) if marks else "yes"
 
     head = ["", *caches]
     rows = [
-        [f"`{label}`", *(cell(sampler, cache, set(getattr(sampler, "needs", ()))) for cache in caches.values())]
+        [f"`{label}`", *(cell(cache, unmet(sampler, cache)) for cache in caches.values())]
         for label, sampler in samplers.items()
     ]
     rows += [
-        [what, *(cell(None, cache, {need}) for cache in caches.values())]
-        for need, (what, _) in NEEDS.items()
-        if need != "next_block"
+        [NEEDS[need][0], *(cell(cache, {need} & set(cache.refuses)) for cache in caches.values())]
+        for need in ("guidance", "several_devices")
     ]
     families = ", ".join(family.__name__ for family in FAMILIES.values())
     lines = [
@@ -72,10 +67,9 @@ def matrix(variants: dict[str, Any]) -> str:
         "Made by `dllm compatibility out=docs/compatibility.md` from what samplers and caches say of themselves; the",
         f"same for every backbone ({families}). What is refused is refused before the first forward, with the reason.",
         "",
-        "- *yes*: runs, in batches of any size.",
-        "- *lossless*: gives the tokens that its base gives with the same cache.",
-        "- *not lossless*: runs, but the cache keeps what depends on the way a block was decoded, so that the tokens",
-        "  may differ from those of the base.",
+        "*yes*: in batches of any size, with rows at different blocks. Where `freedave` runs, it gives the tokens that",
+        "its base gives with the same cache. `freecache` is meant with its defaults: freeze=last_forward, or another",
+        "granularity than block, keeps what depends on the way a block is decoded, and so does refresh_above.",
         "",
         *("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)),
         "",

@@ -20,6 +20,7 @@ from rich.text import Text
 import dllm
 from dllm import compatibility
 from dllm.display import CanvasView, live, plain, save_picture
+from dllm.drift import Drift, Measurement, summarise
 from dllm.engine import Step
 from dllm.jsonl import AnswerFile, Question, read_questions
 from dllm.prompts import encode
@@ -101,10 +102,7 @@ class Runner:
         counts += f"  extra positions {stats.extra_columns}" if stats.extra_columns > 0 else ""
         if stats.computed_share < 1:
             counts += f"  computed {stats.computed_share:.0%} of the positions, refreshes {stats.cache_refreshes}"
-        if stats.drift is not None:
-            drift = stats.drift
-            counts += f"  drift in {drift.measured} forwards: KV error {drift.kv_error:.1%}, KL {drift.kl:.3f}"
-            counts += f", flips {drift.flips:.1%}"
+        counts += f"  {_told(stats.drift)}" if stats.drift is not None else ""
         guided = int(result.guide_nfe[0])
         counts += f"  guide NFE {guided} in {stats.guide_seconds:.2f} s" if guided else ""
         console.print(counts, highlight=False, soft_wrap=True)
@@ -117,8 +115,11 @@ class Runner:
         ids = self._encode([(question.place, question.prompt) for question in left])
         # A question's seed is its line's, so that a resumed run gives what an uninterrupted one would.
         options = self.options | {"seed": [self.options["seed"] + question.number for question in left]}
+        measured: list[Measurement] = []
         with _naming([question.place for question in left]):
-            finished = dllm.as_completed(self.lm, ids, self.sampler, self.cache, **options)
+            finished = dllm.as_completed(
+                self.lm, ids, self.sampler, self.cache, callback=lambda step: measured.extend(step.drift), **options
+            )
         with _progress(show, len(questions), len(answers.ids)) as advance:
             for answer in finished:
                 name = left[answer.index].id
@@ -132,6 +133,8 @@ class Runner:
                     }
                 )
                 advance(name)
+        if (drift := summarise(measured, seconds=0.0)) is not None:
+            print(_told(drift))
         print(_done(questions, answers))
 
     def _encode(self, prompts: Sequence[tuple[str, str | list[Mapping[str, str]]]]) -> list[list[int]]:
@@ -171,6 +174,12 @@ def _left(questions: Sequence[Question], answers: AnswerFile) -> list[Question]:
         name = min(strange, key=str)
         raise ValueError(f"output={str(answers.path)!r} answers {name!r}, which is not in input; give another file")
     return [question for question in questions if question.id not in answers.ids]
+
+
+def _told(drift: Drift) -> str:
+    return (
+        f"drift in {drift.measured} forwards: KV error {drift.kv_error:.1%}, KL {drift.kl:.3f}, flips {drift.flips:.1%}"
+    )
 
 
 def _done(questions: Sequence[Question], answers: AnswerFile) -> str:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import dllm
 from commands import command
 from dllm.cache.base import Cache
-from dllm.compatibility import NEEDS, refusals
+from dllm.compatibility import NEEDS, unmet
 from dllm.resolve import names, resolve
 from dllm.samplers import FreeDave, Oracle, Threshold
 from dllm.samplers.base import Sampler
@@ -37,7 +38,7 @@ def refused(lm: dllm.LanguageModel, sampler: Any, cache: Any, **options: Any) ->
 @pytest.mark.parametrize("name", CACHES)
 def test_guidance_is_refused(make: Maker, name: str) -> None:
     reason = refused(make(), "vanilla", name, cfg_scale=1.0)
-    assert reason.endswith("one set of keys and values a row; use cache=none, or cfg_scale=0")
+    assert reason.endswith("guidance computes every row twice; use cache=none, or cfg_scale=0")
 
 
 @backbones
@@ -53,6 +54,10 @@ def test_several_devices_are_refused(make: Maker, name: str) -> None:
     lm = make()
     lm.backbone.hf_device_map = {"model.a": "cpu", "model.b": "meta"}
     assert "several devices" in refused(lm, "vanilla", name)
+    lm.backbone.hf_device_map = None
+    lm.backbone._tp_size = 2
+    assert "several devices" in refused(lm, "vanilla", name)
+    lm.backbone._tp_size = None
     lm.backbone.hf_device_map = {"model.a": "cpu", "model.b": "cpu"}
     assert dllm.generate(lm, [[1, 2]], "vanilla", name, gen_length=4).nfe[0] > 0
 
@@ -65,7 +70,12 @@ def test_nothing_is_refused_without_a_cache(make: Maker) -> None:
 
 
 def test_one_draft_is_its_base_and_goes_with_everything() -> None:
-    assert not list(refusals(FreeDave(1, Threshold(0.9), eager=True), dllm.cache.Dual()))
+    assert not unmet(FreeDave(1, Threshold(0.9), eager=True), dllm.cache.DKVCache())
+
+
+def test_what_a_base_needs_its_user_needs() -> None:
+    assert unmet(FreeDave(1, Oracle(FreeDave(4, eager=True))), dllm.cache.Dual()) == ["next_block"]
+    assert unmet(Oracle(FreeDave(4)), dllm.cache.D2Cache()) == ["repeatable"]
 
 
 def test_every_need_is_in_the_vocabulary() -> None:
@@ -91,22 +101,18 @@ def test_the_matrix_says_what_a_run_says(make: Maker) -> None:
     variants = OmegaConf.load(ROOT / "conf" / "compatibility.yaml").variants
     labels = {f"`{name}`" for name in (*names("sampler"), *variants)}
     assert labels <= {row[0] for row in table[2:]}
-    lm, checked = make(), 0
-    for row in table[2:]:
-        for name, cell in zip(table[0][1:], row[1:], strict=True):
-            match row[0]:
-                case "cfg_scale above 0":
-                    found = list(refusals("vanilla", resolve("cache", name, Cache), 1.0, lm.backbone))
-                case "`freedave eager=true`":
-                    found = list(refusals(FreeDave(eager=True), resolve("cache", name, Cache), 0.0, lm.backbone))
-                case label if label in {f"`{name}`" for name in names("sampler")}:
-                    sampler = resolve("sampler", label.strip("`"), Sampler)
-                    found = list(refusals(sampler, resolve("cache", name, Cache), 0.0, lm.backbone))
-                case _:
-                    continue
-            assert bool(found) == cell.startswith("no (")
+    lm = make()
+    samplers = {f"`{name}`": resolve("sampler", name, Sampler) for name in names("sampler")}
+    samplers |= {f"`{label}`": instantiate(entry) for label, entry in variants.items()}
+    checked = 0
+    for label, *cells in table[2:]:
+        for name, cell in zip(table[0][1:], cells, strict=True):
+            scale = 1.0 if label == "cfg_scale above 0" else 0.0
+            lm.backbone.hf_device_map = {"a": 0, "b": 1} if "devices" in label else {}
+            sampler = samplers.get(label, resolve("sampler", "vanilla", Sampler))
+            assert bool(unmet(sampler, resolve("cache", name, Cache), scale, lm.backbone)) == cell.startswith("no (")
             checked += 1
-    assert checked == len(names("cache")) * (len(names("sampler")) + 2)
+    assert checked == len(names("cache")) * (len(samplers) + 2)
 
 
 def test_the_command_line_tells_it_in_one_line_before_the_model_loads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,8 +51,10 @@ class Leftmost:
 class Editing:
     """Commits from left to right, and now and then rewrites or takes back a token of an earlier block.
 
-    The one to rewrite is two blocks' first token; the one to take back is the first of all, once.
+    The one to rewrite is the row's second token; the one to take back, if that is wanted, its first; once.
     """
+
+    revoke: bool = True
 
     def start(self, run: Run) -> dict[str, Tensor]:
         return {"done": torch.zeros(run.rows, dtype=torch.bool), "mask": torch.tensor(run.mask_token_id)}
@@ -69,7 +71,7 @@ class Editing:
         return Edit(
             torch.cat((window.columns, extra), dim=1),
             torch.cat((prediction.tokens, new), dim=1),
-            torch.cat((chosen, back.expand(-1, 2)), dim=1),
+            torch.cat((chosen, back & torch.tensor([[self.revoke, True]])), dim=1),
         )
 
 
@@ -224,10 +226,6 @@ class Spying:
         return self.inner.refuses
 
     @property
-    def repeatable(self) -> bool:
-        return bool(self.inner.repeatable)
-
-    @property
     def measure_every(self) -> int | None:
         return self.inner.measure_every  # type: ignore[no-any-return]
 
@@ -277,7 +275,6 @@ class Refreshing:
     """A cache that computes everything: at every step, `narrow`: at the first of each block, `short`: not quite."""
 
     refuses: ClassVar[dict[str, str]] = {"guidance": "it is a toy"}
-    repeatable: ClassVar[bool] = True
     measure_every: ClassVar[int | None] = None
     refresh_above: ClassVar[float | None] = None
 

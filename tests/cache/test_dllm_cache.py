@@ -55,6 +55,21 @@ def test_a_layer_computes_the_columns_whose_values_turned_most() -> None:
     assert sorted(partial.stale(0, fresh[None, None])[0].tolist()) == [*range(8)]
 
 
+def test_bfloat16_ranks_as_float64_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+    picked = []
+    stored = torch.randn(8, 4, generator=generator, dtype=torch.float64)
+    # Turned by little, so that the similarities lie close together.
+    fresh = stored + 0.05 * torch.randn(8, 4, generator=generator, dtype=torch.float64)
+    stored, fresh = stored.bfloat16(), fresh.bfloat16()
+    for dtype in (torch.float64, torch.bfloat16):
+        store, partial = store_and_partial(needed=[])
+        store.values = store.values.to(dtype)
+        store.values[:, 0, 0, 4:12] = stored.to(dtype)
+        picked.append(sorted(partial.stale(1, fresh.to(dtype)[None, None])[0].tolist()))
+    assert picked[0] == picked[1]
+
+
 def test_ties_go_to_the_leftmost_and_what_is_needed_comes_in_any_case() -> None:
     store, partial = store_and_partial(needed=[11])
     store.values[:] = 1

@@ -10,7 +10,7 @@ import dllm
 from cache_rig import planned
 from dllm.cache import FreeCache
 from models import random_dream, random_llada
-from toys import Leftmost
+from toys import Leftmost, Spying
 
 BOTH = pytest.mark.parametrize(("lm", "shift"), [(random_llada(), 0), (random_dream(), 1)], ids=["llada", "dream"])
 
@@ -61,6 +61,18 @@ class Rightmost(Leftmost):
     def step(self, window: Any, denoise: Any, state: None) -> Any:
         left = window.masked.flip(-1).cumsum(-1).flip(-1)
         return dllm.samplers.base.commit(window, denoise(), window.masked & (left <= 1))
+
+
+def test_a_block_without_masks_does_not_keep_the_prompt_from_being_cleaned() -> None:
+    lm, spy = random_llada(), Spying(FreeCache(freeze="clean"))
+    m = lm.backbone.mask_token_id
+    dllm.infill(lm, [[1, 2, 3, *[m] * 4, *[9] * 4, *[m] * 8]], Leftmost(2), spy, block_length=4)
+    assert [forward[0][0] for forward in spy.log] == [0, 3, 0, 11, 11, 15]
+
+
+def test_full_forwards_are_counted_whatever_they_are_for() -> None:
+    _, result = planned(random_llada(), 3, FreeCache(freeze="clean"), Leftmost(2), gen_length=10, block_length=4)
+    assert result.stats.cache_refreshes == 2
 
 
 @BOTH
