@@ -2,8 +2,7 @@
 
 A cache is a frozen dataclass of its options; `start` returns the object that holds one run's keys
 and values. It knows the canvas and what changed, never the sampler that changed it. Plans are made
-on the host, from what the host knows anyway; only a cache that chooses by what the device computed
-(d2cache) has to read it.
+on the host, from what the host knows; only a cache that chooses by what came out (d2cache) reads the device.
 """
 
 from __future__ import annotations

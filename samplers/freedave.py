@@ -8,22 +8,21 @@ policy's next canvas t_i, from that draft's own predictions. d_0 is certain; fro
     to d_j, the largest j > i with d_j = t_i,
 
 as often as there is one; where there is none, t_i is the new canvas. Every canvas passed on the way is
-one the base policy passes too, so without a cache tokens equal those of the base: the drafts only
-decide how many of its steps one forward carries. Where the base draws (temperature above 0,
-`order=random`) it draws anew for each draft, and what stays the same is the distribution. As ever,
-rounding may decide near ties: drafts are computed in batches of another shape.
+one the base policy passes too, so tokens equal those of the base: the drafts only decide how many of
+its steps one forward carries. With a cache they equal those of the base with that cache, if what it
+keeps does not depend on the way a block is decoded; others are refused. Where the base draws
+(temperature above 0, `order=random`) it draws anew for each draft, and the distribution is the same. As
+ever, rounding may decide near ties: drafts are computed in batches of another shape.
 
 Differences from the reference:
 - It accepts a draft that is a subset of t_i. Over one token per step that is the same rule; over a
   thresholded base it is lossy there, because the base would have committed the rest at once too.
 - It spends a forward on the block's first predictions alone; here they commit as well. Drafts that
-  are complete are not computed, and a row without fresh predictions computes no drafts.
-- `eager`: a draft that completes its block is judged on the next block, under the base's own rule for
-  it, so it stays lossless; the reference's form judges by stale predictions.
-- Batches of any size; each row has its own chain.
-- The tree of the reference shares prefix and suffix among the drafts, which is exact only where a
-  cache froze them: attention is bidirectional. Without one, `draft_mode=tree` puts whole canvases into
-  one sequence and gives what `batch` does; it saves nothing then.
+  are complete, or have no fresh predictions to start from, are not computed.
+- `eager`: a draft that completes its block is judged on the next, under the base's own rule for it, so
+  it stays lossless; the reference judges by stale predictions.
+- Its tree shares prefix and suffix among the drafts: exact only where a cache froze them, as attention is
+  bidirectional. `draft_mode=tree` shares what a cache keeps; without one it saves nothing.
 """
 
 from __future__ import annotations
@@ -110,10 +109,8 @@ class FreeDave:
     @property
     def needs(self) -> frozenset[str]:
         """What a cache must give (`dllm.compatibility`)."""
-        own = {"repeatable", "next_block"} if self.eager else {"repeatable"}
-        base = resolve("sampler", self.base, Sampler, "base")
-        # One draft is the base itself.
-        return frozenset(own if self.draft_steps > 1 else ()) | frozenset(getattr(base, "needs", ()))
+        own = ["repeatable", *["next_block"] * self.eager] if self.draft_steps > 1 else []  # one is the base itself
+        return frozenset(own) | frozenset(getattr(resolve("sampler", self.base, Sampler, "base"), "needs", ()))
 
     def start(self, run: Run) -> Memory:
         """Start the base."""
@@ -138,12 +135,7 @@ class FreeDave:
         views = replace(views, inside=views.inside & views.masked.any(-1, keepdim=True))
         judged: list[Prediction] = []
 
-        def judge(
-            asked: Tensor | None = None,
-            columns: Tensor | None = None,
-            tokens: Tensor | None = None,
-            joined: bool = False,
-        ) -> Prediction:
+        def judge(asked: Tensor | None = None, *_: Any, **__: Any) -> Prediction:
             split = "(b d) k -> b d k"
             wanted = rearrange(views.masked if asked is None else asked, split, d=self.draft_steps)
             about = rearrange(views.columns, split, d=self.draft_steps)
