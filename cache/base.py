@@ -202,7 +202,7 @@ class Metered:
         if self.measure_every is not None:
             number("measure_every", self.measure_every, "a whole number of at least 1, or null", low=1, whole=True)
         if self.refresh_above is not None:
-            number("refresh_above", self.refresh_above, "a number of at least 0, or null", low=0)
+            number("refresh_above", self.refresh_above, "a number from 0 to 1e6, or null", low=0, high=1e6)
             if self.measure_every is None:
                 raise ValueError(
                     f"refresh_above={self.refresh_above} has no effect without measuring; set measure_every too"

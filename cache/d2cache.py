@@ -62,7 +62,7 @@ class D2Cache(Metered):
     def __post_init__(self) -> None:
         super().__post_init__()
         number("current_k", self.current_k, "a whole number of at least 1", low=1, whole=True)
-        number("sigma", self.sigma, "a positive number", above=0)
+        number("sigma", self.sigma, "a number from 0.1 to 1000", low=0.1, high=1000)
         number("rollout_p", self.rollout_p, "a number from 0 to 1", low=0, high=1)
         number("inflate_w", self.inflate_w, "a whole number of at least 0", low=0, whole=True)
 

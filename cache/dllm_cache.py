@@ -13,6 +13,9 @@ The first layer is always computed for the whole response: it is where new token
 response counts what lies behind the prompt and, in families with shifted logits, the column in which
 its first prediction is read.
 
+What is chosen by rank in every layer amplifies rounding: in float32, rows of this cache may differ
+between batches of different sizes more often than those of others.
+
 Differences from the reference: ties go to the leftmost; a position that was revoked or rewritten is
 computed in every layer; rows have their own steps.
 """

@@ -26,7 +26,7 @@ PRESETS = {
 }
 
 
-def random_model(preset: str, max_length: int, device: str, dtype: torch.dtype) -> LanguageModel:
+def random_model(preset: str, max_length: int, device: str | torch.device, dtype: torch.dtype) -> LanguageModel:
     """A LLaDA with random weights in one of the `PRESETS`.
 
     Raises:
@@ -126,17 +126,25 @@ class Bench:
         canvas: columns.
         generated: how many of them are generated, at the end.
         batch: rows.
-        block_length: columns decoded at a time.
+        block_length: columns decoded at a time; None for all.
+
+    Raises:
+        ValueError: the canvas is longer than the model's context.
     """
 
-    def __init__(self, lm: LanguageModel, canvas: int, generated: int, batch: int, block_length: int) -> None:
+    def __init__(self, lm: LanguageModel, canvas: int, generated: int, batch: int, block_length: int | None) -> None:
         self.lm, self.canvas, self.batch = lm, canvas, batch
         self.options = Options(
             gen_length=generated, block_length=block_length, batch_size=batch, stop_at_eos=False, seed=0
         )
-        few = lm.backbone.config.vocab_size - 2
+        if canvas > lm.backbone.max_length:
+            raise ValueError(
+                f"canvas={canvas} is longer than the model's context of {lm.backbone.max_length}; use less"
+            )
+        special = {lm.backbone.mask_token_id, *lm.backbone.eos_token_ids}
+        words = torch.tensor([token for token in range(lm.backbone.config.vocab_size) if token not in special])
         generator = torch.Generator().manual_seed(0)
-        self.prompts = torch.randint(few, (batch, canvas - generated), generator=generator).tolist()
+        self.prompts = words[torch.randint(len(words), (batch, canvas - generated), generator=generator)].tolist()
 
     def run(
         self, settings: Mapping[str, tuple[Any, Any]], steps: int, progress: Callable[[], object] = lambda: None

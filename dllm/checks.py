@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import inf
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -23,8 +24,9 @@ def number(
     Raises:
         ValueError: the value is refused.
     """
-    kinds = int if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not (low <= value <= high and value > above):
+    kinds = Integral if whole else Real
+    of_kind = isinstance(value, kinds) and not isinstance(value, bool)
+    if not of_kind or not (low <= value <= high and value > above):
         raise ValueError(f"{name}={value!r} is out of range; use {use}")
 
 

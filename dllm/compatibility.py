@@ -10,12 +10,16 @@ from __future__ import annotations
 from typing import Any
 
 from dllm.backbones.base import MaskedDiffusionModel
+from dllm.resolve import names, resolve
 
 # What each need comes from, and how to do without.
 NEEDS = {
-    "guidance": ("cfg_scale above 0", "cfg_scale=0"),
+    "guidance": ("classifier-free guidance (cfg_scale above 0)", "cfg_scale=0"),
     "next_block": ("drafts that run into the next block (eager=true)", "eager=false"),
-    "repeatable": ("drafts that promise the tokens of their base", "cache=prefix, dual or freecache (freeze=clean)"),
+    "repeatable": (
+        "drafts that promise the tokens of their base",
+        "prefix, dual or freecache with freeze=clean, granularity=block and refresh_above=null",
+    ),
     "several_devices": ("a model spread over several devices", "a model on one"),
 }
 
@@ -26,12 +30,11 @@ def check(sampler: Any, cache: Any, cfg_scale: float = 0.0, backbone: MaskedDiff
     Raises:
         ValueError: which need the cache does not meet, why, and what to use.
     """
-    for need in unmet(sampler, cache, cfg_scale, backbone):
-        what, without = NEEDS[need]
-        name = type(cache).__name__
-        raise ValueError(
-            f"the cache {name} does not go with {what}: {cache.refuses[need]}; use cache=none, or {without}"
-        )
+    needs = unmet(sampler, cache, cfg_scale, backbone)
+    if needs:
+        reasons = "; nor with ".join(f"{NEEDS[need][0]}: {cache.refuses[need]}" for need in needs)
+        ways = " and ".join(NEEDS[need][1] for need in needs)
+        raise ValueError(f"{_named(cache)} does not go with {reasons}; use cache=none, or {ways}")
 
 
 def unmet(sampler: Any, cache: Any, cfg_scale: float = 0.0, backbone: MaskedDiffusionModel | None = None) -> list[str]:
@@ -40,6 +43,12 @@ def unmet(sampler: Any, cache: Any, cfg_scale: float = 0.0, backbone: MaskedDiff
     needs |= {"guidance"} if cfg_scale > 0 else set()
     needs |= {"several_devices"} if backbone is not None and spread(backbone) else set()
     return sorted(needs & set(cache.refuses))
+
+
+def _named(cache: Any) -> str:
+    """A cache as it is chosen."""
+    kinds = {type(resolve("cache", name, object)): f"cache={name}" for name in names("cache")}
+    return kinds.get(type(cache), f"the cache {type(cache).__name__}")
 
 
 def spread(backbone: MaskedDiffusionModel) -> bool:

@@ -162,14 +162,19 @@ def _options(
         raise ValueError(f"device={device!r} has no effect beside device_map={device_map!r}; give one of them")
     placement: Any = device_map
     if device_map is None or (isinstance(device_map, str) and device_map not in _SPREADS):
-        placement = {"": _device(device) if device_map is None else _device(device_map, "device_map")}
+        placement = {"": find_device(device) if device_map is None else find_device(device_map, "device_map")}
     elif not isinstance(device_map, str):
         placement = dict(device_map)
     options = {"dtype": dtype, "device_map": placement}
     return options if attn_implementation is None else options | {"attn_implementation": attn_implementation}
 
 
-def _device(device: str | torch.device | None, parameter: str = "device") -> torch.device:
+def find_device(device: str | torch.device | None, parameter: str = "device") -> torch.device:
+    """The device of a name; the GPU where torch finds one, for None.
+
+    Raises:
+        ValueError: there is no such device.
+    """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

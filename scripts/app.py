@@ -11,10 +11,11 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dllm.resolve import names
+from dllm.resolve import names, resolve
 from dllm.scripts import usage
 from dllm.scripts.kinds import check_kinds
 
@@ -61,6 +62,28 @@ def run(task: Callable[[DictConfig], None], config_name: str, kinds: Mapping[str
         fail(command, _one_line(error))
     except KeyboardInterrupt:
         fail(command, "interrupted; what was written is kept", code=130)
+
+
+def make(place: str, group: str, protocol: type, entry: Any) -> Any:
+    """Make the sampler or cache that an option holds.
+
+    Args:
+        place: what errors call it.
+        group: sampler or cache.
+        protocol: what it must be.
+        entry: {_target_: ..., its options}.
+
+    Raises:
+        ValueError: it is something else, or refuses its options.
+    """
+    fields = OmegaConf.to_container(entry, resolve=True) if OmegaConf.is_config(entry) else entry
+    if not isinstance(fields, dict) or "_target_" not in fields:
+        raise ValueError(f"{place}={fields!r} is no {group}; give {{_target_: dllm.{group}..., its options}}")
+    try:
+        made = instantiate(fields)
+    except (*_BAD_INPUT, TypeError) as error:
+        raise ValueError(f"{place}: {_one_line(error)}") from None
+    return resolve(group, made, protocol, place)
 
 
 def fail(command: str, message: str, code: int = 2) -> NoReturn:
@@ -151,7 +174,9 @@ def _one_line(error: BaseException) -> str:
         )
     if match := re.search(r"Could not override '([^']+)'", text):
         return f"{match[1]} is no option here; --help lists those there are"
-    if match := re.search(r"Could not find '([^/]+)/([^']+)' Available options in '[^']+': (.*?) Config search", text):
+    if "Config group override must be a string" in text:
+        return "a group such as cache, sampler or model is chosen by its name; --help lists them"
+    if match := re.search(r"Could not find '([^/]+)/([^']*)' Available options in '[^']+': (.*?) Config search", text):
         return f"{match[1]}={match[2]} is unknown; use one of {', '.join(match[3].split())}"
     if match := re.search(r"Error parsing override '([^']*)' missing EQUAL", text):
         return f"{match[1]!r} is no option; options are written name=value, and --help lists them"
@@ -159,4 +184,4 @@ def _one_line(error: BaseException) -> str:
         return f"{match[1]} names several; give one, or add -m to run them one after another"
     if match := re.search(r"Missing mandatory value: (\S+)", text):
         return f"{match[1]} has no value; set it with {match[1]}=..."
-    return re.sub(r"( full_key:| See https://hydra).*", "", text)
+    return re.sub(r"(, set env var HYDRA_FULL_ERROR=1[^.]*| full_key:| See https://hydra).*", "", text)

@@ -15,10 +15,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import dllm
 from dllm.bench import Bench, Cost, random_model
+from dllm.cache.base import Cache
 from dllm.checks import number
+from dllm.loading import find_device
 from dllm.scripts import app
 
-KINDS = {"caches": Any, "out": str | None, "threads": int | None}
+KINDS = {"block_length": int | None, "out": str | None, "threads": int | None}
 
 
 def main() -> None:
@@ -28,8 +30,9 @@ def main() -> None:
 
 def bench(cfg: DictConfig) -> None:
     """Time every cache; print a table, and write `out`.md and `out`.json where `out` is given."""
-    for name in ("canvas", "gen_length", "block_length", "batch_size", "steps"):
-        number(name, cfg[name], "1 or more", low=1, whole=True)
+    for name in ("canvas", "gen_length", "block_length", "batch_size", "steps", "threads"):
+        if cfg[name] is not None:
+            number(name, cfg[name], "1 or more", low=1, whole=True)
     if cfg.gen_length >= cfg.canvas:
         raise ValueError(f"gen_length={cfg.gen_length} leaves no prompt in canvas={cfg.canvas}; use less")
     for suffix in (".md", ".json") if cfg.out else ():
@@ -37,7 +40,9 @@ def bench(cfg: DictConfig) -> None:
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     sampler = instantiate(cfg.sampler)
-    settings = {str(label): (sampler, instantiate(entry)) for label, entry in cfg.caches.items()}
+    settings = {
+        str(label): (sampler, app.make(f"caches.{label}", "cache", Cache, entry)) for label, entry in cfg.caches.items()
+    }
     if "none" not in settings:
         raise ValueError(f"caches={list(settings)} lack none, which the others are compared with; add it")
     lm = _load(cfg)
@@ -61,7 +66,10 @@ def _load(cfg: DictConfig) -> dllm.LanguageModel:
     path = options.pop("path")
     if not path.startswith("random:"):
         return dllm.load(path, **options)
-    device = options["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("revision", "device_map", "attn_implementation"):
+        if options[name] is not None:
+            raise ValueError(f"model.{name}={options[name]!r} has no effect on a random model; leave it out")
+    device = find_device(options["device"])
     dtype = "float32" if options["dtype"] == "auto" else options["dtype"]
     if dtype not in ("float32", "bfloat16", "float16", "float64"):
         raise ValueError(f"dtype={dtype!r} is unknown; use float32, bfloat16, float16 or float64")

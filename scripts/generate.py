@@ -100,7 +100,7 @@ class Runner:
         counts = f"NFE {nfe}  tokens {stats.tokens}  TPF {stats.tpf:.2f}  {stats.tokens_per_second:.1f} tokens/s"
         # What NFE does not count is shown where there is any.
         counts += f"  extra positions {stats.extra_columns}" if stats.extra_columns > 0 else ""
-        if stats.computed_share < 1:
+        if stats.cache_refreshes:
             counts += f"  computed {stats.computed_share:.0%} of the positions, refreshes {stats.cache_refreshes}"
         counts += f"  {_told(stats.drift)}" if stats.drift is not None else ""
         guided = int(result.guide_nfe[0])

@@ -9,7 +9,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markdown import Markdown
@@ -17,9 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import dllm
 from dllm import compatibility
+from dllm.cache.base import Cache
 from dllm.checks import number
 from dllm.evaluation import Score, evaluate
 from dllm.plan import parse_options
+from dllm.samplers.base import Sampler
 from dllm.scripts import app
 from dllm.tasks import word_problems
 
@@ -47,7 +48,7 @@ def tradeoff(cfg: DictConfig, command: str = "tradeoff", cost: str = "nfe") -> N
         number(name, cfg[name], "1 or more", low=1, whole=True)
     for suffix in (".md", ".svg"):
         app.check_writable("out", out, out + suffix)
-    settings = {str(label): _setting(entry) for label, entry in cfg.settings.items()}
+    settings = {str(label): _setting(str(label), entry) for label, entry in cfg.settings.items()}
     options = {name: cfg[name] for name in ("gen_length", "block_length", "batch_size")}
     for sampler, cache, own in settings.values():
         # Bad values are refused before the model loads.
@@ -70,11 +71,11 @@ def tradeoff(cfg: DictConfig, command: str = "tradeoff", cost: str = "nfe") -> N
     print(f"written to {out}.md and {out}.svg")
 
 
-def _setting(entry: DictConfig) -> tuple[Any, Any, dict[str, Any]]:
+def _setting(label: str, entry: DictConfig) -> tuple[Any, Any, dict[str, Any]]:
     """A sampler, a cache, and the options of the run that are their own."""
     fields: Any = OmegaConf.to_container(entry, resolve=True)
     own, cache = fields.pop("run", {}), fields.pop("cache", {"_target_": "dllm.cache.NoCache"})
-    return instantiate(fields), instantiate(cache), own
+    return app.make(label, "sampler", Sampler, fields), app.make(label, "cache", Cache, cache), own
 
 
 def _measure(

@@ -72,6 +72,20 @@ def test_a_bare_forward_attends_to_the_whole_canvas() -> None:
     assert set(seen[2:]) == {(10, 10)}
 
 
+@pytest.mark.parametrize("name", ["tiny-llada", "tiny-dream"])
+def test_bundled_models_are_timed_on_their_whole_context(name: str) -> None:
+    # Their [MASK] is an id among the others; a prompt must not hold it.
+    result = command("bench", f"model={name}", "steps=1", "gen_length=8", "block_length=null")
+    assert (result.code, result.err) == (0, "")
+    assert "canvas=512" in result.out
+
+
+def test_a_canvas_beyond_the_context_is_refused() -> None:
+    result = command("bench", "model=tiny-llada", "canvas=5000")
+    assert (result.code, result.out) == (2, "")
+    assert "canvas=5000 is longer than the model's context of 512; use less" in result.err
+
+
 def test_settings_end_where_the_canvas_is_full() -> None:
     costs = Bench(random_llada(), 20, 8, 1, 4).run({"dual": (Vanilla(tokens_per_step=2), Dual())}, 50)
     assert costs["dual"].steps == 4
@@ -87,6 +101,14 @@ def test_settings_end_where_the_canvas_is_full() -> None:
         (["model.dtype=int8"], "dtype='int8'"),
         (["~caches.none"], "lack none"),
         (["+caches.dual.measure_every=0"], "measure_every=0"),
+        (["threads=0"], "threads=0"),
+        (["model.device=foo"], "device='foo'"),
+        (["model.revision=abc"], "model.revision='abc' has no effect on a random model"),
+        (["caches=null"], "caches"),
+        (["+caches.x=5"], "caches.x=5 is no cache"),
+        (["+caches.x={_target_: dllm.samplers.Threshold}"], "caches.x"),
+        (["+caches.x={_target_: dllm.cache.DKVCache, interval: 0}"], "caches.x: interval=0"),
+        (["+caches.x={_target_: dllm.cache.Foo}"], "caches.x: Error locating target 'dllm.cache.Foo'"),
         (["out=/dev/null/x"], "out='/dev/null/x' cannot be written"),
         (["+speed=1"], "speed is no option"),
         (["block_length=x"], "block_length='x'"),

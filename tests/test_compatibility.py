@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 import dllm
 from commands import command
 from dllm.cache.base import Cache
-from dllm.compatibility import NEEDS, unmet
+from dllm.compatibility import NEEDS, check, unmet
 from dllm.resolve import names, resolve
 from dllm.samplers import FreeDave, Oracle, Threshold
 from dllm.samplers.base import Sampler
@@ -78,6 +78,13 @@ def test_what_a_base_needs_its_user_needs() -> None:
     assert unmet(Oracle(FreeDave(4)), dllm.cache.D2Cache()) == ["repeatable"]
 
 
+def test_every_reason_is_told_at_once_with_its_way_out() -> None:
+    with pytest.raises(ValueError, match="nor with") as caught:
+        check(FreeDave(eager=True), dllm.cache.DKVCache(), cfg_scale=1.0)
+    assert str(caught.value).startswith("cache=dkv does not go with classifier-free guidance")
+    assert "cfg_scale=0 and eager=false and prefix, dual or freecache with freeze=clean" in str(caught.value)
+
+
 def test_every_need_is_in_the_vocabulary() -> None:
     for name in names("cache"):
         assert set(resolve("cache", name, Cache).refuses) <= set(NEEDS)
@@ -107,7 +114,7 @@ def test_the_matrix_says_what_a_run_says(make: Maker) -> None:
     checked = 0
     for label, *cells in table[2:]:
         for name, cell in zip(table[0][1:], cells, strict=True):
-            scale = 1.0 if label == "cfg_scale above 0" else 0.0
+            scale = 1.0 if "cfg_scale" in label else 0.0
             lm.backbone.hf_device_map = {"a": 0, "b": 1} if "devices" in label else {}
             sampler = samplers.get(label, resolve("sampler", "vanilla", Sampler))
             assert bool(unmet(sampler, resolve("cache", name, Cache), scale, lm.backbone)) == cell.startswith("no (")
@@ -120,6 +127,6 @@ def test_the_command_line_tells_it_in_one_line_before_the_model_loads(monkeypatc
     for arguments in (["sampler=freedave", "sampler.eager=true"], ["cfg_scale=1.5"]):
         result = command("generate", "cache=freecache", *arguments)
         assert (result.code, result.out) == (2, "")
-        assert result.err.startswith("dllm generate: error: the cache FreeCache does not go with ")
+        assert result.err.startswith("dllm generate: error: cache=freecache does not go with ")
         assert result.err.count("\n") == 1
         assert "use cache=none, or " in result.err

@@ -109,7 +109,9 @@ def test_confidences_are_renewed() -> None:
     assert (seen[1][4:] != seen[0][4:]).any()
 
 
-@pytest.mark.parametrize("options", [{"current_k": 0}, {"sigma": 0.0}, {"rollout_p": 1.2}, {"inflate_w": -1}])
+@pytest.mark.parametrize(
+    "options", [{"current_k": 0}, {"sigma": 0.0}, {"sigma": float("inf")}, {"rollout_p": 1.2}, {"inflate_w": -1}]
+)
 def test_bad_options_are_refused(options: dict[str, Any]) -> None:
     (name,) = options
     with pytest.raises(ValueError, match=name):
