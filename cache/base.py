@@ -102,6 +102,13 @@ class Selection:
     columns: Int[Tensor, "A C"]
     drafts: int = 1
 
+    @property
+    def own(self) -> Flags:
+        """(A, C) False where a sequence repeats its last column."""
+        own = np.ones(self.host.shape, dtype=bool)
+        own[:, 1:] = self.host[:, 1:] != self.host[:, :-1]
+        return own
+
 
 @runtime_checkable
 class Store(Protocol):

@@ -205,8 +205,7 @@ class _Watching:
             return
         rows, columns, host = self.selection.rows, self.selection.columns, self.selection.host
         # Neither padding nor what fills up a short sequence looks at anything.
-        own = self.store.visible[rows[:, None], host]
-        own[:, 1:] &= host[:, 1:] != host[:, :-1]
+        own = self.store.visible[rows[:, None], host] & self.selection.own
         looks = torch.as_tensor(own, device=columns.device)
         influence = torch.as_tensor(self.store.visible[rows], device=weights.device).to(weights.dtype)
         # From the last layer to the first: 1^T R_n ... R_1, with R = (A + I) / 2 in the rows that were computed.

@@ -143,9 +143,7 @@ class _Partial:
         rows, host = selection.rows, selection.host
         self.rows, self.kept = self._put(rows), self._put(np.flatnonzero(selection.first))
         self.whole = bool(selection.first.all()) and len(rows) == store.keys.shape[1]
-        # What fills up a short sequence is chosen never.
-        own = np.ones(host.shape, dtype=bool)
-        own[:, 1:] = host[:, 1:] != host[:, :-1]
+        own = selection.own  # what fills up a short sequence is chosen never
         response, needed = store.response[rows[:, None], host] & own, store.needed[rows[:, None], host] & own
         n = np.floor(store.ratio * response.sum(1)).astype(np.int64)
         optional = response & ~needed & (n > 0)[:, None]
@@ -167,7 +165,7 @@ class _Partial:
             (self._put(renewed[0]), self._put(renewed[1])),
         )
 
-    def stale(self, layer: int, values: Float[Tensor, "B H C D"]) -> Int[Tensor, "B U"] | None:
+    def stale(self, layer: int, values: Float[Tensor, "B H C D"]) -> Int[Tensor, "B U"]:
         """The columns that are computed anyway and those whose values changed most."""
         share = self.shares[layer > 0]
         stored = self._held(self.store.values[layer]).transpose(1, 2)
@@ -195,9 +193,7 @@ class _Partial:
         v = self._keep(self.store.values[layer].transpose(1, 2), *renewed)
         return k.transpose(1, 2), v.transpose(1, 2)
 
-    def blend(
-        self, part: str, layer: int, fresh: Float[Tensor, "B U d"], slots: Int[Tensor, "B U"] | None
-    ) -> Float[Tensor, "B C d"]:
+    def blend(self, part: str, layer: int, fresh: Float[Tensor, "B U d"]) -> Float[Tensor, "B C d"]:
         """Put what was computed over what is stored; return it at all columns."""
         whole = self._keep(self.store.added[part][layer], *self._chosen(layer, fresh))
         return whole.gather(1, self.columns[..., None].expand(-1, -1, fresh.shape[-1]))

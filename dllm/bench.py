@@ -81,6 +81,7 @@ class Timing:
         columns: computed, over all rows.
         committed: tokens, over all rows.
         refreshed: whether some row was computed anew.
+        store_bytes: of the keys and values kept.
     """
 
     seconds: float
@@ -89,6 +90,7 @@ class Timing:
     columns: int
     committed: int
     refreshed: bool
+    store_bytes: int
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ class Bench:
                     if timing is not None and warm:
                         timings[label].append(timing)
                     progress()
-        return {label: self._cost(each, settings[label][1]) for label, each in timings.items()}
+        return {label: self._cost(each) for label, each in timings.items()}
 
     @torch.inference_mode()
     def _timed(self, sampler: Any, cache: Any) -> Iterator[Timing]:
@@ -178,7 +180,8 @@ class Bench:
             shapes = [_partial(call, computed) if features else call for call, features in calls]
             bare, alone = (sum(self._bare(call, attend) for call in shapes) for attend in (True, False))
             committed = int(step.change.committed.sum())
-            yield Timing(seconds, bare, alone, computed, committed, refreshed)
+            kept = getattr(getattr(denoiser.cache, "store", None), "nbytes", 0)
+            yield Timing(seconds, bare, alone, computed, committed, refreshed, kept)
 
     def _bare(self, call: Call, attend: bool) -> float:
         """Seconds of the backbone alone, on made-up tokens."""
@@ -191,7 +194,7 @@ class Bench:
         backbone(tokens, None, positions, store, select)
         return self._now() - started
 
-    def _cost(self, timings: Sequence[Timing], cache: Any) -> Cost:
+    def _cost(self, timings: Sequence[Timing]) -> Cost:
         reusing = [each for each in timings if not each.refreshed] or timings
         ratios = [each.seconds / each.bare for each in reusing]
         refreshing = [each.seconds / each.bare for each in timings if each.refreshed]
@@ -206,13 +209,8 @@ class Bench:
             to_alone=median(each.seconds / each.alone for each in reusing),
             refresh_to_bare=median(refreshing) if refreshing else None,
             spread=quartiles[2] - quartiles[0],
-            store_bytes=self._store_bytes(cache),
+            store_bytes=timings[0].store_bytes,
         )
-
-    def _store_bytes(self, cache: Any) -> int:
-        plan = Plan(self.lm, self.prompts, "vanilla", cache, self.options, infill=False)
-        _, step = next(plan.steps())
-        return int(getattr(getattr(step.denoiser.cache, "store", None), "nbytes", 0))
 
     def _now(self) -> float:
         if self.lm.device.type == "cuda":

@@ -101,7 +101,7 @@ def decode(
         rehearsed += time.perf_counter() - started
         return torch.as_tensor(copy.host, device=copy.device)
 
-    run = facts(backbone, canvas, cfg_scale > 0, tokenizer, rehearse)
+    run = facts(backbone, canvas, tokenizer, rehearse)
     meter = Meter(run.rows, cache.measure_every, cache.refresh_above, run.mask_token_id)
     with torch.inference_mode():
         state = sampler.start(run)

@@ -28,8 +28,6 @@ class Run:
         eos_token_ids: ids that end a text; the first one fills.
         stop_at_eos: a row is finished once everything up to its first end-of-text is decoded.
         infill: some row has given tokens behind its first mask.
-        guided: every forward computes a second row with the prompt masked; a cache that keeps one set
-            of keys and values a row must refuse.
         logits_shift: the prediction for column i is read at column i - logits_shift.
         kv_shape: layers, key-value heads and head dimension of the backbone.
         hidden_size: width of the backbone.
@@ -49,7 +47,6 @@ class Run:
     eos_token_ids: tuple[int, ...]
     stop_at_eos: bool
     infill: bool
-    guided: bool
     logits_shift: int
     kv_shape: tuple[int, int, int]
     hidden_size: int
@@ -69,7 +66,6 @@ class Run:
 def facts(
     backbone: MaskedDiffusionModel,
     canvas: Canvas,
-    guided: bool,
     tokenizer: PreTrainedTokenizerBase | None,
     rehearse: Callable[[Any], Tensor],
 ) -> Run:
@@ -83,7 +79,6 @@ def facts(
         eos_token_ids=canvas.eos_token_ids,
         stop_at_eos=canvas.stop_at_eos,
         infill=bool((canvas.region.sum(1) < canvas.length - canvas.start).any()),
-        guided=guided,
         logits_shift=backbone.logits_shift,
         kv_shape=backbone.kv_shape,
         hidden_size=backbone.config.hidden_size,

@@ -28,7 +28,10 @@ def compatibility(cfg: DictConfig) -> None:
     """Print the table, and write it to `out` where that is given."""
     if cfg.out:
         app.check_writable("out", cfg.out)
-    text = matrix({str(label): instantiate(entry) for label, entry in cfg.variants.items()})
+    variants = {str(label): instantiate(entry) for label, entry in cfg.variants.items()}
+    samplers = {name: resolve("sampler", name, Sampler) for name in names("sampler")} | variants
+    caches = {name: resolve("cache", name, Cache) for name in names("cache")}
+    text = matrix(samplers, {"none": caches.pop("none"), **caches})
     print(text)
     if cfg.out:
         Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
@@ -36,15 +39,8 @@ def compatibility(cfg: DictConfig) -> None:
         print(f"written to {cfg.out}")
 
 
-def matrix(variants: dict[str, Any]) -> str:
-    """What goes together, as Markdown.
-
-    Args:
-        variants: samplers with other options than their YAML's, by label.
-    """
-    caches = {name: resolve("cache", name, Cache) for name in names("cache")}
-    caches = {"none": caches.pop("none"), **caches}
-    samplers = {name: resolve("sampler", name, Sampler) for name in names("sampler")} | variants
+def matrix(samplers: dict[str, Any], caches: dict[str, Any]) -> str:
+    """What goes together, as Markdown; samplers and caches by label."""
     reasons: dict[str, int] = {}
 
     def cell(cache: Any, needs: Iterable[str]) -> str:

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 import dllm
-from dllm.resolve import names
+from contract_rig import BY_NAME, GUIDED, LEARNED, PROMPTS, Maker, backbones
 from dllm.samplers import (
-    ARGuided,
     EntropyThreshold,
     Factor,
     FreeDave,
@@ -23,16 +22,11 @@ from dllm.samplers import (
     Vanilla,
 )
 from dllm.samplers.base import Sampler
-from models import random_dream, random_filter, random_guide, random_llada
+from models import random_llada
 from toys import Drafting, Refreshing, Remembering, Revoking, Rewriting, Stalling, Vandal, Watching
 
-BACKBONES = {"llada": random_llada, "dream": random_dream}
-LEARNED = Learn2PD(random_filter(), threshold=0.8, allow_mismatch=True)
-GUIDED = ARGuided(random_guide(), accept="topk", top_k=9)
-# What these come with is for the bundled models.
-MADE_FOR_OTHERS = {"learn2pd": LEARNED, "ar_guided": GUIDED}
 SAMPLERS: dict[str, Any] = {
-    **{name: MADE_FOR_OTHERS.get(name, name) for name in names("sampler")},
+    **BY_NAME,
     "vanilla-steps": Vanilla(steps=13),
     "vanilla-3": Vanilla(tokens_per_step=3),
     "vanilla-timestep": Vanilla(steps=20, schedule="timestep"),
@@ -45,6 +39,7 @@ SAMPLERS: dict[str, Any] = {
     "entropy-2": EntropyThreshold(2.0),
     "localleap-wide": LocalLeap(0.5, 0.2, 3),
     "learn2pd-cut": replace(LEARNED, eotp="published"),
+    "learn2pd-accepted": replace(LEARNED, eotp="accepted"),
     "learn2pd-safe": replace(LEARNED, eotp="safe"),
     "freedave-tree": FreeDave(3, draft_mode="tree"),
     "freedave-eager": FreeDave(6, eager=True),
@@ -56,8 +51,6 @@ SAMPLERS: dict[str, Any] = {
     "remembering": Remembering(),
     "revoking": Revoking(),
 }
-# No empty prompt here: all masks are alike then, and rounding alone decides among them.
-PROMPTS = [[5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [50], [11, 12], [30, 31, 32, 33], [8, 8], [4, 40, 4, 40, 4]]
 
 
 def only(keep: Callable[[Any], bool]) -> Any:
@@ -77,9 +70,7 @@ def cuts(sampler: Any) -> bool:
     return isinstance(sampler, Learn2PD) and sampler.eotp != "off"
 
 
-backbones = pytest.mark.parametrize("make", BACKBONES.values(), ids=BACKBONES)
 samplers = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
-Maker = Callable[..., dllm.LanguageModel]
 
 
 def run(

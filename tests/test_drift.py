@@ -82,7 +82,8 @@ def test_what_is_measured_is_what_it_says(make: Maker) -> None:
     lm, seen = make(), []
 
     def watch(step: dllm.engine.Step) -> None:
-        store, canvas = step.denoiser.cache.store, step.canvas  # type: ignore[attr-defined]
+        cache_run: Any = step.denoiser.cache
+        store, canvas = cache_run.store, step.canvas
         prediction, columns = step.denoiser.last or (None, None)
         assert prediction is not None
         (measurement,) = step.drift

@@ -27,10 +27,12 @@ CACHES = [name for name in names("cache") if name != "none"]
 def test_a_store_has_the_size_its_docstring_says(make: Callable[..., dllm.LanguageModel], name: str) -> None:
     lm = make(dtype=torch.float32)
     stores: list[Any] = []
-    dllm.generate(
-        lm, [[5, 6], [7, 8, 9]], "threshold", name, gen_length=12,
-        callback=lambda step: stores.append(step.denoiser.cache.store),  # type: ignore[attr-defined]
-    )  # fmt: skip
+
+    def watch(step: dllm.engine.Step) -> None:
+        cache_run: Any = step.denoiser.cache
+        stores.append(cache_run.store)
+
+    dllm.generate(lm, [[5, 6], [7, 8, 9]], "threshold", name, gen_length=12, callback=watch)
     layers, heads, size = lm.backbone.kv_shape
     columns = heads * size + (lm.backbone.config.hidden_size if name == "dllm_cache" else 0)
     assert {store.nbytes for store in stores} == {2 * layers * 2 * 15 * columns * 4}

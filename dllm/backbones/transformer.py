@@ -31,17 +31,15 @@ class KVStore(Protocol):
 class FeatureStore(KVStore, Protocol):
     """A store that also keeps what the two parts of a layer add, so that a layer need not compute all columns."""
 
-    def stale(self, layer: int, values: Float[Tensor, "B H C D"]) -> Int[Tensor, "B U"] | None:
-        """Slots of the C columns to compute in this layer, given their fresh values; None for all of them.
+    def stale(self, layer: int, values: Float[Tensor, "B H C D"]) -> Int[Tensor, "B U"]:
+        """Slots of the C columns to compute in this layer, given their fresh values.
 
         `update` then gets the keys of these and the values of all C.
         """
         ...
 
-    def blend(
-        self, part: str, layer: int, fresh: Float[Tensor, "B U d"], slots: Int[Tensor, "B U"] | None
-    ) -> Float[Tensor, "B C d"]:
-        """Store what a part ("attention" or "mlp") adds at the slots; return what it adds at all C columns."""
+    def blend(self, part: str, layer: int, fresh: Float[Tensor, "B U d"]) -> Float[Tensor, "B C d"]:
+        """Store what a part ("attention" or "mlp") adds at those slots; return what it adds at all C columns."""
         ...
 
 
@@ -147,10 +145,10 @@ def block_forward(
     if inputs.store is not None:
         k, v = inputs.store.update(layer, k, v)
     added = parts.output(rearrange(_attention(q, k, v, layer, inputs), "b h c d -> b c (h d)"))
-    x = x + (added if features is None else features.blend("attention", layer, added, slots))
+    x = x + (added if features is None else features.blend("attention", layer, added))
     h = parts.mlp_norm(x if slots is None else _take(x, slots))
     added = parts.down(F.silu(parts.gate(h)) * parts.up(h))
-    return x + (added if features is None else features.blend("mlp", layer, added, slots))
+    return x + (added if features is None else features.blend("mlp", layer, added))
 
 
 def _heads(x: Float[Tensor, "B C d"], head_dim: int) -> Float[Tensor, "B H C D"]:

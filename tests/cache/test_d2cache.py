@@ -101,8 +101,8 @@ def test_confidences_are_renewed() -> None:
     cache = D2Cache(current_k=2)
 
     def watch(step: dllm.engine.Step) -> None:
-        rule: Any = step.denoiser.cache.rule  # type: ignore[attr-defined]
-        seen.append(rule.confidence[0].copy())
+        cache_run: Any = step.denoiser.cache
+        seen.append(cache_run.rule.confidence[0].copy())
 
     dllm.generate(lm, [[5, 6, 7]], Leftmost(1), cache, gen_length=8, callback=watch)
     assert (seen[0][3:] > 0).all()
