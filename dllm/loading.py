@@ -27,7 +27,7 @@ BUNDLED = Path(__file__).parent / "checkpoints"
 # What a checkpoint is made of; code that lies beside it is not even downloaded.
 _FILES = ("*.json", "*.jinja", "*.txt", "*.safetensors")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_DTYPES = ("float16", "bfloat16", "float32", "float64")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 _ATTENTION = ("sdpa", "eager")
 _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -151,8 +151,8 @@ def _options(
 ) -> dict[str, Any]:
     """Check what the user chose and turn it into arguments of `from_pretrained`."""
     if isinstance(dtype, str) and dtype != "auto":
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype={dtype!r} is unknown; use auto, {', '.join(_DTYPES)} or a torch.dtype")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r} is unknown; use auto, {', '.join(DTYPES)} or a torch.dtype")
         dtype = getattr(torch, dtype)
     if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype} holds no weights; use a floating-point dtype such as torch.bfloat16")

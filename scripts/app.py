@@ -86,6 +86,12 @@ def make(place: str, group: str, protocol: type, entry: Any) -> Any:
     return resolve(group, made, protocol, place)
 
 
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
 def fail(command: str, message: str, code: int = 2) -> NoReturn:
     """Say what is wrong and leave."""
     print(f"{command}: error: {message}", file=sys.stderr)

@@ -16,8 +16,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 import dllm
 from dllm.bench import Bench, Cost, random_model
 from dllm.cache.base import Cache
-from dllm.checks import number
-from dllm.loading import find_device
+from dllm.checks import choice, number
+from dllm.loading import DTYPES, find_device
 from dllm.scripts import app
 
 KINDS = {"block_length": int | None, "out": str | None, "threads": int | None}
@@ -71,8 +71,7 @@ def _load(cfg: DictConfig) -> dllm.LanguageModel:
             raise ValueError(f"model.{name}={options[name]!r} has no effect on a random model; leave it out")
     device = find_device(options["device"])
     dtype = "float32" if options["dtype"] == "auto" else options["dtype"]
-    if dtype not in ("float32", "bfloat16", "float16", "float64"):
-        raise ValueError(f"dtype={dtype!r} is unknown; use float32, bfloat16, float16 or float64")
+    choice("dtype", dtype, DTYPES)
     return random_model(path.removeprefix("random:"), cfg.canvas, device, getattr(torch, dtype))
 
 
@@ -105,8 +104,7 @@ def table(costs: dict[str, Cost], caption: str) -> str:
         ]
         for label, cost in costs.items()
     ]
-    lines = [caption, "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows), ""])
+    return f"{caption}\n\n{app.markdown(head, rows)}\n"
 
 
 if __name__ == "__main__":

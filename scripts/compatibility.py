@@ -67,7 +67,7 @@ def matrix(samplers: dict[str, Any], caches: dict[str, Any]) -> str:
         "its base gives with the same cache. `freecache` is meant with its defaults: freeze=last_forward, or another",
         "granularity than block, keeps what depends on the way a block is decoded, and so does refresh_above.",
         "",
-        *("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)),
+        app.markdown(head, rows),
         "",
         *(f"({number}) {reason}." for reason, number in reasons.items()),
     ]

@@ -138,10 +138,7 @@ def table(scores: dict[str, Score], caption: str) -> str:
     head += list(more)
     for row, s in zip(rows, scores.values(), strict=True):
         row += [cell(s) for cell in more.values()]
-    lines = [" | ".join(cells) for cells in (head, *rows)]
-    return "\n".join(
-        [caption, "", f"| {lines[0]} |", "|" + "---|" * len(head), *(f"| {line} |" for line in lines[1:]), ""]
-    )
+    return f"{caption}\n\n{app.markdown(head, rows)}\n"
 
 
 def draw(figure: Any, scores: dict[str, Score], title: str, cost: str = "nfe") -> None:
