@@ -167,13 +167,7 @@ class Plan:
 
 @runtime_checkable
 class CacheRun(Protocol):
-    """One run's cached keys and values.
-
-    Attributes:
-        refreshes: how often a row's columns were all computed anew, summed over rows.
-    """
-
-    refreshes: int
+    """One run's cached keys and values."""
 
     def plan(self, question: Question) -> Plan:
         """Plan one forward."""

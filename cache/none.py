@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +20,6 @@ class NoCache(Metered):
     Raises:
         ValueError: a bound for refreshing.
     """
-
-    refreshes: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -179,7 +179,7 @@ class Reuse:
     """
 
     def __init__(self, run: Run, rule: Rule, store: Store | None = None) -> None:
-        self.rule, self.store, self.refreshes = rule, store or KeyValues(run), 0
+        self.rule, self.store = rule, store or KeyValues(run)
         self._due = np.ones(run.rows, dtype=bool)
         self._stale = np.zeros((run.rows, run.length), dtype=bool)
 
@@ -192,9 +192,7 @@ class Reuse:
         compute |= question.drafted & (question.since(question.high) | ~question.since(question.low))
         compute &= ~canvas.cut[rows]
         self._due[rows[first]], self._stale[rows[first]] = False, False
-        plan = Plan(compute, self.store, chosen.cost, chosen.probe)
-        self.refreshes += int((plan.whole(canvas.visible[rows]) & first).sum())
-        return plan
+        return Plan(compute, self.store, chosen.cost, chosen.probe)
 
     def observe(self, change: Change) -> None:
         """Remember what lost its keys and values."""

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from dllm.cache.base import Cache
 from dllm.drift import Measurement
-from dllm.engine import Step
 from dllm.generation import Generation, Recorder
 from dllm.loading import LanguageModel
 from dllm.plan import Answer, Callback, Plan, parse_options
 from dllm.prompts import Prompts, encode
 from dllm.samplers.base import Sampler
+from dllm.step import Step
 
 
 @dataclass(frozen=True)

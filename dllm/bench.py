@@ -175,8 +175,8 @@ class Bench:
             if found is None:
                 return
             step, denoiser = found[1], found[1].denoiser
-            computed, columns = denoiser.computed - columns, denoiser.computed
-            refreshed, refreshes = denoiser.cache.refreshes > refreshes, denoiser.cache.refreshes
+            computed, columns = int(denoiser.computed.sum()) - columns, int(denoiser.computed.sum())
+            refreshed, refreshes = int(denoiser.refreshes.sum()) > refreshes, int(denoiser.refreshes.sum())
             shapes = [_partial(call, computed) if features else call for call, features in calls]
             bare, alone = (sum(self._bare(call, attend) for call in shapes) for attend in (True, False))
             committed = int(step.change.committed.sum())

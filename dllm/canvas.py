@@ -68,6 +68,8 @@ class Edit:
         write: where.
         end: column each row ends before: what lies from there on is filled with end-of-text, never decoded
             and no longer looked at. None for no change; only where nothing is given behind a mask.
+        drafted: tokens that were judged as drafts, accepted where they are written; [MASK] where there were none.
+            None where the policy drafts nothing.
         guide_forwards: forwards of a guide model that each row took part in for this edit; None for none.
         guide_seconds: wall time of those.
     """
@@ -76,6 +78,7 @@ class Edit:
     tokens: Int[Tensor, "B K"]
     write: Bool[Tensor, "B K"]
     end: Int[Tensor, " B"] | None = None
+    drafted: Int[Tensor, "B K"] | None = None
     guide_forwards: NDArray[np.int64] | None = None
     guide_seconds: float = 0.0
 

@@ -58,7 +58,9 @@ class Denoiser:
     Attributes:
         forwards: (B,) forwards each entry of the current window took part in.
         last: the latest prediction about the current window and the columns it is about.
-        computed: columns computed so far, over all rows.
+        looked: what was computed in each forward of the current window, as (rows, (A, L) columns or None for all).
+        computed: (rows,) columns computed so far for each canvas row.
+        refreshes: (rows,) forwards so far in which a cache had everything computed anew.
     """
 
     def __init__(
@@ -75,13 +77,14 @@ class Denoiser:
         column = torch.arange(canvas.length, device=canvas.device)
         self._positions = (column - canvas.first_real[:, None]).clamp(min=0)
         self._given = ~torch.as_tensor(canvas.region, device=canvas.device)
-        self.computed = 0
+        self.computed, self.refreshes = np.zeros((2, len(canvas.host)), dtype=np.int64)
 
     def bind(self, window: Window) -> Denoiser:
         """Turn to a new window."""
         self.window = window
         self.forwards: NDArray[np.int64] = np.zeros(len(window.rows), dtype=np.int64)
         self.last: tuple[Prediction, Tensor] | None = None
+        self.looked: list[tuple[NDArray[np.int64], NDArray[np.bool_] | None]] = []
         return self
 
     def __call__(
@@ -152,6 +155,7 @@ class Denoiser:
         shown = None if drafts == 1 else lambda: tokens.cpu().numpy()
         question = Question(self.canvas, rows, sequences % drafts == 0, places, shown)
         plan = self.cache.plan(question)
+        self.looked.append((rows, plan.compute))
         if plan.compute is not None and plan.store is not None:
             return self._reusing(question, plan, tokens, joined)
         self.meter.trust(question, self.meter.due(question))
@@ -163,7 +167,7 @@ class Denoiser:
             place = torch.zeros(len(columns), dtype=torch.long, device=live.device)
             sequence = place.index_copy(0, live, torch.arange(len(live), device=live.device))[sequence]
         slot = torch.maximum(slot, self.canvas.first_real[at[sequence]])
-        self.computed += tokens.numel()
+        np.add.at(self.computed, rows, self.canvas.length)
         real = self.canvas.real_columns
         work = Work(tokens, self._positions[at], self._given[at], None if real is None else real[at], joined=joined)
         return self._forward(work, sequence * tokens.shape[1] + slot)
@@ -178,6 +182,8 @@ class Denoiser:
             extra = np.nonzero(plan.probe.read)
             sequence, column = np.concatenate((sequence, extra[0])), np.concatenate((column, extra[1]))
         joined = joined if plan.store.joinable else 1
+        whole = plan.whole(self.canvas.visible[question.rows]) & question.first
+        np.add.at(self.refreshes, question.rows[whole], 1)
         compute = _together(plan.compute, joined)
         cost = compute.sum(1) if plan.cost is None else plan.cost
         device, real = tokens.device, self.canvas.real_columns
@@ -191,14 +197,14 @@ class Denoiser:
             select = torch.as_tensor(at * host.shape[1] + slots[at, column[mine]], device=device)
             columns = torch.as_tensor(host, device=device)
             chosen = Selection(question.rows[group], question.first[group], host, columns, joined)
-            whole = len(group) == len(compute)
+            every = len(group) == len(compute)
             rows = torch.as_tensor(chosen.rows, device=device)
-            fed = (tokens if whole else tokens[torch.as_tensor(group, device=device)]).gather(1, columns)
+            fed = (tokens if every else tokens[torch.as_tensor(group, device=device)]).gather(1, columns)
             work = Work(
                 fed, self._positions[rows].gather(1, columns), self._given[rows].gather(1, columns),
                 None if real is None else real[rows], plan.store.bind(chosen), columns, joined,
             )  # fmt: skip
-            self.computed += int(cost[group].max()) * len(group)
+            np.add.at(self.computed, question.rows[group], cost[group].max())
             parts.append(self._forward(work, select))
             order.append(mine)
         logits = parts[0]
@@ -225,7 +231,7 @@ class Denoiser:
             work = Work(fed, self._positions[rows], self._given[rows], None if real is None else real[rows], comparison)
             if meter.above is not None:  # what may act on the result counts as part of it
                 self.forwards[np.searchsorted(self.canvas.rows, question.rows[sequences])] += 1
-                self.computed += fed.numel()
+                np.add.at(self.computed, question.rows[sequences], length)
             return self._forward(work, torch.as_tensor(slots, device=tokens.device))
 
         logits, off = meter.measure(question, plan, logits, exact)

@@ -8,12 +8,8 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -21,51 +17,11 @@ from dllm.backbones.base import MaskedDiffusionModel
 from dllm.cache.base import Cache
 from dllm.canvas import Canvas, Change
 from dllm.denoiser import Denoiser
-from dllm.drift import Measurement, Meter
+from dllm.drift import Meter
 from dllm.prediction import Sampling
 from dllm.run import facts
 from dllm.samplers.base import Sampler
-
-
-@dataclass(frozen=True)
-class Step:
-    """One denoising step, for the B rows that took part.
-
-    Attributes:
-        change: rows, and what was committed, revoked and filled.
-        forwards: (B,) denoiser forwards of each row.
-        guide_forwards: (B,) guide forwards of each row; None without a guide.
-        guide_seconds: wall time of the guide.
-        rehearsal_seconds: wall time of what the sampler had decoded beforehand, over all steps so far.
-        drift: how far the cache was off in forwards of this step that were compared with exact ones.
-        canvas: the canvas after the step; it moves on with the run.
-        denoiser: whose latest prediction is still provisional.
-    """
-
-    change: Change
-    forwards: NDArray[np.int64]
-    guide_forwards: NDArray[np.int64] | None
-    guide_seconds: float
-    rehearsal_seconds: float
-    drift: tuple[Measurement, ...]
-    canvas: Canvas
-    denoiser: Denoiser
-
-    @property
-    def finished(self) -> int:
-        """Number of rows that this step finished."""
-        return len(self.change.rows) - len(self.canvas.rows)
-
-    @cached_property
-    def provisional(self) -> NDArray[np.int64]:
-        """(B, L) tokens predicted in this step where nothing is committed yet; [MASK] elsewhere."""
-        tokens = np.full((len(self.change.rows), self.canvas.length), self.canvas.mask_token_id)
-        if self.denoiser.last is not None:
-            prediction, columns = self.denoiser.last
-            entry, k = np.nonzero(prediction.asked.cpu().numpy())
-            tokens[entry, columns.cpu().numpy()[entry, k]] = prediction.tokens.cpu().numpy()[entry, k]
-        still = self.canvas.host[self.change.rows] == self.canvas.mask_token_id
-        return np.where(still, tokens, self.canvas.mask_token_id)
+from dllm.step import Step
 
 
 def decode(
@@ -113,8 +69,7 @@ def decode(
             change = canvas.apply(window, edit)
             _check_progress(sampler, change)
             denoiser.cache.observe(change)
-        guide = edit.guide_forwards, edit.guide_seconds
-        yield Step(change, denoiser.forwards, *guide, rehearsed, meter.take(), canvas, denoiser)
+        yield Step(change, edit, denoiser.forwards, rehearsed, meter.take(), canvas, denoiser)
 
 
 def _check_progress(sampler: Sampler, change: Change) -> None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dllm.canvas import Canvas
 from dllm.drift import Drift, Measurement, summarise
-from dllm.engine import Step
+from dllm.step import Step
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,7 @@ class Recorder:
         self.guide_nfe = np.zeros(len(canvas.host), dtype=np.int64)
         self.guide_seconds = 0.0
         self.commit_step = np.full(canvas.host.shape, -1, dtype=np.int64)
-        self.full_columns = 0
-        self.computed_columns = 0
-        self.refreshes = 0
+        self.computed_columns, self.refreshes = np.zeros((2, len(canvas.host)), dtype=np.int64)
         self.measurements: list[Measurement] = []
         self.measuring_seconds = 0.0
         self.uncounted_seconds = 0.0
@@ -109,10 +107,9 @@ class Recorder:
         """Count one step."""
         rows, change = step.change.rows, step.change
         self.nfe[rows] += step.forwards
-        if step.guide_forwards is not None:
-            self.guide_nfe[rows] += step.guide_forwards
-            self.guide_seconds += step.guide_seconds
-        self.full_columns += int(step.forwards.sum()) * self.canvas.length
+        if step.edit.guide_forwards is not None:
+            self.guide_nfe[rows] += step.edit.guide_forwards
+            self.guide_seconds += step.edit.guide_seconds
         settled = self.commit_step[rows]
         settled[change.revoked | change.filled] = -1
         self.commit_step[rows] = np.where(change.committed, self.nfe[rows, None] - 1, settled)
@@ -120,7 +117,7 @@ class Recorder:
         meter = step.denoiser.meter
         self.measuring_seconds = meter.seconds
         self.uncounted_seconds = step.rehearsal_seconds + (meter.seconds if meter.above is None else 0.0)
-        self.computed_columns, self.refreshes = step.denoiser.computed, step.denoiser.cache.refreshes
+        self.computed_columns, self.refreshes = step.denoiser.computed, step.denoiser.refreshes
 
 
 class Clock:
@@ -175,7 +172,8 @@ def assemble(
         counts = count_tokens(completions, eos)
         cut = [row[:count] for row, count in zip(completions, counts, strict=True)]
     tokens = int(counts.sum())
-    computed, full = (sum(getattr(r, name) for r in recorders) for name in ("computed_columns", "full_columns"))
+    computed = sum(int(r.computed_columns.sum()) for r in recorders)
+    full = sum(int(r.nfe.sum()) * r.canvas.length for r in recorders)
     stats = Stats(
         seconds=seconds,
         tokens=tokens,
@@ -185,7 +183,7 @@ def assemble(
         extra_columns=computed - full,
         guide_seconds=sum(r.guide_seconds for r in recorders),
         computed_share=computed / max(1, full),
-        cache_refreshes=sum(r.refreshes for r in recorders),
+        cache_refreshes=sum(int(r.refreshes.sum()) for r in recorders),
         drift=summarise(
             [each for r in recorders for each in r.measurements], sum(r.measuring_seconds for r in recorders)
         ),

@@ -15,12 +15,13 @@ from dllm import compatibility
 from dllm.cache.base import Cache
 from dllm.canvas import Canvas
 from dllm.checks import choice, number
-from dllm.engine import Step, decode
+from dllm.engine import decode
 from dllm.generation import Clock, Generation, Recorder, assemble, count_tokens, decode_text
 from dllm.loading import LanguageModel
 from dllm.prediction import Sampling
 from dllm.resolve import resolve
 from dllm.samplers.base import Sampler
+from dllm.step import Step
 
 Callback: TypeAlias = Callable[[Step], None]
 

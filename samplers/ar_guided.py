@@ -51,12 +51,14 @@ class Ready:
         judging: the conversation with the guide.
         aligner: how it reads the canvas.
         writable: tokens of the guide that may be written; None where its tokens are others.
+        mask_token_id: of the denoiser.
         checked: whether the prompts are known to be readable.
     """
 
     judging: Judging
     aligner: Aligner
     writable: Bool[Tensor, " V"] | None
+    mask_token_id: int
     checked: bool = False
 
 
@@ -118,7 +120,7 @@ class ARGuided:
             writable[run.mask_token_id : run.mask_token_id + 1] = False
         elif self.on_reject == "guide":
             raise ValueError("on_reject=guide needs a guide with the model's own vocabulary; use on_reject=draft")
-        return Ready(Judging(guide), aligner, writable)
+        return Ready(Judging(guide), aligner, writable, run.mask_token_id)
 
     def step(self, window: Window, denoise: Denoise, state: Ready) -> Edit:
         """Draft the block, let the guide read it, commit what holds."""
@@ -137,7 +139,12 @@ class ARGuided:
             return commit(window, prediction, leftmost(window.masked))
         edit = self._judge(window, prediction, aligned, judged, state.writable)
         forwards = asks.long().cpu().numpy()  # read from the device: forwards are counted on the host, per row
-        return replace(edit, guide_forwards=forwards, guide_seconds=state.judging.seconds - before)
+        return replace(
+            edit,
+            drafted=prediction.tokens.masked_fill(~window.masked, state.mask_token_id),
+            guide_forwards=forwards,
+            guide_seconds=state.judging.seconds - before,
+        )
 
     def _judge(
         self,

@@ -149,7 +149,11 @@ class FreeDave:
         state.entry_masks[window.rows] = views.entry_masks[at]
         state.entry[window.rows] = torch.arange(len(at), device=at.device)
         state.kept = judged[0].kept(lambda values: values[at])
-        return become(window, final)
+        edit = become(window, final)
+        # Of the drafts the deepest holds what all the others do.
+        return replace(
+            edit, drafted=drafts[:, -1].where(window.tokens == state.run.mask_token_id, state.run.mask_token_id)
+        )
 
     def _draft(self, window: Window, known: Bool[Tensor, " B"], state: Memory) -> Int[Tensor, "B D L"]:
         """The canvas and what the base would make of it, step by step, if what was predicted still held."""

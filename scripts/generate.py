@@ -21,10 +21,10 @@ import dllm
 from dllm import compatibility
 from dllm.display import CanvasView, live, plain, save_picture
 from dllm.drift import Drift, Measurement, summarise
-from dllm.engine import Step
 from dllm.jsonl import AnswerFile, Question, read_questions
 from dllm.prompts import encode
 from dllm.scripts import app
+from dllm.step import Step
 from dllm.tasks import word_problems
 
 _KINDS = get_type_hints(dllm.Options) | {"seed": int | None, "prompt": str | None}

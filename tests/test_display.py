@@ -16,9 +16,9 @@ from rich.text import Text
 import dllm
 from dllm.canvas import Edit, Window
 from dllm.display import FRESH, MASKED, PROVISIONAL, SETTLED, CanvasView, live, plain, save_picture
-from dllm.engine import Step
 from dllm.run import Run
 from dllm.samplers.base import Denoise
+from dllm.step import Step
 from models import random_llada
 
 LM = random_llada(tokenizer=True, layers=1)

@@ -189,10 +189,6 @@ class SpyingRun:
     expiring: bool
 
     @property
-    def refreshes(self) -> int:
-        return int(self.inner.refreshes)
-
-    @property
     def store(self) -> Any:
         return self.inner.store
 
@@ -245,7 +241,6 @@ class RefreshingRun:
     store: KeyValues
     narrow: bool
     short: bool
-    refreshes: int = 0
     seen: list[Change] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -257,10 +252,8 @@ class RefreshingRun:
         if self.narrow and (question.canvas.step[question.rows] > 0).all():
             # The block and the column to its left, in which the shifted families read its first prediction.
             compute = question.since(question.low - 1) & ~question.since(question.high)
-        else:
-            self.refreshes += int(question.first.sum())
-            if self.short:
-                compute[:, 3:] = False
+        elif self.short:
+            compute[:, 3:] = False
         return Plan(compute, self.store)
 
     def observe(self, change: Change) -> None:
