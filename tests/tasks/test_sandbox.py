@@ -1,0 +1,182 @@
+"""Programs of a model: what passes, what does not and why, and what they leave behind."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from dllm.tasks import sandbox
+from dllm.tasks.sandbox import Outcome, execute
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs resource limits")
+
+PASSED = Outcome(True, "passed", "")
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended; one that waits to be collected has."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+class TestVerdicts:
+    @pytest.mark.parametrize(
+        "program",
+        [
+            "",
+            "import collections, dataclasses, functools, heapq, itertools, math, re, typing\nassert math.pi > 3",
+            "from dataclasses import dataclass\n@dataclass\nclass A:\n    a: 'int'\nassert A(1) == A(1)",
+            "assert __name__ == '__main__'\nimport __main__, pickle\nclass A: pass\npickle.dumps(A())",
+            "# caf\u00e9 \U0001f600\nprint('caf\u00e9 \U0001f600')",
+            "print('x' * 10**8)\nimport sys\nfor _ in range(10): print('x' * 10**7, file=sys.stderr)",
+            "import sys\nassert sys.stdin.read() == ''",
+            "import threading, time\nthreading.Thread(target=lambda: time.sleep(60)).start()",
+        ],
+        ids=["empty", "imports", "dataclass", "main", "unicode", "output", "no input", "thread"],
+    )
+    def test_a_program_that_runs_to_its_end_passes(self, program: str) -> None:
+        assert execute(program) == PASSED
+
+    @pytest.mark.parametrize(
+        ("program", "reason", "detail"),
+        [
+            ("assert 1 == 2", "failed", "AssertionError"),
+            ("assert 1 == 2, 'no\\nreally'", "failed", "AssertionError: no"),
+            ("def f(:", "failed", "SyntaxError: invalid syntax (program.py, line 1)"),
+            ("x = '\ud800'", "failed", "SyntaxError"),
+            ("x = '\0'", "failed", "SyntaxError"),
+            ("def f(): f()\nf()", "failed", "RecursionError"),
+            ("raise ValueError('x' * 10**6)", "failed", "ValueError: " + "x" * 300),
+            ("class E(Exception):\n    def __str__(self): raise E\nraise E", "failed", "E"),
+            ("import sys\nsys.exit(0)", "failed", "SystemExit: 0"),
+            ("exit()", "failed", "SystemExit"),
+            ("import os\nos._exit(0)", "failed", "left with exit code 0 before its end"),
+            ("import os\nos._exit(7)", "failed", "left with exit code 7 before its end"),
+            ("import os\nos.fork() and os._exit(0)", "failed", "left with exit code 0 before its end"),
+            ("input()", "failed", "EOFError"),
+            ("open('big', 'wb').write(b'x' * 10**8)", "failed", "OSError: [Errno 27]"),
+            ("files = [open('f', 'w') for _ in range(1000)]", "failed", "OSError: [Errno 24]"),
+            ("x = [0] * 10**10", "memory", "MemoryError"),
+            ("x = []\nwhile True: x.append(bytes(10**7))", "memory", "MemoryError"),
+            ("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)", "crashed", "ended by signal 11"),
+            ("import os\nos.killpg(0, 9)", "crashed", "the process that watched it is gone"),
+        ],
+    )
+    def test_anything_else_does_not(self, program: str, reason: str, detail: str) -> None:
+        outcome = execute(program)
+        assert (outcome.passed, outcome.reason) == (False, reason)
+        assert outcome.detail.startswith(detail)
+        assert len(outcome.detail) < 330
+
+    @pytest.mark.parametrize(
+        "program", ["while True: pass", "import time\ntime.sleep(60)", "try:\n    while 1: pass\nfinally: 1"]
+    )
+    def test_a_program_that_takes_too_long(self, program: str) -> None:
+        started = time.monotonic()
+        assert execute(program, timeout=0.3) == Outcome(False, "timeout", "still running after 0.3 s")
+        assert time.monotonic() - started < 10
+
+    def test_it_may_use_what_is_allowed(self) -> None:
+        program = "x = bytes(200 * 2**20)"
+        assert execute(program) == PASSED
+        assert execute(program, memory=1 << 27).reason == "memory"
+        assert execute("", memory=1 << 26) == PASSED
+
+    def test_a_verdict_can_be_repeated(self) -> None:
+        outcomes = {execute("raise ValueError(hash('a'), list({'a', 'b', 'c'}))").detail for _ in range(3)}
+        assert len(outcomes) == 1
+
+
+class TestSurroundings:
+    def test_nothing_of_the_callers_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HF_TOKEN", "secret")
+        monkeypatch.setenv("HOME", "/home/somebody")
+        monkeypatch.setenv("PYTHONPATH", "/somewhere")
+        program = """
+            import os, sys
+            assert not {'HF_TOKEN', 'PYTHONPATH'} & set(os.environ)
+            assert not any('secret' in value for value in os.environ.values())
+            assert os.environ['HOME'] == os.environ['TMPDIR'] == os.getcwd()
+            assert '/somewhere' not in sys.path and os.getcwd() not in sys.path
+            assert len(sys.argv) == 1"""
+        assert execute("if True:" + program) == PASSED
+
+    def test_it_writes_into_a_folder_that_is_removed(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        program = """
+            import os, tempfile
+            assert os.listdir() == ['program.py']
+            os.makedirs('a/b')
+            open('a/b/c', 'w').write('x')
+            os.chmod('a', 0)
+            assert tempfile.gettempdir() == os.getcwd()
+            raise ValueError(os.getcwd())"""
+        outcome = execute("if True:" + program)
+        folder = Path(outcome.detail.removeprefix("ValueError: "))
+        assert folder.parent == tmp_path
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="processes that leave the session are found on Linux")
+    @pytest.mark.parametrize("ending", ["", "assert False", "while True: pass"])
+    def test_what_it_started_is_gone_afterwards(self, tmp_path: Path, ending: str) -> None:
+        pids = tmp_path / "pids"
+        program = f"""
+import os, subprocess, sys, time
+subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        open({str(pids)!r}, 'w').write(f'{{os.getpid()}} {{os.getppid()}}')
+        time.sleep(60)
+    time.sleep(60)
+while not os.path.exists({str(pids)!r}) or not open({str(pids)!r}).read(): time.sleep(0.01)
+open({str(pids)!r}, 'a').write(f' {{os.getpid()}}')
+{ending}"""
+        outcome = execute(program, timeout=2.0 if "while" in ending else 20.0)
+        assert outcome.reason == {"": "passed", "assert False": "failed"}.get(ending, "timeout")
+        started = [int(pid) for pid in pids.read_text().split()]
+        assert len(started) == 3
+        assert all(gone(pid) for pid in started)
+
+    @pytest.mark.skipif(not Path("/proc/self/ns/net").exists(), reason="needs network namespaces")
+    def test_no_network_where_it_can_be_cut_off(self) -> None:
+        own = str(Path("/proc/self/ns/net").readlink())
+        if execute(f"import os\nassert os.readlink('/proc/self/ns/net') != {own!r}") != PASSED:
+            pytest.skip("this system does not let a process leave the network")
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            connect = f"import socket\nsocket.create_connection({server.getsockname()}, timeout=2)"
+            assert execute(connect).detail.startswith("OSError")
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"timeout": 0}, "timeout=0 is out of range; use a number of seconds above 0"),
+            ({"timeout": float("inf")}, "timeout=inf is out of range"),
+            ({"memory": 1000}, "memory=1000 is out of range; use a whole number of bytes"),
+            ({"memory": 1e9}, "memory=1000000000.0 is out of range"),
+        ],
+    )
+    def test_limits_out_of_range(self, options: dict[str, float], words: str) -> None:
+        with pytest.raises(ValueError, match=words):
+            execute("", **options)  # type: ignore[arg-type]
+
+    def test_a_platform_without_limits(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(ValueError, match=r"programs cannot be executed on .*; use Linux"):
+            execute("")
+
+    def test_an_interpreter_that_does_not_start_is_no_verdict(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr(sandbox, "_SUPERVISOR", tmp_path / "missing.py")
+        with pytest.raises(RuntimeError, match=r"the sandbox cannot start .*missing\.py"):
+            execute("")
