@@ -6,7 +6,9 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from dllm.canvas import Canvas
 from dllm.drift import Drift, Measurement, summarise
 from dllm.step import Step
+
+_STATUS, _FORGET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Stats:
         guide_seconds: wall time of the guide's forwards, part of `seconds`.
         cache_refreshes: times a cache recomputed everything, over all rows.
         drift: how far the cache was off, where that was measured (`measure_every`); None elsewhere.
-        peak_memory: bytes; of the device on CUDA, of the process elsewhere.
+        peak_memory: bytes; of the device on CUDA, of the process elsewhere, during the run where the system can tell.
     """
 
     seconds: float
@@ -127,6 +131,9 @@ class Clock:
         self._device = device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+        else:
+            with suppress(OSError):  # Linux alone can forget the peak of what ran before
+                _FORGET_PEAK.write_text("5")
         self._started = time.perf_counter()
 
     def seconds(self) -> float:
@@ -139,7 +146,10 @@ class Clock:
         """Bytes at the peak."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        # Linux counts in KiB, macOS in bytes.
+        with suppress(OSError, ValueError, StopIteration):
+            peak = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+            return int(peak.split()[1]) * 1024
+        # The peak of the process's whole life. Linux counts in KiB, macOS in bytes.
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

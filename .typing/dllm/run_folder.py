@@ -1,0 +1,1 @@
+../../dllm/run_folder.py

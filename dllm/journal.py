@@ -1,0 +1,82 @@
+"""What an unfinished run has done so far: one JSON object a line, written as soon as it is known."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from filelock import FileLock, Timeout
+
+
+class Journal:
+    """Entries by kind and id, kept in a file by one process at a time.
+
+    A last line that an interruption cut off is dropped; everything before it holds.
+
+    Args:
+        path: the file; made with its folder where it is missing. None keeps everything in memory.
+
+    Raises:
+        ValueError: another process writes it, or it holds something else.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._entries: dict[tuple[str, str], Any] = {}
+        self._file: BinaryIO | None = None
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(path.with_suffix(".lock"))
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"{path.parent} is being written by another process; wait for it to end") from None
+        content = path.read_bytes() if path.exists() else b""
+        whole = content.rfind(b"\n") + 1
+        try:
+            rows = [json.loads(line) for line in content[:whole].split(b"\n") if line]
+            self._entries = {(row["kind"], row["id"]): row["value"] for row in rows}
+        except (ValueError, KeyError, TypeError):
+            self._lock.release()
+            raise ValueError(f"{path} is no journal of a run; remove it to start that run anew") from None
+        self._file = path.open("ab")
+        self._file.truncate(whole)
+
+    def get(self, kind: str, name: str) -> Any:
+        """What was noted; None where nothing was."""
+        return self._entries.get((kind, name))
+
+    def of(self, kind: str) -> Mapping[str, Any]:
+        """Everything of a kind by id, in the order it was noted."""
+        return {name: value for (each, name), value in self._entries.items() if each == kind}
+
+    def add(self, kind: str, name: str, value: Any) -> None:
+        """Note something at once.
+
+        Raises:
+            RuntimeError: it was noted before; nothing is done twice.
+        """
+        if (kind, name) in self._entries:
+            raise RuntimeError(f"{kind} {name!r} is in {self.path} already")
+        self._entries[kind, name] = value
+        if self._file is not None:
+            line = json.dumps({"kind": kind, "id": name, "value": value}, ensure_ascii=False)
+            self._file.write(line.encode("utf-8", "replace") + b"\n")
+            self._file.flush()
+
+    def close(self, remove: bool = False) -> None:
+        """Let others write.
+
+        Args:
+            remove: the run is finished and its results are written; forget everything.
+        """
+        if self._file is None or self.path is None:
+            return
+        self._file.close()
+        if remove:
+            self.path.unlink()
+        self._lock.release()
+        self.path.with_suffix(".lock").unlink(missing_ok=True)

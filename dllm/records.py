@@ -1,0 +1,250 @@
+"""What answering one request gave and cost, row by row, so that a run can be interrupted and put together again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from dllm.generation import Clock, Recorder, count_tokens, decode_text
+from dllm.plan import Plan
+from dllm.step import Step
+from dllm.trace import Frames
+
+
+@dataclass(frozen=True)
+class Request:
+    """Something to answer.
+
+    Attributes:
+        id: unique within a run.
+        prompt: token ids.
+        until: strings before which the answer ends; what comes from there on is neither kept nor counted.
+        seed: of this request alone.
+    """
+
+    id: str
+    prompt: Sequence[int]
+    until: tuple[str, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Drifted:
+    """How far a cache was off in one row: sums over the forwards compared.
+
+    Attributes:
+        measured: forwards.
+        kv_error: sum of relative errors of keys and values.
+        worst_kv_error: the largest of them.
+        kl: sum over the asked positions of the divergence, in nats.
+        flips: asked positions whose best token differed.
+        asked: positions asked about.
+    """
+
+    measured: int = 0
+    kv_error: float = 0.0
+    worst_kv_error: float = 0.0
+    kl: float = 0.0
+    flips: int = 0
+    asked: int = 0
+
+
+@dataclass(frozen=True)
+class Record:
+    """One answered request.
+
+    Attributes:
+        id: the request's.
+        text: decoded answer up to end-of-text and stop strings; None without a tokenizer.
+        completion: (G,) the generated region.
+        commit_step: (G,) the row's own forward after which each position had its final token; -1 where never decoded.
+        confidence: (G,) probability the model gave the token when it was committed; None where unknown.
+        tokens: generated tokens up to and including end-of-text or the token that completes a stop string.
+        nfe: denoiser forwards.
+        guide_nfe: guide forwards.
+        seconds: its share of the wall time: that of each step, divided by the rows that took part.
+        latency: wall time from the start of its batch to its own end.
+        guide_seconds: its share of the guide's wall time, part of `seconds`.
+        positions: columns computed.
+        canvas: columns of its canvas, the padding beside longer prompts included.
+        refreshes: forwards in which a cache had everything computed anew.
+        peak_memory: bytes, since its batch began.
+        drift: how far the cache was off, where that was measured.
+    """
+
+    id: str
+    text: str | None
+    completion: list[int]
+    commit_step: list[int]
+    confidence: list[float | None]
+    tokens: int
+    nfe: int
+    guide_nfe: int
+    seconds: float
+    latency: float
+    guide_seconds: float
+    positions: int
+    canvas: int
+    refreshes: int
+    peak_memory: int
+    drift: Drifted | None
+
+
+def follow(plan: Plan, requests: Sequence[Request], filmed: frozenset[str]) -> Iterator[tuple[Record, Frames | None]]:
+    """Carry a plan out, yielding each request's record as soon as its row is finished.
+
+    Args:
+        plan: made of the requests' prompts, in this order.
+        requests: what is answered.
+        filmed: ids of those whose steps are kept.
+    """
+    steps, batch, number = plan.steps(), None, -1
+    while True:
+        clock = Clock(plan.lm.device) if batch is None or not batch.left else batch.clock
+        started = time.perf_counter()
+        found = next(steps, None)
+        seconds = time.perf_counter() - started
+        if found is None:
+            return
+        recorder, step = found
+        if batch is None or batch.recorder is not recorder:
+            number += 1
+            first = number * plan.options.batch_size
+            batch = _Batch(recorder, requests[first : first + plan.options.batch_size], plan, clock, filmed)
+        batch.update(step, seconds)
+        for row in np.setdiff1d(step.change.rows, recorder.canvas.rows):
+            yield batch.record(int(row)), batch.frames(int(row))
+
+
+@dataclass
+class _Batch:
+    """Rows decoded together."""
+
+    recorder: Recorder
+    requests: Sequence[Request]
+    plan: Plan
+    clock: Clock
+    filmed: frozenset[str]
+    elapsed: float = 0.0
+    films: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shape = self.recorder.canvas.host.shape
+        self.confidence = np.full(shape, np.nan)
+        self.seconds, self.guide_seconds = np.zeros((2, shape[0]))
+        self.drift = [Drifted()] * shape[0]
+        self.uncounted = 0.0
+        self.films = {row: [] for row, request in enumerate(self.requests) if request.id in self.filmed}
+
+    @property
+    def left(self) -> bool:
+        """Whether any row is unfinished."""
+        return bool(self.recorder.canvas.rows.size)
+
+    def update(self, step: Step, seconds: float) -> None:
+        """Charge the rows of a step with it."""
+        rows, change = step.change.rows, step.change
+        counted = seconds - (self.recorder.uncounted_seconds - self.uncounted)
+        self.uncounted = self.recorder.uncounted_seconds
+        self.elapsed += counted
+        self.seconds[rows] += counted / len(rows)
+        self.guide_seconds[rows] += step.edit.guide_seconds / len(rows)
+        known = np.where(change.committed, step.confidence, self.confidence[rows])
+        self.confidence[rows] = np.where(change.revoked | change.filled, np.nan, known)
+        for each in step.drift:
+            for place, row in enumerate(each.rows):
+                self.drift[row] = _added(self.drift[row], *(float(v[place]) for v in _values(each)))
+        for row in set(self.films) & set(rows.tolist()):
+            self._film(int(row), int(np.flatnonzero(rows == row)[0]), step)
+
+    def record(self, row: int) -> Record:
+        """What a finished row gave and cost."""
+        recorder, request, generated = self.recorder, self.requests[row], self.plan.options.gen_length
+        completion = recorder.canvas.host[row, -generated:]
+        count = int(count_tokens(completion[None], recorder.canvas.eos_token_ids)[0])
+        text, count = cut(self.plan.lm.tokenizer, completion[:count], request.until)
+        confidence = self.confidence[row, -generated:]
+        return Record(
+            id=request.id,
+            text=text,
+            completion=completion.tolist(),
+            commit_step=recorder.commit_step[row, -generated:].tolist(),
+            confidence=[None if np.isnan(value) else round(float(value), 6) for value in confidence],
+            tokens=count,
+            nfe=int(recorder.nfe[row]),
+            guide_nfe=int(recorder.guide_nfe[row]),
+            seconds=float(self.seconds[row]),
+            latency=self.elapsed,
+            guide_seconds=float(self.guide_seconds[row]),
+            positions=int(recorder.computed_columns[row]),
+            canvas=recorder.canvas.length,
+            refreshes=int(recorder.refreshes[row]),
+            peak_memory=self.clock.peak_memory(),
+            drift=self.drift[row] if self.drift[row].measured else None,
+        )
+
+    def frames(self, row: int) -> Frames | None:
+        """A finished row's steps; None where they were not kept."""
+        if row not in self.films:
+            return None
+        film, request = self.films.pop(row), self.requests[row]
+        stacked = {name: np.stack([each[name] for each in film]) for name in film[0]}
+        return Frames(id=request.id, prompt=np.asarray(request.prompt, dtype=np.int64), **stacked)
+
+    def _film(self, row: int, entry: int, step: Step) -> None:
+        generated, padding = self.plan.options.gen_length, self.recorder.canvas.padding[row]
+        self.films[row].append(
+            {
+                "canvas": step.canvas.host[row, -generated:].copy(),
+                "predicted": step.predicted[entry, -generated:],
+                "confidence": step.confidence[entry, -generated:].astype(np.float32),
+                "drafted": step.drafted[entry, -generated:],
+                "computed": step.recomputed[entry, padding:],
+                "nfe": np.int64(self.recorder.nfe[row]),
+            }
+        )
+
+
+def cut(
+    tokenizer: PreTrainedTokenizerBase | None, tokens: NDArray[np.int64], until: Sequence[str]
+) -> tuple[str | None, int]:
+    """The text before the first stop string, and how many tokens it takes to write that string.
+
+    Args:
+        tokenizer: None gives no text, and nothing is cut.
+        tokens: up to and including end-of-text.
+        until: stop strings.
+    """
+    text = decode_text(tokenizer, tokens)
+    if text is None:
+        return None, len(tokens)
+    places = [place for stop in until if stop and (place := text.find(stop)) >= 0]
+    if not places:
+        return text, len(tokens)
+    low, high = 0, len(tokens)
+    while low < high:  # the fewest tokens whose text holds a stop string
+        middle = (low + high) // 2
+        written = decode_text(tokenizer, tokens[:middle]) or ""
+        low, high = (low, middle) if any(stop and stop in written for stop in until) else (middle + 1, high)
+    return text[: min(places)], low
+
+
+def _values(measurement: Any) -> tuple[NDArray[Any], ...]:
+    return measurement.kv_error, measurement.kl, measurement.flips, measurement.asked
+
+
+def _added(drift: Drifted, error: float, kl: float, flips: float, asked: float) -> Drifted:
+    return Drifted(
+        drift.measured + 1,
+        drift.kv_error + error,
+        max(drift.worst_kv_error, error),
+        drift.kl + kl,
+        drift.flips + int(flips),
+        drift.asked + int(asked),
+    )

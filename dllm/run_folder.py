@@ -1,0 +1,211 @@
+"""The folder of one run: who it is, what it gave, and nothing of it twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import torch
+from numpy.typing import NDArray
+from pyarrow import parquet
+
+from dllm.loading import LanguageModel
+from dllm.metrics import cost, quality, speedup
+from dllm.records import Record
+from dllm.runner import BASELINES, Runner
+from dllm.tasks.base import Graded
+from dllm.trace import Trace
+
+RESULTS, RESULTS_VERSION = "dllm-results", 1
+_PACKAGES = ("dllm-samplers", "torch", "transformers", "tokenizers", "datasets", "numpy", "hydra-core", "lm-eval")
+
+
+class RunFolder:
+    """Where a run's files are: manifest.json, results.json, samples.parquet, trace.safetensors.
+
+    While it is unfinished there is a journal instead of results; a run that was refused or failed leaves error.json.
+
+    Args:
+        out: holds the folders of many runs.
+        label: names the run for people.
+        identity: everything that its results depend on; the same gives the same folder.
+    """
+
+    def __init__(self, out: Path, label: str, identity: Mapping[str, Any]) -> None:
+        self.label, self.identity = label, dict(identity)
+        text = json.dumps(self.identity, sort_keys=True, default=str)
+        words = re.sub(r"[^A-Za-z0-9.=_-]+", "-", label).strip("-")[:80]
+        self.path = out / f"{words}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+    @property
+    def journal(self) -> Path:
+        """What an unfinished run has done."""
+        return self.path / "journal.jsonl"
+
+    def results(self) -> dict[str, Any] | None:
+        """The results of a finished run."""
+        file = self.path / "results.json"
+        if not file.exists():
+            return None
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return found
+
+    def begin(self, lm: LanguageModel, config: Mapping[str, Any]) -> None:
+        """Write down what runs here, and on what; a run that goes on adds to it."""
+        file = self.path / "manifest.json"
+        before = json.loads(file.read_text(encoding="utf-8"))["sessions"] if file.exists() else []
+        manifest = {"format": "dllm-manifest", "version": 1, "label": self.label, "config": config}
+        _write(file, manifest | {"sessions": [*before, _session(lm)]})
+        (self.path / "error.json").unlink(missing_ok=True)
+
+    def fail(self, message: str) -> None:
+        """Leave word of a run that could not be made."""
+        error = {"format": "dllm-error", "version": 1, "label": self.label, "message": message}
+        _write(self.path / "error.json", error)
+
+    def finish(self, runner: Runner, graded: Graded) -> dict[str, Any]:
+        """Write everything, the results last, and remove the journal."""
+        records = runner.records()
+        trace(runner, records).save(self.path / "trace.safetensors")
+        _parquet(self.path / "samples.parquet", samples(records, graded))
+        scores = {name: quality(list(values.values())) for name, values in graded.scores.items()}
+        main = None if graded.main is None else scores[graded.main]
+        metrics = {
+            "n": len(graded.rows),
+            "accuracy": main and main["value"],
+            "accuracy_interval": main and main["interval"],
+            "accuracy_name": graded.main,
+            "scores": scores,
+            **cost(records),
+            "speedup": speedup(records, {name: runner.baseline(name) for name in BASELINES}),
+        }
+        found = {
+            "format": RESULTS, "version": RESULTS_VERSION, "label": self.label,
+            **{name: self.identity[name] for name in ("model", "task", "sampler", "cache", "options")},
+            "metrics": metrics, "details": graded.details,
+        }  # fmt: skip
+        _write(self.path / "results.json", found)
+        runner.close(remove=True)
+        return found
+
+
+def samples(records: Sequence[Record], graded: Graded) -> list[dict[str, Any]]:
+    """One row a sample: what was asked, answered and graded, and what it cost.
+
+    Where a sample has several answers, or answers without grades, each has a row of its own.
+    """
+    rows = []
+    answered = set()
+    for record in records:
+        sample = record.id if record.id in graded.rows else "/".join(record.id.split("/")[:2])
+        answered.add(sample)
+        rows.append(
+            {
+                "id": record.id,
+                **graded.rows.get(sample, {}),
+                "text": record.text,
+                **{name: values.get(sample) for name, values in graded.scores.items()},
+                **{name: getattr(record, name) for name in _COSTS},
+            }
+        )
+    for sample, row in graded.rows.items():
+        if sample not in answered:  # scored by likelihood, nothing generated
+            rows.append({"id": sample, **row, **{name: values.get(sample) for name, values in graded.scores.items()}})
+    return rows
+
+
+def trace(runner: Runner, records: Sequence[Record]) -> Trace:
+    """What was decoded when, of all answers, and step by step of the first."""
+    backbone, tokenizer = runner.lm.backbone, runner.lm.tokenizer
+    eos = backbone.eos_token_ids
+    frames = tuple(runner.frames(records))
+    used = {token for record in records for token in record.completion} | {backbone.mask_token_id}
+    for each in frames:
+        for tokens in (each.prompt, each.canvas, each.predicted, each.drafted):
+            used |= set(np.unique(tokens).tolist())
+    lengths = tuple(len(record.completion) for record in records)
+    return Trace(
+        ids=tuple(record.id for record in records),
+        tokens=_stack([record.completion for record in records], eos[0], np.int64),
+        commit_step=_stack([record.commit_step for record in records], -1, np.int64),
+        confidence=_stack([record.confidence for record in records], np.nan, np.float32),
+        frames=frames,
+        words={} if tokenizer is None else {token: str(tokenizer.decode([token])) for token in sorted(used)},
+        mask_token_id=backbone.mask_token_id,
+        eos_token_ids=eos,
+        lengths=lengths if len(set(lengths)) > 1 else (),
+    )
+
+
+_COSTS = (
+    "tokens", "nfe", "guide_nfe", "seconds", "latency", "guide_seconds", "positions", "canvas", "refreshes",
+    "peak_memory", "completion", "commit_step",
+)  # fmt: skip
+
+
+def _stack(rows: Sequence[Sequence[Any]], fill: float, kind: Any) -> NDArray[Any]:
+    out = np.full((len(rows), max(map(len, rows), default=0)), fill, dtype=kind)
+    for row, values in zip(out, rows, strict=True):
+        row[: len(values)] = np.array(values, dtype=kind)
+    return out
+
+
+def _session(lm: LanguageModel) -> dict[str, Any]:
+    device = lm.device
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {platform.machine()}"
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: found for name in _PACKAGES if (found := _version(name))},
+        "git": _git(),
+        "device": where,
+        "threads": torch.get_num_threads(),
+        "dtype": str(lm.backbone.dtype).removeprefix("torch."),
+        "weights": lm.backbone.fingerprint(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git() -> str | None:
+    """The commit this code is at, marked where it was changed since; None for an installed package."""
+    here = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        tracked, found = (
+            subprocess.run([*here, *command], check=True, capture_output=True, text=True, timeout=5).stdout.strip()
+            for command in (("ls-files", __file__), ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"))
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found if tracked else None
+
+
+def _parquet(file: Path, rows: list[dict[str, Any]]) -> None:
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), unfinished)
+    unfinished.replace(file)
+
+
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    unfinished.replace(file)

@@ -1,0 +1,202 @@
+"""Answering requests with one setting: in batches, noting each answer as it is finished, beside the baselines."""
+
+from __future__ import annotations
+
+import shutil
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from dllm.cache import NoCache
+from dllm.cache.base import Cache
+from dllm.journal import Journal
+from dllm.likelihood import Estimate, is_greedy, loglikelihood
+from dllm.loading import LanguageModel
+from dllm.plan import Plan, parse_options
+from dllm.records import Drifted, Record, Request, follow
+from dllm.samplers import Vanilla
+from dllm.samplers.base import Sampler
+from dllm.trace import Frames, Trace
+
+# One token per step, as the methods' papers count their speed-ups, and as it is when end-of-text stops it.
+BASELINES = {"naive": False, "eos_aware": True}
+_WARM_UP = 2  # steps before anything is timed
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured.
+
+    Attributes:
+        lm: a loaded model.
+        sampler: the policy.
+        cache: what is reused between steps.
+        options: fields of `dllm.Options` but the seed, which each request has for itself.
+        estimate: how log-likelihoods are found.
+    """
+
+    lm: LanguageModel
+    sampler: Sampler
+    cache: Cache
+    options: Mapping[str, Any]
+    estimate: Estimate = Estimate()  # noqa: RUF009  # frozen
+
+
+class Runner:
+    """Answers requests with a setting, and goes on where an earlier process stopped.
+
+    Args:
+        setting: how.
+        journal: notes every answer.
+        baselines: batches of the first requests that are also decoded one token per step, taking turns.
+        filmed: answers, from the first on, whose steps are kept.
+        progress: called with the number of answers that are there and of all that were asked for so far.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        journal: Journal,
+        baselines: int = 0,
+        filmed: int = 0,
+        progress: Callable[[int, int], object] = lambda done, total: None,
+    ) -> None:
+        self.setting, self.journal, self.baselines, self.filmed = setting, journal, baselines, filmed
+        self._progress, self._asked, self._warm = progress, 0, False
+        self._filmed: frozenset[str] = frozenset()
+        self._films = None if journal.path is None else journal.path.parent / "frames"
+
+    @property
+    def lm(self) -> LanguageModel:
+        """The model."""
+        return self.setting.lm
+
+    def answer(self, requests: Sequence[Request], **options: Any) -> list[Record]:
+        """Answer requests; those noted already are not decoded again.
+
+        Args:
+            requests: with ids that occur once in the run.
+            **options: fields of `dllm.Options` that go before the setting's.
+        """
+        room = max(0, self.filmed - self._asked)
+        self._filmed |= frozenset(request.id for request in requests[:room])
+        first, self._asked = self._asked == 0, self._asked + len(requests)
+        options = {**self.setting.options, **options}
+        size = parse_options(options).batch_size
+        # The first batches of a run are those that the baselines decode as well.
+        shared = min(self.baselines * size, len(requests)) if first else 0
+        for start in range(0, shared, size):
+            batch = requests[start : start + size]
+            for name, stop in BASELINES.items():
+                self._baseline(f"{name} {start // size}", batch, {**options, "stop_at_eos": stop})
+            self._decode(batch, options)
+        self._decode(requests[shared:], options)
+        return [self._noted(request.id) for request in requests]
+
+    def score(self, name: str, prefix: Sequence[int], target: Sequence[int], greedy: bool) -> tuple[float, bool]:
+        """Log-likelihood of a target behind a prefix, in nats, and whether it is what greedy decoding gives.
+
+        Args:
+            name: unique within the run.
+            prefix: token ids.
+            target: token ids.
+            greedy: find out about greedy decoding; False is returned otherwise.
+        """
+        self._asked += 1
+        if (noted := self.journal.get("likelihood", name)) is None:
+            setting = self.setting
+            value = loglikelihood(setting.lm, prefix, target, setting.estimate)
+            noted = [value, greedy and is_greedy(setting.lm, prefix, target, setting.estimate.cfg_scale)]
+            self.journal.add("likelihood", name, noted)
+            self._tell()
+        return noted[0], noted[1]
+
+    def records(self) -> list[Record]:
+        """All answers noted, in the order they were."""
+        return [self._noted(name) for name in self.journal.of("record")]
+
+    def baseline(self, name: str) -> list[Mapping[str, Any]]:
+        """What a baseline took, batch by batch: ids, tokens, seconds and nfe over all of them."""
+        return [row for key, row in self.journal.of("baseline").items() if key.split()[0] == name]
+
+    def frames(self, records: Sequence[Record]) -> list[Frames]:
+        """The steps that were kept of some answers."""
+        files = self.journal.of("film") if self._films else {}
+        kept = [files[record.id] for record in records if record.id in files]
+        return [Trace.load(self._films / name).frames[0] for name in kept if self._films]
+
+    def close(self, remove: bool = False) -> None:
+        """Let others go on with the run; with `remove` nothing is left of what only an unfinished run needs."""
+        if remove and self._films and self._films.exists():
+            shutil.rmtree(self._films)
+        self.journal.close(remove)
+
+    def _decode(self, requests: Sequence[Request], options: Mapping[str, Any]) -> None:
+        left = [request for request in requests if self.journal.get("record", request.id) is None]
+        if not left:
+            return
+        setting = self.setting
+        plan = self._plan(left, setting.sampler, setting.cache, options)
+        self._warm_up(left[:1], options)
+        for record, frames in follow(plan, left, self._filmed):
+            if frames is not None:
+                self._keep(record, frames)
+            self.journal.add("record", record.id, asdict(record))
+            self._tell()
+
+    def _baseline(self, name: str, requests: Sequence[Request], options: Mapping[str, Any]) -> None:
+        if self.journal.get("baseline", name) is not None:
+            return
+        plan = self._plan(requests, Vanilla(), NoCache(), options)
+        self._warm_up(requests[:1], options)
+        records = [record for record, _ in follow(plan, requests, frozenset())]
+        self.journal.add(
+            "baseline",
+            name,
+            {
+                "ids": [record.id for record in records],
+                "tokens": sum(record.tokens for record in records),
+                "seconds": sum(record.seconds for record in records),
+                "nfe": sum(record.nfe for record in records),
+            },
+        )
+
+    def _plan(self, requests: Sequence[Request], sampler: Any, cache: Any, options: Mapping[str, Any]) -> Plan:
+        seeded = parse_options({**options, "seed": [request.seed for request in requests]})
+        return Plan(self.lm, [list(request.prompt) for request in requests], sampler, cache, seeded, infill=False)
+
+    def _warm_up(self, requests: Sequence[Request], options: Mapping[str, Any]) -> None:
+        """The first forwards of a process, and what a policy loads for them, belong to no request."""
+        if not self._warm:
+            plan = self._plan(requests, self.setting.sampler, self.setting.cache, options)
+            deque(islice(plan.steps(), _WARM_UP), maxlen=0)
+            self._warm = True
+
+    def _keep(self, record: Record, frames: Frames) -> None:
+        if self._films is None or self.journal.get("film", record.id) is not None:
+            return  # an interruption came between the steps and the record
+        name = f"{len(self.journal.of('film'))}.safetensors"
+        trace = Trace(
+            ids=(record.id,),
+            tokens=np.array([record.completion]),
+            commit_step=np.array([record.commit_step]),
+            confidence=np.array([record.confidence], dtype=np.float32),
+            frames=(frames,),
+            words={},
+            mask_token_id=self.lm.backbone.mask_token_id,
+            eos_token_ids=self.lm.backbone.eos_token_ids,
+        )
+        trace.save(self._films / name)
+        self.journal.add("film", record.id, name)
+
+    def _noted(self, name: str) -> Record:
+        fields = dict(self.journal.get("record", name))
+        drift = fields.pop("drift")
+        return Record(**fields, drift=None if drift is None else Drifted(**drift))
+
+    def _tell(self) -> None:
+        self._progress(len(self.journal.of("record")) + len(self.journal.of("likelihood")), self._asked)

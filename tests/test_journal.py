@@ -1,0 +1,78 @@
+"""What an unfinished run notes survives the death of its process, and nothing is noted twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dllm.journal import Journal
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "run" / "journal.jsonl"
+
+
+def test_what_was_noted_is_there_for_the_next_process(path: Path) -> None:
+    journal = Journal(path)
+    journal.add("record", "a", {"text": "ünï\u2028code", "value": 0.1 + 0.2})
+    journal.add("film", "a", "0")
+    journal.close()
+    again = Journal(path)
+    assert again.get("record", "a") == {"text": "ünï\u2028code", "value": 0.1 + 0.2}
+    assert list(again.of("film")) == ["a"]
+    assert again.get("record", "b") is None
+
+
+@pytest.mark.parametrize("lost", range(1, 25))
+def test_a_line_cut_off_anywhere_is_dropped_and_the_rest_goes_on(path: Path, lost: int) -> None:
+    journal = Journal(path)
+    for name in ("first", "second"):
+        journal.add("record", name, {"text": "añ"})
+    journal.close()
+    content = path.read_bytes()
+    path.write_bytes(content[:-lost])
+    again = Journal(path)
+    assert list(again.of("record")) == ["first"]
+    again.add("record", "second", {"text": "añ"})
+    again.close()
+    assert path.read_bytes() == content
+
+
+def test_nothing_is_noted_twice(path: Path) -> None:
+    journal = Journal(path)
+    journal.add("record", "a", 1)
+    with pytest.raises(RuntimeError, match="already"):
+        journal.add("record", "a", 2)
+
+
+def test_one_process_writes_at_a_time(path: Path) -> None:
+    journal = Journal(path)
+    with pytest.raises(ValueError, match="being written by another process"):
+        Journal(path)
+    journal.close()
+    Journal(path).close()
+
+
+@pytest.mark.parametrize("content", [b"[1]\n", b"no json\n", b'{"kind": "record"}\n', b"\xff\n"])
+def test_a_file_of_another_kind_is_left_alone(path: Path, content: bytes) -> None:
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="no journal of a run"):
+        Journal(path)
+    assert path.read_bytes() == content
+
+
+def test_in_memory_nothing_is_written(tmp_path: Path) -> None:
+    journal = Journal(None)
+    journal.add("record", "a", 1)
+    journal.close(remove=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_run_leaves_no_journal(path: Path) -> None:
+    journal = Journal(path)
+    journal.add("record", "a", 1)
+    journal.close(remove=True)
+    assert not list(path.parent.iterdir())
