@@ -1,0 +1,65 @@
+"""The bundled word problems as a task: questions of a seed, graded by final answer and by whole chain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dllm.checks import number
+from dllm.records import Request
+from dllm.runner import Runner
+from dllm.tasks import word_problems
+from dllm.tasks.base import Graded
+
+
+@dataclass(frozen=True)
+class WordProblems:
+    """Held-out word problems.
+
+    Args:
+        limit: how many.
+        seed: of the problems; 1,000,000 and above are never used in training.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    name: ClassVar[str] = "word_problems"
+    gen_length: ClassVar[int] = 64
+
+    limit: int = 200
+    seed: int = 1_000_001
+
+    def __post_init__(self) -> None:
+        number("limit", self.limit, "1 or more", low=1, whole=True)
+        number("seed", self.seed, "1000000 or more; models are trained on seeds below", low=1_000_000, whole=True)
+
+    def check(self) -> Mapping[str, str]:
+        """Nothing is read."""
+        return {}
+
+    def run(self, runner: Runner, seed: int) -> Graded:
+        """Ask all problems, each as plain text."""
+        tokenizer = runner.lm.tokenizer
+        if tokenizer is None:
+            raise ValueError(f"{runner.lm.name} has no tokenizer, and word problems are texts; add one")
+        asked = word_problems.problems(self.limit, self.seed)
+        problems = {f"{self.name}/{place}": problem for place, problem in enumerate(asked)}
+        requests = [
+            Request(name, tokenizer(problem.question).input_ids, seed=seed + place)
+            for place, (name, problem) in enumerate(problems.items())
+        ]
+        records = {record.id: record for record in runner.answer(requests)}
+        grades = {name: word_problems.grade(records[name].text or "", problem) for name, problem in problems.items()}
+        return Graded(
+            scores={
+                "final answer": {name: float(grade.final) for name, grade in grades.items()},
+                "whole chain": {name: float(grade.chain) for name, grade in grades.items()},
+            },
+            main="final answer",
+            rows={
+                name: {"question": problem.question, "reference": str(problem.answer)}
+                for name, problem in problems.items()
+            },
+        )

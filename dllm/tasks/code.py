@@ -1,0 +1,61 @@
+"""HumanEval as a task: the harness asks, and programs run in a sandbox where the user allows it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dllm.checks import number
+from dllm.runner import Runner
+from dllm.tasks import humaneval
+from dllm.tasks.base import Graded
+from dllm.tasks.harness import evaluate, fingerprints
+
+
+@dataclass(frozen=True)
+class HumanEval:
+    """Programs that complete a function (Chen et al. 2021, arXiv 2107.03374).
+
+    Args:
+        data: JSONL file (.gz too) in place of the hub's data set.
+        execute: run what the model wrote, in a subprocess with limits; without it nothing is judged.
+        timeout: seconds a program may take.
+        memory: bytes it may take.
+        limit: problems; None for all 164.
+        instruct: ask as the harness's humaneval_instruct does; for chat models, with `chat`.
+        chat: apply the model's chat template.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    name: ClassVar[str] = "humaneval"
+    gen_length: ClassVar[None] = None
+
+    data: str | None = None
+    execute: bool = False
+    timeout: float = 5.0
+    memory: int = 1 << 30
+    limit: int | None = None
+    instruct: bool = False
+    chat: bool = False
+
+    def __post_init__(self) -> None:
+        if self.limit is not None:
+            number("task.limit", self.limit, "1 or more, or null", low=1, whole=True)
+        number("task.timeout", self.timeout, "seconds above 0", above=0)
+        number("task.memory", self.memory, "bytes, 67108864 (64 MiB) or more", low=1 << 26, whole=True)
+
+    def check(self) -> Mapping[str, str]:
+        """See that the file is there."""
+        return fingerprints({} if self.data is None else {"test": self.data})
+
+    def run(self, runner: Runner, seed: int) -> Graded:
+        """Ask for all programs, and judge them where that is allowed."""
+        task = humaneval.task(self.data, self.execute, self.timeout, self.memory, self.instruct)
+        metric = "pass@1" if self.execute else None
+        graded = evaluate(runner, task, seed, None, limit=self.limit, apply_chat_template=self.chat)
+        scores = {label.partition(",")[0]: values for label, values in graded.scores.items()}
+        kept = {label: values for label, values in scores.items() if label == metric}
+        return Graded(kept, metric, graded.rows, {**graded.details, "executed": self.execute})

@@ -1,0 +1,27 @@
+"""`dllm lm-eval`: lm-evaluation-harness's own command line, with the model class `dllm` registered."""
+
+from __future__ import annotations
+
+import sys
+
+from dllm.scripts.app import fail
+
+
+def main() -> None:
+    """Hand everything over to the harness."""
+    try:
+        from lm_eval.__main__ import cli_evaluate
+
+        import dllm.harness  # noqa: F401  # registers the class
+    except ImportError:
+        fail("dllm lm-eval", "lm-eval is missing: pip install 'dllm-samplers[eval]'")
+    try:
+        cli_evaluate()
+    except ValueError as error:
+        fail("dllm lm-eval", " ".join(str(error).split()))
+    finally:
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""`dllm evaluate`: what a run leaves behind, that nothing is done twice, sweeps, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pyarrow import parquet
+
+import dllm
+from commands import Outcome, command, start
+from dllm.evaluation import wilson
+from dllm.tasks import word_problems
+from dllm.trace import Trace
+
+FAST = ("task.limit=8", "batch_size=4", "baselines=0", "frames=2", "sampler=tiny/localleap")
+TIMES = {"tokens_per_second", "seconds", "latency_p50", "latency_p95", "guide_seconds", "peak_memory", "time"}
+
+
+def run(out: Path, *arguments: str) -> Outcome:
+    return command("evaluate", f"out={out}", *FAST, *arguments)
+
+
+def folders(out: Path) -> list[Path]:
+    return sorted(file.parent for file in out.glob("*/results.json"))
+
+
+def results(out: Path) -> list[dict[str, Any]]:
+    return [json.loads((folder / "results.json").read_text()) for folder in folders(out)]
+
+
+def timeless(value: Any) -> Any:
+    """Everything but times and memory."""
+    if isinstance(value, list):
+        return [timeless(each) for each in value]
+    if isinstance(value, dict):
+        return {key: timeless(each) for key, each in value.items() if key not in TIMES}
+    return value
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one run."""
+    out = tmp_path_factory.mktemp("finished")
+    outcome = run(out, "cache=freecache", "baselines=1")
+    assert outcome.code == 0, outcome.err
+    (folder,) = folders(out)
+    return folder
+
+
+class TestFiles:
+    def test_a_run_leaves_results_samples_trace_and_manifest(self, finished: Path) -> None:
+        names = {path.name for path in finished.iterdir()}
+        assert names == {"results.json", "samples.parquet", "trace.safetensors", "manifest.json"}
+
+    def test_samples_are_what_generate_answers(self, finished: Path) -> None:
+        rows = parquet.read_table(finished / "samples.parquet").to_pylist()
+        problems = word_problems.problems(8, 1_000_001)
+        lm = dllm.load("tiny-llada")
+        asked = [problem.question for problem in problems]
+        found = dllm.generate(lm, asked, "tiny/localleap", "freecache", gen_length=64, seed=0)
+        assert {row["question"]: row["text"] for row in rows} == dict(zip(asked, found.texts, strict=True))
+        assert sum(row["nfe"] for row in rows) == int(found.nfe.sum())
+        grades = {problem.question: word_problems.grade(str(text), problem) for problem, text in
+                  zip(problems, found.texts, strict=True)}  # fmt: skip
+        assert all(row["final answer"] == grades[row["question"]].final for row in rows)
+        assert all(row["whole chain"] == grades[row["question"]].chain for row in rows)
+
+    def test_results_follow_from_the_samples(self, finished: Path) -> None:
+        (found,) = results(finished.parent)
+        rows = parquet.read_table(finished / "samples.parquet").to_pylist()
+        metrics = found["metrics"]
+        right = sum(row["final answer"] for row in rows)
+        assert metrics["n"] == 8
+        assert metrics["accuracy"] == right / 8
+        assert metrics["accuracy_interval"] == list(wilson(int(right), 8))
+        assert metrics["tpf"] == sum(row["tokens"] for row in rows) / sum(row["nfe"] for row in rows)
+        assert metrics["tokens_per_second"] == pytest.approx(metrics["tokens"] / sum(row["seconds"] for row in rows))
+        assert metrics["refreshes"] > 0
+        assert found["label"] == "tiny/localleap + freecache"
+        assert found["sampler"] == {"name": "localleap", "threshold": 0.999, "relaxed_threshold": 0.99, "radius": 4}
+
+    def test_speed_ups_name_both_baselines(self, finished: Path) -> None:
+        (found,) = results(finished.parent)
+        speedup = found["metrics"]["speedup"]
+        assert speedup["samples"] == 4
+        assert speedup["naive"]["nfe"] == 64
+        assert 40 < speedup["eos_aware"]["nfe"] <= 64  # the last token before end-of-text may be decoded last
+        assert speedup["naive"]["forwards"] >= speedup["eos_aware"]["forwards"] > 2
+
+    def test_the_trace_holds_all_answers_and_the_steps_of_the_first(self, finished: Path) -> None:
+        trace = Trace.load(finished / "trace.safetensors")
+        rows = {row["id"]: row for row in parquet.read_table(finished / "samples.parquet").to_pylist()}
+        assert [rows[name]["completion"] for name in trace.ids] == trace.tokens.tolist()
+        assert {frames.id for frames in trace.frames} == {"word_problems/0", "word_problems/1"}
+        tokenizer = dllm.load("tiny-llada").tokenizer
+        assert all(trace.words[token] == tokenizer.decode([token]) for token in np.unique(trace.tokens))
+
+    def test_the_manifest_says_what_ran_on_what(self, finished: Path) -> None:
+        manifest = json.loads((finished / "manifest.json").read_text())
+        assert manifest["config"]["cache"]["_target_"] == "dllm.cache.FreeCache"
+        assert manifest["config"]["seed"] == 0
+        (session,) = manifest["sessions"]
+        assert {"torch", "transformers", "dllm-samplers"} <= set(session["packages"])
+        assert session["dtype"] == "float32"
+        assert session["device"].startswith("cpu")
+        assert "git" in session
+
+
+def test_the_same_command_gives_the_same_numbers_and_does_nothing_twice(finished: Path, tmp_path: Path) -> None:
+    assert run(tmp_path, "cache=freecache", "baselines=1").code == 0
+    (again,) = folders(tmp_path)
+    assert again.name == finished.name
+    assert timeless(results(tmp_path)) == timeless(results(finished.parent))
+    before = {path: path.stat().st_mtime_ns for path in again.iterdir()}
+    outcome = run(tmp_path, "cache=freecache", "baselines=1")
+    assert outcome.code == 0
+    assert "final answer" in outcome.out
+    assert {path: path.stat().st_mtime_ns for path in again.iterdir()} == before
+
+
+def test_what_the_results_depend_on_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    for arguments in ([], ["seed=1"], ["sampler.radius=2"], ["task.limit=7"], ["objective=[nfe]"]):
+        assert run(tmp_path, "task.limit=2", *arguments).code == 0
+    assert len(folders(tmp_path)) == 4  # what a sweeper is told changes nothing
+
+
+class TestInterrupted:
+    ARGUMENTS = ("-m", "cache=none,dual", "model.dtype=float64", "sampler=vanilla", "task.limit=12", "batch_size=3")
+
+    def journals(self, out: Path) -> dict[str, list[str]]:
+        """Answers noted so far, by folder."""
+        found = {}
+        for file in out.glob("*/journal.jsonl"):
+            lines = [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]
+            found[file.parent.name] = [line["id"] for line in lines if line["kind"] == "record"]
+        return found
+
+    def test_a_killed_sweep_loses_and_repeats_nothing(self, tmp_path: Path) -> None:
+        whole, killed = tmp_path / "whole", tmp_path / "killed"
+        assert run(whole, *self.ARGUMENTS).code == 0
+        rng, kept, kills = random.Random(0), {}, 0
+        while kills < 4 and len(folders(killed)) < 2:
+            process = start("evaluate", f"out={killed}", *FAST, *self.ARGUMENTS)
+            # Once it has noted something new, it dies at some moment.
+            while process.poll() is None and self.journals(killed) == kept and len(folders(killed)) < 2:
+                time.sleep(0.02)
+            time.sleep(rng.uniform(0, 0.6))
+            os.kill(process.pid, signal.SIGKILL)
+            process.communicate()
+            noted = self.journals(killed)
+            for name, ids in kept.items():
+                if name in noted:
+                    assert noted[name][: len(ids)] == ids, "what was noted stays"
+                    assert len(set(noted[name])) == len(noted[name]), "nothing is answered twice"
+            kept, kills = noted, kills + 1
+        finished = {folder.name: (folder / "results.json").read_bytes() for folder in folders(killed)}
+        outcome = run(killed, *self.ARGUMENTS)
+        assert outcome.code == 0, outcome.err
+        for name, content in finished.items():
+            assert (killed / name / "results.json").read_bytes() == content
+        assert timeless(results(killed)) == timeless(results(whole))
+        for one, other in zip(folders(whole), folders(killed), strict=True):
+            left, right = (parquet.read_table(each / "samples.parquet").to_pylist() for each in (one, other))
+            assert [(r["id"], r["text"], r["nfe"]) for r in sorted(left, key=lambda r: r["id"])] == [
+                (r["id"], r["text"], r["nfe"]) for r in sorted(right, key=lambda r: r["id"])
+            ]
+            assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
+        assert kills > 0
+
+
+class TestSweeps:
+    def test_a_failed_job_does_not_lose_the_others(self, tmp_path: Path) -> None:
+        outcome = run(tmp_path, "-m", "sampler=freedave,tiny/localleap", "cache=dkv", "task.limit=2")
+        assert outcome.code == 2
+        assert "Traceback" not in outcome.err
+        assert "freedave" in outcome.err.lower()
+        (found,) = results(tmp_path)
+        assert found["label"] == "tiny/localleap + dkv"
+        (failed,) = tmp_path.glob("*/error.json")
+        error = json.loads(failed.read_text())
+        assert error["label"] == "freedave + dkv"
+        assert "depends on the way a block is decoded" in error["message"]
+
+    @pytest.mark.parametrize("launcher", ["joblib", "local", "ray"])
+    def test_launchers_run_two_jobs(self, launcher: str, tmp_path: Path) -> None:
+        pytest.importorskip({"joblib": "hydra_plugins.hydra_joblib_launcher", "ray": "ray"}.get(launcher, "submitit"))
+        process = start(
+            "evaluate", f"out={tmp_path}", *FAST, "-m", f"hydra/launcher={launcher}", "task.limit=2",
+            "sampler.radius=1,2",
+        )  # fmt: skip
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, out + err
+        assert {found["sampler"]["radius"] for found in results(tmp_path)} == {1, 2}
+
+    def test_optuna_runs_two_jobs_and_goes_on_where_it_stopped(self, tmp_path: Path) -> None:
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+        first = run(tmp_path, "sweep=tune", "hydra.sweeper.n_trials=1", "task.limit=2")
+        assert first.code == 0, first.err
+        (one,) = folders(tmp_path)
+        written = (one / "results.json").stat().st_mtime_ns
+        assert run(tmp_path, "sweep=tune", "hydra.sweeper.n_trials=2", "task.limit=2").code == 0
+        assert len(folders(tmp_path)) == 2
+        assert (one / "results.json").stat().st_mtime_ns == written
+        best = (tmp_path / "optimization_results.yaml").read_text()
+        assert "sampler.relaxed_threshold" in best
+
+    @pytest.mark.parametrize("sweep", ["frontier", "thresholds", "caches"])
+    def test_ready_sweeps_compose(self, sweep: str) -> None:
+        process = command("evaluate", f"sweep={sweep}", "--cfg", "hydra", "--package", "hydra.sweeper.params")
+        assert process.code == 0, process.err
+        assert "sampler" in process.out or "cache" in process.out
+
+    def test_slurm_has_a_configuration(self) -> None:
+        pytest.importorskip("submitit")
+        shown = command("evaluate", "hydra/launcher=slurm", "hydra.launcher.partition=gpu", "--cfg", "hydra")
+        assert shown.code == 0, shown.err
+        assert "partition: gpu" in shown.out
+
+
+def test_sweeping_may_be_asked_for_anywhere(tmp_path: Path) -> None:
+    assert run(tmp_path, "task.limit=1", "-m", "sampler.radius=1,2").code == 0
+    assert len(folders(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("task=no_such_task",), "task='no_such_task' is unknown"),
+        (("task=gsm8k", "task.data={test: missing.jsonl}"), "task.data.test='missing.jsonl' cannot be read"),
+        (("task=humaneval", "task.data=missing.jsonl"), "missing.jsonl"),
+        (("task.limit=0",), "limit=0 is out of range"),
+        (("task.seed=5",), "seed=5 is out of range"),
+        (("baselines=-1",), "baselines=-1 is out of range"),
+        (("frames=x",), "frames='x' is of the wrong kind"),
+        (("sampler=freedave", "cache=dkv"), "depends on the way a block is decoded"),
+        (("estimate.method=guess",), "method='guess' is unknown"),
+        (("objective=[speed]",), "objective=speed is no figure of this run"),
+        (("out=pyproject.toml",), "out='pyproject.toml' cannot be written"),
+        (("sweep=nothing",), "sweep=nothing is unknown"),
+        (("model=/no/such/folder",), "/no/such/folder"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    if any("task" in argument and "limit" not in argument and "seed" not in argument for argument in arguments):
+        pytest.importorskip("lm_eval")
+    changed = {argument.partition("=")[0] for argument in arguments}
+    kept = [argument for argument in FAST if argument.partition("=")[0] not in changed]
+    if "task" in changed:
+        kept = [argument for argument in kept if not argument.startswith("task.limit")]
+    out = () if "out" in changed else (f"out={tmp_path}",)
+    outcome = command("evaluate", *out, *kept, *arguments)
+    assert outcome.code == 2
+    assert said in outcome.err
+    assert len(outcome.err.strip().splitlines()) == 1, outcome.err

@@ -1,0 +1,282 @@
+"""lm-evaluation-harness: the model class answers as `dllm.generate` does, and both ways in give the same results."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dllm
+from commands import command, start
+from dllm.journal import Journal
+from dllm.likelihood import Estimate, is_greedy, loglikelihood
+from dllm.runner import Runner, Setting
+from dllm.tasks import word_problems
+from models import random_llada
+
+lm_eval = pytest.importorskip("lm_eval")
+
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+from dllm.harness import DLLM  # noqa: E402
+
+TINY = dllm.load("tiny-llada")
+PROBLEMS = word_problems.problems(6, 1_000_001)
+TASKS = {
+    "toy_generate": """
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: [" apples", "zzz"], max_gen_toks: 64}
+filter_list:
+  - name: last
+    filter: [{function: regex, regex_pattern: "answer is (\\\\d+)"}, {function: take_first}]
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+""",
+    "toy_choice": """
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_target: 0
+doc_to_choice: "{{choices}}"
+target_delimiter: ""
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+""",
+    "toy_text": """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{solution}}"
+metric_list: [{metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}]
+""",
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _offline(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+            patch.setenv(name, "1")
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of task definitions over word problems."""
+    folder = tmp_path_factory.mktemp("tasks")
+    data = folder / "problems.jsonl"
+    rows = [
+        {
+            "question": problem.question,
+            "answer": str(problem.answer),
+            "choices": [problem.solution, problem.solution.replace(str(problem.answer), str(problem.answer + 1))],
+            "solution": problem.solution,
+        }
+        for problem in PROBLEMS
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, text in TASKS.items():
+        where = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: '{data}'}}}}\ntest_split: test\n"
+        (folder / f"{name}.yaml").write_text(f"task: {name}\n{where}{text}")
+    return folder
+
+
+def model(**options: Any) -> DLLM:
+    chosen = {name: options.pop(name) for name in ("estimate", "lm") if name in options}
+    setting = Setting(
+        lm=chosen.get("lm", TINY),
+        sampler=dllm.samplers.LocalLeap(threshold=0.999, relaxed_threshold=0.99),
+        cache=dllm.cache.FreeCache(),
+        options={"batch_size": 4, **options},
+        estimate=chosen.get("estimate", Estimate(samples=8)),
+    )
+    return DLLM(Runner(setting, Journal(None)))
+
+
+def asking(context: str, place: int = 0, **kwargs: Any) -> Instance:
+    return Instance("generate_until", {}, (context, kwargs), 0, metadata=("toy", place, 1))
+
+
+class TestGenerateUntil:
+    QUESTIONS = [problem.question for problem in PROBLEMS]  # noqa: RUF012
+
+    def test_answers_are_those_of_generate(self) -> None:
+        asked = [asking(text, place, until=[], max_gen_toks=64) for place, text in enumerate(self.QUESTIONS)]
+        expected = dllm.generate(
+            TINY, self.QUESTIONS, "tiny/localleap", "freecache", gen_length=64, batch_size=4, seed=0
+        )
+        assert model().generate_until(asked) == expected.texts
+
+    def test_stop_strings_end_the_answer_before_it_is_counted(self) -> None:
+        whole, cut = model(), model()
+        (full,) = whole.generate_until([asking(self.QUESTIONS[0], until=[], max_gen_toks=64)])
+        (part,) = cut.generate_until([asking(self.QUESTIONS[0], until=[" answer"], max_gen_toks=64)])
+        assert part == full[: full.index(" answer")]
+        assert cut.runner.records()[0].tokens < whole.runner.records()[0].tokens
+
+    def test_one_stop_string_need_not_be_a_list(self) -> None:
+        (part,) = model().generate_until([asking(self.QUESTIONS[0], until=" answer", max_gen_toks=64)])
+        assert "answer" not in part
+
+    def test_requests_of_unlike_options_keep_their_order(self) -> None:
+        lengths = [8, 64, 8, 32]
+        lm = model()
+        asked = enumerate(zip(self.QUESTIONS, lengths, strict=False))
+        lm.generate_until([asking(text, place, until=[], max_gen_toks=length) for place, (text, length) in asked])
+        found = {record.id: len(record.completion) for record in lm.runner.records()}
+        assert [found[f"toy/{place}/0"] for place in range(4)] == lengths
+
+    def test_what_the_user_sets_goes_before_the_task(self) -> None:
+        lm = model(gen_length=16, temperature=0.0)
+        lm.generate_until([asking(self.QUESTIONS[0], until=[], max_gen_toks=64, do_sample=True, temperature=5.0)])
+        assert len(lm.runner.records()[0].completion) == 16
+        (greedy,) = model(gen_length=16).generate_until([asking(self.QUESTIONS[0], until=[])])
+        assert lm.runner.records()[0].text == greedy
+
+    def test_a_task_that_samples_is_sampled(self) -> None:
+        hot = {"do_sample": True, "temperature": 3.0, "max_gen_toks": 32, "until": []}
+        texts = {model().generate_until([asking(self.QUESTIONS[0], **hot)])[0] for _ in range(2)}
+        (greedy,) = model().generate_until([asking(self.QUESTIONS[0], until=[], max_gen_toks=32)])
+        assert len(texts) == 1, "seeded"
+        assert texts != {greedy}
+
+    def test_chats_are_read_through_the_template(self) -> None:
+        lm = model()
+        text = lm.apply_chat_template([{"role": "user", "content": self.QUESTIONS[0]}])
+        assert text == TINY.tokenizer.apply_chat_template(
+            [{"role": "user", "content": self.QUESTIONS[0]}], tokenize=False, add_generation_prompt=True
+        )
+        lm.generate_until([asking(text, until=[], max_gen_toks=32)])
+        chat = [{"role": "user", "content": self.QUESTIONS[0]}]
+        expected = dllm.generate(TINY, [chat], "tiny/localleap", "freecache", gen_length=32)
+        assert lm.runner.records()[0].text == expected.texts[0]
+
+    def test_prompts_that_do_not_fit_lose_their_beginning(self) -> None:
+        lm = model(lm=random_llada(tokenizer=True, seed=1, max_length=40))
+        with pytest.warns(UserWarning, match="beginning is cut off"):
+            texts = lm.generate_until([asking(self.QUESTIONS[0] * 3, until=[], max_gen_toks=16)])
+        assert len(texts) == lm.truncated == 1
+
+
+class TestLikelihood:
+    def test_it_is_that_of_the_estimate(self) -> None:
+        lm = model(estimate=Estimate(samples=4, seed=3))
+        question, solution = PROBLEMS[0].question, PROBLEMS[0].solution
+        request = Instance("loglikelihood", {}, (question, " " + solution), 0, metadata=("toy", 0, 1))
+        ((value, greedy),) = lm.loglikelihood([request])
+        prefix, target = lm._encode_pair(question, " " + solution)
+        assert value == loglikelihood(TINY, prefix, target, Estimate(samples=4, seed=3))
+        assert greedy == is_greedy(TINY, prefix, target)
+
+    def test_rolling_scores_every_token_once(self) -> None:
+        short = random_llada(tokenizer=True, seed=1, max_length=12)
+        lm = model(lm=short, estimate=Estimate(method="chain", order="left_to_right"))
+        text = PROBLEMS[0].solution
+        count = len(short.tokenizer(text, add_special_tokens=False).input_ids)
+        scored: list[int] = []
+        score = lm.runner.score
+
+        def counting(name: str, prefix: list[int], target: list[int], greedy: bool) -> tuple[float, bool]:
+            scored.append(len(target))
+            assert len(prefix) + len(target) <= 12
+            return score(name, prefix, target, greedy)
+
+        lm.runner.score = counting  # type: ignore[method-assign]
+        (value,) = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0, metadata=("t", 0, 1))])
+        assert sum(scored) == count > 12
+        assert value < 0
+
+
+ARGUMENTS = {
+    "pretrained": "tiny-llada", "sampler": "localleap", "sampler.threshold": 0.999, "sampler.relaxed_threshold": 0.99,
+    "cache": "freecache", "estimate.samples": 4, "batch_size": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_both_ways_in_agree(task: str, tasks: Path, tmp_path: Path) -> None:
+    theirs: Any = lm_eval.simple_evaluate(
+        model="dllm", model_args=",".join(f"{k}={v}" for k, v in ARGUMENTS.items()), tasks=[task], batch_size=None,
+        task_manager=TaskManager(include_path=str(tasks)), bootstrap_iters=0,
+    )  # fmt: skip
+    outcome = command(
+        "evaluate", f"out={tmp_path}", f"task={task}", f"task.include_path={tasks}", "sampler=tiny/localleap",
+        "cache=freecache", "estimate.samples=4", "batch_size=4", "baselines=0", "objective=[n]",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    (file,) = tmp_path.glob("*/results.json")
+    found = json.loads(file.read_text())
+    mine = found["details"]["results"][task]
+    assert {k: v for k, v in mine.items() if "stderr" not in k} == {
+        k: v for k, v in theirs["results"][task].items() if "stderr" not in k
+    }
+    if task != "toy_text":
+        (accuracy,) = [v for k, v in theirs["results"][task].items() if k.startswith(("exact_match,", "acc,"))]
+        assert found["metrics"]["accuracy"] == accuracy
+        assert found["metrics"]["n"] == 6
+        assert accuracy > 0.5
+
+
+def test_the_harness_own_command_line(tasks: Path, tmp_path: Path) -> None:
+    process = start(
+        "lm-eval", "--model", "dllm", "--model_args", "pretrained=tiny-llada,sampler=tiny/localleap,cache=freecache",
+        "--tasks", "toy_generate", "--include_path", str(tasks), "--batch_size", "4", "--output_path", str(tmp_path),
+    )  # fmt: skip
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert "toy_generate" in out
+    (file,) = tmp_path.rglob("results_*.json")
+    assert json.loads(file.read_text())["results"]["toy_generate"]["exact_match,last"] >= 0.5
+
+
+def test_the_harness_finds_the_class_by_itself() -> None:
+    (found,) = entry_points(group="lm_eval.models", name="dllm")
+    assert found.load() is DLLM
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("pretrained=tiny-llada,sampler=guess", "sampler='guess' is unknown"),
+        ("pretrained=tiny-llada,sampler=localleap,sampler.reach=3", "sampler.reach is no option of localleap"),
+        ("pretrained=tiny-llada,gen_lenght=3", "gen_lenght is no option"),
+        ("pretrained=tiny-llada,sampler=freedave,cache=dkv", "depends on the way a block is decoded"),
+        ("pretrained=/no/such/model", "/no/such/model"),
+    ],
+)
+def test_bad_model_arguments_name_themselves(arguments: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        DLLM.create_from_arg_string(arguments, {"batch_size": 1})
+
+
+class TestLocalFiles:
+    """Real data, where it is: 20 rows of each task go through from end to end, whatever the score."""
+
+    COMMON = ("task.limit=20", "sampler=tiny/localleap", "gen_length=16", "baselines=0", "batch_size=20")
+
+    def test_gsm8k(self, shared: Path, tmp_path: Path) -> None:
+        data = shared / "data"
+        files = f"{{train: '{data}/gsm8k_train_2000.jsonl', test: '{data}/gsm8k_test.jsonl'}}"
+        outcome = command("evaluate", f"out={tmp_path}", "task=gsm8k", f"task.data={files}", *self.COMMON)
+        assert outcome.code == 0, outcome.err
+        (file,) = tmp_path.glob("*/results.json")
+        found = json.loads(file.read_text())
+        assert found["metrics"]["n"] == 20
+        assert set(found["metrics"]["scores"]) == {"exact_match,strict-match", "exact_match,flexible-extract"}
+        assert found["details"]["n-shot"]["gsm8k"] == 5
+
+    @pytest.mark.parametrize("execute", [True, False])
+    def test_humaneval(self, execute: bool, shared: Path, tmp_path: Path) -> None:
+        data = shared / "data" / "HumanEval.jsonl.gz"
+        told = f"task.execute={str(execute).lower()}"
+        more = ("objective=[nfe]", "task=humaneval", f"task.data={data}", told)
+        outcome = command("evaluate", f"out={tmp_path}", *more, *self.COMMON)
+        assert outcome.code == 0, outcome.err
+        (file,) = tmp_path.glob("*/results.json")
+        metrics = json.loads(file.read_text())["metrics"]
+        assert metrics["n"] == 20
+        assert (metrics["accuracy"] is not None) == execute
+        assert ("not judged" in outcome.out) == (not execute)
