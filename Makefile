@@ -1,4 +1,5 @@
 # make demo         set up .venv and let the bundled model answer a word problem
+# make frontier     set up .venv and compare every policy with three caches: table, plots and page in outputs/frontier
 # make test         set up .venv with the development tools and run the whole test suite
 # make test-oldest  the same with the oldest declared dependencies, in .venv-oldest
 # make check        lint, format, types, imports (make -k check goes on after a failure)
@@ -15,7 +16,7 @@ PIP_ARGS ?= $(if $(CI),--quiet)
 SHELL := /bin/sh
 .SHELLFLAGS := -eu -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-oldest check lint format types imports typing-links clean
+.PHONY: demo frontier test test-oldest check lint format types imports typing-links clean
 
 # The environments are called by path. Nothing of an active one may leak into them.
 unexport VIRTUAL_ENV CONDA_PREFIX PYTHONHOME PYTHONPATH PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV
@@ -23,11 +24,15 @@ export PYTHONNOUSERSITE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # The models here are so small that a second thread only gets in the way, and badly on a busy machine.
-demo test test-oldest: export OMP_NUM_THREADS ?= 1
+demo frontier test test-oldest: export OMP_NUM_THREADS ?= 1
 test test-oldest check: export TOKENIZERS_PARALLELISM := false
 
 demo: .venv/.installed
 	.venv/bin/dllm generate $(DLLM_ARGS)
+
+frontier: .venv/.installed-plot
+	.venv/bin/dllm evaluate sweep=frontier $(DLLM_ARGS)
+	.venv/bin/dllm report outputs/frontier
 
 test: .venv/.installed-dev
 	.venv/bin/python -m pytest $(PYTEST_ARGS)
@@ -78,9 +83,13 @@ endef
 .venv/.installed: constraints.txt pyproject.toml .venv/.created
 	$(call install,.)
 
-.venv/.installed-dev: constraints.txt pyproject.toml .venv/.created
-	$(call install,'.[dev]')
+.venv/.installed-plot: constraints.txt pyproject.toml .venv/.created
+	$(call install,'.[plot]')
 	@touch $(@D)/.installed
+
+.venv/.installed-dev: constraints.txt pyproject.toml .venv/.created
+	$(call install,'.[dev,eval,plot,scale,sweep]')
+	@touch $(@D)/.installed $(@D)/.installed-plot
 
 .venv-oldest/.installed-dev: constraints-oldest.txt pyproject.toml .venv-oldest/.created
 	$(call install,'.[dev]')

@@ -215,9 +215,9 @@ class DLLM(TemplateLM):
 
     def _name(self, instance: Instance) -> str:
         """Unique among the requests of a run: repeats of one document come one behind another."""
-        name = f"{instance.task_name}/{instance.doc_id}/{instance.idx}"
+        name = f"{instance.task_name}/{instance.doc_id}#{instance.idx}"
         number = self._seen[name] = self._seen.get(name, -1) + 1
-        return f"{name}/{number}" if number else name
+        return f"{name}.{number}" if number else name
 
 
 def _parts(group: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def cost(records: Sequence[Record]) -> dict[str, Any]:
     a sample's batch to its own end.
     """
     if not records:
-        return dict.fromkeys(_COSTS)
+        return dict.fromkeys(COSTS)
     nfe = np.array([record.nfe for record in records], dtype=float)
     tokens, seconds = sum(record.tokens for record in records), sum(record.seconds for record in records)
     computed, full = sum(r.positions for r in records), sum(r.nfe * r.canvas for r in records)
@@ -92,7 +92,7 @@ def speedup(records: Sequence[Record], baselines: Mapping[str, Sequence[Mapping[
     return found
 
 
-_COSTS = (
+COSTS = (
     "nfe", "nfe_error", "tpf", "tokens", "tokens_per_sample", "tokens_per_second", "seconds", "latency_p50",
     "latency_p95", "guide_nfe", "guide_seconds", "positions", "computed_share", "refreshes", "drift", "peak_memory",
 )  # fmt: skip

@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,7 +35,7 @@ _PACKAGES = ("dllm-samplers", "torch", "transformers", "tokenizers", "datasets",
 class RunFolder:
     """Where a run's files are: manifest.json, results.json, samples.parquet, trace.safetensors.
 
-    While it is unfinished there is a journal instead of results; a run that was refused or failed leaves error.json.
+    While it is unfinished there is a journal instead of results.
 
     Args:
         out: holds the folders of many runs.
@@ -67,12 +68,17 @@ class RunFolder:
         before = json.loads(file.read_text(encoding="utf-8"))["sessions"] if file.exists() else []
         manifest = {"format": "dllm-manifest", "version": 1, "label": self.label, "config": config}
         _write(file, manifest | {"sessions": [*before, _session(lm)]})
-        (self.path / "error.json").unlink(missing_ok=True)
 
     def fail(self, message: str) -> None:
         """Leave word of a run that could not be made."""
         error = {"format": "dllm-error", "version": 1, "label": self.label, "message": message}
         _write(self.path / "error.json", error)
+
+    def forgive(self) -> None:
+        """Take that word back: the run was made after all."""
+        (self.path / "error.json").unlink(missing_ok=True)
+        with suppress(OSError):  # not there, or with other files in it
+            self.path.rmdir()
 
     def finish(self, runner: Runner, graded: Graded) -> dict[str, Any]:
         """Write everything, the results last, and remove the journal."""
@@ -108,7 +114,7 @@ def samples(records: Sequence[Record], graded: Graded) -> list[dict[str, Any]]:
     rows = []
     answered = set()
     for record in records:
-        sample = record.id if record.id in graded.rows else "/".join(record.id.split("/")[:2])
+        sample = record.id.partition("#")[0]
         answered.add(sample)
         rows.append(
             {

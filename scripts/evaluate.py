@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -16,9 +19,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import dllm
 from dllm import compatibility
-from dllm.checks import number
+from dllm.checks import choice, number
 from dllm.journal import Journal
 from dllm.likelihood import Estimate
+from dllm.metrics import COSTS
 from dllm.plan import parse_options
 from dllm.resolve import options_of
 from dllm.run_folder import RunFolder
@@ -32,7 +36,7 @@ KINDS = get_type_hints(dllm.Options) | {
     "temperature": float | None,
     "seed": int,
     "threads": int | None,
-    "objective": Any,
+    "objective": Sequence[str],
 }
 
 
@@ -41,28 +45,36 @@ def main() -> None:
     app.run(evaluate, "evaluate", KINDS)
 
 
-def evaluate(cfg: DictConfig) -> tuple[float, ...]:
-    """Run one setting, or read what it gave before; returns its objective."""
+def evaluate(cfg: DictConfig) -> tuple[float, ...] | None:
+    """Run one setting, or read what it gave before.
+
+    Returns:
+        Its objective, where a sweeper wants to know.
+    """
     fields: Any = OmegaConf.to_container(cfg, resolve=True)
+    for name in fields["objective"]:
+        choice("objective", name, ("accuracy", *COSTS))
     for name in ("baselines", "frames"):
         number(name, fields[name], "0 or more", low=0, whole=True)
     if fields["threads"] is not None:
         number("threads", fields["threads"], "1 or more, or null", low=1, whole=True)
         torch.set_num_threads(fields["threads"])
     app.check_writable("out", fields["out"], f"{fields['out']}/results.json")
-    chosen = HydraConfig.get().runtime.choices
-    names = {group: str(chosen[group]).rpartition("/")[2] for group in ("sampler", "cache")}
-    folder = RunFolder(Path(fields["out"]), _label(fields, chosen), {"names": names, "task": _task_name(fields)})
+    hydra = HydraConfig.get()
+    out, label = Path(fields["out"]), _label(fields, hydra.runtime.choices)
+    refused, sweeping = RunFolder(out, label, fields), hydra.mode == RunMode.MULTIRUN
     try:
         sampler, cache, task = (instantiate(cfg[group]) for group in ("sampler", "cache", "task"))
-        identity = _identity(fields, names, task)
-        folder = RunFolder(Path(fields["out"]), folder.label, identity)
+        folder = RunFolder(out, label, _identity(fields, hydra.runtime.choices, task))
         results = folder.results() or _measure(fields, folder, sampler, cache, task)
-    except app.BAD_INPUT as error:
-        folder.fail(app.one_line(error))
+    except Exception as error:
+        if sweeping:  # the others go on, and the report tells why this one is missing
+            refused.fail(app.one_line(error))
         raise
+    refused.forgive()
     print(_told(results, folder.path), flush=True)
-    return _objective(results, fields["objective"])
+    searching = sweeping and not hydra.sweeper["_target_"].endswith("BasicSweeper")
+    return _objective(results, fields["objective"]) if searching else None
 
 
 def _measure(fields: dict[str, Any], folder: RunFolder, sampler: Any, cache: Any, task: Task) -> dict[str, Any]:
@@ -73,8 +85,7 @@ def _measure(fields: dict[str, Any], folder: RunFolder, sampler: Any, cache: Any
     compatibility.check(sampler, cache, parse_options(options).cfg_scale)
     seed = fields["seed"] if fields["estimate"]["order"] == "random" else 0  # the others draw nothing
     estimate = Estimate(**fields["estimate"], seed=seed, cfg_scale=fields["cfg_scale"])
-    model = dict(fields["model"])
-    lm = dllm.load(model.pop("path"), **model)
+    lm = _load(json.dumps(fields["model"]))
     with _progress(folder.label) as progress:
         runner = Runner(
             Setting(lm, sampler, cache, options, estimate),
@@ -90,16 +101,24 @@ def _measure(fields: dict[str, Any], folder: RunFolder, sampler: Any, cache: Any
             runner.close()
 
 
-def _identity(fields: Mapping[str, Any], names: Mapping[str, str], task: Task) -> dict[str, Any]:
+@lru_cache(maxsize=1)
+def _load(model: str) -> dllm.LanguageModel:
+    """The model of some options, kept for the next job of a sweep."""
+    options = json.loads(model)
+    return dllm.load(options.pop("path"), **options)
+
+
+def _identity(fields: Mapping[str, Any], chosen: Mapping[str, Any], task: Task) -> dict[str, Any]:
     """Everything that the results depend on, under the names they have in results.json."""
     apart = ("model", "sampler", "cache", "task", "out", "objective", "threads")
     own = lambda group: {k: v for k, v in fields[group].items() if k != "_target_"}  # noqa: E731
+    named = lambda group: {"name": str(chosen[group]).rpartition("/")[2], **own(group)}  # noqa: E731
     return {
         "model": Path(fields["model"]["path"]).name,
         "loading": fields["model"],
         "task": task.name,
-        "sampler": {"name": names["sampler"], **own("sampler")},
-        "cache": {"name": names["cache"], **own("cache")},
+        "sampler": named("sampler"),
+        "cache": named("cache"),
         "options": {name: value for name, value in fields.items() if name not in apart},
         "asked": own("task") | {"files": task.check()},
     }
@@ -115,16 +134,11 @@ def _label(fields: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
     return " + ".join(part for part in parts if part != "none")
 
 
-def _task_name(fields: Mapping[str, Any]) -> str:
-    return str(fields["task"].get("name", fields["task"]["_target_"]))
-
-
-def _objective(results: Mapping[str, Any], names: Any) -> tuple[float, ...]:
+def _objective(results: Mapping[str, Any], names: Sequence[str]) -> tuple[float, ...]:
     metrics = results["metrics"]
     for name in names:
-        if not isinstance(metrics.get(name), (int, float)):
-            known = ", ".join(key for key, value in metrics.items() if isinstance(value, (int, float)))
-            raise ValueError(f"objective={name} is no figure of this run; use some of {known}")
+        if not isinstance(metrics[name], (int, float)):
+            raise ValueError(f"objective={name} is not known of task={results['task']}; leave it out")
     return tuple(float(metrics[name]) for name in names)
 
 

@@ -9,7 +9,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from dllm.resolve import names
+from dllm.resolve import names, variants
+
+_PACKAGE = "# @package _global_\n"  # what stands first in a YAML that sets options of the command itself
 
 
 def summary(config_name: str) -> str:
@@ -22,7 +24,7 @@ def groups(config_name: str) -> dict[str, str]:
     text = (resources.files("dllm.conf") / f"{config_name}.yaml").read_text(encoding="utf-8")
     source: Any = OmegaConf.to_container(OmegaConf.create(text))
     pairs = [pair for entry in source.get("defaults", []) if isinstance(entry, dict) for pair in entry.items()]
-    return {name: choice for name, choice in pairs if not name.startswith("override ")}
+    return {name: choice or "null" for name, choice in pairs if not name.startswith("override ")}
 
 
 def describe(config_name: str, arguments: Sequence[str] = ()) -> str:
@@ -45,21 +47,30 @@ def describe(config_name: str, arguments: Sequence[str] = ()) -> str:
 
 
 def _describe_group(group: str, choice: str, default: str) -> list[str]:
-    choices = names(group)
-    if choice not in choices:
+    choices = names(group) + variants(group)
+    if choice not in (*choices, default):
         raise ValueError(f"{group}={choice} is unknown; use one of {', '.join(choices)}")
     width = max(map(len, choices))
     lines = [f"{group}=NAME, by default {default}:", ""]
     lines += _indent(f"{name:<{width}}  {_split(f'{group}/{name}.yaml')[0][0]}" for name in choices)
-    body = [line for line in _split(f"{group}/{choice}.yaml")[1] if not line.startswith("_target_")]
+    body = (
+        []
+        if choice == "null"
+        else [line for line in _split(f"{group}/{choice}.yaml")[1] if not line.startswith("_target_")]
+    )
     if not body:
         return lines
-    return [*lines, "", f"Options of {group}={choice}, changed with {group}.NAME=VALUE:", "", *_indent(body)]
+    everywhere = (resources.files("dllm.conf") / group / f"{choice}.yaml").read_text().startswith(_PACKAGE)
+    title = (
+        f"{group}={choice} sets:" if everywhere else f"Options of {group}={choice}, changed with {group}.NAME=VALUE:"
+    )
+    return [*lines, "", title, "", *_indent(body)]
 
 
 def _split(file: str) -> tuple[list[str], list[str]]:
     """The comment that opens a YAML, and its options with their comments, without what only Hydra reads."""
     text = (resources.files("dllm.conf") / file).read_text(encoding="utf-8")
+    text = text.removeprefix(_PACKAGE)
     lines = re.sub(r"^(defaults|hydra):\n(?:[ -].*\n|\n)*", "", text, flags=re.MULTILINE).splitlines()
     count = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
     body = "\n".join(lines[count:]).strip("\n").splitlines()

@@ -188,8 +188,20 @@ class TestSweeps:
         error = json.loads(failed.read_text())
         assert error["label"] == "freedave + dkv"
         assert "depends on the way a block is decoded" in error["message"]
+        # Once it can be made, nothing is left of that.
+        data = tmp_path / "HumanEval.jsonl"
+        late = ("sampler=tiny/localleap,vanilla", "task=humaneval", f"task.data={data}", "task.limit=1")
+        pytest.importorskip("lm_eval")
+        out = tmp_path / "late"
+        assert run(out, "-m", *late, "gen_length=8").code == 2
+        assert len(list(out.glob("*/error.json"))) == 2
+        task = {"task_id": "T/0", "prompt": "def f():\n", "canonical_solution": "    return 1\n", "entry_point": "f"}
+        data.write_text(json.dumps(task | {"test": "def check(f):\n    assert f() == 1\n"}) + "\n")
+        assert run(out, "-m", *late, "gen_length=8").code == 0
+        assert not list(out.glob("*/error.json"))
+        assert len(folders(out)) == 2
 
-    @pytest.mark.parametrize("launcher", ["joblib", "local", "ray"])
+    @pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "ray"])
     def test_launchers_run_two_jobs(self, launcher: str, tmp_path: Path) -> None:
         pytest.importorskip({"joblib": "hydra_plugins.hydra_joblib_launcher", "ray": "ray"}.get(launcher, "submitit"))
         process = start(
@@ -242,7 +254,7 @@ def test_sweeping_may_be_asked_for_anywhere(tmp_path: Path) -> None:
         (("frames=x",), "frames='x' is of the wrong kind"),
         (("sampler=freedave", "cache=dkv"), "depends on the way a block is decoded"),
         (("estimate.method=guess",), "method='guess' is unknown"),
-        (("objective=[speed]",), "objective=speed is no figure of this run"),
+        (("objective=[speed]",), "objective='speed' is unknown"),
         (("out=pyproject.toml",), "out='pyproject.toml' cannot be written"),
         (("sweep=nothing",), "sweep=nothing is unknown"),
         (("model=/no/such/folder",), "/no/such/folder"),

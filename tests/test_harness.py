@@ -127,7 +127,7 @@ class TestGenerateUntil:
         asked = enumerate(zip(self.QUESTIONS, lengths, strict=False))
         lm.generate_until([asking(text, place, until=[], max_gen_toks=length) for place, (text, length) in asked])
         found = {record.id: len(record.completion) for record in lm.runner.records()}
-        assert [found[f"toy/{place}/0"] for place in range(4)] == lengths
+        assert [found[f"toy/{place}#0"] for place in range(4)] == lengths
 
     def test_what_the_user_sets_goes_before_the_task(self) -> None:
         lm = model(gen_length=16, temperature=0.0)

@@ -143,12 +143,13 @@ def evaluate(runner: Runner, task: Any, seed: int, metric: str | None, manager: 
     for name, samples in results["samples"].items():
         for sample in samples:
             identity = f"{name}/{sample['doc_id']}"
-            rows[identity] = {"question": _text(sample["arguments"]), "reference": str(sample["target"])}
+            asked = {"question": _text(sample["arguments"]), "reference": str(sample["target"])}
+            suffix = "" if sample["filter"] == "none" else f",{sample['filter']}"
+            rows.setdefault(identity, asked)[f"answer{suffix}"] = str(sample["filtered_resps"])
             for each in sample["metrics"]:
                 value = sample[each]
                 if isinstance(value, (int, float)):
-                    label = each if sample["filter"] == "none" else f"{each},{sample['filter']}"
-                    scores.setdefault(label, {})[identity] = float(value)
+                    scores.setdefault(each + suffix, {})[identity] = float(value)
     if metric is not None and metric not in scores:
         raise ValueError(f"task.metric={metric!r} is unknown; use one of {', '.join(scores)}")
     kept = ("results", "versions", "n-shot", "configs", "n-samples")
