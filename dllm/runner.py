@@ -67,6 +67,7 @@ class Runner:
     ) -> None:
         self.setting, self.journal, self.baselines, self.filmed = setting, journal, baselines, filmed
         self._progress, self._asked, self._warm = progress, 0, False
+        self._ids: list[str] = []
         self._filmed: frozenset[str] = frozenset()
         self._films = None if journal.path is None else journal.path.parent / "frames"
 
@@ -85,6 +86,7 @@ class Runner:
         room = max(0, self.filmed - self._asked)
         self._filmed |= frozenset(request.id for request in requests[:room])
         first, self._asked = self._asked == 0, self._asked + len(requests)
+        self._ids += [request.id for request in requests]
         options = {**self.setting.options, **options}
         size = parse_options(options).batch_size
         # The first batches of a run are those that the baselines decode as well.
@@ -116,8 +118,8 @@ class Runner:
         return noted[0], noted[1]
 
     def records(self) -> list[Record]:
-        """All answers noted, in the order they were."""
-        return [self._noted(name) for name in self.journal.of("record")]
+        """All answers, in the order they were asked for."""
+        return [self._noted(name) for name in self._ids]
 
     def baseline(self, name: str) -> list[Mapping[str, Any]]:
         """What a baseline took, batch by batch: ids, tokens, seconds and nfe over all of them."""

@@ -1,17 +1,16 @@
 """The record of a run: final tokens, when each was decoded, and the first few samples step by step.
 
 One safetensors file. Samples of different lengths stand one behind another in each tensor; what is no number stands
-as JSON in the file's metadata. Token ids and steps are stored as small as they fit, confidences of single steps as
-float16, computed columns as bits.
+as JSON in the file's metadata. Of single steps only what there is is kept, with a bit for each place that says where:
+what changed on the canvas, what was predicted (confidences as float16), what was drafted.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,14 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialise
 
+from dllm.packing import bits, compact_json, flags, held, joined, padded, small, split, spread, with_sorted_header
+
 FORMAT, VERSION = "dllm-trace", 1
-_TOKENS = ("canvas", "predicted", "drafted")
+# What is kept of frames, and as what; None is whole numbers as small as they fit.
+_FRAMES: dict[str, Any] = {
+    "prompt": None, "nfe": None, "canvas": None, "predicted": None, "drafted": None, "confidence": np.float16,
+    "changed": np.uint8, "asked": np.uint8, "drafts": np.uint8, "computed": np.uint8,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ class Trace:
         Raises:
             ValueError: shapes that do not belong together.
         """
-        data = _with_sorted_header(serialise(_tensors(self), _metadata(self)))
+        data = with_sorted_header(serialise(_tensors(self), _metadata(self)))
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         try:
@@ -130,7 +135,7 @@ def _metadata(trace: Trace) -> dict[str, str]:
         # Steps, prompt tokens and generated positions of each sample with frames.
         "frames": [(each.id, len(each.canvas), len(each.prompt), each.canvas.shape[1]) for each in trace.frames],
     }
-    return {"format": FORMAT, "version": str(VERSION)} | {name: _json(value) for name, value in fields.items()}
+    return {"format": FORMAT, "version": str(VERSION)} | {name: compact_json(value) for name, value in fields.items()}
 
 
 def _tensors(trace: Trace) -> dict[str, NDArray[Any]]:
@@ -141,63 +146,74 @@ def _tensors(trace: Trace) -> dict[str, NDArray[Any]]:
         )
     rows = list(enumerate(_lengths(trace)))
     tensors: dict[str, NDArray[Any]] = {
-        "tokens": _small(_joined(trace.tokens[row, :length] for row, length in rows)),
-        "commit_step": _small(_joined(trace.commit_step[row, :length] for row, length in rows)),
-        "confidence": _joined(trace.confidence[row, :length] for row, length in rows).astype(np.float32),
+        "tokens": small(joined(trace.tokens[row, :length] for row, length in rows)),
+        "commit_step": small(joined(trace.commit_step[row, :length] for row, length in rows)),
+        "confidence": joined(trace.confidence[row, :length] for row, length in rows).astype(np.float32),
     }
-    for each in trace.frames:
-        _check(each)
-    tensors["frames.prompt"] = _small(_joined(each.prompt for each in trace.frames))
-    tensors["frames.nfe"] = _small(_joined(each.nfe for each in trace.frames))
-    tensors["frames.confidence"] = _joined(each.confidence for each in trace.frames).astype(np.float16)
-    tensors["frames.computed"] = _joined(np.packbits(each.computed) for each in trace.frames).astype(np.uint8)
-    for name in _TOKENS:
-        tensors[f"frames.{name}"] = _small(_joined(getattr(each, name) for each in trace.frames))
+    packed = [_pack(each, trace.mask_token_id) for each in trace.frames]
+    for name, kind in _FRAMES.items():
+        values = joined(each[name] for each in packed)
+        tensors[f"frames.{name}"] = small(values) if kind is None else values.astype(kind)
     return tensors
+
+
+def _pack(frames: Frames, mask: int) -> dict[str, NDArray[Any]]:
+    _check(frames)
+    before = np.vstack([np.full((1, frames.canvas.shape[1]), mask), frames.canvas[:-1]])[: len(frames.canvas)]
+    changed, drafts = frames.canvas != before, frames.drafted != mask
+    asked = (frames.predicted != mask) | ~np.isnan(frames.confidence)
+    return {
+        "prompt": frames.prompt, "nfe": frames.nfe, "computed": bits(frames.computed),
+        "canvas": frames.canvas[changed], "changed": bits(changed),
+        "predicted": frames.predicted[asked], "confidence": frames.confidence[asked], "asked": bits(asked),
+        "drafted": frames.drafted[drafts], "drafts": bits(drafts),
+    }  # fmt: skip
 
 
 def _trace(metadata: Mapping[str, str], tensors: Mapping[str, NDArray[Any]]) -> Trace:
     fields = {name: json.loads(text) for name, text in metadata.items() if name not in ("format", "version")}
     lengths, eos = [int(length) for length in fields["lengths"]], [int(token) for token in fields["eos_token_ids"]]
-    pad = eos[0] if eos else int(fields["mask_token_id"])
-    rows = lambda name, fill, kind: _padded(tensors[name], lengths, int(fields["width"]), fill, kind)  # noqa: E731
+    mask, width = int(fields["mask_token_id"]), int(fields["width"])
     if len(fields["ids"]) != len(lengths):
         raise ValueError("ids and lengths differ in number")
     return Trace(
         ids=tuple(map(str, fields["ids"])),
-        tokens=rows("tokens", pad, np.int64),
-        commit_step=rows("commit_step", -1, np.int64),
-        confidence=rows("confidence", np.nan, np.float32),
-        frames=_frames(fields["frames"], tensors),
+        tokens=padded(tensors["tokens"], lengths, width, eos[0] if eos else mask, np.int64),
+        commit_step=padded(tensors["commit_step"], lengths, width, -1, np.int64),
+        confidence=padded(tensors["confidence"], lengths, width, np.nan, np.float32),
+        frames=_frames(fields["frames"], tensors, mask),
         words={int(token): str(text) for token, text in fields["words"].items()},
-        mask_token_id=int(fields["mask_token_id"]),
+        mask_token_id=mask,
         eos_token_ids=tuple(eos),
-        lengths=tuple(lengths) if set(lengths) - {int(fields["width"])} else (),
+        lengths=tuple(lengths) if set(lengths) - {width} else (),
     )
 
 
-def _frames(shapes: Sequence[Any], tensors: Mapping[str, NDArray[Any]]) -> tuple[Frames, ...]:
-    counts: dict[str, Callable[[int, int, int], int]] = {
-        **dict.fromkeys((*_TOKENS, "confidence"), lambda steps, prompt, generated: steps * generated),
-        "prompt": lambda steps, prompt, generated: prompt,
-        "nfe": lambda steps, prompt, generated: steps,
-        "computed": lambda steps, prompt, generated: -(-steps * (prompt + generated) // 8),
-    }
+def _frames(shapes: Sequence[Any], tensors: Mapping[str, NDArray[Any]], mask: int) -> tuple[Frames, ...]:
     sizes = [(int(steps), int(prompt), int(generated)) for _, steps, prompt, generated in shapes]
-    parts = {
-        name: _split(tensors[f"frames.{name}"], [count(*each) for each in sizes]) for name, count in counts.items()
+    cut = lambda name, counts: split(tensors[f"frames.{name}"], counts)  # noqa: E731
+    canvases, columns = [(s, g) for s, _, g in sizes], [(s, p + g) for s, p, g in sizes]
+    bytes_of = lambda tables: [-(-rows * width // 8) for rows, width in tables]  # noqa: E731
+    where = {
+        name: [flags(part, size) for part, size in zip(cut(name, bytes_of(tables)), tables, strict=True)]
+        for name, tables in (("changed", canvases), ("asked", canvases), ("drafts", canvases), ("computed", columns))
     }
+    places = {"canvas": "changed", "predicted": "asked", "confidence": "asked", "drafted": "drafts"}
+    found = {name: cut(name, [int(each.sum()) for each in where[place]]) for name, place in places.items()}
+    found |= {"prompt": cut("prompt", [p for _, p, _ in sizes]), "nfe": cut("nfe", [s for s, _, _ in sizes])}
     frames = []
-    for number, ((identity, *_), (steps, prompt, generated)) in enumerate(zip(shapes, sizes, strict=True)):
-        own = {name: part[number] for name, part in parts.items()}
-        columns = prompt + generated
+    for number, (identity, *_) in enumerate(shapes):
+        at = {name: each[number] for name, each in where.items()}
+        own = {name: each[number] for name, each in found.items()}
         frames.append(
             Frames(
                 id=str(identity),
                 prompt=own["prompt"].astype(np.int64),
-                **{name: own[name].reshape(steps, generated).astype(np.int64) for name in _TOKENS},
-                confidence=own["confidence"].reshape(steps, generated).astype(np.float32),
-                computed=np.unpackbits(own["computed"], count=steps * columns).reshape(steps, columns).astype(bool),
+                canvas=held(spread(own["canvas"], at["changed"], mask, np.int64), at["changed"]),
+                predicted=spread(own["predicted"], at["asked"], mask, np.int64),
+                confidence=spread(own["confidence"], at["asked"], np.nan, np.float32),
+                drafted=spread(own["drafted"], at["drafts"], mask, np.int64),
+                computed=at["computed"],
                 nfe=own["nfe"].astype(np.int64),
             )
         )
@@ -206,12 +222,12 @@ def _frames(shapes: Sequence[Any], tensors: Mapping[str, NDArray[Any]]) -> tuple
 
 def _check(frames: Frames) -> None:
     steps, generated = frames.canvas.shape
-    shapes = {name: getattr(frames, name).shape for name in (*_TOKENS, "confidence", "computed", "nfe")}
-    expected: dict[str, tuple[int, ...]] = dict.fromkeys((*_TOKENS, "confidence"), (steps, generated))
+    names = ("canvas", "predicted", "drafted", "confidence")
+    expected: dict[str, tuple[int, ...]] = dict.fromkeys(names, (steps, generated))
     expected |= {"computed": (steps, len(frames.prompt) + generated), "nfe": (steps,)}
-    for name, shape in shapes.items():
-        if shape != expected[name]:
-            raise ValueError(f"frames of {frames.id!r}: {name} is {shape}; give {expected[name]}")
+    for name, shape in expected.items():
+        if getattr(frames, name).shape != shape:
+            raise ValueError(f"frames of {frames.id!r}: {name} is {getattr(frames, name).shape}; give {shape}")
 
 
 def _width(trace: Trace) -> int:
@@ -223,46 +239,3 @@ def _lengths(trace: Trace) -> tuple[int, ...]:
     if len(lengths) != len(trace.ids) or any(not 0 <= length <= _width(trace) for length in lengths):
         raise ValueError(f"lengths={lengths} of {len(trace.ids)} rows; give one of 0 to {_width(trace)} for each")
     return tuple(map(int, lengths))
-
-
-def _joined(parts: Iterable[NDArray[Any]]) -> NDArray[Any]:
-    flat = [np.asarray(part).reshape(-1) for part in parts]
-    return np.concatenate(flat) if flat else np.zeros(0, np.int16)
-
-
-def _split(joined: NDArray[Any], counts: Sequence[int]) -> list[NDArray[Any]]:
-    ends = np.cumsum([0, *counts])
-    if ends[-1] != len(joined) or min(counts, default=0) < 0:
-        raise ValueError(f"{len(joined)} values where {ends[-1]} belong")
-    return [joined[start:end] for start, end in pairwise(ends)]
-
-
-def _padded(joined: NDArray[Any], lengths: Sequence[int], width: int, fill: float, kind: Any) -> NDArray[Any]:
-    padded = np.full((len(lengths), width), fill, dtype=kind)
-    for row, part in enumerate(_split(joined, lengths)):
-        padded[row, : len(part)] = part
-    return padded
-
-
-def _small(values: NDArray[Any]) -> NDArray[Any]:
-    """As int16 where that holds all values, else as int32."""
-    fits = values.size == 0 or (values.min() >= -(2**15) and values.max() < 2**15)
-    return values.astype(np.int16 if fits else np.int32)
-
-
-def _json(value: Any) -> str:
-    # Halves of surrogate pairs, which broken text may hold, are no JSON to the reader of the header.
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _with_sorted_header(data: bytes) -> bytes:
-    """The file with its header in a fixed order: safetensors writes metadata as its hash table happens to lie."""
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    # Tensors keep the order of their bytes.
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    order = sorted(header, key=lambda name: header[name].get("data_offsets", [-1])[0] if name != "__metadata__" else -1)
-    text = json.dumps({name: header[name] for name in order}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data[8 + length :]

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -20,14 +22,20 @@ from dllm.scripts import usage
 from dllm.scripts.kinds import check_kinds
 
 # Options whose values are quoted for Hydra, so that commas, "?" and "=" in them mean themselves.
-_PATHS = ("input", "output", "picture", "out", "init", "publish", "data", "model.path")
+_PATHS = ("input", "output", "picture", "out", "init", "publish", "data", "model.path", "path", "folder")
+# Groups that take more than their choices: which choice the others are, and which of its options takes them.
+_OTHERS = {"model": ("custom", "path"), "task": ("lm_eval", "name")}
+# The option that an argument without a name is.
+_POSITIONAL = {"report": "folder", "show": "path"}
+_VALUED = {"-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"}
+_MULTIRUN = ("-m", "--multirun")
 _FLAGS = """-h --help --hydra-help -v --version -c --cfg --resolve -p --package -r --run -m --multirun -sc
 --shell-completion -cp --config-path -cn --config-name -cd --config-dir --experimental-rerun -i --info""".split()
 # What bad input looks like when it surfaces; anything else is a bug and keeps its traceback.
-_BAD_INPUT = (ValueError, OSError, HydraException, OmegaConfBaseException)
+BAD_INPUT = (ValueError, OSError, HydraException, OmegaConfBaseException)
 
 
-def run(task: Callable[[DictConfig], None], config_name: str, kinds: Mapping[str, Any] | None = None) -> None:
+def run(task: Callable[[DictConfig], Any], config_name: str, kinds: Mapping[str, Any] | None = None) -> None:
     """Run a Hydra application; bad input ends it with one line and exit code 2.
 
     Args:
@@ -37,17 +45,22 @@ def run(task: Callable[[DictConfig], None], config_name: str, kinds: Mapping[str
     """
     command = f"dllm {config_name.replace('_', '-')}"
 
-    def guarded(cfg: DictConfig) -> None:
+    def guarded(cfg: DictConfig) -> Any:
         # Caught here as well as below: what leaves the task as an error, Hydra reports in its own words.
         try:
             check_kinds(cfg, config_name, kinds or {})
-            task(cfg)
+            return task(cfg)
         except BrokenPipeError:
             # Whoever read the output has seen enough; nothing is left to flush at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
-        except _BAD_INPUT as error:
-            fail(command, _qualified(_one_line(error), cfg))
+        except BAD_INPUT as error:
+            message = _qualified(one_line(error), cfg)
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                # The other jobs of a sweep go on; what the sweeper makes of this one is told at its end.
+                print(f"{command}: error: {message}", file=sys.stderr)
+                raise ValueError(message) from None
+            fail(command, message)
 
     # Without this Hydra prints its own report of a wrong option and exits with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -58,8 +71,8 @@ def run(task: Callable[[DictConfig], None], config_name: str, kinds: Mapping[str
             return
         sys.argv = [command, *arguments]
         hydra.main(version_base="1.3", config_path="pkg://dllm.conf", config_name=config_name)(guarded)()
-    except _BAD_INPUT as error:
-        fail(command, _one_line(error))
+    except BAD_INPUT as error:
+        fail(command, one_line(error))
     except KeyboardInterrupt:
         fail(command, "interrupted; what was written is kept", code=130)
 
@@ -81,8 +94,8 @@ def make(place: str, group: str, protocol: type, entry: Any) -> Any:
         raise ValueError(f"{place}={fields!r} is no {group}; give {{_target_: dllm.{group}..., its options}}")
     try:
         made = instantiate(fields)
-    except (*_BAD_INPUT, TypeError) as error:
-        raise ValueError(f"{place}: {_one_line(error)}") from None
+    except (*BAD_INPUT, TypeError) as error:
+        raise ValueError(f"{place}: {one_line(error)}") from None
     return resolve(group, made, protocol, place)
 
 
@@ -116,25 +129,47 @@ def check_writable(option: str, value: str, file: str | None = None) -> None:
 
 
 def rewrite(arguments: Sequence[str], config_name: str) -> list[str]:
-    """Quote free text, and let the group `model` take a folder or hub id in place of a name.
+    """Quote free text, and let the groups `model` and `task` take other names than their choices.
 
     Raises:
         ValueError: a flag that Hydra does not have.
     """
-    models = names("model") if "model" in usage.groups(config_name) else None
-    multirun = not {"-m", "--multirun"}.isdisjoint(arguments)
-    return [part for argument in arguments for part in _rewrite_one(argument, models, multirun)]
+    if config_name in _POSITIONAL:
+        arguments = _named(arguments, _POSITIONAL[config_name])
+    groups = usage.groups(config_name)
+    open_groups = {group: names(group) for group in _OTHERS if group in groups}
+    # Hydra's parser takes no options before a flag.
+    flags = [argument for argument in arguments if argument in _MULTIRUN]
+    multirun, arguments = bool(flags), [*flags, *(each for each in arguments if each not in _MULTIRUN)]
+    return [part for argument in arguments for part in _rewrite_one(argument, open_groups, multirun)]
 
 
-def _rewrite_one(argument: str, models: Sequence[str] | None, multirun: bool) -> list[str]:
+def _named(arguments: Sequence[str], option: str) -> list[str]:
+    """Put an option's name before the one argument that has none; a path may hold "=" itself."""
+    named, given = list(arguments), False
+    for place, argument in enumerate(arguments):
+        key, separator, _ = argument.partition("=")
+        bare = not separator or ("/" in key and not key.startswith("hydra/")) or Path(argument).exists()
+        if argument.startswith("-") or (place > 0 and arguments[place - 1] in _VALUED):
+            continue
+        if given and (bare or key == option):
+            raise ValueError(f"{argument!r} is one {option} too many; give one, and options as name=value")
+        if bare:
+            named[place] = f"{option}={argument}"
+        given = given or bare or key == option
+    return named
+
+
+def _rewrite_one(argument: str, open_groups: Mapping[str, Sequence[str]], multirun: bool) -> list[str]:
     key, separator, value = argument.partition("=")
     if argument.startswith("-") and key not in _FLAGS:
         raise ValueError(f"{argument!r} is no flag; options are written name=value, and --help lists them")
     if not separator:
         return [argument]
     paths = value.split(",") if multirun else [value]
-    if key == "model" and models is not None and not set(paths) <= set(models):
-        return ["model=custom", f"model.path={','.join(map(_quote, paths))}"]
+    if key in open_groups and not set(paths) <= set(open_groups[key]):
+        choice, option = _OTHERS[key]
+        return [f"{key}={choice}", f"{key}.{option}={','.join(map(_quote, paths))}"]
     if key == "prompt":
         return [f"prompt={_quote_literally(value)}"]
     return [f"{key}={_quote(value)}"] if key in _PATHS and value != "null" else [argument]
@@ -167,7 +202,8 @@ def _qualified(text: str, cfg: DictConfig) -> str:
     return text
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What is wrong, in the words of whoever found out and without what only a programmer reads."""
     cause: BaseException = error
     # instantiate() wraps what a constructor raised; the constructor's own words name the fix.
     while isinstance(cause, HydraException) and isinstance(cause.__cause__, (ValueError, TypeError)):

@@ -9,7 +9,22 @@ from importlib.metadata import version
 from dllm.scripts.app import fail
 from dllm.scripts.usage import summary
 
-COMMANDS = ("generate", "bench", "caches", "compatibility", "policies", "tradeoff", "train-filter", "train-tiny")
+COMMANDS = (
+    "generate",
+    "evaluate",
+    "report",
+    "show",
+    "lm-eval",
+    "bench",
+    "caches",
+    "compatibility",
+    "policies",
+    "tradeoff",
+    "train-filter",
+    "train-tiny",
+)
+# Commands whose options are not Hydra's.
+_ELSEWHERE = {"lm-eval": "The command line of lm-evaluation-harness, with these models as `--model dllm`."}
 
 
 def main() -> None:
@@ -33,7 +48,7 @@ def _help() -> str:
         "",
         "usage: dllm COMMAND [option=value ...]",
         "",
-        *(f"  {name:<{width}}  {summary(_module(name))}" for name in COMMANDS),
+        *(f"  {name:<{width}}  {_ELSEWHERE.get(name) or summary(_module(name))}" for name in COMMANDS),
         "",
         "dllm COMMAND --help lists a command's options and groups; dllm --version tells the version.",
     ]

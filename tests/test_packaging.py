@@ -27,6 +27,7 @@ FOLDERS = {
     "conf": "dllm/conf",
     "scripts": "dllm/scripts",
 }
+SOURCES = {".py", ".yaml", ".css", ".js", ".jinja"}
 BUNDLED = {"tiny-llada", "tiny-dream", "tiny-guide"}
 LARGEST_WHEEL = 25 * 2**20
 
@@ -40,7 +41,7 @@ def shipped_sources() -> dict[str, str]:
     for folder, place in FOLDERS.items():
         for path in sorted((ROOT / folder).rglob("*")):
             inside = path.relative_to(ROOT / folder)
-            wanted = path.suffix in (".py", ".yaml") or path.name == "py.typed" or inside.parts[0] == "checkpoints"
+            wanted = path.suffix in SOURCES or path.name == "py.typed" or inside.parts[0] == "checkpoints"
             if path.is_file() and wanted and "__pycache__" not in inside.parts:
                 files[f"{folder}/{inside.as_posix()}"] = f"{place}/{inside.as_posix()}"
     return files

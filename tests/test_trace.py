@@ -121,6 +121,21 @@ def test_a_run_of_many_samples_is_small(tmp_path: Path) -> None:
     assert (tmp_path / "t").stat().st_size < 300 * 64 * 8 + 64 * 64 * 14 + 64 * 96 / 8 + 5000
 
 
+def test_of_single_steps_only_what_there_is_is_kept(tmp_path: Path) -> None:
+    steps = generated = 128
+    step, place = np.indices((steps, generated))
+    one = Frames(
+        "a", np.zeros(10, int), canvas=np.where(place <= step, 70_000, MASK),
+        predicted=np.where(place // 32 == step // 32, 70_000, MASK),
+        confidence=np.where(place // 32 == step // 32, np.float32(0.5), np.float32(np.nan)),
+        drafted=np.full((steps, generated), MASK), computed=np.ones((steps, generated + 10), bool),
+        nfe=np.arange(steps),
+    )  # fmt: skip
+    replace(TRACE, frames=(one,)).save(tmp_path / "t")
+    assert_equal(Trace.load(tmp_path / "t"), replace(TRACE, frames=(one,), words={**TRACE.words, 2: "?é"}))
+    assert (tmp_path / "t").stat().st_size < 4 * steps * generated / 8 + steps * 32 * 6 + generated * 4 + 3000
+
+
 def test_shapes_that_do_not_fit_are_not_written(tmp_path: Path) -> None:
     shown = TRACE.frames[0]
     for wrong, named in (

@@ -1,0 +1,172 @@
+"""A trace for people: the canvas after one step, on a terminal or as a line of text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from dllm.trace import Frames, Trace
+
+Colour = Literal["commit_step", "confidence"]
+# From the first step to the last, and from unsure to sure; distinct to colour-blind eyes, and in print.
+RAMPS: dict[str, tuple[tuple[int, int, int], ...]] = {
+    "commit_step": ((61, 38, 120), (42, 100, 158), (31, 150, 139), (122, 200, 88), (240, 222, 70)),
+    "confidence": ((196, 62, 30), (236, 154, 76), (232, 222, 196), (120, 178, 214), (33, 102, 172)),
+}
+UNKNOWN = (136, 136, 136)
+OPEN, GUESS, PROMPT = "dim", "dim italic", "cyan"
+ACCEPTED, REJECTED = "bold underline", "strike red"
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One sample after one step.
+
+    Attributes:
+        tokens: (G,) the canvas.
+        open: (G,) where it holds [MASK].
+        predicted: (G,) what the latest forward predicted; [MASK] where not asked.
+        commit_step: (G,) step that wrote the token, from 0; -1 where open.
+        confidence: (G,) of the token when it was written, of the prediction where open; NaN where unknown.
+        drafted: (G,) token proposed as a draft in this step; [MASK] where none.
+        accepted: (G,) drafts that the canvas holds now.
+        rejected: (G,) drafts that it does not.
+        computed: (P + G,) columns computed in this step; the others were read from the cache.
+        nfe: forwards so far.
+    """
+
+    tokens: NDArray[np.int64]
+    open: NDArray[np.bool_]
+    predicted: NDArray[np.int64]
+    commit_step: NDArray[np.int64]
+    confidence: NDArray[np.float32]
+    drafted: NDArray[np.int64]
+    accepted: NDArray[np.bool_]
+    rejected: NDArray[np.bool_]
+    computed: NDArray[np.bool_]
+    nfe: int
+
+
+def moment(frames: Frames, step: int, mask: int) -> Moment:
+    """What there is to see after a step.
+
+    Args:
+        frames: of the sample.
+        step: from 0.
+        mask: the token id of [MASK].
+    """
+    tokens, is_open = frames.canvas[step], frames.canvas[step] == mask
+    before = np.vstack([np.full_like(tokens, mask), frames.canvas[:step]])
+    changed = frames.canvas[: step + 1] != before
+    # The last change of each position, up to now.
+    written = np.where(is_open, -1, step - changed[::-1].argmax(0))
+    place = np.arange(len(tokens))
+    asked = np.where(is_open, step, written)
+    told = is_open | (frames.predicted[asked, place] == tokens)
+    drafts = frames.drafted[step] != mask
+    accepted = drafts & (frames.drafted[step] == tokens)
+    return Moment(
+        tokens=tokens,
+        open=is_open,
+        predicted=frames.predicted[step],
+        commit_step=written,
+        confidence=np.where(told, frames.confidence[asked, place], np.nan).astype(np.float32),
+        drafted=frames.drafted[step],
+        accepted=accepted,
+        rejected=drafts & ~accepted,
+        computed=frames.computed[step],
+        nfe=int(frames.nfe[step]),
+    )
+
+
+def word(trace: Trace, token: int) -> str:
+    """A token as it is shown: never empty, and without what a terminal would obey."""
+    if token in trace.eos_token_ids:
+        return "∎"
+    text = trace.words.get(token, f" {token}").replace("\n", "⏎")
+    return "".join(c if c.isprintable() or c == " " else "�" for c in text) or "▯"
+
+
+def draw(trace: Trace, sample: int, step: int, colour: Colour = "commit_step") -> RenderableType:
+    """A sample after a step, with the columns computed and a legend.
+
+    Args:
+        trace: the run.
+        sample: which of its frames, from 0.
+        step: from 0.
+        colour: what the colours of tokens tell.
+    """
+    frames = trace.frames[sample]
+    now, steps = moment(frames, step, trace.mask_token_id), len(frames.canvas)
+    head = Text.assemble(
+        ("sample ", "dim"), f"{frames.id} ({sample + 1} of {len(trace.frames)})",
+        ("  step ", "dim"), (f"{step + 1} of {steps}", "bold"), ("  NFE ", "dim"), (str(now.nfe), "bold"),
+        ("  computed ", "dim"), f"{now.computed.sum()} of {now.computed.size}",
+    )  # fmt: skip
+    if drafts := int(now.accepted.sum() + now.rejected.sum()):
+        head.append("  drafts ", "dim").append(f"{now.accepted.sum()} of {drafts} accepted")
+    prompt = Text("".join(word(trace, int(token)) for token in frames.prompt), PROMPT)
+    strip = Text("".join("█" if computed else "░" for computed in now.computed))
+    strip.stylize(PROMPT, 0, len(frames.prompt))
+    return Group(head, Text(), prompt, _canvas(trace, now, colour, steps), Text(), strip, Text(), _legend(colour))
+
+
+def line(trace: Trace, sample: int, step: int) -> str:
+    """A step as one line of plain text: its number, forwards so far, and the canvas."""
+    now = moment(trace.frames[sample], step, trace.mask_token_id)
+    words = "".join("·" if o else word(trace, int(t)) for t, o in zip(now.tokens, now.open, strict=True))
+    return f"{step + 1:4d}  NFE {now.nfe:4d}  {words}"
+
+
+def shade(colour: str, share: float) -> tuple[int, int, int]:
+    """The colour of a share from 0 to 1; grey where it is unknown."""
+    if np.isnan(share):
+        return UNKNOWN
+    ramp = RAMPS[colour]
+    place = min(max(share, 0.0), 1.0) * (len(ramp) - 1)
+    low = min(int(place), len(ramp) - 2)
+    # Halves go up, as in the page.
+    red, green, blue = (int(a + (b - a) * (place - low) + 0.5) for a, b in zip(ramp[low], ramp[low + 1], strict=True))
+    return red, green, blue
+
+
+def _canvas(trace: Trace, now: Moment, colour: Colour, steps: int) -> Text:
+    text = Text()
+    for place, token in enumerate(now.tokens):
+        rejected = bool(now.rejected[place])
+        if not now.open[place]:
+            share = now.commit_step[place] / max(1, steps - 1) if colour == "commit_step" else now.confidence[place]
+            style = _cell(shade(colour, float(share)))
+            text.append(word(trace, int(token)), f"{style} {ACCEPTED}" if now.accepted[place] else style)
+        elif now.predicted[place] != trace.mask_token_id and not rejected:
+            text.append(word(trace, int(now.predicted[place])), GUESS)
+        elif not rejected:
+            text.append("·", OPEN)
+        if rejected:
+            text.append(word(trace, int(now.drafted[place])), REJECTED)
+    return text
+
+
+def _cell(colour: tuple[int, int, int]) -> str:
+    """Black or white, whichever is legible, on a colour."""
+    bright = sum(weight * part for weight, part in zip((0.299, 0.587, 0.114), colour, strict=True)) > 140
+    return f"{'black' if bright else 'white'} on rgb({','.join(map(str, colour))})"
+
+
+def _legend(colour: Colour) -> Text:
+    ends = {"commit_step": ("first", "last"), "confidence": ("unsure", "sure")}[colour]
+    legend = Text(f"{ends[0]} ", "dim")
+    for share in np.linspace(0, 1, 8):
+        legend.append(" ", _cell(shade(colour, float(share))))
+    legend.append(f" {ends[1]}  ", "dim")
+    for text, style, meaning in (
+        ("guess", GUESS, "predicted"), ("·", OPEN, "open"), ("draft", ACCEPTED, "accepted"),
+        ("draft", REJECTED, "rejected"), ("█", "", "computed"), ("░", "", "cached"),
+    ):  # fmt: skip
+        legend.append(text, style).append(f" {meaning}  ", "dim")
+    return legend

@@ -1,0 +1,195 @@
+"""Quality against cost: every run with its errors, the Pareto front, and the oracle's bound."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from dllm.reports.frontier import front
+from dllm.reports.labels import Labels
+from dllm.reports.runs import Group, Run, Sweep
+
+# Legible on white and on black, where the page turns ink and grid.
+INK, GRID = "#333333", "#dddddd"
+_COLOURS = (
+    "#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#e377c2", "#7f7f7f", "#bcbd22",
+)  # fmt: skip
+_MOST_LABELS = 10  # more of them cover each other
+_MARKERS = "os^DvPXhp<>"
+_STYLE = {
+    # Text stays text, and the same numbers give the same file.
+    "svg.fonttype": "none", "svg.hashsalt": "dllm", "font.size": 9, "text.color": INK, "axes.edgecolor": INK,
+    "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "font.family": ["DejaVu Sans"],
+    "mathtext.default": "regular",
+}  # fmt: skip
+COSTS = {"nfe": "NFE per sample", "tokens_per_second": "tokens per second"}
+_SIGNS = {"nfe": 1, "tokens_per_second": -1}
+
+
+class Look:
+    """One colour a sampler and one marker a cache, the same in all plots of a sweep."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        runs = [run for group in sweep.groups for run in group.runs if not run.bound]
+        samplers = sorted({run.sampler for run in runs})
+        # The first marker is that of no cache.
+        caches = sorted({run.cache for run in runs}, key=lambda name: (name != "none", name))
+        self.colours = {name: _COLOURS[place % len(_COLOURS)] for place, name in enumerate(samplers)}
+        self.markers = {name: _MARKERS[place % len(_MARKERS)] for place, name in enumerate(caches)}
+
+    def of(self, run: Run) -> dict[str, Any]:
+        """How a run is drawn."""
+        if run.bound:
+            return {"color": INK, "marker": "*", "markersize": 10, "markerfacecolor": "none"}
+        return {"color": self.colours[run.sampler], "marker": self.markers[run.cache], "markersize": 6}
+
+
+def check() -> None:
+    """Refuse to go on without matplotlib.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        import matplotlib as _  # noqa: F401
+    except ImportError:
+        raise ValueError("the plots need matplotlib: pip install 'dllm-samplers[plot]'") from None
+
+
+def draw(group: Group, cost: str, look: Look) -> str | None:
+    """The plot as SVG; None where no run has both quality and this cost.
+
+    Args:
+        group: the runs.
+        cost: nfe or tokens_per_second.
+        look: colours and markers.
+    """
+    points = [each for each in group.measured(cost) if each[1] > 0]
+    if not points:
+        return None
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context(_STYLE):  # type: ignore[arg-type]  # a dictionary of settings, as documented
+        figure = Figure(figsize=(7.8, 4.4), layout="constrained")
+        FigureCanvasAgg(figure)
+        figure.patch.set_alpha(0)
+        axes = figure.add_subplot()
+        axes.patch.set_alpha(0)
+        _axes(axes, group, cost, points)
+        for run, value, quality in points:
+            _point(axes, run, value, quality, cost, look)
+        best = group.nfe_front if cost == "nfe" else group.speed_front
+        on_front = [each for each in points if each[0] in best]
+        lines = [[(value, end) for end in run.interval] for run, value, _ in points if run.interval]
+        bounds = [each for each in points if each[0].bound]
+        bounds = [bounds[index] for index in front([(value * _SIGNS[cost], quality) for _, value, quality in bounds])]
+        for members, style in ((on_front, "-"), (bounds, ":")):
+            corners = steps([(value, quality) for _, value, quality in members], cost, axes.get_xlim())
+            axes.plot(*zip(*corners, strict=True), color=INK, linestyle=style, linewidth=1.1, alpha=0.7, zorder=1)
+            lines += map(list, pairwise(corners))
+        _legend(figure, points, look)
+        labels = Labels(figure, axes, [(value, quality) for _, value, quality in points], lines)
+        for run, value, quality in spread(on_front, _MOST_LABELS):
+            labels.put(value, quality, run.label, look.of(run)["color"])
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return re.sub(r"\s*<metadata>.*?</metadata>", "", file.getvalue(), flags=re.DOTALL)
+
+
+def spread(values: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of them, evenly chosen, the first and the last among them."""
+    if len(values) <= most:
+        return list(values)
+    return [values[round(place * (len(values) - 1) / max(1, most - 1))] for place in range(most)]
+
+
+def _axes(axes: Any, group: Group, cost: str, points: Sequence[tuple[Run, float, float]]) -> None:
+    names = {run.quality_name for run, *_ in points}
+    axes.set(xlabel=COSTS[cost], ylabel=names.pop() if len(names) == 1 else "quality", title=group.title)
+    costs = [value for _, value, _ in points]
+    ends = [end for run, _, quality in points for end in (quality, *(run.interval or ()))]
+    room = max(0.02, 0.12 * (max(ends) - min(ends)))
+    axes.set_ylim(min(ends) - room, max(ends) + room)
+    if max(costs) > 8 * min(costs):
+        axes.set_xscale("log")
+        axes.set_xlim(min(costs) / 1.4, max(costs) * 1.4)
+    else:
+        axes.set_xlim(0, max(costs) * 1.15)
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    if axes.get_xscale() == "log":
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    # A share beyond 0 or 1 has room on the axis, and no tick.
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _percent(value)))
+    axes.grid(color=GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:g}%" if -1e-9 <= share <= 1 + 1e-9 else ""
+
+
+def _point(axes: Any, run: Run, value: float, quality: float, cost: str, look: Look) -> None:
+    # At 0% and 100% rounding may put the interval's end beyond the share itself.
+    low, high = run.interval or (quality, quality)
+    errors: dict[str, Any] = {"yerr": [[max(0.0, quality - low)], [max(0.0, high - quality)]]} if run.interval else {}
+    spread = run.number("nfe_error") if cost == "nfe" else None
+    if spread:
+        errors["xerr"] = [[min(spread, value * 0.99)], [spread]]
+    style = look.of(run)
+    container = axes.errorbar(value, quality, linestyle="none", elinewidth=1, capsize=2, **errors, **style)
+    for bar in (*container.lines[1], *container.lines[2]):
+        bar.set_alpha(0.45)
+
+
+def steps(points: Sequence[tuple[float, float]], cost: str, limits: tuple[float, float]) -> list[tuple[float, float]]:
+    """The best quality that can be had at each cost, as the corners of a stepped line to the end of the axis.
+
+    Args:
+        points: (cost, quality) on the front.
+        cost: nfe, of which less is better, or tokens_per_second, of which more is.
+        limits: of the axis.
+    """
+    if not points:
+        return []
+    ordered = sorted(points, key=lambda point: point[0] if cost == "nfe" else -point[0])
+    corners = [ordered[0]]
+    for (_, before), (value, quality) in pairwise(ordered):
+        corners += [(value, before), (value, quality)]
+    return [*corners, (limits[1 if cost == "nfe" else 0], ordered[-1][1])]
+
+
+def _legend(figure: Any, points: Sequence[tuple[Run, float, float]], look: Look) -> None:
+    from matplotlib.lines import Line2D
+
+    runs = [run for run, *_ in points if not run.bound]
+    blank = Line2D([], [], linestyle="none")
+    entries: list[tuple[Any, str]] = []
+    kinds: tuple[tuple[str, Mapping[str, str], set[str]], ...] = (
+        ("sampler", look.colours, {run.sampler for run in runs}),
+        ("cache", look.markers, {run.cache for run in runs}),
+    )
+    for title, looks, used in kinds:
+        entries.append((blank, title))
+        for name in (name for name in looks if name in used):
+            style = (
+                {"color": looks[name], "marker": "o"} if title == "sampler" else {"color": INK, "marker": looks[name]}
+            )
+            entries.append((Line2D([], [], linestyle="none", **style), f" {name}"))  # type: ignore[arg-type]
+    entries.append((blank, ""))
+    if runs:
+        entries.append((Line2D([], [], color=INK, linewidth=1.1), " Pareto front"))
+    if len(runs) < len(points):
+        star = Line2D([], [], color=INK, linestyle=":", marker="*", markersize=10, markerfacecolor="none")
+        entries.append((star, " oracle bound"))
+    handles, names = zip(*entries, strict=True)
+    figure.legend(handles, names, loc="outside right upper", frameon=False, handlelength=1.4, fontsize=8)

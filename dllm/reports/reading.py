@@ -1,0 +1,157 @@
+"""Reading what the runs of a sweep left in their folders."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dllm.reports.runs import Failure, Group, Run, Sweep
+
+VERSION = 1
+_NUMBERS = """n accuracy nfe nfe_error tpf tokens tokens_per_sample tokens_per_second seconds latency_p50 latency_p95
+guide_nfe guide_seconds positions computed_share refreshes peak_memory""".split()
+
+
+def load(folder: Path, quality: str | None = None) -> Sweep:
+    """Read the results of all runs below a folder, which may itself be a run.
+
+    Args:
+        folder: of a sweep or a run.
+        quality: the score to judge by; None for each run's own accuracy.
+
+    Raises:
+        ValueError: there are no runs, a file is damaged or of another version, or no run has such a score.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"folder={str(folder)!r} is no folder; give that of a sweep or of a run")
+    files = sorted(folder.rglob("results.json"))
+    failures = tuple(
+        Failure(*(str(entry.get(name, "")) for name in ("label", "message")))
+        for path in sorted(folder.rglob("error.json"))
+        if path.with_name("results.json") not in files and (entry := _read(path, "dllm-error"))
+    )
+    if not files:
+        why = f"; {len(failures)} failed, the first one, {failures[0].label}: {failures[0].message}" if failures else ""
+        raise ValueError(
+            f"folder={str(folder)!r} holds no finished run (results.json){why or '; give that of a sweep'}"
+        )
+    runs = [_run(path, folder, quality) for path in files]
+    if quality is not None and all(run.quality is None for run in runs):
+        raise ValueError(f"quality={quality!r} is no score of these runs; use one of {_shares(runs)}")
+    for run in runs:
+        if run.quality is not None and not 0 <= run.quality <= 1:
+            where = f"{run.quality_name}={run.quality:g} of {run.place}"
+            raise ValueError(f"{where} is no share of right answers; use quality=NAME, with one of {_shares(runs)}")
+    keys = sorted({(run.model, run.task) for run in runs})
+    groups = tuple(Group(*key, _ranked([run for run in runs if (run.model, run.task) == key])) for key in keys)
+    return Sweep(folder.resolve().name, groups, failures)
+
+
+def _shares(runs: Sequence[Run]) -> str:
+    """The scores that can stand for quality: those from 0 to 1."""
+    values: dict[str, list[float]] = {}
+    for run in runs:
+        for name in run.metrics["scores"]:
+            values.setdefault(name, []).append(run.number("scores", name, "value") or 0.0)
+    return ", ".join(name for name, found in values.items() if 0 <= min(found) <= max(found) <= 1) or "null"
+
+
+def flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dictionaries, by dotted names; the two ends of an interval are low and high."""
+    if isinstance(value, Mapping):
+        for name, part in value.items():
+            yield from flat(f"{prefix}.{name}" if prefix else str(name), part)
+    elif isinstance(value, list) and len(value) == 2 and prefix.endswith("interval"):
+        yield from ((f"{prefix}.{end}", part) for end, part in zip(("low", "high"), value, strict=True))
+    else:
+        yield prefix, json.dumps(value) if isinstance(value, list) else value
+
+
+def _read(path: Path, kind: str) -> dict[str, Any]:
+    try:
+        # What is no number is nothing that was measured.
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda text: None)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); run it again, or remove it") from None
+    if not isinstance(content, dict) or content.get("format") != kind:
+        raise ValueError(f"{path} is no {kind} file; remove it, or give another folder")
+    if content.get("version") != VERSION:
+        raise ValueError(
+            f"{path} is of version {content.get('version')!r}, this dllm reads version {VERSION}; "
+            "run it again, or use the dllm that wrote it"
+        )
+    return content
+
+
+def _run(path: Path, folder: Path, quality: str | None) -> Run:
+    content = _read(path, "dllm-results")
+    try:
+        metrics = dict(content["metrics"])
+        metrics["scores"] = {str(name): dict(score) for name, score in (metrics.get("scores") or {}).items()}
+        settings = dict(flat("", {name: content[name] for name in ("sampler", "cache")}))
+        settings |= dict(flat("options", content.get("options") or {}))
+        run = Run(
+            folder=path.parent,
+            place=path.parent.relative_to(folder).as_posix(),
+            **{name: str(content[name]) for name in ("label", "model", "task")},
+            settings={"sampler.name": settings["sampler.name"], "cache.name": settings["cache.name"]} | settings,
+            metrics=metrics,
+            quality_name=str(metrics.get("accuracy_name") or "accuracy"),
+            quality=metrics.get("accuracy"),
+            interval=_interval(metrics.get("accuracy_interval")),
+        )
+        if quality is not None:
+            score = metrics["scores"].get(quality, {})
+            run = replace(
+                run, quality_name=quality, quality=score.get("value"), interval=_interval(score.get("interval"))
+            )
+        for name, value in {"quality": run.quality, **{name: metrics.get(name) for name in _NUMBERS}}.items():
+            if value is not None and (isinstance(value, bool) or not math.isfinite(value)):
+                raise TypeError(f"{name}={value!r}")
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        message = f"{path} is damaged ({type(error).__name__}: {error}); run it again, or remove it"
+        raise ValueError(message) from None
+    return run
+
+
+def _interval(value: Any) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    low, high = (None if end is None else float(end) for end in value)
+    return None if low is None or high is None else (low, high)
+
+
+def _ranked(runs: Sequence[Run]) -> tuple[Run, ...]:
+    """The best first, then the cheapest; each with a label of its own."""
+    told = [replace(run, label=run.label + suffix) for run, suffix in zip(runs, _suffixes(runs), strict=True)]
+    last = math.inf
+    return tuple(
+        sorted(
+            told,
+            key=lambda run: (
+                last if run.quality is None else -run.quality,
+                last if (nfe := run.number("nfe")) is None else nfe,
+                run.label,
+            ),
+        )
+    )
+
+
+def _suffixes(runs: Sequence[Run]) -> list[str]:
+    """What tells runs of one label apart: the settings that differ, else their folders."""
+    suffixes = []
+    for run in runs:
+        alike = [other for other in runs if other.label == run.label]
+        names = dict.fromkeys(name for other in alike for name in other.settings)
+        differing = [name for name in names if len({repr(other.settings.get(name)) for other in alike}) > 1]
+        own = lambda other: tuple(repr(other.settings.get(name)) for name in differing)  # noqa: B023, E731
+        told = [f"{name.removeprefix('options.')}={run.settings.get(name)}" for name in differing]
+        if Counter(map(own, alike))[own(run)] > 1:
+            told.append(run.place)
+        suffixes.append(f" ({', '.join(told)})" if len(alike) > 1 else "")
+    return suffixes

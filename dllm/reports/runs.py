@@ -1,0 +1,135 @@
+"""A sweep: its measured runs by model and task, and those that failed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dllm.reports.frontier import front
+
+
+@dataclass(frozen=True)
+class Run:
+    """One setting, measured.
+
+    Attributes:
+        folder: where its files are.
+        place: the same, as seen from the sweep's folder.
+        label: the setting in words.
+        model: its name.
+        task: its name.
+        settings: of the sampler, the cache and the generation, flat: sampler.name, cache.name, options.gen_length.
+        metrics: as its results.json has them.
+        quality_name: the score that it is judged by.
+        quality: that score; None where it was not measured.
+        interval: of the score, 95%; None where it has none.
+    """
+
+    folder: Path
+    place: str
+    label: str
+    model: str
+    task: str
+    settings: dict[str, Any]
+    metrics: dict[str, Any]
+    quality_name: str
+    quality: float | None
+    interval: tuple[float, float] | None
+
+    @property
+    def sampler(self) -> str:
+        """The sampler's name."""
+        return str(self.settings["sampler.name"])
+
+    @property
+    def cache(self) -> str:
+        """The cache's name."""
+        return str(self.settings["cache.name"])
+
+    @property
+    def bound(self) -> bool:
+        """Whether it is the oracle's: what no method reaches, and so no method."""
+        return self.sampler == "oracle"
+
+    @property
+    def trace(self) -> Path | None:
+        """Its trace, where it left one."""
+        path = self.folder / "trace.safetensors"
+        return path if path.is_file() else None
+
+    def number(self, *path: str) -> float | None:
+        """A metric by its place in results.json; None where it was not measured."""
+        value: Any = self.metrics
+        for name in path:
+            value = value.get(name) if isinstance(value, Mapping) else None
+        return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one model on one task, the best first.
+
+    Attributes:
+        model: its name.
+        task: its name.
+        runs: all of them.
+    """
+
+    model: str
+    task: str
+    runs: tuple[Run, ...]
+
+    @property
+    def title(self) -> str:
+        """Model and task."""
+        return f"{self.model}, {self.task}"
+
+    @cached_property
+    def nfe_front(self) -> list[Run]:
+        """Methods that no other one beats in quality and forwards, by rising forwards."""
+        return self._front("nfe", 1)
+
+    @cached_property
+    def speed_front(self) -> list[Run]:
+        """Methods that no other one beats in quality and tokens per second, by falling speed."""
+        return self._front("tokens_per_second", -1)
+
+    def measured(self, cost: str) -> list[tuple[Run, float, float]]:
+        """Runs that have both, with this metric and their quality."""
+        found = ((run, run.number(cost), run.quality) for run in self.runs)
+        return [(run, value, quality) for run, value, quality in found if value is not None and quality is not None]
+
+    def _front(self, cost: str, sign: int) -> list[Run]:
+        methods = [each for each in self.measured(cost) if not each[0].bound]
+        return [methods[index][0] for index in front([(sign * value, quality) for _, value, quality in methods])]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that did not end well.
+
+    Attributes:
+        label: the setting in words.
+        message: what was wrong.
+    """
+
+    label: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Everything below one folder.
+
+    Attributes:
+        name: of the folder.
+        groups: measured runs, by model and task.
+        failures: what could not be measured.
+    """
+
+    name: str
+    groups: tuple[Group, ...]
+    failures: tuple[Failure, ...]

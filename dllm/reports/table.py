@@ -1,0 +1,187 @@
+"""The table of a sweep: columns of runs, as text, as Markdown and as raw numbers."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dllm.reports.frontier import aup
+from dllm.reports.reading import flat
+from dllm.reports.runs import Group, Run, Sweep
+
+Value = float | str | None
+_BASELINES = {"eos_aware": "EOS-aware", "naive": "naive"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column.
+
+    Attributes:
+        head: its name.
+        value: of a run, to sort by; None where it was not measured.
+        text: of a run, to read.
+        about: what it is, for those who meet it first.
+    """
+
+    head: str
+    value: Callable[[Run], Value]
+    text: Callable[[Run], str]
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class Area:
+    """Accuracy Under Parallelism of some runs.
+
+    Attributes:
+        of: which they are.
+        runs: how many.
+        aup: the area under their front.
+    """
+
+    of: str
+    runs: int
+    aup: float
+
+
+def columns(group: Group) -> list[Column]:
+    """The columns, those that matter most first; without those that are empty for all runs."""
+    names = {run.quality_name for run in group.runs}
+    head = names.pop() if len(names) == 1 else "quality"
+    found = [
+        Column("setting", lambda run: run.label, lambda run: f"{run.label} (bound)" if run.bound else run.label),
+        Column(head, lambda run: run.quality, lambda run: _share(run.quality), "right answers, or the score chosen"),
+        Column("95% interval", lambda run: run.interval and run.interval[0], _interval),
+        Column("n", lambda run: run.number("n"), lambda run: _text(run.number("n"), ",.0f"), "samples"),
+        Column(
+            "front",
+            lambda run: fronts(group, run),
+            lambda run: fronts(group, run),
+            "no other method is as good with fewer forwards (NFE), with more tokens/s (speed)",
+        ),
+        Column("NFE", lambda run: run.number("nfe"), _nfe, "forwards per sample, ± standard error"),
+        _number("TPF", ".2f", "tpf", about="generated tokens up to end-of-text per forward"),
+        _number("tokens/s", ",.0f", "tokens_per_second"),
+        *_speedups(),
+        *_scores(group, head),
+        _number("p50 s", ".2f", "latency_p50", about="seconds per sample, median"),
+        _number("p95 s", ".2f", "latency_p95", about="seconds per sample, 95th percentile"),
+        _number("guide NFE", ".1f", "guide_nfe", about="forwards of the guide per sample"),
+        _number(
+            "computed",
+            ".0%",
+            "computed_share",
+            about="columns computed of the canvas per forward: a cache saves some, drafts add some",
+        ),
+        _number("refreshes", ".1f", "refreshes", about="times per sample that the cache computed everything anew"),
+        _number("KV error", ".1%", "drift", "kv_error", about="relative error of cached keys and values"),
+        _number("flips", ".1%", "drift", "flips", about="share of predictions that the cache changed"),
+        _number("peak MiB", ",.0f", "peak_memory", scale=2**-20, about="peak memory"),
+    ]
+    zero = {"guide NFE", "refreshes", "front"}
+    empty = lambda value, head: value in (None, "") or (head in zero and value == 0)  # noqa: E731
+    return [each for each in found if not all(empty(each.value(run), each.head) for run in group.runs)]
+
+
+def fronts(group: Group, run: Run) -> str:
+    """On which fronts a run is."""
+    if run.bound:
+        return "bound"
+    named = {"NFE": group.nfe_front, "speed": group.speed_front}
+    return ", ".join(name for name, members in named.items() if any(run is member for member in members))
+
+
+def areas(group: Group) -> list[Area]:
+    """AUP of all runs, and of each sampler and each cache with two or more of them; the oracle takes no part."""
+    points = [(run, tpf, 100 * quality) for run, tpf, quality in group.measured("tpf") if not run.bound]
+    best = max((quality for *_, quality in points), default=0.0)
+    kinds = {
+        **{f"sampler {run.sampler}": [each for each in points if each[0].sampler == run.sampler] for run, *_ in points},
+        **{f"cache {run.cache}": [each for each in points if each[0].cache == run.cache] for run, *_ in points},
+    }
+    chosen = {"all": points, **{name: kinds[name] for name in sorted(kinds) if len(kinds[name]) > 1}}
+    found = {name: (len(each), aup([(tpf, y) for _, tpf, y in each], best)) for name, each in chosen.items()}
+    return [Area(name, count, area) for name, (count, area) in found.items() if area is not None]
+
+
+def raw(sweep: Sweep) -> str:
+    """One line a run with all its numbers, as CSV."""
+    rows: list[dict[str, object]] = []
+    for group in sweep.groups:
+        for run in group.runs:
+            row: dict[str, object] = {"label": run.label, "model": run.model, "task": run.task, "folder": run.place}
+            row |= {"quality_name": run.quality_name, "quality": run.quality, "front": fronts(group, run)}
+            rows.append(row | run.settings | dict(flat("", run.metrics)))
+    names = dict.fromkeys(name for row in rows for name in row)
+    # Of what some runs measured and others did not, the parts stand for the whole.
+    names = {name: None for name in names if not any(other.startswith(f"{name}.") for other in names)}
+    # Settings before metrics, whichever run was the first to have them.
+    rank = lambda name: ("sampler.", "cache.", "options.").index(name.split(".")[0] + ".")  # noqa: E731
+    settings = sorted((name for name in names if name.startswith(("sampler.", "cache.", "options."))), key=rank)
+    first = [*rows[0]][:7]
+    order = [*first, *settings, *(name for name in names if name not in {*first, *settings})]
+    file = io.StringIO()
+    writer = csv.DictWriter(file, order, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def cells(group: Group, shown: Sequence[Column]) -> list[list[str]]:
+    """The texts of a table, a list a run."""
+    return [[column.text(run) for column in shown] for run in group.runs]
+
+
+def _number(head: str, form: str, *path: str, scale: float = 1, about: str = "") -> Column:
+    def text(run: Run) -> str:
+        value = run.number(*path)
+        return "" if value is None else _text(value * scale, form)
+
+    return Column(head, lambda run: run.number(*path), text, about)
+
+
+def _speedups() -> list[Column]:
+    about = {
+        "eos_aware": "one token per step that stops at end-of-text",
+        "naive": "one token per step that fills the whole canvas",
+    }
+    return [
+        _number(f"{what} ({name})", ".1fx", "speedup", key, kind, about=f"than {about[key]}, on the same samples")
+        for key, name in _BASELINES.items()
+        for kind, what in (("time", "faster"), ("forwards", "fewer NFE"))
+    ]
+
+
+def _scores(group: Group, head: str) -> list[Column]:
+    names = dict.fromkeys(name for run in group.runs for name in run.metrics["scores"] if name != head)
+    return [_score(group, name) for name in names]
+
+
+def _score(group: Group, name: str) -> Column:
+    def value(run: Run) -> float | None:
+        return run.number("scores", name, "value")
+
+    # Perplexities and likelihoods are scores too.
+    share = all(0 <= (value(run) or 0) <= 1 for run in group.runs)
+    return Column(name, value, lambda run: _share(value(run)) if share else _text(value(run), ",.3f"))
+
+
+def _nfe(run: Run) -> str:
+    error = run.number("nfe_error")
+    return _text(run.number("nfe"), ".1f") + ("" if error is None else f" ± {error:.1f}")
+
+
+def _interval(run: Run) -> str:
+    return f"{run.interval[0]:.1%} to {run.interval[1]:.1%}" if run.interval else ""
+
+
+def _share(value: float | None) -> str:
+    return _text(value, ".1%")
+
+
+def _text(value: float | None, form: str) -> str:
+    """A number in a format, which may have an x behind it."""
+    return "" if value is None else format(value, form.removesuffix("x")) + "x" * form.endswith("x")

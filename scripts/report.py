@@ -1,0 +1,118 @@
+"""`dllm report`: a sweep as a table, plots and one page."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from dllm.checks import number
+from dllm.reports import page, plots, table
+from dllm.reports.reading import load
+from dllm.reports.runs import Group, Sweep
+from dllm.scripts import app
+
+KINDS = {"out": str | None, "quality": str | int | None}
+_FILES = {"nfe": "quality-nfe", "tokens_per_second": "quality-speed"}
+_BOUND = "The oracle is a bound and no method: it stands on no front and in no AUP."
+
+
+def main() -> None:
+    """Entry point."""
+    app.run(report, "report", KINDS)
+
+
+def report(cfg: DictConfig) -> None:
+    """Read a sweep, print its table, and write table, plots and page."""
+    number("traces", cfg.traces, "0 or more", low=0, whole=True)
+    plots.check()
+    out = Path(cfg.out or cfg.folder)
+    sweep = load(Path(cfg.folder), None if cfg.quality is None else str(cfg.quality))
+    drawn, look = {}, plots.Look(sweep)
+    files: dict[str, str] = {}
+    for group in sweep.groups:
+        pictures = {cost: plots.draw(group, cost, look) for cost in _FILES}
+        drawn[group.title] = {cost: svg for cost, svg in pictures.items() if svg}
+        files |= {_picture(sweep, group, cost): svg for cost, svg in drawn[group.title].items()}
+    files["report.md"] = _markdown(sweep, drawn)
+    files["report.csv"] = table.raw(sweep)
+    files["report.html"] = page.render(sweep, drawn, cfg.traces)
+    for name in files:
+        app.check_writable("out", str(out), str(out / name))
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (out / name).write_text(text, encoding="utf-8", newline="\n")
+    _show(sweep, files["report.md"])
+    print(f"written to {out}: {', '.join(sorted(files))}")
+
+
+def _picture(sweep: Sweep, group: Group, cost: str) -> str:
+    """The name of a plot's file."""
+    several = len(sweep.groups) > 1
+    place = re.sub(r"[^\w.-]+", "_", f"-{group.model}-{group.task}") if several else ""
+    return f"{_FILES[cost]}{place}.svg"
+
+
+def _markdown(sweep: Sweep, drawn: dict[str, dict[str, str]]) -> str:
+    parts = [f"# {sweep.name}"]
+    for group in sweep.groups:
+        shown = table.columns(group)
+        rows = [[_escape(text) for text in row] for row in table.cells(group, shown)]
+        parts += [f"## {_escape(group.title)}", app.markdown([_escape(column.head) for column in shown], rows)]
+        if any(run.bound for run in group.runs):
+            parts.append(_BOUND)
+        if areas := table.areas(group):
+            areas_shown = [[_escape(each.of), str(each.runs), f"{each.aup:.1f}"] for each in areas]
+            parts.append(app.markdown(["runs of", "runs", "AUP"], areas_shown))
+        pictures = [(plots.COSTS[cost], _picture(sweep, group, cost)) for cost in drawn[group.title]]
+        parts += [f"![{_escape(group.title)}: quality against {cost}]({file})" for cost, file in pictures]
+    if sweep.failures:
+        failed = [f"- {_escape(each.label)}: {_escape(each.message)}" for each in sweep.failures]
+        parts.append("\n".join(["Not measured:", "", *failed]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _escape(text: str) -> str:
+    """Text as itself within Markdown, on one line."""
+    return re.sub(r"([|<>\\`*\[\]])", r"\\\1", re.sub(r"\s+", " ", text))
+
+
+def _show(sweep: Sweep, text: str) -> None:
+    """Print the tables: drawn on a terminal, with as many columns as it has room for, in Markdown elsewhere."""
+    console = Console()
+    if not console.is_terminal:
+        print(text)
+        return
+    for group in sweep.groups:
+        shown = table.columns(group)
+        drawn = _drawn(group, shown)
+        unbound = console.options.update(max_width=100_000)
+        while len(shown) > 2 and console.measure(drawn, options=unbound).maximum > console.width:
+            shown = shown[:-1]
+            drawn = _drawn(group, shown)
+        console.print(drawn)
+        left_out = [column.head for column in table.columns(group)[len(shown) :]]
+        if left_out:
+            console.print(
+                f"no room for {', '.join(left_out)}; see report.md", style="dim", markup=False, highlight=False
+            )
+    for failure in sweep.failures:
+        message = f"not measured: {failure.label}: {failure.message}"
+        console.print(message, style="red", markup=False, highlight=False)
+
+
+def _drawn(group: Group, shown: list[table.Column]) -> Table:
+    drawn = Table(title=group.title, title_justify="left")
+    for column in shown:
+        drawn.add_column(column.head, justify="left" if column is shown[0] else "right")
+    for run, row in zip(group.runs, table.cells(group, shown), strict=True):
+        style = "italic dim" if run.bound else "bold" if table.fronts(group, run) else ""
+        drawn.add_row(*row, style=style)
+    return drawn
+
+
+if __name__ == "__main__":
+    main()
