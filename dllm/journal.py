@@ -67,16 +67,12 @@ class Journal:
             self._file.write(line.encode("utf-8", "replace") + b"\n")
             self._file.flush()
 
-    def close(self, remove: bool = False) -> None:
-        """Let others write.
-
-        Args:
-            remove: the run is finished and its results are written; forget everything.
-        """
+    def close(self) -> None:
+        """Let others write."""
         if self._file is None or self.path is None:
             return
         self._file.close()
-        if remove:
-            self.path.unlink()
-        self._lock.release()
+        self._file = None
+        # Removed while it is held: nobody waits for it, so nobody can be left with a lock on a file that is gone.
         self.path.with_suffix(".lock").unlink(missing_ok=True)
+        self._lock.release()

@@ -55,10 +55,12 @@ class RunFolder:
         return self.path / "journal.jsonl"
 
     def results(self) -> dict[str, Any] | None:
-        """The results of a finished run."""
+        """The results of a finished run; None before."""
         file = self.path / "results.json"
         if not file.exists():
             return None
+        if self.journal.exists():  # a kill came between the results and this
+            Runner.tidy(self.journal)
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return found
 

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from dllm.trace import Frames, Trace
 
 # One token per step, as the methods' papers count their speed-ups, and as it is when end-of-text stops it.
 BASELINES = {"naive": False, "eos_aware": True}
+_FRAMES = "frames"  # folder
 _WARM_UP = 2  # steps before anything is timed
 
 
@@ -69,7 +71,7 @@ class Runner:
         self._progress, self._asked, self._warm = progress, 0, False
         self._ids: list[str] = []
         self._filmed: frozenset[str] = frozenset()
-        self._films = None if journal.path is None else journal.path.parent / "frames"
+        self._films = None if journal.path is None else journal.path.parent / _FRAMES
 
     @property
     def lm(self) -> LanguageModel:
@@ -133,9 +135,15 @@ class Runner:
 
     def close(self, remove: bool = False) -> None:
         """Let others go on with the run; with `remove` nothing is left of what only an unfinished run needs."""
-        if remove and self._films and self._films.exists():
-            shutil.rmtree(self._films)
-        self.journal.close(remove)
+        self.journal.close()
+        if remove and self.journal.path is not None:
+            self.tidy(self.journal.path)
+
+    @staticmethod
+    def tidy(journal: Path) -> None:
+        """Remove what only an unfinished run needs: its journal and the steps kept beside it."""
+        shutil.rmtree(journal.parent / _FRAMES, ignore_errors=True)
+        journal.unlink(missing_ok=True)
 
     def _decode(self, requests: Sequence[Request], options: Mapping[str, Any]) -> None:
         left = [request for request in requests if self.journal.get("record", request.id) is None]

@@ -126,6 +126,16 @@ def test_the_same_command_gives_the_same_numbers_and_does_nothing_twice(finished
     assert {path: path.stat().st_mtime_ns for path in again.iterdir()} == before
 
 
+def test_a_kill_after_the_results_leaves_nothing_behind(tmp_path: Path) -> None:
+    assert run(tmp_path, "task.limit=1").code == 0
+    (folder,) = folders(tmp_path)
+    names = {path.name for path in folder.iterdir()}
+    (folder / "frames").mkdir()
+    (folder / "journal.jsonl").write_text("")
+    assert run(tmp_path, "task.limit=1").code == 0
+    assert {path.name for path in folder.iterdir()} == names
+
+
 def test_what_the_results_depend_on_has_a_folder_of_its_own(tmp_path: Path) -> None:
     for arguments in ([], ["seed=1"], ["sampler.radius=2"], ["task.limit=7"], ["objective=[nfe]"]):
         assert run(tmp_path, "task.limit=2", *arguments).code == 0

@@ -67,12 +67,13 @@ def test_a_file_of_another_kind_is_left_alone(path: Path, content: bytes) -> Non
 def test_in_memory_nothing_is_written(tmp_path: Path) -> None:
     journal = Journal(None)
     journal.add("record", "a", 1)
-    journal.close(remove=True)
+    journal.close()
     assert not list(tmp_path.iterdir())
 
 
-def test_a_finished_run_leaves_no_journal(path: Path) -> None:
+def test_a_closed_one_leaves_no_lock(path: Path) -> None:
     journal = Journal(path)
     journal.add("record", "a", 1)
-    journal.close(remove=True)
-    assert not list(path.parent.iterdir())
+    journal.close()
+    journal.close()
+    assert [each.name for each in path.parent.iterdir()] == ["journal.jsonl"]
