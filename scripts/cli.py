@@ -14,7 +14,6 @@ COMMANDS = (
     "evaluate",
     "report",
     "show",
-    "lm-eval",
     "bench",
     "caches",
     "compatibility",
@@ -23,8 +22,8 @@ COMMANDS = (
     "train-filter",
     "train-tiny",
 )
-# Commands whose options are not Hydra's.
-_ELSEWHERE = {"lm-eval": "The command line of lm-evaluation-harness, with these models as `--model dllm`."}
+# Commands whose options are not Hydra's, with what they are for.
+OTHERS = {"lm-eval": "The command line of lm-evaluation-harness, with these models as `--model dllm`."}
 
 
 def main() -> None:
@@ -34,8 +33,8 @@ def main() -> None:
         print(_help())
     elif command in ("-V", "--version"):
         print(f"dllm {version('dllm-samplers')}")
-    elif command not in COMMANDS:
-        fail("dllm", f"{command!r} is no command; use one of {', '.join(COMMANDS)}")
+    elif command not in (*COMMANDS, *OTHERS):
+        fail("dllm", f"{command!r} is no command; use one of {', '.join((*COMMANDS, *OTHERS))}")
     else:
         sys.argv = [f"dllm {command}", *arguments]
         importlib.import_module(f"dllm.scripts.{_module(command)}").main()
@@ -48,7 +47,8 @@ def _help() -> str:
         "",
         "usage: dllm COMMAND [option=value ...]",
         "",
-        *(f"  {name:<{width}}  {_ELSEWHERE.get(name) or summary(_module(name))}" for name in COMMANDS),
+        *(f"  {name:<{width}}  {summary(_module(name))}" for name in COMMANDS),
+        *(f"  {name:<{width}}  {purpose}" for name, purpose in OTHERS.items()),
         "",
         "dllm COMMAND --help lists a command's options and groups; dllm --version tells the version.",
     ]

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from commands import Outcome, command
-from dllm.resolve import names
+from dllm.resolve import names, variants
 from dllm.scripts.app import rewrite
-from dllm.scripts.cli import COMMANDS
+from dllm.scripts.cli import COMMANDS, OTHERS
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 CONF = resources.files("dllm.conf")
@@ -48,6 +49,8 @@ class TestDllm:
         for name in COMMANDS:
             purpose = yaml(config(name))[0].splitlines()[0].removeprefix("# ")
             assert re.search(rf"^  {name} +{re.escape(purpose)}$", result.out, re.MULTILINE)
+        for name, purpose in OTHERS.items():
+            assert re.search(rf"^  {name} +{re.escape(purpose)}$", result.out, re.MULTILINE)
 
     def test_every_application_is_a_command(self) -> None:
         applications = {path.stem for path in SCRIPTS.glob("*.py") if "app.run(" in path.read_text()}
@@ -60,7 +63,7 @@ class TestDllm:
     def test_an_unknown_command_is_named_with_those_there_are(self, name: str) -> None:
         result = command(name)
         assert (result.code, result.out) == (2, "")
-        assert result.err == f"dllm: error: {name!r} is no command; use one of {', '.join(COMMANDS)}\n"
+        assert result.err == f"dllm: error: {name!r} is no command; use one of {', '.join((*COMMANDS, *OTHERS))}\n"
 
 
 class TestHelp:
@@ -87,9 +90,10 @@ class TestHelp:
             for group, default in entry.items() if isinstance(entry, dict) else ():
                 if group.startswith("override "):
                     continue
-                assert f"\n{group}=NAME, by default {default}:\n" in shown
-                for choice in names(group):
-                    purpose = yaml(f"{group}/{choice}.yaml")[0].splitlines()[0].removeprefix("# ")
+                assert f"\n{group}=NAME, by default {default or 'null'}:\n" in shown
+                for choice in names(group) + variants(group):
+                    lines = yaml(f"{group}/{choice}.yaml")[0].removeprefix("# @package _global_\n").splitlines()
+                    purpose = lines[0].removeprefix("# ")
                     assert re.search(rf"^  {re.escape(choice)} +{re.escape(purpose)}$", shown, re.MULTILINE)
 
     @EACH
@@ -121,7 +125,14 @@ class TestHelp:
         for example in examples:
             with initialize_config_module("dllm.conf", version_base="1.3"):
                 application = name.replace("-", "_")
-                compose(application, rewrite(shlex.split(example)[2:], application))
+                arguments = [each for each in rewrite(shlex.split(example)[2:], application) if each != "-m"]
+                sweeps = OverridesParser.create().parse_overrides(arguments)
+                first = [next(each.sweep_string_iterator()) if each.is_sweep_override() else None for each in sweeps]
+                chosen = [
+                    argument if value is None else f"{sweep.key_or_group}={value}"
+                    for argument, sweep, value in zip(arguments, sweeps, first, strict=True)
+                ]
+                compose(application, chosen)
 
 
 def test_every_application_runs_from_a_clone() -> None:

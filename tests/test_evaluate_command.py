@@ -143,7 +143,7 @@ def test_what_the_results_depend_on_has_a_folder_of_its_own(tmp_path: Path) -> N
 
 
 class TestInterrupted:
-    ARGUMENTS = ("-m", "cache=none,dual", "model.dtype=float64", "sampler=vanilla", "task.limit=12", "batch_size=3")
+    ARGUMENTS = ("-m", "cache=none,dual", "model.dtype=float64", "sampler=vanilla", "task.limit=8", "batch_size=2")
 
     def journals(self, out: Path) -> dict[str, list[str]]:
         """Answers noted so far, by folder."""
@@ -157,7 +157,7 @@ class TestInterrupted:
         whole, killed = tmp_path / "whole", tmp_path / "killed"
         assert run(whole, *self.ARGUMENTS).code == 0
         rng, kept, kills = random.Random(0), {}, 0
-        while kills < 4 and len(folders(killed)) < 2:
+        while kills < 3 and len(folders(killed)) < 2:
             process = start("evaluate", f"out={killed}", *FAST, *self.ARGUMENTS)
             # Once it has noted something new, it dies at some moment.
             while process.poll() is None and self.journals(killed) == kept and len(folders(killed)) < 2:

@@ -204,7 +204,7 @@ def test_both_ways_in_agree(task: str, tasks: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     outcome = command(
         "evaluate", f"out={tmp_path}", f"task={task}", f"task.include_path={tasks}", "sampler=tiny/localleap",
-        "cache=freecache", "estimate.samples=4", "batch_size=4", "baselines=0", "objective=[n]",
+        "cache=freecache", "estimate.samples=4", "batch_size=4", "baselines=0",
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     (file,) = tmp_path.glob("*/results.json")
@@ -272,7 +272,7 @@ class TestLocalFiles:
     def test_humaneval(self, execute: bool, shared: Path, tmp_path: Path) -> None:
         data = shared / "data" / "HumanEval.jsonl.gz"
         told = f"task.execute={str(execute).lower()}"
-        more = ("objective=[nfe]", "task=humaneval", f"task.data={data}", told)
+        more = ("task=humaneval", f"task.data={data}", told)
         outcome = command("evaluate", f"out={tmp_path}", *more, *self.COMMON)
         assert outcome.code == 0, outcome.err
         (file,) = tmp_path.glob("*/results.json")
