@@ -32,6 +32,8 @@ from dllm.runner import Runner, Setting
 from dllm.samplers.base import Sampler
 
 _LOADING = ("device", "dtype", "device_map", "attn_implementation", "revision")
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_KNOWN = {"until", "do_sample", "temperature", "top_p", "top_k", *_LENGTHS}
 GEN_LENGTH = 256  # where neither the user nor the task says
 
 
@@ -55,6 +57,7 @@ class DLLM(TemplateLM):
         self.runner, self.tokenizer, self.truncated = runner, runner.lm.tokenizer, 0
         self._seed, self._greedy, self._chat, self._count = seed, greedy, False, 0
         self._seen: dict[str, int] = {}
+        self._told: set[str] = set()
         self._device = runner.lm.device
 
     @classmethod
@@ -76,7 +79,7 @@ class DLLM(TemplateLM):
         """
         more = {key: value for key, value in (additional_config or {}).items() if value is not None}
         more.pop("max_batch_size", None)
-        if str(more.get("device")).startswith("cuda") and not torch.cuda.is_available():
+        if more.get("device") == "cuda:0" and not torch.cuda.is_available():
             more.pop("device")  # what the harness says where the user says nothing
         if not str(more.get("batch_size", 1)).isdigit():
             raise ValueError(f"batch_size={more['batch_size']!r} is unknown; use a whole number")
@@ -84,7 +87,9 @@ class DLLM(TemplateLM):
         greedy, seed = given.pop("greedy", True), given.pop("seed", 0)
         sampler = _from_parts("sampler", given, "vanilla", Sampler)
         cache = _from_parts("cache", given, "none", Cache)
-        estimate = Estimate(**_parts("estimate", given))
+        shared = {"cfg_scale": given.get("cfg_scale", 0.0)} | _parts("estimate", given)
+        draws = shared.get("order", "random") == "random"
+        estimate = Estimate(**({"seed": seed} if draws else {}) | shared)
         loading = {name: given.pop(name) for name in _LOADING if name in given}
         pretrained = given.pop("pretrained", "tiny-llada")
         compatibility.check(sampler, cache, parse_options(given).cfg_scale)
@@ -185,9 +190,12 @@ class DLLM(TemplateLM):
         """What to answer, and the task's options that the user did not set."""
         context, asked = instance.args
         mine = self.runner.setting.options
+        if unknown := set(asked) - _KNOWN:
+            self._warn(f"generation options {', '.join(sorted(unknown))} have no effect here")
         sampled = asked.get("do_sample", asked.get("temperature", 0) > 0)
+        length = next((asked[name] for name in _LENGTHS if asked.get(name) is not None), GEN_LENGTH)
         options: dict[str, Any] = {
-            "gen_length": min(int(asked.get("max_gen_toks", GEN_LENGTH)), self.max_length // 2),
+            "gen_length": min(int(length), self.max_length // 2),
             "temperature": float(asked.get("temperature", 1.0)) if sampled else 0.0,
             "top_p": asked.get("top_p") if sampled else None,
             "top_k": asked.get("top_k") or None if sampled else None,
@@ -202,12 +210,15 @@ class DLLM(TemplateLM):
         return Request(self._name(instance), prompt, stops, self._seed + self._next()), options
 
     def _note_cut(self, was: bool) -> None:
-        if was and not self.truncated:
-            warnings.warn(
-                f"some prompts do not fit the model's context of {self.max_length}; their beginning is cut off",
-                stacklevel=2,
-            )
+        if was:
+            self._warn(f"some prompts do not fit the model's context of {self.max_length}; their beginning is cut off")
         self.truncated += was
+
+    def _warn(self, message: str) -> None:
+        """Say something once."""
+        if message not in self._told:
+            self._told.add(message)
+            warnings.warn(message, stacklevel=2)
 
     def _next(self) -> int:
         self._count += 1

@@ -17,12 +17,13 @@ class Journal:
 
     Args:
         path: the file; made with its folder where it is missing. None keeps everything in memory.
+        patience: seconds to wait for a process that writes it; one that lost its parent ends with its next answer.
 
     Raises:
         ValueError: another process writes it, or it holds something else.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, patience: float = 20.0) -> None:
         self.path = path
         self._entries: dict[tuple[str, str], Any] = {}
         self._file: BinaryIO | None = None
@@ -31,7 +32,7 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(path.with_suffix(".lock"))
         try:
-            self._lock.acquire(timeout=0)
+            self._lock.acquire(timeout=patience)
         except Timeout:
             raise ValueError(f"{path.parent} is being written by another process; wait for it to end") from None
         content = path.read_bytes() if path.exists() else b""
@@ -73,6 +74,4 @@ class Journal:
             return
         self._file.close()
         self._file = None
-        # Removed while it is held: nobody waits for it, so nobody can be left with a lock on a file that is gone.
-        self.path.with_suffix(".lock").unlink(missing_ok=True)
         self._lock.release()

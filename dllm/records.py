@@ -64,7 +64,8 @@ class Record:
         text: decoded answer up to end-of-text and stop strings; None without a tokenizer.
         completion: (G,) the generated region.
         commit_step: (G,) the row's own forward after which each position had its final token; -1 where never decoded.
-        confidence: (G,) probability the model gave the token when it was committed; None where unknown.
+        confidence: (G,) probability of the token in the prediction of the step that committed it, about the canvas as
+            it was before; None where that predicted another token or none.
         tokens: generated tokens up to and including end-of-text or the token that completes a stop string.
         nfe: denoiser forwards.
         guide_nfe: guide forwards.
@@ -155,7 +156,9 @@ class _Batch:
         self.elapsed += counted
         self.seconds[rows] += counted / len(rows)
         self.guide_seconds[rows] += step.edit.guide_seconds / len(rows)
-        known = np.where(change.committed, step.confidence, self.confidence[rows])
+        written = step.canvas.host[rows] == step.predicted
+        sure = np.where(written, step.confidence, np.nan)  # another token's probability says nothing
+        known = np.where(change.committed, sure, self.confidence[rows])
         self.confidence[rows] = np.where(change.revoked | change.filled, np.nan, known)
         for each in step.drift:
             for place, row in enumerate(each.rows):
@@ -221,18 +224,22 @@ def cut(
         tokens: up to and including end-of-text.
         until: stop strings.
     """
-    text = decode_text(tokenizer, tokens)
-    if text is None:
+    if tokenizer is None:
         return None, len(tokens)
-    places = [place for stop in until if stop and (place := text.find(stop)) >= 0]
+    stops = [stop for stop in until if stop]
+    written = lambda count: str(tokenizer.decode(tokens[:count].tolist()))  # noqa: E731  # special tokens as well
+    places = [place for stop in stops if (place := written(len(tokens)).find(stop)) >= 0]
     if not places:
-        return text, len(tokens)
+        return decode_text(tokenizer, tokens), len(tokens)
     low, high = 0, len(tokens)
     while low < high:  # the fewest tokens whose text holds a stop string
         middle = (low + high) // 2
-        written = decode_text(tokenizer, tokens[:middle]) or ""
-        low, high = (low, middle) if any(stop and stop in written for stop in until) else (middle + 1, high)
-    return text[: min(places)], low
+        text = written(middle)
+        low, high = (low, middle) if any(stop in text for stop in stops) else (middle + 1, high)
+    text = written(len(tokens))[: min(places)]
+    for special in tokenizer.all_special_tokens:
+        text = text.replace(special, "")
+    return text, low
 
 
 def _values(measurement: Any) -> tuple[NDArray[Any], ...]:

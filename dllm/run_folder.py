@@ -87,10 +87,12 @@ class RunFolder:
         records = runner.records()
         trace(runner, records).save(self.path / "trace.safetensors")
         _parquet(self.path / "samples.parquet", samples(records, graded))
-        scores = {name: quality(list(values.values())) for name, values in graded.scores.items()}
+        scores = {name: quality(list(values.values())) for name, values in graded.scores.items()} | {
+            name: {"value": value, "interval": None, "n": len(graded.rows)} for name, value in graded.totals.items()
+        }
         main = None if graded.main is None else scores[graded.main]
         metrics = {
-            "n": len(graded.rows),
+            "n": len(graded.rows) if main is None else main["n"],
             "accuracy": main and main["value"],
             "accuracy_interval": main and main["interval"],
             "accuracy_name": graded.main,
@@ -100,12 +102,27 @@ class RunFolder:
         }
         found = {
             "format": RESULTS, "version": RESULTS_VERSION, "label": self.label,
-            **{name: self.identity[name] for name in ("model", "task", "sampler", "cache", "options")},
+            **self.identity,
             "metrics": metrics, "details": graded.details,
         }  # fmt: skip
         _write(self.path / "results.json", found)
         runner.close(remove=True)
         return found
+
+
+def contents(options: Any) -> dict[str, str]:
+    """SHA-256 of the files that options name, at any depth; of a folder, that of its files' names and sizes."""
+    match options:
+        case Mapping():
+            return {name: digest for value in options.values() for name, digest in contents(value).items()}
+        case list() | tuple():
+            return {name: digest for value in options for name, digest in contents(value).items()}
+        case str() if Path(options).is_file():
+            return {options: hashlib.sha256(Path(options).read_bytes()).hexdigest()}
+        case str() if Path(options).is_dir():
+            files = sorted((file.name, file.stat().st_size) for file in Path(options).iterdir() if file.is_file())
+            return {options: hashlib.sha256(json.dumps(files).encode()).hexdigest()}
+    return {}
 
 
 def samples(records: Sequence[Record], graded: Graded) -> list[dict[str, Any]]:
@@ -207,7 +224,8 @@ def _git() -> str | None:
 
 def _parquet(file: Path, rows: list[dict[str, Any]]) -> None:
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    parquet.write_table(pyarrow.Table.from_pylist(rows), unfinished)
+    names = dict.fromkeys(name for row in rows for name in row)
+    parquet.write_table(pyarrow.Table.from_pylist([dict.fromkeys(names) | row for row in rows]), unfinished)
     unfinished.replace(file)
 
 

@@ -85,20 +85,20 @@ class Runner:
             requests: with ids that occur once in the run.
             **options: fields of `dllm.Options` that go before the setting's.
         """
-        room = max(0, self.filmed - self._asked)
+        room = max(0, self.filmed - len(self._ids))
         self._filmed |= frozenset(request.id for request in requests[:room])
-        first, self._asked = self._asked == 0, self._asked + len(requests)
+        first = not self._ids
+        self._asked += len(requests)
         self._ids += [request.id for request in requests]
         options = {**self.setting.options, **options}
         size = parse_options(options).batch_size
         # The first batches of a run are those that the baselines decode as well.
         shared = min(self.baselines * size, len(requests)) if first else 0
-        for start in range(0, shared, size):
+        for start in range(0, len(requests), size):
             batch = requests[start : start + size]
-            for name, stop in BASELINES.items():
+            for name, stop in BASELINES.items() if start < shared else ():
                 self._baseline(f"{name} {start // size}", batch, {**options, "stop_at_eos": stop})
             self._decode(batch, options)
-        self._decode(requests[shared:], options)
         return [self._noted(request.id) for request in requests]
 
     def score(self, name: str, prefix: Sequence[int], target: Sequence[int], greedy: bool) -> tuple[float, bool]:
@@ -143,16 +143,21 @@ class Runner:
     def tidy(journal: Path) -> None:
         """Remove what only an unfinished run needs: its journal and the steps kept beside it."""
         shutil.rmtree(journal.parent / _FRAMES, ignore_errors=True)
-        journal.unlink(missing_ok=True)
+        for file in (journal, journal.with_suffix(".lock")):
+            file.unlink(missing_ok=True)
 
     def _decode(self, requests: Sequence[Request], options: Mapping[str, Any]) -> None:
-        left = [request for request in requests if self.journal.get("record", request.id) is None]
-        if not left:
+        """Answer what is left of a batch."""
+        noted = [self.journal.get("record", request.id) for request in requests]
+        if all(noted):
             return
         setting = self.setting
-        plan = self._plan(left, setting.sampler, setting.cache, options)
-        self._warm_up(left[:1], options)
-        for record, frames in follow(plan, left, self._filmed):
+        plan = self._plan(requests, setting.sampler, setting.cache, options)
+        for row, record in enumerate(noted):
+            if record is not None:  # it keeps its place, so that the others are padded as before
+                plan.sequences[row] = [*requests[row].prompt, *record["completion"]]
+        self._warm_up(requests[:1], options)
+        for record, frames in follow(plan, requests, self._filmed):
             if frames is not None:
                 self._keep(record, frames)
             self.journal.add("record", record.id, asdict(record))

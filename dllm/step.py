@@ -73,7 +73,7 @@ class Step:
         """(B, L) columns that some forward of this step computed; the others were read from the cache."""
         computed = np.zeros(self.canvas.host.shape, dtype=bool)
         for rows, columns in self.denoiser.looked:
-            np.logical_or.at(computed, rows, self.canvas.visible[rows] if columns is None else columns)
+            np.logical_or.at(computed, rows, True if columns is None else columns)
         return computed[self.change.rows]
 
     def _spread(self, values: Callable[[Prediction], Tensor], fill: float) -> NDArray[Any]:

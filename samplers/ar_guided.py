@@ -137,11 +137,13 @@ class ARGuided:
         )
         if judged is None:
             return commit(window, prediction, leftmost(window.masked))
-        edit = self._judge(window, prediction, aligned, judged, state.writable)
+        edit, held = self._judge(window, prediction, aligned, judged, state.writable)
         forwards = asks.long().cpu().numpy()  # read from the device: forwards are counted on the host, per row
+        # A rejected draft that is written all the same, so that the row goes on, counts as none.
+        judged_drafts = window.masked & asks[:, None] & (held | ~edit.write)
         return replace(
             edit,
-            drafted=prediction.tokens.masked_fill(~window.masked, state.mask_token_id),
+            drafted=prediction.tokens.masked_fill(~judged_drafts, state.mask_token_id),
             guide_forwards=forwards,
             guide_seconds=state.judging.seconds - before,
         )
@@ -153,7 +155,8 @@ class ARGuided:
         aligned: Aligned,
         judged: tuple[Tensor, Tensor],
         writable: Bool[Tensor, " V"] | None,
-    ) -> Edit:
+    ) -> tuple[Edit, Bool[Tensor, "B K"]]:
+        """What to write, and which drafts hold."""
         logits, about = judged
         length = aligned.ids.shape[1]
         draft = torch.cat((aligned.ids, aligned.ids[:, :1]), dim=1).gather(1, about)
@@ -165,13 +168,13 @@ class ARGuided:
         accepted = verdict.long().cumprod(-1).sum(-1)
         held = (aligned.upto <= accepted[:, None]) & window.masked
         if self.on_reject == "draft" or writable is None:
-            return commit(window, prediction, held | leftmost(window.masked))
+            return commit(window, prediction, held | leftmost(window.masked)), held
         rejected = (aligned.upto == accepted[:, None] + 1) & window.masked
         choices = logits.masked_fill(~writable, -torch.inf).argmax(-1)
         expected = torch.full((len(choices), length + 1), -1, device=about.device).scatter(1, about, choices)
         expected = expected.gather(1, (aligned.upto - 1).clamp(0, length - 1))
         tokens = torch.where(rejected & (expected >= 0), expected, prediction.tokens)
-        return Edit(window.columns, tokens, held | rejected)
+        return Edit(window.columns, tokens, held | rejected), held
 
     def _holds(self, logits: Tensor, draft: Int[Tensor, "B N"]) -> Bool[Tensor, "B N"]:
         """Whether each draft is accepted given the guide's logits at its place."""

@@ -22,7 +22,20 @@ from dllm.scripts import usage
 from dllm.scripts.kinds import check_kinds
 
 # Options whose values are quoted for Hydra, so that commas, "?" and "=" in them mean themselves.
-_PATHS = ("input", "output", "picture", "out", "init", "publish", "data", "model.path", "path", "folder")
+_PATHS = (
+    "input",
+    "output",
+    "picture",
+    "out",
+    "init",
+    "publish",
+    "data",
+    "model.path",
+    "path",
+    "folder",
+    "quality",
+    "task.metric",
+)
 # Groups that take more than their choices: which choice the others are, and which of its options takes them.
 _OTHERS = {"model": ("custom", "path"), "task": ("lm_eval", "name")}
 # The option that an argument without a name is.
@@ -169,6 +182,8 @@ def _rewrite_one(argument: str, open_groups: Mapping[str, Sequence[str]], multir
     paths = value.split(",") if multirun else [value]
     if key in open_groups and not set(paths) <= set(open_groups[key]):
         choice, option = _OTHERS[key]
+        if key == "task" and (both := sorted(set(paths) & set(open_groups[key]))):
+            raise ValueError(f"{argument!r} mixes {both[0]} with others; give {key}={both[0]} a sweep of its own")
         return [f"{key}={choice}", f"{key}.{option}={','.join(map(_quote, paths))}"]
     if key == "prompt":
         return [f"prompt={_quote_literally(value)}"]

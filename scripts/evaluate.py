@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -25,7 +26,7 @@ from dllm.likelihood import Estimate
 from dllm.metrics import COSTS
 from dllm.plan import parse_options
 from dllm.resolve import options_of
-from dllm.run_folder import RunFolder
+from dllm.run_folder import RunFolder, contents
 from dllm.runner import Runner, Setting
 from dllm.scripts import app
 from dllm.tasks.base import Task
@@ -45,39 +46,43 @@ def main() -> None:
     app.run(evaluate, "evaluate", KINDS)
 
 
-def evaluate(cfg: DictConfig) -> tuple[float, ...] | None:
+def evaluate(cfg: DictConfig) -> float | tuple[float, ...] | None:
     """Run one setting, or read what it gave before.
 
     Returns:
         Its objective, where a sweeper wants to know.
     """
     fields: Any = OmegaConf.to_container(cfg, resolve=True)
+    _check(fields)
+    hydra = HydraConfig.get()
+    out, label = Path(fields["out"]), _label(fields, hydra.runtime.choices)
+    refused, sweeping = RunFolder(out, label, fields), hydra.mode == RunMode.MULTIRUN
+    try:
+        with _threads(fields["threads"]):
+            results, path = _results(cfg, fields, label)
+    except Exception as error:
+        if sweeping:  # the others go on, and the report tells why this one is missing
+            refused.fail(app.one_line(error))
+        raise
+    refused.forgive()
+    print(_told(results, path), flush=True)
+    searching = sweeping and not hydra.sweeper["_target_"].endswith("BasicSweeper")
+    return _objective(results, fields["objective"]) if searching else None
+
+
+def _check(fields: Mapping[str, Any]) -> None:
     for name in fields["objective"]:
         choice("objective", name, ("accuracy", *COSTS))
     for name in ("baselines", "frames"):
         number(name, fields[name], "0 or more", low=0, whole=True)
     if fields["threads"] is not None:
         number("threads", fields["threads"], "1 or more, or null", low=1, whole=True)
-        torch.set_num_threads(fields["threads"])
     app.check_writable("out", fields["out"], f"{fields['out']}/results.json")
-    hydra = HydraConfig.get()
-    out, label = Path(fields["out"]), _label(fields, hydra.runtime.choices)
-    refused, sweeping = RunFolder(out, label, fields), hydra.mode == RunMode.MULTIRUN
-    try:
-        sampler, cache, task = (instantiate(cfg[group]) for group in ("sampler", "cache", "task"))
-        folder = RunFolder(out, label, _identity(fields, hydra.runtime.choices, task))
-        results = folder.results() or _measure(fields, folder, sampler, cache, task)
-    except Exception as error:
-        if sweeping:  # the others go on, and the report tells why this one is missing
-            refused.fail(app.one_line(error))
-        raise
-    refused.forgive()
-    print(_told(results, folder.path), flush=True)
-    searching = sweeping and not hydra.sweeper["_target_"].endswith("BasicSweeper")
-    return _objective(results, fields["objective"]) if searching else None
 
 
-def _measure(fields: dict[str, Any], folder: RunFolder, sampler: Any, cache: Any, task: Task) -> dict[str, Any]:
+def _results(cfg: DictConfig, fields: Mapping[str, Any], label: str) -> tuple[dict[str, Any], Path]:
+    """The results of a run and its folder; measured now unless they are there."""
+    sampler, cache, task = (instantiate(cfg[group]) for group in ("sampler", "cache", "task"))
     options = {name: fields[name] for name in _OPTIONS if fields[name] is not None or name == "block_length"}
     if fields["gen_length"] is None and task.gen_length is not None:
         options["gen_length"] = task.gen_length
@@ -85,18 +90,20 @@ def _measure(fields: dict[str, Any], folder: RunFolder, sampler: Any, cache: Any
     compatibility.check(sampler, cache, parse_options(options).cfg_scale)
     seed = fields["seed"] if fields["estimate"]["order"] == "random" else 0  # the others draw nothing
     estimate = Estimate(**fields["estimate"], seed=seed, cfg_scale=fields["cfg_scale"])
+    files = task.check()
     lm = _load(json.dumps(fields["model"]))
-    with _progress(folder.label) as progress:
-        runner = Runner(
-            Setting(lm, sampler, cache, options, estimate),
-            Journal(folder.journal),
-            fields["baselines"],
-            fields["frames"],
-            progress,
-        )
+    folder = RunFolder(Path(fields["out"]), label, _identity(fields, lm, task, files))
+    if (found := folder.results()) is not None:
+        return found, folder.path
+    with _progress(label) as progress:
+        journal = Journal(folder.journal)
+        setting = Setting(lm, sampler, cache, options, estimate)
+        runner = Runner(setting, journal, fields["baselines"], fields["frames"], _unless_orphaned(progress))
         try:
-            folder.begin(lm, fields)
-            return folder.finish(runner, task.run(runner, fields["seed"]))
+            if (found := folder.results()) is None:  # another process may have finished it meanwhile
+                folder.begin(lm, fields)
+                found = folder.finish(runner, task.run(runner, fields["seed"]))
+            return found, folder.path
         finally:
             runner.close()
 
@@ -108,19 +115,23 @@ def _load(model: str) -> dllm.LanguageModel:
     return dllm.load(options.pop("path"), **options)
 
 
-def _identity(fields: Mapping[str, Any], chosen: Mapping[str, Any], task: Task) -> dict[str, Any]:
-    """Everything that the results depend on, under the names they have in results.json."""
-    apart = ("model", "sampler", "cache", "task", "out", "objective", "threads")
+def _identity(
+    fields: Mapping[str, Any], lm: dllm.LanguageModel, task: Task, files: Mapping[str, str]
+) -> dict[str, Any]:
+    """Everything that the results depend on but the code, under the names they have in results.json."""
+    apart = ("model", "sampler", "cache", "task", "out", "objective")
+    chosen = HydraConfig.get().runtime.choices
     own = lambda group: {k: v for k, v in fields[group].items() if k != "_target_"}  # noqa: E731
     named = lambda group: {"name": str(chosen[group]).rpartition("/")[2], **own(group)}  # noqa: E731
     return {
         "model": Path(fields["model"]["path"]).name,
-        "loading": fields["model"],
+        "loading": {**fields["model"], "weights": lm.backbone.fingerprint()},
         "task": task.name,
         "sampler": named("sampler"),
         "cache": named("cache"),
         "options": {name: value for name, value in fields.items() if name not in apart},
-        "asked": own("task") | {"files": task.check()},
+        "asked": own("task") | {f"{split}_sha256": digest for split, digest in files.items()},
+        "files": contents([fields["sampler"], fields["cache"]]),
     }
 
 
@@ -134,12 +145,13 @@ def _label(fields: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
     return " + ".join(part for part in parts if part != "none")
 
 
-def _objective(results: Mapping[str, Any], names: Sequence[str]) -> tuple[float, ...]:
+def _objective(results: Mapping[str, Any], names: Sequence[str]) -> float | tuple[float, ...]:
     metrics = results["metrics"]
     for name in names:
         if not isinstance(metrics[name], (int, float)):
             raise ValueError(f"objective={name} is not known of task={results['task']}; leave it out")
-    return tuple(float(metrics[name]) for name in names)
+    values = tuple(float(metrics[name]) for name in names)
+    return values if len(values) > 1 else values[0]
 
 
 def _told(results: Mapping[str, Any], path: Path) -> str:
@@ -151,14 +163,41 @@ def _told(results: Mapping[str, Any], path: Path) -> str:
         between = "" if low is None else f" ({low:.1%} to {high:.1%})"
         parts.append(f"{metrics['accuracy_name']} {metrics['accuracy']:.1%}{between} of {metrics['n']}")
     else:
-        parts.append(f"{metrics['n']} not judged")
+        scores = ", ".join(f"{name} {score['value']:.4g}" for name, score in metrics["scores"].items())
+        parts.append(f"{scores or 'not judged'} of {metrics['n']}")
     if metrics["nfe"] is not None:
         speed = f"{metrics['tokens_per_second']:,.0f} tokens/s"
         parts.append(f"NFE {metrics['nfe']:.1f}  TPF {metrics['tpf']:.2f}  {speed}")
+    else:
+        parts.append("nothing was generated: sampler and cache had no part in it")
     if metrics["speedup"]:
         naive, aware = (metrics["speedup"][name]["time"] for name in ("naive", "eos_aware"))
         parts.append(f"{naive:.1f}x one token per step, {aware:.1f}x the same up to end-of-text")
     return f"{results['label']}: {'  '.join(parts)}  -> {path}"
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _unless_orphaned(progress: Callable[[int, int], object]) -> Callable[[int, int], object]:
+    """End a process whose parent, the sweep, was killed: joblib's workers would go on without it."""
+    if not HydraConfig.get().launcher["_target_"].endswith("JoblibLauncher"):
+        return progress
+    parent = os.getppid()
+
+    def told(done: int, total: int) -> None:
+        if os.getppid() != parent:
+            os._exit(1)
+        progress(done, total)
+
+    return told
 
 
 @contextmanager

@@ -13,7 +13,9 @@ def main() -> None:
         from lm_eval.__main__ import cli_evaluate
 
         import dllm.harness  # noqa: F401  # registers the class
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name != "lm_eval":
+            raise
         fail("dllm lm-eval", "lm-eval is missing: pip install 'dllm-samplers[eval]'")
     try:
         cli_evaluate()

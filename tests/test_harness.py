@@ -213,7 +213,12 @@ def test_both_ways_in_agree(task: str, tasks: Path, tmp_path: Path) -> None:
     assert {k: v for k, v in mine.items() if "stderr" not in k} == {
         k: v for k, v in theirs["results"][task].items() if "stderr" not in k
     }
-    if task != "toy_text":
+    if task == "toy_text":
+        assert found["metrics"]["accuracy"] is None
+        perplexity = theirs["results"][task]["word_perplexity,none"]
+        assert found["metrics"]["scores"]["word_perplexity"]["value"] == perplexity > 1
+        assert "nothing was generated" in outcome.out
+    else:
         (accuracy,) = [v for k, v in theirs["results"][task].items() if k.startswith(("exact_match,", "acc,"))]
         assert found["metrics"]["accuracy"] == accuracy
         assert found["metrics"]["n"] == 6
@@ -235,6 +240,18 @@ def test_the_harness_own_command_line(tasks: Path, tmp_path: Path) -> None:
 def test_the_harness_finds_the_class_by_itself() -> None:
     (found,) = entry_points(group="lm_eval.models", name="dllm")
     assert found.load() is DLLM
+
+
+def test_likelihoods_are_those_of_the_options() -> None:
+    lm = DLLM.create_from_arg_string("pretrained=tiny-llada,seed=7,cfg_scale=1.5", {"batch_size": "4", "device": "cpu"})
+    assert lm.runner.setting.estimate == Estimate(seed=7, cfg_scale=1.5)
+
+
+def test_other_names_of_the_length_are_known_and_the_rest_is_told() -> None:
+    lm = model()
+    with pytest.warns(UserWarning, match="num_beams have no effect"):
+        lm.generate_until([asking("Tom has 3 pens.", until=[], max_new_tokens=4, num_beams=3)])
+    assert len(lm.runner.records()[0].completion) == 4
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -132,6 +133,12 @@ class TestCut:
     def test_strings_that_do_not_occur_change_nothing(self) -> None:
         assert cut(TINY.tokenizer, self.TOKENS, ("Question:", "")) == cut(TINY.tokenizer, self.TOKENS, ())
 
+    def test_special_tokens_stop_as_well(self) -> None:
+        eos = TINY.tokenizer.eos_token
+        tokens = np.array([*self.TOKENS[:3], TINY.tokenizer.eos_token_id, *self.TOKENS[3:]])
+        text, count = cut(TINY.tokenizer, tokens, (eos,))
+        assert (text, count) == (TINY.tokenizer.decode(self.TOKENS[:3]), 4)
+
     def test_without_a_tokenizer_nothing_is_cut(self) -> None:
         assert cut(None, self.TOKENS, ("Add",)) == (None, len(self.TOKENS))
 
@@ -155,6 +162,27 @@ class TestRunner:
         assert not [each for each in added if each.startswith("baseline")]
         alone = self.runner(Journal(None)).answer(REQUESTS)
         assert [record.completion for record in every] == [record.completion for record in alone]
+
+    @pytest.mark.parametrize("done", range(1, 6))
+    def test_where_it_was_cut_off_changes_nothing_but_times(self, done: int) -> None:
+        def runner() -> Runner:
+            lm = random_llada(tokenizer=True, seed=3, max_length=96)
+            options = {"gen_length": 24, "block_length": 6, "batch_size": 3}
+            return Runner(Setting(lm, dllm.samplers.Threshold(0.3), dllm.cache.Dual(), options), Journal(None))
+
+        whole, resumed = runner(), runner()
+        expected = whole.answer(REQUESTS)
+        for name, value in list(whole.journal.of("record").items())[:done]:
+            resumed.journal.add("record", name, value)
+        found = resumed.answer(REQUESTS)
+        timeless = {"seconds": 0.0, "latency": 0.0, "guide_seconds": 0.0, "peak_memory": 0}
+        assert [replace(each, **timeless) for each in found] == [replace(each, **timeless) for each in expected]
+
+    def test_scores_do_not_count_as_answers(self) -> None:
+        runner = self.runner(Journal(None))
+        runner.score("a", [5, 6], [7], greedy=False)
+        runner.answer(REQUESTS[:2])
+        assert runner.baseline("naive")
 
     def test_frames_are_those_of_the_first_answers_however_often_it_stopped(self, tmp_path: Any) -> None:
         for count in (1, 2, 5):

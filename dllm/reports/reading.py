@@ -47,9 +47,22 @@ def load(folder: Path, quality: str | None = None) -> Sweep:
         if run.quality is not None and not 0 <= run.quality <= 1:
             where = f"{run.quality_name}={run.quality:g} of {run.place}"
             raise ValueError(f"{where} is no share of right answers; use quality=NAME, with one of {_shares(runs)}")
+    runs = _apart(runs)
     keys = sorted({(run.model, run.task) for run in runs})
     groups = tuple(Group(*key, _ranked([run for run in runs if (run.model, run.task) == key])) for key in keys)
     return Sweep(folder.resolve().name, groups, failures)
+
+
+def _apart(runs: Sequence[Run]) -> list[Run]:
+    """Runs that were asked other things of one task, or loaded otherwise, are not compared: the task's name says so."""
+    named = []
+    for run in runs:
+        alike = [other for other in runs if (other.model, other.task) == (run.model, run.task)]
+        names = {name for other in alike for name in other.settings if name.startswith(("asked.", "loading."))}
+        differing = sorted(name for name in names if len({repr(other.settings.get(name)) for other in alike}) > 1)
+        told = ", ".join(f"{name.partition('.')[2]}={run.settings.get(name)}" for name in differing)
+        named.append(replace(run, task=f"{run.task} ({told})") if told else run)
+    return named
 
 
 def _shares(runs: Sequence[Run]) -> str:
@@ -94,7 +107,8 @@ def _run(path: Path, folder: Path, quality: str | None) -> Run:
         metrics = dict(content["metrics"])
         metrics["scores"] = {str(name): dict(score) for name, score in (metrics.get("scores") or {}).items()}
         settings = dict(flat("", {name: content[name] for name in ("sampler", "cache")}))
-        settings |= dict(flat("options", content.get("options") or {}))
+        for part in ("options", "asked", "loading"):
+            settings |= dict(flat(part, content.get(part) or {}))
         run = Run(
             folder=path.parent,
             place=path.parent.relative_to(folder).as_posix(),

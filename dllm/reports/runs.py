@@ -21,7 +21,8 @@ class Run:
         label: the setting in words.
         model: its name.
         task: its name.
-        settings: of the sampler, the cache and the generation, flat: sampler.name, cache.name, options.gen_length.
+        settings: of the sampler, the cache, the generation, the task and the model, flat: sampler.name, cache.name,
+            options.gen_length, asked.limit, loading.dtype.
         metrics: as its results.json has them.
         quality_name: the score that it is judged by.
         quality: that score; None where it was not measured.

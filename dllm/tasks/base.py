@@ -14,16 +14,18 @@ class Graded:
     """A task's judgement.
 
     Attributes:
-        scores: per score its values by sample, 0 or 1 where a sample is right or wrong.
-        main: the score that counts as the accuracy; None where nothing was judged.
+        scores: per score its values by sample, whose mean it is; 0 or 1 where a sample is right or wrong.
+        main: the score that counts as the accuracy, from 0 to 1 and better the higher; None where there is none.
         rows: more about each sample for the table of samples, such as the question.
         details: what else there is to keep, such as the harness's own results.
+        totals: scores that are no mean over samples, such as a perplexity.
     """
 
     scores: Mapping[str, Mapping[str, float]]
     main: str | None
     rows: Mapping[str, Mapping[str, Any]]
     details: Mapping[str, Any] = field(default_factory=dict)
+    totals: Mapping[str, float] = field(default_factory=dict)
 
 
 @runtime_checkable

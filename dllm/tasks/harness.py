@@ -72,17 +72,28 @@ class Harness:
             if self.data:
                 (Path(folder) / "local.yaml").write_text(local(manager, self.name, self.data), encoding="utf-8")
                 manager = _harness().TaskManager(include_path=folder, include_defaults=False)
-            return evaluate(
-                runner,
-                self.name,
-                seed,
-                self.metric,
-                manager,
-                limit=self.limit,
-                num_fewshot=self.num_fewshot,
-                apply_chat_template=self.chat,
-                system_instruction=self.system_instruction,
-            )
+            with self._naming_splits():
+                return evaluate(
+                    runner,
+                    self.name,
+                    seed,
+                    self.metric,
+                    manager,
+                    limit=self.limit,
+                    num_fewshot=self.num_fewshot,
+                    apply_chat_template=self.chat,
+                    system_instruction=self.system_instruction,
+                )
+
+    @contextmanager
+    def _naming_splits(self) -> Iterator[None]:
+        try:
+            yield
+        except KeyError as missing:
+            if not self.data or missing.args[:1] == () or missing.args[0] in self.data:
+                raise
+            split = missing.args[0]
+            raise ValueError(f"task.data={dict(self.data)!r} lacks what the task reads; add {split}: FILE") from None
 
 
 def local(manager: Any, name: str, data: Mapping[str, str]) -> str:
@@ -138,23 +149,75 @@ def evaluate(runner: Runner, task: Any, seed: int, metric: str | None, manager: 
         results: Any = simple_evaluate(
             model=lm, tasks=[task], task_manager=manager or _bare(), bootstrap_iters=0, **options
         )
-    scores: dict[str, dict[str, float]] = {}
+    rows, scores = _by_sample(results["samples"])
+    shares = _shares(results, scores)
+    if metric is not None and metric not in shares:
+        known = ", ".join(shares) or "null: it has no share of right answers"
+        raise ValueError(f"task.metric={metric!r} is no share of right answers of this task; use one of {known}")
+    kept = ("results", "groups", "versions", "n-shot", "configs", "n-samples", "higher_is_better")
+    return Graded(
+        scores=shares,
+        main=metric or next(iter(shares), None),
+        rows=rows,
+        details={name: results[name] for name in kept if name in results} | {"truncated": lm.truncated},
+        totals={name: value for name, value in _totals(results).items() if name not in shares},
+    )
+
+
+def _by_sample(found: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, float]]]:
+    """What was asked and answered in each sample, and its scores."""
     rows: dict[str, dict[str, Any]] = {}
-    for name, samples in results["samples"].items():
+    scores: dict[str, dict[str, float]] = {}
+    for task, samples in found.items():
         for sample in samples:
-            identity = f"{name}/{sample['doc_id']}"
+            identity = f"{task}/{sample['doc_id']}"
             asked = {"question": _text(sample["arguments"]), "reference": str(sample["target"])}
             suffix = "" if sample["filter"] == "none" else f",{sample['filter']}"
             rows.setdefault(identity, asked)[f"answer{suffix}"] = str(sample["filtered_resps"])
             for each in sample["metrics"]:
-                value = sample[each]
-                if isinstance(value, (int, float)):
-                    scores.setdefault(each + suffix, {})[identity] = float(value)
-    if metric is not None and metric not in scores:
-        raise ValueError(f"task.metric={metric!r} is unknown; use one of {', '.join(scores)}")
-    kept = ("results", "versions", "n-shot", "configs", "n-samples")
-    details = {name: results[name] for name in kept if name in results}
-    return Graded(scores, metric or next(iter(scores), None), rows, details | {"truncated": lm.truncated})
+                if isinstance(sample[each], (int, float)):
+                    name = _label(found, task, f"{each},{sample['filter']}")
+                    scores.setdefault(name, {})[identity] = float(sample[each])
+    return rows, scores
+
+
+def _label(tasks: Mapping[str, Any], task: str, name: str) -> str:
+    """A score by the harness's name, of which "none" is no part, and of which task where there are several."""
+    name = name.removesuffix(",none")
+    return name if len(tasks) == 1 else f"{task}: {name}"
+
+
+def _totals(results: Mapping[str, Any]) -> dict[str, float]:
+    """The harness's own figures, of tasks and groups."""
+    every = [(task, results["results"][task]) for task in results["samples"]]
+    totals = {
+        _label(results["samples"], task, name): float(value)
+        for task, figures in every
+        for name, value in figures.items()
+        if isinstance(value, (int, float)) and "," in name and "_stderr" not in name
+    }
+    for group, figures in results.get("groups", {}).items():
+        for name, value in figures.items():
+            if isinstance(value, (int, float)) and "," in name and "_stderr" not in name:
+                totals[f"{group}: {name.removesuffix(',none')}"] = float(value)
+    return totals
+
+
+def _shares(results: Mapping[str, Any], scores: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
+    """The scores that are a mean over samples, from 0 to 1, and better the higher: those that can be an accuracy."""
+    totals, better = _totals(results), results.get("higher_is_better", {})
+    kept = {}
+    for name, values in scores.items():
+        metric = name.rpartition(": ")[2].partition(",")[0]
+        worse = any(task.get(metric) is False for task in better.values())
+        mean = sum(values.values()) / len(values)
+        if (
+            not worse
+            and all(0 <= value <= 1 for value in values.values())
+            and abs(totals.get(name, -1.0) - mean) < 1e-6
+        ):
+            kept[name] = values
+    return kept
 
 
 def _text(arguments: Any) -> str:
