@@ -211,11 +211,8 @@ def _shares(results: Mapping[str, Any], scores: Mapping[str, Mapping[str, float]
         metric = name.rpartition(": ")[2].partition(",")[0]
         worse = any(task.get(metric) is False for task in better.values())
         mean = sum(values.values()) / len(values)
-        if (
-            not worse
-            and all(0 <= value <= 1 for value in values.values())
-            and abs(totals.get(name, -1.0) - mean) < 1e-6
-        ):
+        is_share = all(0 <= value <= 1 for value in values.values()) and not worse
+        if is_share and abs(totals.get(name, -1.0) - mean) < 1e-6:
             kept[name] = values
     return kept
 
@@ -267,5 +264,5 @@ def _naming(task: Any) -> Iterator[None]:
     try:
         yield
     except (ConnectionError, DatasetNotFoundError, DatasetGenerationError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error.__cause__ or error).splitlines()[0]
         raise ValueError(f"the data of task={name} cannot be had ({reason}); give files with task.data") from None
