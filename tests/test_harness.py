@@ -269,6 +269,15 @@ def test_bad_model_arguments_name_themselves(arguments: str, said: str) -> None:
         DLLM.create_from_arg_string(arguments, {"batch_size": 1})
 
 
+def test_a_missing_split_is_named(tmp_path: Path) -> None:
+    data = tmp_path / "test.jsonl"
+    data.write_text(json.dumps({"question": "1 + 1?", "answer": "#### 2"}) + "\n")
+    outcome = command("evaluate", f"out={tmp_path}", "task=gsm8k", f"task.data={{test: {data}}}", "gen_length=8")
+    assert outcome.code == 2
+    assert "add train: FILE" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
 class TestLocalFiles:
     """Real data, where it is: 20 rows of each task go through from end to end, whatever the score."""
 
