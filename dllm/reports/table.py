@@ -62,13 +62,23 @@ def columns(group: Group) -> list[Column]:
             lambda run: fronts(group, run),
             "no other method is as good with fewer forwards (NFE), with more tokens/s (speed)",
         ),
-        Column("NFE", lambda run: run.number("nfe"), _nfe, "forwards per sample, ± standard error"),
+        Column(
+            "NFE",
+            lambda run: run.number("nfe"),
+            _nfe,
+            "forwards of the denoiser per sample, ± standard error; a guide's are apart",
+        ),
         _number("TPF", ".2f", "tpf", about="generated tokens up to end-of-text per forward"),
         _number("tokens/s", ",.0f", "tokens_per_second"),
         *_speedups(),
         *_scores(group, head),
-        _number("p50 s", ".2f", "latency_p50", about="seconds per sample, median"),
-        _number("p95 s", ".2f", "latency_p95", about="seconds per sample, 95th percentile"),
+        _number(
+            "p50 s",
+            ".2f",
+            "latency_p50",
+            about="latency: seconds from the start of a sample's batch to its own end, median",
+        ),
+        _number("p95 s", ".2f", "latency_p95", about="the same, 95th percentile"),
         _number("guide NFE", ".1f", "guide_nfe", about="forwards of the guide per sample"),
         _number(
             "computed",
@@ -79,7 +89,13 @@ def columns(group: Group) -> list[Column]:
         _number("refreshes", ".1f", "refreshes", about="times per sample that the cache computed everything anew"),
         _number("KV error", ".1%", "drift", "kv_error", about="relative error of cached keys and values"),
         _number("flips", ".1%", "drift", "flips", about="share of predictions that the cache changed"),
-        _number("peak MiB", ",.0f", "peak_memory", scale=2**-20, about="peak memory"),
+        _number(
+            "peak MiB",
+            ",.0f",
+            "peak_memory",
+            scale=2**-20,
+            about="peak memory: of the device on CUDA, of the whole process elsewhere",
+        ),
     ]
     zero = {"guide NFE", "refreshes", "front"}
     empty = lambda value, head: value in (None, "") or (head in zero and value == 0)  # noqa: E731
@@ -119,8 +135,9 @@ def raw(sweep: Sweep) -> str:
     # Of what some runs measured and others did not, the parts stand for the whole.
     names = {name: None for name in names if not any(other.startswith(f"{name}.") for other in names)}
     # Settings before metrics, whichever run was the first to have them.
-    rank = lambda name: ("sampler.", "cache.", "options.").index(name.split(".")[0] + ".")  # noqa: E731
-    settings = sorted((name for name in names if name.startswith(("sampler.", "cache.", "options."))), key=rank)
+    parts = ("sampler.", "cache.", "options.", "asked.", "loading.")
+    rank = lambda name: parts.index(name.split(".")[0] + ".")  # noqa: E731
+    settings = sorted((name for name in names if name.startswith(parts)), key=rank)
     first = [*rows[0]][:7]
     order = [*first, *settings, *(name for name in names if name not in {*first, *settings})]
     file = io.StringIO()
