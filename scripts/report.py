@@ -17,7 +17,7 @@ from dllm.scripts import app
 
 KINDS = {"out": str | None, "quality": str | int | None}
 _FILES = {"nfe": "quality-nfe", "tokens_per_second": "quality-speed"}
-_BOUND = "The oracle is a bound and no method: it stands on no front and in no AUP. NFE and AUP leave a guide's forwards out."
+_BOUND = "The oracle is a bound and no method: it stands on no front, in no AUP. Both leave out a guide's forwards."
 
 
 def main() -> None:
