@@ -10,6 +10,8 @@
 PYTHON ?= $(shell for python in python3.11 python3; do "$$python" -c "" 2>/dev/null && echo "$$python" && exit; done; echo python3)
 PYTEST_ARGS ?= -n 2 --dist loadgroup
 DLLM_ARGS ?=
+# The extras that the tests need; those of the last four are skipped without them.
+TESTED := dev,eval,plot,scale,sweep
 # Nobody watches the progress of an installation in CI.
 PIP_ARGS ?= $(if $(CI),--quiet)
 
@@ -88,7 +90,7 @@ endef
 	@touch $(@D)/.installed
 
 .venv/.installed-dev: constraints.txt pyproject.toml .venv/.created
-	$(call install,'.[dev,eval,plot,scale,sweep]')
+	$(call install,'.[$(TESTED)]')
 	@touch $(@D)/.installed $(@D)/.installed-plot
 
 .venv-oldest/.installed-dev: constraints-oldest.txt pyproject.toml .venv-oldest/.created
