@@ -54,14 +54,30 @@ class RunFolder:
         """What an unfinished run has done."""
         return self.path / "journal.jsonl"
 
-    def results(self) -> dict[str, Any] | None:
-        """The results of a finished run; None before."""
+    def results(self, main: str | None = None) -> dict[str, Any] | None:
+        """The results of a finished run; None before.
+
+        Args:
+            main: the score that counts as the accuracy; None for the one it has.
+
+        Raises:
+            ValueError: there is something else, or no such score.
+        """
         file = self.path / "results.json"
         if not file.exists():
             return None
         if self.journal.exists():  # a kill came between the results and this
             Runner.tidy(self.journal)
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if found.get("format") != RESULTS or found.get("version") != RESULTS_VERSION:
+            raise ValueError(f"{file} is no results of this version of dllm; remove it to run that setting again")
+        metrics = found["metrics"]
+        if main is not None and main != metrics["accuracy_name"]:
+            if main not in metrics["scores"]:
+                raise ValueError(f"task.metric={main!r} is unknown; use one of {', '.join(metrics['scores'])}")
+            score = metrics["scores"][main]
+            metrics |= {"accuracy": score["value"], "accuracy_interval": score["interval"], "accuracy_name": main}
+            _write(file, found)
         return found
 
     def begin(self, lm: LanguageModel, config: Mapping[str, Any]) -> None:

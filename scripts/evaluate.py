@@ -93,14 +93,15 @@ def _results(cfg: DictConfig, fields: Mapping[str, Any], label: str) -> tuple[di
     files = task.check()
     lm = _load(json.dumps(fields["model"]))
     folder = RunFolder(Path(fields["out"]), label, _identity(fields, lm, task, files))
-    if (found := folder.results()) is not None:
+    main = fields["task"].get("metric")
+    if (found := folder.results(main)) is not None:
         return found, folder.path
     with _progress(label) as progress:
         journal = Journal(folder.journal)
         setting = Setting(lm, sampler, cache, options, estimate)
         runner = Runner(setting, journal, fields["baselines"], fields["frames"], _unless_orphaned(progress))
         try:
-            if (found := folder.results()) is None:  # another process may have finished it meanwhile
+            if (found := folder.results(main)) is None:  # another process may have finished it meanwhile
                 folder.begin(lm, fields)
                 found = folder.finish(runner, task.run(runner, fields["seed"]))
             return found, folder.path
@@ -130,19 +131,24 @@ def _identity(
         "sampler": named("sampler"),
         "cache": named("cache"),
         "options": {name: value for name, value in fields.items() if name not in apart},
-        "asked": own("task") | {f"{split}_sha256": digest for split, digest in files.items()},
+        # What counts as the accuracy is chosen among scores that are all there.
+        "asked": {name: value for name, value in own("task").items() if name != "metric"}
+        | {f"{split}_sha256": digest for split, digest in files.items()},
         "files": contents([fields["sampler"], fields["cache"]]),
     }
 
 
 def _label(fields: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
-    """A name for people: the choices and those of their options that were changed."""
+    """A name for people: the choices, those of their options that were changed, and what the command line says."""
+    given = {override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task}
+    shown = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)  # noqa: E731
     parts = []
     for group in ("sampler", "cache"):
-        known = options_of(group, chosen[group])
-        changed = [f"{name}={value}" for name, value in fields[group].items() if known.get(name, ...) != value]
-        parts.append(" ".join([str(chosen[group]), *changed]))
-    return " + ".join(part for part in parts if part != "none")
+        known, options = options_of(group, chosen[group]), fields[group].items()
+        told = [(name, value) for name, value in options if known.get(name, ...) != value or f"{group}.{name}" in given]
+        parts.append(" ".join([str(chosen[group]), *(f"{name}={shown(value)}" for name, value in told)]))
+    own = [f"{name}={shown(fields[name])}" for name in sorted((_OPTIONS | {"seed"}) - {"batch_size"}) if name in given]
+    return ", ".join([" + ".join(part for part in parts if part != "none"), *own])
 
 
 def _objective(results: Mapping[str, Any], names: Sequence[str]) -> float | tuple[float, ...]:
@@ -170,6 +176,8 @@ def _told(results: Mapping[str, Any], path: Path) -> str:
         parts.append(f"NFE {metrics['nfe']:.1f}  TPF {metrics['tpf']:.2f}  {speed}")
     else:
         parts.append("nothing was generated: sampler and cache had no part in it")
+    if cut := results["details"].get("truncated"):
+        parts.append(f"{cut} prompts cut off")
     if metrics["speedup"]:
         naive, aware = (metrics["speedup"][name]["time"] for name in ("naive", "eos_aware"))
         parts.append(f"{naive:.1f}x one token per step, {aware:.1f}x the same up to end-of-text")

@@ -17,6 +17,11 @@ from dllm.scripts import app
 
 KINDS = {"out": str | None, "quality": str | int | None}
 _FILES = {"nfe": "quality-nfe", "tokens_per_second": "quality-speed"}
+_AUP = (
+    "Accuracy Under Parallelism: the area under accuracy in percent over TPF along the front of these runs, where lost "
+    "accuracy weighs more than in proportion and what loses more than 5 points is left out. With few samples one "
+    "answer decides that; compare the intervals."
+)
 _BOUND = "The oracle is a bound and no method: it stands on no front, in no AUP. Both leave out a guide's forwards."
 
 
@@ -67,6 +72,7 @@ def _markdown(sweep: Sweep, drawn: dict[str, dict[str, str]]) -> str:
         if areas := table.areas(group):
             areas_shown = [[_escape(each.of), str(each.runs), f"{each.aup:.1f}"] for each in areas]
             parts.append(app.markdown(["runs of", "runs", "AUP"], areas_shown))
+            parts.append(_AUP)
         pictures = [(plots.COSTS[cost], _picture(sweep, group, cost)) for cost in drawn[group.title]]
         parts += [f"![{_escape(group.title)}: quality against {cost}]({file})" for cost, file in pictures]
     if sweep.failures:

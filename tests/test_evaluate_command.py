@@ -293,6 +293,23 @@ class TestSweeps:
         assert "partition: gpu" in shown.out
 
 
+def test_labels_tell_what_was_swept(tmp_path: Path) -> None:
+    assert run(tmp_path, "task.limit=1", "-m", "sampler.radius=4", "block_length=16,32").code == 0
+    assert {found["label"] for found in results(tmp_path)} == {
+        f"tiny/localleap radius=4, block_length={length}" for length in (16, 32)
+    }
+
+
+def test_foreign_results_are_left_alone(tmp_path: Path) -> None:
+    assert run(tmp_path, "task.limit=1").code == 0
+    (folder,) = folders(tmp_path)
+    (folder / "results.json").write_text('{"a": 1}')
+    outcome = run(tmp_path, "task.limit=1")
+    assert outcome.code == 2
+    assert "is no results of this version" in outcome.err
+    assert (folder / "results.json").read_text() == '{"a": 1}'
+
+
 def test_sweeping_may_be_asked_for_anywhere(tmp_path: Path) -> None:
     assert run(tmp_path, "task.limit=1", "-m", "sampler.radius=1,2").code == 0
     assert len(folders(tmp_path)) == 2
@@ -305,8 +322,8 @@ def test_sweeping_may_be_asked_for_anywhere(tmp_path: Path) -> None:
         (("task=gsm8k", "task.data={test: missing.jsonl}"), "task.data.test='missing.jsonl' cannot be read"),
         (("task=humaneval", "task.data=missing.jsonl"), "missing.jsonl"),
         (("task=word_problems,arc_easy", "-m"), "give task=word_problems a sweep of its own"),
-        (("task.limit=0",), "limit=0 is out of range"),
-        (("task.seed=5",), "seed=5 is out of range"),
+        (("task.limit=0",), "task.limit=0 is out of range"),
+        (("task.seed=5",), "task.seed=5 is out of range"),
         (("baselines=-1",), "baselines=-1 is out of range"),
         (("frames=x",), "frames='x' is of the wrong kind"),
         (("sampler=freedave", "cache=dkv"), "depends on the way a block is decoded"),

@@ -168,7 +168,7 @@ def _speedups() -> list[Column]:
     return [
         _number(f"{what} ({name})", ".1fx", "speedup", key, kind, about=f"than {about[key]}, on the same samples")
         for key, name in _BASELINES.items()
-        for kind, what in (("time", "faster"), ("forwards", "fewer NFE"))
+        for kind, what in (("time", "faster"), ("forwards", "TPF gain"))
     ]
 
 

@@ -32,8 +32,8 @@ class WordProblems:
     seed: int = 1_000_001
 
     def __post_init__(self) -> None:
-        number("limit", self.limit, "1 or more", low=1, whole=True)
-        number("seed", self.seed, "1000000 or more; models are trained on seeds below", low=1_000_000, whole=True)
+        number("task.limit", self.limit, "1 or more", low=1, whole=True)
+        number("task.seed", self.seed, "1000000 or more; models are trained on seeds below", low=1_000_000, whole=True)
 
     def check(self) -> Mapping[str, str]:
         """Nothing is read."""

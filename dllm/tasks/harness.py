@@ -14,12 +14,15 @@ from typing import Any, ClassVar
 
 from datasets import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from jinja2 import UndefinedError
 from omegaconf import OmegaConf
 
 from dllm.checks import number
 from dllm.loading import quiet
 from dllm.runner import Runner
 from dllm.tasks.base import Graded
+
+_SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class Harness:
 
     def check(self) -> Mapping[str, str]:
         """See that the harness, the task and the files are there."""
+        if self.include_path is not None and not Path(self.include_path).is_dir():
+            raise ValueError(f"task.include_path={self.include_path!r} is no folder; give one with task definitions")
         found = fingerprints(self.data or {})
         manager = _manager(self.include_path)
         if not manager.match_tasks([self.name]):
@@ -89,11 +94,12 @@ class Harness:
     def _naming_splits(self) -> Iterator[None]:
         try:
             yield
-        except KeyError as missing:
-            if not self.data or missing.args[:1] == () or missing.args[0] in self.data:
+        except (KeyError, UndefinedError) as error:
+            if not self.data:
                 raise
-            split = missing.args[0]
-            raise ValueError(f"task.data={dict(self.data)!r} lacks what the task reads; add {split}: FILE") from None
+            missing = error.args[0] if isinstance(error, KeyError) else None
+            told = f"add {missing}: FILE" if missing in _SPLITS else f"its rows need what the task reads ({error})"
+            raise ValueError(f"task.data={dict(self.data)!r} does not suit {self.name}: {told}") from None
 
 
 def local(manager: Any, name: str, data: Mapping[str, str]) -> str:
