@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -210,11 +211,18 @@ def _unless_orphaned(progress: Callable[[int, int], object]) -> Callable[[int, i
 
 @contextmanager
 def _progress(label: str) -> Iterator[Callable[[int, int], object]]:
-    console = Console(stderr=True)
+    """A bar on a terminal, a line for each tenth elsewhere."""
+    console, tenths = Console(stderr=True), [0]
+
+    def line(done: int, total: int) -> None:
+        if (now := 10 * done // total) > tenths[0]:
+            tenths[0] = now
+            print(f"{label}: {done}/{total}", file=sys.stderr)
+
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task(label, total=None)
-        yield lambda done, total: progress.update(bar, completed=done, total=total)
+        yield (lambda done, total: progress.update(bar, completed=done, total=total)) if console.is_terminal else line
 
 
 if __name__ == "__main__":
