@@ -205,9 +205,8 @@ class Metered:
         if self.refresh_above is not None:
             number("refresh_above", self.refresh_above, "a number from 0 to 1e6, or null", low=0, high=1e6)
             if self.measure_every is None:
-                raise ValueError(
-                    f"refresh_above={self.refresh_above} has no effect without measuring; set measure_every too"
-                )
+                told = f"refresh_above={self.refresh_above} has no effect without measuring"
+                raise ValueError(f"{told}; set measure_every too")
 
     @property
     def repeatable(self) -> bool:

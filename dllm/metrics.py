@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
+from dllm.drift import Measurement, summarise
 from dllm.evaluation import wilson
 from dllm.records import Record
 
@@ -20,14 +22,13 @@ def quality(values: Sequence[float]) -> dict[str, Any]:
             errors, or none of a single sample.
     """
     mean = float(np.mean(values))
+    interval = None  # of a single one nothing is known
     if set(values) <= {0, 1}:
-        low, high = wilson(int(sum(values)), len(values))
+        interval = [*wilson(int(sum(values)), len(values))]
     elif len(values) > 1:
         error = 1.959964 * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-        low, high = mean - error, mean + error
-    else:
-        low = high = None  # type: ignore[assignment]  # nothing is known about it
-    return {"value": mean, "interval": None if low is None else [low, high], "n": len(values)}
+        interval = [mean - error, mean + error]
+    return {"value": mean, "interval": interval, "n": len(values)}
 
 
 def cost(records: Sequence[Record]) -> dict[str, Any]:
@@ -99,14 +100,11 @@ COSTS = (
 
 
 def _drift(records: Sequence[Record]) -> dict[str, Any] | None:
-    drifts = [record.drift for record in records if record.drift is not None]
-    if not drifts:
+    forwards = np.array([forward for record in records for forward in record.drift])
+    if not forwards.size:
         return None
-    measured, asked = sum(each.measured for each in drifts), max(1, sum(each.asked for each in drifts))
-    return {
-        "measured": measured,
-        "kv_error": sum(each.kv_error for each in drifts) / measured,
-        "worst_kv_error": max(each.worst_kv_error for each in drifts),
-        "kl": sum(each.kl for each in drifts) / asked,
-        "flips": sum(each.flips for each in drifts) / asked,
-    }
+    kv_error, kl, flips, asked = forwards.T
+    rows = np.zeros(len(forwards), dtype=np.int64)  # whose they are makes no difference
+    drift = summarise([Measurement(rows, kv_error, kl, flips.astype(np.int64), asked.astype(np.int64))], seconds=0.0)
+    assert drift is not None
+    return {name: value for name, value in asdict(drift).items() if name != "seconds"}

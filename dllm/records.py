@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,27 +35,6 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Drifted:
-    """How far a cache was off in one row: sums over the forwards compared.
-
-    Attributes:
-        measured: forwards.
-        kv_error: sum of relative errors of keys and values.
-        worst_kv_error: the largest of them.
-        kl: sum over the asked positions of the divergence, in nats.
-        flips: asked positions whose best token differed.
-        asked: positions asked about.
-    """
-
-    measured: int = 0
-    kv_error: float = 0.0
-    worst_kv_error: float = 0.0
-    kl: float = 0.0
-    flips: int = 0
-    asked: int = 0
-
-
-@dataclass(frozen=True)
 class Record:
     """One answered request.
 
@@ -76,7 +55,8 @@ class Record:
         canvas: columns of its canvas, the padding beside longer prompts included.
         refreshes: forwards in which a cache had everything computed anew.
         peak_memory: bytes, since its batch began.
-        drift: how far the cache was off, where that was measured.
+        drift: of each forward that was compared with an exact one: relative error of keys and values, summed divergence
+            in nats, positions whose best token differed, positions asked about (`dllm.drift.Measurement`).
     """
 
     id: str
@@ -94,30 +74,26 @@ class Record:
     canvas: int
     refreshes: int
     peak_memory: int
-    drift: Drifted | None
+    drift: list[list[float]]
 
 
 def follow(plan: Plan, requests: Sequence[Request], filmed: frozenset[str]) -> Iterator[tuple[Record, Frames | None]]:
-    """Carry a plan out, yielding each request's record as soon as its row is finished.
+    """Carry a plan of one batch out, yielding each request's record as soon as its row is finished.
 
     Args:
         plan: made of the requests' prompts, in this order.
-        requests: what is answered.
+        requests: what is answered, one batch at most.
         filmed: ids of those whose steps are kept.
     """
-    steps, batch, number = plan.steps(), None, -1
+    steps, clock, batch = plan.steps(), Clock(plan.lm.device), None
     while True:
-        clock = Clock(plan.lm.device) if batch is None or not batch.left else batch.clock
         started = time.perf_counter()
         found = next(steps, None)
         seconds = time.perf_counter() - started
         if found is None:
             return
         recorder, step = found
-        if batch is None or batch.recorder is not recorder:
-            number += 1
-            first = number * plan.options.batch_size
-            batch = _Batch(recorder, requests[first : first + plan.options.batch_size], plan, clock, filmed)
+        batch = batch or _Batch(recorder, requests, plan, clock, filmed)
         batch.update(step, seconds)
         for row in np.setdiff1d(step.change.rows, recorder.canvas.rows):
             yield batch.record(int(row)), batch.frames(int(row))
@@ -132,21 +108,15 @@ class _Batch:
     plan: Plan
     clock: Clock
     filmed: frozenset[str]
-    elapsed: float = 0.0
-    films: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = self.recorder.canvas.host.shape
         self.confidence = np.full(shape, np.nan)
         self.seconds, self.guide_seconds = np.zeros((2, shape[0]))
-        self.drift = [Drifted()] * shape[0]
-        self.uncounted = 0.0
-        self.films = {row: [] for row, request in enumerate(self.requests) if request.id in self.filmed}
-
-    @property
-    def left(self) -> bool:
-        """Whether any row is unfinished."""
-        return bool(self.recorder.canvas.rows.size)
+        self.drift: list[list[list[float]]] = [[] for _ in range(shape[0])]
+        self.elapsed = self.uncounted = 0.0
+        films = [row for row, request in enumerate(self.requests) if request.id in self.filmed]
+        self.films: dict[int, list[dict[str, Any]]] = {row: [] for row in films}
 
     def update(self, step: Step, seconds: float) -> None:
         """Charge the rows of a step with it."""
@@ -161,8 +131,8 @@ class _Batch:
         known = np.where(change.committed, sure, self.confidence[rows])
         self.confidence[rows] = np.where(change.revoked | change.filled, np.nan, known)
         for each in step.drift:
-            for place, row in enumerate(each.rows):
-                self.drift[row] = _added(self.drift[row], *(float(v[place]) for v in _values(each)))
+            for row, *values in zip(each.rows, each.kv_error, each.kl, each.flips, each.asked, strict=True):
+                self.drift[row].append([float(value) for value in values])
         for row in set(self.films) & set(rows.tolist()):
             self._film(int(row), int(np.flatnonzero(rows == row)[0]), step)
 
@@ -189,7 +159,7 @@ class _Batch:
             canvas=recorder.canvas.length,
             refreshes=int(recorder.refreshes[row]),
             peak_memory=self.clock.peak_memory(),
-            drift=self.drift[row] if self.drift[row].measured else None,
+            drift=self.drift[row],
         )
 
     def frames(self, row: int) -> Frames | None:
@@ -240,18 +210,3 @@ def cut(
     for special in tokenizer.all_special_tokens:
         text = text.replace(special, "")
     return text, low
-
-
-def _values(measurement: Any) -> tuple[NDArray[Any], ...]:
-    return measurement.kv_error, measurement.kl, measurement.flips, measurement.asked
-
-
-def _added(drift: Drifted, error: float, kl: float, flips: float, asked: float) -> Drifted:
-    return Drifted(
-        drift.measured + 1,
-        drift.kv_error + error,
-        max(drift.worst_kv_error, error),
-        drift.kl + kl,
-        drift.flips + int(flips),
-        drift.asked + int(asked),
-    )

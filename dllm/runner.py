@@ -18,7 +18,7 @@ from dllm.journal import Journal
 from dllm.likelihood import Estimate, is_greedy, loglikelihood
 from dllm.loading import LanguageModel
 from dllm.plan import Plan, parse_options
-from dllm.records import Drifted, Record, Request, follow
+from dllm.records import Record, Request, follow
 from dllm.samplers import Vanilla
 from dllm.samplers.base import Sampler
 from dllm.trace import Frames, Trace
@@ -129,9 +129,10 @@ class Runner:
 
     def frames(self, records: Sequence[Record]) -> list[Frames]:
         """The steps that were kept of some answers."""
-        files = self.journal.of("film") if self._films else {}
-        kept = [files[record.id] for record in records if record.id in files]
-        return [Trace.load(self._films / name).frames[0] for name in kept if self._films]
+        if self._films is None:
+            return []
+        files = self.journal.of("film")
+        return [Trace.load(self._films / files[record.id]).frames[0] for record in records if record.id in files]
 
     def close(self, remove: bool = False) -> None:
         """Let others go on with the run; with `remove` nothing is left of what only an unfinished run needs."""
@@ -209,9 +210,7 @@ class Runner:
         self.journal.add("film", record.id, name)
 
     def _noted(self, name: str) -> Record:
-        fields = dict(self.journal.get("record", name))
-        drift = fields.pop("drift")
-        return Record(**fields, drift=None if drift is None else Drifted(**drift))
+        return Record(**self.journal.get("record", name))
 
     def _tell(self) -> None:
         self._progress(len(self.journal.of("record")) + len(self.journal.of("likelihood")), self._asked)

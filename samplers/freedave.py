@@ -94,9 +94,7 @@ class FreeDave:
     eager: bool = False
 
     def __post_init__(self) -> None:
-        number(
-            "draft_steps", self.draft_steps, "a whole number of at least 1 (4 and 8 are published)", low=1, whole=True
-        )
+        number("draft_steps", self.draft_steps, "a whole number of at least 1 (published: 4, 8)", low=1, whole=True)
         choice("draft_mode", self.draft_mode, ("batch", "tree"))
         choice("eager", self.eager, (True, False))
         base = resolve("sampler", self.base, Sampler, "base")
@@ -149,11 +147,9 @@ class FreeDave:
         state.entry_masks[window.rows] = views.entry_masks[at]
         state.entry[window.rows] = torch.arange(len(at), device=at.device)
         state.kept = judged[0].kept(lambda values: values[at])
-        edit = become(window, final)
+        mask = state.run.mask_token_id
         # Of the drafts the deepest holds what all the others do.
-        return replace(
-            edit, drafted=drafts[:, -1].where(window.tokens == state.run.mask_token_id, state.run.mask_token_id)
-        )
+        return replace(become(window, final), drafted=drafts[:, -1].where(window.tokens == mask, mask))
 
     def _draft(self, window: Window, known: Bool[Tensor, " B"], state: Memory) -> Int[Tensor, "B D L"]:
         """The canvas and what the base would make of it, step by step, if what was predicted still held."""

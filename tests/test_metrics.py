@@ -8,11 +8,11 @@ import pytest
 
 from dllm.evaluation import wilson
 from dllm.metrics import cost, quality, speedup
-from dllm.records import Drifted, Record
+from dllm.records import Record
 
 ONE = Record(
     id="a", text="x", completion=[1, 2], commit_step=[0, 1], confidence=[0.5, None], tokens=10, nfe=5, guide_nfe=2,
-    seconds=0.5, latency=1.0, guide_seconds=0.1, positions=60, canvas=20, refreshes=1, peak_memory=100, drift=None,
+    seconds=0.5, latency=1.0, guide_seconds=0.1, positions=60, canvas=20, refreshes=1, peak_memory=100, drift=[],
 )  # fmt: skip
 TWO = replace(ONE, id="b", tokens=30, nfe=15, guide_nfe=0, seconds=1.5, latency=3.0, positions=300, peak_memory=70)
 
@@ -54,7 +54,7 @@ class TestCost:
         assert set(cost([])) == set(cost([ONE]))
 
     def test_drift_is_over_what_was_compared(self) -> None:
-        measured = [Drifted(2, 0.3, 0.2, 0.5, 1, 10), Drifted(1, 0.3, 0.3, 0.1, 2, 20)]
+        measured = [[[0.1, 0.2, 1, 4], [0.2, 0.3, 0, 6]], [[0.3, 0.1, 2, 20]]]
         records = [replace(ONE, drift=each) for each in measured] + [TWO]
         drift = cost(records)["drift"]
         assert drift["measured"] == 3
