@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from transformers import Qwen2ForCausalLM
 import dllm
 from dllm.evaluation import evaluate, evaluate_causal
 from dllm.loading import BUNDLED
+from dllm.resolve import names
 from dllm.samplers import Vanilla
 from dllm.tasks import word_problems
 from dllm.tokenizers import load_tokenizer
@@ -107,3 +109,18 @@ def test_every_method_stays_within_a_point_of_one_token_per_step_at_most_at_60_p
         own = [values for setting, values in measured.items() if setting.startswith(method)]
         assert any(right >= share - 1 and forwards <= 0.6 * nfe for right, forwards in own), method
     assert {values[0] for setting, values in measured.items() if setting.endswith("over vanilla")} == {share}
+
+
+def test_the_frontier_shown_is_of_every_policy_with_three_caches() -> None:
+    file = Path(__file__).parents[1] / "docs" / "frontier" / "report.csv"
+    with file.open(encoding="utf-8") as table:
+        runs = list(csv.DictReader(table))
+    pairs = {(run["sampler.name"], run["cache.name"]) for run in runs}
+    assert pairs == {(name, cache) for name in names("sampler") for cache in ("none", "dual", "freecache")}
+    assert {run["n"] for run in runs} == {"100"}
+    # Over the same cache these give the very answers of one token per step, in fewer forwards.
+    found = {(run["sampler.name"], run["cache.name"]): run for run in runs}
+    for cache in ("none", "dual", "freecache"):
+        for name in ("freedave", "oracle"):
+            assert found[name, cache]["accuracy"] == found["vanilla", cache]["accuracy"]
+            assert float(found[name, cache]["nfe"]) < float(found["vanilla", cache]["nfe"])
