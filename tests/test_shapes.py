@@ -10,6 +10,7 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
+from dllm.samplers.base import told
 from dllm.samplers.selection import top
 
 ROOT = Path(__file__).parents[1]
@@ -19,6 +20,12 @@ def test_a_wrong_shape_is_an_error_in_the_tests() -> None:
     score, eligible = torch.zeros(2, 3), torch.ones(2, 4, dtype=torch.bool)
     with pytest.raises(TypeCheckError, match="eligible"):
         top(score, 1, eligible)
+
+
+def test_a_function_within_another_is_checked_whenever_it_is_made() -> None:
+    for wrong in (5, "all"):
+        with pytest.raises(TypeCheckError, match=f"Actual value: {wrong!r}"):
+            told(None)(wrong)
 
 
 def test_the_backbones_keep_the_shapes_they_state() -> None:
