@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
@@ -135,15 +138,24 @@ class TestHelp:
                 compose(application, chosen)
 
 
-def test_every_application_runs_from_a_clone() -> None:
-    scripts = {name: str(SCRIPTS / f"{name.replace('-', '_')}.py") for name in COMMANDS}
-    running = {
-        name: subprocess.Popen([sys.executable, path, "-h"], stdout=subprocess.PIPE) for name, path in scripts.items()
-    }
-    for name, process in running.items():
-        out, _ = process.communicate(timeout=120)
-        assert process.returncode == 0
-        assert out.decode() == helped(name)
+def clone(name: str) -> str:
+    return str(SCRIPTS / f"{name.replace('-', '_')}.py")
+
+
+def test_an_application_runs_from_a_clone() -> None:
+    ran = subprocess.check_output([sys.executable, clone("generate"), "-h"], text=True, timeout=120)
+    assert ran == helped("generate")
+
+
+@EACH
+def test_every_file_is_an_application(name: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    # As Python runs a file, but without the start of a process.
+    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.setattr(sys, "argv", [clone(name), "-h"])
+    GlobalHydra.instance().clear()
+    with suppress(SystemExit):
+        runpy.run_path(clone(name), run_name="__main__")
+    assert capsys.readouterr().out == helped(name)
 
 
 def test_multirun_sweeps_over_settings_and_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
