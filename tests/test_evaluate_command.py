@@ -184,7 +184,7 @@ class TestInterrupted:
         whole, killed = tmp_path / "whole", tmp_path / "killed"
         assert run(whole, *self.ARGUMENTS).code == 0
         rng, kept, kills = random.Random(0), {}, 0
-        while kills < 3 and len(folders(killed)) < 2:
+        while kills < 2 and len(folders(killed)) < 2:
             process = start("evaluate", f"out={killed}", *FAST, *self.ARGUMENTS)
             # Once it has noted something new, it dies at some moment.
             while process.poll() is None and self.journals(killed) == kept and len(folders(killed)) < 2:
