@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 
 import dllm
-from contract_rig import BY_NAME, GUIDED, LEARNED, PROMPTS, Maker, backbones
+from contract_rig import BY_NAME, GUIDED, LEARNED, PROMPTS, Maker, backbones, common_token
 from dllm.samplers import (
     EntropyThreshold,
     Factor,
@@ -82,12 +81,6 @@ def run(
     return dllm.generate(lm, prompts, sampler, cache, **defaults | options)
 
 
-@cache
-def common_token(make: Maker) -> int:
-    """What a model writes most."""
-    return int(run(make(), PROMPTS, "vanilla").completions.flatten().mode().values)
-
-
 @backbones
 @samplers
 def test_finishes_without_masks_and_leaves_the_prompt(make: Maker, sampler: Any) -> None:
@@ -148,7 +141,6 @@ def test_infilled_rows_of_unequal_spans_share_their_own_steps(sampler: Any) -> N
 @samplers
 def test_row_result_ignores_batchmates_when_rows_stop_and_draw(make: Maker, sampler: Any) -> None:
     lm = make()
-    # A frequent token ends the text, so that rows leave the batch at different times.
     options = {"stop_at_eos": True, "eos_token_id": common_token(make), "temperature": 0.7, "top_p": 0.95}
     batch = run(lm, PROMPTS, sampler, seed=9, **options)
     for row, prompt in enumerate(PROMPTS):
