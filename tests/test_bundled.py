@@ -19,7 +19,7 @@ from dllm.tokenizers import load_tokenizer
 
 # Held out: training uses seeds below 1,000,000.
 PROBLEMS = word_problems.problems(100, seed=3_000_001)
-OPTIONS = {"gen_length": 64, "block_length": 32, "batch_size": 50}
+OPTIONS = {"gen_length": 64, "block_length": 32, "batch_size": 10}
 
 
 @pytest.mark.parametrize(("name", "least"), [("tiny-llada", 0.95), ("tiny-dream", 0.90)])

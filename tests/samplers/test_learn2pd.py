@@ -177,7 +177,7 @@ class TestBundled:
     def test_it_is_found_and_saves_most_forwards_at_nearly_the_same_accuracy(self, name: str) -> None:
         lm = dllm.load(name, device="cpu")
         problems = word_problems.problems(40, 4_000_001)  # the filters were trained on seed 3,000,001
-        options = {"gen_length": 64, "block_length": 32, "batch_size": 40}
+        options = {"gen_length": 64, "block_length": 32, "batch_size": 10}
         slow, fast = (evaluate(lm, problems, sampler, **options) for sampler in ("vanilla", Learn2PD(threshold=0.99)))
         assert fast.nfe < 0.6 * slow.nfe
         assert fast.final >= slow.final - 0.1  # 40 problems
