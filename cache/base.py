@@ -31,18 +31,19 @@ class Question:
 
     Attributes:
         canvas: the canvas as it is. Never write to it.
-        rows: (A,) canvas row of each sequence, ascending; a row with several drafts comes as often.
+        rows: (A,) canvas row of each sequence; a row with several drafts comes as often.
+        slots: (A,) the slot that row is in, ascending.
         first: (A,) True where a sequence is the canvas as it is, which of a row's drafts the first may be. What
             a cache remembers of a row between forwards changes with these alone.
-        places: what is asked, as (N,) sequences and (N,) columns whose hidden states are needed for it; not
-            looked up unless somebody calls it.
-        drafts: (A, L) tokens of the sequences, where they are drafts; the same holds.
+        places: what is asked, as (N,) sequences and (N,) columns whose hidden states are needed for it.
+        drafts: (A, L) tokens of the sequences, where they are drafts; not looked up unless somebody calls it.
     """
 
     canvas: Canvas
     rows: NDArray[np.int64]
+    slots: NDArray[np.int64]
     first: Flags
-    places: Callable[[], tuple[NDArray[np.int64], NDArray[np.int64]]]
+    places: tuple[NDArray[np.int64], NDArray[np.int64]]
     drafts: Callable[[], NDArray[np.int64]] | None = None
 
     @cached_property
@@ -56,8 +57,20 @@ class Question:
     def read(self) -> Flags:
         """(A, L) columns whose hidden states the forward must produce."""
         read = np.zeros((len(self.rows), self.canvas.length), dtype=bool)
-        read[self.places()] = True
+        read[self.places] = True
         return read
+
+    def some(self, sequences: NDArray[np.int64]) -> Question:
+        """The same about some of the sequences, in ascending order, none of them a draft."""
+        of, column = self.places
+        mine = np.isin(of, sequences)
+        return Question(
+            self.canvas,
+            self.rows[sequences],
+            self.slots[sequences],
+            self.first[sequences],
+            (np.searchsorted(sequences, of[mine]), column[mine]),
+        )
 
     @property
     def block(self) -> NDArray[np.int64]:
@@ -89,18 +102,29 @@ class Selection:
     """Columns that one forward computes for A sequences.
 
     Attributes:
-        rows: (A,) canvas row of each sequence, ascending.
+        rows: (A,) canvas row of each sequence.
+        slots: (A,) the slot that row is in, ascending.
         first: (A,) True at each row's first sequence, whose keys and values are the ones to keep.
         host: (A, C) the columns, ascending; a sequence with fewer of them repeats its last.
         columns: the same on the device.
+        span: the first column that is attended to, and the one behind the last.
         drafts: sequences of a row that are joined to one.
     """
 
     rows: NDArray[np.int64]
+    slots: NDArray[np.int64]
     first: Flags
     host: NDArray[np.int64]
     columns: Int[Tensor, "A C"]
+    span: tuple[int, int]
     drafts: int = 1
+
+    @property
+    def neighbours(self) -> slice | None:
+        """The slots, where they are neighbours, and of each there is just the sequence to keep; None where not."""
+        first, last = int(self.slots[0]), int(self.slots[-1])
+        alone = bool(self.first.all()) and bool((self.slots == first + np.arange(len(self.slots))).all())
+        return slice(first, last + 1) if alone else None
 
     @property
     def own(self) -> Flags:
@@ -112,7 +136,7 @@ class Selection:
 
 @runtime_checkable
 class Store(Protocol):
-    """Keys and values of a whole run.
+    """Keys and values of the rows being decoded, each in its slot.
 
     Attributes:
         joinable: it can serve drafts joined to one sequence.
@@ -124,8 +148,12 @@ class Store(Protocol):
         """Serve a forward that computes these columns."""
         ...
 
-    def held(self, layer: int, rows: Int[Tensor, " M"]) -> tuple[Float[Tensor, "M H L D"], Float[Tensor, "M H L D"]]:
-        """Keys and values of some rows as they are."""
+    def held(self, layer: int, slots: Int[Tensor, " M"]) -> tuple[Float[Tensor, "M H L D"], Float[Tensor, "M H L D"]]:
+        """Keys and values of the rows in some slots as they are."""
+        ...
+
+    def move(self, moved: NDArray[np.int64]) -> None:
+        """Follow rows, (M, 2), from one slot to another."""
         ...
 
 
@@ -147,7 +175,7 @@ class Plan:
     """How to compute the next forward.
 
     Attributes:
-        compute: (A, L) canvas columns to compute; None for all of them, without a store.
+        compute: (A, L) canvas columns to compute, as far as they are looked at; None for all of them, without a store.
         store: takes their keys and values and gives those of all L columns.
         cost: (A,) columns computed through a whole layer, where that is fewer than `compute` says.
         probe: what else the cache wants to know.
@@ -174,7 +202,7 @@ class CacheRun(Protocol):
         ...
 
     def observe(self, change: Change) -> None:
-        """Learn what a step committed and revoked."""
+        """Learn what a step committed and revoked, and whose row is in another slot now."""
         ...
 
     def expire(self, rows: NDArray[np.int64]) -> None:

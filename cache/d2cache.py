@@ -84,11 +84,11 @@ class _ByCertaintyAndRollout:
         at = np.maximum(np.arange(canvas.length) - self.shift, canvas.padding[rows, None])
         compute = _moved(self._certain(question, masked), at) | (self.masked[rows] & ~masked)
         compute |= question.drafted
-        compute |= nucleus(self.store.influence[rows], self.options.rollout_p, ~compute & canvas.visible[rows])
+        compute |= nucleus(self.store.influence[rows], self.options.rollout_p, ~compute & canvas.visible(rows))
         compute = inflate(compute, self.options.inflate_w) | question.read
         probe = _moved(masked, at) & (compute | due[:, None])
         self.masked[rows[question.first]] = masked[question.first]
-        self.store.visible[rows] = canvas.visible[rows]
+        self.store.visible[rows] = canvas.visible(rows)
         return Choice(compute, due, probe=Probe(probe, partial(self._learn, question, probe, at)))
 
     def _certain(self, question: Question, masked: Flags) -> Flags:
@@ -207,11 +207,14 @@ class _Watching:
         # Neither padding nor what fills up a short sequence looks at anything.
         own = self.store.visible[rows[:, None], host] & self.selection.own
         looks = torch.as_tensor(own, device=columns.device)
-        influence = torch.as_tensor(self.store.visible[rows], device=weights.device).to(weights.dtype)
+        low, high = self.selection.span
+        columns = columns - low
+        influence = torch.as_tensor(self.store.visible[rows, low:high], device=weights.device).to(weights.dtype)
         # From the last layer to the first: 1^T R_n ... R_1, with R = (A + I) / 2 in the rows that were computed.
         for each in reversed(self.weights):
             half = (influence.gather(1, columns) / 2).masked_fill(~looks, 0)
             influence = influence.scatter_add(1, columns, -half) + (half[:, None] @ each)[:, 0]
         # Read from the device: what is computed next depends on it.
         first = self.selection.first
-        self.store.influence[rows[first]] = influence.double().cpu().numpy()[first]
+        self.store.influence[rows[first]] = 0
+        self.store.influence[rows[first], low:high] = influence.double().cpu().numpy()[first]

@@ -22,6 +22,7 @@ computed in every layer; rows have their own steps.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,20 +79,21 @@ class _ByChange:
         self.forwards[rows[question.first]] = step[question.first] + 1
         prompt = due | (step % options.prompt_interval == 0)
         response = due | (step % options.response_interval == 0)
-        within = question.since(question.canvas.start[rows] - self.run.logits_shift) & question.canvas.visible[rows]
+        visible = question.canvas.visible(rows)
+        within = question.since(question.canvas.start[rows] - self.run.logits_shift) & visible
         self.store.response[rows] = within
         self.store.needed[rows] = np.where(within, response[:, None], prompt[:, None]) | stale
         # The first layer computes the whole response, the others a part of it.
         length, layers = within.sum(1), self.run.kv_shape[0]
         part = (length + (layers - 1) * np.floor(options.ratio * length)) / layers
-        cost = np.ceil(np.where(response, length, part)) + np.where(prompt, (~within).sum(1), 0)
+        cost = np.ceil(np.where(response, length, part)) + np.where(prompt, (visible & ~within).sum(1), 0)
         return Choice(within | prompt[:, None], due, cost.astype(np.int64))
 
 
 class Features(KeyValues):
-    """Keys, values, and what attention and feed-forward part add to each column: (layers, rows, L, d) each.
+    """Keys, values, and what attention and feed-forward part add to each column: (layers, slots, L, d) each.
 
-    They take 2 * layers * rows * L * (H * D + d) * (bytes of a number).
+    They take 2 * layers * slots * L * (H * D + d) * (bytes of a number).
 
     Attributes:
         response: (rows, L) columns that may be computed in part.
@@ -103,15 +105,14 @@ class Features(KeyValues):
     def __init__(self, ratio: float, run: Run) -> None:
         super().__init__(run)
         self.ratio = ratio
-        shape = run.kv_shape[0], run.rows, run.length, run.hidden_size
+        shape = run.kv_shape[0], run.slots, run.length, run.hidden_size
         self.added = {part: torch.zeros(shape, dtype=run.dtype, device=run.device) for part in ("attention", "mlp")}
         self.response = np.zeros((run.rows, run.length), dtype=bool)
         self.needed = np.zeros((run.rows, run.length), dtype=bool)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of everything kept."""
-        return super().nbytes + sum(added.nbytes for added in self.added.values())
+    def tensors(self) -> Sequence[Tensor]:
+        """Everything kept, (layers, slots, ...) each."""
+        return self.keys, self.values, *self.added.values()
 
     def bind(self, selection: Selection) -> _Partial:
         """Serve a forward that computes these columns, as far as they changed."""
@@ -141,8 +142,8 @@ class _Partial:
     def __init__(self, store: Features, selection: Selection) -> None:
         self.store, self.columns = store, selection.columns
         rows, host = selection.rows, selection.host
-        self.rows, self.kept = self._put(rows), self._put(np.flatnonzero(selection.first))
-        self.whole = bool(selection.first.all()) and len(rows) == store.keys.shape[1]
+        self.at, self.kept = self._put(selection.slots), self._put(np.flatnonzero(selection.first))
+        self.whole, self.span = selection.neighbours, slice(*selection.span)
         own = selection.own  # what fills up a short sequence is chosen never
         response, needed = store.response[rows[:, None], host] & own, store.needed[rows[:, None], host] & own
         n = np.floor(store.ratio * response.sum(1)).astype(np.int64)
@@ -184,14 +185,14 @@ class _Partial:
 
     def update(
         self, layer: int, keys: Float[Tensor, "B H U D"], values: Float[Tensor, "B H C D"]
-    ) -> tuple[Float[Tensor, "B H L D"], Float[Tensor, "B H L D"]]:
+    ) -> tuple[Float[Tensor, "B H S D"], Float[Tensor, "B H S D"]]:
         """Put fresh keys and values over the stored ones."""
         share = self.shares[layer > 0]
         entry, slot = share.renewed
         renewed = entry, self.columns[entry, slot], values.transpose(1, 2)[entry, slot]
         k = self._keep(self.store.keys[layer].transpose(1, 2), *self._chosen(layer, keys.transpose(1, 2)))
         v = self._keep(self.store.values[layer].transpose(1, 2), *renewed)
-        return k.transpose(1, 2), v.transpose(1, 2)
+        return k.transpose(1, 2)[:, :, self.span], v.transpose(1, 2)[:, :, self.span]
 
     def blend(self, part: str, layer: int, fresh: Float[Tensor, "B U d"]) -> Float[Tensor, "B C d"]:
         """Put what was computed over what is stored; return it at all columns."""
@@ -205,16 +206,16 @@ class _Partial:
         return entry, self.columns[entry, self.slots[entry, place]], fresh[entry, place]
 
     def _keep(
-        self, stored: Float[Tensor, "rows L ..."], entry: Tensor, column: Tensor, content: Tensor
+        self, stored: Float[Tensor, "slots L ..."], entry: Tensor, column: Tensor, content: Tensor
     ) -> Float[Tensor, "B L ..."]:
         """Write columns of each sequence; of several drafts of a row, what the first wrote is kept."""
         whole = self._held(stored).index_put_((entry, column), content)
-        if not self.whole:
-            stored[self.rows[self.kept]] = whole[self.kept]
+        if self.whole is None:
+            stored[self.at[self.kept]] = whole[self.kept]
         return whole
 
-    def _held(self, stored: Float[Tensor, "rows ..."]) -> Float[Tensor, "B ..."]:
-        return stored if self.whole else stored[self.rows]
+    def _held(self, stored: Float[Tensor, "slots ..."]) -> Float[Tensor, "B ..."]:
+        return stored[self.at] if self.whole is None else stored[self.whole]
 
     def _put(self, array: NDArray[Any]) -> Tensor:
         return torch.as_tensor(array, device=self.columns.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,9 +19,9 @@ from dllm.run import Run
 
 
 class KeyValues:
-    """Keys and values of all columns of all rows: (layers, rows, H, L, D) each.
+    """Keys and values of all columns of the rows in all slots: (layers, slots, H, L, D) each.
 
-    They take 2 * layers * rows * H * L * D * (bytes of a number), from the first forward to the last.
+    They take 2 * layers * slots * H * L * D * (bytes of a number), from the first forward to the last.
     Keys are kept with their rotary embedding, since a column never changes its position.
     """
 
@@ -28,65 +29,83 @@ class KeyValues:
 
     def __init__(self, run: Run) -> None:
         layers, heads, size = run.kv_shape
-        self.keys = torch.zeros((layers, run.rows, heads, run.length, size), dtype=run.dtype, device=run.device)
+        self.keys = torch.zeros((layers, run.slots, heads, run.length, size), dtype=run.dtype, device=run.device)
         self.values = torch.zeros_like(self.keys)
 
     @property
     def nbytes(self) -> int:
         """Bytes of everything kept."""
-        return self.keys.nbytes + self.values.nbytes
+        return sum(stored.nbytes for stored in self.tensors())
 
     def bind(self, selection: Selection) -> KVStore:
         """Serve a forward that computes these columns, in the cheapest way they allow."""
-        rows, host = selection.rows, selection.host
+        host = selection.host
         if selection.drafts > 1:
             return _Joined(self, selection)
-        if len(rows) < self.keys.shape[1] or not selection.first.all():
+        if selection.neighbours is None:
             return _Gathered(self, selection)
-        # Every row once: what is stored is what is attended to, and nothing is copied but the fresh columns.
+        # Neighbouring rows, each once: what is stored is attended to where it is, and nothing but fresh columns copied.
         if (host == host[0, 0] + np.arange(host.shape[1])).all():
-            return _Slice(self, int(host[0, 0]), host.shape[1])
+            return _Slice(self, selection)
         return _Scattered(self, selection)
 
-    def held(self, layer: int, rows: Int[Tensor, " M"]) -> tuple[Float[Tensor, "M H L D"], Float[Tensor, "M H L D"]]:
-        """Keys and values of some rows as they are."""
-        return self.keys[layer][rows], self.values[layer][rows]
+    def held(self, layer: int, slots: Int[Tensor, " M"]) -> tuple[Float[Tensor, "M H L D"], Float[Tensor, "M H L D"]]:
+        """Keys and values of the rows in some slots as they are."""
+        return self.keys[layer][slots], self.values[layer][slots]
+
+    def move(self, moved: NDArray[np.int64]) -> None:
+        """Follow rows from one slot to another."""
+        for stored in self.tensors():
+            for source, target in moved:
+                stored[:, target] = stored[:, source]
+
+    def tensors(self) -> Sequence[Tensor]:
+        """Everything kept, (layers, slots, ...) each."""
+        return self.keys, self.values
 
 
 class _Slice:
     """Neighbouring columns, the same in every row."""
 
-    def __init__(self, store: KeyValues, start: int, width: int) -> None:
-        self.store, self.start, self.width = store, start, width
+    def __init__(self, store: KeyValues, selection: Selection) -> None:
+        start, width = int(selection.host[0, 0]), selection.host.shape[1]
+        self.everything = (start, start + width) == selection.span
+        slots = selection.neighbours
+        self.stored = [each[:, slots, :, slice(*selection.span)] for each in (store.keys, store.values)]
+        self.fresh = [each[:, slots, :, start : start + width] for each in (store.keys, store.values)]
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write in place."""
-        for stored, fresh in ((self.store.keys, keys), (self.store.values, values)):
-            stored[layer].narrow(2, self.start, self.width).copy_(fresh)
-        if self.width == self.store.keys.shape[3]:
+        for stored, fresh in zip(self.fresh, (keys, values), strict=True):
+            stored[layer].copy_(fresh)
+        if self.everything:
             return keys, values
-        return self.store.keys[layer], self.store.values[layer]
+        return self.stored[0][layer], self.stored[1][layer]
 
 
 class _Scattered:
     """Columns that differ between the rows."""
 
     def __init__(self, store: KeyValues, selection: Selection) -> None:
-        self.store = store
-        self.index = selection.columns[:, None, :, None]
+        slots = selection.neighbours
+        self.stored = [each[:, slots, :, slice(*selection.span)] for each in (store.keys, store.values)]
+        self.index = (selection.columns - selection.span[0])[:, None, :, None]
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write in place."""
         index = self.index.expand_as(keys)
-        return self.store.keys[layer].scatter_(2, index, keys), self.store.values[layer].scatter_(2, index, values)
+        k, v = (
+            stored[layer].scatter_(2, index, fresh) for stored, fresh in zip(self.stored, (keys, values), strict=True)
+        )
+        return k, v
 
 
 class _Gathered:
-    """Some of the rows, or several drafts of one: each sequence gets a copy of its row."""
+    """Rows that are no neighbours, or several drafts of one: each sequence gets a copy of its row."""
 
     def __init__(self, store: KeyValues, selection: Selection) -> None:
-        self.store, self.columns = store, selection.columns
-        self.rows = torch.as_tensor(selection.rows, device=store.keys.device)
+        self.store, self.columns, self.span = store, selection.columns, slice(*selection.span)
+        self.rows = torch.as_tensor(selection.slots, device=store.keys.device)
         self.kept = torch.as_tensor(np.flatnonzero(selection.first), device=store.keys.device)
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,7 +113,8 @@ class _Gathered:
         return self._merge(self.store.keys[layer], keys), self._merge(self.store.values[layer], values)
 
     def _merge(self, stored: Tensor, fresh: Tensor) -> Tensor:
-        whole = stored[self.rows].scatter_(2, self.columns[:, None, :, None].expand_as(fresh), fresh)
+        index = (self.columns - self.span.start)[:, None, :, None].expand_as(fresh)
+        whole = stored[:, :, self.span][self.rows].scatter_(2, index, fresh)
         _write(stored, self.rows[self.kept], self.columns[self.kept], fresh[self.kept])
         return whole
 
@@ -104,15 +124,15 @@ class _Joined:
 
     def __init__(self, store: KeyValues, selection: Selection) -> None:
         kept = torch.as_tensor(np.flatnonzero(selection.first), device=store.keys.device)
-        self.store, self.columns = store, selection.columns[kept]
-        self.rows = torch.as_tensor(selection.rows[selection.first], device=store.keys.device)
+        self.store, self.columns, self.span = store, selection.columns[kept], slice(*selection.span)
+        self.rows = torch.as_tensor(selection.slots[selection.first], device=store.keys.device)
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Show every draft everything; the mask says which columns are its own."""
         return self._merge(self.store.keys[layer], keys), self._merge(self.store.values[layer], values)
 
     def _merge(self, stored: Tensor, fresh: Tensor) -> Tensor:
-        whole = torch.cat((stored[self.rows], fresh), dim=2)
+        whole = torch.cat((stored[:, :, self.span][self.rows], fresh), dim=2)
         _write(stored, self.rows, self.columns, fresh[:, :, : self.columns.shape[1]])
         return whole
 
@@ -185,18 +205,18 @@ class Reuse:
 
     def plan(self, question: Question) -> Plan:
         """What the rule says, what is read, and what changed under the store."""
-        rows, first, canvas = question.rows, question.first, question.canvas
+        rows, first = question.rows, question.first
         chosen = self.rule.choose(question, self._due[rows], self._stale[rows])
         compute = chosen.compute | question.read | self._stale[rows] | chosen.due[:, None]
         # What a draft changes behind or before the block; within the block the rule decides.
         compute |= question.drafted & (question.since(question.high) | ~question.since(question.low))
-        compute &= ~canvas.cut[rows]
         self._due[rows[first]], self._stale[rows[first]] = False, False
         return Plan(compute, self.store, chosen.cost, chosen.probe)
 
     def observe(self, change: Change) -> None:
-        """Remember what lost its keys and values."""
+        """Remember what lost its keys and values, and follow rows that moved."""
         self._stale[change.rows] |= change.revoked | change.edited
+        self.store.move(change.moved)
 
     def expire(self, rows: NDArray[np.int64]) -> None:
         """Compute everything anew in the next forward of these rows."""

@@ -16,6 +16,8 @@ from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dllm.transfer import send
+
 
 @dataclass(frozen=True)
 class Window:
@@ -100,6 +102,8 @@ class Change:
         revoked: positions that became [MASK] again.
         filled: positions that an early end of the row filled, whatever stood there.
         gained: (B,) how many masks fewer each row has.
+        finished: canvas rows that are complete now.
+        moved: (M, 2) slots whose row went to another slot, and that one.
     """
 
     rows: NDArray[np.int64]
@@ -108,10 +112,15 @@ class Change:
     revoked: NDArray[np.bool_]
     filled: NDArray[np.bool_]
     gained: NDArray[np.int64]
+    finished: NDArray[np.int64]
+    moved: NDArray[np.int64]
 
 
 class Canvas:
     """Rows of prompt and generated region, left-padded to one length.
+
+    Some of them are being decoded, each in a slot; when one is finished, the next that waits takes its slot. The
+    busy slots are always the first ones: where nobody waits, the last row moves to a slot that became free.
 
     Args:
         sequences: token ids of each row; what is to be generated is `mask_token_id`.
@@ -121,6 +130,12 @@ class Canvas:
         stop_at_eos: finish a row once everything up to its first end-of-text is decoded.
         seeds: one seed a row.
         device: where the tokens live.
+        slots: rows decoded at a time; None for all.
+
+    Attributes:
+        rows: the row in each busy slot.
+        slots: how many there are.
+        active: columns, inside and masked of the latest window, on the host.
     """
 
     def __init__(
@@ -132,8 +147,9 @@ class Canvas:
         stop_at_eos: bool,
         seeds: Sequence[int],
         device: torch.device,
+        slots: int | None = None,
     ) -> None:
-        self._made_of = sequences, mask_token_id, eos_token_ids, block_length, stop_at_eos, seeds, device
+        self._made_of = sequences, mask_token_id, eos_token_ids, block_length, stop_at_eos, seeds, device, slots
         self.mask_token_id, self.eos_token_ids, self.stop_at_eos = mask_token_id, eos_token_ids, stop_at_eos
         self.length = max(len(sequence) for sequence in sequences)
         padding = self.padding = np.array([self.length - len(sequence) for sequence in sequences])
@@ -150,17 +166,16 @@ class Canvas:
         self.step = np.zeros(len(sequences), dtype=np.int64)
         self.block = np.full(len(sequences), -1, dtype=np.int64)
         self.entry_masks = np.zeros(len(sequences), dtype=np.int64)
-        self.rows = np.flatnonzero(self.region.any(1))
+        unfinished = np.flatnonzero(self.region.any(1))
+        self.rows, self._waiting = np.split(unfinished, [len(unfinished) if slots is None else slots])
+        self.slots = len(self.rows)
         self._enter_blocks()
 
         self.device = device
-        self.padded = bool(padding.any())
-        self.first_real = torch.as_tensor(padding, device=device)
         # One spare column takes the writes that are not wanted, so that an edit is a single scatter.
-        spare = np.full((len(sequences), 1), mask_token_id)
-        self._buffer = torch.as_tensor(np.concatenate((self.host, spare), 1), device=device)
-        self._region = torch.as_tensor(self.region, device=device)
-        self._ends: Tensor | None = None
+        spare = np.full((self.slots, 1), mask_token_id)
+        self._buffer = self._put(np.concatenate((self.host[self.rows], spare), 1))
+        self._region = self._put(self.region[self.rows])
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def fresh(self) -> Canvas:
@@ -181,27 +196,29 @@ class Canvas:
 
     def window(self) -> Window:
         """The active block of every unfinished row."""
-        columns = (self.start + self.block * self.block_length)[self.rows, None] + np.arange(self.block_length)
-        inside = columns < self.end[self.rows, None]
+        rows, block = self.rows, self.block[self.rows]
+        columns = (self.start[rows] + block * self.block_length)[:, None] + np.arange(self.block_length)
+        inside = columns < self.end[rows, None]
         columns = np.minimum(columns, self.length - 1)
-        at = self.rows[:, None], columns
+        at = rows[:, None], columns
         inside &= self.region[at]
         masked = inside & (self.host[at] == self.mask_token_id)
-        rows = self._put(self.rows)
-        everything = len(self.rows) == len(self.host)
+        self.active = columns, inside, masked
+        each = rows, self.padding[rows], block, self.entry_masks[rows], self.step[rows]
+        sent = send(self.device, *each, *self.active, np.flatnonzero(masked))
         return Window(
-            rows=rows,
-            tokens=(self._buffer if everything else self._buffer[rows])[:, : self.length],
-            first=self.first_real[rows],
-            region=self._region if everything else self._region[rows],
-            columns=self._put(columns),
-            inside=self._put(inside),
-            masked=self._put(masked),
-            index=self._put(np.flatnonzero(masked)),
-            block=self._put(self.block[self.rows]),
-            entry_masks=self._put(self.entry_masks[self.rows]),
-            step=self._put(self.step[self.rows]),
-            uniform=self._uniform(self.rows),
+            rows=sent[0],
+            tokens=self._buffer[: len(rows), : self.length],
+            first=sent[1],
+            region=self._region[: len(rows)],
+            columns=sent[5],
+            inside=sent[6].bool(),
+            masked=sent[7].bool(),
+            index=sent[8],
+            block=sent[2],
+            entry_masks=sent[3],
+            step=sent[4],
+            uniform=self._uniform(rows),
         )
 
     def apply(self, window: Window, edit: Edit) -> Change:
@@ -210,55 +227,66 @@ class Canvas:
         Raises:
             RuntimeError: the edit writes outside the region to be generated.
         """
-        target = edit.columns.where(edit.write, self.length)
-        self._buffer.index_put_((window.rows[:, None], target), edit.tokens)
         rows = self.rows
-        after = self._buffer[window.rows, : self.length].cpu().numpy()  # the one read of the step
-        changed = after != self.host[rows]
-        if (changed & ~self.region[rows]).any():
+        buffer = self._buffer[: len(rows)]
+        buffer.scatter_(1, edit.columns.where(edit.write, self.length), edit.tokens)
+        after = buffer[:, : self.length].cpu().numpy()  # the one read of the step
+        before, region = self.host[rows], self.region[rows]
+        changed = after != before
+        if (changed & ~region).any():
             raise RuntimeError("a sampler wrote outside the positions to be generated")
-        masked = after == self.mask_token_id
-        unset = self.host[rows] == self.mask_token_id
+        masked, unset = after == self.mask_token_id, before == self.mask_token_id
         self.host[rows] = after
         self.step[rows] += 1
         filled = self._cut(rows, edit.end) if edit.end is not None else np.zeros_like(changed)
         if self.stop_at_eos:
             filled |= self._stop_at_eos(rows)
+        left = (self.host[rows] == self.mask_token_id) & self.region[rows]
         gained = unset.sum(1) - (self.host[rows] == self.mask_token_id).sum(1)
-        self.rows = rows[((self.host[rows] == self.mask_token_id) & self.region[rows]).any(1)]
+        moved = self._settle(left.any(1))
         self._enter_blocks()
         committed, revoked = changed & ~masked & ~filled, changed & masked & ~filled
-        return Change(rows, committed, committed & ~unset, revoked, filled, gained)
+        finished = rows[~left.any(1)]
+        return Change(rows, committed, committed & ~unset, revoked, filled, gained, finished, moved)
 
     @property
-    def visible(self) -> NDArray[np.bool_]:
-        """(rows, L) columns that are looked at: what `real_columns` says, on the host."""
-        return self.real & ~self.cut
+    def lengths(self) -> NDArray[np.int64]:
+        """(rows,) columns of each row without its padding."""
+        return np.asarray(self.length - self.padding)
 
-    @property
-    def real_columns(self) -> Bool[Tensor, "rows L"] | None:
-        """Where each row's own columns are, without padding and what was cut off; None for everywhere."""
-        if not self.padded and self._ends is None:
-            return None
-        column = torch.arange(self.length, device=self.device)
-        real = column >= self.first_real[:, None]
-        return real if self._ends is None else real & (column < self._ends[:, None])
+    def visible(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """(A, L) columns of some rows that are looked at: neither padding nor cut off."""
+        return np.asarray(self.real[rows] & ~self.cut[rows])
+
+    def _settle(self, left: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """Give the slots of finished rows to those that wait, close the gaps that remain; say who moved."""
+        free, rows = np.flatnonzero(~left), self.rows.copy()
+        entering, self._waiting = np.split(self._waiting, [len(free)])
+        entered, gaps = np.split(free, [len(entering)])
+        rows[entered] = entering
+        busy = len(rows) - len(gaps)
+        source, target = np.setdiff1d(np.arange(busy, len(rows)), gaps), gaps[gaps < busy]
+        rows[target] = rows[source]
+        self.rows = rows[:busy]
+        self._send(np.concatenate((entered, target)))
+        return np.stack((source, target), axis=1)
+
+    def _send(self, slots: NDArray[np.int64]) -> None:
+        """Bring what the host knows of the rows in some slots to the device."""
+        if slots.size:
+            at, rows = self._put(slots), self.rows[slots]
+            self._buffer[at, : self.length] = self._put(self.host[rows])
+            self._region[at] = self._put(self.region[rows])
 
     def _cut(self, rows: NDArray[np.int64], end: Tensor) -> NDArray[np.bool_]:
         """Let rows end before a column."""
         # A second read of the device: what was cut off decides which rows and blocks are left.
         beyond = (np.arange(self.length) >= end.cpu().numpy()[:, None]) & self.region[rows]
-        if not beyond.any():
-            return beyond
-        self.region[rows] &= ~beyond
-        self.cut[rows] |= beyond
-        self.host[rows] = np.where(beyond, self.eos_token_ids[0], self.host[rows])
-        at = self._put(rows)
-        self._region = self._put(self.region)
-        self._buffer[at, : self.length] = self._put(self.host[rows])
-        if self._ends is None:
-            self._ends = torch.full((len(self.host),), self.length, device=self.device)
-        self._ends = self._ends.index_copy(0, at, end.minimum(self._ends[at]))
+        if beyond.any():
+            self.region[rows] &= ~beyond
+            self.cut[rows] |= beyond
+            self.host[rows] = np.where(beyond, self.eos_token_ids[0], self.host[rows])
+            self._send(np.flatnonzero(beyond.any(1)))
         return beyond
 
     def _stop_at_eos(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -272,18 +300,18 @@ class Canvas:
         if filled.any():
             tokens[filled] = self.eos_token_ids[0]
             self.host[rows] = tokens
-            self._buffer[self._put(rows), : self.length] = self._put(tokens)
+            self._send(np.flatnonzero(filled.any(1)))
         return filled
 
     def _enter_blocks(self) -> None:
         """Point every unfinished row at the block of its first mask."""
-        masked = (self.host[self.rows] == self.mask_token_id) & self.region[self.rows]
-        block = (masked.argmax(1) - self.start[self.rows]) // self.block_length
-        entered = self.rows[block != self.block[self.rows]]
-        self.block[self.rows] = block
-        self.step[entered] = 0
-        counts = self.active_masks().sum(1)
-        self.entry_masks[entered] = counts[np.isin(self.rows, entered)]
+        rows = self.rows
+        masked = (self.host[rows] == self.mask_token_id) & self.region[rows]
+        block = (masked.argmax(1) - self.start[rows]) // self.block_length
+        new = block != self.block[rows]
+        self.block[rows] = block
+        self.step[rows[new]] = 0
+        self.entry_masks[rows[new]] = self.active_masks()[new].sum(1)
 
     def _uniform(self, rows: NDArray[np.int64]) -> Callable[[], Tensor]:
         # A loop over rows on purpose: a row's draws must not depend on its batch mates, nor on their spans.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,11 +13,35 @@ from torch import Tensor
 
 from dllm.backbones.base import MaskedDiffusionModel
 from dllm.backbones.transformer import KVStore
-from dllm.cache.base import CacheRun, Plan, Question, Selection
+from dllm.cache.base import CacheRun, Plan, Question, Selection, Store
 from dllm.canvas import Canvas, Window
 from dllm.drift import Meter
-from dllm.layout import apart, pack
+from dllm.layout import apart, pack, span
 from dllm.prediction import Prediction, Sampling
+from dllm.transfer import send
+
+
+@dataclass(frozen=True)
+class Inquiry:
+    """What is asked of one forward, about A sequences, as the host knows it.
+
+    Attributes:
+        slots: (A,) slot of each sequence's row, ascending.
+        draft: (A,) number of the sequence among the drafts of its row.
+        tokens: of the sequences.
+        index: (N,) flat indices of what is asked, into the tensor that asks.
+        sequence: (N,) what sequence that is about.
+        column: (N,) what canvas column.
+        joined: sequences of a row that become one.
+    """
+
+    slots: NDArray[np.int64]
+    draft: NDArray[np.int64]
+    tokens: Int[Tensor, "A L"]
+    index: NDArray[np.int64]
+    sequence: NDArray[np.int64]
+    column: NDArray[np.int64]
+    joined: int = 1
 
 
 @dataclass(frozen=True)
@@ -27,17 +51,19 @@ class Work:
     Attributes:
         tokens: of the computed columns.
         positions: of these.
-        given: True where a guided forward masks them.
-        real: canvas columns that may be looked at; None for all.
+        attended: S, columns attended to.
+        real: which of these may be looked at; None for all.
+        given: True where a guided forward masks the tokens; None without guidance.
         store: keys and values of the other columns.
-        columns: the computed columns; None for all.
+        columns: which of these are computed; None for all.
         joined: sequences of a row that become one.
     """
 
     tokens: Int[Tensor, "A C"]
     positions: Int[Tensor, "A C"]
-    given: Bool[Tensor, "A C"]
-    real: Bool[Tensor, "A L"] | None
+    attended: int
+    real: Bool[Tensor, "A S"] | None
+    given: Bool[Tensor, "A C"] | None = None
     store: KVStore | None = None
     columns: Int[Tensor, "A C"] | None = None
     joined: int = 1
@@ -58,8 +84,9 @@ class Denoiser:
     Attributes:
         forwards: (B,) forwards each entry of the current window took part in.
         last: the latest prediction about the current window and the columns it is about.
-        looked: what was computed in each forward of the current window, as (rows, (A, L) columns or None for all).
-        computed: (rows,) columns computed so far for each canvas row.
+        looked: what was computed in each forward of the current window, as (rows, (A, L) columns).
+        computed: (rows,) columns computed so far for each canvas row; padding, and what fills up a row beside
+            others that need more, is nobody's.
         refreshes: (rows,) forwards so far in which a cache had everything computed anew.
     """
 
@@ -74,9 +101,6 @@ class Denoiser:
     ) -> None:
         self.backbone, self.canvas, self.cache, self.meter = backbone, canvas, cache, meter
         self.sampling, self.cfg_scale = sampling, cfg_scale
-        column = torch.arange(canvas.length, device=canvas.device)
-        self._positions = (column - canvas.first_real[:, None]).clamp(min=0)
-        self._given = ~torch.as_tensor(canvas.region, device=canvas.device)
         self.computed, self.refreshes = np.zeros((2, len(canvas.host)), dtype=np.int64)
 
     def bind(self, window: Window) -> Denoiser:
@@ -84,7 +108,7 @@ class Denoiser:
         self.window = window
         self.forwards: NDArray[np.int64] = np.zeros(len(window.rows), dtype=np.int64)
         self.last: tuple[Prediction, Tensor] | None = None
-        self.looked: list[tuple[NDArray[np.int64], NDArray[np.bool_] | None]] = []
+        self.looked: list[tuple[NDArray[np.int64], NDArray[np.bool_]]] = []
         return self
 
     def __call__(
@@ -93,146 +117,171 @@ class Denoiser:
         columns: Int[Tensor, "*B K"] | None = None,
         tokens: Int[Tensor, "B D L"] | None = None,
         joined: bool = False,
+        decided: bool = False,
     ) -> Prediction:
         """Predict tokens; see `dllm.samplers.base.Denoise`."""
         window = self.window
-        if asked is None and columns is not None:
-            asked = window.masked
-        columns = window.columns if columns is None else columns
-        tokens = window.tokens[:, None] if tokens is None else tokens
-        drafts = tokens.shape[1]
-        if asked is None:
-            asked, index, live = window.masked, window.index, None
-            entries = np.arange(len(window.rows))
+        if asked is None and columns is None and tokens is None:
+            asked, columns = window.inside if decided else window.masked, window.columns
+            inquiry, index = self._about_window(decided), None if decided else window.index
         else:
-            # Reads the device: only policies that ask for something special pay for it.
-            index = asked.flatten().nonzero()[:, 0]
-            wanted = asked.any(-1).view(len(window.rows), -1)
-            joined = joined and bool(wanted[:, 1:].any())
-            if joined:  # a row's drafts are computed together or not at all
-                wanted = wanted.any(-1, keepdim=True).expand(-1, drafts)
-            live = wanted.flatten().nonzero()[:, 0]
-            entries = live.div(drafts, rounding_mode="floor").unique().cpu().numpy()
-        self.forwards[entries] += 1
-        if columns.ndim == 2:
-            columns = repeat(columns, "b k -> b d k", d=drafts)
-        logits = self._logits(tokens, columns, asked, index, live, drafts if joined else 1)
-        prediction = Prediction(
-            logits, asked, index, self.canvas.mask_token_id, self.sampling, self._generators(asked, entries)
-        )
+            asked = window.masked if asked is None else asked
+            columns = window.columns if columns is None else columns
+            tokens = window.tokens[:, None] if tokens is None else tokens
+            inquiry, index = self._read(asked, columns, tokens, joined), None
+        self.forwards[np.unique(inquiry.slots)] += 1
+        logits = self._logits(inquiry)
+        index = self._put(inquiry.index) if index is None else index
+        generators = self._generators(inquiry)
+        prediction = Prediction(logits, asked, index, self.canvas.mask_token_id, self.sampling, generators)
         # Of several drafts the first is the canvas as it is.
         shown = prediction if asked.ndim == 2 else prediction.arranged(lambda values: values[:, 0])
-        self.last = shown, columns[:, 0]
+        self.last = shown, columns if columns.ndim == 2 else columns[:, 0]
         return prediction
 
-    def _logits(
-        self,
-        tokens: Int[Tensor, "B D L"],
-        columns: Int[Tensor, "B D K"],
-        asked: Bool[Tensor, "*B K"],
-        index: Tensor,
-        live: Tensor | None,
-        joined: int,
-    ) -> Float[Tensor, "N V"]:
-        """Logits of the asked slots, `index` counting over (B, D, K) and `live` over the sequences (B, D)."""
-        window, (_, drafts, width) = self.window, columns.shape
-        tokens, columns = rearrange(tokens, "b d l -> (b d) l"), rearrange(columns, "b d k -> (b d) k")
-        # Read from the device for the policies that ask for something special; the host knows all else.
-        sequences = np.arange(len(tokens)) if live is None else live.cpu().numpy()
-        rows = self.canvas.rows[sequences // drafts]
+    def _about_window(self, decided: bool) -> Inquiry:
+        """What the host knows without asking: the masked positions of the window, or all of them."""
+        columns, inside, masked = self.canvas.active
+        grid, slots = inside if decided else masked, np.arange(len(columns))
+        sequence, k = np.nonzero(grid)
+        index = sequence * grid.shape[1] + k
+        return Inquiry(slots, np.zeros_like(slots), self.window.tokens, index, sequence, columns[sequence, k])
 
-        def places() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-            if live is None:
-                sequence, column = np.nonzero(self.canvas.active_masks())
-            else:
-                flags = rearrange(asked, "... k -> (...) k")[live].cpu().numpy()
-                sequence, slot = np.nonzero(flags)
-                column = columns[live].cpu().numpy()[sequence, slot]
-            return sequence, np.maximum(column - self.backbone.logits_shift, self.canvas.padding[rows[sequence]])
+    def _read(
+        self, asked: Bool[Tensor, "*B K"], columns: Int[Tensor, "*C K"], tokens: Int[Tensor, "B D L"], joined: bool
+    ) -> Inquiry:
+        """What a policy asks for that asks for something special, which only the device knows."""
+        rows, drafts = tokens.shape[:2]
+        flat = torch.cat((asked.flatten(), columns.flatten())).cpu().numpy()  # reads the device
+        grid = flat[: asked.numel()].astype(bool).reshape(rows, drafts, -1)
+        where = np.broadcast_to(flat[asked.numel() :].reshape(rows, -1, grid.shape[2]), grid.shape)
+        wanted: NDArray[np.bool_] = np.any(grid, axis=2)
+        joined = joined and bool(wanted[:, 1:].any())
+        if joined:  # a row's drafts are computed together or not at all
+            wanted = np.broadcast_to(wanted.any(1, keepdims=True), wanted.shape)
+        slots, draft = np.nonzero(wanted)
+        number = (wanted.ravel().cumsum() - 1).reshape(wanted.shape)
+        row, d, k = np.nonzero(grid)
+        flat_tokens = rearrange(tokens, "b d l -> (b d) l")
+        if len(slots) < len(flat_tokens):
+            flat_tokens = flat_tokens[self._put(slots * drafts + draft)]
+        index = np.flatnonzero(grid)
+        return Inquiry(slots, draft, flat_tokens, index, number[row, d], where[row, d, k], drafts if joined else 1)
 
-        if live is not None:
-            tokens = tokens[live]
-        shown = None if drafts == 1 else lambda: tokens.cpu().numpy()
-        question = Question(self.canvas, rows, sequences % drafts == 0, places, shown)
-        plan = self.cache.plan(question)
-        self.looked.append((rows, plan.compute))
-        if plan.compute is not None and plan.store is not None:
-            return self._reusing(question, plan, tokens, joined)
-        self.meter.trust(question, self.meter.due(question))
-        at = window.rows if live is None else window.rows[live.div(drafts, rounding_mode="floor")]
-        sequence, within = index.div(width, rounding_mode="floor"), index % width
+    def _logits(self, inquiry: Inquiry) -> Float[Tensor, "N V"]:
+        """Logits of what is asked."""
+        canvas, slots, tokens = self.canvas, inquiry.slots, inquiry.tokens
+        rows = canvas.rows[slots]
         # The prediction for a column is read `logits_shift` to its left, but never in the padding.
-        slot = columns[sequence, within] - self.backbone.logits_shift
-        if live is not None:
-            place = torch.zeros(len(columns), dtype=torch.long, device=live.device)
-            sequence = place.index_copy(0, live, torch.arange(len(live), device=live.device))[sequence]
-        slot = torch.maximum(slot, self.canvas.first_real[at[sequence]])
-        np.add.at(self.computed, rows, self.canvas.length)
-        real = self.canvas.real_columns
-        work = Work(tokens, self._positions[at], self._given[at], None if real is None else real[at], joined=joined)
-        return self._forward(work, sequence * tokens.shape[1] + slot)
+        column = np.maximum(inquiry.column - self.backbone.logits_shift, canvas.padding[rows[inquiry.sequence]])
+        drafts = (lambda: tokens.cpu().numpy()) if inquiry.draft.any() else None
+        question = Question(canvas, rows, slots, inquiry.draft == 0, (inquiry.sequence, column), drafts)
+        plan = self.cache.plan(question)
+        visible = canvas.visible(rows)
+        if plan.compute is not None and plan.store is not None:
+            compute = plan.compute & visible
+            self.looked.append((rows, compute))
+            plan = replace(plan, compute=compute)
+            return self._reusing(question, plan, visible, tokens, inquiry.joined)
+        self.meter.trust(question, self.meter.due(question))
+        self.looked.append((rows, visible))
+        np.add.at(self.computed, rows, visible.sum(1))
+        return self._whole(question, tokens, visible, joined=inquiry.joined)
 
-    def _reusing(self, question: Question, plan: Plan, tokens: Int[Tensor, "A L"], joined: int) -> Float[Tensor, "N V"]:
+    def _whole(
+        self,
+        question: Question,
+        tokens: Int[Tensor, "A L"],
+        visible: NDArray[np.bool_],
+        store: KVStore | None = None,
+        joined: int = 1,
+    ) -> Float[Tensor, "N V"]:
+        """Logits of what is asked, with every column computed that some sequence looks at."""
+        low, high = span(visible)
+        sequence, column = question.places
+        padding = self.canvas.padding[question.rows]
+        select, first = send(tokens.device, sequence * (high - low) + column - low, padding)
+        positions = torch.arange(low, high, device=tokens.device) - first[:, None]
+        given = None
+        if self.cfg_scale > 0:
+            given = ~self.window.region[self._put(question.slots), low:high]
+        work = Work(
+            tokens[:, low:high], positions.clamp(min=0), high - low, self._looks(visible[:, low:high]), given, store,
+            joined=joined,
+        )  # fmt: skip
+        return self._forward(work, select)
+
+    def _reusing(
+        self, question: Question, plan: Plan, visible: NDArray[np.bool_], tokens: Int[Tensor, "A L"], joined: int
+    ) -> Float[Tensor, "N V"]:
         """Logits of what is asked, computed in as many forwards as the plan's widths make worth while."""
         assert plan.compute is not None
         assert plan.store is not None
-        sequence, column = question.places()
+        sequence, column = question.places
         asked = len(sequence)
         if plan.probe is not None:
             extra = np.nonzero(plan.probe.read)
             sequence, column = np.concatenate((sequence, extra[0])), np.concatenate((column, extra[1]))
         joined = joined if plan.store.joinable else 1
-        whole = plan.whole(self.canvas.visible[question.rows]) & question.first
+        whole = plan.whole(visible) & question.first
         np.add.at(self.refreshes, question.rows[whole], 1)
         compute = _together(plan.compute, joined)
         cost = compute.sum(1) if plan.cost is None else plan.cost
-        device, real = tokens.device, self.canvas.real_columns
+        np.add.at(self.computed, question.rows, cost)
         parts, order = [], []
-        for group in apart(cost, question.rows):
-            host, slots = pack(compute[group])
+        for group in apart(cost, question.slots):
+            host, places = pack(compute[group])
             local = np.full(len(compute), -1)
             local[group] = np.arange(len(group))
             mine = np.flatnonzero(local[sequence] >= 0)
             at = local[sequence[mine]]
-            select = torch.as_tensor(at * host.shape[1] + slots[at, column[mine]], device=device)
-            columns = torch.as_tensor(host, device=device)
-            chosen = Selection(question.rows[group], question.first[group], host, columns, joined)
-            every = len(group) == len(compute)
-            rows = torch.as_tensor(chosen.rows, device=device)
-            fed = (tokens if every else tokens[torch.as_tensor(group, device=device)]).gather(1, columns)
-            work = Work(
-                fed, self._positions[rows].gather(1, columns), self._given[rows].gather(1, columns),
-                None if real is None else real[rows], plan.store.bind(chosen), columns, joined,
-            )  # fmt: skip
-            np.add.at(self.computed, question.rows[group], cost[group].max())
-            parts.append(self._forward(work, select))
+            select = at * host.shape[1] + places[at, column[mine]]
+            parts.append(self._part(question, plan.store, tokens, group, host, select, visible[group], joined))
             order.append(mine)
         logits = parts[0]
         if len(parts) > 1:
-            logits = torch.cat(parts)[torch.as_tensor(np.argsort(np.concatenate(order)), device=device)]
+            logits = torch.cat(parts)[self._put(np.argsort(np.concatenate(order)))]
         if plan.probe is not None:
             plan.probe.tell(_surest(logits[asked:], plan.probe.read, self.canvas.mask_token_id))
             logits = logits[:asked].clone()  # what is kept of a prediction must not keep the rest
         return self._measured(question, plan, logits, tokens)
 
+    def _part(
+        self,
+        question: Question,
+        store: Store,
+        tokens: Int[Tensor, "A L"],
+        group: NDArray[np.int64],
+        host: NDArray[np.int64],
+        select: NDArray[np.int64],
+        visible: NDArray[np.bool_],
+        joined: int,
+    ) -> Float[Tensor, "N V"]:
+        """Run one forward over some columns of some of the sequences."""
+        rows, slots = question.rows[group], question.slots[group]
+        low, high = span(visible)
+        chosen, index, first, sent = send(tokens.device, host, select, self.canvas.padding[rows], group)
+        selection = Selection(rows, slots, question.first[group], host, chosen, (low, high), joined)
+        fed = (tokens if len(group) == len(tokens) else tokens[sent]).gather(1, chosen)
+        work = Work(
+            fed, (chosen - first[:, None]).clamp(min=0), high - low, self._looks(visible[:, low:high]), None,
+            store.bind(selection), chosen - low, joined,
+        )  # fmt: skip
+        return self._forward(work, index)
+
     def _measured(
         self, question: Question, plan: Plan, logits: Float[Tensor, "N V"], tokens: Int[Tensor, "A L"]
     ) -> Float[Tensor, "N V"]:
         """The logits, after comparing them with exact ones where that is due."""
-        meter, length = self.meter, self.canvas.length
+        meter, canvas = self.meter, self.canvas
 
         def exact(sequences: NDArray[np.int64], comparison: KVStore) -> Float[Tensor, "N V"]:
-            of, column = question.places()
-            mine = np.isin(of, sequences)
-            slots = np.searchsorted(sequences, of[mine]) * length + column[mine]
-            rows = torch.as_tensor(question.rows[sequences], device=tokens.device)
-            fed = tokens[torch.as_tensor(sequences, device=tokens.device)]
-            real = self.canvas.real_columns
-            work = Work(fed, self._positions[rows], self._given[rows], None if real is None else real[rows], comparison)
+            some = question.some(sequences)
+            visible = canvas.visible(some.rows)
             if meter.above is not None:  # what may act on the result counts as part of it
-                self.forwards[np.searchsorted(self.canvas.rows, question.rows[sequences])] += 1
-                np.add.at(self.computed, question.rows[sequences], length)
-            return self._forward(work, torch.as_tensor(slots, device=tokens.device))
+                self.forwards[some.slots] += 1
+                np.add.at(self.computed, some.rows, visible.sum(1))
+            return self._whole(some, tokens[self._put(sequences)], visible, comparison)
 
         logits, off = meter.measure(question, plan, logits, exact)
         if off.size:
@@ -240,28 +289,34 @@ class Denoiser:
         return logits
 
     def _forward(self, work: Work, select: Tensor) -> Float[Tensor, "N V"]:
-        """Run the backbone and project the selected slots; two passes under guidance."""
-        tokens, positions, mask = work.tokens, work.positions, work.real
-        blind = tokens.masked_fill(work.given, self.canvas.mask_token_id)
+        """Run the backbone and project the selected places; two passes under guidance."""
+        tokens, positions, mask, given = work.tokens, work.positions, work.real, work.given
         if work.joined > 1:
-            mask = _tree_mask(work, self.canvas.length)
-            tokens, positions, blind = (
-                rearrange(each, "(a d) c -> a (d c)", d=work.joined) for each in (tokens, positions, blind)
-            )
-        if self.cfg_scale == 0:
+            mask = _tree_mask(work)
+            tokens, positions = (rearrange(each, "(a d) c -> a (d c)", d=work.joined) for each in (tokens, positions))
+            given = None if given is None else rearrange(given, "(a d) c -> a (d c)", d=work.joined)
+        if given is None:
             return self.backbone(tokens, mask, positions, work.store, select).logits
         both = torch.cat((select, select + tokens.numel()))
         mask = None if mask is None else torch.cat((mask, mask))
+        blind = tokens.masked_fill(given, self.canvas.mask_token_id)
         logits = self.backbone(torch.cat((tokens, blind)), mask, torch.cat((positions, positions)), None, both).logits
         conditional, unconditional = logits.chunk(2)
         return unconditional + (self.cfg_scale + 1) * (conditional - unconditional)
 
-    def _generators(self, asked: Tensor, entries: NDArray[np.int64]) -> list[tuple[torch.Generator, int]]:
+    def _generators(self, inquiry: Inquiry) -> list[tuple[torch.Generator, int]]:
         """Whose randomness each run of asked positions draws from; nothing at temperature 0."""
         if self.sampling.temperature == 0:
             return []
-        counts = rearrange(asked, "b ... -> b (...)").sum(-1).tolist()
-        return [(self.canvas.generators[self.canvas.rows[entry]], counts[entry]) for entry in entries]
+        counts = np.bincount(inquiry.slots[inquiry.sequence], minlength=len(self.canvas.rows))
+        return [(self.canvas.generators[self.canvas.rows[slot]], int(counts[slot])) for slot in np.flatnonzero(counts)]
+
+    def _looks(self, visible: NDArray[np.bool_]) -> Bool[Tensor, "A S"] | None:
+        """What may be looked at, on the device; None where that is everything."""
+        return None if visible.all() else self._put(visible)
+
+    def _put(self, array: NDArray[np.generic]) -> Tensor:
+        return torch.as_tensor(array, device=self.canvas.device)
 
 
 def _surest(logits: Float[Tensor, "N V"], read: NDArray[np.bool_], mask_token_id: int) -> Float[Tensor, "A L"]:
@@ -280,7 +335,7 @@ def _together(compute: NDArray[np.bool_], joined: int) -> NDArray[np.bool_]:
     return np.repeat(rearrange(compute, "(a d) l -> a d l", d=joined).any(1), joined, axis=0)
 
 
-def _tree_mask(work: Work, length: int) -> Bool[Tensor, "B 1 Q S"]:
+def _tree_mask(work: Work) -> Bool[Tensor, "B 1 Q S"]:
     """Which columns each column of a row's joined drafts may look at: stored ones, and those of its own draft."""
     width, device = work.tokens.shape[1], work.tokens.device
     branch = torch.arange(work.joined, device=device).repeat_interleave(width)
@@ -293,10 +348,9 @@ def _tree_mask(work: Work, length: int) -> Bool[Tensor, "B 1 Q S"]:
     # A column is seen once: fresh where the draft computes it, stored elsewhere; what fills up a short draft is not.
     fresh = torch.ones_like(work.columns, dtype=torch.bool)
     fresh[:, 1:] = work.columns[:, 1:] != work.columns[:, :-1]
-    stored = torch.ones((len(work.tokens), length), dtype=torch.bool, device=device)
-    stored.scatter_(1, work.columns, False)
-    if work.real is not None:
-        fresh, stored = fresh & work.real.gather(1, work.columns), stored & work.real
-    own = own & rearrange(fresh, "(a d) c -> a 1 1 (d c)", **split)
+    shape = len(work.tokens), work.attended
+    real = torch.ones(shape, dtype=torch.bool, device=device) if work.real is None else work.real
+    stored = real.scatter(1, work.columns, False)
+    own = own & rearrange(fresh & real.gather(1, work.columns), "(a d) c -> a 1 1 (d c)", **split)
     stored = repeat(stored, "(a d) s -> a 1 (d c) s", c=width, **split)
     return torch.cat((stored, own), dim=-1)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dllm.cache.base import Plan, Question, Store
+from dllm.layout import span
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Meter:
         """Note that what computed everything is off by nothing."""
         if sequences.size:
             zero = np.zeros(len(sequences))
-            asked = np.bincount(question.places()[0], minlength=len(question.rows))[sequences]
+            asked = np.bincount(question.places[0], minlength=len(question.rows))[sequences]
             self._fresh.append(
                 Measurement(question.rows[sequences], zero, zero.copy(), zero.astype(np.int64), asked.astype(np.int64))
             )
@@ -138,7 +139,7 @@ class Meter:
         """
         assert plan.store is not None
         sequences = self.due(question)
-        whole = plan.whole(question.canvas.visible[question.rows])[sequences]
+        whole = plan.whole(question.canvas.visible(question.rows))[sequences]
         self.trust(question, sequences[whole])
         sequences = sequences[~whole]
         if not sequences.size:
@@ -147,9 +148,9 @@ class Meter:
             torch.cuda.synchronize(logits.device)  # what is still under way is not measuring
         started = time.perf_counter()
         rows = question.rows[sequences]
-        comparison = Comparison(plan.store, rows, question.canvas.visible[rows], logits.device)
+        comparison = Comparison(plan.store, question.slots[sequences], question.canvas.visible(rows), logits.device)
         true = exact(sequences, comparison)
-        of = question.places()[0]
+        of = question.places[0]
         mine = np.flatnonzero(np.isin(of, sequences))
         at = torch.as_tensor(mine, device=logits.device)
         kl, flips = self._compare(true, logits[at])
@@ -187,22 +188,25 @@ class Comparison:
 
     Args:
         store: the others.
-        rows: (M,) canvas rows that are computed.
+        slots: (M,) those of the rows that are computed.
         visible: (M, L) columns that count.
         device: of the keys and values.
     """
 
-    def __init__(self, store: Store, rows: NDArray[np.int64], visible: NDArray[np.bool_], device: torch.device) -> None:
-        self.store = store
-        self.rows: Int[Tensor, " M"] = torch.as_tensor(rows, device=device)
-        self.visible: Bool[Tensor, "M 1 L 1"] = torch.as_tensor(visible, device=device)[:, None, :, None]
-        self.off = self.size = torch.zeros(len(rows), dtype=torch.float64, device=device)
+    def __init__(
+        self, store: Store, slots: NDArray[np.int64], visible: NDArray[np.bool_], device: torch.device
+    ) -> None:
+        self.store, self.span = store, slice(*span(visible))
+        self.slots: Int[Tensor, " M"] = torch.as_tensor(slots, device=device)
+        self.visible: Bool[Tensor, "M 1 C 1"] = torch.as_tensor(visible[:, self.span], device=device)[:, None, :, None]
+        self.off = self.size = torch.zeros(len(slots), dtype=torch.float64, device=device)
 
     def update(
-        self, layer: int, keys: Float[Tensor, "M H L D"], values: Float[Tensor, "M H L D"]
-    ) -> tuple[Float[Tensor, "M H L D"], Float[Tensor, "M H L D"]]:
+        self, layer: int, keys: Float[Tensor, "M H C D"], values: Float[Tensor, "M H C D"]
+    ) -> tuple[Float[Tensor, "M H C D"], Float[Tensor, "M H C D"]]:
         """Compare, and attend to the exact ones."""
-        for exact, held in zip((keys, values), self.store.held(layer, self.rows), strict=True):
+        for exact, held in zip((keys, values), self.store.held(layer, self.slots), strict=True):
+            held = held[:, :, self.span]
             self.off = self.off + ((held - exact) * self.visible).double().square().sum((1, 2, 3))
             self.size = self.size + (exact * self.visible).double().square().sum((1, 2, 3))
         return keys, values

@@ -183,7 +183,7 @@ def assemble(
         cut = [row[:count] for row, count in zip(completions, counts, strict=True)]
     tokens = int(counts.sum())
     computed = sum(int(r.computed_columns.sum()) for r in recorders)
-    full = sum(int(r.nfe.sum()) * r.canvas.length for r in recorders)
+    full = sum(int((r.nfe * r.canvas.lengths).sum()) for r in recorders)
     stats = Stats(
         seconds=seconds,
         tokens=tokens,

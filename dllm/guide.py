@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -103,7 +104,7 @@ class Judging:
         """What the guide expects from index `start` on, given the tokens before it.
 
         Args:
-            rows: canvas rows of the entries, ascending.
+            rows: canvas rows of the entries.
             ids: tokens, left-aligned; -1 for one that the guide does not have.
             lengths: of each row; a row of length `start` asks nothing.
             start: index of the first token that is judged; 0 has nothing before it and gets no answer.
@@ -144,23 +145,25 @@ class Judging:
         return out, about.where(fresh & (about >= start[:, None]), ids.shape[1])[:, skip:]
 
     def _keep(self, rows: Tensor, ids: Tensor) -> Int[Tensor, " B"]:
-        """Follow rows that left; say how many leading tokens of each row the cache may still hold."""
-        entry = None
-        if self.rows is not None:
-            entry = torch.searchsorted(self.rows, rows).clamp(max=len(self.rows) - 1)
-        # Read from the device, like the sizes in `_drop`: a cache can only be cropped by numbers on the host.
-        if self.rows is None or entry is None or not torch.equal(self.rows[entry], rows):
+        """Follow rows that left, came or moved; say how many leading tokens of each row the cache may still hold."""
+        if self.rows is None:
             self.cache = DynamicCache()
             self.held = torch.empty((len(rows), 0), dtype=torch.long, device=rows.device)
+            self.rows, self.ids = rows, ids
             return torch.zeros_like(rows)
         assert self.ids is not None
         assert self.held is not None
-        if len(rows) < len(self.rows):
+        # Read from the device, like the sizes in `_drop`: a cache can only be cropped by numbers on the host.
+        if not torch.equal(self.rows, rows):
+            same = rows[:, None] == self.rows
+            entry = same.int().argmax(-1)
             self.cache.batch_select_indices(entry)
-            self.rows, self.held, self.ids = rows, self.held[entry], self.ids[entry]
+            # A row that came holds nothing.
+            self.held = self.held[entry].where(same.any(-1, keepdim=True), -1)
+            self.rows, self.ids = rows, self.ids[entry]
         width = min(ids.shape[1], self.ids.shape[1])
         same = (ids[:, :width] == self.ids[:, :width]).long().cumprod(-1).sum(-1)
-        return same.minimum(self.held.amax(-1) + 1)
+        return same.minimum(F.pad(self.held, (1, 0), value=-1).amax(-1) + 1)
 
     def _drop(self, known: Int[Tensor, " B"]) -> None:
         """Forget all tokens from index `known` on."""

@@ -28,6 +28,12 @@ def pack(compute: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int6
     return np.where(behind, last, columns), slots
 
 
+def span(visible: NDArray[np.bool_]) -> tuple[int, int]:
+    """The first column that some sequence (A, L) looks at, and the one behind the last."""
+    columns = np.flatnonzero(visible.any(0))
+    return int(columns[0]), int(columns[-1]) + 1
+
+
 def apart(cost: NDArray[np.int64], rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     """Split sequences into forwards, so that none costs twice its own or more because of another one.
 

@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dllm import compatibility
@@ -24,6 +23,7 @@ from dllm.samplers.base import Sampler
 from dllm.step import Step
 
 Callback: TypeAlias = Callable[[Step], None]
+_MOST_ROWS = 1024  # on one canvas, which has so much on the host for every row; more come to the next
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Options:
         eos_token_id: id or ids that end a text; None for the backbone's.
         eos_suppression: None, "logits" (never predict the token that fills canvases), "confidence"
             (commit what ends a text last) or "both".
-        batch_size: rows decoded together.
+        batch_size: rows decoded together; a row that is finished is replaced at once by one that waits.
 
     Raises:
         ValueError: a value out of range.
@@ -139,11 +139,10 @@ class Plan:
         self.recorders: list[Recorder] = []
 
     def steps(self) -> Iterator[tuple[Recorder, Step]]:
-        """Decode batch after batch."""
-        size = self.options.batch_size
+        """Decode everything, `batch_size` rows at a time, each row that is finished making room for the next."""
         self.recorders = []
-        for start in range(0, len(self.sequences), size):
-            recorder = Recorder(self._canvas(start, start + size))
+        for start in range(0, len(self.sequences), _MOST_ROWS):
+            recorder = Recorder(self._canvas(start, start + _MOST_ROWS))
             self.recorders.append(recorder)
             for step in decode(
                 self.lm.backbone, recorder.canvas, self.sampler, self.cache, self.sampling, self.options.cfg_scale,
@@ -158,11 +157,11 @@ class Plan:
             if callback is not None:
                 callback(step)
             canvas = recorder.canvas
-            for row in np.setdiff1d(step.change.rows, canvas.rows):
+            for row in step.change.finished:
                 completion = canvas.host[row, -self.options.gen_length :]
                 tokens = int(count_tokens(completion[None], canvas.eos_token_ids)[0])
                 yield Answer(
-                    index=(len(self.recorders) - 1) * self.options.batch_size + int(row),
+                    index=(len(self.recorders) - 1) * _MOST_ROWS + int(row),
                     text=decode_text(self.lm.tokenizer, completion[:tokens]),
                     completion=completion.tolist(),
                     tokens=tokens,
@@ -195,6 +194,7 @@ class Plan:
             self.options.stop_at_eos,
             self.seeds[start:end],
             self.lm.device,
+            self.options.batch_size,
         )
 
     def _check(self, place: int, row: list[int], mask: int) -> None:

@@ -52,7 +52,7 @@ class Record:
         latency: wall time from the start of its batch to its own end.
         guide_seconds: its share of the guide's wall time, part of `seconds`.
         positions: columns computed.
-        canvas: columns of its canvas, the padding beside longer prompts included.
+        canvas: columns of its canvas, without padding.
         refreshes: forwards in which a cache had everything computed anew.
         peak_memory: bytes, since its batch began.
         drift: of each forward that was compared with an exact one: relative error of keys and values, summed divergence
@@ -95,7 +95,7 @@ def follow(plan: Plan, requests: Sequence[Request], filmed: frozenset[str]) -> I
         recorder, step = found
         batch = batch or _Batch(recorder, requests, plan, clock, filmed)
         batch.update(step, seconds)
-        for row in np.setdiff1d(step.change.rows, recorder.canvas.rows):
+        for row in step.change.finished:
             yield batch.record(int(row)), batch.frames(int(row))
 
 
@@ -156,7 +156,7 @@ class _Batch:
             latency=self.elapsed,
             guide_seconds=float(self.guide_seconds[row]),
             positions=int(recorder.computed_columns[row]),
-            canvas=recorder.canvas.length,
+            canvas=int(recorder.canvas.lengths[row]),
             refreshes=int(recorder.refreshes[row]),
             peak_memory=self.clock.peak_memory(),
             drift=self.drift[row],

@@ -21,6 +21,7 @@ class Run:
 
     Attributes:
         rows: canvas rows.
+        slots: rows decoded at a time.
         length: canvas columns L.
         block_length: columns K of a block.
         spans: columns of each row from the first to the last that is generated.
@@ -40,6 +41,7 @@ class Run:
     """
 
     rows: int
+    slots: int
     length: int
     block_length: int
     spans: tuple[int, ...]
@@ -72,6 +74,7 @@ def facts(
     """The facts of decoding a canvas with a backbone."""
     return Run(
         rows=len(canvas.host),
+        slots=canvas.slots,
         length=canvas.length,
         block_length=canvas.block_length,
         spans=tuple(canvas.spans.tolist()),

@@ -42,7 +42,7 @@ class Step:
     @property
     def finished(self) -> int:
         """Number of rows that this step finished."""
-        return len(self.change.rows) - len(self.canvas.rows)
+        return len(self.change.finished)
 
     @cached_property
     def provisional(self) -> NDArray[np.int64]:
@@ -73,7 +73,7 @@ class Step:
         """(B, L) columns that some forward of this step computed; the others were read from the cache."""
         computed = np.zeros(self.canvas.host.shape, dtype=bool)
         for rows, columns in self.denoiser.looked:
-            np.logical_or.at(computed, rows, True if columns is None else columns)
+            np.logical_or.at(computed, rows, columns)
         return computed[self.change.rows]
 
     def _spread(self, values: Callable[[Prediction], Tensor], fill: float) -> NDArray[Any]:

@@ -28,8 +28,11 @@ class Denoise(Protocol):
         columns: Int[Tensor, "*B K"] | None = None,
         tokens: Int[Tensor, "B D L"] | None = None,
         joined: bool = False,
+        decided: bool = False,
     ) -> Prediction:
         """Predict tokens.
+
+        What concerns the window's own columns and tokens costs no read of the device.
 
         Args:
             asked: where predictions are wanted; the window's masked positions by default. A row
@@ -40,6 +43,7 @@ class Denoise(Protocol):
                 it is. A draft that asks nothing is not computed.
             joined: compute the drafts of a row as one sequence, each seeing itself only, instead of as
                 D sequences.
+            decided: ask about all positions of the window to be generated, the decided ones as well.
         """
         ...
 
@@ -66,7 +70,11 @@ def told(prediction: Prediction) -> Denoise:
     """A denoiser that answers with this prediction, whatever is asked: to let a policy look at what is known."""
 
     def denoise(
-        asked: Tensor | None = None, columns: Tensor | None = None, tokens: Tensor | None = None, joined: bool = False
+        asked: Tensor | None = None,
+        columns: Tensor | None = None,
+        tokens: Tensor | None = None,
+        joined: bool = False,
+        decided: bool = False,
     ) -> Prediction:
         return prediction
 

@@ -133,9 +133,9 @@ class FreeDave:
         views = replace(views, inside=views.inside & views.masked.any(-1, keepdim=True))
         judged: list[Prediction] = []
 
-        def judge(asked: Tensor | None = None, *_: Any, **__: Any) -> Prediction:
+        def judge(*_: Any, decided: bool = False, **__: Any) -> Prediction:
             split = "(b d) k -> b d k"
-            wanted = rearrange(views.masked if asked is None else asked, split, d=self.draft_steps)
+            wanted = rearrange(views.inside if decided else views.masked, split, d=self.draft_steps)
             about = rearrange(views.columns, split, d=self.draft_steps)
             prediction = denoise(wanted, about, drafts, self.draft_mode == "tree")
             judged.append(prediction.arranged(lambda values: values.flatten(0, 1)))

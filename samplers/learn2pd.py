@@ -102,7 +102,7 @@ class Learn2PD:
             everywhere = _ask_everywhere(window, denoise, state.run)
             prediction = everywhere.arranged(lambda values: values.gather(1, window.columns))
         else:
-            prediction = denoise(window.inside)
+            prediction = denoise(decided=True)
         surety = state.network(prediction.confidence.float(), window.masked, window.inside).sigmoid()
         accepted = (surety > self.threshold) & window.masked
         edit = commit(window, prediction, accepted | top(prediction.confidence, self.at_least, window.masked))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,9 +55,8 @@ def test_an_edit_may_end_a_row_early() -> None:
     assert change.filled.sum(1).tolist() == [2, 0]
     assert not (change.committed & change.filled).any()
     assert c.window().region.tolist()[0] == [False, False, False, True, True, False, False]
-    assert c.real_columns is not None
     # What was cut off is looked at no more.
-    assert c.real_columns.tolist() == [[True] * 5 + [False] * 2, [False] * 2 + [True] * 5]
+    assert c.visible(np.arange(2)).tolist() == [[True] * 5 + [False] * 2, [False] * 2 + [True] * 5]
     write(c, 0, {4: 6})
     assert c.rows.tolist() == [1]
 
@@ -67,8 +67,7 @@ def test_a_row_does_not_end_later_again() -> None:
         one = torch.tensor([[column]])
         c.apply(c.window(), Edit(one, one, one > 0, end=torch.tensor([end])))
     assert c.host[0].tolist() == [1, 1, 2, MASK, FILL, FILL]
-    assert c.real_columns is not None
-    assert c.real_columns[0].tolist() == [True] * 4 + [False] * 2
+    assert c.visible(np.arange(1))[0].tolist() == [True] * 4 + [False] * 2
 
 
 def test_a_fresh_canvas_is_the_one_it_was() -> None:

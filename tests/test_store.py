@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import dllm
-from dllm.cache.base import Selection
+from cache_rig import selected
 from dllm.cache.dllm_cache import Features
 from dllm.cache.store import KeyValues
 from dllm.resolve import names
@@ -66,9 +66,8 @@ def test_a_decode_keeps_nothing_that_grows_with_its_steps(name: str) -> None:
 
 
 def bound(store: KeyValues, rows: list[int], columns: list[list[int]], first: list[bool] | None = None) -> Any:
-    host = np.array(columns)
     flags = np.array(first if first is not None else [True] * len(rows))
-    return store.bind(Selection(np.array(rows), flags, host, torch.as_tensor(host)))
+    return store.bind(selected(columns, rows, first=flags))
 
 
 @pytest.mark.parametrize(
@@ -113,4 +112,4 @@ def test_drafts_alone_are_not_kept() -> None:
 
 
 def _run(rows: int) -> Any:
-    return replace(facts(), rows=rows)
+    return replace(facts(), rows=rows, slots=rows)

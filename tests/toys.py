@@ -235,7 +235,7 @@ class Spying:
 
 @dataclass
 class RefreshingRun:
-    """Computes the planned columns through a store that holds nothing at first."""
+    """Computes the planned columns through a store that holds nonsense at first."""
 
     run: Run
     store: KeyValues
@@ -244,8 +244,8 @@ class RefreshingRun:
     seen: list[Change] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.store.keys.fill_(torch.nan)
-        self.store.values.fill_(torch.nan)
+        self.store.keys.fill_(1e6)
+        self.store.values.fill_(1e6)
 
     def plan(self, question: Question) -> Plan:
         compute = np.ones_like(question.read)
@@ -258,6 +258,7 @@ class RefreshingRun:
 
     def observe(self, change: Change) -> None:
         self.seen.append(change)
+        self.store.move(change.moved)
 
     def expire(self, rows: Any) -> None:
         pass

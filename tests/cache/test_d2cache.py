@@ -12,9 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dllm
-from cache_rig import planned
+from cache_rig import planned, selected
 from dllm.cache import D2Cache
-from dllm.cache.base import Selection
 from dllm.cache.d2cache import Watched, density, inflate, nucleus
 from models import random_dream, random_llada
 from sampler_rig import facts
@@ -73,7 +72,7 @@ def test_influence_is_the_column_sum_of_the_rollout() -> None:
     store.layers, store.visible[0, :2] = 3, False
     generator = np.random.default_rng(0)
     columns = np.array([2, 5, 6, 11, 11])  # the last fills up
-    binding: Any = store.bind(Selection(np.array([0]), np.array([True]), columns[None], torch.as_tensor(columns)[None]))
+    binding: Any = store.bind(selected(columns[None]))
     rollout = np.eye(20)
     for layer in range(3):
         weights = generator.random((5, 20)) * store.visible[0]

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 import dllm
-from cache_rig import planned
+from cache_rig import planned, selected
 from dllm.cache import DLLMCache
-from dllm.cache.base import Selection
 from dllm.cache.dllm_cache import Features
 from models import random_dream, random_llada
 from sampler_rig import facts
@@ -40,7 +39,7 @@ def store_and_partial(needed: list[int], ratio: float = 0.5) -> tuple[Features, 
     columns = np.arange(4, 12)[None]
     store.response[0, 4:] = True
     store.needed[0, needed] = True
-    return store, store.bind(Selection(np.array([0]), np.array([True]), columns, torch.as_tensor(columns)))
+    return store, store.bind(selected(columns))
 
 
 def test_a_layer_computes_the_columns_whose_values_turned_most() -> None:

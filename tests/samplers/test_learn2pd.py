@@ -112,8 +112,8 @@ def end(
     view = window(tokens[0, 4:12] == MASK)
     view = replace(view, tokens=tokens, region=(torch.arange(20) >= 4)[None] & (torch.arange(20) < given)[None])
 
-    def denoise(*args: Any) -> Any:
-        asked, columns = (*args, view.columns)[:2]
+    def denoise(*args: Any, decided: bool = False) -> Any:
+        asked, columns = args or (view.inside if decided else view.masked, view.columns)
         logits = []
         for column in columns[asked].tolist():
             token, confidence = predicted.get(column, (1, 0.3))
