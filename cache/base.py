@@ -126,6 +126,16 @@ class Selection:
         alone = bool(self.first.all()) and bool((self.slots == first + np.arange(len(self.slots))).all())
         return slice(first, last + 1) if alone else None
 
+    def runs(self) -> list[Selection]:
+        """The same, split into slots that are neighbours."""
+        cuts = np.flatnonzero(np.diff(self.slots) != 1) + 1
+        runs = np.split(np.arange(len(self.slots)), cuts)
+        columns = self.columns.tensor_split(cuts.tolist())
+        return [
+            Selection(self.rows[run], self.slots[run], self.first[run], self.host[run], own, self.span, self.drafts)
+            for run, own in zip(runs, columns, strict=True)
+        ]
+
     @property
     def own(self) -> Flags:
         """(A, C) False where a sequence repeats its last column."""

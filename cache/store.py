@@ -42,8 +42,11 @@ class KeyValues:
         host = selection.host
         if selection.drafts > 1:
             return _Joined(self, selection)
-        if selection.neighbours is None:
+        if not selection.first.all():
             return _Gathered(self, selection)
+        if selection.neighbours is None:
+            runs = selection.runs()
+            return _Runs([self.bind(run) for run in runs], [len(run.slots) for run in runs])
         # Neighbouring rows, each once: what is stored is attended to where it is, and nothing but fresh columns copied.
         if (host == host[0, 0] + np.arange(host.shape[1])).all():
             return _Slice(self, selection)
@@ -100,8 +103,25 @@ class _Scattered:
         return k, v
 
 
+class _Runs:
+    """Rows of which some are neighbours: each run of these is served where it is."""
+
+    def __init__(self, bound: Sequence[KVStore], sizes: Sequence[int]) -> None:
+        self.bound, self.sizes = bound, sizes
+
+    def parts(self, layer: int, keys: Tensor, values: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Write in place."""
+        fresh = zip(self.bound, keys.split(self.sizes), values.split(self.sizes), strict=True)
+        return [each.update(layer, k, v) for each, k, v in fresh]
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write in place; join copies."""
+        k, v = zip(*self.parts(layer, keys, values), strict=True)
+        return torch.cat(k), torch.cat(v)
+
+
 class _Gathered:
-    """Rows that are no neighbours, or several drafts of one: each sequence gets a copy of its row."""
+    """Several drafts of a row: each sequence gets a copy of what its row has."""
 
     def __init__(self, store: KeyValues, selection: Selection) -> None:
         self.store, self.columns, self.span = store, selection.columns, slice(*selection.span)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+# What a forward takes beside its columns, in columns: about 50 for 100 million parameters on two CPU cores, where
+# it is the reading of the weights that takes it (docs/performance.md); the more the faster a device computes.
+_FORWARD = 64
+
 
 def pack(compute: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Lay the chosen columns of each sequence side by side.
@@ -35,7 +39,10 @@ def span(visible: NDArray[np.bool_]) -> tuple[int, int]:
 
 
 def apart(cost: NDArray[np.int64], rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """Split sequences into forwards, so that none costs twice its own or more because of another one.
+    """Split sequences into forwards so that all take the least time together.
+
+    A forward takes as long as computing its columns, every sequence as many as the one that needs most, and
+    `_FORWARD` more.
 
     Args:
         cost: (A,) columns of each sequence.
@@ -44,13 +51,22 @@ def apart(cost: NDArray[np.int64], rows: NDArray[np.int64]) -> list[NDArray[np.i
     Returns:
         Indices of the sequences of each forward, ascending.
     """
-    if 2 * cost.min() > cost.max():
+    if len(cost) * cost.max() - cost.sum() <= _FORWARD:
         return [np.arange(len(cost))]
     starts = np.flatnonzero(np.r_[True, rows[1:] != rows[:-1]])
-    most = np.repeat(np.maximum.reduceat(cost, starts), np.diff(np.r_[starts, len(rows)]))
-    forwards, left = [], np.ones(len(cost), dtype=bool)
-    while left.any():
-        together = left & (2 * most > most[left].max())
-        forwards.append(np.flatnonzero(together))
-        left &= ~together
-    return forwards
+    counts = np.diff(np.r_[starts, len(rows)])
+    most = np.maximum.reduceat(cost, starts)
+    order = np.argsort(-most, kind="stable")
+    most, before = most[order], np.r_[0, counts[order].cumsum()]
+    # best[i]: the least time for the first i rows in this order; the last forward of these begins at cut[i].
+    best, cut = [0], [0]
+    for end in range(1, len(order) + 1):
+        times = best + (before[end] - before[:end]) * most[:end] + _FORWARD
+        cut.append(int(times.argmin()))
+        best.append(int(times.min()))
+    number, end = np.zeros(len(order), dtype=np.int64), len(order)
+    while end:
+        number[order[cut[end] : end]] = cut[end]
+        end = cut[end]
+    each = np.repeat(number, counts)
+    return [np.flatnonzero(each == own) for own in np.unique(number)]

@@ -49,12 +49,12 @@ class Record:
         nfe: denoiser forwards.
         guide_nfe: guide forwards.
         seconds: its share of the wall time: that of each step, divided by the rows that took part.
-        latency: wall time from the start of its batch to its own end.
+        latency: wall time from its first step to its last.
         guide_seconds: its share of the guide's wall time, part of `seconds`.
         positions: columns computed.
         canvas: columns of its canvas, without padding.
         refreshes: forwards in which a cache had everything computed anew.
-        peak_memory: bytes, since its batch began.
+        peak_memory: bytes, since decoding began.
         drift: of each forward that was compared with an exact one: relative error of keys and values, summed divergence
             in nats, positions whose best token differed, positions asked about (`dllm.drift.Measurement`).
     """
@@ -78,14 +78,15 @@ class Record:
 
 
 def follow(plan: Plan, requests: Sequence[Request], filmed: frozenset[str]) -> Iterator[tuple[Record, Frames | None]]:
-    """Carry a plan of one batch out, yielding each request's record as soon as its row is finished.
+    """Carry a plan out, yielding each request's record as soon as its row is finished.
 
     Args:
         plan: made of the requests' prompts, in this order.
-        requests: what is answered, one batch at most.
+        requests: what is answered.
         filmed: ids of those whose steps are kept.
     """
     steps, clock, batch = plan.steps(), Clock(plan.lm.device), None
+    left = list(requests)
     while True:
         started = time.perf_counter()
         found = next(steps, None)
@@ -93,7 +94,9 @@ def follow(plan: Plan, requests: Sequence[Request], filmed: frozenset[str]) -> I
         if found is None:
             return
         recorder, step = found
-        batch = batch or _Batch(recorder, requests, plan, clock, filmed)
+        if batch is None or batch.recorder is not recorder:
+            rows = len(recorder.canvas.host)
+            batch, left = _Batch(recorder, left[:rows], plan, clock, filmed), left[rows:]
         batch.update(step, seconds)
         for row in step.change.finished:
             yield batch.record(int(row)), batch.frames(int(row))
@@ -101,7 +104,7 @@ def follow(plan: Plan, requests: Sequence[Request], filmed: frozenset[str]) -> I
 
 @dataclass
 class _Batch:
-    """Rows decoded together."""
+    """The rows of one canvas."""
 
     recorder: Recorder
     requests: Sequence[Request]
@@ -113,6 +116,7 @@ class _Batch:
         shape = self.recorder.canvas.host.shape
         self.confidence = np.full(shape, np.nan)
         self.seconds, self.guide_seconds = np.zeros((2, shape[0]))
+        self.started = np.full(shape[0], np.nan)
         self.drift: list[list[list[float]]] = [[] for _ in range(shape[0])]
         self.elapsed = self.uncounted = 0.0
         films = [row for row, request in enumerate(self.requests) if request.id in self.filmed]
@@ -123,6 +127,7 @@ class _Batch:
         rows, change = step.change.rows, step.change
         counted = seconds - (self.recorder.uncounted_seconds - self.uncounted)
         self.uncounted = self.recorder.uncounted_seconds
+        self.started[rows] = np.where(np.isnan(self.started[rows]), self.elapsed, self.started[rows])
         self.elapsed += counted
         self.seconds[rows] += counted / len(rows)
         self.guide_seconds[rows] += step.edit.guide_seconds / len(rows)
@@ -153,7 +158,7 @@ class _Batch:
             nfe=int(recorder.nfe[row]),
             guide_nfe=int(recorder.guide_nfe[row]),
             seconds=float(self.seconds[row]),
-            latency=self.elapsed,
+            latency=self.elapsed - float(self.started[row]),
             guide_seconds=float(self.guide_seconds[row]),
             positions=int(recorder.computed_columns[row]),
             canvas=int(recorder.canvas.lengths[row]),

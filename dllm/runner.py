@@ -1,4 +1,4 @@
-"""Answering requests with one setting: in batches, noting each answer as it is finished, beside the baselines."""
+"""Answering requests with one setting, noting each answer as it is finished, beside the baselines."""
 
 from __future__ import annotations
 
@@ -92,13 +92,14 @@ class Runner:
         self._ids += [request.id for request in requests]
         options = {**self.setting.options, **options}
         size = parse_options(options).batch_size
-        # The first batches of a run are those that the baselines decode as well.
+        # The first batches of a run are those that the baselines decode as well, and by themselves, as they do.
         shared = min(self.baselines * size, len(requests)) if first else 0
-        for start in range(0, len(requests), size):
+        for start in range(0, shared, size):
             batch = requests[start : start + size]
-            for name, stop in BASELINES.items() if start < shared else ():
+            for name, stop in BASELINES.items():
                 self._baseline(f"{name} {start // size}", batch, {**options, "stop_at_eos": stop})
             self._decode(batch, options)
+        self._decode(requests[shared:], options)
         return [self._noted(request.id) for request in requests]
 
     def score(self, name: str, prefix: Sequence[int], target: Sequence[int], greedy: bool) -> tuple[float, bool]:
@@ -148,17 +149,13 @@ class Runner:
             file.unlink(missing_ok=True)
 
     def _decode(self, requests: Sequence[Request], options: Mapping[str, Any]) -> None:
-        """Answer what is left of a batch."""
-        noted = [self.journal.get("record", request.id) for request in requests]
-        if all(noted):
+        """Answer what has no answer yet."""
+        left = [request for request in requests if self.journal.get("record", request.id) is None]
+        if not left:
             return
-        setting = self.setting
-        plan = self._plan(requests, setting.sampler, setting.cache, options)
-        for row, record in enumerate(noted):
-            if record is not None:  # it keeps its place, so that the others are padded as before
-                plan.sequences[row] = [*requests[row].prompt, *record["completion"]]
-        self._warm_up(requests[:1], options)
-        for record, frames in follow(plan, requests, self._filmed):
+        self._warm_up(left[:1], options)
+        plan = self._plan(left, self.setting.sampler, self.setting.cache, options)
+        for record, frames in follow(plan, left, self._filmed):
             if frames is not None:
                 self._keep(record, frames)
             self.journal.add("record", record.id, asdict(record))

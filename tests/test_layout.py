@@ -28,16 +28,37 @@ def test_columns_are_packed_in_order_and_found_again(flags: list[list[bool]]) ->
         assert (found[~wanted] >= 2**40).all()
 
 
-@given(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 3)), min_size=1, max_size=8))
-def test_no_sequence_costs_twice_its_row_because_of_another(sizes: list[tuple[int, int]]) -> None:
-    rows = np.repeat(np.arange(len(sizes)), [drafts for _, drafts in sizes])
-    cost = np.repeat([width for width, _ in sizes], [drafts for _, drafts in sizes])
+sizes_and_drafts = st.lists(st.tuples(st.integers(1, 500), st.integers(1, 3)), min_size=1, max_size=6)
+
+
+def time_of(groups: list[list[int]], cost: np.ndarray) -> int:
+    return sum(64 + len(group) * int(cost[group].max()) for group in groups)
+
+
+def partitions(rows: list[int]) -> list[list[list[int]]]:
+    if not rows:
+        return [[]]
+    first, rest = rows[0], partitions(rows[1:])
+    return [[[first], *part] for part in rest] + [
+        [*part[:i], [first, *part[i]], *part[i + 1 :]] for part in rest for i in range(len(part))
+    ]
+
+
+@given(sizes_and_drafts)
+def test_no_other_forwards_take_less_time_together(sizes: list[tuple[int, int]]) -> None:
+    drafts = [count for _, count in sizes]
+    rows = np.repeat(np.arange(len(sizes)), drafts)
+    cost = np.repeat([width for width, _ in sizes], drafts)
     groups = apart(cost, rows)
     assert sorted(np.concatenate(groups).tolist()) == [*range(len(cost))]
-    for group in groups:
-        assert 2 * cost[group].min() > cost[group].max()
-        # The drafts of a row stay together.
-        assert set(np.flatnonzero(np.isin(rows, rows[group])).tolist()) == set(group.tolist())
+    # The drafts of a row stay together.
+    assert all(set(np.flatnonzero(np.isin(rows, rows[group])).tolist()) == set(group.tolist()) for group in groups)
+    found = time_of([group.tolist() for group in groups], cost)
+    others = (
+        [np.flatnonzero(np.isin(rows, group)).tolist() for group in partition]
+        for partition in partitions([*range(len(sizes))])
+    )
+    assert found == min(time_of(other, cost) for other in others)
 
 
 def test_rows_that_refresh_do_not_widen_those_that_do_not() -> None:

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
-from dllm.backbones.transformer import AttentionStore, BlockInputs, FeatureStore, KVStore, rotary_embedding
+from dllm.backbones.transformer import (
+    AttentionStore,
+    BlockInputs,
+    FeatureStore,
+    KVStore,
+    PartedStore,
+    rotary_embedding,
+)
 
 
 class MaskedDiffusionModel(PreTrainedModel):
@@ -111,6 +118,7 @@ class MaskedDiffusionModel(PreTrainedModel):
             eager=config._attn_implementation == "eager",
             features=store if isinstance(store, FeatureStore) else None,
             watch=store if isinstance(store, AttentionStore) else None,
+            parted=store if isinstance(store, PartedStore) else None,
         )
         for layer, block in enumerate(self.blocks):
             hidden = block(layer, hidden, inputs)

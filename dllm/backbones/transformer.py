@@ -28,6 +28,17 @@ class KVStore(Protocol):
 
 
 @runtime_checkable
+class PartedStore(KVStore, Protocol):
+    """A store whose sequences lie in several places, and that need not be copied to one."""
+
+    def parts(
+        self, layer: int, keys: Float[Tensor, "B H C D"], values: Float[Tensor, "B H C D"]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """As `update`, in parts: keys and values of the first sequences, of those that follow, and so on."""
+        ...
+
+
+@runtime_checkable
 class FeatureStore(KVStore, Protocol):
     """A store that also keeps what the two parts of a layer add, so that a layer need not compute all columns."""
 
@@ -97,6 +108,7 @@ class BlockInputs:
         eager: spell attention out instead of calling the fused kernel.
         features: the store, where it keeps what layers add.
         watch: the store, where it wants the attention weights.
+        parted: the store, where it can give keys and values in parts.
     """
 
     head_dim: int
@@ -106,6 +118,7 @@ class BlockInputs:
     eager: bool = False
     features: FeatureStore | None = None
     watch: AttentionStore | None = None
+    parted: PartedStore | None = None
 
 
 class RMSNorm(nn.Module):
@@ -142,9 +155,13 @@ def block_forward(
     if slots is not None:
         h, rotation = _take(h, slots), rotation.at(slots)
     q, k = (rotation(_heads(project(h), inputs.head_dim)) for project in (parts.query, parts.key))
-    if inputs.store is not None:
-        k, v = inputs.store.update(layer, k, v)
-    added = parts.output(rearrange(_attention(q, k, v, layer, inputs), "b h c d -> b c (h d)"))
+    if inputs.parted is not None and not inputs.eager:
+        attended = _attention_in_parts(q, inputs.parted.parts(layer, k, v), inputs.mask)
+    else:
+        if inputs.store is not None:
+            k, v = inputs.store.update(layer, k, v)
+        attended = _attention(q, k, v, layer, inputs)
+    added = parts.output(rearrange(attended, "b h c d -> b c (h d)"))
     x = x + (added if features is None else features.blend("attention", layer, added))
     h = parts.mlp_norm(x if slots is None else _take(x, slots))
     added = parts.down(F.silu(parts.gate(h)) * parts.up(h))
@@ -166,6 +183,12 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, layer: int, inputs: BlockInputs)
     if inputs.watch is not None:
         inputs.watch.attended(layer, weights.mean(1))
     return attended
+
+
+def _attention_in_parts(q: Tensor, parts: list[tuple[Tensor, Tensor]], mask: Tensor | None) -> Tensor:
+    sizes = [len(k) for k, _ in parts]
+    masks = [None] * len(parts) if mask is None else mask.split(sizes)
+    return torch.cat([_sdpa(own, k, v, m) for own, (k, v), m in zip(q.split(sizes), parts, masks, strict=True)])
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
