@@ -1,26 +1,35 @@
-"""`dllm bench`: what a denoising step costs with each cache, beside the forward pass it needs."""
+"""`dllm bench`: what a denoising step costs beside the forward it needs, and beside what users run today."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import dllm
-from dllm.bench import Bench, Cost, random_model
+from dllm import compatibility
+from dllm.bench import Bench, CommitsPerStep, Cost, random_model
+from dllm.bench.sections import SECTIONS
+from dllm.bench.timing import REFERENCES
 from dllm.cache.base import Cache
 from dllm.checks import choice, number
 from dllm.loading import DTYPES, find_device
+from dllm.resolve import options_of
+from dllm.samplers.base import Sampler
 from dllm.scripts import app
 
-KINDS = {"block_length": int | None, "out": str | None, "threads": int | None}
+KINDS = {
+    "block_length": int | None, "out": str | None, "threads": int | None, "steps": int | None,
+    "commits_per_step": int | None, "samplers": Sequence[Any], "caches": Sequence[Any], "references": Sequence[str],
+}  # fmt: skip
+_CAUSAL = "causal"
 
 
 def main() -> None:
@@ -29,36 +38,78 @@ def main() -> None:
 
 
 def bench(cfg: DictConfig) -> None:
-    """Time every cache; print a table, and write `out`.md and `out`.json where `out` is given."""
-    for name in ("canvas", "gen_length", "block_length", "batch_size", "steps", "threads"):
+    """Time every sampler with every cache; print tables, and write `out`.md and `out`.json where `out` is given."""
+    for name in ("canvas", "gen_length", "block_length", "batch_size", "steps", "repeats", "threads"):
         if cfg[name] is not None:
             number(name, cfg[name], "1 or more", low=1, whole=True)
     if cfg.gen_length >= cfg.canvas:
         raise ValueError(f"gen_length={cfg.gen_length} leaves no prompt in canvas={cfg.canvas}; use less")
     for suffix in (".md", ".json") if cfg.out else ():
         app.check_writable("out", cfg.out, cfg.out + suffix)
+    for place, name in enumerate(cfg.references):
+        choice(f"references[{place}]", name, (*REFERENCES, _CAUSAL))
+    settings = _settings(cfg)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    sampler = instantiate(cfg.sampler)
-    settings = {
-        str(label): (sampler, app.make(f"caches.{label}", "cache", Cache, entry)) for label, entry in cfg.caches.items()
-    }
-    if "none" not in settings:
-        raise ValueError(f"caches={list(settings)} lack none, which the others are compared with; add it")
     lm = _load(cfg)
-    costs = _time(Bench(lm, cfg.canvas, cfg.gen_length, cfg.batch_size, cfg.block_length), settings, cfg.steps)
+    for sampler, cache in settings.values():
+        compatibility.check(sampler, cache, 0.0, lm.backbone)
+    run = Bench(lm, cfg.canvas, cfg.gen_length, cfg.batch_size, cfg.block_length)
+    costs, causal = _measure(run, settings, cfg)
     device = torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else "cpu"
-    sizes = ", ".join(f"{name}={cfg[name]}" for name in ("canvas", "gen_length", "block_length", "batch_size"))
+    names = ("canvas", "gen_length", "block_length", "batch_size", "commits_per_step", "repeats")
+    sizes = ", ".join(f"{name}={cfg[name]}" for name in names)
     dtype = str(lm.backbone.dtype).removeprefix("torch.")
-    caption = f"{lm.name}, {dtype}, {sizes}, {sampler!r}, {device} with {torch.get_num_threads()} thread(s)"
-    text = table(costs, caption)
+    caption = f"{lm.name}, {dtype}, {sizes}, {device} with {torch.get_num_threads()} thread(s)"
+    weights = sum(each.nbytes for each in lm.backbone.parameters())
+    text = f"{caption}\n\n{_costs_table(costs, weights)}\n{_shares_table(costs)}"
+    if causal is not None:
+        text += (
+            f"\nA causal model of the same shape (transformers, `generate` with its KV cache): {causal:.1f} tokens/s\n"
+        )
     print(text)
     if cfg.out:
         Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
         Path(cfg.out + ".md").write_text(text, encoding="utf-8")
-        record = {"setting": caption, "torch": torch.__version__, "costs": {k: asdict(v) for k, v in costs.items()}}
+        record = {
+            "setting": caption,
+            "torch": torch.__version__,
+            "weights": weights,
+            "costs": {label: asdict(cost) for label, cost in costs.items()},
+            "causal_tokens_per_second": causal,
+        }
         Path(cfg.out + ".json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         print(f"written to {cfg.out}.md and {cfg.out}.json")
+
+
+def _settings(cfg: DictConfig) -> dict[str, tuple[Sampler, Cache]]:
+    """Every sampler with every cache, by label."""
+    samplers, caches = _named(cfg, "samplers", "sampler", Sampler), _named(cfg, "caches", "cache", Cache)
+    if cfg.commits_per_step is not None:
+        samplers = {label: CommitsPerStep(cfg.commits_per_step, sampler) for label, sampler in samplers.items()}
+    return {
+        f"{one} + {other}": (sampler, cache) for one, sampler in samplers.items() for other, cache in caches.items()
+    }
+
+
+def _named(cfg: DictConfig, parameter: str, group: str, protocol: type) -> dict[str, Any]:
+    """The objects of a list of names, by label."""
+    found: dict[str, Any] = {}
+    entries: Any = OmegaConf.to_container(cfg[parameter], resolve=True)
+    if not entries:
+        raise ValueError(f"{parameter}=[] leaves nothing to time; name at least one")
+    for place, entry in enumerate(entries):
+        called = f"{parameter}[{place}]"
+        if isinstance(entry, Mapping) and len(entry) == 1 and isinstance(next(iter(entry.values())), Mapping):
+            name, options = next(iter(entry.items()))
+            label = f"{name}({', '.join(f'{key}={value}' for key, value in options.items())})"
+        elif isinstance(entry, str):
+            name, options, label = entry, {}, entry
+        else:
+            raise ValueError(f"{called}={entry!r} is no {group}; give a name, or {{name: {{option: value}}}}")
+        chosen = options_of(group, name, called) | dict(options)
+        found[label] = app.make(called, group, protocol, OmegaConf.create(chosen))
+    return found
 
 
 def _load(cfg: DictConfig) -> dllm.LanguageModel:
@@ -75,36 +126,67 @@ def _load(cfg: DictConfig) -> dllm.LanguageModel:
     return random_model(path.removeprefix("random:"), cfg.canvas, device, getattr(torch, dtype))
 
 
-def _time(bench: Bench, settings: dict[str, tuple[Any, Any]], steps: int) -> dict[str, Cost]:
+def _measure(
+    run: Bench, settings: Mapping[str, tuple[Any, Any]], cfg: DictConfig
+) -> tuple[dict[str, Cost], float | None]:
+    """Time everything, then look into it."""
+    references = {name: cfg.commits_per_step or 1 for name in cfg.references if name in REFERENCES}
     console = Console(stderr=True)
     columns = TextColumn("timing"), BarColumn(), TimeRemainingColumn()
+    steps = cfg.gen_length if cfg.steps is None else cfg.steps
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=len(settings) * (steps + 3))
-        return bench.run(settings, steps, lambda: progress.advance(task))
+        task = progress.add_task("", total=(len(settings) + len(references)) * (steps * cfg.repeats + 3))
+        advance: Callable[[], object] = lambda: progress.advance(task)  # noqa: E731  # its type
+        costs = run.run(settings, cfg.steps, cfg.repeats, references, advance)
+    for label, setting in settings.items():
+        shares, peak = run.look_into(*setting)
+        costs[label] = replace(costs[label], shares=shares, peak=peak)
+    return costs, run.causal(cfg.repeats) if _CAUSAL in cfg.references else None
 
 
-def table(costs: dict[str, Cost], caption: str) -> str:
-    """The costs as a Markdown table."""
+def _costs_table(costs: Mapping[str, Cost], weights: int) -> str:
+    today = [name for name in REFERENCES if name in costs]
     head = [
-        "cache", "columns per step", "ms per step", "of none", "step / bare forward", "spread",
-        "step / columns alone", "refreshing step / bare", "tokens/s", "store MiB",
+        "setting", "steps", "columns per step", "ms per step", "step / bare forward", "spread",
+        "refreshing step / bare", "tokens/s", *(f"of {name}" for name in today), "store MiB",
+        "peak / (weights + store)",
     ]  # fmt: skip
+    rows = []
+    for label, cost in costs.items():
+        same = {name: cost.tokens is not None and cost.tokens == costs[name].tokens for name in today}
+        rows.append(
+            [
+                label,
+                str(cost.steps),
+                f"{cost.columns:.0f}",
+                f"{1000 * cost.step:.1f}",
+                _ratio(cost.to_bare),
+                _ratio(cost.spread),
+                _ratio(cost.refresh_to_bare),
+                f"{cost.tokens_per_second:.1f}",
+                *(
+                    f"{cost.tokens_per_second / costs[name].tokens_per_second:.2f}{'' if same[name] else ' *'}"
+                    for name in today
+                ),
+                f"{cost.store_bytes / 2**20:.1f}",
+                _ratio(None if cost.peak is None else cost.peak / (weights + cost.store_bytes)),
+            ]
+        )
+    note = "\n\\* not the same tokens\n" if any("*" in cell for row in rows for cell in row) else ""
+    return f"{app.markdown(head, rows)}\n{note}"
+
+
+def _shares_table(costs: Mapping[str, Cost]) -> str:
     rows = [
-        [
-            label,
-            f"{cost.columns:.0f}",
-            f"{1000 * cost.step:.1f}",
-            f"{cost.step / costs['none'].step:.2f}",
-            f"{cost.to_bare:.2f}",
-            f"{cost.spread:.2f}",
-            f"{cost.to_alone:.2f}",
-            "" if cost.refresh_to_bare is None else f"{cost.refresh_to_bare:.2f}",
-            f"{cost.tokens_per_second:.1f}",
-            f"{cost.store_bytes / 2**20:.1f}",
-        ]
+        [label, *(f"{100 * cost.shares[section]:.1f}" for section in SECTIONS)]
         for label, cost in costs.items()
+        if cost.shares is not None
     ]
-    return f"{caption}\n\n{app.markdown(head, rows)}\n"
+    return f"{app.markdown(['% of a step', *SECTIONS], rows)}\n"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 if __name__ == "__main__":

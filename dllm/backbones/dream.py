@@ -127,14 +127,18 @@ class DreamBlock(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, layer: int, hidden: Tensor, inputs: BlockInputs) -> Tensor:
-        """Map hidden states (B, C, d) to the next layer's."""
+    @property
+    def parts(self) -> BlockParts:
+        """The modules under the names that all families share."""
         attention, mlp = self.self_attn, self.mlp
-        parts = BlockParts(
+        return BlockParts(
             self.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
             self.post_attention_layernorm, mlp.gate_proj, mlp.up_proj, mlp.down_proj,
         )  # fmt: skip
-        return block_forward(parts, layer, hidden, inputs)
+
+    def forward(self, layer: int, hidden: Tensor, inputs: BlockInputs) -> Tensor:
+        """Map hidden states (B, C, d) to the next layer's."""
+        return block_forward(self.parts, layer, hidden, inputs)
 
 
 class _Inner(nn.Module):

@@ -128,13 +128,17 @@ class LLaDABlock(nn.Module):
         self.up_proj = nn.Linear(config.d_model, config.mlp_hidden_size, bias=False)
         self.ff_out = nn.Linear(config.mlp_hidden_size, config.d_model, bias=False)
 
-    def forward(self, layer: int, hidden: Tensor, inputs: BlockInputs) -> Tensor:
-        """Map hidden states (B, C, d) to the next layer's."""
-        parts = BlockParts(
+    @property
+    def parts(self) -> BlockParts:
+        """The modules under the names that all families share."""
+        return BlockParts(
             self.attn_norm, self.q_proj, self.k_proj, self.v_proj, self.attn_out,
             self.ff_norm, self.ff_proj, self.up_proj, self.ff_out,
         )  # fmt: skip
-        return block_forward(parts, layer, hidden, inputs)
+
+    def forward(self, layer: int, hidden: Tensor, inputs: BlockInputs) -> Tensor:
+        """Map hidden states (B, C, d) to the next layer's."""
+        return block_forward(self.parts, layer, hidden, inputs)
 
 
 class _Inner(nn.Module):

@@ -1,0 +1,7 @@
+"""What a denoising step costs beside the forward pass it needs, and what users run today costs."""
+
+from dllm.bench.models import PRESETS, random_model
+from dllm.bench.policy import CommitsPerStep
+from dllm.bench.timing import Bench, Cost
+
+__all__ = ["PRESETS", "Bench", "CommitsPerStep", "Cost", "random_model"]

@@ -1,0 +1,59 @@
+"""A policy at a fixed number of tokens per step, so that what a step costs is measured apart from confidence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from dllm.canvas import Edit, Window
+from dllm.checks import number
+from dllm.prediction import Prediction
+from dllm.run import Run
+from dllm.samplers.base import Denoise, Sampler, commit
+from dllm.samplers.selection import top
+
+
+@dataclass(frozen=True)
+class CommitsPerStep:
+    """Let a policy decide, at its cost, and commit the most confident positions instead.
+
+    Args:
+        commits: tokens per step.
+        base: the policy; one that takes one forward a step, about its window.
+
+    Raises:
+        ValueError: a number below 1, or a policy of another kind.
+    """
+
+    single_forward: ClassVar[bool] = True
+
+    commits: int
+    base: Sampler
+
+    def __post_init__(self) -> None:
+        number("commits_per_step", self.commits, "a whole number of at least 1, or null", low=1, whole=True)
+        if not getattr(self.base, "single_forward", False):
+            raise ValueError(
+                f"commits_per_step={self.commits} cannot pace {self.base!r}, whose step is more than one forward about "
+                "the active block; leave one of them out"
+            )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What a cache must give (`dllm.compatibility`): what the policy needs."""
+        return frozenset(getattr(self.base, "needs", ()))
+
+    def start(self, run: Run) -> Any:
+        """Start the policy."""
+        return self.base.start(run)
+
+    def step(self, window: Window, denoise: Denoise, state: Any) -> Edit:
+        """Commit the best positions."""
+        heard: list[Prediction] = []
+
+        def listening(*args: Any, **asked: Any) -> Prediction:
+            heard.append(denoise(*args, **asked))
+            return heard[0]
+
+        self.base.step(window, listening, state)
+        return commit(window, heard[0], top(heard[0].confidence, self.commits, window.masked))
