@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,7 +50,7 @@ class KeyValues:
         # Neighbouring rows, each once: what is stored is attended to where it is, and nothing but fresh columns copied.
         if (host == host[0, 0] + np.arange(host.shape[1])).all():
             return _Slice(self, selection)
-        return _Scattered(self, selection)
+        return _Scattered.of(self, selection)
 
     def held(self, layer: int, slots: Int[Tensor, " M"]) -> tuple[Float[Tensor, "M H L D"], Float[Tensor, "M H L D"]]:
         """Keys and values of the rows in some slots as they are."""
@@ -71,11 +71,16 @@ class _Slice:
     """Neighbouring columns, the same in every row."""
 
     def __init__(self, store: KeyValues, selection: Selection) -> None:
+        (low, high), slots = selection.span, selection.neighbours
         start, width = int(selection.host[0, 0]), selection.host.shape[1]
-        self.everything = (start, start + width) == selection.span
-        slots = selection.neighbours
-        self.stored = [each[:, slots, :, slice(*selection.span)] for each in (store.keys, store.values)]
+        self.everything = (start, start + width) == (low, high)
+        self.stored = [each[:, slots, :, low:high] for each in (store.keys, store.values)]
         self.fresh = [each[:, slots, :, start : start + width] for each in (store.keys, store.values)]
+        self.memory, self.index = _memory(selection), selection.columns - low
+
+    def through(self, index: Int[Tensor, "A C"]) -> _Scattered:
+        """The same, with the columns read from a tensor."""
+        return _Scattered(self.stored, index, self.memory)
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write in place."""
@@ -89,18 +94,33 @@ class _Slice:
 class _Scattered:
     """Columns that differ between the rows."""
 
-    def __init__(self, store: KeyValues, selection: Selection) -> None:
-        slots = selection.neighbours
-        self.stored = [each[:, slots, :, slice(*selection.span)] for each in (store.keys, store.values)]
-        self.index = (selection.columns - selection.span[0])[:, None, :, None]
+    def __init__(self, stored: Sequence[Tensor], index: Int[Tensor, "A C"], memory: Hashable) -> None:
+        self.stored, self.index, self.memory = stored, index, memory
+        self._expanded = index[:, None, :, None]
+
+    @classmethod
+    def of(cls, store: KeyValues, selection: Selection) -> _Scattered:
+        """Bind some columns of a store."""
+        (low, high), slots = selection.span, selection.neighbours
+        stored = [each[:, slots, :, low:high] for each in (store.keys, store.values)]
+        return cls(stored, selection.columns - low, _memory(selection))
+
+    def through(self, index: Int[Tensor, "A C"]) -> _Scattered:
+        """The same, with the columns read from a tensor."""
+        return _Scattered(self.stored, index, self.memory)
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write in place."""
-        index = self.index.expand_as(keys)
+        index = self._expanded.expand_as(keys)
         k, v = (
             stored[layer].scatter_(2, index, fresh) for stored, fresh in zip(self.stored, (keys, values), strict=True)
         )
         return k, v
+
+
+def _memory(selection: Selection) -> Hashable:
+    """Which part of the store is attended to."""
+    return int(selection.slots[0]), len(selection.slots), selection.span
 
 
 class _Runs:

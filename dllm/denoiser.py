@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
@@ -16,57 +16,12 @@ from dllm.backbones.transformer import KVStore
 from dllm.cache.base import CacheRun, Plan, Question, Selection, Store
 from dllm.canvas import Canvas, Window
 from dllm.drift import Meter
+from dllm.graphs import Forward
+from dllm.inquiry import Inquiry, about_window, read
 from dllm.layout import apart, pack, span
 from dllm.prediction import Prediction, Sampling
 from dllm.transfer import send
-
-
-@dataclass(frozen=True)
-class Inquiry:
-    """What is asked of one forward, about A sequences, as the host knows it.
-
-    Attributes:
-        slots: (A,) slot of each sequence's row, ascending.
-        draft: (A,) number of the sequence among the drafts of its row.
-        tokens: of the sequences.
-        index: (N,) flat indices of what is asked, into the tensor that asks.
-        sequence: (N,) what sequence that is about.
-        column: (N,) what canvas column.
-        joined: sequences of a row that become one.
-    """
-
-    slots: NDArray[np.int64]
-    draft: NDArray[np.int64]
-    tokens: Int[Tensor, "A L"]
-    index: NDArray[np.int64]
-    sequence: NDArray[np.int64]
-    column: NDArray[np.int64]
-    joined: int = 1
-
-
-@dataclass(frozen=True)
-class Work:
-    """One call of the backbone.
-
-    Attributes:
-        tokens: of the computed columns.
-        positions: of these.
-        attended: S, columns attended to.
-        real: which of these may be looked at; None for all.
-        given: True where a guided forward masks the tokens; None without guidance.
-        store: keys and values of the other columns.
-        columns: which of these are computed; None for all.
-        joined: sequences of a row that become one.
-    """
-
-    tokens: Int[Tensor, "A C"]
-    positions: Int[Tensor, "A C"]
-    attended: int
-    real: Bool[Tensor, "A S"] | None
-    given: Bool[Tensor, "A C"] | None = None
-    store: KVStore | None = None
-    columns: Int[Tensor, "A C"] | None = None
-    joined: int = 1
+from dllm.work import Work, tree_mask
 
 
 class Denoiser:
@@ -80,6 +35,7 @@ class Denoiser:
         cfg_scale: classifier-free guidance; 0 is off. A guided forward computes a second row with
             the prompt masked and counts as one.
         meter: compares some forwards with exact ones.
+        cuda_graphs: see `dllm.Options`.
 
     Attributes:
         forwards: (B,) forwards each entry of the current window took part in.
@@ -98,7 +54,9 @@ class Denoiser:
         sampling: Sampling,
         cfg_scale: float,
         meter: Meter,
+        cuda_graphs: bool | None = None,
     ) -> None:
+        self._run = Forward(backbone, cuda_graphs)
         self.backbone, self.canvas, self.cache, self.meter = backbone, canvas, cache, meter
         self.sampling, self.cfg_scale = sampling, cfg_scale
         self.computed, self.refreshes = np.zeros((2, len(canvas.host)), dtype=np.int64)
@@ -123,12 +81,12 @@ class Denoiser:
         window = self.window
         if asked is None and columns is None and tokens is None:
             asked, columns = window.inside if decided else window.masked, window.columns
-            inquiry, index = self._about_window(decided), None if decided else window.index
+            inquiry, index = about_window(self.canvas, window, decided), None if decided else window.index
         else:
             asked = window.masked if asked is None else asked
             columns = window.columns if columns is None else columns
             tokens = window.tokens[:, None] if tokens is None else tokens
-            inquiry, index = self._read(asked, columns, tokens, joined), None
+            inquiry, index = read(asked, columns, tokens, joined), None
         self.forwards[np.unique(inquiry.slots)] += 1
         logits = self._logits(inquiry)
         index = self._put(inquiry.index) if index is None else index
@@ -138,35 +96,6 @@ class Denoiser:
         shown = prediction if asked.ndim == 2 else prediction.arranged(lambda values: values[:, 0])
         self.last = shown, columns if columns.ndim == 2 else columns[:, 0]
         return prediction
-
-    def _about_window(self, decided: bool) -> Inquiry:
-        """What the host knows without asking: the masked positions of the window, or all of them."""
-        columns, inside, masked = self.canvas.active
-        grid, slots = inside if decided else masked, np.arange(len(columns))
-        sequence, k = np.nonzero(grid)
-        index = sequence * grid.shape[1] + k
-        return Inquiry(slots, np.zeros_like(slots), self.window.tokens, index, sequence, columns[sequence, k])
-
-    def _read(
-        self, asked: Bool[Tensor, "*B K"], columns: Int[Tensor, "*C K"], tokens: Int[Tensor, "B D L"], joined: bool
-    ) -> Inquiry:
-        """What a policy asks for that asks for something special, which only the device knows."""
-        rows, drafts = tokens.shape[:2]
-        flat = torch.cat((asked.flatten(), columns.flatten())).cpu().numpy()  # reads the device
-        grid = flat[: asked.numel()].astype(bool).reshape(rows, drafts, -1)
-        where = np.broadcast_to(flat[asked.numel() :].reshape(rows, -1, grid.shape[2]), grid.shape)
-        wanted: NDArray[np.bool_] = np.any(grid, axis=2)
-        joined = joined and bool(wanted[:, 1:].any())
-        if joined:  # a row's drafts are computed together or not at all
-            wanted = np.broadcast_to(wanted.any(1, keepdims=True), wanted.shape)
-        slots, draft = np.nonzero(wanted)
-        number = (wanted.ravel().cumsum() - 1).reshape(wanted.shape)
-        row, d, k = np.nonzero(grid)
-        flat_tokens = rearrange(tokens, "b d l -> (b d) l")
-        if len(slots) < len(flat_tokens):
-            flat_tokens = flat_tokens[self._put(slots * drafts + draft)]
-        index = np.flatnonzero(grid)
-        return Inquiry(slots, draft, flat_tokens, index, number[row, d], where[row, d, k], drafts if joined else 1)
 
     def _logits(self, inquiry: Inquiry) -> Float[Tensor, "N V"]:
         """Logits of what is asked."""
@@ -292,15 +221,15 @@ class Denoiser:
         """Run the backbone and project the selected places; two passes under guidance."""
         tokens, positions, mask, given = work.tokens, work.positions, work.real, work.given
         if work.joined > 1:
-            mask = _tree_mask(work)
+            mask = tree_mask(work)
             tokens, positions = (rearrange(each, "(a d) c -> a (d c)", d=work.joined) for each in (tokens, positions))
             given = None if given is None else rearrange(given, "(a d) c -> a (d c)", d=work.joined)
         if given is None:
-            return self.backbone(tokens, mask, positions, work.store, select).logits
+            return self._run(tokens, mask, positions, work.store, select)
         both = torch.cat((select, select + tokens.numel()))
         mask = None if mask is None else torch.cat((mask, mask))
         blind = tokens.masked_fill(given, self.canvas.mask_token_id)
-        logits = self.backbone(torch.cat((tokens, blind)), mask, torch.cat((positions, positions)), None, both).logits
+        logits = self._run(torch.cat((tokens, blind)), mask, torch.cat((positions, positions)), None, both)
         conditional, unconditional = logits.chunk(2)
         return unconditional + (self.cfg_scale + 1) * (conditional - unconditional)
 
@@ -333,24 +262,3 @@ def _together(compute: NDArray[np.bool_], joined: int) -> NDArray[np.bool_]:
     if joined == 1:
         return compute
     return np.repeat(rearrange(compute, "(a d) l -> a d l", d=joined).any(1), joined, axis=0)
-
-
-def _tree_mask(work: Work) -> Bool[Tensor, "B 1 Q S"]:
-    """Which columns each column of a row's joined drafts may look at: stored ones, and those of its own draft."""
-    width, device = work.tokens.shape[1], work.tokens.device
-    branch = torch.arange(work.joined, device=device).repeat_interleave(width)
-    own = (branch[:, None] == branch)[None, None]
-    split = {"d": work.joined}
-    if work.columns is None:
-        if work.real is None:
-            return own.expand(len(work.tokens) // work.joined, -1, -1, -1)
-        return own & rearrange(work.real, "(a d) s -> a 1 1 (d s)", **split)
-    # A column is seen once: fresh where the draft computes it, stored elsewhere; what fills up a short draft is not.
-    fresh = torch.ones_like(work.columns, dtype=torch.bool)
-    fresh[:, 1:] = work.columns[:, 1:] != work.columns[:, :-1]
-    shape = len(work.tokens), work.attended
-    real = torch.ones(shape, dtype=torch.bool, device=device) if work.real is None else work.real
-    stored = real.scatter(1, work.columns, False)
-    own = own & rearrange(fresh & real.gather(1, work.columns), "(a d) c -> a 1 1 (d c)", **split)
-    stored = repeat(stored, "(a d) s -> a 1 (d c) s", c=width, **split)
-    return torch.cat((stored, own), dim=-1)

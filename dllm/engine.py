@@ -32,6 +32,7 @@ def decode(
     sampling: Sampling,
     cfg_scale: float = 0.0,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    cuda_graphs: bool | None = None,
 ) -> Iterator[Step]:
     """Fill a canvas, yielding after every step.
 
@@ -43,6 +44,7 @@ def decode(
         sampling: how logits become tokens.
         cfg_scale: classifier-free guidance scale; 0 is off.
         tokenizer: of the backbone, for samplers that consult a model with another one.
+        cuda_graphs: replay the forwards of windows from CUDA graphs; None for where there is a CUDA device.
 
     Raises:
         ValueError: sampler, cache and canvas do not go together; raised before the first forward.
@@ -53,7 +55,7 @@ def decode(
     def rehearse(other: Sampler) -> Tensor:
         nonlocal rehearsed
         started, copy = time.perf_counter(), canvas.fresh()
-        deque(decode(backbone, copy, other, cache, sampling, cfg_scale, tokenizer), maxlen=0)
+        deque(decode(backbone, copy, other, cache, sampling, cfg_scale, tokenizer, cuda_graphs), maxlen=0)
         rehearsed += time.perf_counter() - started
         return torch.as_tensor(copy.host, device=copy.device)
 
@@ -61,7 +63,7 @@ def decode(
     meter = Meter(run.rows, cache.measure_every, cache.refresh_above, run.mask_token_id)
     with torch.inference_mode():
         state = sampler.start(run)
-        denoiser = Denoiser(backbone, canvas, cache.start(run), sampling, cfg_scale, meter)
+        denoiser = Denoiser(backbone, canvas, cache.start(run), sampling, cfg_scale, meter, cuda_graphs)
     while canvas.rows.size:
         with torch.inference_mode():
             window = canvas.window()

@@ -46,6 +46,8 @@ class Options:
         eos_suppression: None, "logits" (never predict the token that fills canvases), "confidence"
             (commit what ends a text last) or "both".
         batch_size: rows decoded together; a row that is finished is replaced at once by one that waits.
+        cuda_graphs: replay forwards over few columns from CUDA graphs, which spares launching their kernels one
+            by one; None does so wherever there is a CUDA device.
 
     Raises:
         ValueError: a value out of range.
@@ -62,6 +64,7 @@ class Options:
     eos_token_id: int | Sequence[int] | None = None
     eos_suppression: str | None = None
     batch_size: int = 8
+    cuda_graphs: bool | None = None
 
     def __post_init__(self) -> None:
         number("gen_length", self.gen_length, "a whole number of at least 1", low=1, whole=True)
@@ -73,6 +76,7 @@ class Options:
             for seed in [self.seed] if isinstance(self.seed, (int, float, str)) else self.seed:
                 number("seed", seed, "a whole number of at least 0, or null", low=0, high=2**63 - 1, whole=True)
         choice("stop_at_eos", self.stop_at_eos, (True, False))
+        choice("cuda_graphs", self.cuda_graphs, (True, False, None))
         # The rest is checked where it is used; this refuses bad values before a model is there.
         Sampling(self.temperature, self.top_p, self.top_k, self.eos_suppression)
 
@@ -127,6 +131,8 @@ class Plan:
         self.sampler: Sampler = resolve("sampler", sampler, Sampler)
         self.cache: Cache = resolve("cache", cache, Cache)
         compatibility.check(self.sampler, self.cache, options.cfg_scale, lm.backbone)
+        if options.cuda_graphs and lm.device.type != "cuda":
+            raise ValueError(f"cuda_graphs=true needs a CUDA device, and the model is on {lm.device}; use null")
         self.eos_token_ids = _eos(options.eos_token_id, lm)
         self.sampling = Sampling(
             options.temperature, options.top_p, options.top_k, options.eos_suppression, self.eos_token_ids
@@ -146,7 +152,7 @@ class Plan:
             self.recorders.append(recorder)
             for step in decode(
                 self.lm.backbone, recorder.canvas, self.sampler, self.cache, self.sampling, self.options.cfg_scale,
-                self.lm.tokenizer,
+                self.lm.tokenizer, self.options.cuda_graphs,
             ):  # fmt: skip
                 recorder.update(step)
                 yield recorder, step

@@ -27,7 +27,8 @@ from dllm.scripts import app
 
 KINDS = {
     "block_length": int | None, "out": str | None, "threads": int | None, "steps": int | None,
-    "commits_per_step": int | None, "samplers": Sequence[Any], "caches": Sequence[Any], "references": Sequence[str],
+    "commits_per_step": int | None, "cuda_graphs": bool | None, "samplers": Sequence[Any], "caches": Sequence[Any],
+    "references": Sequence[str],
 }  # fmt: skip
 _CAUSAL = "causal"
 
@@ -54,7 +55,7 @@ def bench(cfg: DictConfig) -> None:
     lm = _load(cfg)
     for sampler, cache in settings.values():
         compatibility.check(sampler, cache, 0.0, lm.backbone)
-    run = Bench(lm, cfg.canvas, cfg.gen_length, cfg.batch_size, cfg.block_length)
+    run = Bench(lm, cfg.canvas, cfg.gen_length, cfg.batch_size, cfg.block_length, cfg.cuda_graphs)
     costs, causal = _measure(run, settings, cfg)
     device = torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else "cpu"
     names = ("canvas", "gen_length", "block_length", "batch_size", "commits_per_step", "repeats")

@@ -110,16 +110,26 @@ class Bench:
         generated: how many of them are generated, at the end.
         batch: rows.
         block_length: columns decoded at a time; None for all.
+        cuda_graphs: as in `dllm.Options`.
 
     Raises:
         ValueError: the canvas is longer than the model's context.
     """
 
-    def __init__(self, lm: LanguageModel, canvas: int, generated: int, batch: int, block_length: int | None) -> None:
+    def __init__(
+        self,
+        lm: LanguageModel,
+        canvas: int,
+        generated: int,
+        batch: int,
+        block_length: int | None,
+        cuda_graphs: bool | None = None,
+    ) -> None:
         self.lm, self.canvas, self.batch, self.generated = lm, canvas, batch, generated
         self.options = Options(
-            gen_length=generated, block_length=block_length, batch_size=batch, stop_at_eos=False, seed=0
-        )
+            gen_length=generated, block_length=block_length, batch_size=batch, stop_at_eos=False, seed=0,
+            cuda_graphs=cuda_graphs,
+        )  # fmt: skip
         if canvas > lm.backbone.max_length:
             raise ValueError(
                 f"canvas={canvas} is longer than the model's context of {lm.backbone.max_length}; use less"

@@ -1,0 +1,1 @@
+../../dllm/inquiry.py

@@ -1,0 +1,115 @@
+"""Forwards replayed from graphs, with a graph that runs what it captured again, as a device would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dllm
+from dllm import graphs
+from dllm.denoiser import Denoiser
+from models import random_dream, random_llada
+
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [5, 9], [6, 6, 6]]
+
+
+@dataclass
+class Replaying:
+    """Reads the inputs where they were when it was captured, and writes its result to where it was then."""
+
+    run: Callable[[], Tensor]
+    result: Tensor
+
+    def replay(self) -> None:
+        self.result.copy_(self.run())
+
+
+@dataclass
+class Device:
+    """Captures; counts captures and replays."""
+
+    made: list[Replaying] = field(default_factory=list)
+
+    def capture(self, run: Callable[[], Tensor]) -> tuple[Replaying, Tensor]:
+        result = run()
+        self.made.append(Replaying(run, result))
+        return self.made[-1], result
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    found = Device()
+
+    def start(backbone: Any, wanted: Any = None) -> graphs.Forward:
+        return graphs.Forward(backbone, True, found.capture)
+
+    monkeypatch.setattr("dllm.denoiser.Forward", start)
+    return found
+
+
+@pytest.mark.parametrize("make", [random_llada, random_dream])
+@pytest.mark.parametrize("cache", ["prefix", "dual", "freecache", "dkv", "dllm_cache", "d2cache", "none"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_replayed_forwards_give_what_launched_ones_do(
+    make: Callable[..., dllm.LanguageModel], cache: str, batch_size: int, device: Device
+) -> None:
+    lm, options = make(), {"gen_length": 18, "block_length": 6, "batch_size": batch_size}
+    replayed = dllm.generate(lm, PROMPTS, "threshold", cache, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dllm.denoiser.Forward", graphs.Forward)
+        launched = dllm.generate(lm, PROMPTS, "threshold", cache, **options)
+    assert torch.equal(replayed.sequences, launched.sequences)
+    assert torch.equal(replayed.nfe, launched.nfe)
+    # Those that choose within the layers, look at attention or reuse nothing have no memory that stays where it is.
+    assert bool(device.made) == (cache in ("prefix", "dual", "freecache", "dkv"))
+
+
+def test_a_shape_is_captured_once_it_comes_again(device: Device) -> None:
+    seen: list[int] = []
+    dllm.generate(
+        random_llada(), [[5, 6, 7]], "vanilla", "dual", gen_length=16, block_length=8, stop_at_eos=False,
+        callback=lambda step: seen.append(len(device.made)),
+    )  # fmt: skip
+    # The window is launched once and captured then, and so is the forward over everything a block begins with.
+    assert seen == [0, 0, *[1] * 6, *[2] * 8]
+
+
+def test_wide_forwards_are_launched(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "_WIDEST", 15)
+    dllm.generate(random_llada(), PROMPTS[:2], "vanilla", "dual", gen_length=16, block_length=8)
+    assert not device.made
+
+
+def test_the_oldest_graphs_are_given_up(monkeypatch: pytest.MonkeyPatch, device: Device) -> None:
+    monkeypatch.setattr(graphs, "_MOST", 1)
+    denoisers: list[Denoiser] = []
+    dllm.generate(
+        random_llada(), PROMPTS[:2], "threshold", "prefix", gen_length=16, block_length=8,
+        callback=lambda step: denoisers.append(step.denoiser),
+    )  # fmt: skip
+    assert len(denoisers[-1]._run._captured) == 1
+    assert len(device.made) > 1
+
+
+def test_graphs_need_a_device_that_has_them() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ValueError, match="cuda_graphs=true needs a CUDA device, and the model is on cpu; use null"):
+        dllm.generate(random_llada(), PROMPTS, cuda_graphs=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_graphs_of_a_device_give_what_launched_forwards_do() -> None:
+    lm = random_llada()
+    lm.backbone.to("cuda")
+    options: dict[str, Any] = {"gen_length": 18, "block_length": 6, "batch_size": 2}
+    replayed, launched = (
+        dllm.generate(lm, PROMPTS, "threshold", "dual", cuda_graphs=wanted, **options) for wanted in (True, False)
+    )
+    assert torch.equal(replayed.sequences, launched.sequences)
