@@ -41,6 +41,7 @@ class FixedStore(Protocol):
         ...
 
 
+@runtime_checkable
 class Graph(Protocol):
     """What is captured."""
 

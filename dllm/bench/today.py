@@ -63,9 +63,9 @@ def _blocks(tokens: Tensor, generated: int, block_length: int) -> list[tuple[int
 
 def _commit(tokens: Tensor, logits: Float[Tensor, "B C V"], first: int, end: int, commits: int, mask: int) -> None:
     """Write the most confident tokens before column `end`; the logits are about the columns from `first` on."""
-    logits[..., mask] = -torch.inf
     window = tokens[:, first : first + logits.shape[1]]
     probabilities = F.softmax(logits.to(torch.float64), dim=-1)
+    logits[..., mask] = -torch.inf
     best = logits.argmax(-1)
     confidence = probabilities.gather(-1, best[..., None])[..., 0]
     masked = window == mask
