@@ -42,6 +42,7 @@ class Stats:
         guide_seconds: wall time of the guide's forwards, part of `seconds`.
         cache_refreshes: times a cache recomputed everything, over all rows.
         drift: how far the cache was off, where that was measured (`measure_every`); None elsewhere.
+        slots_busy: share of the row slots (`batch_size`) that held a row, over all steps.
         peak_memory: bytes; of the device on CUDA, of the process elsewhere, during the run where the system can tell.
     """
 
@@ -55,6 +56,7 @@ class Stats:
     guide_seconds: float
     cache_refreshes: int
     drift: Drift | None
+    slots_busy: float
     peak_memory: int
 
 
@@ -106,10 +108,12 @@ class Recorder:
         self.measurements: list[Measurement] = []
         self.measuring_seconds = 0.0
         self.uncounted_seconds = 0.0
+        self.steps = self.row_steps = 0
 
     def update(self, step: Step) -> None:
         """Count one step."""
         rows, change = step.change.rows, step.change
+        self.steps, self.row_steps = self.steps + 1, self.row_steps + len(rows)
         self.nfe[rows] += step.forwards
         if step.edit.guide_forwards is not None:
             self.guide_nfe[rows] += step.edit.guide_forwards
@@ -197,6 +201,7 @@ def assemble(
         drift=summarise(
             [each for r in recorders for each in r.measurements], sum(r.measuring_seconds for r in recorders)
         ),
+        slots_busy=sum(r.row_steps for r in recorders) / max(1, sum(r.steps * r.canvas.slots for r in recorders)),
         peak_memory=peak,
     )
     return Generation(

@@ -116,10 +116,14 @@ class Runner:
         # A question's seed is its line's, so that a resumed run gives what an uninterrupted one would.
         options = self.options | {"seed": [self.options["seed"] + question.number for question in left]}
         measured: list[Measurement] = []
+        busy: list[float] = []
+
+        def callback(step: Step) -> None:
+            measured.extend(step.drift)
+            busy.append(len(step.change.rows) / step.canvas.slots)
+
         with _naming([question.place for question in left]):
-            finished = dllm.as_completed(
-                self.lm, ids, self.sampler, self.cache, callback=lambda step: measured.extend(step.drift), **options
-            )
+            finished = dllm.as_completed(self.lm, ids, self.sampler, self.cache, callback=callback, **options)
         with _progress(show, len(questions), len(answers.ids)) as advance:
             for answer in finished:
                 name = left[answer.index].id
@@ -135,6 +139,7 @@ class Runner:
                 advance(name)
         if (drift := summarise(measured, seconds=0.0)) is not None:
             print(_told(drift))
+        print(f"{len(busy)} steps, row slots busy {sum(busy) / len(busy):.1%}")
         print(_done(questions, answers))
 
     def _encode(self, prompts: Sequence[tuple[str, str | list[Mapping[str, str]]]]) -> list[list[int]]:
