@@ -20,6 +20,8 @@ from transformers.utils import logging
 
 from dllm.backbones import FAMILIES, MaskedDiffusionModel
 from dllm.backbones.base import token_ids
+from dllm.backbones.packed import pack as pack_weights
+from dllm.checks import choice
 from dllm.resolve import names
 from dllm.tokenizers import load_tokenizer
 
@@ -60,6 +62,7 @@ def load(
     device_map: str | dict[str, Any] | None = None,
     attn_implementation: str | None = None,
     revision: str | None = None,
+    pack: bool = False,
 ) -> LanguageModel:
     """Load a denoiser and its tokenizer.
 
@@ -74,18 +77,23 @@ def load(
         device_map: how to spread the model over devices, as in transformers; instead of `device`.
         attn_implementation: "sdpa" (the default) or "eager".
         revision: branch, tag or commit of a hub id.
+        pack: lay the weights out for the CPU's narrow forwards, in float32: faster there with the same results up
+            to rounding, but such a model cannot be saved, moved or trained.
 
     Raises:
         ValueError: an unknown name or option, or a checkpoint that is incomplete, damaged, of another
             architecture, or holds NaN or infinite weights.
     """
     options = _options(device, dtype, device_map, attn_implementation)
+    choice("pack", pack, (True, False))
     # The config comes first: it tells whether the gigabytes that follow are of use.
     family = _family(checkpoint_folder(name, revision, files=("config.json",)))
     folder = checkpoint_folder(name, revision)
     with quiet():
         backbone = _load_weights(family, folder, options)
         tokenizer = load_tokenizer(folder)
+    if pack:
+        pack_weights(backbone)
     backbone.extra_eos_token_ids = _extra_eos(backbone, tokenizer, folder)
     _check_vocabulary(backbone, folder)
     if tokenizer is not None and tokenizer.mask_token_id != backbone.mask_token_id:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import dllm
 from dllm import compatibility
+from dllm.backbones.packed import pack
 from dllm.bench import Bench, CommitsPerStep, Cost, random_model
 from dllm.bench.sections import SECTIONS
 from dllm.bench.timing import REFERENCES
@@ -53,16 +55,20 @@ def bench(cfg: DictConfig) -> None:
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     lm = _load(cfg)
+    weights = sum(each.nbytes for each in lm.backbone.parameters())
+    # The loops of today run on weights as they are.
+    plain = copy.deepcopy(lm.backbone) if cfg.model.pack and cfg.references else None
+    if cfg.model.pack:
+        pack(lm.backbone)
     for sampler, cache in settings.values():
         compatibility.check(sampler, cache, 0.0, lm.backbone)
-    run = Bench(lm, cfg.canvas, cfg.gen_length, cfg.batch_size, cfg.block_length, cfg.cuda_graphs)
+    run = Bench(lm, cfg.canvas, cfg.gen_length, cfg.batch_size, cfg.block_length, cfg.cuda_graphs, plain)
     costs, causal = _measure(run, settings, cfg)
     device = torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else "cpu"
     names = ("canvas", "gen_length", "block_length", "batch_size", "commits_per_step", "repeats")
     sizes = ", ".join(f"{name}={cfg[name]}" for name in names)
-    dtype = str(lm.backbone.dtype).removeprefix("torch.")
+    dtype = str(lm.backbone.dtype).removeprefix("torch.") + (" packed" if cfg.model.pack else "")
     caption = f"{lm.name}, {dtype}, {sizes}, {device} with {torch.get_num_threads()} thread(s)"
-    weights = sum(each.nbytes for each in lm.backbone.parameters())
     text = f"{caption}\n\n{_costs_table(costs, weights)}\n{_shares_table(costs)}"
     if causal is not None:
         text += (
@@ -117,10 +123,11 @@ def _load(cfg: DictConfig) -> dllm.LanguageModel:
     options: Any = OmegaConf.to_container(cfg.model, resolve=True)
     path = options.pop("path")
     if not path.startswith("random:"):
-        return dllm.load(path, **options)
+        return dllm.load(path, **options | {"pack": False})
     for name in ("revision", "device_map", "attn_implementation"):
         if options[name] is not None:
             raise ValueError(f"model.{name}={options[name]!r} has no effect on a random model; leave it out")
+    choice("pack", options["pack"], (True, False))
     device = find_device(options["device"])
     dtype = "float32" if options["dtype"] == "auto" else options["dtype"]
     choice("dtype", dtype, DTYPES)
@@ -170,7 +177,7 @@ def _costs_table(costs: Mapping[str, Cost], weights: int) -> str:
                     for name in today
                 ),
                 f"{cost.store_bytes / 2**20:.1f}",
-                _ratio(None if cost.peak is None else cost.peak / (weights + cost.store_bytes)),
+                _ratio(None if cost.peak is None else (weights + cost.peak) / (weights + cost.store_bytes)),
             ]
         )
     note = "\n\\* not the same tokens\n" if any("*" in cell for row in rows for cell in row) else ""

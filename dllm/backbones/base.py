@@ -32,12 +32,14 @@ class MaskedDiffusionModel(PreTrainedModel):
     Attributes:
         logits_shift: the prediction for column i is read at column i - logits_shift.
         end_of_turn: tokens that end a chat turn and count as end of text where the tokenizer has them.
+        remembered_fingerprint: of weights that are packed.
         extra_eos_token_ids: ids that end a text beside the config's; `dllm.load` sets those of `end_of_turn`.
     """
 
     logits_shift: ClassVar[int] = 0
     end_of_turn: ClassVar[tuple[str, ...]] = ()
     extra_eos_token_ids: tuple[int, ...] = ()
+    remembered_fingerprint: str | None = None
     _supports_sdpa = True
 
     @property
@@ -76,6 +78,8 @@ class MaskedDiffusionModel(PreTrainedModel):
 
         Read from up to 64 evenly spaced values of every parameter, rounded to bfloat16.
         """
+        if self.remembered_fingerprint is not None:
+            return self.remembered_fingerprint
         digest = hashlib.sha256()
         for name, parameter in self.named_parameters():
             flat = parameter.detach().flatten()

@@ -83,7 +83,7 @@ class Cost:
         refresh_to_bare: median of step over bare, of the steps that compute some row anew beside others; None
             without any.
         store_bytes: of the keys and values kept.
-        peak: bytes at the peak beside what the process had before, with the weights; None where not measured.
+        peak: bytes at the peak beyond what there was before, weights and all; None where not measured.
         shares: of the time of a step, by section.
         tokens: what was decoded, where it was decoded to the end.
     """
@@ -111,6 +111,7 @@ class Bench:
         batch: rows.
         block_length: columns decoded at a time; None for all.
         cuda_graphs: as in `dllm.Options`.
+        plain: what the loops of today run on; None for the model's own backbone.
 
     Raises:
         ValueError: the canvas is longer than the model's context.
@@ -124,7 +125,9 @@ class Bench:
         batch: int,
         block_length: int | None,
         cuda_graphs: bool | None = None,
+        plain: MaskedDiffusionModel | None = None,
     ) -> None:
+        self.plain = plain or lm.backbone
         self.lm, self.canvas, self.batch, self.generated = lm, canvas, batch, generated
         self.options = Options(
             gen_length=generated, block_length=block_length, batch_size=batch, stop_at_eos=False, seed=0,
@@ -178,12 +181,12 @@ class Bench:
 
     @torch.inference_mode()
     def look_into(self, sampler: Any, cache: Any) -> tuple[dict[str, float], int]:
-        """What the sections of a step take of its time, and the bytes at the peak, the weights among them."""
+        """What the sections of a step take of its time, and the bytes at the peak beyond the weights."""
         before, memory = _resident(self.lm.device), Memory(self.lm.device)
         steps = Plan(self.lm, self.prompts, sampler, cache, self.options, infill=False).steps()
         for _, step in islice(steps, _WARM_UP):
             denoiser = step.denoiser
-        peak = memory.peak_memory() - before + sum(each.nbytes for each in self.lm.backbone.parameters())
+        peak = memory.peak_memory() - before
         clock = Clock(self.lm.device)
         with watching(clock, self.lm.backbone, sampler, denoiser):
             clock.reset()
@@ -229,7 +232,7 @@ class Bench:
 
     @torch.inference_mode()
     def _today(self, label: str, ends: dict[str, list[list[int]]], commits: int) -> Iterator[Timing]:
-        backbone, block = self.lm.backbone, self.options.block_length or self.generated
+        backbone, block = self.plain, self.options.block_length or self.generated
         rows = [[*prompt, *[backbone.mask_token_id] * self.generated] for prompt in self.prompts]
         tokens = torch.tensor(rows, device=self.lm.device)
         steps, columns = REFERENCES[label](backbone, tokens, self.generated, block, commits), 0
