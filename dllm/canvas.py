@@ -261,6 +261,8 @@ class Canvas:
     def _settle(self, left: NDArray[np.bool_]) -> NDArray[np.int64]:
         """Give the slots of finished rows to those that wait, close the gaps that remain; say who moved."""
         free, rows = np.flatnonzero(~left), self.rows.copy()
+        if not free.size:
+            return np.zeros((0, 2), dtype=np.int64)
         entering, self._waiting = np.split(self._waiting, [len(free)])
         entered, gaps = np.split(free, [len(entering)])
         rows[entered] = entering
