@@ -33,6 +33,10 @@ KINDS = {
     "references": Sequence[str],
 }  # fmt: skip
 _CAUSAL = "causal"
+_MARKS = {
+    "*": "\\* not the same tokens",
+    "?": "? not decoded to the end, which steps=null does; so tokens are not compared",
+}
 
 
 def main() -> None:
@@ -63,6 +67,7 @@ def bench(cfg: DictConfig) -> None:
     for sampler, cache in settings.values():
         compatibility.check(sampler, cache, 0.0, lm.backbone)
     run = Bench(lm, cfg.canvas, cfg.gen_length, cfg.batch_size, cfg.block_length, cfg.cuda_graphs, plain)
+    floor = run.memory_floor(weights)
     costs, causal = _measure(run, settings, cfg)
     device = torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else "cpu"
     names = ("canvas", "gen_length", "block_length", "batch_size", "commits_per_step", "repeats")
@@ -70,6 +75,7 @@ def bench(cfg: DictConfig) -> None:
     dtype = str(lm.backbone.dtype).removeprefix("torch.") + (" packed" if cfg.model.pack else "")
     caption = f"{lm.name}, {dtype}, {sizes}, {device} with {torch.get_num_threads()} thread(s)"
     text = f"{caption}\n\n{_costs_table(costs, weights)}\n{_shares_table(costs)}"
+    text += f"\nReading the weights once, at the bandwidth of a copy, takes {1000 * floor:.1f} ms.\n"
     if causal is not None:
         text += (
             f"\nA causal model of the same shape (transformers, `generate` with its KV cache): {causal:.1f} tokens/s\n"
@@ -82,6 +88,7 @@ def bench(cfg: DictConfig) -> None:
             "setting": caption,
             "torch": torch.__version__,
             "weights": weights,
+            "memory_floor": floor,
             "costs": {label: asdict(cost) for label, cost in costs.items()},
             "causal_tokens_per_second": causal,
         }
@@ -161,27 +168,34 @@ def _costs_table(costs: Mapping[str, Cost], weights: int) -> str:
     ]  # fmt: skip
     rows = []
     for label, cost in costs.items():
-        same = {name: cost.tokens is not None and cost.tokens == costs[name].tokens for name in today}
         rows.append(
             [
                 label,
                 str(cost.steps),
-                f"{cost.columns:.0f}",
+                f"{cost.columns:.0f}" if cost.columns else "",
                 f"{1000 * cost.step:.1f}",
                 _ratio(cost.to_bare),
                 _ratio(cost.spread),
                 _ratio(cost.refresh_to_bare),
                 f"{cost.tokens_per_second:.1f}",
                 *(
-                    f"{cost.tokens_per_second / costs[name].tokens_per_second:.2f}{'' if same[name] else ' *'}"
+                    f"{cost.tokens_per_second / costs[name].tokens_per_second:.2f}{_mark(cost, costs[name])}"
                     for name in today
                 ),
                 f"{cost.store_bytes / 2**20:.1f}",
                 _ratio(None if cost.peak is None else (weights + cost.peak) / (weights + cost.store_bytes)),
             ]
         )
-    note = "\n\\* not the same tokens\n" if any("*" in cell for row in rows for cell in row) else ""
-    return f"{app.markdown(head, rows)}\n{note}"
+    cells = "".join(cell for row in rows for cell in row)
+    notes = [f"\n{meaning}\n" for mark, meaning in _MARKS.items() if mark in cells]
+    return f"{app.markdown(head, rows)}\n{''.join(notes)}"
+
+
+def _mark(cost: Cost, reference: Cost) -> str:
+    """Whether a setting gave the tokens of a reference."""
+    if cost.tokens is None or reference.tokens is None:
+        return " ?"
+    return "" if cost.tokens == reference.tokens else " *"
 
 
 def _shares_table(costs: Mapping[str, Cost]) -> str:

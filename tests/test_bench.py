@@ -71,6 +71,7 @@ def test_the_record_holds_what_the_table_shows(benched: tuple[Outcome, Path]) ->
     assert costs["none"]["shares"]["cache"] == 0
     assert costs["dual"]["shares"]["cache"] > 0
     assert record["causal_tokens_per_second"] > 0
+    assert record["memory_floor"] > 0
 
 
 def test_a_layer_that_computes_some_columns_is_compared_with_a_forward_of_as_many() -> None:

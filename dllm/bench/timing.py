@@ -27,6 +27,7 @@ from dllm.plan import Options, Plan
 
 REFERENCES = {"straightforward": today.straightforward, "dual": today.dual}
 _WARM_UP, _LOOKED_INTO = 3, 10  # steps
+_COPIED = 2**28  # bytes
 Setting: TypeAlias = tuple[Any, Any]
 
 
@@ -193,6 +194,19 @@ class Bench:
             for _ in islice(steps, _LOOKED_INTO):
                 pass
         return clock.shares(), peak
+
+    def memory_floor(self, weights: int) -> float:
+        """Seconds that reading so many bytes takes at the bandwidth with which the device copies."""
+        source = torch.ones(_COPIED, dtype=torch.uint8, device=self.lm.device)
+        target = torch.empty_like(source)
+
+        def copy() -> float:
+            started = self._now()
+            target.copy_(source)
+            return self._now() - started
+
+        copy()
+        return weights / (2 * _COPIED / median(copy() for _ in range(9)))
 
     def causal(self, repeats: int) -> float:
         """Tokens per second, over all rows, of a causal model of the same shape, with `generate` and its KV cache."""
