@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from functools import cache
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -59,9 +60,15 @@ def capture(run: Callable[[], Tensor]) -> tuple[Graph, Tensor]:
             run()
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # One at a time is replayed, so what they need in between may lie in the same place.
+    with torch.cuda.graph(graph, pool=_pool()):
         result = run()
     return graph, result
+
+
+@cache
+def _pool() -> Any:
+    return torch.cuda.graph_pool_handle()
 
 
 @dataclass(frozen=True)
