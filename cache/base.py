@@ -61,7 +61,7 @@ class Question:
         return read
 
     def some(self, sequences: NDArray[np.int64]) -> Question:
-        """The same about some of the sequences, in ascending order, none of them a draft."""
+        """The same about some of the sequences, in ascending order, where nobody asks for the drafts' tokens."""
         of, column = self.places
         mine = np.isin(of, sequences)
         return Question(

@@ -23,6 +23,7 @@ and so attention that is spelled out.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -65,6 +66,14 @@ class D2Cache(Metered):
         number("sigma", self.sigma, "a number from 0.1 to 1000", low=0.1, high=1000)
         number("rollout_p", self.rollout_p, "a number from 0 to 1", low=0, high=1)
         number("inflate_w", self.inflate_w, "a whole number of at least 0", low=0, whole=True)
+
+    @property
+    def refuses(self) -> Mapping[str, str]:
+        """What a sampler may need that this cache cannot give, with the reason."""
+        return {
+            **super().refuses,
+            "graphs": "it looks at the attention of other columns each time",
+        }
 
     def start(self, run: Run) -> Reuse:
         """Make room for every column."""

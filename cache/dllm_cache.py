@@ -22,7 +22,7 @@ computed in every layer; rows have their own steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,11 @@ class DLLMCache(Metered):
         for name in ("prompt_interval", "response_interval"):
             number(name, getattr(self, name), "a whole number of at least 1", low=1, whole=True)
         number("ratio", self.ratio, "a number from 0 to 1", low=0, high=1)
+
+    @property
+    def refuses(self) -> Mapping[str, str]:
+        """What a sampler may need that this cache cannot give, with the reason."""
+        return {**super().refuses, "graphs": "each layer chooses its columns anew"}
 
     def start(self, run: Run) -> Reuse:
         """Make room for keys, values and what the layers add, of every column."""

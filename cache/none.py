@@ -28,8 +28,8 @@ class NoCache(Metered):
 
     @property
     def refuses(self) -> Mapping[str, str]:
-        """Nothing."""
-        return {}
+        """What has no effect without it."""
+        return {"graphs": "it computes everything, which takes longer than being launched"}
 
     def start(self, run: Run) -> NoCache:
         """Nothing to make room for: the run is the cache itself."""

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dllm.transfer import send
+from dllm.transfer import put, send
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,10 @@ class Canvas:
         """The canvas as it was before anything was decoded, for a run of its own."""
         return Canvas(*self._made_of)
 
+    def given(self) -> tuple[Int[Tensor, "rows L"], Int[Tensor, " rows"], Int[Tensor, " rows"]]:
+        """Tokens of all rows as they are, the first column of each, and the one its region starts at."""
+        return self._put(self.host.copy()), self._put(self.padding), self._put(self.start)
+
     @property
     def spans(self) -> NDArray[np.int64]:
         """Columns of each row from its first to its last mask."""
@@ -328,4 +332,4 @@ class Canvas:
         return draw
 
     def _put(self, array: NDArray[np.generic]) -> Tensor:
-        return torch.as_tensor(array, device=self.device)
+        return put(self.device, array)

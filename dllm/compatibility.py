@@ -20,27 +20,42 @@ NEEDS = {
         "drafts that promise the tokens of their base",
         "prefix, dual or freecache with freeze=clean, granularity=block and refresh_above=null",
     ),
+    "graphs": ("CUDA graphs (cuda_graphs=true)", "cuda_graphs=null"),
     "several_devices": ("a model spread over several devices", "a model on one"),
 }
 
 
-def check(sampler: Any, cache: Any, cfg_scale: float = 0.0, backbone: MaskedDiffusionModel | None = None) -> None:
+def check(
+    sampler: Any,
+    cache: Any,
+    cfg_scale: float = 0.0,
+    backbone: MaskedDiffusionModel | None = None,
+    cuda_graphs: bool | None = None,
+) -> None:
     """Refuse a combination that cannot work.
 
     Raises:
         ValueError: which need the cache does not meet, why, and what to use.
     """
-    needs = unmet(sampler, cache, cfg_scale, backbone)
+    needs = unmet(sampler, cache, cfg_scale, backbone, cuda_graphs)
     if needs:
         reasons = "; nor with ".join(f"{NEEDS[need][0]}: {cache.refuses[need]}" for need in needs)
         ways = " and ".join(NEEDS[need][1] for need in needs)
-        raise ValueError(f"{_named(cache)} does not go with {reasons}; use cache=none, or {ways}")
+        exact = "" if "graphs" in needs else "cache=none, or "
+        raise ValueError(f"{_named(cache)} does not go with {reasons}; use {exact}{ways}")
 
 
-def unmet(sampler: Any, cache: Any, cfg_scale: float = 0.0, backbone: MaskedDiffusionModel | None = None) -> list[str]:
+def unmet(
+    sampler: Any,
+    cache: Any,
+    cfg_scale: float = 0.0,
+    backbone: MaskedDiffusionModel | None = None,
+    cuda_graphs: bool | None = None,
+) -> list[str]:
     """The needs that a cache does not meet, in the words of `NEEDS`; none where everything goes together."""
     needs = set(getattr(sampler, "needs", ()))
     needs |= {"guidance"} if cfg_scale > 0 else set()
+    needs |= {"graphs"} if cuda_graphs else set()
     needs |= {"several_devices"} if backbone is not None and spread(backbone) else set()
     return sorted(needs & set(cache.refuses))
 

@@ -18,9 +18,9 @@ from dllm.canvas import Canvas, Window
 from dllm.drift import Meter
 from dllm.graphs import Forward
 from dllm.inquiry import Inquiry, about_window, read
-from dllm.layout import apart, pack, span
+from dllm.layout import OVERHEAD, apart, pack, span
 from dllm.prediction import Prediction, Sampling
-from dllm.transfer import send
+from dllm.transfer import put, send
 from dllm.work import Work, tree_mask
 
 
@@ -57,6 +57,7 @@ class Denoiser:
         cuda_graphs: bool | None = None,
     ) -> None:
         self._run = Forward(backbone, cuda_graphs)
+        self._overhead = OVERHEAD[backbone.device.type == "cuda"]
         self.backbone, self.canvas, self.cache, self.meter = backbone, canvas, cache, meter
         self.sampling, self.cfg_scale = sampling, cfg_scale
         self.computed, self.refreshes = np.zeros((2, len(canvas.host)), dtype=np.int64)
@@ -114,8 +115,17 @@ class Denoiser:
             return self._reusing(question, plan, visible, tokens, inquiry.joined)
         self.meter.trust(question, self.meter.due(question))
         self.looked.append((rows, visible))
-        np.add.at(self.computed, rows, visible.sum(1))
-        return self._whole(question, tokens, visible, joined=inquiry.joined)
+        cost = visible.sum(1)
+        np.add.at(self.computed, rows, cost)
+        groups = apart(cost, slots, self._overhead)
+        if len(groups) == 1:
+            return self._whole(question, tokens, visible, joined=inquiry.joined)
+        parts = [
+            self._whole(question.some(group), tokens[self._put(group)], visible[group], joined=inquiry.joined)
+            for group in groups
+        ]
+        order = np.concatenate([np.flatnonzero(np.isin(inquiry.sequence, group)) for group in groups])
+        return torch.cat(parts)[self._put(np.argsort(order))]
 
     def _whole(
         self,
@@ -158,7 +168,7 @@ class Denoiser:
         cost = compute.sum(1) if plan.cost is None else plan.cost
         np.add.at(self.computed, question.rows, cost)
         parts, order = [], []
-        for group in apart(cost, question.slots):
+        for group in apart(cost, question.slots, self._overhead):
             host, places = pack(compute[group])
             local = np.full(len(compute), -1)
             local[group] = np.arange(len(group))
@@ -245,7 +255,7 @@ class Denoiser:
         return None if visible.all() else self._put(visible)
 
     def _put(self, array: NDArray[np.generic]) -> Tensor:
-        return torch.as_tensor(array, device=self.canvas.device)
+        return put(self.canvas.device, array)
 
 
 def _surest(logits: Float[Tensor, "N V"], read: NDArray[np.bool_], mask_token_id: int) -> Float[Tensor, "A L"]:
@@ -253,7 +263,7 @@ def _surest(logits: Float[Tensor, "N V"], read: NDArray[np.bool_], mask_token_id
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     best = logits.index_fill(-1, torch.tensor([mask_token_id], device=logits.device), -torch.inf).amax(-1)
     confidence = torch.zeros(read.shape, dtype=logits.dtype, device=logits.device)
-    confidence[torch.as_tensor(read, device=logits.device)] = (best - logits.logsumexp(-1)).exp()
+    confidence[put(logits.device, read)] = (best - logits.logsumexp(-1)).exp()
     return confidence
 
 

@@ -42,7 +42,8 @@ class Stats:
         guide_seconds: wall time of the guide's forwards, part of `seconds`.
         cache_refreshes: times a cache recomputed everything, over all rows.
         drift: how far the cache was off, where that was measured (`measure_every`); None elsewhere.
-        slots_busy: share of the row slots (`batch_size`) that held a row, over all steps.
+        slots_busy: share of the row slots that held a row, over all steps; there are `batch_size` of them, or as many
+            as prompts where these are fewer.
         peak_memory: bytes; of the device on CUDA, of the process elsewhere, during the run where the system can tell.
     """
 

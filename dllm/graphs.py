@@ -1,17 +1,16 @@
 """CUDA graphs: a forward over a window is a thousand small kernels, and launching them takes longer than running them.
 
-A forward whose shape was seen before is captured once and replayed from then on: what differs from one to the next
+A forward whose shape comes again and again is captured and replayed from then on: what differs from one to the next
 (tokens, positions, columns, places) is copied to where the graph reads it. The keys and values are where they
 always are. Wide forwards keep the device busy anyway and are launched as usual.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,9 @@ from dllm.backbones.base import MaskedDiffusionModel
 from dllm.backbones.transformer import KVStore
 
 _WIDEST = 512  # columns of a forward, over all sequences, that launching still takes longer than computing
+_AFTER = 3  # forwards of a shape are launched before it is captured, which takes as long as a few of them
 _MOST = 64  # graphs kept
+_FEWEST = 16  # places that are projected
 
 
 @runtime_checkable
@@ -51,24 +52,30 @@ class Graph(Protocol):
         ...
 
 
-def capture(run: Callable[[], Tensor]) -> tuple[Graph, Tensor]:
-    """Capture a function without arguments on a CUDA device; its result is written to the same place at each replay."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):  # libraries set themselves up at their first call, which cannot be captured
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    # One at a time is replayed, so what they need in between may lie in the same place.
-    with torch.cuda.graph(graph, pool=_pool()):
-        result = run()
-    return graph, result
+class Capture:
+    """Captures functions on a CUDA device.
 
+    Args:
+        device: where everything is.
+    """
 
-@cache
-def _pool() -> Any:
-    return torch.cuda.graph_pool_handle()
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._aside = device, torch.cuda.Stream(device)
+        # One at a time is replayed, so what they need in between may lie in the same place.
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], Tensor]) -> tuple[Graph, Tensor]:
+        """Capture a function without arguments; its result is written to the same place at each replay."""
+        with torch.cuda.device(self._device):
+            self._aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._aside):  # libraries set themselves up at a first call, which is not captured
+                for _ in range(2):
+                    run()
+            torch.cuda.current_stream().wait_stream(self._aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._aside):
+                result = run()
+        return graph, result
 
 
 @dataclass(frozen=True)
@@ -83,19 +90,23 @@ class Forward:
 
     Args:
         backbone: the denoiser.
-        graphs: whether to use graphs; None for where the whole model is on one CUDA device.
-        capture: makes a graph.
+        graphs: whether to use graphs; None for where the whole model is on one CUDA device and not quantised.
+        capture: makes a graph; None for that of the device.
     """
 
     def __init__(
         self,
         backbone: MaskedDiffusionModel,
         graphs: bool | None = None,
-        capture: Callable[[Callable[[], Tensor]], tuple[Graph, Tensor]] = capture,
+        capture: Callable[[Callable[[], Tensor]], tuple[Graph, Tensor]] | None = None,
     ) -> None:
-        on_one = backbone.device.type == "cuda" and len({each.device for each in backbone.parameters()}) == 1
-        self.backbone, self.graphs, self._capture = backbone, on_one if graphs is None else graphs, capture
-        self._seen: set[Hashable] = set()
+        self.backbone, self.graphs = backbone, graphs
+        if graphs is None:
+            ordinary = getattr(backbone, "hf_quantizer", None) is None
+            self.graphs = ordinary and {each.device.type for each in backbone.parameters()} == {"cuda"}
+            self.graphs &= len({each.device for each in backbone.parameters()}) == 1
+        self._capture = capture
+        self._seen: Counter[Hashable] = Counter()
         self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
 
     def __call__(
@@ -109,12 +120,12 @@ class Forward:
         """Logits of the selected places."""
         if not self.graphs or tokens.numel() > _WIDEST or not isinstance(store, FixedStore):
             return self.backbone(tokens, mask, positions, store, select).logits
-        key = store.memory, tokens.shape, mask is None
-        if key not in self._seen:  # what comes once is not worth capturing
-            self._seen.add(key)
+        # How many places are asked about differs from step to step: up to the next power of two are projected.
+        places = F.pad(select, (0, max(_FEWEST, 1 << (len(select) - 1).bit_length()) - len(select)))
+        key = store.memory, tokens.shape, len(places), mask is None
+        self._seen[key] += 1
+        if self._seen[key] <= _AFTER:  # what does not come again is not worth capturing
             return self.backbone(tokens, mask, positions, store, select).logits
-        # As many places as there are columns: how many are asked about differs from step to step.
-        places = F.pad(select, (0, tokens.numel() - len(select)))
         inputs = tokens, positions, store.index, places, *([] if mask is None else [mask])
         if key not in self._captured:
             self._captured[key] = self._new(store, inputs)
@@ -128,6 +139,8 @@ class Forward:
         return found.logits[: len(select)].clone()  # the next replay writes to the same place
 
     def _new(self, store: FixedStore, inputs: tuple[Tensor, ...]) -> _Captured:
+        if self._capture is None:
+            self._capture = Capture(inputs[0].device)
         own = tuple(each.clone() for each in inputs)
         tokens, positions, index, places, *masks = own
         bound, mask = store.through(index), masks[0] if masks else None

@@ -130,7 +130,7 @@ class Plan:
         self.lm, self.options, self.infill = lm, options, infill
         self.sampler: Sampler = resolve("sampler", sampler, Sampler)
         self.cache: Cache = resolve("cache", cache, Cache)
-        compatibility.check(self.sampler, self.cache, options.cfg_scale, lm.backbone)
+        compatibility.check(self.sampler, self.cache, options.cfg_scale, lm.backbone, options.cuda_graphs)
         if options.cuda_graphs and lm.device.type != "cuda":
             raise ValueError(f"cuda_graphs=true needs a CUDA device, and the model is on {lm.device}; use null")
         self.eos_token_ids = _eos(options.eos_token_id, lm)

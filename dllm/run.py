@@ -37,6 +37,8 @@ class Run:
         tokenizer: of the denoiser; None where it has none.
         vocab_size: entries V of the logits.
         fingerprint: tells which denoiser this is, by its weights.
+        given: tokens of all rows before anything is decoded, the column of each row's first token, and the one its
+            generated region starts at.
         rehearse: decodes the same canvas with another sampler, uncounted, and returns all rows.
     """
 
@@ -57,6 +59,7 @@ class Run:
     tokenizer: PreTrainedTokenizerBase | None
     vocab_size: int
     fingerprint: Callable[[], str]
+    given: Callable[[], tuple[Int[Tensor, "rows L"], Int[Tensor, " rows"], Int[Tensor, " rows"]]]
     rehearse: Callable[[Any], Int[Tensor, "rows L"]]
 
     @property
@@ -90,5 +93,6 @@ def facts(
         tokenizer=tokenizer,
         vocab_size=backbone.config.vocab_size,
         fingerprint=backbone.fingerprint,
+        given=canvas.given,
         rehearse=rehearse,
     )

@@ -59,7 +59,6 @@ class Ready:
     aligner: Aligner
     writable: Bool[Tensor, " V"] | None
     mask_token_id: int
-    checked: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,6 +112,7 @@ class ARGuided:
             case PreTrainedModel():
                 guide = Guide(self.guide, run.tokenizer)
         aligner = align(guide, run.tokenizer, run.vocab_size, run.eos_token_ids)
+        aligner.check(*run.given())
         writable = None
         if isinstance(aligner, SameVocabulary):
             shared = min(guide.vocab_size, run.vocab_size)
@@ -124,9 +124,6 @@ class ARGuided:
 
     def step(self, window: Window, denoise: Denoise, state: Ready) -> Edit:
         """Draft the block, let the guide read it, commit what holds."""
-        if not state.checked:
-            state.aligner.check(window.tokens, window.first, window.columns[:, 0])
-            state.checked = True
         prediction = denoise()
         drafted = commit(window, prediction, window.masked).on(window.tokens)
         aligned = state.aligner(drafted, window.first, window.columns, window.masked)

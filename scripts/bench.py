@@ -72,7 +72,9 @@ def bench(cfg: DictConfig) -> None:
     device = torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else "cpu"
     names = ("canvas", "gen_length", "block_length", "batch_size", "commits_per_step", "repeats")
     sizes = ", ".join(f"{name}={cfg[name]}" for name in names)
-    dtype = str(lm.backbone.dtype).removeprefix("torch.") + (" packed" if cfg.model.pack else "")
+    dtype = str(lm.backbone.dtype).removeprefix("torch.")
+    if cfg.model.pack:
+        dtype += " packed (but not for the loops of today)"
     caption = f"{lm.name}, {dtype}, {sizes}, {device} with {torch.get_num_threads()} thread(s)"
     text = f"{caption}\n\n{_costs_table(costs, weights)}\n{_shares_table(costs)}"
     text += f"\nReading the weights once, at the bandwidth of a copy, takes {1000 * floor:.1f} ms.\n"
@@ -89,7 +91,7 @@ def bench(cfg: DictConfig) -> None:
             "torch": torch.__version__,
             "weights": weights,
             "memory_floor": floor,
-            "costs": {label: asdict(cost) for label, cost in costs.items()},
+            "costs": {label: asdict(replace(cost, tokens=None)) for label, cost in costs.items()},
             "causal_tokens_per_second": causal,
         }
         Path(cfg.out + ".json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -121,7 +123,11 @@ def _named(cfg: DictConfig, parameter: str, group: str, protocol: type) -> dict[
             name, options, label = entry, {}, entry
         else:
             raise ValueError(f"{called}={entry!r} is no {group}; give a name, or {{name: {{option: value}}}}")
-        chosen = options_of(group, name, called) | dict(options)
+        known = options_of(group, name, called)
+        if strange := sorted(set(options) - set(known)):
+            own = ", ".join(option for option in known if option != "_target_")
+            raise ValueError(f"{called}: {strange[0]} is no option of {name}; use one of {own or 'none'}")
+        chosen = known | dict(options)
         found[label] = app.make(called, group, protocol, OmegaConf.create(chosen))
     return found
 
@@ -129,12 +135,12 @@ def _named(cfg: DictConfig, parameter: str, group: str, protocol: type) -> dict[
 def _load(cfg: DictConfig) -> dllm.LanguageModel:
     options: Any = OmegaConf.to_container(cfg.model, resolve=True)
     path = options.pop("path")
+    choice("pack", options["pack"], (True, False))
     if not path.startswith("random:"):
         return dllm.load(path, **options | {"pack": False})
     for name in ("revision", "device_map", "attn_implementation"):
         if options[name] is not None:
             raise ValueError(f"model.{name}={options[name]!r} has no effect on a random model; leave it out")
-    choice("pack", options["pack"], (True, False))
     device = find_device(options["device"])
     dtype = "float32" if options["dtype"] == "auto" else options["dtype"]
     choice("dtype", dtype, DTYPES)

@@ -27,6 +27,7 @@ def facts(block_length: int = 8, generated: int = 16) -> Run:
         rows=1, slots=1, length=20, block_length=block_length, spans=(generated,), mask_token_id=MASK,
         eos_token_ids=(98,), stop_at_eos=True, infill=False, logits_shift=0, kv_shape=(2, 1, 4), hidden_size=8,
         dtype=torch.float64, device=torch.device("cpu"), tokenizer=None, vocab_size=GUESSES + 2, fingerprint=str,
+        given=lambda: (torch.full((1, 20), MASK), torch.zeros(1).long(), torch.full((1,), 4)),
         rehearse=lambda other: torch.zeros(1, 20).long(),
     )  # fmt: skip
 

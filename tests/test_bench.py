@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from dllm.bench import Bench, CommitsPerStep, random_model
 from dllm.bench.timing import Call
 from dllm.cache import DLLMCache, Dual, NoCache
 from dllm.denoiser import Denoiser
+from dllm.graphs import Forward
 from dllm.prediction import Prediction
 from dllm.samplers import Learn2PD, LocalLeap, Threshold, Vanilla
 from models import random_dream, random_llada
+from toys import Device
 
 SMALL = ["model=random:tiny", "canvas=48", "gen_length=16", "block_length=8", "steps=6"]
 
@@ -162,13 +165,14 @@ def test_settings_end_where_the_canvas_is_full() -> None:
         (["caches=[]"], "caches=[] leaves nothing to time"),
         (["samplers=[nothing]"], "samplers[0]='nothing' is unknown; use one of ar_guided"),
         (["caches=[{dual:{measure_every:0}}]"], "caches[0]: measure_every=0"),
-        (["caches=[none,{dual:{speed:1}}]"], "caches[1]"),
+        (["caches=[none,{dual:{speed:1}}]"], "caches[1]: speed is no option of dual; use one of measure_every"),
         (["caches=[5]"], "caches[0]=5 is no cache; give a name, or {name: {option: value}}"),
         (["samplers=[freedave]", "caches=[d2cache]"], "cache=d2cache does not go with drafts"),
         (["samplers=[freedave]", "commits_per_step=2"], "commits_per_step=2 cannot pace FreeDave"),
         (["commits_per_step=0"], "commits_per_step=0"),
         (["references=[tomorrow]"], "references[0]='tomorrow'"),
-        (["cuda_graphs=true"], "cuda_graphs=true needs a CUDA device"),
+        (["cuda_graphs=true", "caches=[dual]"], "cuda_graphs=true needs a CUDA device"),
+        (["cuda_graphs=true"], "cache=none does not go with CUDA graphs"),
         (["threads=0"], "threads=0"),
         (["model.device=foo"], "device='foo'"),
         (["model.revision=abc"], "model.revision='abc' has no effect on a random model"),
@@ -191,3 +195,17 @@ def test_the_presets_have_the_published_shapes(preset: str, parameters: float) -
     lm = random_model(preset, 64, "meta", torch.bfloat16)
     assert sum(p.numel() for p in lm.backbone.parameters()) == pytest.approx(parameters, rel=0.02)
     assert lm.backbone.dtype == torch.bfloat16
+
+
+def test_forwards_that_are_replayed_are_timed_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device()
+    monkeypatch.setattr("dllm.denoiser.Forward", lambda backbone, wanted: Forward(backbone, True, device.capture))
+    bench = Bench(random_llada(), 40, 20, 1, 10)
+    bench._forward = Forward(bench.lm.backbone, True, Device().capture)
+    costs = bench.run({"dual": (Vanilla(), Dual())}, None)
+    assert device.made
+    assert costs["dual"].steps == 20
+    assert costs["dual"].to_bare is not None
+    # Every step has a forward to be compared with, replayed where it was.
+    ratios = [timing.bare for timing in islice(bench._decoding("dual", {}, Vanilla(), Dual()), 20)]
+    assert all(ratios)

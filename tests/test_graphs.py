@@ -3,42 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import dllm
 from dllm import graphs
 from dllm.denoiser import Denoiser
 from models import random_dream, random_llada
+from toys import Device
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [5, 9], [6, 6, 6]]
-
-
-@dataclass
-class Replaying:
-    """Reads the inputs where they were when it was captured, and writes its result to where it was then."""
-
-    run: Callable[[], Tensor]
-    result: Tensor
-
-    def replay(self) -> None:
-        self.result.copy_(self.run())
-
-
-@dataclass
-class Device:
-    """Captures; counts captures and replays."""
-
-    made: list[Replaying] = field(default_factory=list)
-
-    def capture(self, run: Callable[[], Tensor]) -> tuple[Replaying, Tensor]:
-        result = run()
-        self.made.append(Replaying(run, result))
-        return self.made[-1], result
 
 
 @pytest.fixture
@@ -69,14 +45,26 @@ def test_replayed_forwards_give_what_launched_ones_do(
     assert bool(device.made) == (cache in ("prefix", "dual", "freecache", "dkv"))
 
 
+def test_positions_that_share_a_column_are_all_answered(device: Device) -> None:
+    # The first two positions of a canvas without a prompt are both read at its first column.
+    lm, filtered = random_dream(), dllm.samplers.Learn2PD(filter="tiny-llada", allow_mismatch=True)
+    options: dict[str, Any] = {"gen_length": 18, "block_length": 6, "stop_at_eos": False}
+    replayed = dllm.generate(lm, [[]], filtered, "dual", **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dllm.denoiser.Forward", graphs.Forward)
+        launched = dllm.generate(lm, [[]], filtered, "dual", **options)
+    assert device.made
+    assert torch.equal(replayed.sequences, launched.sequences)
+
+
 def test_a_shape_is_captured_once_it_comes_again(device: Device) -> None:
     seen: list[int] = []
     dllm.generate(
         random_llada(), [[5, 6, 7]], "vanilla", "dual", gen_length=16, block_length=8, stop_at_eos=False,
         callback=lambda step: seen.append(len(device.made)),
     )  # fmt: skip
-    # The window is launched once and captured then, and so is the forward over everything a block begins with.
-    assert seen == [0, 0, *[1] * 6, *[2] * 8]
+    # Each block begins with everything; the window that follows is launched three times and captured then.
+    assert seen == [0, 0, 0, 0, *[1] * 12]
 
 
 def test_wide_forwards_are_launched(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,18 +77,24 @@ def test_the_oldest_graphs_are_given_up(monkeypatch: pytest.MonkeyPatch, device:
     monkeypatch.setattr(graphs, "_MOST", 1)
     denoisers: list[Denoiser] = []
     dllm.generate(
-        random_llada(), PROMPTS[:2], "threshold", "prefix", gen_length=16, block_length=8,
+        random_llada(), PROMPTS[:2], "vanilla", "prefix", gen_length=16, block_length=8, stop_at_eos=False,
         callback=lambda step: denoisers.append(step.denoiser),
     )  # fmt: skip
     assert len(denoisers[-1]._run._captured) == 1
     assert len(device.made) > 1
 
 
+@pytest.mark.parametrize("cache", ["none", "dllm_cache", "d2cache"])
+def test_graphs_that_would_have_no_effect_are_refused(cache: str) -> None:
+    with pytest.raises(ValueError, match=f"cache={cache} does not go with CUDA graphs .*; use cuda_graphs=null"):
+        dllm.generate(random_llada(), PROMPTS, cache=cache, cuda_graphs=True)
+
+
 def test_graphs_need_a_device_that_has_them() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(ValueError, match="cuda_graphs=true needs a CUDA device, and the model is on cpu; use null"):
-        dllm.generate(random_llada(), PROMPTS, cuda_graphs=True)
+        dllm.generate(random_llada(), PROMPTS, cache="dual", cuda_graphs=True)
 
 
 @pytest.mark.gpu

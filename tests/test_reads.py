@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dllm
 from dllm.plan import Options, Plan
-from models import random_llada
+from models import random_guide, random_llada
 
 _WAITING = {
     torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.masked_select.default,
@@ -88,3 +88,15 @@ def test_drafts_are_read_before_they_are_judged(cache: str, most: int, monkeypat
     for mode in ("batch", "tree"):
         sampler = dllm.samplers.FreeDave(3, draft_mode=mode)  # type: ignore[arg-type]
         assert max(len(seen) for seen in steps(sampler, cache, 4, monkeypatch)) == most
+
+
+@pytest.mark.parametrize(("eotp", "most"), [("accepted", 2), ("safe", 2), ("published", 3)])
+def test_where_a_row_ends_is_read(eotp: Any, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = dllm.samplers.Learn2PD(filter="tiny-llada", allow_mismatch=True, eotp=eotp)
+    assert max(len(seen) for seen in steps(sampler, "none", 4, monkeypatch)) == most
+
+
+def test_a_guide_is_asked_for_as_many_columns_as_it_must_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    for rows in (1, 6):
+        found = steps(dllm.samplers.ARGuided(random_guide()), "none", rows, monkeypatch)
+        assert max(len(seen) for seen in found) <= 12

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -277,3 +278,26 @@ class Refreshing:
 
     def start(self, run: Run) -> RefreshingRun:
         return RefreshingRun(run, KeyValues(run), self.narrow, self.short)
+
+
+@dataclass
+class Replaying:
+    """Reads the inputs where they were when it was captured, and writes its result to where it was then."""
+
+    run: Callable[[], Tensor]
+    result: Tensor
+
+    def replay(self) -> None:
+        self.result.copy_(self.run())
+
+
+@dataclass
+class Device:
+    """Captures; counts captures and replays."""
+
+    made: list[Replaying] = field(default_factory=list)
+
+    def capture(self, run: Callable[[], Tensor]) -> tuple[Replaying, Tensor]:
+        result = run()
+        self.made.append(Replaying(run, result))
+        return self.made[-1], result

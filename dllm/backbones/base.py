@@ -91,7 +91,7 @@ class MaskedDiffusionModel(PreTrainedModel):
     def forward(
         self,
         input_ids: Int[Tensor, "B C"],
-        attention_mask: Int[Tensor, "B S"] | Bool[Tensor, "B 1 C S"] | None = None,
+        attention_mask: Int[Tensor, "B S"] | Bool[Tensor, "B S"] | Bool[Tensor, "B 1 C S"] | None = None,
         position_ids: Int[Tensor, "B C"] | None = None,
         store: KVStore | None = None,
         select: Int[Tensor, " N"] | None = None,

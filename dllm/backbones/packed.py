@@ -32,6 +32,9 @@ class PackedLinear(nn.Module):
     def forward(self, x: Float[Tensor, "*B d"]) -> Float[Tensor, "*B e"]:
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
 
+    def _apply(self, *_: Any, **__: Any) -> PackedLinear:
+        raise ValueError("packed weights cannot be moved or converted; load the model where and as it is wanted")
+
     def _save_to_state_dict(self, *_: Any, **__: Any) -> None:
         raise ValueError("packed weights cannot be saved; load the model with pack=false for that")
 
@@ -52,7 +55,7 @@ def pack(backbone: MaskedDiffusionModel) -> None:
         raise ValueError("pack=true has no use for quantised weights; use pack=false")
     backbone.remembered_fingerprint = backbone.fingerprint()
     with torch.inference_mode():
-        for module in list(backbone.modules()):
-            for name, child in list(module.named_children()):
-                if type(child) is nn.Linear:
-                    setattr(module, name, PackedLinear(child))
+        holders = [module for module in backbone.modules() if type(module) is not nn.Linear]
+        for module in holders:
+            for name in [name for name, child in module.named_children() if type(child) is nn.Linear]:
+                setattr(module, name, PackedLinear(getattr(module, name)))

@@ -198,7 +198,10 @@ def _attention_in_parts(q: Tensor, parts: list[tuple[Tensor, Tensor]], mask: Ten
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    shared = q.shape[1] // k.shape[1]
+    if shared > 1 and mask is not None and q.is_cuda:  # no fused kernel takes both shared heads and a mask
+        k, v, shared = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1), 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=shared > 1)
 
 
 def _eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

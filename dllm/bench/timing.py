@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -13,7 +13,7 @@ from statistics import median, quantiles
 from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm.backbones import MaskedDiffusionModel
@@ -22,6 +22,7 @@ from dllm.bench import today
 from dllm.bench.models import causal_model
 from dllm.bench.sections import Clock, watching
 from dllm.generation import Clock as Memory
+from dllm.graphs import Forward
 from dllm.loading import LanguageModel
 from dllm.plan import Options, Plan
 
@@ -54,8 +55,8 @@ class Timing:
 
     Attributes:
         seconds: of the whole step: the plan, the forward, the choice, the edit.
-        bare: of the backbone alone, called for as many columns and projected positions, while all columns
-            are attended to; None where nobody asked.
+        bare: of the backbone alone, called as often and for as many columns and projected positions, while all
+            columns are attended to; None where nobody asked.
         columns: computed, over all rows.
         committed: tokens, over all rows.
         refreshed: whether some row was computed anew.
@@ -129,6 +130,8 @@ class Bench:
         plain: MaskedDiffusionModel | None = None,
     ) -> None:
         self.plain = plain or lm.backbone
+        self._forward, self._known = Forward(lm.backbone, cuda_graphs), set[Call]()
+        self._given: dict[tuple[int, int], Given] = {}
         self.lm, self.canvas, self.batch, self.generated = lm, canvas, batch, generated
         self.options = Options(
             gen_length=generated, block_length=block_length, batch_size=batch, stop_at_eos=False, seed=0,
@@ -181,19 +184,25 @@ class Bench:
         return {label: self._cost(each[1:], ends.get(label)) for label, each in timings.items()}
 
     @torch.inference_mode()
-    def look_into(self, sampler: Any, cache: Any) -> tuple[dict[str, float], int]:
-        """What the sections of a step take of its time, and the bytes at the peak beyond the weights."""
+    def look_into(self, sampler: Any, cache: Any) -> tuple[dict[str, float] | None, int]:
+        """What the sections of a step take of its time, and the bytes at the peak of the first ones beyond the weights.
+
+        The time is that of forwards launched kernel by kernel, since in a graph nobody can look; None where a canvas
+        is done too soon to say.
+        """
         before, memory = _resident(self.lm.device), Memory(self.lm.device)
-        steps = Plan(self.lm, self.prompts, sampler, cache, self.options, infill=False).steps()
+        for _ in islice(Plan(self.lm, self.prompts, sampler, cache, self.options, infill=False).steps(), _LOOKED_INTO):
+            pass
+        peak = memory.peak_memory() - before
+        launched = replace(self.options, cuda_graphs=False)
+        steps = Plan(self.lm, self.prompts, sampler, cache, launched, infill=False).steps()
         for _, step in islice(steps, _WARM_UP):
             denoiser = step.denoiser
-        peak = memory.peak_memory() - before
         clock = Clock(self.lm.device)
         with watching(clock, self.lm.backbone, sampler, denoiser):
             clock.reset()
-            for _ in islice(steps, _LOOKED_INTO):
-                pass
-        return clock.shares(), peak
+            looked = sum(1 for _ in islice(steps, _LOOKED_INTO))
+        return clock.shares() if looked else None, peak
 
     def memory_floor(self, weights: int) -> float:
         """Seconds that reading so many bytes takes at the bandwidth with which the device copies."""
@@ -229,7 +238,7 @@ class Bench:
         plan = Plan(self.lm, self.prompts, sampler, cache, self.options, infill=False)
         steps, columns, refreshes = plan.steps(), 0, 0
         while True:
-            with _watching(self.lm.backbone) as calls:
+            with _watching() as calls:
                 started = self._now()
                 found = next(steps, None)
                 seconds = self._now() - started
@@ -267,10 +276,17 @@ class Bench:
         backbone, device = self.lm.backbone, self.lm.device
         tokens = torch.zeros((call.sequences, call.columns), dtype=torch.long, device=device)
         positions = torch.arange(call.columns, device=device).expand_as(tokens)
-        store = Given(backbone, call.sequences, self.canvas) if call.reuses else None
+        store = None
+        if call.reuses:
+            shape = call.sequences, call.columns
+            store = self._given[shape] = self._given.get(shape) or Given(backbone, *shape, self.canvas)
         select = torch.arange(call.selected, device=device) % tokens.numel()
+        if self._forward.graphs and call not in self._known:  # captured before it is timed, as the steps are
+            self._known.add(call)
+            for _ in range(_WARM_UP + 2):
+                self._forward(tokens, None, positions, store, select)
         started = self._now()
-        backbone(tokens, None, positions, store, select)
+        self._forward(tokens, None, positions, store, select)
         return self._now() - started
 
     def _cost(self, repeats: Sequence[Sequence[Timing]], tokens: Sequence[Sequence[int]] | None) -> Cost:
@@ -300,13 +316,26 @@ class Bench:
 
 
 class Given:
-    """Keys and values of all columns, made up beforehand: a store that costs nothing."""
+    """Keys and values of a whole canvas, made up beforehand: a store that costs nothing.
 
-    def __init__(self, backbone: MaskedDiffusionModel, sequences: int, columns: int) -> None:
+    Args:
+        backbone: whose.
+        sequences: A.
+        columns: C, computed in each.
+        canvas: columns attended to.
+    """
+
+    def __init__(self, backbone: MaskedDiffusionModel, sequences: int, columns: int, canvas: int) -> None:
         _, heads, size = backbone.kv_shape
-        shape = sequences, heads, columns, size
+        shape = sequences, heads, canvas, size
         self.keys = torch.zeros(shape, dtype=backbone.dtype, device=backbone.device)
         self.values = torch.zeros_like(self.keys)
+        self.memory: Hashable = shape
+        self.index = torch.zeros((sequences, columns), dtype=torch.long, device=backbone.device)
+
+    def through(self, index: Int[Tensor, "A C"]) -> Given:
+        """The same: nothing is written."""
+        return self
 
     def update(
         self, layer: int, keys: Float[Tensor, "B H C D"], values: Float[Tensor, "B H C D"]
@@ -332,17 +361,18 @@ def _resident(device: torch.device) -> int:
 
 
 @contextmanager
-def _watching(backbone: MaskedDiffusionModel) -> Iterator[list[tuple[Call, bool]]]:
-    """Note the calls of the backbone, and whether their layers compute some columns only."""
+def _watching() -> Iterator[list[tuple[Call, bool]]]:
+    """Note the forwards, launched or replayed, and whether their layers compute some columns only."""
     calls: list[tuple[Call, bool]] = []
+    inner = Forward.__call__
 
-    def note(module: Any, arguments: tuple[Any, ...]) -> None:
-        tokens, _, _, store, select = arguments
-        sequences, columns = tokens.shape
-        calls.append((Call(sequences, columns, len(select), store is not None), isinstance(store, FeatureStore)))
+    def noting(self: Forward, tokens: Tensor, mask: Any, positions: Tensor, store: Any, select: Tensor) -> Tensor:
+        call = Call(tokens.shape[0], tokens.shape[1], len(select), store is not None)
+        calls.append((call, isinstance(store, FeatureStore)))
+        return inner(self, tokens, mask, positions, store, select)
 
-    hook = backbone.register_forward_pre_hook(note)
+    Forward.__call__ = noting  # type: ignore[method-assign]
     try:
         yield calls
     finally:
-        hook.remove()
+        Forward.__call__ = inner  # type: ignore[method-assign]
