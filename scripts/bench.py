@@ -150,7 +150,8 @@ def _load(cfg: DictConfig) -> dllm.LanguageModel:
 def _measure(
     run: Bench, settings: Mapping[str, tuple[Any, Any]], cfg: DictConfig
 ) -> tuple[dict[str, Cost], float | None]:
-    """Time everything, then look into it."""
+    """Measure memory, then time everything, then look into it."""
+    peaks = {label: run.peak(*setting) for label, setting in settings.items()}
     references = {name: cfg.commits_per_step or 1 for name in cfg.references if name in REFERENCES}
     console = Console(stderr=True)
     columns = TextColumn("timing"), BarColumn(), TimeRemainingColumn()
@@ -160,8 +161,7 @@ def _measure(
         advance: Callable[[], object] = lambda: progress.advance(task)  # noqa: E731  # its type
         costs = run.run(settings, cfg.steps, cfg.repeats, references, advance)
     for label, setting in settings.items():
-        shares, peak = run.look_into(*setting)
-        costs[label] = replace(costs[label], shares=shares, peak=peak)
+        costs[label] = replace(costs[label], shares=run.shares(*setting), peak=peaks[label])
     return costs, run.causal(cfg.repeats) if _CAUSAL in cfg.references else None
 
 

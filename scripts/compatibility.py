@@ -54,7 +54,7 @@ def matrix(samplers: dict[str, Any], caches: dict[str, Any]) -> str:
     ]
     rows += [
         [NEEDS[need][0], *(cell(cache, {need} & set(cache.refuses)) for cache in caches.values())]
-        for need in ("guidance", "several_devices")
+        for need in ("guidance", "several_devices", "graphs")
     ]
     families = ", ".join(family.__name__ for family in FAMILIES.values())
     lines = [

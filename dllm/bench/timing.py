@@ -184,16 +184,25 @@ class Bench:
         return {label: self._cost(each[1:], ends.get(label)) for label, each in timings.items()}
 
     @torch.inference_mode()
-    def look_into(self, sampler: Any, cache: Any) -> tuple[dict[str, float] | None, int]:
-        """What the sections of a step take of its time, and the bytes at the peak of the first ones beyond the weights.
+    def peak(self, sampler: Any, cache: Any) -> int:
+        """Bytes at the peak of the first steps beyond what there was before, weights and all.
 
-        The time is that of forwards launched kernel by kernel, since in a graph nobody can look; None where a canvas
-        is done too soon to say.
+        To be asked before anything is timed: a process that gave memory back counts what it takes again.
         """
-        before, memory = _resident(self.lm.device), Memory(self.lm.device)
-        for _ in islice(Plan(self.lm, self.prompts, sampler, cache, self.options, infill=False).steps(), _LOOKED_INTO):
-            pass
-        peak = memory.peak_memory() - before
+        for measured in (False, True):  # at first, code is read in as well
+            before, memory = _resident(self.lm.device), Memory(self.lm.device)
+            plan = Plan(self.lm, self.prompts, sampler, cache, self.options, infill=False)
+            for _ in islice(plan.steps(), _LOOKED_INTO if measured else _WARM_UP):
+                pass
+            del plan
+        return memory.peak_memory() - before
+
+    @torch.inference_mode()
+    def shares(self, sampler: Any, cache: Any) -> dict[str, float] | None:
+        """What the sections of a step take of its time; None where a canvas is done too soon to say.
+
+        Forwards are launched kernel by kernel for that, since in a CUDA graph nobody can look.
+        """
         launched = replace(self.options, cuda_graphs=False)
         steps = Plan(self.lm, self.prompts, sampler, cache, launched, infill=False).steps()
         for _, step in islice(steps, _WARM_UP):
@@ -202,7 +211,7 @@ class Bench:
         with watching(clock, self.lm.backbone, sampler, denoiser):
             clock.reset()
             looked = sum(1 for _ in islice(steps, _LOOKED_INTO))
-        return clock.shares() if looked else None, peak
+        return clock.shares() if looked else None
 
     def memory_floor(self, weights: int) -> float:
         """Seconds that reading so many bytes takes at the bandwidth with which the device copies."""
