@@ -133,9 +133,11 @@ def test_the_matrix_says_what_a_run_says(make: Maker) -> None:
             scale = 1.0 if "cfg_scale" in label else 0.0
             lm.backbone.hf_device_map = {"a": 0, "b": 1} if "devices" in label else {}
             sampler = LABELLED.get(label.strip("`"), LABELLED["vanilla"])
-            assert bool(unmet(sampler, resolve("cache", name, Cache), scale, lm.backbone)) == cell.startswith("no (")
+            graphs = True if "cuda_graphs" in label else None
+            needs = unmet(sampler, resolve("cache", name, Cache), scale, lm.backbone, graphs)
+            assert bool(needs) == cell.startswith("no (")
             checked += 1
-    assert checked >= 7 * 14
+    assert checked >= 7 * 15
 
 
 def test_the_command_line_tells_it_in_one_line_before_the_model_loads(monkeypatch: pytest.MonkeyPatch) -> None:
