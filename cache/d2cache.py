@@ -34,7 +34,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dllm.backbones.transformer import KVStore
-from dllm.cache.base import Flags, Metered, Probe, Question, Selection
+from dllm.cache.base import Flags, Metered, Probe, Question
+from dllm.cache.selection import Selection
 from dllm.cache.store import Choice, KeyValues, Reuse
 from dllm.checks import number
 from dllm.run import Run

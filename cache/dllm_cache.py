@@ -33,7 +33,8 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dllm.cache.base import Flags, Metered, Question, Selection
+from dllm.cache.base import Flags, Metered, Question
+from dllm.cache.selection import Selection
 from dllm.cache.store import Choice, KeyValues, Reuse
 from dllm.checks import number
 from dllm.run import Run

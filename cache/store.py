@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dllm.backbones.transformer import KVStore
-from dllm.cache.base import Flags, Plan, Probe, Question, Selection, Store
+from dllm.cache.base import Plan, Probe, Question
+from dllm.cache.binding import bind
+from dllm.cache.selection import Flags, Selection, Store
 from dllm.canvas import Change
 from dllm.run import Run
 
@@ -39,18 +41,7 @@ class KeyValues:
 
     def bind(self, selection: Selection) -> KVStore:
         """Serve a forward that computes these columns, in the cheapest way they allow."""
-        host = selection.host
-        if selection.drafts > 1:
-            return _Joined(self, selection)
-        if not selection.first.all():
-            return _Gathered(self, selection)
-        if selection.neighbours is None:
-            runs = selection.runs()
-            return _Runs([self.bind(run) for run in runs], [len(run.slots) for run in runs])
-        # Neighbouring rows, each once: what is stored is attended to where it is, and nothing but fresh columns copied.
-        if (host == host[0, 0] + np.arange(host.shape[1])).all():
-            return _Slice(self, selection)
-        return _Scattered.of(self, selection)
+        return bind((self.keys, self.values), selection)
 
     def held(self, layer: int, slots: Int[Tensor, " M"]) -> tuple[Float[Tensor, "M H L D"], Float[Tensor, "M H L D"]]:
         """Keys and values of the rows in some slots as they are."""
@@ -65,121 +56,6 @@ class KeyValues:
     def tensors(self) -> Sequence[Tensor]:
         """Everything kept, (layers, slots, ...) each."""
         return self.keys, self.values
-
-
-class _Slice:
-    """Neighbouring columns, the same in every row."""
-
-    def __init__(self, store: KeyValues, selection: Selection) -> None:
-        (low, high), slots = selection.span, selection.neighbours
-        start, width = int(selection.host[0, 0]), selection.host.shape[1]
-        self.everything = (start, start + width) == (low, high)
-        self.stored = [each[:, slots, :, low:high] for each in (store.keys, store.values)]
-        self.fresh = [each[:, slots, :, start : start + width] for each in (store.keys, store.values)]
-        self.memory, self.index = _memory(selection), selection.columns - low
-
-    def through(self, index: Int[Tensor, "A C"]) -> _Scattered:
-        """The same, with the columns read from a tensor."""
-        return _Scattered(self.stored, index, self.memory)
-
-    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write in place."""
-        for stored, fresh in zip(self.fresh, (keys, values), strict=True):
-            stored[layer].copy_(fresh)
-        if self.everything:
-            return keys, values
-        return self.stored[0][layer], self.stored[1][layer]
-
-
-class _Scattered:
-    """Columns that differ between the rows."""
-
-    def __init__(self, stored: Sequence[Tensor], index: Int[Tensor, "A C"], memory: Hashable) -> None:
-        self.stored, self.index, self.memory = stored, index, memory
-        self._expanded = index[:, None, :, None]
-
-    @classmethod
-    def of(cls, store: KeyValues, selection: Selection) -> _Scattered:
-        """Bind some columns of a store."""
-        (low, high), slots = selection.span, selection.neighbours
-        stored = [each[:, slots, :, low:high] for each in (store.keys, store.values)]
-        return cls(stored, selection.columns - low, _memory(selection))
-
-    def through(self, index: Int[Tensor, "A C"]) -> _Scattered:
-        """The same, with the columns read from a tensor."""
-        return _Scattered(self.stored, index, self.memory)
-
-    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write in place."""
-        index = self._expanded.expand_as(keys)
-        k, v = (
-            stored[layer].scatter_(2, index, fresh) for stored, fresh in zip(self.stored, (keys, values), strict=True)
-        )
-        return k, v
-
-
-def _memory(selection: Selection) -> Hashable:
-    """Which part of the store is attended to."""
-    return int(selection.slots[0]), len(selection.slots), selection.span
-
-
-class _Runs:
-    """Rows of which some are neighbours: each run of these is served where it is."""
-
-    def __init__(self, bound: Sequence[KVStore], sizes: Sequence[int]) -> None:
-        self.bound, self.sizes = bound, sizes
-
-    def parts(self, layer: int, keys: Tensor, values: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Write in place."""
-        fresh = zip(self.bound, keys.split(self.sizes), values.split(self.sizes), strict=True)
-        return [each.update(layer, k, v) for each, k, v in fresh]
-
-    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write in place; join copies."""
-        k, v = zip(*self.parts(layer, keys, values), strict=True)
-        return torch.cat(k), torch.cat(v)
-
-
-class _Gathered:
-    """Several drafts of a row: each sequence gets a copy of what its row has."""
-
-    def __init__(self, store: KeyValues, selection: Selection) -> None:
-        self.store, self.columns, self.span = store, selection.columns, slice(*selection.span)
-        self.rows = torch.as_tensor(selection.slots, device=store.keys.device)
-        self.kept = torch.as_tensor(np.flatnonzero(selection.first), device=store.keys.device)
-
-    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put the fresh columns over the copies; of several drafts, what the first wrote is kept."""
-        return self._merge(self.store.keys[layer], keys), self._merge(self.store.values[layer], values)
-
-    def _merge(self, stored: Tensor, fresh: Tensor) -> Tensor:
-        index = (self.columns - self.span.start)[:, None, :, None].expand_as(fresh)
-        whole = stored[:, :, self.span][self.rows].scatter_(2, index, fresh)
-        _write(stored, self.rows[self.kept], self.columns[self.kept], fresh[self.kept])
-        return whole
-
-
-class _Joined:
-    """Drafts in one sequence: what is stored is shared, and the fresh columns of all drafts come behind it."""
-
-    def __init__(self, store: KeyValues, selection: Selection) -> None:
-        kept = torch.as_tensor(np.flatnonzero(selection.first), device=store.keys.device)
-        self.store, self.columns, self.span = store, selection.columns[kept], slice(*selection.span)
-        self.rows = torch.as_tensor(selection.slots[selection.first], device=store.keys.device)
-
-    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Show every draft everything; the mask says which columns are its own."""
-        return self._merge(self.store.keys[layer], keys), self._merge(self.store.values[layer], values)
-
-    def _merge(self, stored: Tensor, fresh: Tensor) -> Tensor:
-        whole = torch.cat((stored[:, :, self.span][self.rows], fresh), dim=2)
-        _write(stored, self.rows, self.columns, fresh[:, :, : self.columns.shape[1]])
-        return whole
-
-
-def _write(stored: Tensor, rows: Tensor, columns: Tensor, fresh: Tensor) -> None:
-    """Keep fresh columns of some rows."""
-    stored.transpose(1, 2)[rows[:, None], columns] = fresh.transpose(1, 2)
 
 
 @dataclass(frozen=True)

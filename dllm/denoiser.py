@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from dllm.backbones.base import MaskedDiffusionModel
 from dllm.backbones.transformer import KVStore
-from dllm.cache.base import CacheRun, Plan, Question, Selection, Store
+from dllm.cache.base import CacheRun, Plan, Question
+from dllm.cache.selection import Selection, Store
 from dllm.canvas import Canvas, Window
 from dllm.drift import Meter
 from dllm.graphs import Forward
@@ -117,14 +119,24 @@ class Denoiser:
         self.looked.append((rows, visible))
         cost = visible.sum(1)
         np.add.at(self.computed, rows, cost)
-        groups = apart(cost, slots, self._overhead)
-        if len(groups) == 1:
-            return self._whole(question, tokens, visible, joined=inquiry.joined)
-        parts = [
-            self._whole(question.some(group), tokens[self._put(group)], visible[group], joined=inquiry.joined)
-            for group in groups
-        ]
-        order = np.concatenate([np.flatnonzero(np.isin(inquiry.sequence, group)) for group in groups])
+        return self._in_forwards(
+            question,
+            cost,
+            lambda some, group: self._whole(some, _those(tokens, group), visible[group], joined=inquiry.joined),
+        )
+
+    def _in_forwards(
+        self,
+        question: Question,
+        cost: NDArray[np.int64],
+        forward: Callable[[Question, NDArray[np.int64]], Float[Tensor, "N V"]],
+    ) -> Float[Tensor, "N V"]:
+        """Logits of what is asked, in as many forwards as the columns of each sequence make worth while."""
+        groups = apart(cost, question.slots, self._overhead)
+        parts = [forward(question.some(group), group) for group in groups]
+        if len(parts) == 1:
+            return parts[0]
+        order = np.concatenate([np.flatnonzero(np.isin(question.places[0], group)) for group in groups])
         return torch.cat(parts)[self._put(np.argsort(order))]
 
     def _whole(
@@ -156,30 +168,23 @@ class Denoiser:
         """Logits of what is asked, computed in as many forwards as the plan's widths make worth while."""
         assert plan.compute is not None
         assert plan.store is not None
-        sequence, column = question.places
-        asked = len(sequence)
+        compute, store, asked = plan.compute, plan.store, len(question.places[0])
+        wanted = question
         if plan.probe is not None:
-            extra = np.nonzero(plan.probe.read)
-            sequence, column = np.concatenate((sequence, extra[0])), np.concatenate((column, extra[1]))
-        joined = joined if plan.store.joinable else 1
+            (sequence, column), extra = question.places, np.nonzero(plan.probe.read)
+            both = np.concatenate((sequence, extra[0])), np.concatenate((column, extra[1]))
+            wanted = replace(question, places=both)
+        joined = joined if store.joinable else 1
         whole = plan.whole(visible) & question.first
         np.add.at(self.refreshes, question.rows[whole], 1)
-        compute = _together(plan.compute, joined)
+        compute = _together(compute, joined)
         cost = compute.sum(1) if plan.cost is None else plan.cost
         np.add.at(self.computed, question.rows, cost)
-        parts, order = [], []
-        for group in apart(cost, question.slots, self._overhead):
-            host, places = pack(compute[group])
-            local = np.full(len(compute), -1)
-            local[group] = np.arange(len(group))
-            mine = np.flatnonzero(local[sequence] >= 0)
-            at = local[sequence[mine]]
-            select = at * host.shape[1] + places[at, column[mine]]
-            parts.append(self._part(question, plan.store, tokens, group, host, select, visible[group], joined))
-            order.append(mine)
-        logits = parts[0]
-        if len(parts) > 1:
-            logits = torch.cat(parts)[self._put(np.argsort(np.concatenate(order)))]
+        logits = self._in_forwards(
+            wanted,
+            cost,
+            lambda some, group: self._part(some, store, compute[group], visible[group], _those(tokens, group), joined),
+        )
         if plan.probe is not None:
             plan.probe.tell(_surest(logits[asked:], plan.probe.read, self.canvas.mask_token_id))
             logits = logits[:asked].clone()  # what is kept of a prediction must not keep the rest
@@ -189,24 +194,23 @@ class Denoiser:
         self,
         question: Question,
         store: Store,
-        tokens: Int[Tensor, "A L"],
-        group: NDArray[np.int64],
-        host: NDArray[np.int64],
-        select: NDArray[np.int64],
+        compute: NDArray[np.bool_],
         visible: NDArray[np.bool_],
+        tokens: Int[Tensor, "A L"],
         joined: int,
     ) -> Float[Tensor, "N V"]:
-        """Run one forward over some columns of some of the sequences."""
-        rows, slots = question.rows[group], question.slots[group]
+        """Logits of what is asked, in one forward that computes some columns of each sequence."""
         low, high = span(visible)
-        chosen, index, first, sent = send(tokens.device, host, select, self.canvas.padding[rows], group)
-        selection = Selection(rows, slots, question.first[group], host, chosen, (low, high), joined)
-        fed = (tokens if len(group) == len(tokens) else tokens[sent]).gather(1, chosen)
+        host, places = pack(compute)
+        sequence, column = question.places
+        select = sequence * host.shape[1] + places[sequence, column]
+        columns, select_at, first = send(tokens.device, host, select, self.canvas.padding[question.rows])
+        selection = Selection(question.rows, question.slots, question.first, host, columns, (low, high), joined)
         work = Work(
-            fed, (chosen - first[:, None]).clamp(min=0), high - low, self._looks(visible[:, low:high]), None,
-            store.bind(selection), chosen - low, joined,
+            tokens.gather(1, columns), (columns - first[:, None]).clamp(min=0), high - low,
+            self._looks(visible[:, low:high]), None, store.bind(selection), columns - low, joined,
         )  # fmt: skip
-        return self._forward(work, index)
+        return self._forward(work, select_at)
 
     def _measured(
         self, question: Question, plan: Plan, logits: Float[Tensor, "N V"], tokens: Int[Tensor, "A L"]
@@ -220,7 +224,7 @@ class Denoiser:
             if meter.above is not None:  # what may act on the result counts as part of it
                 self.forwards[some.slots] += 1
                 np.add.at(self.computed, some.rows, visible.sum(1))
-            return self._whole(some, tokens[self._put(sequences)], visible, comparison)
+            return self._whole(some, _those(tokens, sequences), visible, comparison)
 
         logits, off = meter.measure(question, plan, logits, exact)
         if off.size:
@@ -256,6 +260,11 @@ class Denoiser:
 
     def _put(self, array: NDArray[np.generic]) -> Tensor:
         return put(self.canvas.device, array)
+
+
+def _those(tokens: Int[Tensor, "A L"], sequences: NDArray[np.int64]) -> Int[Tensor, "M L"]:
+    """Some of the sequences; all of them as they are."""
+    return tokens if len(sequences) == len(tokens) else tokens[put(tokens.device, sequences)]
 
 
 def _surest(logits: Float[Tensor, "N V"], read: NDArray[np.bool_], mask_token_id: int) -> Float[Tensor, "A L"]:

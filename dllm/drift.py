@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dllm.cache.base import Plan, Question, Store
+from dllm.cache.base import Plan, Question
+from dllm.cache.selection import Store
 from dllm.layout import span
 
 

@@ -35,8 +35,8 @@ def cost(records: Sequence[Record]) -> dict[str, Any]:
     """What answering took; every entry is None where nothing was generated.
 
     Means are over samples; `tokens` and `seconds` are sums, prompt tokens and what stands behind end-of-text or a
-    stop string not counted. `tokens_per_second` is over the wall time of decoding, latencies run from the start of
-    a sample's batch to its own end.
+    stop string not counted. `tokens_per_second` is over the wall time of decoding, latencies run from
+    a sample's first step to its last.
     """
     if not records:
         return dict.fromkeys(COSTS)

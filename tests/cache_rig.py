@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 import dllm
-from dllm.cache.base import Selection
+from dllm.cache.selection import Selection
 from toys import Spying
 
 

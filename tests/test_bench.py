@@ -15,7 +15,7 @@ import torch
 import dllm
 from commands import Outcome, command
 from dllm.bench import Bench, CommitsPerStep, random_model
-from dllm.bench.timing import Call
+from dllm.bench.bare import Call
 from dllm.cache import DLLMCache, Dual, NoCache
 from dllm.denoiser import Denoiser
 from dllm.graphs import Forward
@@ -201,7 +201,7 @@ def test_forwards_that_are_replayed_are_timed_as_well(monkeypatch: pytest.Monkey
     device = Device()
     monkeypatch.setattr("dllm.denoiser.Forward", lambda backbone, wanted: Forward(backbone, True, device.capture))
     bench = Bench(random_llada(), 40, 20, 1, 10)
-    bench._forward = Forward(bench.lm.backbone, True, Device().capture)
+    bench.bare.forward = Forward(bench.lm.backbone, True, Device().capture)
     costs = bench.run({"dual": (Vanilla(), Dual())}, None)
     assert device.made
     assert costs["dual"].steps == 20

@@ -1,7 +1,8 @@
 """What a denoising step costs beside the forward pass it needs, and what users run today costs."""
 
+from dllm.bench.cost import Cost
 from dllm.bench.models import PRESETS, random_model
 from dllm.bench.policy import CommitsPerStep
-from dllm.bench.timing import Bench, Cost
+from dllm.bench.timing import Bench
 
 __all__ = ["PRESETS", "Bench", "CommitsPerStep", "Cost", "random_model"]

@@ -5,24 +5,22 @@ from __future__ import annotations
 import ctypes
 import gc
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from itertools import islice
-from statistics import median, quantiles
+from statistics import median
 from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from dllm.backbones import MaskedDiffusionModel
-from dllm.backbones.transformer import FeatureStore
 from dllm.bench import today
+from dllm.bench.bare import Bare, Call, in_part, listening
+from dllm.bench.cost import Cost, Timing, cost_of
 from dllm.bench.models import causal_model
 from dllm.bench.sections import Clock, watching
 from dllm.generation import Clock as Memory
-from dllm.graphs import Forward
 from dllm.loading import LanguageModel
 from dllm.plan import Options, Plan
 
@@ -30,77 +28,6 @@ REFERENCES = {"straightforward": today.straightforward, "dual": today.dual}
 _WARM_UP, _LOOKED_INTO = 3, 10  # steps
 _COPIED = 2**28  # bytes
 Setting: TypeAlias = tuple[Any, Any]
-
-
-@dataclass(frozen=True)
-class Call:
-    """The shape of one call of the backbone.
-
-    Attributes:
-        sequences: A.
-        columns: C, computed in each.
-        selected: places that are projected to the vocabulary.
-        reuses: keys and values of other columns are attended to.
-    """
-
-    sequences: int
-    columns: int
-    selected: int
-    reuses: bool
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One denoising step.
-
-    Attributes:
-        seconds: of the whole step: the plan, the forward, the choice, the edit.
-        bare: of the backbone alone, called as often and for as many columns and projected positions, while all
-            columns are attended to; None where nobody asked.
-        columns: computed, over all rows.
-        committed: tokens, over all rows.
-        refreshed: whether some row was computed anew.
-        store_bytes: of the keys and values kept.
-    """
-
-    seconds: float
-    bare: float | None
-    columns: int
-    committed: int
-    refreshed: bool = False
-    store_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What the steps of one setting cost.
-
-    Attributes:
-        steps: how many a repeat had, which is the forwards of a row.
-        columns: mean columns computed per step and row.
-        step: median seconds.
-        tokens_per_second: committed over the sum of the steps; the median of the repeats.
-        to_bare: median of step over bare, of the steps that reuse something; of all where none does. None without bare.
-        spread: of `to_bare`, the difference of its quartiles.
-        refresh_to_bare: median of step over bare, of the steps that compute some row anew beside others; None
-            without any.
-        store_bytes: of the keys and values kept.
-        peak: bytes at the peak beyond what there was before, weights and all; None where not measured.
-        shares: of the time of a step, by section.
-        tokens: what was decoded, where it was decoded to the end.
-    """
-
-    steps: int
-    columns: float
-    step: float
-    tokens_per_second: float
-    to_bare: float | None
-    spread: float | None
-    refresh_to_bare: float | None
-    store_bytes: int
-    peak: int | None = None
-    shares: Mapping[str, float] | None = None
-    tokens: Sequence[Sequence[int]] | None = None
 
 
 class Bench:
@@ -130,8 +57,7 @@ class Bench:
         plain: MaskedDiffusionModel | None = None,
     ) -> None:
         self.plain = plain or lm.backbone
-        self._forward, self._known = Forward(lm.backbone, cuda_graphs), set[Call]()
-        self._given: dict[tuple[int, int], Given] = {}
+        self.bare = Bare(lm.backbone, canvas, cuda_graphs)
         self.lm, self.canvas, self.batch, self.generated = lm, canvas, batch, generated
         self.options = Options(
             gen_length=generated, block_length=block_length, batch_size=batch, stop_at_eos=False, seed=0,
@@ -181,7 +107,7 @@ class Bench:
                         timings[label][-1].append(timing)
                     progress()
                 done += 1
-        return {label: self._cost(each[1:], ends.get(label)) for label, each in timings.items()}
+        return {label: cost_of(each[1:], ends.get(label), self.batch) for label, each in timings.items()}
 
     @torch.inference_mode()
     def peak(self, sampler: Any, cache: Any) -> int:
@@ -247,7 +173,7 @@ class Bench:
         plan = Plan(self.lm, self.prompts, sampler, cache, self.options, infill=False)
         steps, columns, refreshes = plan.steps(), 0, 0
         while True:
-            with _watching() as calls:
+            with listening() as calls:
                 started = self._now()
                 found = next(steps, None)
                 seconds = self._now() - started
@@ -257,7 +183,7 @@ class Bench:
             step, denoiser = found[1], found[1].denoiser
             computed, columns = int(denoiser.computed.sum()) - columns, int(denoiser.computed.sum())
             refreshed, refreshes = int(denoiser.refreshes.sum()) > refreshes, int(denoiser.refreshes.sum())
-            shapes = [_partial(call, computed) if features else call for call, features in calls]
+            shapes = [in_part(call, computed) if features else call for call, features in calls]
             bare = sum(self._bare(call) for call in shapes)
             kept = getattr(getattr(denoiser.cache, "store", None), "nbytes", 0)
             yield Timing(seconds, bare, computed, int(step.change.committed.sum()), refreshed, kept)
@@ -267,7 +193,7 @@ class Bench:
         backbone, block = self.plain, self.options.block_length or self.generated
         rows = [[*prompt, *[backbone.mask_token_id] * self.generated] for prompt in self.prompts]
         tokens = torch.tensor(rows, device=self.lm.device)
-        steps, columns = REFERENCES[label](backbone, tokens, self.generated, block, commits), 0
+        steps = REFERENCES[label](backbone, tokens, self.generated, block, commits)
         masks = self.batch * self.generated
         while True:
             started = self._now()
@@ -278,84 +204,19 @@ class Bench:
                 return
             tokens, before = found, masks
             masks = int((found == backbone.mask_token_id).sum())
-            yield Timing(seconds, None, columns, before - masks)
+            yield Timing(seconds, None, 0, before - masks)
 
     def _bare(self, call: Call) -> float:
-        """Seconds of the backbone alone, on made-up tokens."""
-        backbone, device = self.lm.backbone, self.lm.device
-        tokens = torch.zeros((call.sequences, call.columns), dtype=torch.long, device=device)
-        positions = torch.arange(call.columns, device=device).expand_as(tokens)
-        store = None
-        if call.reuses:
-            shape = call.sequences, call.columns
-            store = self._given[shape] = self._given.get(shape) or Given(backbone, *shape, self.canvas)
-        select = torch.arange(call.selected, device=device) % tokens.numel()
-        if self._forward.graphs and call not in self._known:  # captured before it is timed, as the steps are
-            self._known.add(call)
-            for _ in range(_WARM_UP + 2):
-                self._forward(tokens, None, positions, store, select)
+        """Seconds of the backbone alone."""
+        run = self.bare.prepare(call)
         started = self._now()
-        self._forward(tokens, None, positions, store, select)
+        run()
         return self._now() - started
-
-    def _cost(self, repeats: Sequence[Sequence[Timing]], tokens: Sequence[Sequence[int]] | None) -> Cost:
-        timings = [each for repeat in repeats for each in repeat]
-        reusing = [each for each in timings if not each.refreshed] or timings
-        ratios = [each.seconds / each.bare for each in reusing if each.bare]
-        refreshing = [each.seconds / each.bare for each in timings if each.refreshed and each.bare]
-        quartiles = quantiles(ratios, n=4) if len(ratios) > 1 else [*ratios * 3]
-        return Cost(
-            steps=len(repeats[0]),
-            columns=sum(each.columns for each in timings) / len(timings) / self.batch,
-            step=median(each.seconds for each in timings),
-            tokens_per_second=median(
-                sum(each.committed for each in repeat) / sum(each.seconds for each in repeat) for repeat in repeats
-            ),
-            to_bare=median(ratios) if ratios else None,
-            spread=quartiles[2] - quartiles[0] if ratios else None,
-            refresh_to_bare=median(refreshing) if refreshing and len(reusing) < len(timings) else None,
-            store_bytes=timings[0].store_bytes,
-            tokens=tokens,
-        )
 
     def _now(self) -> float:
         if self.lm.device.type == "cuda":
             torch.cuda.synchronize(self.lm.device)
         return time.perf_counter()
-
-
-class Given:
-    """Keys and values of a whole canvas, made up beforehand: a store that costs nothing.
-
-    Args:
-        backbone: whose.
-        sequences: A.
-        columns: C, computed in each.
-        canvas: columns attended to.
-    """
-
-    def __init__(self, backbone: MaskedDiffusionModel, sequences: int, columns: int, canvas: int) -> None:
-        _, heads, size = backbone.kv_shape
-        shape = sequences, heads, canvas, size
-        self.keys = torch.zeros(shape, dtype=backbone.dtype, device=backbone.device)
-        self.values = torch.zeros_like(self.keys)
-        self.memory: Hashable = shape
-        self.index = torch.zeros((sequences, columns), dtype=torch.long, device=backbone.device)
-
-    def through(self, index: Int[Tensor, "A C"]) -> Given:
-        """The same: nothing is written."""
-        return self
-
-    def update(
-        self, layer: int, keys: Float[Tensor, "B H C D"], values: Float[Tensor, "B H C D"]
-    ) -> tuple[Float[Tensor, "B H S D"], Float[Tensor, "B H S D"]]:
-        """Return what was made up."""
-        return self.keys, self.values
-
-
-def _partial(call: Call, computed: int) -> Call:
-    """A call whose layers compute some of the columns only, as if they computed that many and no others."""
-    return replace(call, columns=-(-computed // call.sequences), reuses=True)
 
 
 def _resident(device: torch.device) -> int:
@@ -367,21 +228,3 @@ def _resident(device: torch.device) -> int:
     with suppress(OSError, AttributeError):  # glibc alone can do so
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     return Memory(device).peak_memory()
-
-
-@contextmanager
-def _watching() -> Iterator[list[tuple[Call, bool]]]:
-    """Note the forwards, launched or replayed, and whether their layers compute some columns only."""
-    calls: list[tuple[Call, bool]] = []
-    inner = Forward.__call__
-
-    def noting(self: Forward, tokens: Tensor, mask: Any, positions: Tensor, store: Any, select: Tensor) -> Tensor:
-        call = Call(tokens.shape[0], tokens.shape[1], len(select), store is not None)
-        calls.append((call, isinstance(store, FeatureStore)))
-        return inner(self, tokens, mask, positions, store, select)
-
-    Forward.__call__ = noting  # type: ignore[method-assign]
-    try:
-        yield calls
-    finally:
-        Forward.__call__ = inner  # type: ignore[method-assign]

@@ -76,7 +76,7 @@ def columns(group: Group) -> list[Column]:
             "p50 s",
             ".2f",
             "latency_p50",
-            about="latency: seconds from the start of a sample's batch to its own end, median",
+            about="latency: seconds from a sample's first step to its last, median",
         ),
         _number("p95 s", ".2f", "latency_p95", about="the same, 95th percentile"),
         _number("guide NFE", ".1f", "guide_nfe", about="forwards of the guide per sample"),

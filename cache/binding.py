@@ -1,0 +1,149 @@
+"""Serving one forward from kept keys and values, in the cheapest way that its columns and rows allow."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from dllm.backbones.transformer import KVStore
+from dllm.cache.selection import Selection
+from dllm.transfer import put
+
+# Keys and values, (layers, slots, H, L, D) each.
+Kept: TypeAlias = tuple[Tensor, Tensor]
+
+
+def bind(kept: Kept, selection: Selection) -> KVStore:
+    """Serve a forward that computes these columns."""
+    if selection.drafts > 1:
+        return Joined(kept, selection)
+    if not selection.first.all():
+        return Gathered(kept, selection)
+    if selection.neighbours is None:
+        runs = selection.runs()
+        return Runs([bind(kept, run) for run in runs], [len(run.slots) for run in runs])
+    # Neighbouring rows, each once: what is kept is attended to where it is, and nothing but fresh columns copied.
+    host = selection.host
+    if (host == host[0, 0] + np.arange(host.shape[1])).all():
+        return Slice(kept, selection)
+    return Scattered.of(kept, selection)
+
+
+class Slice:
+    """Neighbouring columns, the same in every row."""
+
+    def __init__(self, kept: Kept, selection: Selection) -> None:
+        (low, high), slots = selection.span, selection.neighbours
+        start, width = int(selection.host[0, 0]), selection.host.shape[1]
+        self.everything = (start, start + width) == (low, high)
+        self.stored = [each[:, slots, :, low:high] for each in kept]
+        self.fresh = [each[:, slots, :, start : start + width] for each in kept]
+        self.memory, self.index = _memory(selection), selection.columns - low
+
+    def through(self, index: Int[Tensor, "A C"]) -> Scattered:
+        """The same, with the columns read from a tensor."""
+        return Scattered(self.stored, index, self.memory)
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write in place."""
+        for stored, fresh in zip(self.fresh, (keys, values), strict=True):
+            stored[layer].copy_(fresh)
+        if self.everything:
+            return keys, values
+        return self.stored[0][layer], self.stored[1][layer]
+
+
+class Scattered:
+    """Columns that differ between the rows."""
+
+    def __init__(self, stored: Sequence[Tensor], index: Int[Tensor, "A C"], memory: Hashable) -> None:
+        self.stored, self.index, self.memory = stored, index, memory
+        self._expanded = index[:, None, :, None]
+
+    @classmethod
+    def of(cls, kept: Kept, selection: Selection) -> Scattered:
+        """Bind some columns of a store."""
+        (low, high), slots = selection.span, selection.neighbours
+        stored = [each[:, slots, :, low:high] for each in kept]
+        return cls(stored, selection.columns - low, _memory(selection))
+
+    def through(self, index: Int[Tensor, "A C"]) -> Scattered:
+        """The same, with the columns read from a tensor."""
+        return Scattered(self.stored, index, self.memory)
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write in place."""
+        index = self._expanded.expand_as(keys)
+        k, v = (
+            stored[layer].scatter_(2, index, fresh) for stored, fresh in zip(self.stored, (keys, values), strict=True)
+        )
+        return k, v
+
+
+def _memory(selection: Selection) -> Hashable:
+    """Which part of the store is attended to."""
+    return int(selection.slots[0]), len(selection.slots), selection.span
+
+
+class Runs:
+    """Rows of which some are neighbours: each run of these is served where it is."""
+
+    def __init__(self, bound: Sequence[KVStore], sizes: Sequence[int]) -> None:
+        self.bound, self.sizes = bound, sizes
+
+    def parts(self, layer: int, keys: Tensor, values: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Write in place."""
+        fresh = zip(self.bound, keys.split(self.sizes), values.split(self.sizes), strict=True)
+        return [each.update(layer, k, v) for each, k, v in fresh]
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write in place; join copies."""
+        k, v = zip(*self.parts(layer, keys, values), strict=True)
+        return torch.cat(k), torch.cat(v)
+
+
+class Gathered:
+    """Several drafts of a row: each sequence gets a copy of what its row has."""
+
+    def __init__(self, kept: Kept, selection: Selection) -> None:
+        self.kept, self.columns, self.span = kept, selection.columns, slice(*selection.span)
+        self.rows = put(self.columns.device, selection.slots)
+        self.first = put(self.columns.device, np.flatnonzero(selection.first))
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the fresh columns over the copies; of several drafts, what the first wrote is kept."""
+        return self._merge(self.kept[0][layer], keys), self._merge(self.kept[1][layer], values)
+
+    def _merge(self, stored: Tensor, fresh: Tensor) -> Tensor:
+        index = (self.columns - self.span.start)[:, None, :, None].expand_as(fresh)
+        whole = stored[:, :, self.span][self.rows].scatter_(2, index, fresh)
+        _write(stored, self.rows[self.first], self.columns[self.first], fresh[self.first])
+        return whole
+
+
+class Joined:
+    """Drafts in one sequence: what is stored is shared, and the fresh columns of all drafts come behind it."""
+
+    def __init__(self, kept: Kept, selection: Selection) -> None:
+        first = put(selection.columns.device, np.flatnonzero(selection.first))
+        self.kept, self.columns, self.span = kept, selection.columns[first], slice(*selection.span)
+        self.rows = put(self.columns.device, selection.slots[selection.first])
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Show every draft everything; the mask says which columns are its own."""
+        return self._merge(self.kept[0][layer], keys), self._merge(self.kept[1][layer], values)
+
+    def _merge(self, stored: Tensor, fresh: Tensor) -> Tensor:
+        whole = torch.cat((stored[:, :, self.span][self.rows], fresh), dim=2)
+        _write(stored, self.rows, self.columns, fresh[:, :, : self.columns.shape[1]])
+        return whole
+
+
+def _write(stored: Tensor, rows: Tensor, columns: Tensor, fresh: Tensor) -> None:
+    """Keep fresh columns of some rows."""
+    stored.transpose(1, 2)[rows[:, None], columns] = fresh.transpose(1, 2)

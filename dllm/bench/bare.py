@@ -1,0 +1,121 @@
+"""The forward pass that a step needs and nothing else: the calls of the backbone, and making them again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dllm.backbones import MaskedDiffusionModel
+from dllm.backbones.transformer import FeatureStore
+from dllm.graphs import Forward
+
+_FIRST = 5  # calls of a shape before it is timed: with CUDA graphs it is captured by then
+
+
+@dataclass(frozen=True)
+class Call:
+    """The shape of one call of the backbone.
+
+    Attributes:
+        sequences: A.
+        columns: C, computed in each.
+        selected: places that are projected to the vocabulary.
+        reuses: keys and values of other columns are attended to.
+    """
+
+    sequences: int
+    columns: int
+    selected: int
+    reuses: bool
+
+
+class Given:
+    """Keys and values of a whole canvas, made up beforehand: a store that costs nothing.
+
+    Args:
+        backbone: whose.
+        sequences: A.
+        columns: C, computed in each.
+        canvas: columns attended to.
+    """
+
+    def __init__(self, backbone: MaskedDiffusionModel, sequences: int, columns: int, canvas: int) -> None:
+        _, heads, size = backbone.kv_shape
+        shape = sequences, heads, canvas, size
+        self.keys = torch.zeros(shape, dtype=backbone.dtype, device=backbone.device)
+        self.values = torch.zeros_like(self.keys)
+        self.memory: Hashable = shape
+        self.index = torch.zeros((sequences, columns), dtype=torch.long, device=backbone.device)
+
+    def through(self, index: Int[Tensor, "A C"]) -> Given:
+        """The same: nothing is written."""
+        return self
+
+    def update(
+        self, layer: int, keys: Float[Tensor, "B H C D"], values: Float[Tensor, "B H C D"]
+    ) -> tuple[Float[Tensor, "B H S D"], Float[Tensor, "B H S D"]]:
+        """Return what was made up."""
+        return self.keys, self.values
+
+
+class Bare:
+    """Calls a backbone on made-up tokens.
+
+    Args:
+        backbone: the denoiser.
+        canvas: columns attended to where keys and values are reused.
+        cuda_graphs: as in `dllm.Options`.
+    """
+
+    def __init__(self, backbone: MaskedDiffusionModel, canvas: int, cuda_graphs: bool | None) -> None:
+        self.backbone, self.canvas = backbone, canvas
+        self.forward = Forward(backbone, cuda_graphs)
+        self._known: set[Call] = set()
+        self._given: dict[tuple[int, int], Given] = {}
+
+    def prepare(self, call: Call) -> Callable[[], Tensor]:
+        """The call, ready to be timed."""
+        device = self.backbone.device
+        tokens = torch.zeros((call.sequences, call.columns), dtype=torch.long, device=device)
+        positions = torch.arange(call.columns, device=device).expand_as(tokens)
+        shape = call.sequences, call.columns
+        if call.reuses and shape not in self._given:
+            self._given[shape] = Given(self.backbone, *shape, self.canvas)
+        store = self._given[shape] if call.reuses else None
+        select = torch.arange(call.selected, device=device) % tokens.numel()
+        run = partial(self.forward, tokens, None, positions, store, select)
+        if self.forward.graphs and call not in self._known:
+            self._known.add(call)
+            for _ in range(_FIRST):
+                run()
+        return run
+
+
+def in_part(call: Call, computed: int) -> Call:
+    """A call whose layers compute some of the columns only, as if they computed that many and no others."""
+    return replace(call, columns=-(-computed // call.sequences), reuses=True)
+
+
+@contextmanager
+def listening() -> Iterator[list[tuple[Call, bool]]]:
+    """Note the forwards, launched or replayed, and whether their layers compute some columns only."""
+    calls: list[tuple[Call, bool]] = []
+    inner = Forward.__call__
+
+    def noting(self: Forward, tokens: Tensor, mask: Any, positions: Tensor, store: Any, select: Tensor) -> Tensor:
+        call = Call(tokens.shape[0], tokens.shape[1], len(select), store is not None)
+        calls.append((call, isinstance(store, FeatureStore)))
+        return inner(self, tokens, mask, positions, store, select)
+
+    Forward.__call__ = noting  # type: ignore[method-assign]
+    try:
+        yield calls
+    finally:
+        Forward.__call__ = inner  # type: ignore[method-assign]
