@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from dllm.files import write_whole
 from dllm.step import Step
 
 FRESH, SETTLED, PROVISIONAL, MASKED = "bold black on green", "default", "dim italic", "dim"
@@ -106,8 +107,7 @@ def save_picture(frames: list[Text], title: str, path: Path, most: int = 12) -> 
     console = Console(record=True, width=100, file=io.StringIO(), force_terminal=True)
     for index in chosen:
         console.print(Text(f"step {index + 1:2d}  ", "dim cyan") + _tidy(frames[index]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(console.export_svg(title=title), encoding="utf-8")
+    write_whole(path, console.export_svg(title=title))
 
 
 def _tidy(text: Text) -> Text:

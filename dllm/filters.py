@@ -13,7 +13,6 @@ trained for. A bare file in the published form loads without a card.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
@@ -23,6 +22,8 @@ from jaxtyping import Bool, Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+
+from dllm.files import parse_json, write_json, write_whole
 
 BUNDLED = Path(__file__).parent / "checkpoints"
 _FILE = "learn2pd.safetensors"
@@ -131,11 +132,9 @@ class Filter:
 
     def save(self, path: Path) -> None:
         """Write the tensors to `path`, a .safetensors file, and the card beside it."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Not save_file, which writes for the owner alone.
-        path.write_bytes(save({name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}))
+        write_whole(path, save({name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}))
         if self.card is not None:
-            path.with_suffix(".json").write_text(json.dumps(asdict(self.card), indent=1) + "\n", encoding="utf-8")
+            write_json(path.with_suffix(".json"), asdict(self.card))
 
 
 def bundled_filters() -> list[str]:
@@ -204,6 +203,6 @@ def _load_card(path: Path) -> FilterCard | None:
     if not path.is_file():
         return None
     try:
-        return FilterCard(**json.loads(path.read_text(encoding="utf-8")))
+        return FilterCard(**parse_json(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is no card of a filter ({error}); make it again, or remove it") from None

@@ -9,6 +9,8 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
+from dllm.files import parse_json
+
 
 class Journal:
     """Entries by kind and id, kept in a file by one process at a time.
@@ -38,7 +40,7 @@ class Journal:
         content = path.read_bytes() if path.exists() else b""
         whole = content.rfind(b"\n") + 1
         try:
-            rows = [json.loads(line) for line in content[:whole].split(b"\n") if line]
+            rows = [parse_json(line) for line in content[:whole].split(b"\n") if line]
             self._entries = {(row["kind"], row["id"]): row["value"] for row in rows}
         except (ValueError, KeyError, TypeError):
             self._lock.release()

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from dllm.files import parse_json
+
 
 @dataclass(frozen=True)
 class Question:
@@ -74,7 +76,7 @@ class AnswerFile:
             content = path.read_bytes() if path.exists() else b""
             # An interruption may cut a line anywhere, within a character as well.
             self._whole = content.rfind(b"\n") + 1
-            rows = [json.loads(line) for line in content[: self._whole].split(b"\n") if line.strip()]
+            rows = [parse_json(line) for line in content[: self._whole].split(b"\n") if line.strip()]
             self.ids: set[str | int] = {row["id"] for row in rows if "text" in row}
         except (OSError, ValueError, KeyError, TypeError):
             self.ids, rows = set(), [None]
@@ -101,7 +103,7 @@ class AnswerFile:
 
 def _question(where: str, number: int, line: str) -> Question:
     try:
-        row: Any = json.loads(line)
+        row: Any = parse_json(line)
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ValueError(f"{where} has a character that is half of one (a lone surrogate); remove it") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from dllm.backbones import FAMILIES, MaskedDiffusionModel
 from dllm.backbones.base import token_ids
 from dllm.backbones.packed import pack as pack_weights
 from dllm.checks import choice
+from dllm.files import read_json
 from dllm.resolve import names
 from dllm.tokenizers import load_tokenizer
 
@@ -199,7 +199,7 @@ def _family(folder: Path) -> type[MaskedDiffusionModel]:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json; give the folder of a whole checkpoint")
-    model_type = str(_read_json(path).get("model_type"))
+    model_type = str(read_json(path).get("model_type"))
     if model_type not in FAMILIES:
         raise ValueError(f"{path}: model_type={model_type!r} is not supported; use one of {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
@@ -240,7 +240,7 @@ def _check_files(folder: Path) -> None:
         if (folder / weights).is_file():
             files = [weights]
         elif index.is_file():
-            files = sorted(set(_read_json(index).get("weight_map", {}).values())) or [weights]
+            files = sorted(set(read_json(index).get("weight_map", {}).values())) or [weights]
         else:
             continue
         break
@@ -267,7 +267,7 @@ def _extra_eos(
     backbone: MaskedDiffusionModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path
 ) -> tuple[int, ...]:
     path = folder / "generation_config.json"
-    listed = token_ids(_read_json(path).get("eos_token_id")) if path.is_file() else ()
+    listed = token_ids(read_json(path).get("eos_token_id")) if path.is_file() else ()
     added = {} if tokenizer is None else tokenizer.get_added_vocab()
     return (*listed, *(added[token] for token in backbone.end_of_turn if token in added))
 
@@ -281,16 +281,6 @@ def _check_vocabulary(backbone: MaskedDiffusionModel, folder: Path) -> None:
         wrong = next((token for token in ids if not isinstance(token, int) or not 0 <= token < rows), None)
         if wrong is not None:
             raise ValueError(f"{folder}: {key}={wrong} is no id of this model; use one from 0 to {rows - 1}")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({first_line(error)}); copy or download it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a JSON {type(content).__name__}, not an object; copy or download it again")
-    return content
 
 
 def first_line(error: BaseException) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dllm.files import parse_json
+
 
 def joined(parts: Iterable[NDArray[Any]]) -> NDArray[Any]:
     """Arrays of any shape, one behind another."""
@@ -76,7 +78,7 @@ def compact_json(value: Any) -> str:
 def with_sorted_header(data: bytes) -> bytes:
     """A safetensors file with its metadata in order: safetensors writes them as its hash table happens to lie."""
     length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
+    header = parse_json(data[8 : 8 + length])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import re
 import subprocess
@@ -21,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from pyarrow import parquet
 
+from dllm.files import write_json, write_whole
 from dllm.loading import LanguageModel
 from dllm.metrics import cost, quality, speedup
 from dllm.records import Record
@@ -77,7 +77,7 @@ class RunFolder:
                 raise ValueError(f"task.metric={main!r} is unknown; use one of {', '.join(metrics['scores'])}")
             score = metrics["scores"][main]
             metrics |= {"accuracy": score["value"], "accuracy_interval": score["interval"], "accuracy_name": main}
-            _write(file, found)
+            write_json(file, found)
         return found
 
     def begin(self, lm: LanguageModel, config: Mapping[str, Any]) -> None:
@@ -85,12 +85,12 @@ class RunFolder:
         file = self.path / "manifest.json"
         before = json.loads(file.read_text(encoding="utf-8"))["sessions"] if file.exists() else []
         manifest = {"format": "dllm-manifest", "version": 1, "label": self.label, "config": config}
-        _write(file, manifest | {"sessions": [*before, _session(lm)]})
+        write_json(file, manifest | {"sessions": [*before, _session(lm)]})
 
     def fail(self, message: str) -> None:
         """Leave word of a run that could not be made."""
         error = {"format": "dllm-error", "version": 1, "label": self.label, "message": message}
-        _write(self.path / "error.json", error)
+        write_json(self.path / "error.json", error)
 
     def forgive(self) -> None:
         """Take that word back: the run was made after all."""
@@ -121,7 +121,7 @@ class RunFolder:
             **self.identity,
             "metrics": metrics, "details": graded.details,
         }  # fmt: skip
-        _write(self.path / "results.json", found)
+        write_json(self.path / "results.json", found)
         runner.close(remove=True)
         return found
 
@@ -239,15 +239,7 @@ def _git() -> str | None:
 
 
 def _parquet(file: Path, rows: list[dict[str, Any]]) -> None:
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    buffer = pyarrow.BufferOutputStream()
     names = dict.fromkeys(name for row in rows for name in row)
-    parquet.write_table(pyarrow.Table.from_pylist([dict.fromkeys(names) | row for row in rows]), unfinished)
-    unfinished.replace(file)
-
-
-def _write(file: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    unfinished.replace(file)
+    parquet.write_table(pyarrow.Table.from_pylist([dict.fromkeys(names) | row for row in rows]), buffer)
+    write_whole(file, buffer.getvalue().to_pybytes())

@@ -7,7 +7,6 @@ files and the code is never run.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ from transformers import (  # type: ignore[attr-defined]  # Qwen2TokenizerFast i
     PreTrainedTokenizerFast,
     Qwen2TokenizerFast,
 )
+
+from dllm.files import parse_json
 
 _BPE_FILES = ("vocab.json", "merges.txt")
 _OTHER_FILES = ("tokenizer_config.json", "tokenizer.model")
@@ -72,4 +73,4 @@ def _declared_ids(folder: Path) -> dict[str, int]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return parse_json(path.read_text(encoding="utf-8")) if path.is_file() else {}

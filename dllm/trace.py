@@ -7,8 +7,6 @@ what changed on the canvas, what was predicted (confidences as float16), what wa
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialise
 
+from dllm.files import parse_json, write_whole
 from dllm.packing import bits, compact_json, flags, held, joined, padded, small, split, spread, with_sorted_header
 
 FORMAT, VERSION = "dllm-trace", 1
@@ -88,13 +87,7 @@ class Trace:
             ValueError: shapes that do not belong together.
         """
         data = with_sorted_header(serialise(_tensors(self), _metadata(self)))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            unfinished.write_bytes(data)
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_whole(path, data)
 
     @staticmethod
     def load(path: Path) -> Trace:
@@ -171,7 +164,7 @@ def _pack(frames: Frames, mask: int) -> dict[str, NDArray[Any]]:
 
 
 def _trace(metadata: Mapping[str, str], tensors: Mapping[str, NDArray[Any]]) -> Trace:
-    fields = {name: json.loads(text) for name, text in metadata.items() if name not in ("format", "version")}
+    fields = {name: parse_json(text) for name, text in metadata.items() if name not in ("format", "version")}
     lengths, eos = [int(length) for length in fields["lengths"]], [int(token) for token in fields["eos_token_ids"]]
     mask, width = int(fields["mask_token_id"]), int(fields["width"])
     if len(fields["ids"]) != len(lengths):

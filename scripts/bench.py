@@ -22,6 +22,7 @@ from dllm.bench.sections import SECTIONS
 from dllm.bench.timing import REFERENCES
 from dllm.cache.base import Cache
 from dllm.checks import choice, number
+from dllm.files import write_whole
 from dllm.loading import DTYPES, find_device
 from dllm.resolve import options_of
 from dllm.samplers.base import Sampler
@@ -84,8 +85,7 @@ def bench(cfg: DictConfig) -> None:
         )
     print(text)
     if cfg.out:
-        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(cfg.out + ".md").write_text(text, encoding="utf-8")
+        write_whole(Path(cfg.out + ".md"), text)
         record = {
             "setting": caption,
             "torch": torch.__version__,
@@ -94,7 +94,7 @@ def bench(cfg: DictConfig) -> None:
             "costs": {label: asdict(replace(cost, tokens=None)) for label, cost in costs.items()},
             "causal_tokens_per_second": causal,
         }
-        Path(cfg.out + ".json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_whole(Path(cfg.out + ".json"), json.dumps(record, indent=1, allow_nan=False) + "\n")
         print(f"written to {cfg.out}.md and {cfg.out}.json")
 
 

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from dllm.backbones import FAMILIES
 from dllm.cache.base import Cache
 from dllm.compatibility import NEEDS, unmet
+from dllm.files import write_whole
 from dllm.resolve import names, resolve
 from dllm.samplers.base import Sampler
 from dllm.scripts import app
@@ -34,8 +35,7 @@ def compatibility(cfg: DictConfig) -> None:
     text = matrix(samplers, {"none": caches.pop("none"), **caches})
     print(text)
     if cfg.out:
-        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(cfg.out).write_text(text, encoding="utf-8")
+        write_whole(Path(cfg.out), text)
         print(f"written to {cfg.out}")
 
 

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import dllm
 from dllm import compatibility
 from dllm.checks import choice, number
+from dllm.files import parse_json
 from dllm.journal import Journal
 from dllm.likelihood import Estimate
 from dllm.metrics import COSTS
@@ -113,7 +114,7 @@ def _results(cfg: DictConfig, fields: Mapping[str, Any], label: str) -> tuple[di
 @lru_cache(maxsize=1)
 def _load(model: str) -> dllm.LanguageModel:
     """The model of some options, kept for the next job of a sweep."""
-    options = json.loads(model)
+    options = parse_json(model)
     return dllm.load(options.pop("path"), **options)
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dllm.checks import number
+from dllm.files import write_whole
 from dllm.reports import page, plots, table
 from dllm.reports.reading import load
 from dllm.reports.runs import Group, Sweep
@@ -47,9 +48,8 @@ def report(cfg: DictConfig) -> None:
     files["report.html"] = page.render(sweep, drawn, cfg.traces)
     for name in files:
         app.check_writable("out", str(out), str(out / name))
-    out.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        (out / name).write_text(text, encoding="utf-8", newline="\n")
+        write_whole(out / name, text)
     _show(sweep, files["report.md"])
     print(f"written to {out}: {', '.join(sorted(files))}")
 

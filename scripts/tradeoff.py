@@ -19,6 +19,7 @@ from dllm import compatibility
 from dllm.cache.base import Cache
 from dllm.checks import number
 from dllm.evaluation import Score, evaluate
+from dllm.files import write_whole
 from dllm.plan import parse_options
 from dllm.samplers.base import Sampler
 from dllm.scripts import app
@@ -61,7 +62,7 @@ def tradeoff(cfg: DictConfig, command: str = "tradeoff", cost: str = "nfe") -> N
     text = table(scores, f"{lm.name}, {cfg.problems} problems of seed {cfg.seed}, {shared}, {where}")
     draw(figure, scores, lm.name, cost)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    Path(out + ".md").write_text(text, encoding="utf-8")
+    write_whole(Path(out + ".md"), text)
     figure.savefig(out + ".svg", metadata={"Date": None})
     console = Console()
     if console.is_terminal:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save
 
 import dllm
 from dllm.checks import choice, number
+from dllm.files import read_json, write_json, write_whole
 from dllm.filter_training import Records, Training, collect, fit, measure, split
 from dllm.filters import Filter, FilterCard
 from dllm.jsonl import read_questions
@@ -125,15 +126,13 @@ def _collect(
     asked = sha256(json.dumps(ids).encode()).hexdigest()
     recipe = recipe | {"fingerprint": lm.backbone.fingerprint(), "prompts": asked}
     if file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = read_json(file, "remove that folder")
         other = ", ".join(name for name in recipe if before.get(name) != recipe[name])
         if other:
             raise ValueError(
                 f"out: {folder} holds records of other settings ({other}); give another out, or remove that folder"
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    file.with_suffix(".tmp").write_text(json.dumps(recipe, indent=1), encoding="utf-8")
-    file.with_suffix(".tmp").replace(file)
+    write_json(file, recipe)
     size, parts = options["batch_size"], []
     with _progress("collecting", len(ids)) as advance:
         for start in range(0, len(ids), size):
@@ -143,8 +142,7 @@ def _collect(
                 del seeded["batch_size"]
                 records = collect(lm, ids[start : start + size], sampler, cache, **seeded)
                 records = replace(records, prompt=records.prompt + start)
-                part.with_suffix(".tmp").write_bytes(save(vars(records)))
-                part.with_suffix(".tmp").replace(part)
+                write_whole(part, save(vars(records)))
             parts.append(Records(**load_file(part)))
             advance(min(start + size, len(ids)), "")
     return Records.join(parts)

@@ -12,13 +12,13 @@ of one answer a problem:
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dllm.files import parse_json
 from dllm.tasks import sandbox
 
 HUB = "openai/openai_humaneval"
@@ -128,7 +128,7 @@ def _check_rows(data: str) -> None:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise ValueError(f"{where} line {number} is not JSON ({error}); fix or remove it") from None
         missing = [field for field in FIELDS if not isinstance(row, dict) or not isinstance(row.get(field), str)]

@@ -1,0 +1,82 @@
+"""Files that are written whole or not at all, and JSON that is read without trusting it."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file beside its place, on the disk, and move it there: whoever reads sees the old or the new one.
+
+    A link is followed, folders that are missing are made. What is no ordinary file, such as /dev/stdout, is written to.
+
+    Raises:
+        OSError: it cannot be written; what was there before is as it was.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON for people to read as well, as `write_whole` does; values of other types become their text."""
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk, where the system can."""
+    with suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON from a source that is not trusted.
+
+    Raises:
+        ValueError: it is no JSON, or nested too deep to be parsed.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def read_json(path: Path, fix: str = "copy or download it again") -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Args:
+        path: the file.
+        fix: what errors tell the user to do.
+
+    Raises:
+        ValueError: it cannot be read or holds something else.
+    """
+    try:
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"{path} is not JSON ({reason}); {fix}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a JSON {type(content).__name__}, not an object; {fix}")
+    return content

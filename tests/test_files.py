@@ -1,0 +1,53 @@
+"""Files that are written whole, and JSON that is not trusted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dllm.files import parse_json, read_json, write_json, write_whole
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.json"
+    write_whole(file, "old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dllm.files.os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_whole(file, "new")
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "there" / "file")
+    write_json(link, {"a": 1})
+    assert link.is_symlink()
+    assert read_json(tmp_path / "there" / "file") == {"a": 1}
+
+
+def test_a_device_is_written_to() -> None:
+    write_whole(Path("/dev/null"), "gone")
+    assert Path("/dev/null").is_char_device()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "{", ""])
+def test_what_is_no_json_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"nested too deep|Expecting"):
+        parse_json(text)
+
+
+def test_a_file_is_named_with_what_to_do(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text("[1]")
+    with pytest.raises(ValueError, match=r"a\.json holds a JSON list, not an object; delete it"):
+        read_json(file, fix="delete it")
+    file.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"a\.json is not JSON .*; copy or download it again"):
+        read_json(file)
