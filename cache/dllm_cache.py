@@ -16,8 +16,10 @@ its first prediction is read.
 What is chosen by rank in every layer amplifies rounding: in float32, rows of this cache may differ
 between batches of different sizes more often than those of others.
 
-Differences from the reference: ties go to the leftmost; a position that was revoked or rewritten is
-computed in every layer; rows have their own steps.
+Differences from the reference: similarities are ranked without the cancellation that 1 - x has near 1, so
+that float32 ranks as float64 does; ties, among them all columns that changed by no more than rounding, go
+to the leftmost; a position that was revoked or rewritten is computed in every layer; rows have their own
+steps.
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ from dllm.cache.selection import Selection
 from dllm.cache.store import Choice, KeyValues, Reuse
 from dllm.checks import number
 from dllm.run import Run
+
+_ROUNDING = 16  # relative change, in units of the last place, up to which a column counts as unchanged
 
 
 @dataclass(frozen=True)
@@ -177,16 +181,16 @@ class _Partial:
         share = self.shares[layer > 0]
         stored = self._held(self.store.values[layer]).transpose(1, 2)
         stored = stored.gather(1, self.columns[..., None, None].expand(-1, -1, *stored.shape[2:]))
-        # In bfloat16 most similarities would be the same number.
+        # The square of the distance between the directions, 2 - 2 * similarity, without the cancellation that makes
+        # equals of all small changes in float32, and of nearly all in bfloat16.
         wide = torch.promote_types(values.dtype, torch.float32)
-        fresh, stored = (each.flatten(2).to(wide) for each in (values.transpose(1, 2), stored))
-        similarity = F.cosine_similarity(fresh, stored, dim=-1)
-        # Columns that did not change are equal, whatever rounding made of them: ties go to the leftmost.
-        step = 16 * torch.finfo(wide).eps
-        similarity = (similarity / step).round() * step
-        # Between -1 and 1, so that what is needed comes first and what is not wanted last.
-        ranked = similarity.masked_fill(share.rank == 0, -2).masked_fill(share.rank == 2, 2)
-        self.slots = ranked.argsort(dim=-1, stable=True)[:, : share.width]
+        fresh, stored = (F.normalize(each.flatten(2).to(wide), dim=-1) for each in (values.transpose(1, 2), stored))
+        change = (fresh - stored).square().sum(-1)
+        # What rounding alone makes of a column that did not change is no change: ties go to the leftmost.
+        change = change.masked_fill(change < (_ROUNDING * torch.finfo(wide).eps) ** 2, 0)
+        # What is needed comes first and what is not wanted last.
+        ranked = change.masked_fill(share.rank == 0, torch.inf).masked_fill(share.rank == 2, -1)
+        self.slots = ranked.argsort(dim=-1, descending=True, stable=True)[:, : share.width]
         return self.slots
 
     def update(
