@@ -116,31 +116,42 @@ class Prediction:
 
     @cached_property
     def confidence(self) -> Float[Tensor, "*B K"]:
-        """Probability of the predicted token; -inf where nothing was asked."""
-        # exp(logit - logsumexp), with the largest logit taken out first: exact up to the last sum.
-        weights = (self.logits - self.logits.amax(-1, keepdim=True)).exp()
-        probability = weights.gather(-1, self._chosen[:, None])[:, 0] / weights.sum(-1)
+        """Probability of the predicted token, in float64; -inf where nothing was asked."""
+        own, others = _weights(self.logits, self._chosen)
+        probability = own / (own + others.sum(-1).double())
         return self._spread(probability.masked_fill(self._last, 0.0), -torch.inf)
 
     @cached_property
     def margin(self) -> Float[Tensor, "*B K"]:
-        """Probability of the most probable token minus that of the second; -inf where nothing was asked."""
-        top = self._probabilities.topk(2, dim=-1).values
-        return self._spread((top[:, 0] - top[:, 1]).masked_fill(self._last, -torch.inf), -torch.inf)
+        """Probability of the most probable token minus that of the second, in float64; -inf where nothing was asked."""
+        own, others = _weights(self.logits, self.logits.argmax(-1))
+        margin = (own - others.amax(-1).double()) / (own + others.sum(-1).double())
+        return self._spread(margin.masked_fill(self._last, -torch.inf), -torch.inf)
 
     @cached_property
     def entropy(self) -> Float[Tensor, "*B K"]:
-        """Entropy in nats; +inf where nothing was asked."""
-        entropy = torch.special.entr(self._probabilities).sum(-1)
+        """Entropy in nats, in float64; +inf where nothing was asked."""
+        own, others = _weights(self.logits, self.logits.argmax(-1))
+        rest = others.sum(-1).double()
+        entropy = rest.log1p() + torch.special.entr(others).sum(-1).double() / (own + rest)
         return self._spread(entropy.masked_fill(self._last, torch.inf), torch.inf)
-
-    @cached_property
-    def _probabilities(self) -> Float[Tensor, "N V"]:
-        return self.logits.softmax(-1)
 
     def _spread(self, values: Tensor, fill: float) -> Tensor:
         out = values.new_full((self._shape.numel(),), fill)
         return self._arrange(out.index_copy_(0, self._index, values).view(self._shape))
+
+
+def _weights(
+    logits: Float[Tensor, "N V"], token: Int[Tensor, " N"]
+) -> tuple[Float[Tensor, " N"], Float[Tensor, "N V"]]:
+    """Probability over that of the most probable token: of one token, in float64, and of all others, 0 for itself.
+
+    The others summed by themselves keep apart probabilities that are all 1 in float32, as those of a trained model
+    often are, and which the published samplers rank by a softmax in float64.
+    """
+    weights = (logits - logits.amax(-1, keepdim=True)).exp_()
+    own = weights.gather(-1, token[:, None])[:, 0].double()
+    return own, weights.scatter_(-1, token[:, None], 0)
 
 
 def _without(logits: Tensor, tokens: Sequence[int]) -> Tensor:

@@ -43,8 +43,18 @@ def test_confidence_survives_large_logits() -> None:
 def test_half_precision_logits_are_judged_in_float32() -> None:
     values = logits().to(torch.bfloat16)
     prediction = predict(values)
-    assert prediction.confidence.dtype == torch.float32
-    torch.testing.assert_close(prediction.confidence[0], values.float().softmax(-1).amax(-1))
+    torch.testing.assert_close(prediction.confidence[0].float(), values.float().softmax(-1).amax(-1))
+
+
+def test_probabilities_that_are_all_one_in_float32_are_kept_apart() -> None:
+    values = torch.zeros(4, 7)
+    values[:, 2] = torch.tensor([24.0, 22.0, 23.0, 21.0])
+    prediction = predict(values)
+    exact = values.double().softmax(-1)
+    assert (exact.amax(-1).float() == 1).all()
+    torch.testing.assert_close(1 - prediction.confidence[0], 1 - exact.amax(-1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(1 - prediction.margin[0], 1 - (exact[:, 2] - exact[:, 0]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(prediction.entropy[0], -(exact * exact.log()).sum(-1), rtol=1e-4, atol=0)
 
 
 def test_margin_and_entropy_are_those_of_the_softmax() -> None:

@@ -137,3 +137,42 @@ def test_a_base_that_cannot_be_drafted_is_refused(base: Any) -> None:
 def test_values_out_of_range_are_named(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"{name}=.*use "):
         FreeDave(**{name: value})
+
+
+@torch.inference_mode()
+def spelt_out(lm: dllm.LanguageModel, prompt: list[int], depth: int, generated: int) -> tuple[list[int], int]:
+    """FreeDave over one token per step in one block, confidences by a softmax in float64; tokens and forwards."""
+    mask = lm.backbone.mask_token_id
+
+    def predict(canvases: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        probabilities = lm.backbone(canvases).logits.double().softmax(-1)
+        probabilities[..., mask] = 0
+        best = probabilities.max(-1)
+        return best.values.masked_fill(canvases != mask, -1), best.indices
+
+    def filled(canvas: torch.Tensor, surest: torch.Tensor, tokens: torch.Tensor, count: int) -> torch.Tensor:
+        places = surest.sort(descending=True, stable=True).indices[: min(count, int((canvas == mask).sum()))]
+        return canvas.scatter(0, places, tokens[places])
+
+    canvas = torch.tensor([*prompt, *[mask] * generated])
+    (surest, tokens), forwards = (part[0] for part in predict(canvas[None])), 1
+    while int((canvas == mask).sum()) > 1:
+        drafts = torch.stack([filled(canvas, surest, tokens, 1 + k) for k in range(depth)])
+        judged, at = predict(drafts), 0
+        forwards += 1
+        while at + 1 < depth and (drafts[at + 1] != drafts[at]).any():
+            if not torch.equal(filled(drafts[at], judged[0][at], judged[1][at], 1), drafts[at + 1]):
+                break
+            at += 1
+        canvas, surest, tokens = drafts[at], judged[0][at], judged[1][at]
+    return filled(canvas, surest, tokens, 1)[len(prompt) :].tolist(), forwards
+
+
+@pytest.mark.parametrize("depth", [2, 8])
+def test_a_trained_model_takes_the_forwards_of_the_published_rule(depth: int) -> None:
+    # Its probabilities are 1 in float32 nearly everywhere: the order that drafts are made in must not be lost there.
+    lm = dllm.load("tiny-llada", device="cpu")
+    for problem in word_problems.problems(6, 1_600_000):
+        prompt = lm.tokenizer(problem.question).input_ids  # type: ignore[misc]
+        result = dllm.generate(lm, [prompt], FreeDave(depth), gen_length=24, block_length=24, stop_at_eos=False)
+        assert (result.completions[0].tolist(), int(result.nfe[0])) == spelt_out(lm, prompt, depth, 24)
