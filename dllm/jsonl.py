@@ -97,7 +97,7 @@ class AnswerFile:
         Raises:
             OSError: it cannot be written, or something else changed the file; answers from before are as they were.
         """
-        if self._state != _state(self.file):
+        if self._state != _state(self.path):
             raise self._changed()
         if self._out is None:
             if self.prepare is not None:
@@ -117,13 +117,13 @@ class AnswerFile:
         if self._out is not None:
             self._sync()
             sync_folder(self.file.parent)
-        if self._state != _state(self.file) or (self.ids and self._lost()):
+        if self._state != _state(self.path) or (self.ids and self._lost()):
             raise self._changed()
 
     def __enter__(self) -> AnswerFile:
         self._made = [folder for folder in self.file.parents if not folder.exists()]
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
             self._claim.take()
             self._read()
         except BaseException:
@@ -145,7 +145,7 @@ class AnswerFile:
         if stray or _is_printed_to(self.path):
             raise ValueError(f"{self._called} is no ordinary file; give the name of one, which can be read again")
         try:
-            self._state = _state(self.file)
+            self._state = _state(self.path)
             content = b"" if self._state is None else self.file.read_bytes()
         except OSError as error:
             raise ValueError(f"{self._called} cannot be read ({error}); give another file") from None
@@ -193,13 +193,13 @@ class AnswerFile:
     def _lost(self) -> list[str | int]:
         """The answers that are not in the file."""
         try:
-            found = read_answers(self.file.read_bytes())[0]
+            found = read_answers(self.path.read_bytes())[0]
         except (OSError, ValueError):
             found = set()
         return sorted(self.ids - found, key=str)
 
     def _changed(self) -> OSError:
-        what = "changed" if self.file.exists() else "removed"
+        what = "changed" if self.path.exists() else "removed"
         lost = self._lost()
         told = f"{len(lost)} answers are lost ({listed(lost)})" if lost else "no answer is lost"
         return OSError(f"{self._called} was {what} by something else during this run, {told}; run the command again")

@@ -262,6 +262,20 @@ class TestChangesDuringARun:
                 answers.add(row(1))
         assert names(path) == [0]
 
+    def test_a_link_that_leads_elsewhere_is_noticed(self, tmp_path: Path) -> None:
+        link, other = tmp_path / "link.jsonl", tmp_path / "other.jsonl"
+        link.symlink_to("first.jsonl")
+        with AnswerFile(link) as answers:
+            answers.add(row(0))
+            other.write_bytes(write_line(row(5)))
+            link.unlink()
+            link.symlink_to(other)
+            with pytest.raises(
+                OSError, match=r"was changed by something else during this run, 1 answers are lost \(0\)"
+            ):
+                answers.verify()
+        assert names(other) == [5]
+
     def test_a_file_that_changes_before_the_first_answer_is_not_cut(self, path: Path) -> None:
         path.write_bytes(write_line(row(0)) + b'{"id": 1, "te')
         with AnswerFile(path) as answers:
