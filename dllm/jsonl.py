@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from dllm.files import parse_json
+from dllm.answer_lines import listed, read_answers, write_line
+from dllm.claim import Claim
+from dllm.files import parse_json, sync_folder
 
 
 @dataclass(frozen=True)
@@ -59,46 +65,164 @@ def read_questions(path: Path, option: str = "input") -> list[Question]:
 class AnswerFile:
     """Answers, one line each, added as they finish; nothing is touched before the first is added.
 
+    As a context manager it keeps other writers out, and reads again what is there.
+
     Args:
         path: the file; answers that it holds are kept, and a last line cut off by an interruption is not.
 
     Attributes:
+        file: where it is, links followed.
         ids: of the answers that are there.
+        prepare: called before the first answer is added.
 
     Raises:
         ValueError: the file cannot be read or holds something else.
     """
 
+    prepare: Callable[[], None] | None = None
+
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file: BinaryIO | None = None
-        try:
-            content = path.read_bytes() if path.exists() else b""
-            # An interruption may cut a line anywhere, within a character as well.
-            self._whole = content.rfind(b"\n") + 1
-            rows = [parse_json(line) for line in content[: self._whole].split(b"\n") if line.strip()]
-            self.ids: set[str | int] = {row["id"] for row in rows if "text" in row}
-        except (OSError, ValueError, KeyError, TypeError):
-            self.ids, rows = set(), [None]
-        if len(self.ids) != len(rows):
-            raise ValueError(f"output={str(path)!r} holds something other than answers; give another file")
+        self.path, self.file = path, Path(os.path.realpath(path))
+        self.ids: set[str | int] = set()
+        self._called = f"output={str(path)!r}"
+        self._claim = Claim(self.file, self._called)
+        self._made: list[Path] = []
+        self._out: FileIO | None = None
+        self._synced = 0.0
+        self._read()
 
     def add(self, answer: Mapping[str, Any]) -> None:
-        """Write one answer at once."""
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("ab")
-            self._file.truncate(self._whole)
-        self._file.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
+        """Write one answer at once.
+
+        Raises:
+            OSError: it cannot be written, or something else changed the file; answers from before are as they were.
+        """
+        if self._state != _state(self.path):
+            raise self._changed()
+        if self._out is None:
+            if self.prepare is not None:
+                self.prepare()
+            self._open()
+        self._write(write_line(answer))
         self.ids.add(answer["id"])
+        if time.monotonic() - self._synced > _SYNC_SECONDS:
+            self._sync()
+
+    def verify(self) -> None:
+        """Bring everything to the disk, and make sure that all answers can be read back.
+
+        Raises:
+            OSError: they cannot, because something else removed, replaced or changed the file.
+        """
+        if self._out is not None:
+            self._sync()
+            sync_folder(self.file.parent)
+        if self._state != _state(self.path) or (self.ids and self._lost()):
+            raise self._changed()
 
     def __enter__(self) -> AnswerFile:
+        self._made = [folder for folder in self.file.parents if not folder.exists()]
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self._claim.take()
+            self._read()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self._out is not None:
+            self._out.close()
+        self._claim.release()
+        with suppress(OSError):  # not empty any more
+            for folder in self._made:
+                folder.rmdir()
+
+    def _read(self) -> None:
+        there = self.path.exists()
+        stray = (not self.file.is_file()) if there else self.file.is_symlink()  # pipes, folders; links to themselves
+        if stray or _is_printed_to(self.path):
+            raise ValueError(f"{self._called} is no ordinary file; give the name of one, which can be read again")
+        try:
+            self._state = _state(self.path)
+            content = b"" if self._state is None else self.file.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{self._called} cannot be read ({error}); give another file") from None
+        try:
+            self.ids, self._whole = read_answers(content)
+        except ValueError as error:
+            raise ValueError(
+                f"{self._called} holds something other than answers; give another file ({error})"
+            ) from None
+        self._needs_newline = self._whole > 0 and content[self._whole - 1 : self._whole] != b"\n"
+
+    def _open(self) -> None:
+        self._out = FileIO(self.file, "a")
+        self._out.truncate(self._whole)
+        self._state = _state(self._out.fileno())
+        if self._needs_newline:
+            self._write(b"\n")
+
+    def _write(self, data: bytes) -> None:
+        assert self._out is not None
+        assert self._state is not None
+        device, number, size = self._state
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[self._out.write(rest) :]
+        except OSError as error:
+            with suppress(OSError):  # the line stays torn then, and is cut when the run goes on
+                self._out.truncate(size)
+            raise self._full(error) from None
+        self._state = device, number, size + len(data)
+
+    def _sync(self) -> None:
+        assert self._out is not None
+        try:
+            os.fsync(self._out.fileno())
+        except OSError as error:  # some disks say only now that they are full
+            raise self._full(error) from None
+        self._synced = time.monotonic()
+
+    def _full(self, error: OSError) -> OSError:
+        told = f"{self._called} cannot be written ({error.strerror or error}), {len(self.ids)} answers are in it"
+        return OSError(f"{told}; make room, and the same command goes on")
+
+    def _lost(self) -> list[str | int]:
+        """The answers that are not in the file."""
+        try:
+            found = read_answers(self.path.read_bytes())[0]
+        except (OSError, ValueError):
+            found = set()
+        return sorted(self.ids - found, key=str)
+
+    def _changed(self) -> OSError:
+        what = "changed" if self.path.exists() else "removed"
+        lost = self._lost()
+        told = f"{len(lost)} answers are lost ({listed(lost)})" if lost else "no answer is lost"
+        return OSError(f"{self._called} was {what} by something else during this run, {told}; run the command again")
+
+
+# A power cut may take the answers of this many seconds; a sync for each would hold fast models up.
+_SYNC_SECONDS = 1.0
+
+
+def _state(file: Path | int) -> tuple[int, int, int] | None:
+    """Which file this is, and its size; None without one."""
+    try:
+        found = os.fstat(file) if isinstance(file, int) else file.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size
+
+
+def _is_printed_to(file: Path) -> bool:
+    """Whether the command's own messages go to this file."""
+    with suppress(OSError):
+        return any(os.path.samestat(os.fstat(stream), file.stat()) for stream in (1, 2))
+    return False
 
 
 def _question(where: str, number: int, line: str) -> Question:

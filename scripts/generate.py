@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from jinja2 import TemplateError
 from omegaconf import DictConfig, OmegaConf
@@ -19,6 +21,8 @@ from rich.text import Text
 
 import dllm
 from dllm import compatibility
+from dllm.answer_manifest import AnswerManifest, describe, identify
+from dllm.checks import choice
 from dllm.display import CanvasView, live, plain, save_picture
 from dllm.drift import Drift, Measurement, summarise
 from dllm.jsonl import AnswerFile, Question, read_questions
@@ -27,7 +31,7 @@ from dllm.scripts import app
 from dllm.step import Step
 from dllm.tasks import word_problems
 
-_KINDS = get_type_hints(dllm.Options) | {"seed": int | None, "prompt": str | None}
+_KINDS = get_type_hints(dllm.Options) | {"seed": int | None, "prompt": str | None, "resume": str | None}
 _SEEDS = 2**62
 
 
@@ -47,17 +51,31 @@ def generate(cfg: DictConfig) -> None:
     options["seed"] = random.randrange(_SEEDS) if cfg.seed is None else cfg.seed
     # Bad values are refused before the model loads.
     compatibility.check(sampler, cache, dllm.Options(**options).cfg_scale)
-    if answers is not None and not _left(questions, answers):
-        print(_done(questions, answers))
-        return
-    lm = dllm.load(cfg.model.path, **{name: value for name, value in fields["model"].items() if name != "path"})
-    runner = Runner(lm, sampler, cache, options, cfg.chat)
-    if answers is not None:
-        with answers:
-            runner.answer_file(questions, answers, cfg.show)
-    else:
+
+    def load() -> Runner:
+        return Runner(_load(cfg.model.path, fields["model"]), sampler, cache, options, cfg.chat)
+
+    if answers is None:
         prompt = word_problems.problems(1, seed=options["seed"])[0].question if cfg.prompt is None else cfg.prompt
-        runner.answer_prompt(prompt, cfg.show, Path(cfg.picture) if cfg.picture else None)
+        load().answer_prompt(prompt, cfg.show, Path(cfg.picture) if cfg.picture else None)
+        return
+    with answers:
+        manifest = AnswerManifest(answers, cfg.resume == "mixed")
+        if cfg.seed is None and manifest.seed is not None:  # any will do, so what is there need not be mixed
+            options["seed"] = manifest.seed
+        session = describe(fields | options, HydraConfig.get().runtime.choices)
+        left = _left(questions, answers)
+        manifest.check(questions, session)
+        if left or not manifest.fits(session):
+            runner = load()
+            session["model"] = identify(runner.lm)
+            manifest.check_model(session)
+            if left:
+                answers.prepare = lambda: manifest.begin(questions, session)
+                runner.answer_file(questions, answers, cfg.show)
+        if manifest.note:
+            print(manifest.note)
+        print(_done(questions, answers))
 
 
 class Runner:
@@ -137,10 +155,10 @@ class Runner:
                     }
                 )
                 advance(name)
+        answers.verify()
         if (drift := summarise(measured, seconds=0.0)) is not None:
             print(_told(drift))
         print(f"{len(busy)} steps, row slots busy {sum(busy) / len(busy):.1%}")
-        print(_done(questions, answers))
 
     def _encode(self, prompts: Sequence[tuple[str, str | list[Mapping[str, str]]]]) -> list[list[int]]:
         """Token ids of (place, prompt) pairs; an error names the place."""
@@ -152,6 +170,10 @@ class Runner:
         return ids
 
 
+def _load(path: str, model: Mapping[str, Any]) -> dllm.LanguageModel:
+    return dllm.load(path, **{name: value for name, value in model.items() if name != "path"})
+
+
 def _check(cfg: DictConfig) -> None:
     if cfg.show not in ("auto", "live", "lines", "none"):
         raise ValueError(f"show={cfg.show!r} is unknown; use auto, live, lines or none")
@@ -160,8 +182,11 @@ def _check(cfg: DictConfig) -> None:
     for name in ("prompt", "picture"):
         if cfg.input is not None and cfg[name] is not None:
             raise ValueError(f"{name} and input exclude each other; give one of them")
-    if cfg.input is not None and Path(cfg.input).resolve() == Path(cfg.output).resolve():
+    if cfg.input is not None and _is_same(cfg.input, cfg.output):
         raise ValueError(f"output={cfg.output!r} is the input itself; give another file")
+    choice("resume", cfg.resume, (None, "mixed"))
+    if cfg.resume is not None and cfg.output is None:
+        raise ValueError(f"resume={cfg.resume} is for input and output; give both, or leave it out")
     if cfg.picture is not None and Path(cfg.picture).suffix != ".svg":
         raise ValueError(f"picture={cfg.picture!r} is no SVG file; give a name that ends in .svg")
     for name in ("output", "picture"):
@@ -189,6 +214,13 @@ def _told(drift: Drift) -> str:
 
 def _done(questions: Sequence[Question], answers: AnswerFile) -> str:
     return f"{len(answers.ids)} of {len(questions)} answers are in {answers.path}"
+
+
+def _is_same(one: str, other: str) -> bool:
+    """Whether two names are of one file, through links of any kind."""
+    with suppress(OSError):
+        return os.path.realpath(one) == os.path.realpath(other) or Path(one).samefile(other)
+    return False
 
 
 def _is_text(value: str) -> bool:

@@ -262,6 +262,8 @@ class TestFile:
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.005)
+        process.send_signal(signal.SIGSTOP)
+        refused(command("generate", *arguments, f"output={output}"), f"is being written by process {process.pid} on ")
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL

@@ -1,0 +1,1 @@
+../../dllm/answer_manifest.py

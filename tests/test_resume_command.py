@@ -1,0 +1,414 @@
+"""`dllm generate` with input and output: which answers are kept, and what is told of those that are not."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dllm
+from commands import Outcome, command
+from dllm import claim
+from dllm.answer_manifest import AnswerManifest
+from models import random_llada
+
+MODELS = {
+    "tiny-llada": random_llada(tokenizer=True, seed=1, max_length=96),
+    "tiny-dream": random_llada(tokenizer=True, seed=2, max_length=96),
+}
+ASKED = ["Tom", "Ann has 3 pens.", "Sam has 5 pens. He loses 2."]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dllm, "load", lambda path, **_: MODELS[path])
+    monkeypatch.setattr(claim.Claim.__init__, "__defaults__", (0.0,))
+
+
+def ask(*rows: dict[str, Any] | str) -> None:
+    written = [{"prompt": row} if isinstance(row, str) else row for row in rows]
+    Path("q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
+
+
+def run(*arguments: str) -> Outcome:
+    return command("generate", "input=q.jsonl", "output=a.jsonl", "gen_length=8", "block_length=4", *arguments)
+
+
+def lines() -> list[bytes]:
+    return Path("a.jsonl").read_bytes().splitlines(keepends=True)
+
+
+def keep(count: int) -> None:
+    Path("a.jsonl").write_bytes(b"".join(lines()[:count]))
+
+
+def manifest() -> dict[str, Any]:
+    return json.loads(Path("a.jsonl.manifest.json").read_text())
+
+
+def refused(result: Outcome, *named: str) -> str:
+    assert (result.code, result.out) == (2, "")
+    assert result.err.count("\n") == 1
+    assert result.err.startswith("dllm generate: error: ")
+    for part in named:
+        assert part in result.err
+    return result.err
+
+
+@pytest.fixture
+def answered() -> bytes:
+    """Three questions without ids, of which the first two have answers."""
+    ask(*ASKED)
+    assert run().code == 0
+    keep(2)
+    return Path("a.jsonl").read_bytes()
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that is loaded is an error."""
+    monkeypatch.setattr(dllm, "load", None)
+
+
+class TestPrompts:
+    def test_a_line_put_in_front_is_refused(self, answered: bytes, unloaded: None) -> None:
+        ask("Mia", *ASKED)
+        refused(run(), "input='q.jsonl' line 1 is not the prompt that output='a.jsonl' answers", "those of 1 other")
+        assert Path("a.jsonl").read_bytes() == answered
+
+    @pytest.mark.parametrize(
+        "changed",
+        [
+            {"prompt": "Ann has 4 pens."},
+            {"prompt": "Ann has 3 pens. "},
+            {"messages": [{"role": "user", "content": "Ann has 3 pens."}]},
+        ],
+    )
+    @pytest.mark.parametrize("mixed", [[], ["resume=mixed"]])
+    def test_another_prompt_under_an_answered_id_is_refused(
+        self, changed: dict[str, Any], mixed: list[str], unloaded: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(dllm, "load", lambda path, **_: MODELS[path])
+        ask({"id": "x", "prompt": "Tom"}, {"id": "y", "prompt": "Ann has 3 pens."})
+        run()
+        before = lines()
+        monkeypatch.setattr(dllm, "load", None)
+        ask({"id": "x", "prompt": "Tom"}, {"id": "y"} | changed, {"id": "z", "prompt": "new"})
+        refused(run(*mixed), "input='q.jsonl' line 2 (id 'y') is not the prompt that output='a.jsonl' answers")
+        assert lines() == before
+
+    def test_other_order_new_ids_and_changes_without_an_answer_are_taken(self) -> None:
+        ask({"id": 1, "prompt": "Tom"}, {"id": "1", "prompt": "Ann"}, {"id": "z", "prompt": "Sam"})
+        run()
+        keep(2)
+        kept = lines()
+        ids = [json.loads(line)["id"] for line in kept]
+        texts = {1: "Tom", "1": "Ann", "z": "Sam"}
+        left = next(name for name in texts if name not in ids)
+        rows = [{"id": name, "prompt": texts[name] if name in ids else "Max"} for name in reversed(texts)]
+        ask({"id": "new", "prompt": "Eve"}, *rows)
+        assert run().code == 0
+        assert lines()[:2] == kept
+        assert {json.loads(line)["id"] for line in lines()} == {1, "1", "z", "new"}
+        assert set(manifest()["prompts"]) == {"1", '"1"', '"z"', '"new"'}
+        ask({"id": left, "prompt": texts[left]}, *(row for row in rows if row["id"] != left), "Eve")
+        refused(run())
+
+    def test_an_id_that_is_gone_from_the_input_is_refused(self, answered: bytes, unloaded: None) -> None:
+        ask("Tom")
+        refused(run(), "output='a.jsonl' answers 1, which is not in input")
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        ("arguments", "before", "now"),
+        [
+            (["gen_length=4"], "gen_length=8", "gen_length=4"),
+            (["temperature=0.5", "seed=3"], "temperature=0.0, seed=0", "temperature=0.5, seed=3"),
+            (["sampler=threshold"], "sampler=vanilla", "sampler=threshold"),
+            (["sampler.steps=4"], "sampler.steps=null", "sampler.steps=4"),
+            (["cache=dual"], "cache=none", "cache=dual"),
+            (["chat=true"], "chat=false", "chat=true"),
+            (["stop_at_eos=false"], "stop_at_eos=true", "stop_at_eos=false"),
+        ],
+    )
+    def test_options_that_change_answers_are_named(
+        self, answered: bytes, unloaded: None, arguments: list[str], before: str, now: str
+    ) -> None:
+        told = f"output='a.jsonl' was made with {before}; this run has {now}: give another output, or resume=mixed"
+        refused(run(*arguments), told)
+        assert Path("a.jsonl").read_bytes() == answered
+
+    def test_a_finished_file_of_other_options_is_refused_too(self, unloaded: None, monkeypatch: Any) -> None:
+        monkeypatch.setattr(dllm, "load", lambda path, **_: MODELS[path])
+        ask(*ASKED)
+        run()
+        monkeypatch.setattr(dllm, "load", None)
+        refused(run("sampler=factor"), "sampler=vanilla", "sampler=factor")
+        assert run() == Outcome(0, "3 of 3 answers are in a.jsonl\n", "")
+
+    def test_options_that_change_nothing_are_no_others(self, answered: bytes) -> None:
+        done = run("batch_size=1", "show=none", "cuda_graphs=false", "model.device=cpu", "model.pack=true")
+        assert done.out.endswith("3 of 3 answers are in a.jsonl\n")
+        assert Path("a.jsonl").read_bytes().startswith(answered)
+        assert [each["answers"] for each in manifest()["sessions"]] == [0, 2]
+
+    def test_mixed_keeps_them_and_tells_every_session(self, answered: bytes) -> None:
+        assert run("gen_length=4", "resume=mixed").code == 0
+        assert Path("a.jsonl").read_bytes().startswith(answered)
+        assert len(lines()) == 3
+        sessions = manifest()["sessions"]
+        assert [(each["answers"], each["options"]["gen_length"]) for each in sessions] == [(0, 8), (2, 4)]
+        assert sessions[0]["names"] == {"sampler": "vanilla", "cache": "none"}
+        assert sessions[0]["dllm"]
+        # Neither setting made all of them.
+        refused(run("gen_length=4"), "gen_length=8", "gen_length=4")
+        refused(run(), "gen_length=4", "gen_length=8")
+        assert run("gen_length=4", "resume=mixed").out == "3 of 3 answers are in a.jsonl\n"
+
+    def test_any_seed_goes_on_with_the_seed_that_was_drawn(self) -> None:
+        ask(*ASKED)
+        hot = ("temperature=1.5", "seed=null")
+        run(*hot)
+        whole = {json.loads(line)["id"]: line for line in lines()}
+        keep(1)
+        assert run(*hot).code == 0
+        assert {json.loads(line)["id"]: line for line in lines()} == whole
+        refused(run("temperature=1.5", "seed=0"), f"seed={manifest()['sessions'][0]['options']['seed']}", "seed=0")
+
+    @pytest.mark.parametrize(
+        ("arguments", "named"),
+        [
+            (["resume=all"], "resume='all' is unknown; use one of null, mixed"),
+            (["resume=5"], "resume=5"),
+            (["input=null", "output=null", "resume=mixed"], "resume=mixed is for input and output"),
+        ],
+    )
+    def test_other_values_of_resume_are_refused(self, arguments: list[str], named: str) -> None:
+        ask(*ASKED)
+        refused(run(*arguments), named)
+
+
+class TestModels:
+    @pytest.mark.parametrize("kept", [2, 3])
+    def test_another_model_is_refused(self, kept: int) -> None:
+        ask(*ASKED)
+        run()
+        keep(kept)
+        before = lines()
+        refused(run("model=tiny-dream"), "was made with model=tiny-llada; this run has model=tiny-dream: give another")
+        assert lines() == before
+        assert run("model=tiny-dream", "resume=mixed").code == 0
+
+    def test_other_weights_under_the_same_name_are_refused(self, answered: bytes, monkeypatch: Any) -> None:
+        monkeypatch.setitem(MODELS, "tiny-llada", MODELS["tiny-dream"])
+        refused(run(), "was made with weights=", "this run has weights=")
+
+    def test_other_precision_is_refused(self, answered: bytes, monkeypatch: Any) -> None:
+        lm = random_llada(tokenizer=True, seed=1, max_length=96, dtype=torch.float32)
+        monkeypatch.setitem(MODELS, "tiny-llada", lm)
+        refused(run(), "model.dtype=float64; this run has model.dtype=float32")
+
+    def test_the_same_weights_under_another_name_go_on(self, answered: bytes, monkeypatch: Any) -> None:
+        monkeypatch.setitem(MODELS, "tiny-dream", MODELS["tiny-llada"])
+        assert run("model=tiny-dream").code == 0
+        assert run("model=tiny-dream").out == "3 of 3 answers are in a.jsonl\n"
+
+    def test_weights_that_change_under_a_finished_file_are_noticed(self, tmp_path: Path, monkeypatch: Any) -> None:
+        folder = tmp_path / "model"
+        folder.mkdir()
+        (folder / "weights").write_text("1")
+        monkeypatch.setitem(MODELS, str(folder), MODELS["tiny-llada"])
+        ask(*ASKED)
+        assert run(f"model={folder}").code == 0
+        (folder / "weights").write_text("22")
+        monkeypatch.setitem(MODELS, str(folder), MODELS["tiny-dream"])
+        refused(run(f"model={folder}"), "was made with weights=")
+
+
+class TestManifestFile:
+    def test_answers_from_before_there_were_manifests_are_kept_and_it_is_told(self, answered: bytes) -> None:
+        Path("a.jsonl.manifest.json").unlink()
+        told = "2 answers were there before a.jsonl.manifest.json: what prompts and options made them is unknown"
+        done = run()
+        assert done.code == 0
+        assert done.out.splitlines()[1:] == [told, "3 of 3 answers are in a.jsonl"]
+        assert Path("a.jsonl").read_bytes().startswith(answered)
+        assert run().out == f"{told}\n3 of 3 answers are in a.jsonl\n"
+        assert run("resume=mixed").out == "3 of 3 answers are in a.jsonl\n"
+        ask("Mia", *ASKED)
+        refused(run(), "line 1 is not the prompt")
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            "", "{", "[]", "{}",
+            '{"format": "dllm-manifest", "version": 1}', '{"format": "dllm-answers", "version": 2}',
+            '{"format": "dllm-answers", "version": 1}',
+            '{"format": "dllm-answers", "version": 1, "prompts": {}, "sessions": [5]}',
+            '{"format": "dllm-answers", "version": 1, "prompts": [], "sessions": []}',
+            '{"format": "dllm-answers", "version": 1, "prompts": {}, "sessions": [{"answers": "x"}]}',
+        ],
+    )  # fmt: skip
+    def test_another_file_in_its_place_is_refused_and_left_alone(self, unloaded: None, content: str) -> None:
+        ask(*ASKED)
+        Path("a.jsonl.manifest.json").write_text(content)
+        refused(run("resume=mixed"), "a.jsonl.manifest.json", "give another output, or remove it")
+        assert Path("a.jsonl.manifest.json").read_text() == content
+        assert not Path("a.jsonl").exists()
+
+    def test_a_new_start_after_the_answers_were_removed(self, answered: bytes) -> None:
+        Path("a.jsonl").unlink()
+        ask("Mia")
+        assert run("gen_length=4").code == 0
+        assert len(manifest()["sessions"]) == len(manifest()["prompts"]) == 1
+
+    def test_it_is_there_before_the_first_answer(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def die(*_: Any) -> None:
+            assert len(manifest()["prompts"]) == 3
+            raise OSError("killed here")
+
+        ask(*ASKED)
+        monkeypatch.setattr(dllm.jsonl.AnswerFile, "_open", die)
+        refused(run(), "killed here")
+
+    def test_a_session_that_ended_before_its_first_answer_does_not_count(
+        self, answered: bytes, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(dllm.jsonl.AnswerFile, "_open", lambda self: (_ for _ in ()).throw(OSError("killed")))
+            refused(run("gen_length=4", "resume=mixed"), "killed")
+        assert [each["options"]["gen_length"] for each in manifest()["sessions"]] == [8, 4]
+        assert run().code == 0
+        assert [each["options"]["gen_length"] for each in manifest()["sessions"]] == [8, 8]
+
+    def test_what_cannot_be_written_is_told_in_one_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*_: Any) -> None:
+            raise OSError("No space left on device")
+
+        ask(*ASKED)
+        monkeypatch.setattr(dllm.answer_manifest, "write_json", refuse)
+        refused(run(), "output='a.jsonl': a.jsonl.manifest.json cannot be written beside it (No space left")
+        assert not Path("a.jsonl").exists()
+
+
+class TestFiles:
+    @pytest.mark.parametrize("content", [b"notes", b'{"prompt": "Tom"}', b"\0\1\2"])
+    def test_a_file_that_is_not_ours_is_refused_before_the_model_loads(self, unloaded: None, content: bytes) -> None:
+        ask(*ASKED)
+        Path("a.jsonl").write_bytes(content)
+        refused(run(), "output='a.jsonl' holds something other than answers; give another file")
+        assert Path("a.jsonl").read_bytes() == content
+        assert sorted(each.name for each in Path().iterdir()) == ["a.jsonl", "q.jsonl"]
+
+    @pytest.mark.parametrize("kind", ["hard", "symbolic"])
+    def test_a_link_to_the_input_is_the_input(self, unloaded: None, kind: str) -> None:
+        ask(*ASKED)
+        before = Path("q.jsonl").read_bytes()
+        (Path.hardlink_to if kind == "hard" else Path.symlink_to)(Path("a.jsonl"), Path("q.jsonl").absolute())
+        refused(run(), "output='a.jsonl' is the input itself")
+        assert Path("q.jsonl").read_bytes() == before
+
+    @pytest.mark.parametrize("output", ["/dev/null", "/dev/stdout", "fifo", "loop"])
+    def test_an_output_that_cannot_be_read_again_is_refused(self, unloaded: None, output: str) -> None:
+        os.mkfifo("fifo")
+        Path("loop").symlink_to("loop")
+        ask(*ASKED)
+        refused(run(f"output={output}"), f"output='{output}' is no ordinary file")
+
+    def test_an_input_that_can_be_read_once_is_enough(self) -> None:
+        ask(*ASKED)
+        text = Path("q.jsonl").read_bytes()
+        reader, writer = os.pipe()
+        os.write(writer, text)
+        os.close(writer)
+        assert run(f"input=/dev/fd/{reader}").code == 0
+        os.close(reader)
+        whole = lines()
+        keep(1)
+        assert run().code == 0
+        assert sorted(lines()) == sorted(whole)
+
+    def test_an_input_that_changes_during_the_run_is_noticed_by_the_next(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        decode = dllm.as_completed
+
+        def changed(*arguments: Any, **options: Any) -> Iterator[dllm.Answer]:
+            ask("Mia", *ASKED[1:])
+            return decode(*arguments, **options)
+
+        ask(*ASKED)
+        with monkeypatch.context() as patch:
+            patch.setattr(dllm, "as_completed", changed)
+            assert run().code == 0
+        refused(run(), "line 1 is not the prompt")
+
+    @pytest.fixture
+    def meanwhile(self, monkeypatch: pytest.MonkeyPatch) -> Any:
+        """Do something after the second answer."""
+
+        def arrange(act: Any) -> None:
+            decode = dllm.as_completed
+
+            def watched(*arguments: Any, **options: Any) -> Iterator[dllm.Answer]:
+                for count, answer in enumerate(decode(*arguments, **options)):
+                    if count == 2:
+                        act()
+                    yield answer
+
+            monkeypatch.setattr(dllm, "as_completed", watched)
+
+        return arrange
+
+    def test_a_second_writer_is_refused_and_told_who_writes(self, meanwhile: Any) -> None:
+        told: list[Outcome] = []
+        meanwhile(lambda: told.append(run()))
+        ask(*ASKED)
+        assert run().code == 0
+        said = refused(told[0], "output='a.jsonl' is being written by process", str(os.getpid()))
+        assert "dllm generate" in said
+        assert len(lines()) == 3
+        assert sorted(each.name for each in Path().iterdir()) == ["a.jsonl", "a.jsonl.manifest.json", "q.jsonl"]
+
+    def test_an_output_removed_during_the_run_is_told_with_what_is_lost(self, meanwhile: Any) -> None:
+        meanwhile(lambda: Path("a.jsonl").unlink())
+        ask(*ASKED)
+        done = run("batch_size=1")
+        assert (done.code, done.out) == (2, "")
+        assert "output='a.jsonl' was removed by something else during this run, 2 answers are lost (0, 1)" in done.err
+
+    def test_a_full_disk_is_told_and_the_run_goes_on_later(self, meanwhile: Any, monkeypatch: Any) -> None:
+        ask(*ASKED)
+        run()
+        whole = sorted(lines())
+        keep(0)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+        def fill() -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (Path("a.jsonl").stat().st_size + 9, before[1]))
+
+        decode = dllm.as_completed
+        meanwhile(fill)
+        try:
+            done = run()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert (done.code, done.out) == (2, "")
+        assert re.search(r"error: output='a.jsonl' cannot be written \(.*\), 2 answers are in it; make room", done.err)
+        assert len(lines()) == 2
+        monkeypatch.setattr(dllm, "as_completed", decode)
+        assert run().code == 0
+        assert sorted(lines()) == whole
+
+
+def test_the_manifest_lies_beside_the_file_and_not_beside_a_link(tmp_path: Path) -> None:
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "real.jsonl")
+    with dllm.jsonl.AnswerFile(tmp_path / "link.jsonl") as answers:
+        assert AnswerManifest(answers, mixed=False).path == tmp_path / "real.jsonl.manifest.json"
