@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.live import Live
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from dllm.escape import terminal
 from dllm.files import write_whole
 from dllm.step import Step
 
@@ -71,7 +73,7 @@ class CanvasView:
     def _word(self, token: int) -> str:
         if self.tokenizer is None:
             return f" {token}"
-        return str(self.tokenizer.decode([token])).replace("\n", "⏎")
+        return terminal(self.tokenizer.decode([token])).replace("\n", "⏎")
 
 
 def live(view: CanvasView, console: Console) -> tuple[Live, Callable[[Step], None]]:
@@ -107,7 +109,9 @@ def save_picture(frames: list[Text], title: str, path: Path, most: int = 12) -> 
     console = Console(record=True, width=100, file=io.StringIO(), force_terminal=True)
     for index in chosen:
         console.print(Text(f"step {index + 1:2d}  ", "dim cyan") + _tidy(frames[index]))
-    write_whole(path, console.export_svg(title=title))
+    drawn = console.export_svg(title=terminal(title, one_line=True))
+    # Without rich's two fonts, which a viewer would fetch from a network.
+    write_whole(path, re.sub(r"\s*@font-face \{.*?\}", "", drawn, count=2, flags=re.DOTALL))
 
 
 def _tidy(text: Text) -> Text:

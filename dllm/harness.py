@@ -12,7 +12,6 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import torch
 from hydra.utils import instantiate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -20,8 +19,9 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from omegaconf import OmegaConf
 
-from dllm import compatibility
+from dllm import compatibility, harness_options
 from dllm.cache.base import Cache
+from dllm.escape import terminal
 from dllm.journal import Journal
 from dllm.likelihood import Estimate
 from dllm.loading import load
@@ -32,9 +32,6 @@ from dllm.runner import Runner, Setting
 from dllm.samplers.base import Sampler
 
 _LOADING = ("device", "dtype", "device_map", "attn_implementation", "revision", "pack")
-_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-_KNOWN = {"until", "do_sample", "temperature", "top_p", "top_k", *_LENGTHS}
-GEN_LENGTH = 256  # where neither the user nor the task says
 
 
 @register_model("dllm")
@@ -71,19 +68,14 @@ class DLLM(TemplateLM):
 
         Args:
             arg_dict: `pretrained`, `sampler`, `cache`, their options with a prefix, `estimate.*`, fields of
-                `dllm.Options`, arguments of `dllm.load`, and `greedy`.
-            additional_config: what the command line has outside of it: batch_size and device.
+                `dllm.Options`, arguments of `dllm.load`, and `greedy`; `dllm.harness_options` says what is taken
+                of other models' arguments.
+            additional_config: what the command line has outside of it: batch_size, max_batch_size and device.
 
         Raises:
             ValueError: an unknown name, or a value out of range.
         """
-        more = {key: value for key, value in (additional_config or {}).items() if value is not None}
-        more.pop("max_batch_size", None)
-        if more.get("device") == "cuda:0" and not torch.cuda.is_available():
-            more.pop("device")  # what the harness says where the user says nothing
-        if not str(more.get("batch_size", 1)).isdigit():
-            raise ValueError(f"batch_size={more['batch_size']!r} is unknown; use a whole number")
-        given = more | {"batch_size": int(more.get("batch_size", 8))} | arg_dict
+        given = harness_options.model_arguments(arg_dict, additional_config or {}, _tell)
         greedy, seed = given.pop("greedy", True), given.pop("seed", 0)
         sampler = _from_parts("sampler", given, "vanilla", Sampler)
         cache = _from_parts("cache", given, "none", Cache)
@@ -190,23 +182,13 @@ class DLLM(TemplateLM):
         """What to answer, and the task's options that the user did not set."""
         context, asked = instance.args
         mine = self.runner.setting.options
-        if unknown := set(asked) - _KNOWN:
-            self._warn(f"generation options {', '.join(sorted(unknown))} have no effect here")
-        sampled = asked.get("do_sample", asked.get("temperature", 0) > 0)
-        length = next((asked[name] for name in _LENGTHS if asked.get(name) is not None), GEN_LENGTH)
-        options: dict[str, Any] = {
-            "gen_length": min(int(length), self.max_length // 2),
-            "temperature": float(asked.get("temperature", 1.0)) if sampled else 0.0,
-            "top_p": asked.get("top_p") if sampled else None,
-            "top_k": asked.get("top_k") or None if sampled else None,
-        }
-        options = {name: value for name, value in options.items() if name not in mine}
-        until = asked.get("until") or []
         prompt = self.tok_encode(context)
+        options, stops = harness_options.generation(asked, len(prompt), self._warn)
+        options["gen_length"] = min(options["gen_length"], self.max_length // 2)
+        options = {name: value for name, value in options.items() if name not in mine}
         room = self.max_length - int((options | dict(mine))["gen_length"])
         self._note_cut(len(prompt) > room > 0)
         prompt = prompt[-room:] if room > 0 else prompt
-        stops = (until,) if isinstance(until, str) else tuple(until)
         return Request(self._name(instance), prompt, stops, self._seed + self._next()), options
 
     def _note_cut(self, was: bool) -> None:
@@ -218,7 +200,7 @@ class DLLM(TemplateLM):
         """Say something once."""
         if message not in self._told:
             self._told.add(message)
-            warnings.warn(message, stacklevel=2)
+            _tell(message)
 
     def _next(self) -> int:
         self._count += 1
@@ -229,6 +211,10 @@ class DLLM(TemplateLM):
         name = f"{instance.task_name}/{instance.doc_id}#{instance.idx}"
         number = self._seen[name] = self._seen.get(name, -1) + 1
         return f"{name}.{number}" if number else name
+
+
+def _tell(message: str) -> None:
+    warnings.warn(terminal(message, one_line=True), stacklevel=1)
 
 
 def _parts(group: str, given: dict[str, Any]) -> dict[str, Any]:

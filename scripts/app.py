@@ -17,6 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dllm.escape import terminal
 from dllm.resolve import names, resolve
 from dllm.scripts import usage
 from dllm.scripts.kinds import check_kinds
@@ -71,7 +72,7 @@ def run(task: Callable[[DictConfig], Any], config_name: str, kinds: Mapping[str,
             message = _qualified(one_line(error), cfg)
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 # The other jobs of a sweep go on; what the sweeper makes of this one is told at its end.
-                print(f"{command}: error: {message}", file=sys.stderr)
+                print(terminal(f"{command}: error: {message}", one_line=True), file=sys.stderr)
                 raise ValueError(message) from None
             fail(command, message)
 
@@ -120,7 +121,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def fail(command: str, message: str, code: int = 2) -> NoReturn:
     """Say what is wrong and leave."""
-    print(f"{command}: error: {message}", file=sys.stderr)
+    print(terminal(f"{command}: error: {message}", one_line=True), file=sys.stderr)
     sys.exit(code)
 
 

@@ -22,6 +22,7 @@ from dllm.bench.sections import SECTIONS
 from dllm.bench.timing import REFERENCES
 from dllm.cache.base import Cache
 from dllm.checks import choice, number
+from dllm.escape import markdown
 from dllm.files import write_whole
 from dllm.loading import DTYPES, find_device
 from dllm.resolve import options_of
@@ -77,7 +78,7 @@ def bench(cfg: DictConfig) -> None:
     if cfg.model.pack:
         dtype += " packed (but not for the loops of today)"
     caption = f"{lm.name}, {dtype}, {sizes}, {device} with {torch.get_num_threads()} thread(s)"
-    text = f"{caption}\n\n{_costs_table(costs, weights)}\n{_shares_table(costs)}"
+    text = f"{markdown(caption)}\n\n{_costs_table(costs, weights)}\n{_shares_table(costs)}"
     text += f"\nReading the weights once, at the bandwidth of a copy, takes {1000 * floor:.1f} ms.\n"
     if causal is not None:
         text += (
@@ -176,7 +177,7 @@ def _costs_table(costs: Mapping[str, Cost], weights: int) -> str:
     for label, cost in costs.items():
         rows.append(
             [
-                label,
+                markdown(label),
                 str(cost.steps),
                 f"{cost.columns:.0f}" if cost.columns else "",
                 f"{1000 * cost.step:.1f}",
@@ -206,7 +207,7 @@ def _mark(cost: Cost, reference: Cost) -> str:
 
 def _shares_table(costs: Mapping[str, Cost]) -> str:
     rows = [
-        [label, *(f"{100 * cost.shares[section]:.1f}" for section in SECTIONS)]
+        [markdown(label), *(f"{100 * cost.shares[section]:.1f}" for section in SECTIONS)]
         for label, cost in costs.items()
         if cost.shares is not None
     ]

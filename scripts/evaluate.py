@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import dllm
 from dllm import compatibility
 from dllm.checks import choice, number
+from dllm.escape import terminal
 from dllm.files import parse_json
 from dllm.journal import Journal
 from dllm.likelihood import Estimate
@@ -67,7 +68,7 @@ def evaluate(cfg: DictConfig) -> float | tuple[float, ...] | None:
             refused.fail(app.one_line(error))
         raise
     refused.forgive()
-    print(_told(results, path), flush=True)
+    print(terminal(_told(results, path), one_line=True), flush=True)
     searching = sweeping and not hydra.sweeper["_target_"].endswith("BasicSweeper")
     return _objective(results, fields["objective"]) if searching else None
 
@@ -213,14 +214,14 @@ def _unless_orphaned(progress: Callable[[int, int], object]) -> Callable[[int, i
 @contextmanager
 def _progress(label: str) -> Iterator[Callable[[int, int], object]]:
     """A bar on a terminal, a line for each tenth elsewhere."""
-    console, tenths = Console(stderr=True), [0]
+    console, tenths, label = Console(stderr=True), [0], terminal(label, one_line=True)
 
     def line(done: int, total: int) -> None:
         if (now := 10 * done // total) > tenths[0]:
             tenths[0] = now
             print(f"{label}: {done}/{total}", file=sys.stderr)
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task(label, total=None)
         yield (lambda done, total: progress.update(bar, completed=done, total=total)) if console.is_terminal else line

@@ -25,6 +25,7 @@ from dllm.answer_manifest import AnswerManifest, describe, identify
 from dllm.checks import choice
 from dllm.display import CanvasView, live, plain, save_picture
 from dllm.drift import Drift, Measurement, summarise
+from dllm.escape import terminal
 from dllm.jsonl import AnswerFile, Question, read_questions
 from dllm.prompts import encode
 from dllm.scripts import app
@@ -104,7 +105,7 @@ class Runner:
 
         def callback(step: Step) -> None:
             while heading:  # only at the first step is it certain that nothing is refused
-                console.print(heading.pop(), style="bold", highlight=False, markup=False, soft_wrap=True)
+                console.print(Text(terminal(heading.pop()), "bold"), soft_wrap=True)
             if show != "none":
                 draw(step)
             if picture:
@@ -113,7 +114,7 @@ class Runner:
         ids = self._encode([("prompt", prompt)])
         with display, _naming(["prompt"]):
             result = dllm.generate(self.lm, ids, self.sampler, self.cache, callback=callback, **self.options)
-        console.print(result.texts[0], style="green", highlight=False, markup=False, soft_wrap=True)
+        console.print(Text(terminal(result.texts[0]), "green"), soft_wrap=True)
         stats, nfe = result.stats, int(result.nfe[0])
         counts = f"NFE {nfe}  tokens {stats.tokens}  TPF {stats.tpf:.2f}  {stats.tokens_per_second:.1f} tokens/s"
         # What NFE does not count is shown where there is any.
@@ -253,7 +254,13 @@ def _progress(show: str, total: int, done: int) -> Iterator[Callable[[str | int]
             yield lambda name: progress.advance(task)
     else:
         count = iter(range(done + 1, total + 1))
-        yield lambda name: print(f"{next(count)}/{total}  {name}", file=sys.stderr) if show != "none" else None
+        yield (
+            lambda name: (
+                print(f"{next(count)}/{total}  {terminal(name, one_line=True)}", file=sys.stderr)
+                if show != "none"
+                else None
+            )
+        )
 
 
 if __name__ == "__main__":

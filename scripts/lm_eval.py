@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 from dllm.scripts.app import fail
 
@@ -12,11 +13,16 @@ def main() -> None:
     try:
         from lm_eval.__main__ import cli_evaluate
 
-        import dllm.harness  # noqa: F401  # registers the class
+        import dllm.harness  # registers the class
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
             raise
         fail("dllm lm-eval", "lm-eval is missing: pip install 'dllm-samplers[eval]'")
+    told = warnings.formatwarning
+    # What has no effect is told in a line; warnings of libraries keep their place.
+    warnings.formatwarning = lambda message, category, filename, *more: (
+        f"dllm lm-eval: {message}\n" if filename == dllm.harness.__file__ else told(message, category, filename, *more)
+    )
     try:
         cli_evaluate()
     except ValueError as error:

@@ -8,8 +8,10 @@ from pathlib import Path
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dllm.checks import number
+from dllm.escape import markdown, terminal
 from dllm.files import write_whole
 from dllm.reports import page, plots, table
 from dllm.reports.reading import load
@@ -51,7 +53,7 @@ def report(cfg: DictConfig) -> None:
     for name, text in files.items():
         write_whole(out / name, text)
     _show(sweep, files["report.md"])
-    print(f"written to {out}: {', '.join(sorted(files))}")
+    print(f"written to {terminal(out, one_line=True)}: {', '.join(sorted(files))}")
 
 
 def _picture(sweep: Sweep, group: Group, cost: str) -> str:
@@ -62,28 +64,23 @@ def _picture(sweep: Sweep, group: Group, cost: str) -> str:
 
 
 def _markdown(sweep: Sweep, drawn: dict[str, dict[str, str]]) -> str:
-    parts = [f"# {sweep.name}"]
+    parts = [f"# {markdown(sweep.name)}"]
     for group in sweep.groups:
         shown = table.columns(group)
-        rows = [[_escape(text) for text in row] for row in table.cells(group, shown)]
-        parts += [f"## {_escape(group.title)}", app.markdown([_escape(column.head) for column in shown], rows)]
+        rows = [[markdown(text) for text in row] for row in table.cells(group, shown)]
+        parts += [f"## {markdown(group.title)}", app.markdown([markdown(column.head) for column in shown], rows)]
         if any(run.bound for run in group.runs):
             parts.append(_BOUND)
         if areas := table.areas(group):
-            areas_shown = [[_escape(each.of), str(each.runs), f"{each.aup:.1f}"] for each in areas]
+            areas_shown = [[markdown(each.of), str(each.runs), f"{each.aup:.1f}"] for each in areas]
             parts.append(app.markdown(["runs of", "runs", "AUP"], areas_shown))
             parts.append(_AUP)
         pictures = [(plots.COSTS[cost], _picture(sweep, group, cost)) for cost in drawn[group.title]]
-        parts += [f"![{_escape(group.title)}: quality against {cost}]({file})" for cost, file in pictures]
+        parts += [f"![{markdown(group.title)}: quality against {cost}]({file})" for cost, file in pictures]
     if sweep.failures:
-        failed = [f"- {_escape(each.label)}: {_escape(each.message)}" for each in sweep.failures]
+        failed = [f"- {markdown(each.label)}: {markdown(each.message)}" for each in sweep.failures]
         parts.append("\n".join(["Not measured:", "", *failed]))
     return "\n\n".join(parts) + "\n"
-
-
-def _escape(text: str) -> str:
-    """Text as itself within Markdown, on one line."""
-    return re.sub(r"([|<>\\`*\[\]])", r"\\\1", re.sub(r"\s+", " ", text))
 
 
 def _show(sweep: Sweep, text: str) -> None:
@@ -102,22 +99,25 @@ def _show(sweep: Sweep, text: str) -> None:
         console.print(drawn)
         left_out = [column.head for column in table.columns(group)[len(shown) :]]
         if left_out:
-            console.print(
-                f"no room for {', '.join(left_out)}; see report.md", style="dim", markup=False, highlight=False
-            )
+            console.print(_text(f"no room for {', '.join(left_out)}; see report.md"), style="dim")
     for failure in sweep.failures:
         message = f"not measured: {failure.label}: {failure.message}"
-        console.print(message, style="red", markup=False, highlight=False)
+        console.print(Text(terminal(message, one_line=True), "red"))
 
 
 def _drawn(group: Group, shown: list[table.Column]) -> Table:
-    drawn = Table(title=group.title, title_justify="left")
+    drawn = Table(title=_text(group.title), title_justify="left")
     for column in shown:
-        drawn.add_column(column.head, justify="left" if column is shown[0] else "right")
+        drawn.add_column(_text(column.head), justify="left" if column is shown[0] else "right")
     for run, row in zip(group.runs, table.cells(group, shown), strict=True):
         style = "italic dim" if run.bound else "bold" if table.fronts(group, run) else ""
-        drawn.add_row(*row, style=style)
+        drawn.add_row(*map(_text, row), style=style)
     return drawn
+
+
+def _text(text: str) -> Text:
+    """Text that is no markup of rich's."""
+    return Text(terminal(text, one_line=True))
 
 
 if __name__ == "__main__":

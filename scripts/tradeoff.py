@@ -18,6 +18,7 @@ import dllm
 from dllm import compatibility
 from dllm.cache.base import Cache
 from dllm.checks import number
+from dllm.escape import markdown, terminal
 from dllm.evaluation import Score, evaluate
 from dllm.files import write_whole
 from dllm.plan import parse_options
@@ -88,7 +89,7 @@ def _measure(
 ) -> dict[str, Score]:
     """The scores of all settings; speeds are medians over runs that take turns."""
     console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     for sampler, cache, own in settings.values():
         # What a run refuses is told now, not when the settings before it are measured.
         dllm.generate(lm, problems[0].question, sampler, cache, **options | own)
@@ -98,7 +99,7 @@ def _measure(
         count = lambda step: progress.advance(task, step.finished)  # noqa: E731
         for label in [*settings] * repeats:
             sampler, cache, own = settings[label]
-            progress.update(task, description=label)
+            progress.update(task, description=terminal(label, one_line=True))
             runs[label].append(evaluate(lm, problems, sampler, cache, callback=count, **options | own))
     return {
         label: replace(scores[0], tokens_per_second=median(each.tokens_per_second for each in scores))
@@ -111,7 +112,7 @@ def table(scores: dict[str, Score], caption: str) -> str:
     head = ["setting", "right answers", "95% interval", "whole chain right", "NFE", "TPF"]
     rows = [
         [
-            label,
+            markdown(label),
             f"{s.final:.1%}",
             f"{s.interval[0]:.1%} to {s.interval[1]:.1%}",
             f"{s.chain:.1%}",
@@ -139,7 +140,7 @@ def table(scores: dict[str, Score], caption: str) -> str:
     head += list(more)
     for row, s in zip(rows, scores.values(), strict=True):
         row += [cell(s) for cell in more.values()]
-    return f"{caption}\n\n{app.markdown(head, rows)}\n"
+    return f"{markdown(caption)}\n\n{app.markdown(head, rows)}\n"
 
 
 def draw(figure: Any, scores: dict[str, Score], title: str, cost: str = "nfe") -> None:

@@ -22,6 +22,7 @@ lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
+from dllm import harness_options  # noqa: E402
 from dllm.harness import DLLM  # noqa: E402
 
 # One worker finds the harness's tasks once for all.
@@ -235,11 +236,14 @@ def test_both_ways_in_agree(task: str, theirs: Any, tasks: Path, tmp_path: Path)
 def test_the_harness_own_command_line(tasks: Path, tmp_path: Path) -> None:
     process = start(
         "lm-eval", "--model", "dllm", "--model_args", "pretrained=tiny-llada,sampler=tiny/localleap,cache=freecache",
-        "--tasks", "toy_generate", "--include_path", str(tasks), "--batch_size", "4", "--output_path", str(tmp_path),
+        "--tasks", "toy_generate", "--include_path", str(tasks), "--batch_size", "auto", "--output_path", str(tmp_path),
+        "--trust_remote_code", "--device", "cpu", "--gen_kwargs", "temperature=None,top_k=-1",
     )  # fmt: skip
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     assert "toy_generate" in out
+    told = [line for line in err.splitlines() if line.startswith("dllm lm-eval: ")]
+    assert [line.split()[2].partition("=")[0] for line in told] == ["trust_remote_code", "batch_size"]
     (file,) = tmp_path.rglob("results_*.json")
     assert json.loads(file.read_text())["results"]["toy_generate"]["exact_match,last"] >= 0.5
 
@@ -259,6 +263,96 @@ def test_other_names_of_the_length_are_known_and_the_rest_is_told() -> None:
     with pytest.warns(UserWarning, match="num_beams have no effect"):
         lm.generate_until([asking("Tom has 3 pens.", until=[], max_new_tokens=4, num_beams=3)])
     assert len(lm.runner.records()[0].completion) == 4
+
+
+class TestWordsOfOthers:
+    """Options of published commands, which were written for transformers or vLLM."""
+
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize(
+        ("asked", "expected"),
+        [
+            ({"temperature": None}, {}),
+            ({"temperature": None, "do_sample": None, "top_p": None, "top_k": None, "until": None}, {}),
+            ({"temperature": 0.8, "do_sample": False, "top_p": 0.9, "top_k": 50}, {}),
+            ({"temperature": 0, "do_sample": True, "top_k": -1}, {}),
+            ({"temperature": "0.8", "top_k": -1, "top_p": 1.0}, {"temperature": 0.8}),
+            ({"temperature": 0.8, "top_k": 0, "top_p": 1}, {"temperature": 0.8}),
+            ({"temperature": 0.8, "top_k": 50, "top_p": 0.9}, {"temperature": 0.8, "top_k": 50, "top_p": 0.9}),
+            ({"do_sample": True, "temperature": None}, {"temperature": 1.0}),
+            ({"do_sample": "false", "temperature": 0.7}, {}),
+            ({"num_beams": 1, "use_cache": True}, {}),
+        ],
+    )
+    def test_what_means_off_is_off(self, asked: dict[str, Any], expected: dict[str, Any]) -> None:
+        options, stops = harness_options.generation({"max_gen_toks": 8} | asked, 5, lambda message: None)
+        off = {"temperature": 0.0, "top_p": None, "top_k": None}
+        assert options == off | expected | {"gen_length": 8}
+        assert stops == ()
+        (text,) = model().generate_until([asking("Tom has 3 pens.", max_gen_toks=8, **asked)])
+        assert isinstance(text, str)
+
+    @pytest.mark.parametrize(
+        ("asked", "length"),
+        [
+            ({"max_gen_toks": None, "max_new_tokens": 7}, 7),
+            ({"max_tokens": "9"}, 9),
+            ({"max_length": 30}, 25),
+            ({}, 256),
+        ],
+    )
+    def test_lengths_by_any_name(self, asked: dict[str, Any], length: int) -> None:
+        assert harness_options.generation(asked, 5, pytest.fail)[0]["gen_length"] == length
+
+    def test_stop_strings_by_any_name(self) -> None:
+        for until in ("x", ["x"], ["x", "", None], ("x",)):
+            assert harness_options.generation({"until": until}, 1, pytest.fail)[1] == ("x",)
+        assert harness_options.generation({"until": "x", "stop": ["y"]}, 1, pytest.fail)[1] == ("x", "y")
+
+    def test_what_has_no_effect_is_told_once(self) -> None:
+        lm = model()
+        asked = {"do_sample": False, "temperature": 0.7, "max_gen_toks": 4, "num_beams": 3}
+        with pytest.warns(UserWarning, match="no effect") as told:
+            lm.generate_until([asking("Tom has 3 pens.", place, **asked) for place in range(3)])
+        words = [str(each.message) for each in told]
+        assert len(words) == len(set(words)) == 2
+        assert any(word.startswith("temperature=0.7 has no effect") for word in words)
+
+    @pytest.mark.parametrize("asked", [{"temperature": "warm"}, {"top_k": [1]}, {"until": [3]}, {"max_tokens": "all"}])
+    def test_a_value_of_another_kind_is_named(self, asked: dict[str, Any]) -> None:
+        name = next(iter(asked))
+        with pytest.raises(ValueError, match=f"^{name}="):
+            harness_options.generation(asked, 1, pytest.fail)
+
+    @pytest.mark.parametrize(
+        ("arguments", "beside", "told"),
+        [
+            ("trust_remote_code=True", {}, "no code of a checkpoint is ever run"),
+            ("", {"batch_size": "auto"}, "batch_size='auto' is not searched for; 8 rows"),
+            ("", {"batch_size": "auto:4", "max_batch_size": 2}, "batch_size='auto:4' is not searched for; 2 rows"),
+            ("batch_size=auto", {"batch_size": 1}, "8 rows"),
+            ("parallelize=True", {}, "parallelize has no effect"),
+            ("add_bos_token=True", {}, "add_bos_token has no effect"),
+            ("gpu_memory_utilization=0.8", {"max_batch_size": 64}, "gpu_memory_utilization has no effect"),
+        ],
+    )
+    def test_arguments_without_effect_are_told(self, arguments: str, beside: dict[str, Any], told: str) -> None:
+        with pytest.warns(UserWarning, match=told) as words:
+            lm = DLLM.create_from_arg_string(f"pretrained=tiny-llada,{arguments}", {"device": "cpu"} | beside)
+        assert len(words) == 1
+        assert lm.runner.setting.options["batch_size"] in (2, 8)
+
+    def test_arguments_that_are_off_say_nothing(self, recwarn: pytest.WarningsRecorder) -> None:
+        arguments = "trust_remote_code=False,peft=None,load_in_8bit=False,temperature=None,top_k=-1,dtype=torch.float32"
+        lm = DLLM.create_from_arg_string(f"pretrained=tiny-llada,{arguments}", {"batch_size": "3", "device": None})
+        options = lm.runner.setting.options
+        assert (options["temperature"], options["top_k"], options["batch_size"]) == (0.0, None, 3)
+        assert not [each for each in recwarn if "effect" in str(each.message)]
+
+    @pytest.mark.parametrize("given", ["peft=adapter", "load_in_8bit=True", "batch_size=many"])
+    def test_what_would_change_results_is_refused(self, given: str) -> None:
+        with pytest.raises(ValueError, match=given.partition("=")[0]):
+            DLLM.create_from_arg_string(f"pretrained=tiny-llada,{given}")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from importlib import resources
 from typing import Any
 
@@ -13,6 +15,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from dllm.escape import terminal
 from dllm.reports import plots, table
 from dllm.reports.player import RAMPS, word
 from dllm.reports.runs import Group, Run, Sweep
@@ -36,8 +39,9 @@ def render(sweep: Sweep, drawn: Mapping[str, Mapping[str, str]], traces: int) ->
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     template = environment.from_string(_file("page.html.jinja"))
+    scripts = f"\n{_file('table.js')}\n{_file('player.js')}\n"
     numbers = {id(run): number for number, run in enumerate(run for group in sweep.groups for run in group.runs)}
-    return template.render(
+    rendered = template.render(
         sweep=sweep,
         tables=[_table(group, numbers) for group in sweep.groups],
         plots=[
@@ -46,9 +50,11 @@ def render(sweep: Sweep, drawn: Mapping[str, Mapping[str, str]], traces: int) ->
         ],
         areas=[table.areas(group) for group in sweep.groups],
         style=Markup(_file("page.css")),
-        scripts=Markup(_file("table.js") + "\n" + _file("player.js")),
+        scripts=Markup(scripts),
+        allowed=b64encode(sha256(scripts.encode()).digest()).decode(),
         data=Markup(_json(_player(sweep, traces))),
     )
+    return terminal(rendered)
 
 
 def chosen(sweep: Sweep, most: int) -> list[Run]:
@@ -87,7 +93,11 @@ def _player(sweep: Sweep, traces: int) -> dict[str, Any]:
     runs = []
     for group in sweep.groups:
         for run in group.runs:
-            entry: dict[str, Any] = {"label": run.label, "group": group.title, "samples": []}
+            entry: dict[str, Any] = {
+                "label": terminal(run.label, one_line=True),
+                "group": terminal(group.title, one_line=True),
+                "samples": [],
+            }
             if run.trace is None:
                 entry["note"] = "This run left no trace."
             elif id(run) in included:
@@ -122,7 +132,7 @@ def _trace(trace: Trace, place: str) -> dict[str, Any]:
 
 
 def _command(place: str) -> str:
-    return f"dllm show {shlex.quote(place)} (in the sweep's folder)"
+    return f"dllm show {shlex.quote(terminal(place, one_line=True))} (in the sweep's folder)"
 
 
 def _sample(frames: Frames, mask: int) -> dict[str, Any]:
@@ -145,7 +155,12 @@ def _sample(frames: Frames, mask: int) -> dict[str, Any]:
                 "nfe": int(frames.nfe[step]),
             }
         )
-    return {"id": frames.id, "prompt": frames.prompt.tolist(), "length": frames.canvas.shape[1], "steps": steps}
+    return {
+        "id": terminal(frames.id, one_line=True),
+        "prompt": frames.prompt.tolist(),
+        "length": frames.canvas.shape[1],
+        "steps": steps,
+    }
 
 
 def _where(tokens: Any, chosen: Any) -> list[list[int]]:

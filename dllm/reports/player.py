@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from dllm.escape import terminal
 from dllm.trace import Frames, Trace
 
 Colour = Literal["commit_step", "confidence"]
@@ -104,7 +105,7 @@ def draw(trace: Trace, sample: int, step: int, colour: Colour = "commit_step") -
     frames = trace.frames[sample]
     now, steps = moment(frames, step, trace.mask_token_id), len(frames.canvas)
     head = Text.assemble(
-        ("sample ", "dim"), f"{frames.id} ({sample + 1} of {len(trace.frames)})",
+        ("sample ", "dim"), f"{terminal(frames.id, one_line=True)} ({sample + 1} of {len(trace.frames)})",
         ("  step ", "dim"), (f"{step + 1} of {steps}", "bold"), ("  NFE ", "dim"), (str(now.nfe), "bold"),
         ("  computed ", "dim"), f"{now.computed.sum()} of {now.computed.size}",
     )  # fmt: skip

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from dllm.escape import terminal
 from dllm.reports.frontier import front
 from dllm.reports.labels import Labels
 from dllm.reports.runs import Group, Run, Sweep
@@ -23,7 +24,7 @@ _STYLE = {
     # Text stays text, and the same numbers give the same file.
     "svg.fonttype": "none", "svg.hashsalt": "dllm", "font.size": 9, "text.color": INK, "axes.edgecolor": INK,
     "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "font.family": ["DejaVu Sans"],
-    "mathtext.default": "regular",
+    "text.parse_math": False,
 }  # fmt: skip
 COSTS = {"nfe": "NFE per sample", "tokens_per_second": "tokens per second"}
 _SIGNS = {"nfe": 1, "tokens_per_second": -1}
@@ -95,10 +96,10 @@ def draw(group: Group, cost: str, look: Look) -> str | None:
         _legend(figure, points, look)
         labels = Labels(figure, axes, [(value, quality) for _, value, quality in points], lines)
         for run, value, quality in spread(on_front, _MOST_LABELS):
-            labels.put(value, quality, run.label, look.of(run)["color"])
+            labels.put(value, quality, terminal(run.label, one_line=True), look.of(run)["color"])
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    return re.sub(r"\s*<metadata>.*?</metadata>", "", file.getvalue(), flags=re.DOTALL)
+    return terminal(re.sub(r"\s*<metadata>.*?</metadata>", "", file.getvalue(), flags=re.DOTALL))
 
 
 def spread(values: Sequence[Any], most: int) -> list[Any]:
@@ -110,7 +111,8 @@ def spread(values: Sequence[Any], most: int) -> list[Any]:
 
 def _axes(axes: Any, group: Group, cost: str, points: Sequence[tuple[Run, float, float]]) -> None:
     names = {run.quality_name for run, *_ in points}
-    axes.set(xlabel=COSTS[cost], ylabel=names.pop() if len(names) == 1 else "quality", title=group.title)
+    quality_name = terminal(names.pop(), one_line=True) if len(names) == 1 else "quality"
+    axes.set(xlabel=COSTS[cost], ylabel=quality_name, title=terminal(group.title, one_line=True))
     costs = [value for _, value, _ in points]
     ends = [end for run, _, quality in points for end in (quality, *(run.interval or ()))]
     room = max(0.02, 0.12 * (max(ends) - min(ends)))
@@ -184,7 +186,7 @@ def _legend(figure: Any, points: Sequence[tuple[Run, float, float]], look: Look)
             style = (
                 {"color": looks[name], "marker": "o"} if title == "sampler" else {"color": INK, "marker": looks[name]}
             )
-            entries.append((Line2D([], [], linestyle="none", **style), f" {name}"))  # type: ignore[arg-type]
+            entries.append((Line2D([], [], linestyle="none", **style), f" {terminal(name, one_line=True)}"))  # type: ignore[arg-type]
     entries.append((blank, ""))
     if runs:
         entries.append((Line2D([], [], color=INK, linewidth=1.1), " Pareto front"))

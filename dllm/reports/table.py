@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from dllm.escape import cell
 from dllm.reports.frontier import aup
 from dllm.reports.reading import flat
 from dllm.reports.runs import Group, Run, Sweep
@@ -142,8 +143,8 @@ def raw(sweep: Sweep) -> str:
     order = [*first, *settings, *(name for name in names if name not in {*first, *settings})]
     file = io.StringIO()
     writer = csv.DictWriter(file, order, restval="", extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer.writerow({name: cell(name) for name in order})
+    writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)
     return file.getvalue()
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, get_args
 
-from dllm.checks import number
+from dllm.checks import choice, number
 from dllm.runner import Runner
-from dllm.tasks import humaneval
+from dllm.tasks import humaneval, sandbox
 from dllm.tasks.base import Graded
 from dllm.tasks.harness import evaluate, fingerprints
+from dllm.tasks.sandbox import Sandbox
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,11 @@ class HumanEval:
 
     Args:
         data: JSONL file (.gz too) in place of the hub's data set.
-        execute: run what the model wrote, in a subprocess with limits; without it nothing is judged.
+        execute: run what the model wrote, in a sandbox; without it nothing is judged.
+        sandbox: "full" refuses to run where the system cannot confine a program as `dllm.tasks.sandbox` says;
+            "partial" takes what there is.
         timeout: seconds a program may take.
-        memory: bytes it may take.
+        memory: bytes that all of its processes together may take.
         limit: problems; None for all 164.
         instruct: ask as the harness's humaneval_instruct does; for chat models, with `chat`.
         chat: apply the model's chat template.
@@ -37,6 +40,7 @@ class HumanEval:
     execute: bool = False
     timeout: float = 5.0
     memory: int = 1 << 30
+    sandbox: Sandbox = "full"
     limit: int | None = None
     instruct: bool = False
     chat: bool = False
@@ -44,16 +48,19 @@ class HumanEval:
     def __post_init__(self) -> None:
         if self.limit is not None:
             number("task.limit", self.limit, "1 or more, or null", low=1, whole=True)
+        choice("task.sandbox", self.sandbox, get_args(Sandbox))
         number("task.timeout", self.timeout, "seconds above 0", above=0)
         number("task.memory", self.memory, "bytes, 67108864 (64 MiB) or more", low=1 << 26, whole=True)
 
     def check(self) -> Mapping[str, str]:
-        """See that the file is there."""
+        """See that the file is there, and that programs can be confined where they are to be run."""
+        if self.execute:
+            sandbox.check(self.timeout, self.memory, self.sandbox)
         return fingerprints({} if self.data is None else {"test": self.data})
 
     def run(self, runner: Runner, seed: int) -> Graded:
         """Ask for all programs, and judge them where that is allowed."""
-        task = humaneval.task(self.data, self.execute, self.timeout, self.memory, self.instruct)
+        task = humaneval.task(self.data, self.execute, self.timeout, self.memory, self.instruct, self.sandbox)
         metric = "pass@1" if self.execute else None
         graded = evaluate(runner, task, seed, None, limit=self.limit, apply_chat_template=self.chat)
         scores = {label.partition(",")[0]: values for label, values in graded.scores.items()}

@@ -20,6 +20,7 @@ from typing import Any
 
 from dllm.files import parse_json
 from dllm.tasks import sandbox
+from dllm.tasks.sandbox import Sandbox
 
 HUB = "openai/openai_humaneval"
 FIELDS = ("task_id", "prompt", "test", "entry_point")
@@ -49,16 +50,23 @@ class Grade:
     execute: bool
     timeout: float
     memory: int
+    confined: Sandbox = "full"
 
     def __call__(self, doc: Mapping[str, Any], results: Sequence[Sequence[str]]) -> dict[str, float]:
         """The metric of one problem: `pass@1`, or `generated` where nothing is to be executed."""
         if not self.execute:
             return {"generated": 1.0}
-        return {"pass@1": float(sandbox.execute(_tested(doc, results[0][0]), self.timeout, self.memory).passed)}
+        outcome = sandbox.execute(_tested(doc, results[0][0]), self.timeout, self.memory, self.confined)
+        return {"pass@1": float(outcome.passed)}
 
 
 def task(
-    data: str | None, execute: bool, timeout: float = 5.0, memory: int = 1 << 30, instruct: bool = False
+    data: str | None,
+    execute: bool,
+    timeout: float = 5.0,
+    memory: int = 1 << 30,
+    instruct: bool = False,
+    confined: Sandbox = "full",
 ) -> dict[str, Any]:
     """Describe the task as ``lm_eval.simple_evaluate(tasks=[...])`` takes it.
 
@@ -69,16 +77,17 @@ def task(
             confined. False runs nothing: there is no pass@1 then, only `generated`, which is 1 for every
             problem; the logged samples hold what `program` needs to be graded elsewhere.
         timeout: seconds a program may run.
-        memory: bytes a program may use.
+        memory: bytes a program may use, in all of its processes together.
         instruct: the harness's humaneval_instruct, for models that chat: the function is asked for, its
             beginning stands at the start of the answer, and the answer ends at its first ```.
+        confined: as `dllm.tasks.sandbox.execute` takes its `sandbox`.
 
     Raises:
         ValueError: the file cannot be read or holds something else, a value out of range, or a platform on
-            which programs cannot be executed.
+            which programs cannot be executed, or not confined as asked.
     """
     if execute:
-        sandbox.check(timeout, memory)
+        sandbox.check(timeout, memory, confined)
 
     metric = {"metric": "pass@1" if execute else "generated", "aggregation": "mean", "higher_is_better": True}
     config: dict[str, Any] = {
@@ -88,7 +97,7 @@ def task(
         "test_split": "test",
         "doc_to_text": f"{_REQUEST}```python\n{{{{ prompt }}}}\n```\n" if instruct else "{{prompt}}",
         "doc_to_target": "{{test}}\ncheck({{entry_point}})",
-        "process_results": Grade(execute, timeout, memory),
+        "process_results": Grade(execute, timeout, memory, confined),
         "metric_list": [metric],
         "generation_kwargs": {"until": list(STOPS), "max_gen_toks": 1024, "do_sample": False},
         "repeats": 1,

@@ -2,12 +2,17 @@
 
 The program gets an interpreter of its own (this one, with its installed packages), a folder of its own
 that is removed afterwards, an environment without the caller's variables, no input, and limits on time,
-memory, the size of a file and the number of open ones. Its output goes nowhere. Where the system allows
-it (Linux user namespaces, or root), it has no network.
+memory (of each process, and of all together), the number of processes and threads, the size of a file and
+the number of open ones. Its output goes nowhere; whether it ran to its end is told on a pipe, by a random word.
+On Linux it opens no socket (no network, no unix socket either), has no capabilities, can neither read nor
+signal the process that called, and all processes that it starts are found and ended, whatever session
+they are in. Where the system does not allow that, `execute` and `check` say what is missing and refuse, unless
+told `sandbox="partial"`.
 
-This is a guard against accidents, not a jail: the program runs as the user who called, reads and writes
-what that user may, and memory is limited for each of its processes, not for all. Put whatever must not be
-touched out of reach, best in a container or a virtual machine that runs nothing else.
+This is a guard, not a jail: the program runs as the user who called, and reads and writes the files of that user.
+Its tests run in its own process, as they do everywhere with HumanEval: a program that was written to deceive them
+(an __eq__ that always agrees) can. Put whatever must not be touched out of reach, best in a container or a virtual
+machine that runs nothing else.
 """
 
 from __future__ import annotations
@@ -15,18 +20,18 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from dllm.checks import number
+from dllm.checks import choice, number
 
 # Seconds that starting and cleaning up may take beside the program itself, on a busy machine.
 _GRACE = 30.0
+Sandbox = Literal["full", "partial"]
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 
 
@@ -46,7 +51,7 @@ class Outcome:
     detail: str
 
 
-def execute(program: str, timeout: float = 5.0, memory: int = 1 << 30) -> Outcome:
+def execute(program: str, timeout: float = 5.0, memory: int = 1 << 30, sandbox: Sandbox = "full") -> Outcome:
     """Run a Python program as a main module; see the module's docstring for what it is kept from.
 
     Everything it starts is ended with it, background processes too. Its string hashes are the same each time.
@@ -54,19 +59,20 @@ def execute(program: str, timeout: float = 5.0, memory: int = 1 << 30) -> Outcom
     Args:
         program: source code.
         timeout: seconds it may run; starting the interpreter does not count.
-        memory: bytes of address space it may have, in each process.
+        memory: bytes of address space it may have in each process, and of memory in all together.
+        sandbox: "full" refuses where the system cannot give all of it, "partial" takes what there is.
 
     Raises:
-        ValueError: a value out of range, or a platform without resource limits.
+        ValueError: a value out of range, a platform without resource limits, or no full sandbox.
         RuntimeError: the interpreter could not be started.
     """
-    check(timeout, memory)
+    _check_limits(timeout, memory, sandbox)
     with tempfile.TemporaryDirectory(prefix="dllm-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "program.py"
         path.write_bytes(program.encode("utf-8", "surrogatepass"))
         # -P and -s keep the folder and the user's own packages off the path, as -I would; that one
         # would ignore the fixed hash seed as well.
-        command = [sys.executable, "-B", "-P", "-s", str(_SUPERVISOR), str(path), str(timeout), str(memory)]
+        command = [sys.executable, "-B", "-P", "-s", str(_SUPERVISOR), str(path), str(timeout), str(memory), sandbox]
         with subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -79,11 +85,10 @@ def execute(program: str, timeout: float = 5.0, memory: int = 1 << 30) -> Outcom
             try:
                 said, complaint = process.communicate(timeout=timeout + _GRACE)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+                _end(process)
                 said, complaint = process.communicate()
             finally:
-                if process.poll() is None:  # interrupted
-                    os.killpg(process.pid, signal.SIGKILL)
+                _end(process)  # where it was interrupted
     lines = said.decode().splitlines()
     if not lines:
         last = complaint.decode(errors="replace").strip().rpartition("\n")[2]
@@ -91,15 +96,37 @@ def execute(program: str, timeout: float = 5.0, memory: int = 1 << 30) -> Outcom
     if len(lines) == 1:
         return Outcome(False, "crashed", "the process that watched it is gone")
     reason, detail = json.loads(lines[1])
+    if reason == "refused":
+        raise ValueError(
+            f"task.sandbox='full' is not possible here: this system does not let it {detail}; "
+            "run where it is, or accept less with task.sandbox=partial"
+        )
     return Outcome(reason == "passed", reason, detail)
 
 
-def check(timeout: float, memory: int) -> None:
-    """Refuse limits that `execute` would not take, and platforms.
+def check(timeout: float, memory: int, sandbox: Sandbox = "full") -> None:
+    """Refuse what `execute` would refuse, before there is a program: it runs an empty one.
 
     Raises:
-        ValueError: a value out of range, or a platform without resource limits.
+        ValueError: a value out of range, a platform without resource limits, or no full sandbox.
     """
+    _check_limits(timeout, memory, sandbox)
+    if sandbox == "full":
+        execute("", 60.0, 1 << 30, sandbox)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Let the supervisor end its program and itself, and end it where it does not."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(_GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _check_limits(timeout: float, memory: int, sandbox: str) -> None:
+    choice("task.sandbox", sandbox, get_args(Sandbox))
     number("timeout", timeout, "a number of seconds above 0, 3600 at most", above=0, high=3600)
     bytes_ = "a whole number of bytes, at least 67108864 (64 MiB)"
     number("memory", memory, bytes_, low=1 << 26, high=1 << 46, whole=True)

@@ -3,86 +3,164 @@
 Run by its path and never imported, so that it starts fast: it needs nothing but the standard library. On
 standard output it writes a line when it is ready, and a JSON list of reason and detail at the end.
 
-The child proves that it ran to its end, or tells what it raised, by a word on a pipe that no program writes
-by accident. Whatever it leaves running, in its session or out of it, becomes a child of this process
-(Linux; elsewhere only what stays in the session is found) and is ended.
+The child has a session of its own. Whatever it starts, in that session or out of it, stays below this process
+(Linux), which counts the processes, adds up their memory, and ends them all. The child proves that it ran to
+its end by a random word on a pipe; the program sees neither this process's descriptors nor its memory.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
 import json
 import math
 import os
+import platform
 import resource
+import select
 import signal
+import socket
+import struct
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
-_CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36
+_PR_SET_NO_NEW_PRIVS, _SECCOMP_SET_MODE_FILTER, _SECCOMP_FILTER_FLAG_NEW_LISTENER = 38, 1, 8
+_SECCOMP_IOCTL_NOTIF_RECV, _SECCOMP_IOCTL_NOTIF_SEND, _SECCOMP_USER_NOTIF_FLAG_CONTINUE = 0xC0502100, 0xC0182101, 1
+_CLONE_NEWIPC, _CLONE_NEWUSER, _CLONE_NEWNET = 0x08000000, 0x10000000, 0x40000000
 _LINUX = sys.platform == "linux"
-_FILE_BYTES, _OPEN_FILES = 1 << 24, 128
+_FILE_BYTES, _OPEN_FILES, _TASKS = 1 << 24, 128, 128
+_END = "dllm.end"
+
+# Numbers of system calls (asm/unistd.h) by machine: the audit architecture, seccomp, those that start a process or a
+# thread, and _CALLS, of which the last four take a process as their first argument.
+_CALLS = """socket memfd_create ptrace process_vm_readv process_vm_writev unshare setns bpf perf_event_open userfaultfd
+add_key request_key keyctl tkill kill tgkill rt_sigqueueinfo prlimit64""".split()
+_NUMBERS = {
+    "x86_64": (
+        0xC000003E,
+        317,
+        (56, 57, 58, 435),
+        (41, 319, 101, 310, 311, 272, 308, 321, 298, 323, 248, 249, 250, 200, 62, 234, 129, 302),
+    ),
+    "aarch64": (
+        0xC00000B7,
+        277,
+        (220, 435),
+        (198, 279, 117, 270, 271, 97, 268, 280, 241, 282, 217, 218, 219, 130, 129, 131, 138, 261),
+    ),
+}
+# The same on every machine: io_uring_*, pidfd_send_signal, pidfd_getfd; and pidfd_open, which takes a process.
+_NEWER, _PIDFD_OPEN = (424, 425, 426, 427, 438), 434
+_ERRORS = {"socket": errno.EAFNOSUPPORT, "memfd_create": errno.ENOSYS}
 
 
-def main(path: str, timeout: float, memory: int) -> None:
+def main(path: str, timeout: float, memory: int, partial: bool) -> None:
     """Run the program at `path`; see `dllm.tasks.sandbox.execute` for the arguments."""
+    caller, missing = os.getppid(), []
     if _LINUX:
+        # Ended politely, so that nothing is left of the program either, should the caller be gone.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
         libc = ctypes.CDLL(None)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)  # out of a program's reach in /proc
         libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        # Without a user namespace only root may do without the network; who may do neither keeps it.
-        if libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET) != 0:
-            libc.unshare(_CLONE_NEWNET)
-    word = os.urandom(16).hex()
+    if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
+        missing.append("find all processes of a program (no children in /proc)")
+    end, refusal = os.urandom(16).hex().encode(), os.urandom(16).hex().encode()
+    words = [end, refusal]
     receive, send = os.pipe()
+    ours, theirs = socket.socketpair()
     print("ready", flush=True)
     child = os.fork()
     if child == 0:
         os.close(receive)
-        _run(path, send, word, timeout, memory)
-    status = _wait(child, timeout)
-    if status is None:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    _end_strays()
-    os.set_blocking(receive, False)
-    os.write(send, b" ")  # so that there is something to read
-    said = os.read(receive, 1 << 16).decode(errors="replace")
-    print(json.dumps(_verdict(status, said.partition(word)[2].strip(), timeout)), flush=True)
-    os.killpg(0, signal.SIGKILL)  # this process as well, and where strays are not found, most of them
-
-
-def _run(path: str, report: int, word: str, timeout: float, memory: int) -> NoReturn:
-    """Be the program."""
+        ours.close()
+        del end, refusal  # a program can look through these frames
+        _run(path, (send, theirs), words, (timeout, memory), (caller, None if partial else missing))
+    os.close(send)
+    theirs.close()
+    forks = next(iter(socket.recv_fds(ours, 1, 1)[1]), None)
     try:
-        own = os.getpid()
-        _confine(timeout, memory)
+        reason = _wait(child, timeout, memory, forks)
+    finally:
+        status = _end_all(child)
+    os.set_blocking(receive, False)
+    try:
+        said = os.read(receive, 1 << 16)
+    except BlockingIOError:
+        said = b""
+    if said.startswith(refusal):
+        reason = "refused", said.removeprefix(refusal).decode()
+    print(json.dumps(reason or _verdict(status, end in said, said.decode(errors="replace"), timeout)), flush=True)
+
+
+def _run(
+    path: str,
+    channels: tuple[int, socket.socket],
+    words: list[bytes],
+    limits: tuple[float, int],
+    surroundings: tuple[int, list[str] | None],
+) -> NoReturn:
+    """Be the program."""
+    report = channels[0]
+    audit, write, leave, describe = sys.audit, os.write, os._exit, _description
+    try:
+        own, getpid = os.getpid(), os.getpid
+        found = _confine(*limits, surroundings[0], channels[1])
+        if surroundings[1] is not None and (missing := surroundings[1] + found):
+            write(report, words[1] + "; ".join(missing).encode())
+            leave(0)
         source = Path(path).read_bytes()
         module = ModuleType("__main__")
         module.__file__ = path
         sys.modules["__main__"], sys.argv = module, [path]
+        sys.addaudithook(_witness(report, words[0], sys._getframe()))
+        words.clear()
         try:
             exec(compile(source, path, "exec", dont_inherit=True), vars(module))
-            said = "end"
         except BaseException as error:  # noqa: BLE001  # SystemExit too: whatever it is, the program did not end well
-            said = _description(error)
-        if os.getpid() == own:  # a fork of the program gets here as well
-            os.write(report, f"{word}{said}".encode(errors="replace"))
-            os._exit(0)
+            if getpid() == own:
+                write(report, describe(error).encode(errors="replace"))
+        else:
+            audit(_END)  # a fork of the program gets here as well, and is not heard
+        leave(0)
     finally:
-        os._exit(1)
+        leave(1)
 
 
-def _confine(timeout: float, memory: int) -> None:
-    if _LINUX:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+def _witness(report: int, word: bytes, frame: Any) -> Callable[[str, Any], None]:
+    """Says the word when `frame` itself ends, and no one else asks.
+
+    Python code cannot list its audit hooks, so that a program which looks through frames and descriptors finds
+    no word to write.
+    """
+    write, getpid, caller, own = os.write, os.getpid, sys._getframe, os.getpid()
+
+    def hook(event: str, _: Any) -> None:
+        if event.startswith("gc."):  # which would find this function
+            raise PermissionError(event)
+        if event == _END and getpid() == own and caller(1) is frame:
+            write(report, word)
+
+    return hook
+
+
+def _confine(timeout: float, memory: int, caller: int, channel: socket.socket) -> list[str]:
+    """Take everything away from this process that the program is not to have; returns what could not be."""
+    own = os.getppid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     null = os.open(os.devnull, os.O_RDWR)
     for standard in range(3):
         os.dup2(null, standard)
     os.close(null)
+    os.setsid()
+    os.nice(5)  # whoever watches comes first
     seconds = math.ceil(timeout) + 1  # should nobody be left to watch the time
     for kind, soft, hard in (
         (resource.RLIMIT_AS, memory, memory),
@@ -95,6 +173,77 @@ def _confine(timeout: float, memory: int) -> None:
         if most != resource.RLIM_INFINITY:
             soft, hard = min(soft, most), min(hard, most)
         resource.setrlimit(kind, (soft, hard))
+    if not _LINUX:
+        return [f"confine a program on {sys.platform} (Linux can)"]
+    libc = ctypes.CDLL(None)
+    # Without a user namespace only root may leave the network; the filter below closes sockets in any case.
+    if libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET | _CLONE_NEWIPC) != 0:
+        libc.unshare(_CLONE_NEWNET | _CLONE_NEWIPC)
+    libc.capset(struct.pack("II", 0x20080522, 0), bytes(24))
+    libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)  # so that it can read its own entry in /proc
+    _keep_inside(libc)
+    outside = {-1, own, -own, caller, -os.getpgid(caller)}
+    missing, listener = [], _filter_calls(libc, sorted(outside))
+    if listener is None:
+        missing.append("count processes before they start and close sockets (no seccomp filter)")
+    else:
+        socket.send_fds(channel, [b"forks"], [listener])
+        os.close(listener)
+    channel.close()
+    if any(_readable(f"/proc/{process}/{name}") for process in (own, caller) for name in ("environ", "fd/1")):
+        missing.append("hide the caller's processes from a program (neither Landlock nor a user namespace)")
+    return missing
+
+
+def _readable(path: str) -> bool:
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+    except OSError:
+        return False
+    return True
+
+
+def _keep_inside(libc: Any) -> None:
+    """Landlock: out of reach is who is not below this process, and from Linux 6.12 on for signals as well."""
+    no_devices = 1 << 11  # what no program does: a domain has to forbid something
+    for rules in (struct.pack("QQQ", no_devices, 0, 3), struct.pack("Q", no_devices)):
+        domain = libc.syscall(444, rules, ctypes.c_size_t(len(rules)), 0)
+        if domain >= 0:
+            libc.syscall(446, domain, 0)
+            os.close(domain)
+            return
+
+
+def _filter_calls(libc: Any, outside: Sequence[int]) -> int | None:
+    """Refuse sockets, and system calls that reach into other processes; `outside` are not to be signalled.
+
+    Returns:
+        Where each start of a process or thread asks for leave; None where the system has no such filter.
+    """
+    if platform.machine() not in _NUMBERS:
+        return None
+    architecture, seccomp, starts, numbers = _NUMBERS[platform.machine()]
+    load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06
+    allow, ask, kill, refuse = (give, 0, 0, 0x7FFF0000), (give, 0, 0, 0x7FC00000), (give, 0, 0, 0x80000000), 0x00050000
+    no = (give, 0, 0, refuse | errno.EPERM)
+    # The call's architecture must be this one, and its number no other ABI's of the same.
+    code = [(load, 0, 0, 4), (equal, 1, 0, architecture), kill, (load, 0, 0, 0), (at_least, 0, 1, 1 << 30), no]
+    for number in starts:
+        code += [(equal, 0, 1, number), ask]
+    for name, number in zip(_CALLS[:-4], numbers, strict=False):
+        code += [(equal, 0, 1, number), (give, 0, 0, refuse | _ERRORS.get(name, errno.EPERM))]
+    for number in _NEWER:
+        code += [(equal, 0, 1, number), no]
+    for number in (*numbers[-4:], _PIDFD_OPEN):
+        pids = [part for pid in outside for part in ((equal, 0, 1, pid & 0xFFFFFFFF), no)]
+        code += [(equal, 0, len(pids) + 2, number), (load, 0, 0, 16), *pids, allow]
+    code.append(allow)
+    text = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *each) for each in code))
+    program = struct.pack("HxxxxxxQ", len(code), ctypes.addressof(text))
+    listener = libc.syscall(seccomp, _SECCOMP_SET_MODE_FILTER, _SECCOMP_FILTER_FLAG_NEW_LISTENER, program)
+    return None if listener < 0 else int(listener)
 
 
 def _description(error: BaseException) -> str:
@@ -106,49 +255,128 @@ def _description(error: BaseException) -> str:
     return f"{kind}: {message}" if message else kind
 
 
-def _wait(child: int, timeout: float) -> int | None:
-    """The child's status; None where it takes too long."""
-    deadline, pause = time.monotonic() + timeout, 0.001
+def _wait(child: int, timeout: float, memory: int, forks: int | None) -> tuple[str, str] | None:
+    """Watch until the child ends; reason and detail where it has to be ended."""
+    deadline, pause, look, tasks = time.monotonic() + timeout, 0.001, 0.0, 0
+    listener = select.poll()
+    if forks is not None:
+        listener.register(forks, select.POLLIN)
     while True:
-        done, status = os.waitpid(child, os.WNOHANG)
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return None
         left = deadline - time.monotonic()
-        if done or left <= 0:
-            return status if done else None
-        time.sleep(min(pause, left))
-        pause = min(2 * pause, 0.02)
+        if left <= 0:
+            return "timeout", f"still running after {timeout:g} s"
+        if _LINUX and (left <= deadline - look or tasks > _TASKS):
+            found, look = _below(os.getpid()), time.monotonic() + pause
+            tasks = sum(map(_tasks, found))
+            if tasks > _TASKS:
+                return "failed", f"more than {_TASKS} processes and threads"
+            if sum(map(_resident, found)) > memory and sum(map(_proportional, found)) > memory:
+                return "memory", f"more than {memory} bytes in all of its processes"
+        if any(event & select.POLLIN for _, event in listener.poll(1000 * min(pause, left))) and forks is not None:
+            _allow_one(forks)
+            tasks += 1  # until they are counted again
+        pause = min(2 * pause, 0.01)
 
 
-def _end_strays() -> None:
-    """End everything that the program left behind, generation after generation."""
-    while _LINUX:
-        for entry in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                parent = int(entry.read_text(errors="replace").rpartition(")")[2].split()[1])
-            except OSError:  # it is gone
-                continue
-            if parent == os.getpid():
-                os.kill(int(entry.parent.name), signal.SIGKILL)
+def _allow_one(forks: int) -> None:
+    """Let one process or thread start: as each has to wait for this, none can outrun whoever counts them."""
+    asked = bytearray(80)
+    try:
+        fcntl.ioctl(forks, _SECCOMP_IOCTL_NOTIF_RECV, asked)
+        answer = struct.pack("QqiI", struct.unpack_from("Q", asked)[0], 0, 0, _SECCOMP_USER_NOTIF_FLAG_CONTINUE)
+        fcntl.ioctl(forks, _SECCOMP_IOCTL_NOTIF_SEND, answer)
+    except OSError:  # who asked is gone
+        pass
+
+
+def _below(process: int) -> list[int]:
+    """All descendants that are there now."""
+    found, last = _children(process), 0
+    while last < len(found):
+        found += _children(found[last])
+        last += 1
+    return found
+
+
+def _children(process: int) -> list[int]:
+    found: list[int] = []
+    try:
+        for task in Path(f"/proc/{process}/task").iterdir():
+            found += map(int, (task / "children").read_text().split())
+    except OSError:  # it is gone
+        pass
+    return found
+
+
+def _tasks(process: int) -> int:
+    try:
+        return len(list(Path(f"/proc/{process}/task").iterdir()))
+    except OSError:
+        return 0
+
+
+def _resident(process: int) -> int:
+    """Bytes in memory, where what several share counts for each."""
+    return _number(f"/proc/{process}/statm", 1) * resource.getpagesize()
+
+
+def _proportional(process: int) -> int:
+    """Bytes in memory, where what several share counts once, if that can be read."""
+    return _number(f"/proc/{process}/smaps_rollup", "Pss:") * 1024 or _resident(process)
+
+
+def _number(path: str, place: int | str) -> int:
+    """The number at a place, or behind a word, of a file; 0 where it cannot be read."""
+    try:
+        parts = Path(path).read_text().split()
+        return int(parts[place if isinstance(place, int) else parts.index(place) + 1])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _end_all(child: int) -> int | None:
+    """End everything that the program left behind, generation after generation; returns the child's status."""
+    found = None
+    for kill in (os.kill, os.killpg):
         try:
-            os.waitpid(-1, 0)
+            kill(child, signal.SIGKILL)
+        except OSError:  # it is gone
+            continue
+    while True:
+        # Who is killed forks no more: what it left is found below it, or below this process.
+        for pid in _children(os.getpid()) if _LINUX else ():
+            todo = [pid]
+            while todo:
+                each = todo.pop()
+                try:
+                    os.kill(each, signal.SIGKILL)
+                except OSError:
+                    continue
+                todo += _children(each)
+        try:
+            pid, status = os.waitpid(-1, 0)
+            while pid:
+                found = status if pid == child else found
+                pid, status = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:
-            return
+            return found
 
 
-def _verdict(status: int | None, said: str, timeout: float) -> tuple[str, str]:
+def _verdict(status: int | None, ended: bool, said: str, timeout: float) -> tuple[str, str]:
     """Reason and detail."""
-    if status is None:
-        return "timeout", f"still running after {timeout:g} s"
-    code = os.waitstatus_to_exitcode(status)
+    code = os.waitstatus_to_exitcode(status or 0)
     if code == -signal.SIGXCPU:
         return "timeout", f"more than {timeout:g} s of processor time"
     if code < 0:
         return "crashed", f"ended by signal {-code} ({signal.strsignal(-code)})"
+    if code == 0 and ended:
+        return "passed", ""
     if code > 0 or not said:
         return "failed", f"left with exit code {code} before its end"
-    if said == "end":
-        return "passed", ""
-    return ("memory" if said.startswith("MemoryError") else "failed"), said
+    return ("memory" if said.startswith("MemoryError") else "failed"), said.strip().partition("\n")[0][:320]
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "partial")

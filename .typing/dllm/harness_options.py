@@ -1,0 +1,1 @@
+../../dllm/harness_options.py

@@ -1,0 +1,54 @@
+"""Text that is not the program's own, made safe for where people read it: terminals, Markdown, spreadsheets."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+# What a terminal obeys or a reader cannot see: control characters, marks that turn the direction of writing, line
+# separators, the byte order mark, tags, and halves of surrogate pairs. Newline and tab are text.
+_OBEYED = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\U000e0000-\U000e007f\ud800-\udfff]"
+)
+_MEANT = re.compile(
+    r"([\\`*\[\]{}<>|~$&@])|((?<!\w)_|_(?!\w))|((?<=http)|(?<=https)|(?<=ftp)):|(?<=\bwww)\.", re.IGNORECASE
+)
+
+
+def terminal(text: object, one_line: bool = False) -> str:
+    """Text as a terminal, an SVG or a page can show it: control characters become visible, by their escapes.
+
+    Args:
+        text: what to show.
+        one_line: make newlines and tabs visible too, for names and messages.
+    """
+    shown = _OBEYED.sub(lambda match: _visible(match[0]), str(text))
+    return re.sub(r"[\n\t]", lambda match: _visible(match[0]), shown) if one_line else shown
+
+
+def markdown(text: object) -> str:
+    """Text as itself within a line of Markdown: no table cell, link, HTML or emphasis of its own."""
+    plain = terminal(re.sub(r"\s+", " ", str(text)).strip(), one_line=True)
+    escaped = _MEANT.sub(lambda match: f"\\{match[0]}", plain)
+    # What would begin a heading, a list or a rule; a number stays a number.
+    return re.sub(r"^(\d+)(?=[.)]\s)|^(?=[#=+-](?![\d.]))", r"\1\\", escaped)
+
+
+def cell(value: Any) -> Any:
+    """A value for CSV: text that a spreadsheet would compute gets a leading quote, numbers stay numbers."""
+    if not isinstance(value, str):
+        return value
+    formula = re.match(r"[\t\r\n]|\s*[=+\-@\uff1d\uff0b\uff0d\uff20]", value) and not _is_number(value)
+    return "'" * bool(formula) + terminal(value)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _visible(character: str) -> str:
+    return character.encode("unicode_escape").decode()

@@ -1,0 +1,159 @@
+"""What commands written for other models of the harness say, in the words of this one.
+
+Values that mean "off" in transformers or vLLM mean off. What can have no effect here is told, and does not end a run;
+what would change the results, and is not known here, is left for the caller to refuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+GEN_LENGTH = 256  # where neither the user nor the task says
+BATCH_SIZE = 8
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_STOPS = ("until", "stop", "stop_strings", "stop_sequences")
+_KNOWN = {"do_sample", "temperature", "top_p", "top_k", "max_length", *_LENGTHS, *_STOPS}
+_DTYPES = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32"}
+# How fast, or where, others run; not what comes out.
+_ELSEWHERE = """add_bos_token backend data_parallel_size gpu_memory_utilization logits_cache low_cpu_mem_usage
+max_cpu_memory max_memory_per_gpu offload_folder softmax_dtype swap_space tensor_parallel_size truncation
+use_fast_tokenizer""".split()
+# What would change the results, unless it is off.
+_OTHERS = """autogptq chat_template delta enable_thinking gguf_file gptqmodel load_in_4bit load_in_8bit max_length
+max_model_len peft prefix_token_id quantization subfolder think_end_token tokenizer""".split()
+Tell = Callable[[str], None]
+
+
+def model_arguments(given: Mapping[str, Any], beside: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
+    """Arguments of a model in this package's words.
+
+    Args:
+        given: of `--model_args`.
+        beside: what the command line has outside of it: batch_size, max_batch_size and device; goes behind `given`.
+        tell: called with what has no effect.
+
+    Raises:
+        ValueError: a batch size that is none.
+    """
+    more = {name: value for name, value in beside.items() if value is not None}
+    if more.get("device") == "cuda:0" and "device" not in given and not torch.cuda.is_available():
+        del more["device"]
+        tell("device='cuda:0' is not available here; the CPU is used")
+    known = more | dict(given)
+    if _flag(known.pop("trust_remote_code", False)):
+        tell("trust_remote_code has no effect: no code of a checkpoint is ever run")
+    if _flag(known.pop("parallelize", False)):
+        if torch.cuda.device_count() > 1:
+            known.pop("device", None)
+            known.setdefault("device_map", "auto")
+        else:
+            tell("parallelize has no effect with fewer than two GPUs")
+    known["batch_size"] = _batch_size(known.pop("batch_size", None), known.pop("max_batch_size", None), tell)
+    if "torch_dtype" in known:
+        known["dtype"] = known.pop("torch_dtype")
+    if "dtype" in known:
+        name = "auto" if _off(known["dtype"]) else str(known["dtype"]).removeprefix("torch.")
+        known["dtype"] = _DTYPES.get(name, name)
+    for name in _OTHERS:
+        if name in known and (_off(known[name]) or known[name] is False):
+            del known[name]
+    for name in [name for name in _ELSEWHERE if name in known]:
+        if not _off(known.pop(name)):
+            tell(f"{name} has no effect here")
+    if "temperature" in known:
+        known["temperature"] = _number("temperature", known["temperature"]) or 0.0
+    return known | {name: limit(known[name]) for name, limit in _LIMITS.items() if name in known}
+
+
+def generation(asked: Mapping[str, Any], prompt: int, tell: Tell) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A request's generation options in this package's words.
+
+    Args:
+        asked: as the task or `--gen_kwargs` has them.
+        prompt: tokens of the prompt, which max_length counts too.
+        tell: called with what has no effect.
+
+    Returns:
+        Options, and stop strings.
+
+    Raises:
+        ValueError: a value of the wrong kind.
+    """
+    asked = {name: value for name, value in asked.items() if not _off(value)}
+    if unknown := set(asked) - _KNOWN:
+        tell(f"generation options {', '.join(sorted(unknown))} have no effect here")
+    temperature = _number("temperature", asked.get("temperature"))
+    sampled = _flag(asked["do_sample"]) if "do_sample" in asked else bool(temperature)
+    options: dict[str, Any] = {
+        "gen_length": _length(asked, prompt),
+        # transformers samples at 1 where do_sample stands alone.
+        "temperature": (1.0 if temperature is None else max(temperature, 0.0)) if sampled else 0.0,
+        **{name: limit(asked.get(name)) for name, limit in _LIMITS.items()},
+    }
+    if options["temperature"] == 0:
+        idle = [name for name in _LIMITS if options[name] is not None]
+        for name in ["temperature"] * bool(temperature) + idle:
+            options[name] = 0.0 if name == "temperature" else None
+            tell(f"{name}={asked[name]} has no effect: without do_sample=true and a temperature decoding is greedy")
+    stops = [asked.get(name, ()) for name in _STOPS]
+    texts = [text for each in stops for text in ((each,) if isinstance(each, str) else each)]
+    if wrong := [text for text in texts if not _off(text) and not isinstance(text, str)]:
+        raise ValueError(f"until={wrong[0]!r} is of the wrong kind; give strings")
+    return options, tuple(dict.fromkeys(text for text in texts if text))
+
+
+def _length(asked: Mapping[str, Any], prompt: int) -> int:
+    name = next((name for name in _LENGTHS if name in asked), None)
+    if name is None:
+        whole = _number("max_length", asked.get("max_length"))
+        return GEN_LENGTH if whole is None else max(1, int(whole) - prompt)
+    return int(_number(name, asked[name]) or 0)
+
+
+def _batch_size(value: Any, most: Any, tell: Tell) -> int:
+    """Rows decoded together; "auto" or "auto:N" are the default, or as many as `most` where that is fewer."""
+    text = "" if _off(value) else str(value)
+    if text.partition(":")[0] == "auto":
+        size = BATCH_SIZE if _off(most) else min(BATCH_SIZE, int(most))
+        tell(f"batch_size={text!r} is not searched for; {size} rows are decoded together")
+        return size
+    if text and not text.isdigit():
+        raise ValueError(f"batch_size={value!r} is unknown; use a whole number, or auto")
+    return int(text or BATCH_SIZE)
+
+
+def _off(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and value.lower() in ("", "none", "null"))
+
+
+def _flag(value: Any) -> bool:
+    """A switch, which a command line may have left as text."""
+    return bool(value) and not _off(value) and str(value).lower() not in ("false", "0")
+
+
+def _number(name: str, value: Any) -> float | None:
+    """A number, which a command line may have left as text; None where it is off."""
+    if _off(value):
+        return None
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}={value!r} is no number; give one, or null") from None
+
+
+def _top_p(value: Any) -> float | None:
+    share = _number("top_p", value)
+    return None if share is None or share >= 1 else share
+
+
+def _top_k(value: Any) -> int | None:
+    count = _number("top_k", value)
+    return None if count is None or count <= 0 else int(count)
+
+
+_LIMITS: dict[str, Callable[[Any], Any]] = {"top_p": _top_p, "top_k": _top_k}
