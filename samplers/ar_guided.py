@@ -36,6 +36,7 @@ from transformers import PreTrainedModel
 from dllm.alignment import Aligned, Aligner, SameVocabulary, align
 from dllm.canvas import Edit, Window
 from dllm.checks import choice, number
+from dllm.flags import flagged
 from dllm.guide import Guide, Judging, load_guide
 from dllm.prediction import Prediction
 from dllm.run import Run
@@ -161,7 +162,7 @@ class ARGuided:
         index = torch.arange(length, device=about.device)
         # What was not asked about holds where it comes before the question or is decided.
         verdict = (index < aligned.start[:, None]) | (index == 0) | aligned.free
-        verdict = torch.cat((verdict, verdict[:, :1]), dim=1).scatter_reduce(1, about, holds, "amax")[:, :length]
+        verdict = flagged(torch.cat((verdict, verdict[:, :1]), dim=1), about, holds)[:, :length]
         accepted = verdict.long().cumprod(-1).sum(-1)
         held = (aligned.upto <= accepted[:, None]) & window.masked
         if self.on_reject == "draft" or writable is None:
