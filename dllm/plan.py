@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -87,11 +87,12 @@ class Answer:
 
     Attributes:
         index: number of its prompt.
-        text: decoded completion up to end-of-text; None without a tokenizer.
-        completion: (G,) the generated region.
+        text: decoded completion up to end-of-text; None without a tokenizer, and of a row that failed.
+        completion: (G,) the generated region; of a row that failed as far as it came, [MASK] elsewhere.
         tokens: generated tokens up to and including end-of-text.
         nfe: denoiser forwards.
         guide_nfe: guide forwards, for policies that have one.
+        error: why the row failed; None where it did not.
     """
 
     index: int
@@ -100,6 +101,7 @@ class Answer:
     tokens: int
     nfe: int
     guide_nfe: int
+    error: str | None = None
 
 
 class Plan:
@@ -144,8 +146,15 @@ class Plan:
         self.seeds = _seeds(options.seed, len(ids))
         self.recorders: list[Recorder] = []
 
-    def steps(self) -> Iterator[tuple[Recorder, Step]]:
-        """Decode everything, `batch_size` rows at a time, each row that is finished making room for the next."""
+    def steps(self, partial: bool = False) -> Iterator[tuple[Recorder, Step]]:
+        """Decode everything, `batch_size` rows at a time, each row that is finished making room for the next.
+
+        Args:
+            partial: go on without the rows that fail, as `Recorder.canvas.errors` tells.
+
+        Raises:
+            ValueError: a row fails, and the rest is of no use without it.
+        """
         self.recorders = []
         for start in range(0, len(self.sequences), _MOST_ROWS):
             recorder = Recorder(self._canvas(start, start + _MOST_ROWS))
@@ -155,41 +164,67 @@ class Plan:
                 self.lm.tokenizer, self.options.cuda_graphs,
             ):  # fmt: skip
                 recorder.update(step)
+                if step.change.failed.size and not partial:
+                    self._refuse()
                 yield recorder, step
 
     def answers(self, callback: Callback | None) -> Iterator[Answer]:
         """Decode everything, row by row as they finish."""
-        for recorder, step in self.steps():
+        for recorder, step in self.steps(partial=True):
             if callback is not None:
                 callback(step)
             canvas = recorder.canvas
-            for row in step.change.finished:
-                completion = canvas.host[row, -self.options.gen_length :]
-                tokens = int(count_tokens(completion[None], canvas.eos_token_ids)[0])
+            for row in sorted((*step.change.finished, *step.change.failed)):
+                completion, error = canvas.host[row, -self.options.gen_length :], canvas.errors.get(row)
+                tokens = int(count_tokens(completion[None], canvas.eos_token_ids)[0]) if error is None else 0
                 yield Answer(
                     index=(len(self.recorders) - 1) * _MOST_ROWS + int(row),
-                    text=decode_text(self.lm.tokenizer, completion[:tokens]),
+                    text=decode_text(self.lm.tokenizer, completion[:tokens]) if error is None else None,
                     completion=completion.tolist(),
                     tokens=tokens,
                     nfe=int(recorder.nfe[row]),
                     guide_nfe=int(recorder.guide_nfe[row]),
+                    error=error,
                 )
 
     def run(self, callback: Callback | None, progress: bool) -> Generation:
-        """Decode everything and join the results."""
+        """Decode everything and join the results.
+
+        Raises:
+            ValueError: every row failed.
+        """
         clock = Clock(self.lm.device)
         total = sum(row.count(self.lm.backbone.mask_token_id) for row in self.sequences)
         columns = TextColumn("decoding"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn()
         with Progress(*columns) if progress else nullcontext() as bar:
             if bar:
                 bar.add_task("decoding", total=total)
-            for _, step in self.steps():
+            for _, step in self.steps(partial=True):
                 if callback is not None:
                     callback(step)
                 if bar:
                     bar.advance(bar.task_ids[0], int(step.change.gained.sum()))
+        self.check_answered()
         generated = None if self.infill else self.options.gen_length
         return assemble(self.recorders, generated, self.lm.tokenizer, clock)
+
+    def check_answered(self) -> None:
+        """Refuse a result without any answer, once everything is decoded.
+
+        Raises:
+            ValueError: every row failed.
+        """
+        if sum(len(recorder.canvas.errors) for recorder in self.recorders) == len(self.sequences):
+            self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        errors = {
+            number * _MOST_ROWS + row: error
+            for number, recorder in enumerate(self.recorders)
+            for row, error in recorder.canvas.errors.items()
+        }
+        first = min(errors)
+        raise ValueError(f"prompts[{first}] has no answer: {errors[first]}")
 
     def _canvas(self, start: int, end: int) -> Canvas:
         return Canvas(

@@ -16,8 +16,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm.checks import choice, number
+from dllm.nonfinite import not_finite
 
-_ALIGNED = ("tokens", "confidence", "margin", "entropy")
+_ALIGNED = ("tokens", "confidence", "margin", "entropy", "broken")
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Prediction:
         self._arrange: Callable[[Tensor], Tensor] = lambda values: values
         self._sampling = sampling
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        self._broken = not_finite(logits)
         if sampling.eos_suppression in ("logits", "both"):
             logits = _without(logits, sampling.eos_token_ids[:1])
         self.logits = _filter(logits, sampling)
@@ -133,6 +135,11 @@ class Prediction:
         """Entropy in nats; +inf where nothing was asked."""
         entropy = torch.special.entr(self._probabilities).sum(-1)
         return self._spread(entropy.masked_fill(self._last, torch.inf), torch.inf)
+
+    @cached_property
+    def broken(self) -> Bool[Tensor, "*B K"]:
+        """Where the logits are no numbers, so that all the rest means nothing; False where nothing was asked."""
+        return self._spread(self._broken, False)
 
     @cached_property
     def _probabilities(self) -> Float[Tensor, "N V"]:

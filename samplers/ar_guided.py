@@ -38,6 +38,7 @@ from dllm.canvas import Edit, Window
 from dllm.checks import choice, number
 from dllm.flags import flagged
 from dllm.guide import Guide, Judging, load_guide
+from dllm.nonfinite import Broken, not_finite, reason
 from dllm.prediction import Prediction
 from dllm.run import Run
 from dllm.samplers.base import Denoise, commit
@@ -139,8 +140,11 @@ class ARGuided:
         forwards = asks.long().cpu().numpy()  # read from the device: forwards are counted on the host, per row
         # A rejected draft that is written all the same, so that the row goes on, counts as none.
         judged_drafts = window.masked & asks[:, None] & (held | ~edit.write)
+        guide, (logits, about) = state.judging.guide, judged
+        lost = (not_finite(logits) & (about < aligned.ids.shape[1])).any(-1)
         return replace(
             edit,
+            broken=Broken(lost, reason(f"guide={guide.name!r}", guide.model.dtype)),
             drafted=prediction.tokens.masked_fill(~judged_drafts, state.mask_token_id),
             guide_forwards=forwards,
             guide_seconds=state.judging.seconds - before,

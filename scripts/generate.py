@@ -117,6 +117,7 @@ class Runner:
         options = self.options | {"seed": [self.options["seed"] + question.number for question in left]}
         measured: list[Measurement] = []
         busy: list[float] = []
+        failed = 0
 
         def callback(step: Step) -> None:
             measured.extend(step.drift)
@@ -127,6 +128,10 @@ class Runner:
         with _progress(show, len(questions), len(answers.ids)) as advance:
             for answer in finished:
                 name = left[answer.index].id
+                if answer.error is not None:
+                    failed += 1
+                    print(f"{left[answer.index].place} has no answer: {answer.error}", file=sys.stderr)
+                    continue
                 answers.add(
                     {
                         "id": name,
@@ -141,6 +146,8 @@ class Runner:
             print(_told(drift))
         print(f"{len(busy)} steps, row slots busy {sum(busy) / len(busy):.1%}")
         print(_done(questions, answers))
+        if failed:
+            raise ValueError(f"{failed} of {len(left)} prompts have no answer, as told above; the same command retries")
 
     def _encode(self, prompts: Sequence[tuple[str, str | list[Mapping[str, str]]]]) -> list[list[int]]:
         """Token ids of (place, prompt) pairs; an error names the place."""
