@@ -37,6 +37,9 @@ class Options:
         temperature: 0 is greedy; above, Gumbel-max sampling.
         top_p: nucleus; None for all tokens.
         top_k: tokens considered; None for all.
+        tempered_confidence: above temperature 0, take confidence, margin and entropy from the distribution that tokens
+            are drawn from, softmax(logits / temperature), instead of softmax(logits); None for what the published
+            sampler of the model does: Dream's the former, LLaDA's the latter.
         cfg_scale: classifier-free guidance against the masked prompt (LLaDA's convention:
             0 is off); two forwards' work, counted as one.
         seed: row i draws from seed + i; a sequence gives each row its own; None draws the seed itself.
@@ -58,6 +61,7 @@ class Options:
     temperature: float = 0.0
     top_p: float | None = None
     top_k: int | None = None
+    tempered_confidence: bool | None = None
     cfg_scale: float = 0.0
     seed: int | Sequence[int] | None = None
     stop_at_eos: bool = True
@@ -76,6 +80,7 @@ class Options:
             for seed in [self.seed] if isinstance(self.seed, (int, float, str)) else self.seed:
                 number("seed", seed, "a whole number of at least 0, or null", low=0, high=2**63 - 1, whole=True)
         choice("stop_at_eos", self.stop_at_eos, (True, False))
+        choice("tempered_confidence", self.tempered_confidence, (True, False, None))
         choice("cuda_graphs", self.cuda_graphs, (True, False, None))
         # The rest is checked where it is used; this refuses bad values before a model is there.
         Sampling(self.temperature, self.top_p, self.top_k, self.eos_suppression)
@@ -136,9 +141,14 @@ class Plan:
         if options.cuda_graphs and lm.device.type != "cuda":
             raise ValueError(f"cuda_graphs=true needs a CUDA device, and the model is on {lm.device}; use null")
         self.eos_token_ids = _eos(options.eos_token_id, lm)
+        tempered = options.tempered_confidence
+        if tempered is not None and options.temperature == 0:
+            told = f"tempered_confidence={str(tempered).lower()} has no effect at temperature=0"
+            raise ValueError(f"{told}; set temperature, or leave it out")
         self.sampling = Sampling(
-            options.temperature, options.top_p, options.top_k, options.eos_suppression, self.eos_token_ids
-        )
+            options.temperature, options.top_p, options.top_k, options.eos_suppression, self.eos_token_ids,
+            lm.backbone.tempered_confidence if tempered is None else tempered,
+        )  # fmt: skip
         mask = lm.backbone.mask_token_id
         for place, row in enumerate(ids):
             self._check(place, row, mask)

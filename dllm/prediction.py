@@ -34,6 +34,8 @@ class Sampling:
             choosing, and give one that was chosen confidence 0 (margin -inf, entropy inf), so that every
             order but a random one commits it last; "both".
         eos_token_ids: what counts as end-of-text; the first one is the one that fills canvases.
+        tempered_confidence: confidence, margin and entropy are those of softmax(logits / temperature), from which
+            tokens are drawn (Dream), instead of softmax(logits) (LLaDA); the same at temperature 0.
 
     Raises:
         ValueError: a value out of range.
@@ -44,6 +46,7 @@ class Sampling:
     top_k: int | None = None
     eos_suppression: str | None = None
     eos_token_ids: tuple[int, ...] = ()
+    tempered_confidence: bool = False
 
     def __post_init__(self) -> None:
         number("temperature", self.temperature, "0 (greedy) or a positive number", low=0, high=1e6)
@@ -88,6 +91,8 @@ class Prediction:
         if sampling.temperature > 0:
             drawn = _gumbel_max(self.logits, mask_token_id, sampling.temperature, generators)
             self._chosen = drawn.where(drawn >= 0, self._chosen)
+            if sampling.tempered_confidence:
+                self.logits = self.logits / sampling.temperature
         self._last = torch.zeros_like(self._chosen, dtype=torch.bool)
         if sampling.eos_suppression in ("confidence", "both"):
             self.logits = _without(self.logits, sampling.eos_token_ids)
