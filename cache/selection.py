@@ -80,6 +80,10 @@ class Store(Protocol):
         """Keys and values of the rows in some slots as they are."""
         ...
 
+    def clear(self, slots: NDArray[np.int64]) -> None:
+        """Fill some slots with zeros."""
+        ...
+
     def move(self, moved: NDArray[np.int64]) -> None:
         """Follow rows, (M, 2), from one slot to another."""
         ...

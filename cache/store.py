@@ -47,6 +47,12 @@ class KeyValues:
         """Keys and values of the rows in some slots as they are."""
         return self.keys[layer][slots], self.values[layer][slots]
 
+    def clear(self, slots: NDArray[np.int64]) -> None:
+        """Forget what some slots hold."""
+        for stored in self.tensors():
+            for slot in slots:
+                stored[:, slot] = 0
+
     def move(self, moved: NDArray[np.int64]) -> None:
         """Follow rows from one slot to another."""
         for stored in self.tensors():
@@ -132,6 +138,8 @@ class Reuse:
     def observe(self, change: Change) -> None:
         """Remember what lost its keys and values, and follow rows that moved."""
         self._stale[change.rows] |= change.revoked | change.edited
+        # What is masked is multiplied by zero, and NaN stays NaN: padding must not hold what another row left.
+        self.store.clear(change.entered)
         self.store.move(change.moved)
 
     def expire(self, rows: NDArray[np.int64]) -> None:

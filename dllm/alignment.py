@@ -18,6 +18,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dllm.flags import flagged
 from dllm.guide import Guide
 
 NEVER = 2**31
@@ -117,7 +118,7 @@ class SameVocabulary:
         column = (first[:, None] + index).clamp(max=length - 1)
         ids = tokens.gather(1, column)
         ids = ids.where(self.readable[ids], -1)
-        drafted = torch.zeros_like(tokens, dtype=torch.bool).scatter_reduce(1, columns, masked, "amax")
+        drafted = flagged(torch.zeros_like(tokens, dtype=torch.bool), columns, masked)
         unreadable = ((ids < 0) & (index < start[:, None])).any(-1)
         free = ~drafted.gather(1, column) & (ids >= 0)
         return Aligned(ids, torch.where(unreadable, start, end - first), start, free, columns - first[:, None] + 1)

@@ -32,6 +32,7 @@ class Frame:
         revoked: (B, L) True where this step took a token back.
         nfe: (B,) forwards so far.
         drift: how far the cache was off in forwards of this step that were compared with exact ones.
+        errors: why a row failed so far; None where it did not.
     """
 
     tokens: Int[Tensor, "B L"]
@@ -40,6 +41,7 @@ class Frame:
     revoked: Bool[Tensor, "B L"]
     nfe: Int[Tensor, " B"]
     drift: tuple[Measurement, ...] = ()
+    errors: tuple[str | None, ...] = ()
 
 
 def generate(
@@ -65,7 +67,8 @@ def generate(
 
     Raises:
         ValueError: an unknown option or name, a value out of range, a prompt that does not fit the
-            model, or a sampler and cache that do not go together.
+            model, a sampler and cache that do not go together, or no answer at all: where the logits of some
+            prompts are no numbers, these have an entry in `Generation.errors`, and the others their answers.
     """
     plan = Plan(lm, encode(prompts, lm.tokenizer), sampler, cache, parse_options(options), infill=False)
     return plan.run(callback, progress)
@@ -81,6 +84,8 @@ def as_completed(
     **options: Any,
 ) -> Iterator[Answer]:
     """Generate as `generate` does, yielding each row as soon as it is finished, in the order they finish.
+
+    A row that fails is yielded too, with its `error`.
 
     Raises:
         ValueError: as `generate`; options and prompts are checked at the call, not at the first step.
@@ -99,13 +104,14 @@ def stream(
     """Generate as `generate` does, all prompts in one batch, yielding the canvas after every step.
 
     Raises:
-        ValueError: as `generate`; options and prompts are checked at the call, not at the first step.
+        ValueError: as `generate`; options and prompts are checked at the call, not at the first step. When all is
+            decoded, that every row failed.
     """
     if "batch_size" in options:
         raise ValueError("batch_size has no effect on stream, which decodes all prompts together; leave it out")
     ids = encode(prompts, lm.tokenizer)
     plan = Plan(lm, ids, sampler, cache, parse_options(options | {"batch_size": len(ids)}), infill=False)
-    return (_frame(recorder, step) for recorder, step in plan.steps())
+    return _frames(plan)
 
 
 def infill(
@@ -134,6 +140,12 @@ def infill(
     return Plan(lm, encode(texts, lm.tokenizer), sampler, cache, checked, infill=True).run(callback, progress)
 
 
+def _frames(plan: Plan) -> Iterator[Frame]:
+    for recorder, step in plan.steps(partial=True):
+        yield _frame(recorder, step)
+    plan.check_answered()
+
+
 def _frame(recorder: Recorder, step: Step) -> Frame:
     rows, shape = step.change.rows, recorder.canvas.host.shape
     provisional = np.full(shape, recorder.canvas.mask_token_id)
@@ -147,4 +159,5 @@ def _frame(recorder: Recorder, step: Step) -> Frame:
         revoked=torch.from_numpy(revoked),
         nfe=torch.tensor(recorder.nfe),
         drift=step.drift,
+        errors=tuple(recorder.canvas.errors.get(row) for row in range(len(recorder.canvas.host))),
     )

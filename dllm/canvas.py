@@ -8,7 +8,7 @@ at once: one read of the device per step, however many rows there are.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dllm.nonfinite import Broken
 from dllm.transfer import put, send
 
 
@@ -74,6 +75,7 @@ class Edit:
             None where the policy drafts nothing.
         guide_forwards: forwards of a guide model that each row took part in for this edit; None for none.
         guide_seconds: wall time of those.
+        broken: rows for which a model that the policy asked gave no numbers; None for none.
     """
 
     columns: Int[Tensor, "B K"]
@@ -83,6 +85,7 @@ class Edit:
     drafted: Int[Tensor, "B K"] | None = None
     guide_forwards: NDArray[np.int64] | None = None
     guide_seconds: float = 0.0
+    broken: Broken | None = None
 
     def on(self, tokens: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
         """What these canvases would be with the edit; they themselves are left alone."""
@@ -104,6 +107,8 @@ class Change:
         gained: (B,) how many masks fewer each row has.
         finished: canvas rows that are complete now.
         moved: (M, 2) slots whose row went to another slot, and that one.
+        failed: canvas rows that are given up; they are left as they were before the step.
+        entered: slots that a row which waited entered.
     """
 
     rows: NDArray[np.int64]
@@ -114,6 +119,8 @@ class Change:
     gained: NDArray[np.int64]
     finished: NDArray[np.int64]
     moved: NDArray[np.int64]
+    failed: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    entered: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
 class Canvas:
@@ -136,6 +143,8 @@ class Canvas:
         rows: the row in each busy slot.
         slots: how many there are.
         active: columns, inside and masked of the latest window, on the host.
+        errors: why rows were given up.
+        doomed: rows that are given up in their first step, and why.
     """
 
     def __init__(
@@ -172,8 +181,11 @@ class Canvas:
         self._enter_blocks()
 
         self.device = device
-        # One spare column takes the writes that are not wanted, so that an edit is a single scatter.
-        spare = np.full((self.slots, 1), mask_token_id)
+        self.errors: dict[int, str] = {}
+        self.doomed: dict[int, str] = {}
+        # One spare column takes the writes that are not wanted, so that an edit is a single scatter; in another one
+        # travels what makes a row fail, so that it costs no read of its own.
+        spare = np.zeros((self.slots, 2), dtype=np.int64)
         self._buffer = self._put(np.concatenate((self.host[self.rows], spare), 1))
         self._region = self._put(self.region[self.rows])
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
@@ -225,8 +237,13 @@ class Canvas:
             uniform=self._uniform(rows),
         )
 
-    def apply(self, window: Window, edit: Edit) -> Change:
-        """Write an edit, refresh the host's copy, advance blocks, retire finished rows.
+    def apply(self, window: Window, edit: Edit, broken: Broken | None = None) -> Change:
+        """Write an edit, refresh the host's copy, advance blocks, retire rows that are finished or fail.
+
+        Args:
+            window: the rows.
+            edit: what to write.
+            broken: rows for which the denoiser gave no numbers; None for none.
 
         Raises:
             RuntimeError: the edit writes outside the region to be generated.
@@ -234,24 +251,33 @@ class Canvas:
         rows = self.rows
         buffer = self._buffer[: len(rows)]
         buffer.scatter_(1, edit.columns.where(edit.write, self.length), edit.tokens)
-        after = buffer[:, : self.length].cpu().numpy()  # the one read of the step
+        reports = [each for each in (broken, edit.broken) if each is not None]
+        buffer[:, -1] = 0
+        for number, each in enumerate(reports):
+            buffer[:, -1] |= each.rows.long() << number
+        read = buffer.cpu().numpy()  # the one read of the step
         before, region = self.host[rows], self.region[rows]
+        failed = self._failed(rows, read[:, -1], [each.reason for each in reports])
+        after = np.where(failed[:, None], before, read[:, : self.length])
         changed = after != before
         if (changed & ~region).any():
             raise RuntimeError("a sampler wrote outside the positions to be generated")
         masked, unset = after == self.mask_token_id, before == self.mask_token_id
         self.host[rows] = after
         self.step[rows] += 1
-        filled = self._cut(rows, edit.end) if edit.end is not None else np.zeros_like(changed)
+        filled = self._cut(rows, edit.end, failed) if edit.end is not None else np.zeros_like(changed)
         if self.stop_at_eos:
             filled |= self._stop_at_eos(rows)
         left = (self.host[rows] == self.mask_token_id) & self.region[rows]
         gained = unset.sum(1) - (self.host[rows] == self.mask_token_id).sum(1)
-        moved = self._settle(left.any(1))
+        stay = left.any(1) & ~failed
+        moved, entered = self._settle(stay)
         self._enter_blocks()
         committed, revoked = changed & ~masked & ~filled, changed & masked & ~filled
-        finished = rows[~left.any(1)]
-        return Change(rows, committed, committed & ~unset, revoked, filled, gained, finished, moved)
+        return Change(
+            rows, committed, committed & ~unset, revoked, filled, gained, rows[~stay & ~failed], moved, rows[failed],
+            entered,
+        )  # fmt: skip
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -262,11 +288,19 @@ class Canvas:
         """(A, L) columns of some rows that are looked at: neither padding nor cut off."""
         return np.asarray(self.real[rows] & ~self.cut[rows])
 
-    def _settle(self, left: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """Give the slots of finished rows to those that wait, close the gaps that remain; say who moved."""
+    def _failed(self, rows: NDArray[np.int64], codes: NDArray[np.int64], reasons: Sequence[str]) -> NDArray[np.bool_]:
+        """Which rows are given up; notes why. Bit n of a code stands for the n-th reason."""
+        failed = (codes > 0) | np.isin(rows, list(self.doomed))
+        for row, code in zip(rows[failed].tolist(), codes[failed].tolist(), strict=True):
+            own = [why for number, why in enumerate(reasons) if code >> number & 1]
+            self.errors[row] = own[0] if own else self.doomed[row]
+        return np.asarray(failed)
+
+    def _settle(self, left: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Give the slots of finished rows to those that wait, close the gaps that remain; say who moved and entered."""
         free, rows = np.flatnonzero(~left), self.rows.copy()
         if not free.size:
-            return np.zeros((0, 2), dtype=np.int64)
+            return np.zeros((0, 2), dtype=np.int64), free
         entering, self._waiting = np.split(self._waiting, [len(free)])
         entered, gaps = np.split(free, [len(entering)])
         rows[entered] = entering
@@ -275,7 +309,7 @@ class Canvas:
         rows[target] = rows[source]
         self.rows = rows[:busy]
         self._send(np.concatenate((entered, target)))
-        return np.stack((source, target), axis=1)
+        return np.stack((source, target), axis=1), entered
 
     def _send(self, slots: NDArray[np.int64]) -> None:
         """Bring what the host knows of the rows in some slots to the device."""
@@ -284,10 +318,10 @@ class Canvas:
             self._buffer[at, : self.length] = self._put(self.host[rows])
             self._region[at] = self._put(self.region[rows])
 
-    def _cut(self, rows: NDArray[np.int64], end: Tensor) -> NDArray[np.bool_]:
-        """Let rows end before a column."""
+    def _cut(self, rows: NDArray[np.int64], end: Tensor, failed: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Let rows end before a column, those that failed excepted."""
         # A second read of the device: what was cut off decides which rows and blocks are left.
-        beyond = (np.arange(self.length) >= end.cpu().numpy()[:, None]) & self.region[rows]
+        beyond = (np.arange(self.length) >= end.cpu().numpy()[:, None]) & self.region[rows] & ~failed[:, None]
         if beyond.any():
             self.region[rows] &= ~beyond
             self.cut[rows] |= beyond

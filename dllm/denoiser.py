@@ -18,9 +18,11 @@ from dllm.cache.base import CacheRun, Plan, Question
 from dllm.cache.selection import Selection, Store
 from dllm.canvas import Canvas, Window
 from dllm.drift import Meter
+from dllm.flags import flagged
 from dllm.graphs import Forward
 from dllm.inquiry import Inquiry, about_window, read
 from dllm.layout import OVERHEAD, apart, pack, span
+from dllm.nonfinite import Broken, not_finite, reason
 from dllm.prediction import Prediction, Sampling
 from dllm.transfer import put, send
 from dllm.work import Work, tree_mask
@@ -70,7 +72,13 @@ class Denoiser:
         self.forwards: NDArray[np.int64] = np.zeros(len(window.rows), dtype=np.int64)
         self.last: tuple[Prediction, Tensor] | None = None
         self.looked: list[tuple[NDArray[np.int64], NDArray[np.bool_]]] = []
+        self._broken = torch.zeros_like(window.rows, dtype=torch.bool)
         return self
+
+    @property
+    def broken(self) -> Broken:
+        """Entries of the window for which some forward gave no numbers."""
+        return Broken(self._broken, reason("the model", self.backbone.dtype, "dtype="))
 
     def __call__(
         self,
@@ -95,6 +103,7 @@ class Denoiser:
         index = self._put(inquiry.index) if index is None else index
         generators = self._generators(inquiry)
         prediction = Prediction(logits, asked, index, self.canvas.mask_token_id, self.sampling, generators)
+        self._broken = self._broken | prediction.broken.flatten(1).any(1)
         # Of several drafts the first is the canvas as it is.
         shown = prediction if asked.ndim == 2 else prediction.arranged(lambda values: values[:, 0])
         self.last = shown, columns if columns.ndim == 2 else columns[:, 0]
@@ -224,7 +233,10 @@ class Denoiser:
             if meter.above is not None:  # what may act on the result counts as part of it
                 self.forwards[some.slots] += 1
                 np.add.at(self.computed, some.rows, visible.sum(1))
-            return self._whole(some, _those(tokens, sequences), visible, comparison)
+            logits = self._whole(some, _those(tokens, sequences), visible, comparison)
+            asking = self._put(some.slots[some.places[0]])
+            self._broken = flagged(self._broken[None], asking[None], not_finite(logits)[None])[0]
+            return logits
 
         logits, off = meter.measure(question, plan, logits, exact)
         if off.size:

@@ -37,6 +37,10 @@ class Measurement:
     flips: NDArray[np.int64]
     asked: NDArray[np.int64]
 
+    def where(self, keep: NDArray[np.bool_]) -> Measurement:
+        """Of some of the rows."""
+        return Measurement(self.rows[keep], self.kv_error[keep], self.kl[keep], self.flips[keep], self.asked[keep])
+
 
 @dataclass(frozen=True)
 class Drift:
@@ -101,10 +105,12 @@ class Meter:
         self._fresh: list[Measurement] = []
         self._forwards = np.zeros(rows, dtype=np.int64)
 
-    def take(self) -> tuple[Measurement, ...]:
-        """The measurements since this was last called."""
-        fresh, self._fresh = tuple(self._fresh), []
-        return fresh
+    def take(self, without: NDArray[np.int64]) -> tuple[Measurement, ...]:
+        """The measurements since this was last called, without those of some rows."""
+        fresh, self._fresh = self._fresh, []
+        if without.size:
+            fresh = [each.where(~np.isin(each.rows, without)) for each in fresh]
+        return tuple(each for each in fresh if each.rows.size)
 
     def due(self, question: Question) -> NDArray[np.int64]:
         """Sequences to measure: those that look at the canvas as it is, of the rows whose turn it is."""

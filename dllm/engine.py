@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -56,6 +57,7 @@ def decode(
         nonlocal rehearsed
         started, copy = time.perf_counter(), canvas.fresh()
         deque(decode(backbone, copy, other, cache, sampling, cfg_scale, tokenizer, cuda_graphs), maxlen=0)
+        canvas.doomed |= copy.errors  # what has no result cannot be decoded towards it
         rehearsed += time.perf_counter() - started
         return torch.as_tensor(copy.host, device=copy.device)
 
@@ -68,13 +70,13 @@ def decode(
         with torch.inference_mode():
             window = canvas.window()
             edit = sampler.step(window, denoiser.bind(window), state)
-            change = canvas.apply(window, edit)
+            change = canvas.apply(window, edit, denoiser.broken)
             _check_progress(sampler, change)
             denoiser.cache.observe(change)
-        yield Step(change, edit, denoiser.forwards, rehearsed, meter.take(), canvas, denoiser)
+        yield Step(change, edit, denoiser.forwards, rehearsed, meter.take(change.failed), canvas, denoiser)
 
 
 def _check_progress(sampler: Sampler, change: Change) -> None:
-    stuck = change.gained <= 0
+    stuck = (change.gained <= 0) & ~np.isin(change.rows, change.failed)
     if stuck.any():
         raise RuntimeError(f"{sampler!r} made no progress in row {change.rows[stuck][0]}: it must leave fewer masks")

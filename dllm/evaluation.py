@@ -60,8 +60,13 @@ def evaluate(
         sampler: as for `dllm.generate`.
         cache: as for `dllm.generate`.
         **options: fields of `dllm.Options`, and `callback`.
+
+    Raises:
+        ValueError: as `dllm.generate`, or a problem without an answer, which is no wrong one.
     """
     result = generate(lm, [problem.question for problem in problems], sampler, cache, **options)
+    if error := next(filter(None, result.errors), None):
+        raise ValueError(f"a problem has no answer: {error}")
     grades = [grade(text or "", problem) for text, problem in zip(result.texts, problems, strict=True)]
     stats, nfe = result.stats, float(result.nfe.double().mean())
     return replace(

@@ -92,9 +92,14 @@ def collect(lm: dllm.LanguageModel, prompts: Sequence[Sequence[int]], base: Any,
         base: the policy whose results are the truth.
         cache: as for `dllm.generate`.
         **options: fields of `dllm.Options`.
+
+    Raises:
+        ValueError: as `dllm.generate`, or a prompt without an answer.
     """
     replay = Replay(resolve("sampler", base, Sampler))
-    dllm.generate(lm, [list(ids) for ids in prompts], replay, cache, **options, batch_size=len(prompts))
+    result = dllm.generate(lm, [list(ids) for ids in prompts], replay, cache, **options, batch_size=len(prompts))
+    if error := next(filter(None, result.errors), None):
+        raise ValueError(f"a prompt has no answer: {error}")
     return Records.join(replay.records)
 
 

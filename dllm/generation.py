@@ -68,12 +68,14 @@ class Generation:
     Attributes:
         sequences: (B, P + G) prompts, left-padded, and what was generated.
         completions: (B, G) the generated region.
-        texts: decoded completions up to end-of-text; None without a tokenizer.
+        texts: decoded completions up to end-of-text; None without a tokenizer, and of rows that failed.
         nfe: (B,) denoiser forwards each row took part in.
         guide_nfe: (B,) forwards of a guide model, for policies that have one.
         commit_step: (B, G) the row's own forward, counted from 0, after which a position had its
             final token; -1 where an early end of the text filled it.
         stats: what the run cost.
+        errors: why a row failed; None where it did not. A row that failed stands as far as it came, [MASK] elsewhere,
+            and nothing of it counts as generated.
     """
 
     sequences: Int[Tensor, "B L"]
@@ -83,6 +85,7 @@ class Generation:
     guide_nfe: Int[Tensor, " B"]
     commit_step: Int[Tensor, "B G"]
     stats: Stats
+    errors: tuple[str | None, ...] = ()
 
 
 def count_tokens(completions: NDArray[np.int64], eos_token_ids: Sequence[int]) -> NDArray[np.int64]:
@@ -177,6 +180,7 @@ def assemble(
     sequences = _stack([r.canvas.host for r in recorders], eos[0])
     commit_step = _stack([r.commit_step for r in recorders], -1)
     nfe = np.concatenate([r.nfe for r in recorders])
+    errors = [r.canvas.errors.get(row) for r in recorders for row in range(len(r.canvas.host))]
     if generated is None:
         completions, settled = sequences, commit_step
         counts = np.concatenate([r.canvas.region.sum(1) for r in recorders])
@@ -186,7 +190,7 @@ def assemble(
         completions, settled = sequences[:, -generated:], commit_step[:, -generated:]
         counts = count_tokens(completions, eos)
         cut = [row[:count] for row, count in zip(completions, counts, strict=True)]
-    tokens = int(counts.sum())
+    tokens = int(counts[[error is None for error in errors]].sum())
     computed = sum(int(r.computed_columns.sum()) for r in recorders)
     full = sum(int((r.nfe * r.canvas.lengths).sum()) for r in recorders)
     stats = Stats(
@@ -208,11 +212,12 @@ def assemble(
     return Generation(
         sequences=torch.from_numpy(sequences),
         completions=torch.from_numpy(completions),
-        texts=[decode_text(tokenizer, row) for row in cut],
+        texts=[decode_text(tokenizer, row) if error is None else None for row, error in zip(cut, errors, strict=True)],
         nfe=torch.from_numpy(nfe),
         guide_nfe=torch.from_numpy(np.concatenate([r.guide_nfe for r in recorders])),
         commit_step=torch.from_numpy(settled),
         stats=stats,
+        errors=tuple(errors),
     )
 
 

@@ -158,8 +158,13 @@ class Judging:
             same = rows[:, None] == self.rows
             entry = same.int().argmax(-1)
             self.cache.batch_select_indices(entry)
-            # A row that came holds nothing.
-            self.held = self.held[entry].where(same.any(-1, keepdim=True), -1)
+            # A row that came holds nothing; zeros, as what is masked must not be NaN either.
+            known = same.any(-1)
+            self.held = self.held[entry].where(known[:, None], -1)
+            for layer in self.cache.layers:
+                layer.keys, layer.values = (
+                    each.where(known[:, None, None, None], 0) for each in (layer.keys, layer.values)
+                )
             self.rows, self.ids = rows, self.ids[entry]
         width = min(ids.shape[1], self.ids.shape[1])
         same = (ids[:, :width] == self.ids[:, :width]).long().cumprod(-1).sum(-1)

@@ -32,6 +32,7 @@ from torch import Tensor
 from dllm.api import stream
 from dllm.checks import choice, number
 from dllm.loading import LanguageModel
+from dllm.nonfinite import not_finite, reason
 from dllm.prediction import Prediction, Sampling
 from dllm.samplers import Vanilla
 
@@ -99,7 +100,8 @@ def loglikelihood(lm: LanguageModel, prefix: Sequence[int], target: Sequence[int
         Nats. The same for the same pair and estimate, whatever else is scored.
 
     Raises:
-        ValueError: a token that is no id of the model or [MASK], or more tokens than the model's context.
+        ValueError: a token that is no id of the model or [MASK], more tokens than the model's context, or logits that
+            are no numbers.
     """
     _check(lm, prefix, target)
     if len(target) == 0:
@@ -203,7 +205,20 @@ class _Text:
     def logits(
         self, masked: Bool[Tensor, "A L"], state: Int[Tensor, " M"], place: Int[Tensor, " M"]
     ) -> Float[Tensor, "M V"]:
-        """Logits of the asked positions of the target in the states given."""
+        """Logits of the asked positions of the target in the states given.
+
+        Raises:
+            ValueError: they are no numbers.
+        """
+        logits = self._logits(masked, state, place)
+        # Read from the device: a forward over many states takes far longer, and none after it would help.
+        if bool(not_finite(logits).any()):
+            raise ValueError(reason("the model", self.backbone.dtype, "dtype="))
+        return logits
+
+    def _logits(
+        self, masked: Bool[Tensor, "A L"], state: Int[Tensor, " M"], place: Int[Tensor, " M"]
+    ) -> Float[Tensor, "M V"]:
         mask, given = self.backbone.mask_token_id, self.prefix.expand(len(masked), -1)
         target = self.target.masked_fill(masked, mask)
         tokens = torch.cat((given, target), dim=1)

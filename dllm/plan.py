@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -37,6 +37,9 @@ class Options:
         temperature: 0 is greedy; above, Gumbel-max sampling.
         top_p: nucleus; None for all tokens.
         top_k: tokens considered; None for all.
+        tempered_confidence: above temperature 0, take confidence, margin and entropy from the distribution that tokens
+            are drawn from, softmax(logits / temperature), instead of softmax(logits); None for what the published
+            sampler of the model does: Dream's the former, LLaDA's the latter.
         cfg_scale: classifier-free guidance against the masked prompt (LLaDA's convention:
             0 is off); two forwards' work, counted as one.
         seed: row i draws from seed + i; a sequence gives each row its own; None draws the seed itself.
@@ -58,6 +61,7 @@ class Options:
     temperature: float = 0.0
     top_p: float | None = None
     top_k: int | None = None
+    tempered_confidence: bool | None = None
     cfg_scale: float = 0.0
     seed: int | Sequence[int] | None = None
     stop_at_eos: bool = True
@@ -76,6 +80,7 @@ class Options:
             for seed in [self.seed] if isinstance(self.seed, (int, float, str)) else self.seed:
                 number("seed", seed, "a whole number of at least 0, or null", low=0, high=2**63 - 1, whole=True)
         choice("stop_at_eos", self.stop_at_eos, (True, False))
+        choice("tempered_confidence", self.tempered_confidence, (True, False, None))
         choice("cuda_graphs", self.cuda_graphs, (True, False, None))
         # The rest is checked where it is used; this refuses bad values before a model is there.
         Sampling(self.temperature, self.top_p, self.top_k, self.eos_suppression)
@@ -87,11 +92,12 @@ class Answer:
 
     Attributes:
         index: number of its prompt.
-        text: decoded completion up to end-of-text; None without a tokenizer.
-        completion: (G,) the generated region.
+        text: decoded completion up to end-of-text; None without a tokenizer, and of a row that failed.
+        completion: (G,) the generated region; of a row that failed as far as it came, [MASK] elsewhere.
         tokens: generated tokens up to and including end-of-text.
         nfe: denoiser forwards.
         guide_nfe: guide forwards, for policies that have one.
+        error: why the row failed; None where it did not.
     """
 
     index: int
@@ -100,6 +106,7 @@ class Answer:
     tokens: int
     nfe: int
     guide_nfe: int
+    error: str | None = None
 
 
 class Plan:
@@ -134,9 +141,14 @@ class Plan:
         if options.cuda_graphs and lm.device.type != "cuda":
             raise ValueError(f"cuda_graphs=true needs a CUDA device, and the model is on {lm.device}; use null")
         self.eos_token_ids = _eos(options.eos_token_id, lm)
+        tempered = options.tempered_confidence
+        if tempered is not None and options.temperature == 0:
+            told = f"tempered_confidence={str(tempered).lower()} has no effect at temperature=0"
+            raise ValueError(f"{told}; set temperature, or leave it out")
         self.sampling = Sampling(
-            options.temperature, options.top_p, options.top_k, options.eos_suppression, self.eos_token_ids
-        )
+            options.temperature, options.top_p, options.top_k, options.eos_suppression, self.eos_token_ids,
+            lm.backbone.tempered_confidence if tempered is None else tempered,
+        )  # fmt: skip
         mask = lm.backbone.mask_token_id
         for place, row in enumerate(ids):
             self._check(place, row, mask)
@@ -144,8 +156,15 @@ class Plan:
         self.seeds = _seeds(options.seed, len(ids))
         self.recorders: list[Recorder] = []
 
-    def steps(self) -> Iterator[tuple[Recorder, Step]]:
-        """Decode everything, `batch_size` rows at a time, each row that is finished making room for the next."""
+    def steps(self, partial: bool = False) -> Iterator[tuple[Recorder, Step]]:
+        """Decode everything, `batch_size` rows at a time, each row that is finished making room for the next.
+
+        Args:
+            partial: go on without the rows that fail, as `Recorder.canvas.errors` tells.
+
+        Raises:
+            ValueError: a row fails, and the rest is of no use without it.
+        """
         self.recorders = []
         for start in range(0, len(self.sequences), _MOST_ROWS):
             recorder = Recorder(self._canvas(start, start + _MOST_ROWS))
@@ -155,41 +174,67 @@ class Plan:
                 self.lm.tokenizer, self.options.cuda_graphs,
             ):  # fmt: skip
                 recorder.update(step)
+                if step.change.failed.size and not partial:
+                    self._refuse()
                 yield recorder, step
 
     def answers(self, callback: Callback | None) -> Iterator[Answer]:
         """Decode everything, row by row as they finish."""
-        for recorder, step in self.steps():
+        for recorder, step in self.steps(partial=True):
             if callback is not None:
                 callback(step)
             canvas = recorder.canvas
-            for row in step.change.finished:
-                completion = canvas.host[row, -self.options.gen_length :]
-                tokens = int(count_tokens(completion[None], canvas.eos_token_ids)[0])
+            for row in sorted((*step.change.finished, *step.change.failed)):
+                completion, error = canvas.host[row, -self.options.gen_length :], canvas.errors.get(row)
+                tokens = int(count_tokens(completion[None], canvas.eos_token_ids)[0]) if error is None else 0
                 yield Answer(
                     index=(len(self.recorders) - 1) * _MOST_ROWS + int(row),
-                    text=decode_text(self.lm.tokenizer, completion[:tokens]),
+                    text=decode_text(self.lm.tokenizer, completion[:tokens]) if error is None else None,
                     completion=completion.tolist(),
                     tokens=tokens,
                     nfe=int(recorder.nfe[row]),
                     guide_nfe=int(recorder.guide_nfe[row]),
+                    error=error,
                 )
 
     def run(self, callback: Callback | None, progress: bool) -> Generation:
-        """Decode everything and join the results."""
+        """Decode everything and join the results.
+
+        Raises:
+            ValueError: every row failed.
+        """
         clock = Clock(self.lm.device)
         total = sum(row.count(self.lm.backbone.mask_token_id) for row in self.sequences)
         columns = TextColumn("decoding"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn()
         with Progress(*columns) if progress else nullcontext() as bar:
             if bar:
                 bar.add_task("decoding", total=total)
-            for _, step in self.steps():
+            for _, step in self.steps(partial=True):
                 if callback is not None:
                     callback(step)
                 if bar:
                     bar.advance(bar.task_ids[0], int(step.change.gained.sum()))
+        self.check_answered()
         generated = None if self.infill else self.options.gen_length
         return assemble(self.recorders, generated, self.lm.tokenizer, clock)
+
+    def check_answered(self) -> None:
+        """Refuse a result without any answer, once everything is decoded.
+
+        Raises:
+            ValueError: every row failed.
+        """
+        if sum(len(recorder.canvas.errors) for recorder in self.recorders) == len(self.sequences):
+            self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        errors = {
+            number * _MOST_ROWS + row: error
+            for number, recorder in enumerate(self.recorders)
+            for row, error in recorder.canvas.errors.items()
+        }
+        first = min(errors)
+        raise ValueError(f"prompts[{first}] has no answer: {errors[first]}")
 
     def _canvas(self, start: int, end: int) -> Canvas:
         return Canvas(

@@ -16,8 +16,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm.checks import choice, number
+from dllm.nonfinite import not_finite
 
-_ALIGNED = ("tokens", "confidence", "margin", "entropy")
+_ALIGNED = ("tokens", "confidence", "margin", "entropy", "broken")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Sampling:
             choosing, and give one that was chosen confidence 0 (margin -inf, entropy inf), so that every
             order but a random one commits it last; "both".
         eos_token_ids: what counts as end-of-text; the first one is the one that fills canvases.
+        tempered_confidence: confidence, margin and entropy are those of softmax(logits / temperature), from which
+            tokens are drawn (Dream), instead of softmax(logits) (LLaDA); the same at temperature 0.
 
     Raises:
         ValueError: a value out of range.
@@ -43,6 +46,7 @@ class Sampling:
     top_k: int | None = None
     eos_suppression: str | None = None
     eos_token_ids: tuple[int, ...] = ()
+    tempered_confidence: bool = False
 
     def __post_init__(self) -> None:
         number("temperature", self.temperature, "0 (greedy) or a positive number", low=0, high=1e6)
@@ -79,6 +83,7 @@ class Prediction:
         self._arrange: Callable[[Tensor], Tensor] = lambda values: values
         self._sampling = sampling
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        self._broken = not_finite(logits)
         if sampling.eos_suppression in ("logits", "both"):
             logits = _without(logits, sampling.eos_token_ids[:1])
         self.logits = _filter(logits, sampling)
@@ -86,6 +91,8 @@ class Prediction:
         if sampling.temperature > 0:
             drawn = _gumbel_max(self.logits, mask_token_id, sampling.temperature, generators)
             self._chosen = drawn.where(drawn >= 0, self._chosen)
+            if sampling.tempered_confidence:
+                self.logits = self.logits / sampling.temperature
         self._last = torch.zeros_like(self._chosen, dtype=torch.bool)
         if sampling.eos_suppression in ("confidence", "both"):
             self.logits = _without(self.logits, sampling.eos_token_ids)
@@ -135,6 +142,11 @@ class Prediction:
         rest = others.sum(-1).double()
         entropy = rest.log1p() + torch.special.entr(others).sum(-1).double() / (own + rest)
         return self._spread(entropy.masked_fill(self._last, torch.inf), torch.inf)
+
+    @cached_property
+    def broken(self) -> Bool[Tensor, "*B K"]:
+        """Where the logits are no numbers, so that all the rest means nothing; False where nothing was asked."""
+        return self._spread(self._broken, False)
 
     def _spread(self, values: Tensor, fill: float) -> Tensor:
         out = values.new_full((self._shape.numel(),), fill)

@@ -80,12 +80,15 @@ class Record:
 def follow(plan: Plan, requests: Sequence[Request], filmed: frozenset[str]) -> Iterator[tuple[Record, Frames | None]]:
     """Carry a plan out, yielding each request's record as soon as its row is finished.
 
+    Raises:
+        ValueError: the model has no answer for a request.
+
     Args:
         plan: made of the requests' prompts, in this order.
         requests: what is answered.
         filmed: ids of those whose steps are kept.
     """
-    steps, clock, batch = plan.steps(), Clock(plan.lm.device), None
+    steps, clock, batch = plan.steps(partial=True), Clock(plan.lm.device), None
     left = list(requests)
     while True:
         started = time.perf_counter()
@@ -98,6 +101,8 @@ def follow(plan: Plan, requests: Sequence[Request], filmed: frozenset[str]) -> I
             rows = len(recorder.canvas.host)
             batch, left = _Batch(recorder, left[:rows], plan, clock, filmed), left[rows:]
         batch.update(step, seconds)
+        for row in step.change.failed:
+            raise ValueError(f"{batch.requests[row].id} has no answer: {recorder.canvas.errors[row]}")
         for row in step.change.finished:
             yield batch.record(int(row)), batch.frames(int(row))
 

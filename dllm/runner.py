@@ -186,7 +186,7 @@ class Runner:
         """The first forwards of a process, and what a policy loads for them, belong to no request."""
         if not self._warm:
             plan = self._plan(requests, self.setting.sampler, self.setting.cache, options)
-            deque(islice(plan.steps(), _WARM_UP), maxlen=0)
+            deque(islice(plan.steps(partial=True), _WARM_UP), maxlen=0)
             self._warm = True
 
     def _keep(self, record: Record, frames: Frames) -> None:

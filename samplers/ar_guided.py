@@ -36,7 +36,9 @@ from transformers import PreTrainedModel
 from dllm.alignment import Aligned, Aligner, SameVocabulary, align
 from dllm.canvas import Edit, Window
 from dllm.checks import choice, number
+from dllm.flags import flagged
 from dllm.guide import Guide, Judging, load_guide
+from dllm.nonfinite import Broken, not_finite, reason
 from dllm.prediction import Prediction
 from dllm.run import Run
 from dllm.samplers.base import Denoise, commit
@@ -138,8 +140,11 @@ class ARGuided:
         forwards = asks.long().cpu().numpy()  # read from the device: forwards are counted on the host, per row
         # A rejected draft that is written all the same, so that the row goes on, counts as none.
         judged_drafts = window.masked & asks[:, None] & (held | ~edit.write)
+        guide, (logits, about) = state.judging.guide, judged
+        lost = (not_finite(logits) & (about < aligned.ids.shape[1])).any(-1)
         return replace(
             edit,
+            broken=Broken(lost, reason(f"guide={guide.name!r}", guide.model.dtype)),
             drafted=prediction.tokens.masked_fill(~judged_drafts, state.mask_token_id),
             guide_forwards=forwards,
             guide_seconds=state.judging.seconds - before,
@@ -161,7 +166,7 @@ class ARGuided:
         index = torch.arange(length, device=about.device)
         # What was not asked about holds where it comes before the question or is decided.
         verdict = (index < aligned.start[:, None]) | (index == 0) | aligned.free
-        verdict = torch.cat((verdict, verdict[:, :1]), dim=1).scatter_reduce(1, about, holds, "amax")[:, :length]
+        verdict = flagged(torch.cat((verdict, verdict[:, :1]), dim=1), about, holds)[:, :length]
         accepted = verdict.long().cumprod(-1).sum(-1)
         held = (aligned.upto <= accepted[:, None]) & window.masked
         if self.on_reject == "draft" or writable is None:

@@ -36,6 +36,7 @@ from torch import Tensor
 from dllm.canvas import Edit, Window
 from dllm.checks import choice, number
 from dllm.filters import Filter, FilterNetwork, find_filter, load_filter
+from dllm.flags import flagged
 from dllm.prediction import Prediction
 from dllm.run import Run
 from dllm.samplers.base import Denoise, commit
@@ -128,7 +129,7 @@ def _surest_end(window: Window, everywhere: Prediction, run: Run) -> Int[Tensor,
 def _ask_everywhere(window: Window, denoise: Denoise, run: Run) -> Prediction:
     """Predictions for the whole block and for the masks of the whole canvas."""
     columns = torch.arange(window.tokens.shape[1], device=window.tokens.device).expand_as(window.tokens)
-    block = torch.zeros_like(window.region).scatter_reduce(1, window.columns, window.inside, "amax")
+    block = flagged(torch.zeros_like(window.region), window.columns, window.inside)
     return denoise(block | ((window.tokens == run.mask_token_id) & window.region), columns)
 
 

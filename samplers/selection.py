@@ -25,6 +25,18 @@ def top(
     return (place < limit) & eligible
 
 
+def perturbed(score: Float[Tensor, "B K"], temperature: float, uniform: Float[Tensor, "B K"]) -> Float[Tensor, "B K"]:
+    """Scores whose best n are n draws without replacement from softmax(score / temperature), by the Gumbel trick.
+
+    Args:
+        score: of the positions.
+        temperature: above 0.
+        uniform: numbers in [0, 1).
+    """
+    double = uniform.double().clamp(min=torch.finfo(torch.float32).tiny)
+    return score / temperature - (-double.log()).log()
+
+
 def leftmost(where: Bool[Tensor, "B K"]) -> Bool[Tensor, "B K"]:
     """The first of the positions of each row."""
     return where & (where.cumsum(-1) == 1)

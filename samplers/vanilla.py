@@ -9,6 +9,10 @@ score, where score is
     entropy         -H(p)
     random          uniform noise
 
+With `alg_temp` above 0 (Dream) the k positions are drawn, one after another and none twice, each with a
+probability proportional to exp(score / alg_temp). Above temperature 0 Dream's p is that of softmax(logits /
+temperature) after top_p and top_k, LLaDA's that of softmax(logits); see `tempered_confidence` of `dllm.Options`.
+
 schedule=uniform (LLaDA) gives each step floor(masks / steps), the remainder going to the first
 steps. schedule=timestep (Dream) commits int(m (1 - s/t)) of m masks on the grid
 t = linspace(1, 0.001, steps + 1), the last step the rest.
@@ -34,7 +38,7 @@ from dllm.prediction import Prediction
 from dllm.run import Run
 from dllm.samplers.base import Denoise, commit
 from dllm.samplers.schedule import share_steps
-from dllm.samplers.selection import top
+from dllm.samplers.selection import perturbed, top
 
 ORDERS = ("low_confidence", "margin", "entropy", "random")
 SCHEDULES = ("uniform", "timestep")
@@ -63,9 +67,11 @@ class Vanilla:
         tokens_per_step: tokens each step commits where `steps` is None; the last of a block takes the rest.
         order: which masked positions come first: low_confidence, margin, entropy or random.
         schedule: uniform (LLaDA) or timestep (Dream).
+        alg_temp: 0 takes the positions with the highest scores; above, they are drawn, the more evenly the higher.
 
     Raises:
-        ValueError: an unknown order or schedule, a number below 1, or both numbers given.
+        ValueError: an unknown order or schedule, a number out of range, both numbers given, or an `alg_temp` without
+            effect.
     """
 
     single_forward: ClassVar[bool] = True
@@ -74,6 +80,7 @@ class Vanilla:
     tokens_per_step: int = 1
     order: Literal["low_confidence", "margin", "entropy", "random"] = "low_confidence"
     schedule: Literal["uniform", "timestep"] = "uniform"
+    alg_temp: float = 0.0
 
     def __post_init__(self) -> None:
         if self.steps is not None:
@@ -87,6 +94,9 @@ class Vanilla:
         choice("schedule", self.schedule, SCHEDULES)
         if self.schedule == "timestep" and self.steps is None:
             raise ValueError("schedule=timestep needs steps; set steps, or use schedule=uniform")
+        number("alg_temp", self.alg_temp, "0 (the highest scores) or a positive number", low=0, high=1e6)
+        if self.alg_temp > 0 and self.order == "random":
+            raise ValueError(f"alg_temp={self.alg_temp} has no effect with order=random; use another order, or 0")
 
     def start(self, run: Run) -> Quotas:
         """Tabulate how many tokens each step of a block commits."""
@@ -104,7 +114,10 @@ class Vanilla:
         """Commit the scheduled number of the best positions."""
         prediction = denoise()
         quota = state.table[state.kind[window.rows, window.block], window.entry_masks, window.step]
-        return commit(window, prediction, top(self._score(window, prediction), quota, window.masked))
+        score = self._score(window, prediction)
+        if self.alg_temp > 0:
+            score = perturbed(score, self.alg_temp, window.uniform())
+        return commit(window, prediction, top(score, quota, window.masked))
 
     def _score(self, window: Window, prediction: Prediction) -> Float[Tensor, "B K"]:
         match self.order:

@@ -77,6 +77,8 @@ def generate(cfg: DictConfig) -> None:
         if manifest.note:
             print(manifest.note)
         print(_done(questions, answers))
+        if failed := len(_left(questions, answers)):
+            raise ValueError(f"{failed} of {len(left)} prompts have no answer, as told above; the same command retries")
 
 
 class Runner:
@@ -146,6 +148,9 @@ class Runner:
         with _progress(show, len(questions), len(answers.ids)) as advance:
             for answer in finished:
                 name = left[answer.index].id
+                if answer.error is not None:
+                    print(f"{left[answer.index].place} has no answer: {answer.error}", file=sys.stderr)
+                    continue
                 answers.add(
                     {
                         "id": name,

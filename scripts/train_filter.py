@@ -33,8 +33,8 @@ _KINDS = get_type_hints(dllm.Options) | {
     name: kind | None for name, kind in {"data": str, "split": str, "column": str, "out": str, "hidden": int}.items()
 }
 # What decides which records there are; the rest may change between two runs over the same records.
-_RECIPE = """model sampler cache seed gen_length block_length temperature top_p top_k stop_at_eos eos_token_id
-eos_suppression batch_size""".split()
+_RECIPE = """model sampler cache seed gen_length block_length temperature top_p top_k tempered_confidence stop_at_eos
+eos_token_id eos_suppression batch_size""".split()
 
 
 def main() -> None:

@@ -31,12 +31,14 @@ class MaskedDiffusionModel(PreTrainedModel):
 
     Attributes:
         logits_shift: the prediction for column i is read at column i - logits_shift.
+        tempered_confidence: the published sampler takes confidences from softmax(logits / temperature).
         end_of_turn: tokens that end a chat turn and count as end of text where the tokenizer has them.
         remembered_fingerprint: of weights that are packed.
         extra_eos_token_ids: ids that end a text beside the config's; `dllm.load` sets those of `end_of_turn`.
     """
 
     logits_shift: ClassVar[int] = 0
+    tempered_confidence: ClassVar[bool] = False
     end_of_turn: ClassVar[tuple[str, ...]] = ()
     extra_eos_token_ids: tuple[int, ...] = ()
     remembered_fingerprint: str | None = None

@@ -156,6 +156,7 @@ class DreamModel(MaskedDiffusionModel):
 
     config_class = DreamConfig
     logits_shift = 1
+    tempered_confidence = True
     end_of_turn = ("<|im_end|>",)
     _no_split_modules = ["DreamBlock"]
 
