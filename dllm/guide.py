@@ -19,8 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from dllm.backbones.checkpoint import check_causal_folder
 from dllm.loading import checkpoint_folder, first_line, quiet
-from dllm.tokenizers import load_tokenizer
+from dllm.tokenizers import check_tokenizer_config, load_tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,18 +64,23 @@ def load_guide(name: str, device: torch.device) -> Guide:
         ValueError: no such model, or one that is no causal language model or cannot be cropped.
     """
     folder = checkpoint_folder(name, option="guide", known=("tiny-guide",))
+    nothing_else: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    tokenizer = None
     try:
+        check_causal_folder(folder)
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **nothing_else)
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = load_tokenizer(folder)  # as the file says, where AutoTokenizer goes by the kind of model
+        elif any((folder / file).is_file() for file in ("vocab.json", "tokenizer.model")):
+            check_tokenizer_config(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **nothing_else)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001  # transformers' models and tokenizers fail in as many ways as there are
         raise ValueError(
             f"guide={name!r} is no causal language model that can be loaded: {first_line(error)}"
         ) from None
-    tokenizer = None
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = load_tokenizer(folder)  # as the file says, where AutoTokenizer goes by the kind of model
-    elif any((folder / file).is_file() for file in ("vocab.json", "tokenizer.model")):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     placed: PreTrainedModel = nn.Module.to(model, device)
     return Guide(placed.eval(), tokenizer)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,12 +12,12 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from omegaconf import OmegaConf
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from dllm.backbones import FAMILIES, MaskedDiffusionModel
 from dllm.backbones.base import token_ids
+from dllm.backbones.checkpoint import ATTENTION, DTYPES, read_config
 from dllm.backbones.packed import pack as pack_weights
 from dllm.checks import choice
 from dllm.files import read_json
@@ -28,9 +27,6 @@ from dllm.tokenizers import load_tokenizer
 BUNDLED = Path(__file__).parent / "checkpoints"
 # What a checkpoint is made of; code that lies beside it is not even downloaded.
 _FILES = ("*.json", "*.jinja", "*.txt", "*.safetensors")
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-DTYPES = ("float16", "bfloat16", "float32", "float64")
-_ATTENTION = ("sdpa", "eager")
 _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -164,8 +160,8 @@ def _options(
         dtype = getattr(torch, dtype)
     if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype} holds no weights; use a floating-point dtype such as torch.bfloat16")
-    if attn_implementation not in (None, *_ATTENTION):
-        raise ValueError(f"attn_implementation={attn_implementation!r} is unknown; use {' or '.join(_ATTENTION)}")
+    if attn_implementation not in (None, *ATTENTION):
+        raise ValueError(f"attn_implementation={attn_implementation!r} is unknown; use {' or '.join(ATTENTION)}")
     if device_map is not None and device is not None:
         raise ValueError(f"device={device!r} has no effect beside device_map={device_map!r}; give one of them")
     placement: Any = device_map
@@ -196,10 +192,7 @@ def find_device(device: str | torch.device | None, parameter: str = "device") ->
 
 def _family(folder: Path) -> type[MaskedDiffusionModel]:
     """The class that computes what `config.json` describes."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} has no config.json; give the folder of a whole checkpoint")
-    model_type = str(read_json(path).get("model_type"))
+    path, model_type = folder / "config.json", str(read_config(folder).get("model_type"))
     if model_type not in FAMILIES:
         raise ValueError(f"{path}: model_type={model_type!r} is not supported; use one of {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
@@ -207,11 +200,18 @@ def _family(folder: Path) -> type[MaskedDiffusionModel]:
 
 def _load_weights(family: type[MaskedDiffusionModel], folder: Path, options: dict[str, Any]) -> MaskedDiffusionModel:
     """Load every tensor of the architecture, and no other."""
-    _check_files(folder)
-    loaded: Any = family.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    try:
+        loaded: Any = family.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True, **options
+        )
+    except (ImportError, AttributeError, KeyError, TypeError) as error:  # what a quantiser makes of its settings
+        raise ValueError(
+            f"{folder} cannot be loaded: {first_line(error)}; install what it needs, or use weights that are not "
+            "quantised"
+        ) from None
     backbone, info = loaded
     problems = {
-        # Newer transformers report the two shapes beside the name.
+        # Compared before where headers tell. Newer transformers report the two shapes beside the name.
         "has another shape than config.json asks for": [
             entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]
         ],
@@ -231,36 +231,6 @@ def _is_finite(weight: torch.Tensor) -> bool:
     # Quantised weights are finite by their format, and weights left on disk are not here to look at.
     ordinary = weight.is_floating_point() and type(weight.data) is torch.Tensor and not weight.is_meta
     return not ordinary or bool(weight.isfinite().all())
-
-
-def _check_files(folder: Path) -> None:
-    """Name the file that is missing or cut off; the loaders below would only say that one is."""
-    for weights in _WEIGHTS:
-        index = folder / f"{weights}.index.json"
-        if (folder / weights).is_file():
-            files = [weights]
-        elif index.is_file():
-            files = sorted(set(read_json(index).get("weight_map", {}).values())) or [weights]
-        else:
-            continue
-        break
-    else:
-        raise ValueError(f"{folder} has no weights; put {' or '.join(_WEIGHTS)} or shards with their index there")
-    for path in (folder / file for file in files):
-        if not path.is_file():
-            raise ValueError(f"{path} is missing; copy or download this shard again")
-        if not _is_whole(path):
-            raise ValueError(f"{path} is damaged or incomplete; copy or download it again")
-
-
-def _is_whole(path: Path) -> bool:
-    if path.suffix != ".safetensors":
-        return zipfile.is_zipfile(path)
-    try:
-        with safe_open(path, framework="pt"):
-            return True
-    except SafetensorError:
-        return False
 
 
 def _extra_eos(

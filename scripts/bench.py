@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import dllm
 from dllm import compatibility
+from dllm.backbones.checkpoint import DTYPES
 from dllm.backbones.packed import pack
 from dllm.bench import Bench, CommitsPerStep, Cost, random_model
 from dllm.bench.sections import SECTIONS
@@ -23,7 +24,7 @@ from dllm.bench.timing import REFERENCES
 from dllm.cache.base import Cache
 from dllm.checks import choice, number
 from dllm.files import write_whole
-from dllm.loading import DTYPES, find_device
+from dllm.loading import find_device
 from dllm.resolve import options_of
 from dllm.samplers.base import Sampler
 from dllm.scripts import app

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Int
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
+from dllm.backbones.checkpoint import ATTENTION, check_folder
 from dllm.backbones.transformer import (
     AttentionStore,
     BlockInputs,
@@ -41,6 +43,26 @@ class MaskedDiffusionModel(PreTrainedModel):
     extra_eos_token_ids: tuple[int, ...] = ()
     remembered_fingerprint: str | None = None
     _supports_sdpa = True
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        _check_attention(config._attn_implementation)
+        super().__init__(config)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, once a local folder is known to be what it says and to lead nowhere else.
+
+        Raises:
+            ValueError: it is not.
+        """
+        folder = Path(str(pretrained_model_name_or_path))
+        if folder.is_dir():
+            check_folder(cls, folder)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        _check_attention(attn_implementation)
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     @property
     @abstractmethod
@@ -136,6 +158,12 @@ def token_ids(ids: int | Sequence[int] | None) -> tuple[int, ...]:
     if ids is None:
         return ()
     return (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def _check_attention(implementation: Any) -> None:
+    # Any other name would have transformers fetch and import compiled code of that name.
+    if implementation not in (None, *ATTENTION):
+        raise ValueError(f"attn_implementation={implementation!r} is unknown; use {' or '.join(ATTENTION)}")
 
 
 def check_config(config: PretrainedConfig) -> None:

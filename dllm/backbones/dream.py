@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from dllm.backbones.base import MaskedDiffusionModel, check_config
+from dllm.backbones.checkpoint import published
 from dllm.backbones.transformer import BlockInputs, BlockParts, RMSNorm, block_forward
 
 # What the published config could say and this implementation does not compute otherwise; null means false.
@@ -22,10 +23,12 @@ _FIXED = {
     "use_sliding_window": False,
     "tie_word_embeddings": False,
 }
+# What the published config says beside that, and nothing here reads.
+_UNUSED = ("max_window_layers", "sliding_window")
 
 
 class DreamConfig(PretrainedConfig):
-    """Configuration in the published layout; unknown published keys are kept and written back.
+    """Configuration in the published layout; published keys it does not read are kept and written back, others dropped.
 
     Args:
         vocab_size: entries V of the logits.
@@ -91,7 +94,7 @@ class DreamConfig(PretrainedConfig):
         kwargs.pop("rope_scaling", None)  # null, as checked; newer transformers warn at its mention
         kwargs.setdefault("tie_word_embeddings", False)
         kwargs["eos_token_id"] = eos_token_id
-        super().__init__(**kwargs)
+        super().__init__(**published(kwargs, {*_FIXED, *_UNUSED}))
         check_config(self)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from dllm.backbones.base import MaskedDiffusionModel, check_config
+from dllm.backbones.checkpoint import published
 from dllm.backbones.transformer import BlockInputs, BlockParts, RMSNorm, block_forward
 
 # What the published config could say and this implementation does not compute otherwise; null means false.
@@ -27,12 +28,19 @@ _FIXED = {
     "input_emb_norm": False,
     "scale_logits": False,
     "weight_tying": False,
+    "tie_word_embeddings": False,
     "multi_query_attention": None,
 }
+# What the published config says beside that, and nothing here reads.
+_UNUSED = (
+    "alibi_bias_max", "attention_layer_norm_with_affine", "bias_for_layer_norm", "block_group_size",
+    "embedding_dropout", "flash_attention", "init_cutoff_factor", "init_device", "init_fn", "layer_norm_with_affine",
+    "mlp_ratio", "precision", "residual_dropout", "rope_full_precision",
+)  # fmt: skip
 
 
 class LLaDAConfig(PretrainedConfig):
-    """Configuration in the published layout; unknown published keys are kept and written back.
+    """Configuration in the published layout; published keys it does not read are kept and written back, others dropped.
 
     Args:
         vocab_size: entries V of the logits that mean something.
@@ -108,7 +116,7 @@ class LLaDAConfig(PretrainedConfig):
         self.mask_token_id = mask_token_id
         kwargs.setdefault("tie_word_embeddings", False)
         kwargs["eos_token_id"] = eos_token_id
-        super().__init__(**kwargs)
+        super().__init__(**published(kwargs, {*_FIXED, *_UNUSED}))
         check_config(self)
 
 
