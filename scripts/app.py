@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dllm.checks import Notice
 from dllm.resolve import names, resolve
 from dllm.scripts import usage
 from dllm.scripts.kinds import check_kinds
@@ -83,11 +86,28 @@ def run(task: Callable[[DictConfig], Any], config_name: str, kinds: Mapping[str,
             print(usage.describe(config_name, arguments))
             return
         sys.argv = [command, *arguments]
-        hydra.main(version_base="1.3", config_path="pkg://dllm.conf", config_name=config_name)(guarded)()
+        with _notices(command):
+            hydra.main(version_base="1.3", config_path="pkg://dllm.conf", config_name=config_name)(guarded)()
     except BAD_INPUT as error:
         fail(command, one_line(error))
     except KeyboardInterrupt:
         fail(command, "interrupted; what was written is kept", code=130)
+
+
+@contextmanager
+def _notices(command: str) -> Iterator[None]:
+    """Print what is to be known in one line, instead of Python's two."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **rest: Any) -> None:
+            if issubclass(category, Notice):
+                print(f"{command}: warning: {message}", file=sys.stderr)
+            else:
+                others(message, category, *where, **rest)
+
+        warnings.showwarning = show
+        yield
 
 
 def make(place: str, group: str, protocol: type, entry: Any) -> Any:

@@ -32,7 +32,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 QUANTISED = ("awq", "bitsandbytes", "compressed-tensors", "gptq", "hqq", "quanto", "torchao")
 
 _NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
-_FLOATS = set(_NAMES.values())
+FLOATS = set(_NAMES.values())
 _AGAIN = "copy config.json and weights of one model again"
 # Keys of transformers' own that published configs have.
 _COMMON = {
@@ -138,7 +138,7 @@ def check_causal_folder(folder: Path) -> None:
     if stored is None or config.get("quantization_config"):
         return
     for name, tensor in stored.items():
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in FLOATS:
             raise ValueError(f"{tensor.file}: tensor {name} is {tensor.dtype}; weights are floating-point numbers")
     values = sum(prod(tensor.shape) for tensor in stored.values())
     for names in (("num_hidden_layers",), ("vocab_size", "hidden_size"), ("intermediate_size", "hidden_size")):
@@ -163,7 +163,7 @@ def read_headers(folder: Path) -> dict[str, Stored] | None:
             raise ValueError(f"{path} is missing; copy or download this shard again")
         if path.suffix == ".bin" and _is_old(path):
             return None
-        for name, tensor in (_header if path.suffix == ".safetensors" else _pickled)(path):
+        for name, tensor in (read_header if path.suffix == ".safetensors" else _pickled)(path):
             if name in stored:
                 raise ValueError(f"{path}: tensor {name} is in {stored[name].file.name} as well; {_AGAIN}")
             stored[name] = tensor
@@ -207,7 +207,12 @@ def _weight_map(index: Path, suffix: str) -> dict[str, str]:
     return listed  # type: ignore[return-value]  # texts, as checked
 
 
-def _header(path: Path) -> Iterator[tuple[str, Stored]]:
+def read_header(path: Path) -> Iterator[tuple[str, Stored]]:
+    """Names, types and shapes of the tensors of a safetensors file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -227,7 +232,7 @@ def _is_old(path: Path) -> bool:
 
 
 def _pickled(path: Path) -> Iterator[tuple[str, Stored]]:
-    """As `_header`, of a pickled file: mapped, so that no value is read, and unpickled to nothing but tensors."""
+    """As `read_header`, of a pickled file: mapped, so that no value is read, and unpickled to nothing but tensors."""
     try:
         if not zipfile.is_zipfile(path):
             raise ValueError("no archive")
@@ -255,9 +260,9 @@ def _compare(family: Any, config: PretrainedConfig, stored: Mapping[str, Stored]
                 raise ValueError(f"{folder}: tensor {name} is missing; {_AGAIN}")
             continue
         seen.add(name)
-        if quantised and tensor.dtype not in _FLOATS:
+        if quantised and tensor.dtype not in FLOATS:
             continue
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in FLOATS:
             raise ValueError(
                 f"{tensor.file}: tensor {name} is {tensor.dtype}, and weights are floating-point numbers; {_AGAIN}"
             )
