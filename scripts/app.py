@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -44,6 +45,7 @@ _OTHERS = {"model": ("custom", "path"), "task": ("lm_eval", "name")}
 # The option that an argument without a name is.
 _POSITIONAL = {"report": "folder", "show": "path"}
 _VALUED = {"-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"}
+_DEEPEST = 20  # Hydra's parser calls itself for each bracket
 _MULTIRUN = ("-m", "--multirun")
 _FLAGS = """-h --help --hydra-help -v --version -c --cfg --resolve -p --package -r --run -m --multirun -sc
 --shell-completion -cp --config-path -cn --config-name -cd --config-dir --experimental-rerun -i --info""".split()
@@ -207,7 +209,17 @@ def _rewrite_one(argument: str, open_groups: Mapping[str, Sequence[str]], multir
         return [f"{key}={choice}", f"{key}.{option}={','.join(map(_quote, paths))}"]
     if key == "prompt":
         return [f"prompt={_quote_literally(value)}"]
-    return [f"{key}={_quote(value)}"] if key in _PATHS and value != "null" else [argument]
+    if key in _PATHS and value != "null":
+        return [f"{key}={_quote(value)}"]
+    if _depth(value) > _DEEPEST:
+        raise ValueError(f"{key} is nested too deep ({_depth(value)} brackets in each other); give a plainer value")
+    return [argument]
+
+
+def _depth(value: str) -> int:
+    """How many brackets are open at once."""
+    steps = (1 if sign in "[{(" else -1 if sign in "]})" else 0 for sign in value)
+    return max(accumulate(steps, initial=0))
 
 
 def _quote_literally(value: str) -> str:
