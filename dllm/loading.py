@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -15,11 +16,14 @@ from huggingface_hub import snapshot_download
 from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
+from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import logging
 
+from dllm import adapters
 from dllm.backbones import FAMILIES, MaskedDiffusionModel
 from dllm.backbones.base import token_ids
 from dllm.backbones.packed import pack as pack_weights
+from dllm.backbones.published import check_eos
 from dllm.checks import choice
 from dllm.files import read_json
 from dllm.resolve import names
@@ -27,8 +31,12 @@ from dllm.tokenizers import load_tokenizer
 
 BUNDLED = Path(__file__).parent / "checkpoints"
 # What a checkpoint is made of; code that lies beside it is not even downloaded.
-_FILES = ("*.json", "*.jinja", "*.txt", "*.safetensors")
+_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*.safetensors")
+# Pickled weights are downloaded where what a config describes has no others.
+_PICKLES = (("config.json", "model*.safetensors", "pytorch_model*.bin"),
+            (adapters.CONFIG, "adapter_model.safetensors", "adapter_model.bin"))  # fmt: skip
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 _ATTENTION = ("sdpa", "eager")
 _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -41,12 +49,14 @@ class LanguageModel:
     Attributes:
         backbone: the denoiser, in evaluation mode.
         tokenizer: None where the checkpoint has none; token ids are taken then.
-        name: what it was loaded by.
+        name: what it was loaded by, and the adapter where one was given.
+        adapter: folder of the adapter that its weights were changed by; None without one.
     """
 
     backbone: MaskedDiffusionModel
     tokenizer: PreTrainedTokenizerBase | None
     name: str
+    adapter: Path | None = None
 
     @property
     def device(self) -> torch.device:
@@ -63,6 +73,7 @@ def load(
     attn_implementation: str | None = None,
     revision: str | None = None,
     pack: bool = False,
+    adapter: str | Path | None = None,
 ) -> LanguageModel:
     """Load a denoiser and its tokenizer.
 
@@ -79,6 +90,8 @@ def load(
         revision: branch, tag or commit of a hub id.
         pack: lay the weights out for the CPU's narrow forwards, in float32: faster there with the same results up
             to rounding, but such a model cannot be saved, moved or trained.
+        adapter: folder or hub id of a LoRA, or of another adapter that peft can merge into the weights. Its tokenizer,
+            where it has one, replaces the model's. A `name` that is an adapter loads the base model that it names.
 
     Raises:
         ValueError: an unknown name or option, or a checkpoint that is incomplete, damaged, of another
@@ -86,12 +99,16 @@ def load(
     """
     options = _options(device, dtype, device_map, attn_implementation)
     choice("pack", pack, (True, False))
+    base, revision, adapter_folder = _base_and_adapter(name, revision, adapter)
     # The config comes first: it tells whether the gigabytes that follow are of use.
-    family = _family(checkpoint_folder(name, revision, files=("config.json",)))
-    folder = checkpoint_folder(name, revision)
+    family = _family(checkpoint_folder(base, revision, files=("config.json",)))
+    folder = checkpoint_folder(base, revision)
     with quiet():
         backbone = _load_weights(family, folder, options)
         tokenizer = load_tokenizer(folder)
+        if adapter_folder is not None:
+            adapters.merge(backbone, adapter_folder)
+            tokenizer = load_tokenizer(adapter_folder) or tokenizer
     if pack:
         pack_weights(backbone)
     backbone.extra_eos_token_ids = _extra_eos(backbone, tokenizer, folder)
@@ -99,7 +116,32 @@ def load(
     if tokenizer is not None and tokenizer.mask_token_id != backbone.mask_token_id:
         # The config decides; LLaDA's published tokenizer does not say which of its tokens is the mask.
         tokenizer.mask_token = tokenizer.convert_ids_to_tokens(backbone.mask_token_id)
-    return LanguageModel(backbone, tokenizer, str(name))
+    return LanguageModel(backbone, tokenizer, f"{name}{'' if adapter is None else f'+{adapter}'}", adapter_folder)
+
+
+def _base_and_adapter(
+    name: str | Path, revision: str | None, adapter: str | Path | None
+) -> tuple[str | Path, str | None, Path | None]:
+    """The model to load with its revision, and the folder of the adapter to change it with."""
+    given = None if adapter is None else checkpoint_folder(adapter, option="adapter", known=())
+    folder = checkpoint_folder(name, revision, files=("config.json", adapters.CONFIG))
+    if not (folder / adapters.CONFIG).is_file():
+        return name, revision, given
+    if (folder / "config.json").is_file():
+        if given is None:
+            raise ValueError(
+                f"{folder} holds a model and {adapters.CONFIG}; give adapter={str(name)!r} to apply the adapter, or "
+                f"remove {adapters.CONFIG}"
+            )
+        return name, revision, given
+    base, of_base = adapters.base_of(folder)
+    if given is not None:
+        raise ValueError(f"name={str(name)!r} is an adapter itself; give its base model ({base!r}) to apply another")
+    try:
+        local = checkpoint_folder(base, files=("config.json",)).parent.name != "snapshots"
+    except ValueError as error:
+        raise ValueError(f"{folder} is an adapter, and its base model is not found: {error}") from None
+    return base, None if local else of_base, checkpoint_folder(name, revision)
 
 
 def checkpoint_folder(
@@ -132,14 +174,27 @@ def checkpoint_folder(
         return folder
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
         suggested = ", ".join(models if known is None else known)
-        raise ValueError(f"{option}={str(name)!r} is no folder, hub id or known model; known are {suggested}")
+        kind = f", hub id or known model; known are {suggested}" if suggested else " or hub id; check the spelling"
+        raise ValueError(f"{option}={str(name)!r} is no folder{kind}")
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=list(files), ignore_patterns="*/*"))
+        return _download(path, revision, files)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{option}={str(name)!r} is no folder, and {path!r} cannot be fetched from the hub ({first_line(error)}); "
             "check the spelling and the connection, or give the folder of a downloaded copy"
         ) from None
+
+
+def _download(path: str, revision: str | None, files: Sequence[str]) -> Path:
+    """Fetch files of a hub repository; its pickled weights where weights are wanted and there are no others."""
+    folder = Path(snapshot_download(path, revision=revision, allow_patterns=list(files), ignore_patterns="*/*"))
+    if "*.safetensors" in files:
+        pickles = [
+            pickle for config, usual, pickle in _PICKLES if (folder / config).is_file() and not any(folder.glob(usual))
+        ]
+        if pickles:
+            snapshot_download(path, revision=revision, allow_patterns=pickles, ignore_patterns="*/*")
+    return folder
 
 
 def _bundled() -> list[str]:
@@ -199,16 +254,50 @@ def _family(folder: Path) -> type[MaskedDiffusionModel]:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json; give the folder of a whole checkpoint")
-    model_type = str(read_json(path).get("model_type"))
+    config = read_json(path)
+    model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:
         raise ValueError(f"{path}: model_type={model_type!r} is not supported; use one of {', '.join(FAMILIES)}")
-    return FAMILIES[model_type]
+    family = FAMILIES[model_type]
+    for key, what in (("mask_token_id", "the id of [MASK]"), ("eos_token_id", "the id that ends a text")):
+        if key not in config:
+            raise ValueError(f"{path} has no {key}; add {what}")
+    config_class: Any = family.config_class
+    try:
+        with quiet():
+            config_class.from_dict(config)
+            if config.get("quantization_config") is not None:
+                AutoQuantizationConfig.from_dict(dict(config["quantization_config"]))
+    except ImportError as error:
+        raise _missing_library(folder, error) from None
+    except Exception as error:  # noqa: BLE001  # transformers looks at the rest, and has many ways to stumble
+        raise ValueError(f"{path} cannot be used: {' '.join(str(error).split())}") from None
+    return family
+
+
+def _missing_library(folder: Path, error: ImportError) -> ValueError:
+    method = (read_json(folder / "config.json").get("quantization_config") or {}).get("quant_method", "none")
+    return ValueError(
+        f"{folder} has weights quantised with {method}, and a library for them is not installed ({first_line(error)}); "
+        f"install {error.name or 'it'}, or use the model it was quantised from"
+    )
 
 
 def _load_weights(family: type[MaskedDiffusionModel], folder: Path, options: dict[str, Any]) -> MaskedDiffusionModel:
     """Load every tensor of the architecture, and no other."""
-    _check_files(folder)
-    loaded: Any = family.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    files = _check_files(folder)
+    # transformers would by itself apply an adapter that lies beside the weights; there is none in "/".
+    options = options | {"adapter_kwargs": {"subfolder": "no adapter"}}
+    try:
+        loaded: Any = family.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    except ImportError as error:
+        raise _missing_library(folder, error) from None
+    except (RuntimeError, EOFError, ValueError, UnpicklingError) as error:
+        if files[0].suffix == ".safetensors":
+            raise
+        raise ValueError(
+            f"{folder}: {files[0].name} cannot be read ({first_line(error)}); copy or download the weights again"
+        ) from None
     backbone, info = loaded
     problems = {
         # Newer transformers report the two shapes beside the name.
@@ -233,7 +322,7 @@ def _is_finite(weight: torch.Tensor) -> bool:
     return not ordinary or bool(weight.isfinite().all())
 
 
-def _check_files(folder: Path) -> None:
+def _check_files(folder: Path) -> list[Path]:
     """Name the file that is missing or cut off; the loaders below would only say that one is."""
     for weights in _WEIGHTS:
         index = folder / f"{weights}.index.json"
@@ -245,17 +334,24 @@ def _check_files(folder: Path) -> None:
             continue
         break
     else:
-        raise ValueError(f"{folder} has no weights; put {' or '.join(_WEIGHTS)} or shards with their index there")
-    for path in (folder / file for file in files):
+        wanted = f"{' or '.join(_WEIGHTS)} or shards with their index"
+        if folder.parent.name == "snapshots":  # the hub's cache is not for hands
+            raise ValueError(f"the hub has no weights for {folder} ({wanted}); use another repository or revision")
+        raise ValueError(f"{folder} has no weights; put {wanted} there")
+    paths = [folder / file for file in files]
+    for path in paths:
         if not path.is_file():
             raise ValueError(f"{path} is missing; copy or download this shard again")
         if not _is_whole(path):
             raise ValueError(f"{path} is damaged or incomplete; copy or download it again")
+    return paths
 
 
 def _is_whole(path: Path) -> bool:
     if path.suffix != ".safetensors":
-        return zipfile.is_zipfile(path)
+        with path.open("rb") as file:
+            # As torch wrote before 1.6; whether such a file is whole is seen when it is read.
+            return zipfile.is_zipfile(path) or file.read(len(_LEGACY)) == _LEGACY
     try:
         with safe_open(path, framework="pt"):
             return True
@@ -267,20 +363,20 @@ def _extra_eos(
     backbone: MaskedDiffusionModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path
 ) -> tuple[int, ...]:
     path = folder / "generation_config.json"
-    listed = token_ids(read_json(path).get("eos_token_id")) if path.is_file() else ()
+    listed = read_json(path).get("eos_token_id") if path.is_file() else None
+    check_eos(str(path), listed)
     added = {} if tokenizer is None else tokenizer.get_added_vocab()
-    return (*listed, *(added[token] for token in backbone.end_of_turn if token in added))
+    return (*token_ids(listed), *(added[token] for token in backbone.end_of_turn if token in added))
 
 
 def _check_vocabulary(backbone: MaskedDiffusionModel, folder: Path) -> None:
-    embedding: Any = backbone.get_input_embeddings()
-    rows = len(embedding.weight)
+    rows = backbone.config.vocab_size
     if not backbone.eos_token_ids:
         raise ValueError(f"{folder}/config.json has no eos_token_id; add the id that ends a text")
     for key, ids in (("mask_token_id", (backbone.mask_token_id,)), ("eos_token_id", backbone.eos_token_ids)):
-        wrong = next((token for token in ids if not isinstance(token, int) or not 0 <= token < rows), None)
-        if wrong is not None:
-            raise ValueError(f"{folder}: {key}={wrong} is no id of this model; use one from 0 to {rows - 1}")
+        for token in ids:
+            if not 0 <= token < rows:
+                raise ValueError(f"{folder}: {key}={token!r} is no id of this model; use one from 0 to {rows - 1}")
 
 
 def first_line(error: BaseException) -> str:
