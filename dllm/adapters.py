@@ -46,10 +46,9 @@ def merge(backbone: PreTrainedModel, folder: Path) -> None:
             no change of weights.
     """
     called = f"adapter={str(folder)!r}"
-    if not (folder / CONFIG).is_file() or not any((folder / file).is_file() for file in WEIGHTS):
-        missing = CONFIG if not (folder / CONFIG).is_file() else " or ".join(WEIGHTS)
-        raise ValueError(f"{called} has no {missing}; give the folder of a whole adapter, as peft saves it")
     read_json(folder / CONFIG)
+    if not any((folder / file).is_file() for file in WEIGHTS):
+        raise ValueError(f"{called} has no {' or '.join(WEIGHTS)}; give the folder of a whole adapter")
     if getattr(backbone, "hf_quantizer", None) is not None:
         raise ValueError(f"{called} cannot be merged into quantised weights; give the model it was quantised from")
     if any(weight.is_meta for weight in backbone.parameters()):

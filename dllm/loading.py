@@ -31,7 +31,8 @@ from dllm.tokenizers import load_tokenizer
 
 BUNDLED = Path(__file__).parent / "checkpoints"
 # What a checkpoint is made of; code that lies beside it is not even downloaded.
-_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*.safetensors")
+_TEXTS = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
+_FILES = (*_TEXTS, "*.safetensors")
 # Pickled weights are downloaded where what a config describes has no others.
 _PICKLES = (("config.json", "model*.safetensors", "pytorch_model*.bin"),
             (adapters.CONFIG, "adapter_model.safetensors", "adapter_model.bin"))  # fmt: skip
@@ -123,7 +124,7 @@ def _base_and_adapter(
     name: str | Path, revision: str | None, adapter: str | Path | None
 ) -> tuple[str | Path, str | None, Path | None]:
     """The model to load with its revision, and the folder of the adapter to change it with."""
-    given = None if adapter is None else checkpoint_folder(adapter, option="adapter", known=())
+    given = None if adapter is None else _adapter_folder(adapter)
     folder = checkpoint_folder(name, revision, files=("config.json", adapters.CONFIG))
     if not (folder / adapters.CONFIG).is_file():
         return name, revision, given
@@ -138,10 +139,20 @@ def _base_and_adapter(
     if given is not None:
         raise ValueError(f"name={str(name)!r} is an adapter itself; give its base model ({base!r}) to apply another")
     try:
-        local = checkpoint_folder(base, files=("config.json",)).parent.name != "snapshots"
+        found = checkpoint_folder(base, files=("config.json",))
     except ValueError as error:
         raise ValueError(f"{folder} is an adapter, and its base model is not found: {error}") from None
-    return base, None if local else of_base, checkpoint_folder(name, revision)
+    downloaded = found.parent.name == "snapshots" and found != Path(base).expanduser()
+    return base, of_base if downloaded else None, _adapter_folder(name, revision)
+
+
+def _adapter_folder(adapter: str | Path, revision: str | None = None) -> Path:
+    folder = checkpoint_folder(adapter, revision, (adapters.CONFIG,), "adapter", ())
+    if (folder / adapters.CONFIG).is_file():
+        return checkpoint_folder(adapter, revision, (*_TEXTS, adapters.WEIGHTS[0]), "adapter", ())
+    raise ValueError(
+        f"adapter={str(adapter)!r} has no {adapters.CONFIG}; give the folder of an adapter, as peft saves it"
+    )
 
 
 def checkpoint_folder(
@@ -188,12 +199,10 @@ def checkpoint_folder(
 def _download(path: str, revision: str | None, files: Sequence[str]) -> Path:
     """Fetch files of a hub repository; its pickled weights where weights are wanted and there are no others."""
     folder = Path(snapshot_download(path, revision=revision, allow_patterns=list(files), ignore_patterns="*/*"))
-    if "*.safetensors" in files:
-        pickles = [
-            pickle for config, usual, pickle in _PICKLES if (folder / config).is_file() and not any(folder.glob(usual))
-        ]
-        if pickles:
-            snapshot_download(path, revision=revision, allow_patterns=pickles, ignore_patterns="*/*")
+    for config, usual, pickles in _PICKLES:
+        wanted = {usual, "*.safetensors"}.intersection(files) and (folder / config).is_file()
+        if wanted and not any(folder.glob(usual)):
+            snapshot_download(path, revision=revision, allow_patterns=[pickles], ignore_patterns="*/*")
     return folder
 
 
