@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import time
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from dllm import adapters
 from dllm.backbones.checkpoint import check_causal_folder
 from dllm.loading import checkpoint_folder, first_line, quiet
 from dllm.tokenizers import check_tokenizer_config, load_tokenizer
@@ -51,6 +52,11 @@ class Guide:
         """Entries of its logits."""
         return self.model.config.get_text_config().vocab_size
 
+    @cached_property
+    def cache_argument(self) -> str:
+        """What `forward` calls its cache: `cache` since transformers 5.24, `past_key_values` before."""
+        return "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
+
 
 @lru_cache(maxsize=1)
 def load_guide(name: str, device: torch.device) -> Guide:
@@ -64,6 +70,11 @@ def load_guide(name: str, device: torch.device) -> Guide:
         ValueError: no such model, or one that is no causal language model or cannot be cropped.
     """
     folder = checkpoint_folder(name, option="guide", known=("tiny-guide",))
+    if (folder / adapters.CONFIG).is_file():  # transformers would apply it, or not, by whether peft is installed
+        raise ValueError(
+            f"guide={name!r} holds an adapter ({adapters.CONFIG}), which is not applied; merge it into the guide's "
+            f"weights and save them, or remove {adapters.CONFIG}"
+        )
     nothing_else: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     tokenizer = None
     try:
@@ -138,9 +149,9 @@ class Judging:
             input_ids=chunk.where((chunk >= 0) & (chunk < self.guide.vocab_size), 0),
             attention_mask=(self.held >= 0).long(),
             position_ids=index,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=keep,
+            **{self.guide.cache_argument: self.cache},
         ).logits[:, -keep:]
         self.rows, self.ids = rows, ids
         if ids.device.type == "cuda":

@@ -32,7 +32,7 @@ from dllm.resolve import options_of, resolve
 from dllm.runner import Runner, Setting
 from dllm.samplers.base import Sampler
 
-_LOADING = ("device", "dtype", "device_map", "attn_implementation", "revision", "pack")
+_LOADING = ("device", "dtype", "device_map", "attn_implementation", "revision", "pack", "adapter")
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _KNOWN = {"until", "do_sample", "temperature", "top_p", "top_k", *_LENGTHS}
 GEN_LENGTH = 256  # where neither the user nor the task says

@@ -35,6 +35,7 @@ _PATHS = (
     "publish",
     "data",
     "model.path",
+    "model.adapter",
     "path",
     "folder",
     "quality",
@@ -246,7 +247,7 @@ def _qualified(text: str, cfg: DictConfig) -> str:
             said = re.escape(repr(value)) if shared else ""
             if name not in cfg:
                 text = re.sub(rf"(?<![\w.(]){name}=(?={said})", f"{group}.{name}=", text)
-    return text
+    return re.sub(r"(?<![\w.(])adapter=", "model.adapter=", text) if "model" in cfg else text
 
 
 def one_line(error: BaseException) -> str:

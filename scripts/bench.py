@@ -139,7 +139,7 @@ def _load(cfg: DictConfig) -> dllm.LanguageModel:
     choice("pack", options["pack"], (True, False))
     if not path.startswith("random:"):
         return dllm.load(path, **options | {"pack": False})
-    for name in ("revision", "device_map", "attn_implementation"):
+    for name in ("revision", "device_map", "attn_implementation", "adapter"):
         if options[name] is not None:
             raise ValueError(f"model.{name}={options[name]!r} has no effect on a random model; leave it out")
     device = find_device(options["device"])

@@ -105,13 +105,7 @@ def check_folder(family: Any, folder: Path) -> None:
     path = folder / "config.json"
     content = read_config(folder)
     try:
-        for size in _SIZES:
-            name = family.config_class.attribute_map.get(size, size)
-            if name in content and not (content[name] is None and size in _OPTIONAL):
-                _check_size(name, content[name])
-        for name in ("rms_norm_eps", "rope_theta"):
-            if content.get(name) is not None:
-                number(name, content[name], "a positive number", above=0, high=1e15)
+        check_values(family.config_class, content)
         config = family.config_class(**content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -121,6 +115,21 @@ def check_folder(family: Any, folder: Path) -> None:
     if stored is not None:
         _compare(family, config, stored, folder)
     _check_ids(config, folder)
+
+
+def check_values(config_class: Any, content: Mapping[str, Any]) -> None:
+    """Refuse sizes and constants that no model has, before a config is made of them.
+
+    Raises:
+        ValueError: one is.
+    """
+    for size in _SIZES:
+        name = config_class.attribute_map.get(size, size)
+        if name in content and not (content[name] is None and size in _OPTIONAL):
+            _check_size(name, content[name])
+    for name in ("rms_norm_eps", "rope_theta"):
+        if content.get(name) is not None:
+            number(name, content[name], "a positive number", above=0, high=1e15)
 
 
 def check_causal_folder(folder: Path) -> None:
@@ -192,7 +201,10 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
         if index.is_file():
             listed = _weight_map(index, Path(weights).suffix)
             return [folder / file for file in sorted(set(listed.values()))], listed
-    raise ValueError(f"{folder} has no weights; put {' or '.join(WEIGHTS)} or shards with their index there")
+    wanted = f"{' or '.join(WEIGHTS)} or shards with their index"
+    if folder.parent.name == "snapshots":  # the hub's cache is not for hands
+        raise ValueError(f"the hub has no weights for {folder} ({wanted}); use another repository or revision")
+    raise ValueError(f"{folder} has no weights; put {wanted} there")
 
 
 def _weight_map(index: Path, suffix: str) -> dict[str, str]:
