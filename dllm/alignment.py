@@ -330,7 +330,7 @@ def align(guide: Guide, tokenizer: PreTrainedTokenizerBase | None, vocab_size: i
         token in shared or (token not in ours and number not in taken) for token, number in theirs.items()
     ):
         readable = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-        readable[list(shared.values())] = True
+        readable[[number for number in shared.values() if number < vocab_size]] = True
         return SameVocabulary(guide.name, readable)
     if not guide.tokenizer.is_fast:
         raise ValueError(f"guide={guide.name!r} has a tokenizer without offsets; use a guide with a fast tokenizer")

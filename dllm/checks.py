@@ -7,6 +7,10 @@ from numbers import Integral, Real
 from typing import Any
 
 
+class Notice(UserWarning):
+    """Something to know about what was asked for; commands print it in one line."""
+
+
 def number(
     name: str, value: Any, use: str, *, low: float = -inf, high: float = inf, above: float = -inf, whole: bool = False
 ) -> None:

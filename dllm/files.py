@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -50,16 +51,27 @@ def sync_folder(folder: Path) -> None:
             os.close(number)
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, once: bool = False) -> Any:
     """Parse JSON from a source that is not trusted.
 
+    Args:
+        text: the JSON.
+        once: refuse an object that says a key twice.
+
     Raises:
-        ValueError: it is no JSON, or nested too deep to be parsed.
+        ValueError: it is no JSON, or nested deeper than Python's parser goes.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_said_once if once else None)
     except RecursionError:
         raise ValueError("nested too deep") from None
+
+
+def _said_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"it says {Counter(name for name, _ in pairs).most_common(1)[0][0]!r} twice")
+    return found
 
 
 def read_json(path: Path, fix: str = "copy or download it again") -> dict[str, Any]:
@@ -73,7 +85,7 @@ def read_json(path: Path, fix: str = "copy or download it again") -> dict[str, A
         ValueError: it cannot be read or holds something else.
     """
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"), once=True)
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"{path} is not JSON ({reason}); {fix}") from None

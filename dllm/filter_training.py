@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 import dllm
 from dllm.canvas import Edit, Window
+from dllm.checks import number
 from dllm.filters import ConfidenceFilter, FilterNetwork, NeighbourFilter
 from dllm.resolve import resolve
 from dllm.run import Run
@@ -116,6 +118,9 @@ class Training:
         patience: epochs without a better held-out loss before it stops.
         held_out: share of the prompts that are held out.
         seed: of weights, split and order.
+
+    Raises:
+        ValueError: a rate or a share out of range.
     """
 
     architecture: str = "neighbours"
@@ -126,6 +131,10 @@ class Training:
     patience: int = 15
     held_out: float = 0.2
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        number("rate", self.rate, "a number above 0 and at most 1 (0.003 is published)", above=0, high=1)
+        number("held_out", self.held_out, "a share above 0 and below 1", above=0, high=0.99)
 
 
 def split(records: Records, how: Training) -> tuple[Records, Records]:
@@ -152,6 +161,9 @@ def fit(
 
     Returns:
         The filter, and the number of the epoch it is from.
+
+    Raises:
+        ValueError: the training diverges.
     """
     network: FilterNetwork
     with torch.random.fork_rng(devices=[]):
@@ -172,11 +184,15 @@ def fit(
         with torch.no_grad():
             now = _loss(network, held_out).item()
         progress(epoch, now)
+        if not isfinite(now):
+            break  # it does not come back from there
         if now < best:
             best, best_epoch = now, epoch
             weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
         elif epoch - best_epoch >= how.patience:
             break
+    if best_epoch == 0:
+        raise ValueError(f"rate={how.rate} makes the loss of the filter infinite or NaN; use a lower one")
     network.load_state_dict(weights)
     return network.eval(), best_epoch
 
@@ -224,8 +240,8 @@ def _calibration(probability: Tensor, final: Tensor, bins: int = 10) -> list[dic
     """Mean prediction and share that was final, per bin of the prediction."""
     place = (probability * bins).long().clamp(max=bins - 1)
     table = []
-    for number in place.unique().tolist():
-        here = place == number
+    for bin_number in place.unique().tolist():
+        here = place == bin_number
         predicted, share = probability[here].mean().item(), final[here].float().mean().item()
         table.append({"predicted": round(predicted, 4), "final": round(share, 4), "count": int(here.sum())})
     return table

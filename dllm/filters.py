@@ -8,21 +8,22 @@ it is. It tells nearly sure from sure, which c alone in the published form hardl
 published form 49% and 5% (`dllm train-filter` prints these figures, `architecture=published` trains that form).
 
 On disk a filter is ``NAME.safetensors`` and beside it ``NAME.json``, a card that says what it was
-trained for. A bare file in the published form loads without a card.
+trained for. A bare file in the published form
+loads without a card: its shape tells the block length, and nothing tells which model it was trained for.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, get_origin, get_type_hints
 
 import torch
 from jaxtyping import Bool, Float
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from dllm.backbones.checkpoint import FLOATS, read_header
 from dllm.files import parse_json, write_json, write_whole
 
 BUNDLED = Path(__file__).parent / "checkpoints"
@@ -86,6 +87,7 @@ class NeighbourFilter(nn.Module):
 
 FilterNetwork: TypeAlias = ConfidenceFilter | NeighbourFilter
 _PUBLISHED = {"fc1.weight": 2, "fc1.bias": 1, "fc2.weight": 2, "fc2.bias": 1}
+_WIDEST = 2**14  # a filter is far smaller; more is a mistake, or meant to fill the memory
 _NEIGHBOURS = {"conv1.weight": 3, "conv1.bias": 1, "conv2.weight": 3, "conv2.bias": 1, "out.weight": 3, "out.bias": 1}
 
 
@@ -175,34 +177,55 @@ def load_filter(name: str | Path) -> Filter:
             f"{', '.join(bundled_filters())} (pickled filters are not loaded, as they can run code)"
         )
     try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"filter={str(name)!r} is damaged: {error}; make it again") from None
-    network = _build({key: tensor.ndim for key, tensor in tensors.items()}, tensors, str(name))
-    return Filter(network.float().eval(), _load_card(path.with_suffix(".json")), str(name))
+        header = dict(read_header(path))
+    except ValueError:
+        raise ValueError(f"filter={str(name)!r} is damaged: its header is not whole; make it again") from None
+    network = _build({key: tensor.shape for key, tensor in header.items()}, str(name))
+    wrong = next((f"{key} is {stored.dtype}" for key, stored in header.items() if stored.dtype not in FLOATS), None)
+    if wrong is not None:
+        raise ValueError(f"filter={str(name)!r} is no filter: {wrong}, not floating-point numbers; make it again")
+    tensors = {key: tensor.float() for key, tensor in load_file(path).items()}
+    wrong = next((key for key, tensor in tensors.items() if not tensor.isfinite().all()), None)
+    if wrong is not None:
+        raise ValueError(f"filter={str(name)!r} is no filter: {wrong} holds NaN or infinity; make it again")
+    network.load_state_dict(tensors, assign=True)
+    return Filter(network.eval(), _load_card(path.with_suffix(".json"), network), str(name))
 
 
-def _build(layout: dict[str, int], tensors: dict[str, Tensor], name: str) -> FilterNetwork:
-    network: FilterNetwork
-    if layout == _PUBLISHED:
-        network = ConfidenceFilter(tensors["fc1.weight"].shape[1], len(tensors["fc1.weight"]))
-    elif layout == _NEIGHBOURS:
-        hidden, _, width = tensors["conv1.weight"].shape
-        network = NeighbourFilter(hidden, width // 2)
-    else:
+def _build(shapes: dict[str, tuple[int, ...]], name: str) -> FilterNetwork:
+    """The network of tensors of these shapes, without values."""
+    layout = {key: len(shape) for key, shape in shapes.items()}
+    if layout not in (_PUBLISHED, _NEIGHBOURS):
         forms = " or ".join(", ".join(form) for form in (_PUBLISHED, _NEIGHBOURS))
         raise ValueError(f"filter={name!r} is no filter: it must hold {forms}, and nothing else; give another file")
-    try:
-        network.load_state_dict(tensors)
-    except RuntimeError:
-        raise ValueError(f"filter={name!r} is no filter: its tensors do not fit together; make it again") from None
+    first = shapes["fc1.weight" if layout == _PUBLISHED else "conv1.weight"]
+    if not 1 <= min(first) <= max(first) <= _WIDEST:
+        raise ValueError(f"filter={name!r} is no filter: a width is not from 1 to {_WIDEST}; make it again")
+    network: FilterNetwork
+    with torch.device("meta"):
+        network = (
+            ConfidenceFilter(first[1], first[0]) if layout == _PUBLISHED else NeighbourFilter(first[0], first[2] // 2)
+        )
+    if {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()} != shapes:
+        raise ValueError(f"filter={name!r} is no filter: its tensors do not fit together; make it again")
     return network
 
 
-def _load_card(path: Path) -> FilterCard | None:
+def _load_card(path: Path, network: FilterNetwork) -> FilterCard | None:
     if not path.is_file():
         return None
     try:
-        return FilterCard(**parse_json(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        card = FilterCard(**parse_json(path.read_text(encoding="utf-8")))
+        for field, hint in get_type_hints(FilterCard).items():
+            value, kind = getattr(card, field), get_origin(hint) or hint
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ValueError(f"{field}={value!r} is no {kind.__name__}")
+        if card.block_length < 1:
+            raise ValueError(f"block_length={card.block_length} is no length")
+        if card.architecture != network.architecture:
+            raise ValueError(f"architecture={card.architecture!r}, and the tensors are of {network.architecture!r}")
+        if network.block_length not in (None, card.block_length):
+            raise ValueError(f"block_length={card.block_length}, and the tensors are for {network.block_length}")
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is no card of a filter ({error}); make it again, or remove it") from None
+    return card

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import time
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -19,8 +19,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from dllm import adapters
+from dllm.backbones.checkpoint import check_causal_folder
 from dllm.loading import checkpoint_folder, first_line, quiet
-from dllm.tokenizers import load_tokenizer
+from dllm.tokenizers import check_tokenizer_config, load_tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +52,11 @@ class Guide:
         """Entries of its logits."""
         return self.model.config.get_text_config().vocab_size
 
+    @cached_property
+    def cache_argument(self) -> str:
+        """What `forward` calls its cache: `cache` since transformers 5.24, `past_key_values` before."""
+        return "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
+
 
 @lru_cache(maxsize=1)
 def load_guide(name: str, device: torch.device) -> Guide:
@@ -63,18 +70,28 @@ def load_guide(name: str, device: torch.device) -> Guide:
         ValueError: no such model, or one that is no causal language model or cannot be cropped.
     """
     folder = checkpoint_folder(name, option="guide", known=("tiny-guide",))
+    if (folder / adapters.CONFIG).is_file():  # transformers would apply it, or not, by whether peft is installed
+        raise ValueError(
+            f"guide={name!r} holds an adapter ({adapters.CONFIG}), which is not applied; merge it into the guide's "
+            f"weights and save them, or remove {adapters.CONFIG}"
+        )
+    nothing_else: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    tokenizer = None
     try:
+        check_causal_folder(folder)
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **nothing_else)
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = load_tokenizer(folder)  # as the file says, where AutoTokenizer goes by the kind of model
+        elif any((folder / file).is_file() for file in ("vocab.json", "tokenizer.model")):
+            check_tokenizer_config(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **nothing_else)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001  # transformers' models and tokenizers fail in as many ways as there are
         raise ValueError(
             f"guide={name!r} is no causal language model that can be loaded: {first_line(error)}"
         ) from None
-    tokenizer = None
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = load_tokenizer(folder)  # as the file says, where AutoTokenizer goes by the kind of model
-    elif any((folder / file).is_file() for file in ("vocab.json", "tokenizer.model")):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     placed: PreTrainedModel = nn.Module.to(model, device)
     return Guide(placed.eval(), tokenizer)
 
@@ -132,9 +149,9 @@ class Judging:
             input_ids=chunk.where((chunk >= 0) & (chunk < self.guide.vocab_size), 0),
             attention_mask=(self.held >= 0).long(),
             position_ids=index,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=keep,
+            **{self.guide.cache_argument: self.cache},
         ).logits[:, -keep:]
         self.rows, self.ids = rows, ids
         if ids.device.type == "cuda":

@@ -26,12 +26,13 @@ from dllm.journal import Journal
 from dllm.likelihood import Estimate
 from dllm.loading import load
 from dllm.plan import parse_options
+from dllm.prompts import write_chat
 from dllm.records import Request
 from dllm.resolve import options_of, resolve
 from dllm.runner import Runner, Setting
 from dllm.samplers.base import Sampler
 
-_LOADING = ("device", "dtype", "device_map", "attn_implementation", "revision", "pack")
+_LOADING = ("device", "dtype", "device_map", "attn_implementation", "revision", "pack", "adapter")
 
 
 @register_model("dllm")
@@ -116,13 +117,13 @@ class DLLM(TemplateLM):
         if self.tokenizer.chat_template is None:
             raise ValueError(f"{self.runner.lm.name} has no chat template; leave it out")
         self._chat = True
-        text = self.tokenizer.apply_chat_template(
+        return write_chat(
+            self.tokenizer,
             chat_history,
-            tokenize=False,
+            "a chat of the task",
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
-        return str(text)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids; a chat template has written its special tokens itself."""

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from omegaconf import OmegaConf
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
+from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import logging
 
+from dllm import adapters
 from dllm.backbones import FAMILIES, MaskedDiffusionModel
 from dllm.backbones.base import token_ids
+from dllm.backbones.checkpoint import ATTENTION, DTYPES, check_values, read_config
 from dllm.backbones.packed import pack as pack_weights
+from dllm.backbones.published import check_eos
 from dllm.checks import choice
 from dllm.files import read_json
 from dllm.resolve import names
@@ -27,10 +30,11 @@ from dllm.tokenizers import load_tokenizer
 
 BUNDLED = Path(__file__).parent / "checkpoints"
 # What a checkpoint is made of; code that lies beside it is not even downloaded.
-_FILES = ("*.json", "*.jinja", "*.txt", "*.safetensors")
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-DTYPES = ("float16", "bfloat16", "float32", "float64")
-_ATTENTION = ("sdpa", "eager")
+_TEXTS = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
+_FILES = (*_TEXTS, "*.safetensors")
+# Pickled weights are downloaded where what a config describes has no others.
+_PICKLES = (("config.json", "model*.safetensors", "pytorch_model*.bin"),
+            (adapters.CONFIG, "adapter_model.safetensors", "adapter_model.bin"))  # fmt: skip
 _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -41,12 +45,14 @@ class LanguageModel:
     Attributes:
         backbone: the denoiser, in evaluation mode.
         tokenizer: None where the checkpoint has none; token ids are taken then.
-        name: what it was loaded by.
+        name: what it was loaded by, and the adapter where one was given.
+        adapter: folder of the adapter that its weights were changed by; None without one.
     """
 
     backbone: MaskedDiffusionModel
     tokenizer: PreTrainedTokenizerBase | None
     name: str
+    adapter: Path | None = None
 
     @property
     def device(self) -> torch.device:
@@ -63,6 +69,7 @@ def load(
     attn_implementation: str | None = None,
     revision: str | None = None,
     pack: bool = False,
+    adapter: str | Path | None = None,
 ) -> LanguageModel:
     """Load a denoiser and its tokenizer.
 
@@ -79,6 +86,8 @@ def load(
         revision: branch, tag or commit of a hub id.
         pack: lay the weights out for the CPU's narrow forwards, in float32: faster there with the same results up
             to rounding, but such a model cannot be saved, moved or trained.
+        adapter: folder or hub id of a LoRA, or of another adapter that peft can merge into the weights. Its tokenizer,
+            where it has one, replaces the model's. A `name` that is an adapter loads the base model that it names.
 
     Raises:
         ValueError: an unknown name or option, or a checkpoint that is incomplete, damaged, of another
@@ -86,12 +95,16 @@ def load(
     """
     options = _options(device, dtype, device_map, attn_implementation)
     choice("pack", pack, (True, False))
+    base, revision, adapter_folder = _base_and_adapter(name, revision, adapter)
     # The config comes first: it tells whether the gigabytes that follow are of use.
-    family = _family(checkpoint_folder(name, revision, files=("config.json",)))
-    folder = checkpoint_folder(name, revision)
+    family = _family(checkpoint_folder(base, revision, files=("config.json",)))
+    folder = checkpoint_folder(base, revision)
     with quiet():
         backbone = _load_weights(family, folder, options)
         tokenizer = load_tokenizer(folder)
+        if adapter_folder is not None:
+            adapters.merge(backbone, adapter_folder)
+            tokenizer = load_tokenizer(adapter_folder) or tokenizer
     if pack:
         pack_weights(backbone)
     backbone.extra_eos_token_ids = _extra_eos(backbone, tokenizer, folder)
@@ -99,7 +112,42 @@ def load(
     if tokenizer is not None and tokenizer.mask_token_id != backbone.mask_token_id:
         # The config decides; LLaDA's published tokenizer does not say which of its tokens is the mask.
         tokenizer.mask_token = tokenizer.convert_ids_to_tokens(backbone.mask_token_id)
-    return LanguageModel(backbone, tokenizer, str(name))
+    return LanguageModel(backbone, tokenizer, f"{name}{'' if adapter is None else f'+{adapter}'}", adapter_folder)
+
+
+def _base_and_adapter(
+    name: str | Path, revision: str | None, adapter: str | Path | None
+) -> tuple[str | Path, str | None, Path | None]:
+    """The model to load with its revision, and the folder of the adapter to change it with."""
+    given = None if adapter is None else _adapter_folder(adapter)
+    folder = checkpoint_folder(name, revision, files=("config.json", adapters.CONFIG))
+    if not (folder / adapters.CONFIG).is_file():
+        return name, revision, given
+    if (folder / "config.json").is_file():
+        if given is None:
+            raise ValueError(
+                f"{folder} holds a model and {adapters.CONFIG}; give adapter={str(name)!r} to apply the adapter, or "
+                f"remove {adapters.CONFIG}"
+            )
+        return name, revision, given
+    base, of_base = adapters.base_of(folder)
+    if given is not None:
+        raise ValueError(f"name={str(name)!r} is an adapter itself; give its base model ({base!r}) to apply another")
+    try:
+        found = checkpoint_folder(base, files=("config.json",))
+    except ValueError as error:
+        raise ValueError(f"{folder} is an adapter, and its base model is not found: {error}") from None
+    downloaded = found.parent.name == "snapshots" and found != Path(base).expanduser()
+    return base, of_base if downloaded else None, _adapter_folder(name, revision)
+
+
+def _adapter_folder(adapter: str | Path, revision: str | None = None) -> Path:
+    folder = checkpoint_folder(adapter, revision, (adapters.CONFIG,), "adapter", ())
+    if (folder / adapters.CONFIG).is_file():
+        return checkpoint_folder(adapter, revision, (*_TEXTS, adapters.WEIGHTS[0]), "adapter", ())
+    raise ValueError(
+        f"adapter={str(adapter)!r} has no {adapters.CONFIG}; give the folder of an adapter, as peft saves it"
+    )
 
 
 def checkpoint_folder(
@@ -132,14 +180,25 @@ def checkpoint_folder(
         return folder
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
         suggested = ", ".join(models if known is None else known)
-        raise ValueError(f"{option}={str(name)!r} is no folder, hub id or known model; known are {suggested}")
+        kind = f", hub id or known model; known are {suggested}" if suggested else " or hub id; check the spelling"
+        raise ValueError(f"{option}={str(name)!r} is no folder{kind}")
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=list(files), ignore_patterns="*/*"))
+        return _download(path, revision, files)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{option}={str(name)!r} is no folder, and {path!r} cannot be fetched from the hub ({first_line(error)}); "
             "check the spelling and the connection, or give the folder of a downloaded copy"
         ) from None
+
+
+def _download(path: str, revision: str | None, files: Sequence[str]) -> Path:
+    """Fetch files of a hub repository; its pickled weights where weights are wanted and there are no others."""
+    folder = Path(snapshot_download(path, revision=revision, allow_patterns=list(files), ignore_patterns="*/*"))
+    for config, usual, pickles in _PICKLES:
+        wanted = {usual, "*.safetensors"}.intersection(files) and (folder / config).is_file()
+        if wanted and not any(folder.glob(usual)):
+            snapshot_download(path, revision=revision, allow_patterns=[pickles], ignore_patterns="*/*")
+    return folder
 
 
 def _bundled() -> list[str]:
@@ -164,8 +223,8 @@ def _options(
         dtype = getattr(torch, dtype)
     if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype} holds no weights; use a floating-point dtype such as torch.bfloat16")
-    if attn_implementation not in (None, *_ATTENTION):
-        raise ValueError(f"attn_implementation={attn_implementation!r} is unknown; use {' or '.join(_ATTENTION)}")
+    if attn_implementation not in (None, *ATTENTION):
+        raise ValueError(f"attn_implementation={attn_implementation!r} is unknown; use {' or '.join(ATTENTION)}")
     if device_map is not None and device is not None:
         raise ValueError(f"device={device!r} has no effect beside device_map={device_map!r}; give one of them")
     placement: Any = device_map
@@ -196,22 +255,55 @@ def find_device(device: str | torch.device | None, parameter: str = "device") ->
 
 def _family(folder: Path) -> type[MaskedDiffusionModel]:
     """The class that computes what `config.json` describes."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} has no config.json; give the folder of a whole checkpoint")
-    model_type = str(read_json(path).get("model_type"))
+    path, config = folder / "config.json", read_config(folder)
+    model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:
         raise ValueError(f"{path}: model_type={model_type!r} is not supported; use one of {', '.join(FAMILIES)}")
-    return FAMILIES[model_type]
+    family = FAMILIES[model_type]
+    for key, what in (("mask_token_id", "the id of [MASK]"), ("eos_token_id", "the id that ends a text")):
+        if key not in config:
+            raise ValueError(f"{path} has no {key}; add {what}")
+    config_class: Any = family.config_class
+    try:
+        with quiet():
+            check_values(config_class, config)
+            config_class.from_dict(config)
+            if config.get("quantization_config") is not None:
+                AutoQuantizationConfig.from_dict(dict(config["quantization_config"]))
+    except ImportError as error:
+        raise _missing_library(folder, error) from None
+    except Exception as error:  # noqa: BLE001  # transformers looks at the rest, and has many ways to stumble
+        raise ValueError(f"{path} cannot be used: {' '.join(str(error).split())}") from None
+    return family
+
+
+def _missing_library(folder: Path, error: ImportError) -> ValueError:
+    method = (read_json(folder / "config.json").get("quantization_config") or {}).get("quant_method", "none")
+    return ValueError(
+        f"{folder} has weights quantised with {method}, and a library for them is not installed ({first_line(error)}); "
+        f"install {error.name or 'it'}, or use the model it was quantised from"
+    )
 
 
 def _load_weights(family: type[MaskedDiffusionModel], folder: Path, options: dict[str, Any]) -> MaskedDiffusionModel:
     """Load every tensor of the architecture, and no other."""
-    _check_files(folder)
-    loaded: Any = family.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    # transformers would by itself apply an adapter that lies beside the weights; there is none in "/".
+    options = options | {"adapter_kwargs": {"subfolder": "no adapter"}}
+    try:
+        loaded: Any = family.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True, **options
+        )
+    except ImportError as error:
+        raise _missing_library(folder, error) from None
+    except (RuntimeError, EOFError, UnpicklingError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or any(folder.glob("*.safetensors")):
+            raise
+        raise ValueError(
+            f"{folder}: pytorch_model*.bin cannot be read ({first_line(error)}); copy or download the weights again"
+        ) from None
     backbone, info = loaded
     problems = {
-        # Newer transformers report the two shapes beside the name.
+        # Compared before where headers tell. Newer transformers report the two shapes beside the name.
         "has another shape than config.json asks for": [
             entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]
         ],
@@ -233,54 +325,24 @@ def _is_finite(weight: torch.Tensor) -> bool:
     return not ordinary or bool(weight.isfinite().all())
 
 
-def _check_files(folder: Path) -> None:
-    """Name the file that is missing or cut off; the loaders below would only say that one is."""
-    for weights in _WEIGHTS:
-        index = folder / f"{weights}.index.json"
-        if (folder / weights).is_file():
-            files = [weights]
-        elif index.is_file():
-            files = sorted(set(read_json(index).get("weight_map", {}).values())) or [weights]
-        else:
-            continue
-        break
-    else:
-        raise ValueError(f"{folder} has no weights; put {' or '.join(_WEIGHTS)} or shards with their index there")
-    for path in (folder / file for file in files):
-        if not path.is_file():
-            raise ValueError(f"{path} is missing; copy or download this shard again")
-        if not _is_whole(path):
-            raise ValueError(f"{path} is damaged or incomplete; copy or download it again")
-
-
-def _is_whole(path: Path) -> bool:
-    if path.suffix != ".safetensors":
-        return zipfile.is_zipfile(path)
-    try:
-        with safe_open(path, framework="pt"):
-            return True
-    except SafetensorError:
-        return False
-
-
 def _extra_eos(
     backbone: MaskedDiffusionModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path
 ) -> tuple[int, ...]:
     path = folder / "generation_config.json"
-    listed = token_ids(read_json(path).get("eos_token_id")) if path.is_file() else ()
+    listed = read_json(path).get("eos_token_id") if path.is_file() else None
+    check_eos(str(path), listed)
     added = {} if tokenizer is None else tokenizer.get_added_vocab()
-    return (*listed, *(added[token] for token in backbone.end_of_turn if token in added))
+    return (*token_ids(listed), *(added[token] for token in backbone.end_of_turn if token in added))
 
 
 def _check_vocabulary(backbone: MaskedDiffusionModel, folder: Path) -> None:
-    embedding: Any = backbone.get_input_embeddings()
-    rows = len(embedding.weight)
+    rows = backbone.config.vocab_size
     if not backbone.eos_token_ids:
         raise ValueError(f"{folder}/config.json has no eos_token_id; add the id that ends a text")
     for key, ids in (("mask_token_id", (backbone.mask_token_id,)), ("eos_token_id", backbone.eos_token_ids)):
-        wrong = next((token for token in ids if not isinstance(token, int) or not 0 <= token < rows), None)
-        if wrong is not None:
-            raise ValueError(f"{folder}: {key}={wrong} is no id of this model; use one from 0 to {rows - 1}")
+        for token in ids:
+            if not 0 <= token < rows:
+                raise ValueError(f"{folder}: {key}={token!r} is no id of this model; use one from 0 to {rows - 1}")
 
 
 def first_line(error: BaseException) -> str:

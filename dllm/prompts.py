@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -49,8 +50,30 @@ def _encode_one(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, number: 
         return list(tokenizer(prompt).input_ids)
     if tokenizer.chat_template is None:
         raise ValueError(f"prompts[{number}] is a chat, and this tokenizer has no chat template; give plain text")
-    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    text = write_chat(tokenizer, prompt, f"prompts[{number}]", add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def write_chat(tokenizer: PreTrainedTokenizerBase, chat: Any, called: str, **options: Any) -> str:
+    """A chat as the tokenizer's template writes it.
+
+    Args:
+        tokenizer: has a chat template.
+        chat: its messages.
+        called: what errors call it.
+        **options: as for `apply_chat_template`.
+
+    Raises:
+        ValueError: the template is damaged, or refuses the chat.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(chat, tokenize=False, **options))
+    except (TemplateError, RecursionError, SyntaxError, ArithmeticError, TypeError, ValueError, LookupError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise ValueError(
+            f"{called} cannot be written as the tokenizer's chat template asks ({reason}); give plain text, or a chat "
+            "that fits the template"
+        ) from None
 
 
 def _is_chat(prompt: Any) -> bool:

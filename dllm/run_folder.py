@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from pyarrow import parquet
 
-from dllm.files import write_json, write_whole
+from dllm.files import read_json, write_json, write_whole
 from dllm.loading import LanguageModel
 from dllm.metrics import cost, quality, speedup
 from dllm.records import Record
@@ -68,7 +68,7 @@ class RunFolder:
             return None
         if self.journal.exists():  # a kill came between the results and this
             Runner.tidy(self.journal)
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file, "remove it to run that setting again")
         if found.get("format") != RESULTS or found.get("version") != RESULTS_VERSION:
             raise ValueError(f"{file} is no results of this version of dllm; remove it to run that setting again")
         metrics = found["metrics"]
@@ -83,7 +83,7 @@ class RunFolder:
     def begin(self, lm: LanguageModel, config: Mapping[str, Any]) -> None:
         """Write down what runs here, and on what; a run that goes on adds to it."""
         file = self.path / "manifest.json"
-        before = json.loads(file.read_text(encoding="utf-8"))["sessions"] if file.exists() else []
+        before = read_json(file, "remove it").get("sessions", []) if file.exists() else []
         manifest = {"format": "dllm-manifest", "version": 1, "label": self.label, "config": config}
         write_json(file, manifest | {"sessions": [*before, _session(lm)]})
 

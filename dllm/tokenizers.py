@@ -20,6 +20,8 @@ from dllm.files import parse_json
 
 _BPE_FILES = ("vocab.json", "merges.txt")
 _OTHER_FILES = ("tokenizer_config.json", "tokenizer.model")
+# Entries of tokenizer_config.json that a loader would take for files, wherever they are.
+_ELSEWHERE = ("fast_tokenizer_files", "gguf_file", "init_inputs", "tokenizer_object", "vocab", "merges")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
@@ -34,7 +36,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     Raises:
         ValueError: tokenizer files that are incomplete, unreadable or at odds with each other.
     """
-    present = {path.name for path in folder.iterdir()}
+    present = {path.name for path in folder.iterdir() if path.is_file()}
     if "tokenizer.json" in present:
         kind, files = PreTrainedTokenizerFast, ["tokenizer.json"]
     elif present.intersection(_BPE_FILES):
@@ -46,8 +48,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     missing = next((file for file in files if file not in present), None)
     if missing is not None:
         raise ValueError(f"{folder}: the tokenizer's {missing} is missing; copy it here from the published model")
+    check_tokenizer_config(folder)
     try:
-        tokenizer = kind.from_pretrained(folder, padding_side="left")
+        tokenizer = kind.from_pretrained(folder, padding_side="left", local_files_only=True)
         declared = _declared_ids(folder)
     except Exception as error:  # noqa: BLE001  # the tokenizers library raises bare Exception for bad files
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -63,6 +66,26 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
                 "copy the tokenizer files of one model"
             )
     return tokenizer
+
+
+def check_tokenizer_config(folder: Path) -> None:
+    """Refuse a `tokenizer_config.json` that names other files to read.
+
+    Raises:
+        ValueError: it does.
+    """
+    path = folder / "tokenizer_config.json"
+    try:
+        config = _read(path)
+        for key in _ELSEWHERE:
+            if key in config and config[key] not in (None, []):
+                raise ValueError(f"{key}={config[key]!r} is not supported; remove it")
+    except (OSError, ValueError, TypeError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            f"{folder}: the tokenizer's tokenizer_config.json cannot be read: {reason}; "
+            "copy it again from the published model"
+        ) from None
 
 
 def _declared_ids(folder: Path) -> dict[str, int]:

@@ -26,6 +26,7 @@ off are positions the block does not have.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -34,7 +35,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dllm.canvas import Edit, Window
-from dllm.checks import choice, number
+from dllm.checks import Notice, choice, number
 from dllm.filters import Filter, FilterNetwork, find_filter, load_filter
 from dllm.flags import flagged
 from dllm.prediction import Prediction
@@ -61,7 +62,8 @@ class Learn2PD:
         eotp: end-of-text prediction: off, published, accepted or safe.
         at_least: tokens committed per step whatever the filter says.
         allow_mismatch: use the filter although it was trained for another model or block length, or does not
-            say for which.
+            say for which. A file in the published form, which never says, needs no such leave: it is used at the
+            block length of its shape, and with a warning.
 
     Raises:
         ValueError: an option out of range; at the start of a run: no such filter, or one for another
@@ -142,8 +144,14 @@ def _check(found: Filter, run: Run, allow_mismatch: bool) -> None:
     """Refuse a filter that is for something else."""
     card, only = found.card, found.network.block_length
     if only is not None and only != run.block_length:
-        raise ValueError(f"filter={found.name!r} fits block_length={only} only, not {run.block_length}; set that")
+        raise ValueError(
+            f"filter={found.name!r} fits block_length={only} only, not {run.block_length}; set block_length={only}"
+        )
     if allow_mismatch:
+        return
+    if card is None and only is not None:
+        message = f"filter={found.name!r} has no card: it fits block_length={only}, and for which model is not known"
+        warnings.warn(message, Notice, stacklevel=2)
         return
     use = "train one with `dllm train-filter`, or set allow_mismatch=true to use it all the same"
     if card is None:

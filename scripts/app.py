@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +20,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dllm.checks import Notice
 from dllm.escape import terminal
 from dllm.resolve import names, resolve
 from dllm.scripts import usage
@@ -32,6 +36,7 @@ _PATHS = (
     "publish",
     "data",
     "model.path",
+    "model.adapter",
     "path",
     "folder",
     "quality",
@@ -42,6 +47,7 @@ _OTHERS = {"model": ("custom", "path"), "task": ("lm_eval", "name")}
 # The option that an argument without a name is.
 _POSITIONAL = {"report": "folder", "show": "path"}
 _VALUED = {"-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"}
+_DEEPEST = 20  # Hydra's parser calls itself for each bracket
 _MULTIRUN = ("-m", "--multirun")
 _FLAGS = """-h --help --hydra-help -v --version -c --cfg --resolve -p --package -r --run -m --multirun -sc
 --shell-completion -cp --config-path -cn --config-name -cd --config-dir --experimental-rerun -i --info""".split()
@@ -84,11 +90,28 @@ def run(task: Callable[[DictConfig], Any], config_name: str, kinds: Mapping[str,
             print(usage.describe(config_name, arguments))
             return
         sys.argv = [command, *arguments]
-        hydra.main(version_base="1.3", config_path="pkg://dllm.conf", config_name=config_name)(guarded)()
+        with _notices(command):
+            hydra.main(version_base="1.3", config_path="pkg://dllm.conf", config_name=config_name)(guarded)()
     except BAD_INPUT as error:
         fail(command, one_line(error))
     except KeyboardInterrupt:
         fail(command, "interrupted; what was written is kept", code=130)
+
+
+@contextmanager
+def _notices(command: str) -> Iterator[None]:
+    """Print what is to be known in one line, instead of Python's two."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **rest: Any) -> None:
+            if issubclass(category, Notice):
+                print(f"{command}: warning: {message}", file=sys.stderr)
+            else:
+                others(message, category, *where, **rest)
+
+        warnings.showwarning = show
+        yield
 
 
 def make(place: str, group: str, protocol: type, entry: Any) -> Any:
@@ -188,7 +211,17 @@ def _rewrite_one(argument: str, open_groups: Mapping[str, Sequence[str]], multir
         return [f"{key}={choice}", f"{key}.{option}={','.join(map(_quote, paths))}"]
     if key == "prompt":
         return [f"prompt={_quote_literally(value)}"]
-    return [f"{key}={_quote(value)}"] if key in _PATHS and value != "null" else [argument]
+    if key in _PATHS and value != "null":
+        return [f"{key}={_quote(value)}"]
+    if _depth(value) > _DEEPEST:
+        raise ValueError(f"{key} is nested too deep ({_depth(value)} brackets in each other); give a plainer value")
+    return [argument]
+
+
+def _depth(value: str) -> int:
+    """How many brackets are open at once."""
+    steps = (1 if sign in "[{(" else -1 if sign in "]})" else 0 for sign in value)
+    return max(accumulate(steps, initial=0))
 
 
 def _quote_literally(value: str) -> str:
@@ -215,7 +248,7 @@ def _qualified(text: str, cfg: DictConfig) -> str:
             said = re.escape(repr(value)) if shared else ""
             if name not in cfg:
                 text = re.sub(rf"(?<![\w.(]){name}=(?={said})", f"{group}.{name}=", text)
-    return text
+    return re.sub(r"(?<![\w.(])adapter=", "model.adapter=", text) if "model" in cfg else text
 
 
 def one_line(error: BaseException) -> str:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import dllm
 from dllm import compatibility
+from dllm.backbones.checkpoint import DTYPES
 from dllm.backbones.packed import pack
 from dllm.bench import Bench, CommitsPerStep, Cost, random_model
 from dllm.bench.sections import SECTIONS
@@ -24,7 +25,7 @@ from dllm.cache.base import Cache
 from dllm.checks import choice, number
 from dllm.escape import markdown
 from dllm.files import write_whole
-from dllm.loading import DTYPES, find_device
+from dllm.loading import find_device
 from dllm.resolve import options_of
 from dllm.samplers.base import Sampler
 from dllm.scripts import app
@@ -139,7 +140,7 @@ def _load(cfg: DictConfig) -> dllm.LanguageModel:
     choice("pack", options["pack"], (True, False))
     if not path.startswith("random:"):
         return dllm.load(path, **options | {"pack": False})
-    for name in ("revision", "device_map", "attn_implementation"):
+    for name in ("revision", "device_map", "attn_implementation", "adapter"):
         if options[name] is not None:
             raise ValueError(f"model.{name}={options[name]!r} has no effect on a random model; leave it out")
     device = find_device(options["device"])

@@ -227,8 +227,6 @@ def _check(cfg: DictConfig) -> Training:
             number(name, cfg[name], "a whole number of at least 1, or null", low=1, whole=True)
     if cfg.block_length is None:
         raise ValueError("block_length=null is no length a filter can be for; give the one it is going to be used with")
-    number("rate", cfg.rate, "a positive number (0.003 is published)", above=0)
-    number("held_out", cfg.held_out, "a share above 0 and below 1", above=0, high=0.99)
     for name in ("split", "column"):
         if cfg[name] is not None and (cfg.data is None or cfg.data.endswith(".jsonl")):
             raise ValueError(

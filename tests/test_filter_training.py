@@ -159,3 +159,21 @@ def test_measures_are_those_worked_out_by_hand() -> None:
         (round(2 / 3, 4), 3),
     ]
     assert calibration[-1]["predicted"] == round((0.95 + 0.93 + 0.98) / 3, 4)
+
+
+def _records(confidence: float = 0.5) -> Records:
+    inside = torch.ones(12, 6, dtype=torch.bool)
+    return Records(torch.full((12, 6), confidence), inside, inside, inside, torch.arange(12))
+
+
+@pytest.mark.parametrize("architecture", ["neighbours", "published"])
+def test_a_training_that_diverges_gives_no_filter(architecture: str) -> None:
+    with pytest.raises(ValueError, match=r"rate=0.003 makes the loss of the filter infinite or NaN; use a lower one"):
+        fit(_records(float("nan")), _records(float("nan")), Training(architecture))
+
+
+@pytest.mark.parametrize("name", ["rate", "held_out"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 0, -1, 1e9, True])
+def test_rates_and_shares_out_of_range_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name}={value!r} is out of range"):
+        Training(**{name: value})

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from dllm.filters import (
 from models import random_filter
 
 CARD = FilterCard("neighbours", 8, "m", "0123", {"a": 1}, {"b": None}, "data", 5, 6, {"x": 1}, {"y": 0.5}, [{"z": 1.0}])
+PUBLISHED = replace(CARD, architecture="published")
 
 
 def shown(width: int = 8, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -34,9 +36,10 @@ def shown(width: int = 8, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, to
 
 @pytest.mark.parametrize("network", [NeighbourFilter(5, 2), ConfidenceFilter(8), ConfidenceFilter(8, 3)], ids=repr)
 def test_what_is_saved_is_what_loads(network: FilterNetwork, tmp_path: Path) -> None:
-    Filter(network, CARD, "x").save(tmp_path / "new" / "f.safetensors")
+    card = replace(CARD, architecture=network.architecture)
+    Filter(network, card, "x").save(tmp_path / "new" / "f.safetensors")
     found = load_filter(tmp_path / "new" / "f.safetensors")
-    assert found.card == CARD
+    assert found.card == card
     assert torch.equal(found.network(*shown()), network.eval()(*shown()))
 
 
@@ -102,7 +105,7 @@ class TestBundled:
 class TestDamage:
     @pytest.fixture
     def file(self, tmp_path: Path) -> Path:
-        Filter(ConfidenceFilter(8), CARD, "x").save(tmp_path / "f.safetensors")
+        Filter(ConfidenceFilter(8), PUBLISHED, "x").save(tmp_path / "f.safetensors")
         return tmp_path / "f.safetensors"
 
     def refused(self, file: Path, why: str) -> None:
@@ -126,7 +129,62 @@ class TestDamage:
         save_file(load_file(file) | {"fc2.bias": torch.zeros(3)}, file)
         self.refused(file, "its tensors do not fit together")
 
-    @pytest.mark.parametrize("text", ["{", "[]", "{}", json.dumps(asdict(CARD) | {"more": 1})])
+    @pytest.mark.parametrize("text", ["{", "[]", "{}", "[" * 100_000, json.dumps(asdict(CARD) | {"more": 1})])
     def test_a_card_that_is_none(self, file: Path, text: str) -> None:
         file.with_suffix(".json").write_text(text)
         self.refused(file, "f.json is no card of a filter .*; make it again, or remove it")
+
+    @pytest.mark.parametrize(
+        "entries",
+        [
+            {"architecture": "neighbours"}, {"architecture": 5}, {"block_length": 16}, {"block_length": "8"},
+            {"block_length": 8.0}, {"block_length": True}, {"block_length": None}, {"fingerprint": 5},
+            {"cache": []}, {"held_out": None}, {"calibration": {}}, {"prompts": "5"}, {"seed": False},
+        ],
+        ids=str,
+    )  # fmt: skip
+    def test_a_card_at_odds_with_the_tensors_or_itself(self, file: Path, entries: dict[str, Any]) -> None:
+        file.with_suffix(".json").write_text(json.dumps(asdict(PUBLISHED) | entries))
+        self.refused(file, f"f.json is no card of a filter .*{next(iter(entries))}=")
+
+    def test_a_card_of_no_length(self, file: Path) -> None:
+        Filter(NeighbourFilter(5, 2), replace(CARD, block_length=0), "x").save(file)
+        self.refused(file, "block_length=0 is no length")
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
+    @pytest.mark.parametrize("name", ["fc1.weight", "fc2.bias"])
+    def test_values_that_are_no_numbers(self, file: Path, name: str, value: float) -> None:
+        tensors = {key: tensor.double() for key, tensor in load_file(file).items()}
+        tensors[name][-1] = value
+        save_file(tensors, file)
+        self.refused(file, f"{name} holds NaN or infinity")
+
+    @pytest.mark.parametrize(
+        "dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e5m2], ids=str
+    )
+    def test_tensors_of_no_real_numbers(self, file: Path, dtype: torch.dtype) -> None:
+        save_file({key: tensor.to(dtype) for key, tensor in load_file(file).items()}, file)
+        self.refused(file, "fc1.bias is .*, not floating-point numbers")
+
+    @pytest.mark.parametrize(
+        ("shapes", "why"),
+        [
+            (((8, 8), (8,), (9, 8), (9,)), "do not fit together"),
+            (((8, 7), (8,), (8, 8), (8,)), "do not fit together"),
+            (((8, 8), (7,), (8, 8), (8,)), "do not fit together"),
+            (((8, 8), (8,), (8, 7), (8,)), "do not fit together"),
+            (((0, 8), (0,), (8, 0), (8,)), "a width is not from 1 to 16384"),
+            (((8, 0), (8,), (0, 8), (0,)), "a width is not from 1 to 16384"),
+            (((20_000, 1), (20_000,), (1, 20_000), (1,)), "a width is not from 1 to 16384"),
+        ],
+    )
+    def test_sizes_of_no_filter(self, file: Path, shapes: tuple[tuple[int, ...], ...], why: str) -> None:
+        names = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+        save_file({name: torch.zeros(shape) for name, shape in zip(names, shapes, strict=True)}, file)
+        self.refused(file, why)
+
+    def test_an_even_convolution_has_no_middle(self, file: Path) -> None:
+        tensors = NeighbourFilter(5, 2).state_dict()
+        tensors |= {name: tensors[name][..., :4].contiguous() for name in ("conv1.weight", "conv2.weight")}
+        save_file(tensors, file)
+        self.refused(file, "do not fit together")

@@ -80,10 +80,10 @@ def sampler_of(folder: Path, case: dict[str, Any]) -> Any:
             file = str(folder / "llada_filters" / f"{p['filter']}.safetensors")
             cut = "published" if p["cache"] == "none" else "accepted"
             eotp = cut if case["algorithm"].endswith("eot") else "off"
-            return Learn2PD(file, p["accept_threshold"], eotp, p["gen_length"] // p["steps"], allow_mismatch=True)
+            return Learn2PD(file, p["accept_threshold"], eotp, p["gen_length"] // p["steps"])
         case "l2p_predict_eot":  # the cut alone: a filter that accepts nothing
             nothing = Filter(ConfidenceFilter(p["block_length"]), None, "none")
-            return Learn2PD(nothing, 1.0, "published", p["gen_length"] // p["steps"], allow_mismatch=True)
+            return Learn2PD(nothing, 1.0, "published", p["gen_length"] // p["steps"])
         case "flashdlm_guided_diffusion":
             accept = STRATEGIES.get(p["sampling_strategy"])
             if accept is None or case["extra"]["ar_cache_misaligned"] or not case["extra"]["cache_aligned"]:

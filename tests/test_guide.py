@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -81,6 +82,36 @@ def test_slots_of_rejected_tokens_do_not_pile_up() -> None:
         widest = max(widest, judging.held.shape[1])
     assert judging.cache.get_seq_length() == judging.held.shape[1]
     assert widest <= 2 * (20 + 40) + 8
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.filterwarnings("error")
+def test_a_guide_gets_its_cache_by_the_name_that_it_has_for_it(name: str) -> None:
+    model = random_guide()
+    own = Guide(model, None).cache_argument
+    given = []
+
+    class Renamed(type(model)):  # type: ignore[misc]  # a class known only now
+        def forward(self, input_ids: Any, attention_mask: Any, position_ids: Any, **more: Any) -> Any:
+            given.append(more[name])
+            return super().forward(input_ids, attention_mask, position_ids, **{own: more.pop(name)}, **more)
+
+    keyword = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)
+    signature = inspect.signature(Renamed.forward)
+    *positional, more = signature.parameters.values()
+    Renamed.forward.__signature__ = signature.replace(parameters=[*positional, keyword, more])
+    texts = [torch.tensor([[5, 6, 7, 8, *rest]]) for rest in ([9, 10], [11, 12, 13])]
+    answers = []
+    for kind in (type(model), Renamed):
+        model.__class__ = kind
+        judging = Judging(Guide(model, None))
+        for text in texts:
+            found = judging.logits(torch.tensor([0]), text, torch.tensor([text.shape[1]]), torch.tensor([4]))
+            assert found is not None
+            answers.append(found[0])
+    assert len(given) == 2
+    assert all(cache is judging.cache for cache in given)
+    assert all(torch.equal(*pair) for pair in zip(answers[:2], answers[2:], strict=True))
 
 
 def test_the_last_guide_loaded_is_kept() -> None:

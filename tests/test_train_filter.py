@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import dllm
 from commands import Outcome, command, start
@@ -213,6 +213,9 @@ class TestInterruption:
         (["epochs=0"], "epochs=0"),
         (["hidden=0"], "hidden=0"),
         (["rate=0"], "rate=0"),
+        (["rate=inf"], "rate=inf"),
+        (["rate=nan"], "rate=nan"),
+        (["held_out=nan"], "held_out=nan"),
         (["held_out=1"], "held_out=1"),
         (["block_length=null"], "block_length=null"),
         (["gen_length=0"], "gen_length=0"),
@@ -245,3 +248,20 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert result.err.count("\n") == 1
     assert named in result.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_bare_filter_in_the_published_form_is_told_of_in_one_line(model: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare.safetensors"
+    save_file(ConfidenceFilter(8).state_dict(), bare)
+    asked = (f"model={model}", "sampler=learn2pd", f"sampler.filter={bare}", "gen_length=8", "prompt=Tom has 5 pens.")
+    result = command("generate", *asked, "block_length=8")
+    assert result.code == 0
+    told = [line for line in result.err.splitlines() if "no card" in line]
+    assert told == [
+        f"dllm generate: warning: filter={str(bare)!r} has no card: it fits block_length=8, and for which model is "
+        "not known"
+    ]
+    assert "UserWarning" not in result.err
+    result = command("generate", *asked, "block_length=4")
+    assert result.code == 2
+    assert "fits block_length=8 only, not 4; set block_length=8" in result.err

@@ -5,14 +5,19 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from itertools import chain
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
+from dllm.backbones.checkpoint import ATTENTION, check_folder
+from dllm.backbones.published import is_positive, is_whole
 from dllm.backbones.transformer import (
     AttentionStore,
     BlockInputs,
@@ -43,6 +48,26 @@ class MaskedDiffusionModel(PreTrainedModel):
     extra_eos_token_ids: tuple[int, ...] = ()
     remembered_fingerprint: str | None = None
     _supports_sdpa = True
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        _check_attention(config._attn_implementation)
+        super().__init__(config)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, once a local folder is known to be what it says and to lead nowhere else.
+
+        Raises:
+            ValueError: it is not.
+        """
+        folder = Path(str(pretrained_model_name_or_path))
+        if folder.is_dir():
+            check_folder(cls, folder)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        _check_attention(attn_implementation)
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     @property
     @abstractmethod
@@ -75,19 +100,32 @@ class MaskedDiffusionModel(PreTrainedModel):
         config = self.config
         return config.num_hidden_layers, config.num_key_value_heads, config.hidden_size // config.num_attention_heads
 
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Whether transformers' `generate` works: it decodes from left to right, so no."""
+        return False
+
+    def prepare_inputs_for_generation(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuse; PEFT wants to find this method on what an adapter calls a causal language model."""
+        raise TypeError(f"{type(self).__name__} does not decode from left to right; use dllm.generate")
+
     def fingerprint(self) -> str:
         """Sixteen hex digits that tell this model's weights from others': the same in any precision from bfloat16 up.
 
-        Read from up to 64 evenly spaced values of every parameter, rounded to bfloat16.
+        Read from up to 64 evenly spaced values of every parameter, rounded to bfloat16; of quantised weights, from the
+        numbers and scales they are made of.
         """
         if self.remembered_fingerprint is not None:
             return self.remembered_fingerprint
         digest = hashlib.sha256()
-        for name, parameter in self.named_parameters():
-            flat = parameter.detach().flatten()
-            few = flat[:: max(1, len(flat) // 64)][:64].to(torch.bfloat16)
-            digest.update(f"{name}{tuple(parameter.shape)}".encode())
-            digest.update(few.view(torch.int16).cpu().numpy().tobytes())
+        with torch.no_grad():
+            # Quantised weights may be buffers; other models have none.
+            for name, weight in chain(self.named_parameters(), self.named_buffers()):
+                digest.update(f"{name}{tuple(weight.shape)}".encode())
+                for part in plain_tensors(_at_hand(self, name, weight)):
+                    flat = part.flatten()
+                    few = flat[:: max(1, len(flat) // 64)][:64].to(torch.bfloat16)
+                    digest.update(few.view(torch.int16).cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def forward(
@@ -97,6 +135,7 @@ class MaskedDiffusionModel(PreTrainedModel):
         position_ids: Int[Tensor, "B C"] | None = None,
         store: KVStore | None = None,
         select: Int[Tensor, " N"] | None = None,
+        **others: Any,
     ) -> MaskedLMOutput:
         """Run the columns given and project the selected ones to the vocabulary.
 
@@ -107,10 +146,18 @@ class MaskedDiffusionModel(PreTrainedModel):
             position_ids: positions of the computed columns; by default counted over the real ones.
             store: keys and values of columns that are not computed now.
             select: flat indices into B * C of the slots whose logits are wanted; None for all.
+            **others: what wrappers such as PEFT's hand to every language model; nothing but `return_dict` may be set.
 
         Returns:
-            `logits`, unshifted: (B, C, V), or (N, V) with `select`.
+            `logits`, unshifted: (B, C, V), or (N, V) with `select`. Rows of the projection beyond the vocabulary
+            are no tokens, and get none.
+
+        Raises:
+            TypeError: something is asked for that is not computed here.
         """
+        for name, value in others.items():
+            if value is not None and value is not False and name != "return_dict":
+                raise TypeError(f"{type(self).__name__}.forward takes no {name}; leave it out")
         if position_ids is None:
             position_ids = _default_positions(input_ids, attention_mask)
         config = self.config
@@ -130,7 +177,25 @@ class MaskedDiffusionModel(PreTrainedModel):
             hidden = block(layer, hidden, inputs)
         if select is not None:
             hidden = hidden.flatten(0, 1)[select]
-        return MaskedLMOutput(logits=self.get_output_embeddings()(self.final_norm(hidden)))
+        logits = self.get_output_embeddings()(self.final_norm(hidden))
+        return MaskedLMOutput(logits=logits[..., : config.vocab_size])
+
+
+def plain_tensors(weight: Tensor) -> list[Tensor]:
+    """The ordinary tensors that a weight consists of: itself, or the numbers and scales of a quantised one."""
+    if is_traceable_wrapper_subclass(weight):
+        names, _ = weight.__tensor_flatten__()
+        return [part for name in names for part in plain_tensors(getattr(weight, name))]
+    if weight.is_quantized or type(weight).dequantize is not Tensor.dequantize:
+        return [weight.dequantize()]
+    return [weight.as_subclass(Tensor)]
+
+
+def _at_hand(model: nn.Module, name: str, weight: Tensor) -> Tensor:
+    """A weight, read from where accelerate keeps it if it is not in memory."""
+    module, _, own = name.rpartition(".")
+    kept = getattr(getattr(model.get_submodule(module), "_hf_hook", None), "weights_map", None)
+    return weight if not weight.is_meta or kept is None else kept[own]
 
 
 def token_ids(ids: int | Sequence[int] | None) -> tuple[int, ...]:
@@ -138,6 +203,12 @@ def token_ids(ids: int | Sequence[int] | None) -> tuple[int, ...]:
     if ids is None:
         return ()
     return (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def _check_attention(implementation: Any) -> None:
+    # Any other name would have transformers fetch and import compiled code of that name.
+    if implementation not in (None, *ATTENTION):
+        raise ValueError(f"attn_implementation={implementation!r} is unknown; use {' or '.join(ATTENTION)}")
 
 
 def check_config(config: PretrainedConfig) -> None:
@@ -151,11 +222,11 @@ def check_config(config: PretrainedConfig) -> None:
     kind, names = config.model_type, {size: config.attribute_map.get(size, size) for size in sizes}
     for size, name in names.items():
         value = getattr(config, size)
-        if not isinstance(value, int) or value < 1:
+        if not is_whole(value) or value < 1:
             raise ValueError(f"{kind} config: {name}={value!r} is no size; give an integer of at least 1")
     for name in ("rope_theta", "rms_norm_eps"):
         value = getattr(config, name)
-        if not isinstance(value, (int, float)) or not value > 0:
+        if not is_positive(value):
             raise ValueError(f"{kind} config: {name}={value!r} is out of range; give a positive number")
     for whole, part in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")):
         if getattr(config, whole) % getattr(config, part):
@@ -163,6 +234,12 @@ def check_config(config: PretrainedConfig) -> None:
                 f"{kind} config: {names[whole]}={getattr(config, whole)} is not divisible by "
                 f"{names[part]}={getattr(config, part)}; give a multiple of it"
             )
+    head_dim = config.hidden_size // config.num_attention_heads
+    if head_dim % 2:
+        raise ValueError(
+            f"{kind} config: {names['hidden_size']}={config.hidden_size} gives heads of {head_dim}, and the rotary "
+            "embedding turns pairs; make it even"
+        )
 
 
 def _default_positions(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -12,20 +12,23 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from dllm.backbones.base import MaskedDiffusionModel, check_config
+from dllm.backbones.checkpoint import published
+from dllm.backbones.published import check_fixed, check_special_ids, take_rope_theta
 from dllm.backbones.transformer import BlockInputs, BlockParts, RMSNorm, block_forward
 
 # What the published config could say and this implementation does not compute otherwise; null means false.
 _FIXED = {
     "hidden_act": "silu",
-    "rope_scaling": None,
-    "rope_parameters": None,
+    "use_mrope": False,
     "use_sliding_window": False,
     "tie_word_embeddings": False,
 }
+# What the published config says beside that, and nothing here reads.
+_UNUSED = ("max_window_layers", "sliding_window")
 
 
 class DreamConfig(PretrainedConfig):
-    """Configuration in the published layout; unknown published keys are kept and written back.
+    """Configuration in the published layout; published keys it does not read are kept and written back, others dropped.
 
     Args:
         vocab_size: entries V of the logits.
@@ -35,11 +38,11 @@ class DreamConfig(PretrainedConfig):
         num_attention_heads: attention heads H.
         num_key_value_heads: key-value heads; `num_attention_heads` when None.
         max_position_embeddings: longest canvas.
-        rope_theta: base of the rotary embedding.
         rms_norm_eps: added to the mean square.
         initializer_range: standard deviation of fresh weights.
         mask_token_id: id of [MASK].
         eos_token_id: id or ids that end a text; the first one fills what follows.
+        **kwargs: what else is published, such as `rope_theta`, the base of the rotary embedding (1000000 by default).
 
     Raises:
         ValueError: the config asks for something other than Dream's published architecture.
@@ -65,33 +68,28 @@ class DreamConfig(PretrainedConfig):
         num_attention_heads: int = 28,
         num_key_value_heads: int | None = 4,
         max_position_embeddings: int = 131072,
-        rope_theta: float = 1000000.0,
         rms_norm_eps: float = 1e-6,
         initializer_range: float = 0.02,
         mask_token_id: int = 151666,
         eos_token_id: int | list[int] | None = 151643,
         **kwargs: Any,
     ) -> None:
-        for key, value in _FIXED.items():
-            if (kwargs.get(key, value) or None) != (value or None):
-                raise ValueError(
-                    f"Dream config: {key}={kwargs[key]!r} is not supported; the published models have {value!r}"
-                )
+        check_fixed("Dream", _FIXED, kwargs)
+        check_special_ids("Dream", mask_token_id, eos_token_id)
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
         self.max_position_embeddings = max_position_embeddings
-        self.rope_theta = rope_theta
+        self.rope_theta = take_rope_theta("Dream", 1000000.0, kwargs)
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range
         self.mask_token_id = mask_token_id
-        kwargs.pop("rope_scaling", None)  # null, as checked; newer transformers warn at its mention
         kwargs.setdefault("tie_word_embeddings", False)
         kwargs["eos_token_id"] = eos_token_id
-        super().__init__(**kwargs)
+        super().__init__(**published(kwargs, {*_FIXED, *_UNUSED}))
         check_config(self)
 
 

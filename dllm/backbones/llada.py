@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from dllm.backbones.base import MaskedDiffusionModel, check_config
+from dllm.backbones.checkpoint import published
+from dllm.backbones.published import check_fixed, check_special_ids, is_whole, take_rope_theta
 from dllm.backbones.transformer import BlockInputs, BlockParts, RMSNorm, block_forward
 
 # What the published config could say and this implementation does not compute otherwise; null means false.
@@ -20,33 +22,44 @@ _FIXED = {
     "layer_norm_type": "rms",
     "activation_type": "silu",
     "rope": True,
+    "rope_full_precision": True,
     "alibi": False,
     "attention_layer_norm": False,
     "include_bias": False,
     "include_qkv_bias": False,
+    "bias_for_layer_norm": False,
+    "layer_norm_with_affine": True,
     "input_emb_norm": False,
     "scale_logits": False,
     "weight_tying": False,
+    "tie_word_embeddings": False,
     "multi_query_attention": None,
 }
+# What the published config says beside that, and nothing here reads.
+_UNUSED = (
+    "alibi_bias_max", "attention_layer_norm_with_affine", "bias_for_layer_norm", "block_group_size",
+    "embedding_dropout", "flash_attention", "init_cutoff_factor", "init_device", "init_fn", "layer_norm_with_affine",
+    "mlp_ratio", "precision", "residual_dropout", "rope_full_precision",
+)  # fmt: skip
 
 
 class LLaDAConfig(PretrainedConfig):
-    """Configuration in the published layout; unknown published keys are kept and written back.
+    """Configuration in the published layout; published keys it does not read are kept and written back, others dropped.
 
     Args:
-        vocab_size: entries V of the logits that mean something.
-        embedding_size: rows of the embedding and the projection; `vocab_size` when None.
+        vocab_size: entries V of the logits.
+        embedding_size: rows of the embedding and the projection; `vocab_size` when None. Those beyond `vocab_size` are
+            no tokens.
         d_model: hidden size.
         n_heads: attention heads H.
         n_kv_heads: key-value heads; `n_heads` when None.
         n_layers: transformer blocks.
         mlp_hidden_size: width of the feed-forward part.
         max_sequence_length: longest canvas.
-        rope_theta: base of the rotary embedding.
         rms_norm_eps: added to the mean square.
         mask_token_id: id of [MASK].
         eos_token_id: id or ids that end a text; the first one fills what follows.
+        **kwargs: what else is published, such as `rope_theta`, the base of the rotary embedding (500000 by default).
 
     Raises:
         ValueError: the config asks for something other than LLaDA's published architecture.
@@ -82,34 +95,35 @@ class LLaDAConfig(PretrainedConfig):
         n_layers: int = 32,
         mlp_hidden_size: int = 12288,
         max_sequence_length: int = 4096,
-        rope_theta: float = 500000.0,
         rms_norm_eps: float = 1e-5,
         init_std: float = 0.02,
         mask_token_id: int = 126336,
         eos_token_id: int | list[int] | None = 126081,
         **kwargs: Any,
     ) -> None:
-        for key, value in _FIXED.items():
-            if (kwargs.get(key, value) or None) != (value or None):
-                raise ValueError(
-                    f"LLaDA config: {key}={kwargs[key]!r} is not supported; the published models have {value!r}"
-                )
+        check_fixed("LLaDA", _FIXED, kwargs)
+        check_special_ids("LLaDA", mask_token_id, eos_token_id)
         self.vocab_size = vocab_size
-        self.embedding_size = embedding_size or vocab_size
+        self.embedding_size = vocab_size if embedding_size is None else embedding_size
         self.d_model = d_model
         self.n_heads = n_heads
-        self.n_kv_heads = n_kv_heads or n_heads
+        self.n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
         self.n_layers = n_layers
         self.mlp_hidden_size = mlp_hidden_size
         self.max_sequence_length = max_sequence_length
-        self.rope_theta = rope_theta
+        self.rope_theta = take_rope_theta("LLaDA", 500000.0, kwargs)
         self.rms_norm_eps = rms_norm_eps
         self.init_std = init_std
         self.mask_token_id = mask_token_id
         kwargs.setdefault("tie_word_embeddings", False)
         kwargs["eos_token_id"] = eos_token_id
-        super().__init__(**kwargs)
+        super().__init__(**published(kwargs, {*_FIXED, *_UNUSED}))
         check_config(self)
+        if not is_whole(self.embedding_size) or self.embedding_size < vocab_size:
+            raise ValueError(
+                f"LLaDA config: embedding_size={embedding_size!r} is less than vocab_size={vocab_size}; give as many "
+                "rows as there are tokens, or more"
+            )
 
 
 class LLaDABlock(nn.Module):
@@ -187,3 +201,8 @@ class LLaDAModelLM(MaskedDiffusionModel):
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.model.transformer["ff_out"] = value
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        embedding: Any = super().resize_token_embeddings(*args, **kwargs)
+        self.config.embedding_size = len(embedding.weight)
+        return embedding

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from math import nan
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import dllm
+from dllm.checks import Notice
 from dllm.evaluation import evaluate
 from dllm.filters import ConfidenceFilter, Filter, FilterCard, NeighbourFilter
 from dllm.prediction import Prediction, Sampling
@@ -206,6 +209,25 @@ class TestRefusals:
     def test_a_file_that_does_not_say_what_it_is_for(self) -> None:
         with pytest.raises(ValueError, match=r"does not say which model it is for; .*allow_mismatch=true"):
             self.run(Learn2PD(Filter(NeighbourFilter(), None, "x")))
+
+    def test_a_bare_file_of_the_published_form_is_used_with_a_warning(self, tmp_path: Path) -> None:
+        network = random_filter(block_length=8).network
+        save_file(network.state_dict(), tmp_path / "bare.safetensors")
+        message = r"filter='.*bare.safetensors' has no card: it fits block_length=8, and for which model is not known"
+        with pytest.warns(Notice, match=message):
+            self.run(Learn2PD(str(tmp_path / "bare.safetensors")))
+        with pytest.raises(ValueError, match=r"fits block_length=8 only, not 4; set block_length=8"):
+            self.run(Learn2PD(str(tmp_path / "bare.safetensors")), block_length=4)
+
+    def test_the_published_form_with_a_card_of_another_model_is_refused_as_any_other(self) -> None:
+        found = Filter(ConfidenceFilter(8), replace(CARD, architecture="published"), "x")
+        with pytest.raises(ValueError, match=r"filter='x' is for the weights of 'some-model'; .*allow_mismatch=true"):
+            self.run(Learn2PD(found))
+
+    def test_whoever_allows_a_mismatch_is_not_warned(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            self.run(Learn2PD(random_filter(block_length=8), allow_mismatch=True))
 
     def test_the_published_form_cannot_be_used_at_another_block_length_at_all(self) -> None:
         with pytest.raises(ValueError, match="fits block_length=16 only, not 8"):

@@ -1,0 +1,1 @@
+../../dllm/adapters.py

@@ -1,0 +1,109 @@
+"""What a published config.json may say about the computation and the special tokens, read without trusting it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isfinite
+from typing import Any
+
+
+def check_fixed(kind: str, fixed: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse what is not computed otherwise than in the published models; null means false.
+
+    Raises:
+        ValueError: an entry of `fixed` is given another value.
+    """
+    for key, value in fixed.items():
+        if (given.get(key, value) or None) != (value or None):
+            raise ValueError(
+                f"{kind} config: {key}={given[key]!r} is not supported; the published models have {value!r}"
+            )
+
+
+def take_rope_theta(kind: str, default: float, given: dict[str, Any]) -> Any:
+    """Read the base of the rotary embedding, in the published layout or in that of transformers 5, and remove both.
+
+    Published: ``rope_theta`` beside a ``rope_scaling`` of null. transformers 5: one ``rope_parameters`` of type
+    "default" with the base in it.
+
+    Args:
+        kind: of the model, for errors.
+        default: where nothing is given.
+        given: entries of the config; those about the rotary embedding are taken out.
+
+    Raises:
+        ValueError: positions are scaled or rotated in part, or two entries disagree.
+    """
+    entries = {"rope_theta": given.pop("rope_theta")} if "rope_theta" in given else {}
+    for key in ("rope_parameters", "rope_scaling"):
+        parameters = given.pop(key, None)
+        if parameters is None:
+            continue
+        if not isinstance(parameters, dict) or not _is_plain(parameters):
+            raise ValueError(
+                f"{kind} config: {key}={parameters!r} is not supported; use an unscaled rotary embedding: null, or "
+                "rope_type 'default' with a rope_theta"
+            )
+        if parameters.get("rope_theta") is not None:
+            entries[f"{key}.rope_theta"] = parameters["rope_theta"]
+    share = given.pop("partial_rotary_factor", None)
+    if share is not None and (isinstance(share, bool) or share != 1):
+        raise ValueError(f"{kind} config: partial_rotary_factor={share!r} is not supported; use null")
+    for name, theta in entries.items():
+        if not is_positive(theta):
+            raise ValueError(f"{kind} config: {name}={theta!r} is out of range; give a positive number")
+    (first, theta), *others = list(entries.items()) or [("rope_theta", default)]
+    for name, other in others:
+        if other != theta:
+            raise ValueError(f"{kind} config: {first}={theta!r} and {name}={other!r} disagree; keep the right one")
+    return theta
+
+
+def _is_plain(parameters: dict[str, Any]) -> bool:
+    types = [parameters[key] for key in ("rope_type", "type") if parameters.get(key) is not None]
+    share = parameters.get("partial_rotary_factor")
+    whole = share is None or (share == 1 and not isinstance(share, bool))
+    known = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+    return (
+        whole
+        and all(one == "default" for one in types)
+        and all(key in known or value is None for key, value in parameters.items())
+    )
+
+
+def check_special_ids(kind: str, mask_token_id: Any, eos_token_id: Any) -> None:
+    """Refuse what is no token id, before it is computed with; whether the model has the id is seen when it is loaded.
+
+    Raises:
+        ValueError: [MASK] has no id, or something that is no id is to end a text.
+    """
+    if not is_whole(mask_token_id):
+        raise ValueError(f"{kind} config: mask_token_id={mask_token_id!r} is no token id; give the id of [MASK]")
+    check_eos(f"{kind} config", eos_token_id)
+
+
+def check_eos(where: str, eos_token_id: Any) -> None:
+    """Refuse anything but an id, a list of ids or nothing.
+
+    Args:
+        where: it is from, for errors.
+        eos_token_id: what is to end a text.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    listed = eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
+    if eos_token_id is not None and not all(map(is_whole, listed)):
+        raise ValueError(
+            f"{where}: eos_token_id={eos_token_id!r} is no token id; give the id that ends a text, or a list of them"
+        )
+
+
+def is_whole(value: Any) -> bool:
+    """Whether this is a whole number, as JSON has them."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_positive(value: Any) -> bool:
+    """Whether this is a number above 0 that can be computed with."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 and isfinite(value)
