@@ -7,7 +7,10 @@ The result differs from that of an adapter kept apart by rounding, in the precis
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -32,6 +35,19 @@ def base_of(folder: Path) -> tuple[str, str | None]:
             f"adapter={str(folder)!r}"
         )
     return base, revision if isinstance(revision, str) and revision else None
+
+
+@contextmanager
+def hidden(folder: Path) -> Iterator[Path]:
+    """A checkpoint folder without the adapter that may lie in it, which transformers would apply by itself."""
+    if not (folder / CONFIG).is_file():
+        yield folder
+        return
+    with TemporaryDirectory() as links:
+        for file in folder.iterdir():
+            if file.name != CONFIG:
+                (Path(links) / file.name).symlink_to(file.absolute())
+        yield Path(links)
 
 
 def merge(backbone: PreTrainedModel, folder: Path) -> None:

@@ -287,21 +287,22 @@ def _missing_library(folder: Path, error: ImportError) -> ValueError:
 
 def _load_weights(family: type[MaskedDiffusionModel], folder: Path, options: dict[str, Any]) -> MaskedDiffusionModel:
     """Load every tensor of the architecture, and no other."""
-    # transformers would by itself apply an adapter that lies beside the weights; there is none in "/".
-    options = options | {"adapter_kwargs": {"subfolder": "no adapter"}}
+    options = options | {"output_loading_info": True, "ignore_mismatched_sizes": True, "local_files_only": True}
     try:
-        loaded: Any = family.from_pretrained(
-            folder, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True, **options
-        )
+        with adapters.hidden(folder) as bare:
+            loaded: Any = family.from_pretrained(bare, **options)
     except ImportError as error:
         raise _missing_library(folder, error) from None
-    except (RuntimeError, EOFError, UnpicklingError) as error:
+    except (RuntimeError, EOFError, OSError, UnpicklingError) as error:
         if isinstance(error, torch.OutOfMemoryError) or any(folder.glob("*.safetensors")):
             raise
+        # torch would go on to say how to run the code that such a file holds.
+        reason = "it holds more than tensors" if "Weights only load failed" in str(error) else first_line(error)
         raise ValueError(
-            f"{folder}: pytorch_model*.bin cannot be read ({first_line(error)}); copy or download the weights again"
+            f"{folder}: pytorch_model*.bin cannot be read ({reason}); copy or download the weights again"
         ) from None
     backbone, info = loaded
+    backbone.name_or_path = backbone.config.name_or_path = str(folder)
     problems = {
         # Compared before where headers tell. Newer transformers report the two shapes beside the name.
         "has another shape than config.json asks for": [
