@@ -51,8 +51,8 @@ def encode(
         prompts = prompts.tolist()
         if attention_mask is None:
             prompts = _without_padding(prompts, tokenizer, eos_token_ids)
-    elif attention_mask is None and _seem_padded(prompts, tokenizer):
-        prompts = _without_padding([list(row) for row in prompts], tokenizer, eos_token_ids)
+    elif attention_mask is None and (rows := _padded_lists(prompts, tokenizer)) is not None:
+        prompts = _without_padding(rows, tokenizer, eos_token_ids)
     if isinstance(prompts, str) or is_chat(prompts):
         prompts = [prompts]
     if not isinstance(prompts, Sequence):
@@ -178,12 +178,14 @@ def _masked(prompts: Sequence[Any], attention_mask: Any) -> list[list[int]]:
     return found
 
 
-def _seem_padded(rows: Any, tokenizer: PreTrainedTokenizerBase | None) -> bool:
-    """Whether lists of token ids of one length have the padding token at an end here and there."""
-    if tokenizer is None or not isinstance(rows, Sequence) or any(_ids(row) is None or len(row) == 0 for row in rows):
-        return False
+def _padded_lists(prompts: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]] | None:
+    """Lists of token ids of one length, some of which have the padding token at an end and others do not."""
+    if tokenizer is None or not isinstance(prompts, Sequence):
+        return None
+    rows = [ids for prompt in prompts if (ids := _ids(prompt))]
     padded = {tokenizer.pad_token_id in (row[0], row[-1]) for row in rows}
-    return len({len(row) for row in rows}) == 1 and len(padded) == 2
+    alike = len(rows) == len(prompts) and len({len(row) for row in rows}) == 1
+    return rows if alike and len(padded) == 2 else None
 
 
 def _without_padding(

@@ -108,7 +108,7 @@ class TestMask:
 
     def test_a_tensor_that_may_be_padded_is_refused_without_one(self) -> None:
         batch = LM.tokenizer(TEXTS, padding=True, return_tensors="pt")
-        for given in (batch["input_ids"], batch["input_ids"].numpy(), batch["input_ids"].tolist()):
+        for given in (batch["input_ids"], batch["input_ids"].numpy(), list(batch["input_ids"])):
             with pytest.raises(ValueError, match=r"^prompts\[1\] begins or ends with token id 0.*give attention_mask"):
                 dllm.generate(LM, given, **SHORT)
         ones = torch.ones_like(batch["input_ids"])
@@ -189,7 +189,7 @@ class TestChats:
     @pytest.mark.parametrize(
         ("chat", "template", "named"),
         [
-            ([USER, {"role": "assistant", "content": "The pens"}], TURNS.replace("m['content']", "m['content'] | upper"),
+            ([USER, {"role": "assistant", "content": "The pens"}], TURNS.replace("m['content']", "m['content']|upper"),
              "does not suit the chat template: .*beginning of an answer"),
             ([USER], "{{ raise_exception('no\nusers') }}", "does not suit the chat template: no users"),
             ([USER], "{{ 'a' + 5 }}", "does not suit the chat template: "),
@@ -204,6 +204,5 @@ class TestChats:
     )  # fmt: skip
     def test_what_cannot_be_written_is_refused_in_one_line(self, chat: Any, template: str, named: str) -> None:
         with pytest.raises(ValueError, match=rf"^prompts\[1\] {named}") as caught:
-            encode([[USER] if "raise" not in template else "Hi", chat] if "5 }" not in template else ["Hi", chat],
-                   words(template))  # fmt: skip
+            encode([[4], chat], words(template))
         assert "\n" not in str(caught.value)
