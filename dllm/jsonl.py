@@ -32,6 +32,8 @@ class Question:
 def read_questions(path: Path, option: str = "input") -> list[Question]:
     """Read lines of ``{"id": ..., "prompt": "..."}`` or ``{"id": ..., "messages": [...]}``.
 
+    A chat whose last message is the assistant's holds the beginning of the answer.
+
     Args:
         path: the file.
         option: what errors call it.

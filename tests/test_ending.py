@@ -12,11 +12,17 @@ import torch
 import dllm
 from byte_words import byte_tokenizer
 from contract_rig import BY_NAME, GUIDED, LEARNED
+from dllm.cache import NoCache
 from dllm.ending import StopStrings, cut
-from dllm.plan import Options
+from dllm.journal import Journal
+from dllm.plan import Options, Plan
+from dllm.records import Request
 from dllm.resolve import names
-from dllm.samplers import ARGuided, Learn2PD
+from dllm.run_folder import trace
+from dllm.runner import Runner, Setting
+from dllm.samplers import ARGuided, Learn2PD, Vanilla
 from models import random_dream, random_filter, random_guide, random_llada
+from test_reads import waiting
 
 LM = random_llada(tokenizer=True, seed=3)
 WORDS = LM.tokenizer
@@ -208,6 +214,31 @@ class TestStopping:
         result = dllm.generate(lm, PROMPTS, stop="<|unk|>", stop_at_eos=False, **SHORT)
         end = free.completions[0].tolist().index(swapped)
         assert result.texts[0] == WORDS.decode(free.completions[0, :end], skip_special_tokens=True)
+
+    def test_the_device_is_read_no_more_often(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        running, found = Plan(LM, PROMPTS, "vanilla", "none", Options(**SHORT, stop="e"), infill=False).steps(), []
+        next(running)
+        while True:
+            with waiting(monkeypatch) as seen:
+                if next(running, None) is None:
+                    break
+            found.append(tuple(seen))
+        assert set(found) == {("cpu",)}
+
+    def test_answers_of_an_evaluation_end_there_too(self) -> None:
+        free = dllm.generate(LM, PROMPTS[:1], **SHORT).texts
+        (stop,), options = stops_of(free), {"gen_length": 18, "block_length": 8}
+        settings = [Setting(LM, Vanilla(), NoCache(), options | more) for more in ({}, {"stop": stop})]
+        until = Runner(settings[0], Journal(None)).answer([Request("a", PROMPTS[0], (stop,))])[0]
+        stopped = Runner(settings[1], Journal(None)).answer([Request("a", PROMPTS[0])])[0]
+        assert stopped.text == until.text != free[0]
+        assert stopped.tokens == until.tokens
+        assert stopped.nfe <= until.nfe
+
+    def test_what_is_kept_of_an_evaluation_knows_what_ended_its_texts(self) -> None:
+        options = {"gen_length": 6, "eos_token_id": [20, 21]}
+        runner = Runner(Setting(LM, Vanilla(), NoCache(), options), Journal(None))
+        assert trace(runner, runner.answer([Request("a", PROMPTS[0])])).eos_token_ids == (20, 21)
 
 
 class TestRefusals:
