@@ -15,8 +15,8 @@ from dllm.cache.base import Cache
 from dllm.drift import Measurement
 from dllm.generation import Generation, Recorder
 from dllm.loading import LanguageModel
-from dllm.plan import Answer, Callback, Plan, parse_options
-from dllm.prompts import Prompts, encode
+from dllm.plan import Answer, Callback, Plan, eos_ids, parse_options
+from dllm.prompts import Mask, Prompts, encode
 from dllm.samplers.base import Sampler
 from dllm.step import Step
 
@@ -50,6 +50,7 @@ def generate(
     sampler: str | Sampler = "vanilla",
     cache: str | Cache = "none",
     *,
+    attention_mask: Mask | None = None,
     callback: Callback | None = None,
     progress: bool = False,
     **options: Any,
@@ -58,9 +59,12 @@ def generate(
 
     Args:
         lm: a loaded model.
-        prompts: a text, texts, chat messages, chats, or token ids (lists or a (B, P) LongTensor).
+        prompts: a text, texts, chat messages, chats, or token ids: lists, a (B, P) LongTensor, or what a tokenizer
+            returns. A chat that ends with the beginning of the assistant's message is continued.
         sampler: the policy that decides what is written when: a name of conf/sampler or an object.
         cache: what is reused between steps: a name of conf/cache or an object.
+        attention_mask: of token ids: 1 at tokens, 0 at padding on either side. Left out where a tokenizer's own comes
+            with them. A tensor that seems padded is refused without one (`dllm.prompts.encode`).
         callback: called after every step of every batch.
         progress: draw a progress bar.
         **options: fields of `dllm.Options`.
@@ -70,7 +74,7 @@ def generate(
             model, a sampler and cache that do not go together, or no answer at all: where the logits of some
             prompts are no numbers, these have an entry in `Generation.errors`, and the others their answers.
     """
-    plan = Plan(lm, encode(prompts, lm.tokenizer), sampler, cache, parse_options(options), infill=False)
+    plan = _plan(lm, prompts, sampler, cache, attention_mask, options)
     return plan.run(callback, progress)
 
 
@@ -80,17 +84,19 @@ def as_completed(
     sampler: str | Sampler = "vanilla",
     cache: str | Cache = "none",
     *,
+    attention_mask: Mask | None = None,
     callback: Callback | None = None,
+    infill: bool = False,
     **options: Any,
 ) -> Iterator[Answer]:
     """Generate as `generate` does, yielding each row as soon as it is finished, in the order they finish.
 
-    A row that fails is yielded too, with its `error`.
+    A row that fails is yielded too, with its `error`. With `infill` masks in the prompts are filled, as `infill` does.
 
     Raises:
         ValueError: as `generate`; options and prompts are checked at the call, not at the first step.
     """
-    plan = Plan(lm, encode(prompts, lm.tokenizer), sampler, cache, parse_options(options), infill=False)
+    plan = _plan(lm, prompts, sampler, cache, attention_mask, options, infill)
     return plan.answers(callback)
 
 
@@ -99,6 +105,8 @@ def stream(
     prompts: Prompts,
     sampler: str | Sampler = "vanilla",
     cache: str | Cache = "none",
+    *,
+    attention_mask: Mask | None = None,
     **options: Any,
 ) -> Iterator[Frame]:
     """Generate as `generate` does, all prompts in one batch, yielding the canvas after every step.
@@ -109,8 +117,7 @@ def stream(
     """
     if "batch_size" in options:
         raise ValueError("batch_size has no effect on stream, which decodes all prompts together; leave it out")
-    ids = encode(prompts, lm.tokenizer)
-    plan = Plan(lm, ids, sampler, cache, parse_options(options | {"batch_size": len(ids)}), infill=False)
+    plan = _plan(lm, prompts, sampler, cache, attention_mask, options, together=True)
     return _frames(plan)
 
 
@@ -120,6 +127,7 @@ def infill(
     sampler: str | Sampler = "vanilla",
     cache: str | Cache = "none",
     *,
+    attention_mask: Mask | None = None,
     callback: Callback | None = None,
     progress: bool = False,
     **options: Any,
@@ -133,11 +141,26 @@ def infill(
     Raises:
         ValueError: as `generate`, or a text without a mask.
     """
-    for name in ("gen_length", "stop_at_eos"):
-        if name in options:
+    return _plan(lm, texts, sampler, cache, attention_mask, options, infill=True).run(callback, progress)
+
+
+def _plan(
+    lm: LanguageModel,
+    prompts: Prompts,
+    sampler: str | Sampler,
+    cache: str | Cache,
+    attention_mask: Mask | None,
+    options: dict[str, Any],
+    infill: bool = False,
+    together: bool = False,
+) -> Plan:
+    """What is to be decoded; with `together` all prompts in one batch."""
+    for name in ("gen_length", "stop_at_eos", "stop"):
+        if infill and name in options:
             raise ValueError(f"{name} has no effect on infill; leave it out")
-    checked = parse_options(options | {"stop_at_eos": False})
-    return Plan(lm, encode(texts, lm.tokenizer), sampler, cache, checked, infill=True).run(callback, progress)
+    ids = encode(prompts, lm.tokenizer, attention_mask, eos_ids(options.get("eos_token_id"), lm))
+    fixed = {"stop_at_eos": False} if infill else {"batch_size": len(ids)} if together else {}
+    return Plan(lm, ids, sampler, cache, parse_options(options | fixed), infill)
 
 
 def _frames(plan: Plan) -> Iterator[Frame]:

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dllm.ending import StopStrings
 from dllm.nonfinite import Broken
 from dllm.transfer import put, send
 
@@ -145,6 +146,8 @@ class Canvas:
         active: columns, inside and masked of the latest window, on the host.
         errors: why rows were given up.
         doomed: rows that are given up in their first step, and why.
+        stops: strings that finish a row once what is decoded without a gap holds one: what is behind it becomes
+            end-of-text. None for none, and in `fresh` canvases, so that what is reproduced does not depend on them.
     """
 
     def __init__(
@@ -188,6 +191,7 @@ class Canvas:
         spare = np.zeros((self.slots, 2), dtype=np.int64)
         self._buffer = self._put(np.concatenate((self.host[self.rows], spare), 1))
         self._region = self._put(self.region[self.rows])
+        self.stops: StopStrings | None = None
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def fresh(self) -> Canvas:
@@ -268,6 +272,8 @@ class Canvas:
         filled = self._cut(rows, edit.end, failed) if edit.end is not None else np.zeros_like(changed)
         if self.stop_at_eos:
             filled |= self._stop_at_eos(rows)
+        if self.stops is not None:
+            filled |= self._stop_at_strings(self.stops, rows, changed & ~unset)
         left = (self.host[rows] == self.mask_token_id) & self.region[rows]
         gained = unset.sum(1) - (self.host[rows] == self.mask_token_id).sum(1)
         stay = left.any(1) & ~failed
@@ -342,6 +348,25 @@ class Canvas:
             self.host[rows] = tokens
             self._send(np.flatnonzero(filled.any(1)))
         return filled
+
+    def _stop_at_strings(
+        self, stops: StopStrings, rows: NDArray[np.int64], rewritten: NDArray[np.bool_]
+    ) -> NDArray[np.bool_]:
+        """Let rows end behind the token that completes a stop string, once no mask is before it."""
+        masked, start = (self.host[rows] == self.mask_token_id) & self.region[rows], self.start[rows]
+        upto = np.where(masked.any(1), masked.argmax(1), self.length)
+        column = np.arange(self.length)
+        again = (rewritten & (column < (start + stops.read[rows])[:, None])).any(1)
+        stops.read[rows[again]] = 0
+        end = np.full(len(rows), self.length)
+        for entry in np.flatnonzero(upto - start > stops.read[rows]):
+            row, first = rows[entry], start[entry]
+            if (count := stops.find(row, self.host[row, first : upto[entry]])) is not None:
+                end[entry] = first + count
+        # These rows are finished, so the device need not know.
+        beyond = (column >= end[:, None]) & self.region[rows]
+        self.host[rows] = np.where(beyond, self.eos_token_ids[0], self.host[rows])
+        return beyond
 
     def _enter_blocks(self) -> None:
         """Point every unfinished row at the block of its first mask."""

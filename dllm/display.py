@@ -27,23 +27,23 @@ class CanvasView:
 
     Args:
         tokenizer: turns tokens into text; ids are shown without one.
-        generated: columns at the end of the canvas to show.
+        generated: columns at the end of the canvas to show; None for the whole row, which end-of-text does not end.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, generated: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, generated: int | None) -> None:
         self.tokenizer, self.generated = tokenizer, generated
 
     def draw(self, step: Step, row: int = 0) -> Text:
         """The canvas: fresh tokens highlighted, provisional ones dim, masks as dots, end-of-text left out."""
         entry = int(np.flatnonzero(step.change.rows == row)[0])
         tokens = self._tokens(step, row)
-        guesses = step.provisional[entry, -self.generated :]
-        fresh = step.change.committed[entry, -self.generated :]
+        shown = self._columns(step, row)
+        guesses, fresh = step.provisional[entry, shown], step.change.committed[entry, shown]
         masked = tokens == step.canvas.mask_token_id
-        ended = np.isin(tokens, step.canvas.eos_token_ids)
+        ended = np.isin(tokens, self._ends(step))
         text = Text()
         for token, guess, new, mask, end in zip(tokens, guesses, fresh, masked, ended, strict=False):
-            if mask and guess != step.canvas.mask_token_id and guess not in step.canvas.eos_token_ids:
+            if mask and guess != step.canvas.mask_token_id and guess not in self._ends(step):
                 text.append(self._word(int(guess)), PROVISIONAL)
             elif mask:
                 text.append("·", MASKED)
@@ -56,19 +56,26 @@ class CanvasView:
     def line(self, step: Step, row: int = 0) -> str:
         """The canvas in plain characters: masks as dots, end-of-text left out."""
         tokens = self._tokens(step, row)
-        return "".join(self._symbol(step, token) for token in tokens).rstrip("·") or "·"
+        text = "".join(self._symbol(step, token) for token in tokens)
+        return text if self.generated is None else text.rstrip("·") or "·"
 
     def _tokens(self, step: Step, row: int) -> NDArray[np.int64]:
-        """The generated region, up to an end-of-text with nothing left to decode before it."""
-        tokens = step.canvas.host[row, -self.generated :]
-        ended, masked = np.isin(tokens, step.canvas.eos_token_ids), tokens == step.canvas.mask_token_id
+        """What is shown, up to an end-of-text with nothing left to decode before it."""
+        tokens = step.canvas.host[row, self._columns(step, row)]
+        ended, masked = np.isin(tokens, self._ends(step)), tokens == step.canvas.mask_token_id
         done = ended.any() and not masked[: ended.argmax()].any()
         return tokens[: ended.argmax() + 1] if done else tokens
+
+    def _columns(self, step: Step, row: int) -> slice:
+        return slice(int(step.canvas.padding[row]) if self.generated is None else -self.generated, None)
+
+    def _ends(self, step: Step) -> tuple[int, ...]:
+        return () if self.generated is None else step.canvas.eos_token_ids
 
     def _symbol(self, step: Step, token: int) -> str:
         if token == step.canvas.mask_token_id:
             return "·"
-        return "" if token in step.canvas.eos_token_ids else self._word(int(token))
+        return "" if token in self._ends(step) else self._word(int(token))
 
     def _word(self, token: int) -> str:
         if self.tokenizer is None:

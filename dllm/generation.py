@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dllm.canvas import Canvas
 from dllm.drift import Drift, Measurement, summarise
+from dllm.ending import cut
 from dllm.step import Step
 
 _STATUS, _FORGET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -32,8 +33,8 @@ class Stats:
     Attributes:
         seconds: wall time of decoding; without what a policy such as the oracle decodes beforehand, and
             without measuring a cache's drift, unless it may refresh the cache.
-        tokens: generated tokens up to and including each row's first end-of-text. Prompt tokens and
-            what stands after end-of-text are not counted.
+        tokens: generated tokens up to and including what ends each row's text: its first end-of-text, or the token
+            that completes a stop string. Prompt tokens and what stands after it are not counted.
         tokens_per_second: `tokens` over `seconds`.
         tpf: `tokens` over the forwards of all rows.
         computed_share: columns computed, over those that computing everything each time would take.
@@ -68,12 +69,15 @@ class Generation:
     Attributes:
         sequences: (B, P + G) prompts, left-padded, and what was generated.
         completions: (B, G) the generated region.
-        texts: decoded completions up to end-of-text; None without a tokenizer, and of rows that failed.
+        texts: decoded completions before end-of-text or a stop string, of `infill` the whole; None without a
+            tokenizer, and of rows that failed.
         nfe: (B,) denoiser forwards each row took part in.
         guide_nfe: (B,) forwards of a guide model, for policies that have one.
         commit_step: (B, G) the row's own forward, counted from 0, after which a position had its
             final token; -1 where an early end of the text filled it.
         stats: what the run cost.
+        attention_mask: (B, P + G) 1 at prompts and at generated tokens up to and including what ended the text, 0 at
+            the padding and behind the end: `generate(lm, out.sequences, attention_mask=out.attention_mask)` goes on.
         errors: why a row failed; None where it did not. A row that failed stands as far as it came, [MASK] elsewhere,
             and nothing of it counts as generated.
     """
@@ -85,18 +89,8 @@ class Generation:
     guide_nfe: Int[Tensor, " B"]
     commit_step: Int[Tensor, "B G"]
     stats: Stats
+    attention_mask: Int[Tensor, "B L"]
     errors: tuple[str | None, ...] = ()
-
-
-def count_tokens(completions: NDArray[np.int64], eos_token_ids: Sequence[int]) -> NDArray[np.int64]:
-    """Tokens of each row up to and including its first end-of-text."""
-    ended = np.isin(completions, eos_token_ids)
-    return np.where(ended.any(1), ended.argmax(1) + 1, completions.shape[1])
-
-
-def decode_text(tokenizer: PreTrainedTokenizerBase | None, tokens: NDArray[np.int64]) -> str | None:
-    """The text of some tokens without special ones; None without a tokenizer."""
-    return None if tokenizer is None else str(tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
 
 
 class Recorder:
@@ -163,7 +157,11 @@ class Clock:
 
 
 def assemble(
-    recorders: Sequence[Recorder], generated: int | None, tokenizer: PreTrainedTokenizerBase | None, clock: Clock
+    recorders: Sequence[Recorder],
+    generated: int | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    clock: Clock,
+    stops: Sequence[str] = (),
 ) -> Generation:
     """Join the recorded canvases into one result.
 
@@ -173,6 +171,7 @@ def assemble(
             anywhere: then everything is the completion and only former masks are counted.
         tokenizer: decodes the completions.
         clock: started with the run.
+        stops: stop strings.
     """
     eos = recorders[0].canvas.eos_token_ids
     seconds = clock.seconds() - sum(r.uncounted_seconds for r in recorders)
@@ -181,16 +180,17 @@ def assemble(
     commit_step = _stack([r.commit_step for r in recorders], -1)
     nfe = np.concatenate([r.nfe for r in recorders])
     errors = [r.canvas.errors.get(row) for r in recorders for row in range(len(r.canvas.host))]
+    real = _stack([r.canvas.real for r in recorders], False)
     if generated is None:
         completions, settled = sequences, commit_step
-        counts = np.concatenate([r.canvas.region.sum(1) for r in recorders])
-        real = _stack([r.canvas.real for r in recorders], False)
-        cut = [row[keep] for row, keep in zip(sequences, real, strict=True)]
+        tokens = sum(int(r.canvas.region.sum()) for r in recorders)
+        texts = [cut(tokenizer, row[keep])[0] for row, keep in zip(sequences, real, strict=True)]
     else:
         completions, settled = sequences[:, -generated:], commit_step[:, -generated:]
-        counts = count_tokens(completions, eos)
-        cut = [row[:count] for row, count in zip(completions, counts, strict=True)]
-    tokens = int(counts[[error is None for error in errors]].sum())
+        ends = [cut(tokenizer, row, stops, eos) for row in completions]
+        tokens = sum(count for (_, count), error in zip(ends, errors, strict=True) if error is None)
+        texts = [text for text, _ in ends]
+        real[:, -generated:] = np.arange(generated) < np.array([count for _, count in ends])[:, None]
     computed = sum(int(r.computed_columns.sum()) for r in recorders)
     full = sum(int((r.nfe * r.canvas.lengths).sum()) for r in recorders)
     stats = Stats(
@@ -212,11 +212,12 @@ def assemble(
     return Generation(
         sequences=torch.from_numpy(sequences),
         completions=torch.from_numpy(completions),
-        texts=[decode_text(tokenizer, row) if error is None else None for row, error in zip(cut, errors, strict=True)],
+        texts=[text if error is None else None for text, error in zip(texts, errors, strict=True)],
         nfe=torch.from_numpy(nfe),
         guide_nfe=torch.from_numpy(np.concatenate([r.guide_nfe for r in recorders])),
         commit_step=torch.from_numpy(settled),
         stats=stats,
+        attention_mask=torch.from_numpy(real.astype(np.int64)),
         errors=tuple(errors),
     )
 

@@ -15,6 +15,7 @@ from typing import Any
 from dllm.answer_lines import listed, read_answers, write_line
 from dllm.claim import Claim
 from dllm.files import parse_json, sync_folder
+from dllm.prompts import is_chat
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,14 @@ class Question:
 
     id: str | int
     number: int
-    prompt: str | list[Mapping[str, str]]
+    prompt: str | list[Mapping[str, Any]]
     place: str
 
 
 def read_questions(path: Path, option: str = "input") -> list[Question]:
     """Read lines of ``{"id": ..., "prompt": "..."}`` or ``{"id": ..., "messages": [...]}``.
+
+    A chat whose last message is the assistant's holds the beginning of the answer.
 
     Args:
         path: the file.
@@ -236,20 +239,9 @@ def _question(where: str, number: int, line: str) -> Question:
     if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
         raise ValueError(f"{where} needs either a prompt or messages; give one of them")
     prompt: Any = row.get("prompt", row.get("messages"))
-    if not (isinstance(prompt, str) if "prompt" in row else _is_chat(prompt)):
+    if not (isinstance(prompt, str) if "prompt" in row else is_chat(prompt)):
         raise ValueError(f"{where} has a prompt of another kind; give a text prompt, or messages with role and content")
     name = row.get("id", number)
     if not isinstance(name, (str, int)) or isinstance(name, bool):
         raise ValueError(f"{where} has id {name!r}; use text or a whole number")
     return Question(name, number, prompt, f"{where} (id {name!r})" if "id" in row else where)
-
-
-def _is_chat(messages: Any) -> bool:
-    return (
-        isinstance(messages, list)
-        and len(messages) > 0
-        and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in messages
-        )
-    )

@@ -14,8 +14,9 @@ from dllm import compatibility
 from dllm.cache.base import Cache
 from dllm.canvas import Canvas
 from dllm.checks import choice, number
+from dllm.ending import StopStrings, cut
 from dllm.engine import decode
-from dllm.generation import Clock, Generation, Recorder, assemble, count_tokens, decode_text
+from dllm.generation import Clock, Generation, Recorder, assemble
 from dllm.loading import LanguageModel
 from dllm.prediction import Sampling
 from dllm.resolve import resolve
@@ -46,6 +47,9 @@ class Options:
         stop_at_eos: finish a row once everything up to its first end-of-text is decoded; the text
             up to there is the same either way.
         eos_token_id: id or ids that end a text; None for the backbone's.
+        stop: string or strings that end a text, which then ends before them; a row is finished once everything up to
+            one is decoded, and the text is the same as if decoding had gone on. Special tokens are written as the
+            tokenizer writes them. None for none.
         eos_suppression: None, "logits" (never predict the token that fills canvases), "confidence"
             (commit what ends a text last) or "both".
         batch_size: rows decoded together; a row that is finished is replaced at once by one that waits.
@@ -66,6 +70,7 @@ class Options:
     seed: int | Sequence[int] | None = None
     stop_at_eos: bool = True
     eos_token_id: int | Sequence[int] | None = None
+    stop: str | Sequence[str] | None = None
     eos_suppression: str | None = None
     batch_size: int = 8
     cuda_graphs: bool | None = None
@@ -82,6 +87,7 @@ class Options:
         choice("stop_at_eos", self.stop_at_eos, (True, False))
         choice("tempered_confidence", self.tempered_confidence, (True, False, None))
         choice("cuda_graphs", self.cuda_graphs, (True, False, None))
+        _stop_strings(self.stop)
         # The rest is checked where it is used; this refuses bad values before a model is there.
         Sampling(self.temperature, self.top_p, self.top_k, self.eos_suppression)
 
@@ -92,9 +98,11 @@ class Answer:
 
     Attributes:
         index: number of its prompt.
-        text: decoded completion up to end-of-text; None without a tokenizer, and of a row that failed.
-        completion: (G,) the generated region; of a row that failed as far as it came, [MASK] elsewhere.
-        tokens: generated tokens up to and including end-of-text.
+        text: decoded completion before end-of-text or a stop string, of infilling the whole; None without a
+            tokenizer, and of a row that failed.
+        completion: (G,) the generated region, of infilling the whole row; of a row that failed as far as it came,
+            [MASK] elsewhere.
+        tokens: generated tokens up to and including what ends the text; of infilling the former masks.
         nfe: denoiser forwards.
         guide_nfe: guide forwards, for policies that have one.
         error: why the row failed; None where it did not.
@@ -140,7 +148,10 @@ class Plan:
         compatibility.check(self.sampler, self.cache, options.cfg_scale, lm.backbone, options.cuda_graphs)
         if options.cuda_graphs and lm.device.type != "cuda":
             raise ValueError(f"cuda_graphs=true needs a CUDA device, and the model is on {lm.device}; use null")
-        self.eos_token_ids = _eos(options.eos_token_id, lm)
+        self.eos_token_ids = eos_ids(options.eos_token_id, lm)
+        self.stops = _stop_strings(options.stop)
+        if self.stops and lm.tokenizer is None:
+            raise ValueError(f"stop={options.stop!r} needs a tokenizer, and this model has none; use eos_token_id")
         tempered = options.tempered_confidence
         if tempered is not None and options.temperature == 0:
             told = f"tempered_confidence={str(tempered).lower()} has no effect at temperature=0"
@@ -185,13 +196,18 @@ class Plan:
                 callback(step)
             canvas = recorder.canvas
             for row in sorted((*step.change.finished, *step.change.failed)):
-                completion, error = canvas.host[row, -self.options.gen_length :], canvas.errors.get(row)
-                tokens = int(count_tokens(completion[None], canvas.eos_token_ids)[0]) if error is None else 0
+                error = canvas.errors.get(row)
+                if self.infill:
+                    completion = canvas.host[row, canvas.padding[row] :]
+                    text, tokens = cut(self.lm.tokenizer, completion)[0], int(canvas.region[row].sum())
+                else:
+                    completion = canvas.host[row, -self.options.gen_length :]
+                    text, tokens = cut(self.lm.tokenizer, completion, self.stops, canvas.eos_token_ids)
                 yield Answer(
                     index=(len(self.recorders) - 1) * _MOST_ROWS + int(row),
-                    text=decode_text(self.lm.tokenizer, completion[:tokens]) if error is None else None,
+                    text=text if error is None else None,
                     completion=completion.tolist(),
-                    tokens=tokens,
+                    tokens=tokens if error is None else 0,
                     nfe=int(recorder.nfe[row]),
                     guide_nfe=int(recorder.guide_nfe[row]),
                     error=error,
@@ -216,7 +232,7 @@ class Plan:
                     bar.advance(bar.task_ids[0], int(step.change.gained.sum()))
         self.check_answered()
         generated = None if self.infill else self.options.gen_length
-        return assemble(self.recorders, generated, self.lm.tokenizer, clock)
+        return assemble(self.recorders, generated, self.lm.tokenizer, clock, self.stops)
 
     def check_answered(self) -> None:
         """Refuse a result without any answer, once everything is decoded.
@@ -237,7 +253,7 @@ class Plan:
         raise ValueError(f"prompts[{first}] has no answer: {errors[first]}")
 
     def _canvas(self, start: int, end: int) -> Canvas:
-        return Canvas(
+        canvas = Canvas(
             self.sequences[start:end],
             self.lm.backbone.mask_token_id,
             self.eos_token_ids,
@@ -247,6 +263,9 @@ class Plan:
             self.lm.device,
             self.options.batch_size,
         )
+        if self.stops and self.lm.tokenizer is not None:
+            canvas.stops = StopStrings(self.lm.tokenizer, self.stops, self.eos_token_ids, len(canvas.host))
+        return canvas
 
     def _check(self, place: int, row: list[int], mask: int) -> None:
         vocabulary = self.lm.backbone.config.vocab_size
@@ -254,7 +273,7 @@ class Plan:
         if wrong is not None:
             raise ValueError(f"prompts[{place}] has token id {wrong}; this model's ids are 0 to {vocabulary - 1}")
         if not self.infill and mask in row:
-            raise ValueError(f"prompts[{place}] contains [MASK]; use infill to fill masks within a text")
+            raise ValueError(f"prompts[{place}] contains [MASK]; use infill (infill=true) to fill masks within a text")
         if self.infill and mask not in row:
             raise ValueError(f"prompts[{place}] has no [MASK]; put one ({self._mask_name()}) for each token to fill in")
         room = self.lm.backbone.max_length - (0 if self.infill else self.options.gen_length)
@@ -270,7 +289,12 @@ class Plan:
         return f"id {self.lm.backbone.mask_token_id}" if tokenizer is None else str(tokenizer.mask_token)
 
 
-def _eos(eos: int | Sequence[int] | None, lm: LanguageModel) -> tuple[int, ...]:
+def eos_ids(eos: int | Sequence[int] | None, lm: LanguageModel) -> tuple[int, ...]:
+    """The ids that end a text: those given, or the backbone's.
+
+    Raises:
+        ValueError: one that the model does not have.
+    """
     if eos is None:
         return lm.backbone.eos_token_ids
     ids = tuple(eos) if isinstance(eos, Sequence) and not isinstance(eos, str) else (eos,)
@@ -279,6 +303,21 @@ def _eos(eos: int | Sequence[int] | None, lm: LanguageModel) -> tuple[int, ...]:
         use = f"ids from 0 to {most}, or null for the model's own"
         number("eos_token_id", token, use, low=0, high=most, whole=True)
     return ids
+
+
+def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    given: Any = () if stop is None else (stop,) if isinstance(stop, str) else stop
+    if not isinstance(given, Sequence) or not all(isinstance(each, str) for each in given):
+        raise ValueError(f"stop={stop!r} is of the wrong kind; give a string or a list of strings, or null for none")
+    if any(_half_characters(each) for each in given):
+        raise ValueError(f"stop={stop!r} holds bytes that are no text; give UTF-8")
+    if "" in given:
+        raise ValueError(f"stop={stop!r} holds an empty string, which would end every text; leave it out")
+    return tuple(given)
+
+
+def _half_characters(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _seeds(seed: int | Sequence[int] | None, rows: int) -> Sequence[int]:

@@ -3,46 +3,90 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from jinja2 import TemplateError
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-Message: TypeAlias = Mapping[str, str]
+Message: TypeAlias = Mapping[str, Any]
 Chat: TypeAlias = Sequence[Message]
-Prompts: TypeAlias = str | Sequence[str] | Chat | Sequence[Chat] | Sequence[Sequence[int]] | Tensor
+Prompts: TypeAlias = str | Sequence[Any] | Mapping[str, Any] | Tensor | NDArray[Any]
+Mask: TypeAlias = Sequence[Any] | Tensor | NDArray[Any]
 
 
-def encode(prompts: Prompts, tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
-    """Token ids of each prompt.
+def encode(
+    prompts: Prompts,
+    tokenizer: PreTrainedTokenizerBase | None,
+    attention_mask: Mask | None = None,
+    eos_token_ids: Sequence[int] = (),
+) -> list[list[int]]:
+    """Token ids of each prompt, without padding.
+
+    Without a mask nothing tells padding from tokens. As in transformers, a padding token that ends no text is taken for
+    padding, at either end of the rows of a tensor or an array. One that is also end-of-text may be meant, so it is
+    refused there; a mask, all ones where nothing is padding, decides. Lists are taken as they are, unless they are of
+    one length and some of them begin or end with the tokenizer's padding token, and others do not.
 
     Args:
-        prompts: a text, a list of texts, one chat (a list of messages), a list of chats, a list of
-            lists of token ids, or a (B, P) tensor of them.
+        prompts: a text, a list of texts, one chat (a list of messages), a list of chats, or token ids: lists, a
+            (B, P) tensor or array, or what a tokenizer returns, with the mask it made.
         tokenizer: needed for everything but token ids.
+        attention_mask: of token ids, in their shape: 1 at tokens, 0 at padding on either side.
+        eos_token_ids: ids that end a text; the first one pads results.
 
     Raises:
-        ValueError: prompts of another kind, or text without a tokenizer.
+        ValueError: prompts of another kind, text without a tokenizer, a chat that the template does not take, a mask
+            of another shape or with gaps, or padding that may be meant.
     """
-    if isinstance(prompts, Tensor):
-        if prompts.ndim != 2 or prompts.dtype != torch.long:
+    if isinstance(prompts, Mapping):
+        prompts, attention_mask = _tokenized(prompts, attention_mask)
+    if isinstance(prompts, (Tensor, np.ndarray)):
+        if prompts.ndim != 2 or _kind(prompts) not in "iu":
             raise ValueError(f"prompts has shape {tuple(prompts.shape)} and {prompts.dtype}; give a (B, P) LongTensor")
         prompts = prompts.tolist()
-    if isinstance(prompts, str) or _is_chat(prompts):
-        prompts = [prompts]  # type: ignore[assignment]  # one prompt: a list of one
+        if attention_mask is None:
+            prompts = _without_padding(prompts, tokenizer, eos_token_ids)
+    elif attention_mask is None and (rows := _padded_lists(prompts, tokenizer)) is not None:
+        prompts = _without_padding(rows, tokenizer, eos_token_ids)
+    if isinstance(prompts, str) or is_chat(prompts):
+        prompts = [prompts]
     if not isinstance(prompts, Sequence):
         raise ValueError(f"prompts is a {type(prompts).__name__}; give text, a list of texts or chats, or token ids")
     if len(prompts) == 0:
         raise ValueError("prompts is empty; give at least one")
+    if attention_mask is not None:
+        return _masked(prompts, attention_mask)
     return [_encode_one(prompt, tokenizer, number) for number, prompt in enumerate(prompts)]
 
 
+def is_chat(prompt: Any) -> bool:
+    """Whether something is a list of messages, each with a role and text, parts or nothing as its content."""
+    return (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, str)
+        and len(prompt) > 0
+        and all(isinstance(message, Mapping) and _is_message(message) for message in prompt)
+    )
+
+
+def _is_message(message: Message) -> bool:
+    content = message.get("content")
+    parts = isinstance(content, (list, tuple)) and all(
+        isinstance(part, Mapping) and isinstance(part.get("type"), str) for part in content
+    )
+    silent = content is None and ("content" in message or "tool_calls" in message)
+    return isinstance(message.get("role"), str) and (isinstance(content, str) or parts or silent)
+
+
 def _encode_one(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, number: int) -> list[int]:
-    if isinstance(prompt, Sequence) and not isinstance(prompt, str) and all(isinstance(t, int) for t in prompt):
-        return list(prompt)
-    if not isinstance(prompt, str) and not _is_chat(prompt):
+    if (ids := _ids(prompt)) is not None:
+        return ids
+    if not isinstance(prompt, str) and not is_chat(prompt):
         raise ValueError(f"prompts[{number}] is a {type(prompt).__name__}; give text, chat messages or token ids")
     if tokenizer is None:
         raise ValueError(f"prompts[{number}] is text, and this model has no tokenizer; give token ids")
@@ -50,8 +94,20 @@ def _encode_one(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, number: 
         return list(tokenizer(prompt).input_ids)
     if tokenizer.chat_template is None:
         raise ValueError(f"prompts[{number}] is a chat, and this tokenizer has no chat template; give plain text")
-    text = write_chat(tokenizer, prompt, f"prompts[{number}]", add_generation_prompt=True)
+    text = _written(prompt, tokenizer, number)
     return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def _written(chat: Chat, tokenizer: PreTrainedTokenizerBase, number: int) -> str:
+    """A chat as the model reads it, up to where its answer begins, or goes on if the chat ends with its beginning."""
+    messages = [{**message, "content": _text(message, f"prompts[{number}]")} for message in chat]
+    last = messages[-1]
+    begun = last["role"] == "assistant" and not last.get("tool_calls")
+    if begun and not last["content"].strip():  # nothing to go on from
+        messages, begun = messages[:-1], False
+    return write_chat(
+        tokenizer, messages, f"prompts[{number}]", add_generation_prompt=not begun, continue_final_message=begun
+    )
 
 
 def write_chat(tokenizer: PreTrainedTokenizerBase, chat: Any, called: str, **options: Any) -> str:
@@ -70,14 +126,102 @@ def write_chat(tokenizer: PreTrainedTokenizerBase, chat: Any, called: str, **opt
         return str(tokenizer.apply_chat_template(chat, tokenize=False, **options))
     except (TemplateError, RecursionError, SyntaxError, ArithmeticError, TypeError, ValueError, LookupError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        if options.get("continue_final_message") and isinstance(error, ValueError):
+            reason = "it does not write the beginning of an answer as it was given; leave out the last message"
+        raise ValueError(f"{called} does not suit the chat template: {reason}") from None
+
+
+def _text(message: Message, place: str) -> str:
+    """The text of a message's content, which may come in parts."""
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return content or ""
+    for part in content:
+        if part["type"] != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(f"{place} has content of type {part['type']!r}; give text, this model reads nothing else")
+    return "".join(part["text"] for part in content)
+
+
+def _tokenized(given: Mapping[str, Any], attention_mask: Mask | None) -> tuple[Any, Any]:
+    """Token ids and mask of what a tokenizer returns for one text or several."""
+    if "input_ids" not in given:
         raise ValueError(
-            f"{called} cannot be written as the tokenizer's chat template asks ({reason}); give plain text, or a chat "
-            "that fits the template"
-        ) from None
+            f"prompts is a {type(given).__name__} without input_ids; give what a tokenizer returns, or a list of them"
+        )
+    ids, mask = given["input_ids"], given.get("attention_mask")
+    if mask is not None and attention_mask is not None:
+        raise ValueError("attention_mask is given twice, in prompts and beside them; leave one out")
+    mask = attention_mask if mask is None else mask
+    if _ids(ids) is not None and len(ids) > 0:  # one text, not in a batch
+        ids = ids[None] if isinstance(ids, (Tensor, np.ndarray)) else [ids]
+        mask = None if mask is None else mask[None] if isinstance(mask, (Tensor, np.ndarray)) else [mask]
+    return ids, mask
 
 
-def _is_chat(prompt: Any) -> bool:
-    if not isinstance(prompt, Sequence) or isinstance(prompt, str) or len(prompt) == 0:
-        return False
-    texts = [(m.get("role"), m.get("content")) for m in prompt if isinstance(m, Mapping)]
-    return len(texts) == len(prompt) and all(isinstance(part, str) for pair in texts for part in pair)
+def _ids(row: Any) -> list[int] | None:
+    """A list, tensor or array of token ids as a list; None where it is something else."""
+    if isinstance(row, (Tensor, np.ndarray)):
+        return row.tolist() if row.ndim == 1 and _kind(row) in "iu" else None
+    is_list = isinstance(row, Sequence) and not isinstance(row, (str, bytes))
+    if is_list and all(isinstance(token, Integral) and not isinstance(token, bool) for token in row):
+        return [int(token) for token in row]
+    return None
+
+
+def _masked(prompts: Sequence[Any], attention_mask: Any) -> list[list[int]]:
+    """Token ids where the mask is 1."""
+    if isinstance(attention_mask, (Tensor, np.ndarray)):
+        attention_mask = attention_mask.tolist()
+    if not isinstance(attention_mask, Sequence) or len(attention_mask) != len(prompts):
+        count = len(attention_mask) if isinstance(attention_mask, Sequence) else repr(attention_mask)
+        raise ValueError(f"attention_mask has {count} rows for {len(prompts)} prompts; give one in the prompts' shape")
+    found = []
+    for number, (prompt, given) in enumerate(zip(prompts, attention_mask, strict=True)):
+        if (ids := _ids(prompt)) is None:
+            raise ValueError(f"attention_mask is for token ids, and prompts[{number}] is none; leave it out")
+        mask = given.tolist() if isinstance(given, (Tensor, np.ndarray)) else given
+        if not isinstance(mask, Sequence) or len(mask) != len(ids) or not all(each in (0, 1) for each in mask):
+            raise ValueError(
+                f"attention_mask[{number}] does not fit the {len(ids)} tokens of prompts[{number}]; give 1 for each "
+                "token and 0 for padding"
+            )
+        seen = [place for place, each in enumerate(mask) if each]
+        if seen and seen[-1] - seen[0] >= len(seen):
+            raise ValueError(f"attention_mask[{number}] has 0 between tokens; mask padding at either end only")
+        found.append([ids[place] for place in seen])
+    return found
+
+
+def _padded_lists(prompts: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]] | None:
+    """Lists of token ids of one length, some of which have the padding token at an end and others do not."""
+    if tokenizer is None or not isinstance(prompts, Sequence):
+        return None
+    rows = [ids for prompt in prompts if (ids := _ids(prompt))]
+    padded = {tokenizer.pad_token_id in (row[0], row[-1]) for row in rows}
+    alike = len(rows) == len(prompts) and len({len(row) for row in rows}) == 1
+    return rows if alike and len(padded) == 2 else None
+
+
+def _without_padding(
+    rows: list[list[int]], tokenizer: PreTrainedTokenizerBase | None, eos_token_ids: Sequence[int]
+) -> list[list[int]]:
+    """Rows without the padding at their ends, where nothing but padding can stand there."""
+    pad = None if tokenizer is None else tokenizer.pad_token_id
+    unclear = {*eos_token_ids[:1], *([pad] if pad in eos_token_ids else [])}
+    for number, row in enumerate(rows):
+        if row and (token := next((each for each in (row[0], row[-1]) if each in unclear), None)) is not None:
+            raise ValueError(
+                f"prompts[{number}] begins or ends with token id {token}, which is padding or end-of-text: give "
+                "attention_mask, 1 at tokens and 0 at padding"
+            )
+    if pad is None or pad in unclear:
+        return rows
+    kept = [[place for place, token in enumerate(row) if token != pad] for row in rows]
+    return [row[places[0] : places[-1] + 1] if places else [] for row, places in zip(rows, kept, strict=True)]
+
+
+def _kind(values: Tensor | NDArray[Any]) -> str:
+    """What the entries are, in NumPy's letters: i and u are whole numbers."""
+    if isinstance(values, np.ndarray):
+        return str(values.dtype.kind)
+    return "b" if values.dtype == torch.bool else "f" if values.is_floating_point() or values.is_complex() else "i"

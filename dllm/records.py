@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
-from dllm.generation import Clock, Recorder, count_tokens, decode_text
+from dllm.ending import cut
+from dllm.generation import Clock, Recorder
 from dllm.plan import Plan
 from dllm.step import Step
 from dllm.trace import Frames
@@ -150,8 +149,8 @@ class _Batch:
         """What a finished row gave and cost."""
         recorder, request, generated = self.recorder, self.requests[row], self.plan.options.gen_length
         completion = recorder.canvas.host[row, -generated:]
-        count = int(count_tokens(completion[None], recorder.canvas.eos_token_ids)[0])
-        text, count = cut(self.plan.lm.tokenizer, completion[:count], request.until)
+        stops = *request.until, *self.plan.stops
+        text, count = cut(self.plan.lm.tokenizer, completion, stops, recorder.canvas.eos_token_ids)
         confidence = self.confidence[row, -generated:]
         return Record(
             id=request.id,
@@ -192,31 +191,3 @@ class _Batch:
                 "nfe": np.int64(self.recorder.nfe[row]),
             }
         )
-
-
-def cut(
-    tokenizer: PreTrainedTokenizerBase | None, tokens: NDArray[np.int64], until: Sequence[str]
-) -> tuple[str | None, int]:
-    """The text before the first stop string, and how many tokens it takes to write that string.
-
-    Args:
-        tokenizer: None gives no text, and nothing is cut.
-        tokens: up to and including end-of-text.
-        until: stop strings.
-    """
-    if tokenizer is None:
-        return None, len(tokens)
-    stops = [stop for stop in until if stop]
-    written = lambda count: str(tokenizer.decode(tokens[:count].tolist()))  # noqa: E731  # special tokens as well
-    places = [place for stop in stops if (place := written(len(tokens)).find(stop)) >= 0]
-    if not places:
-        return decode_text(tokenizer, tokens), len(tokens)
-    low, high = 0, len(tokens)
-    while low < high:  # the fewest tokens whose text holds a stop string
-        middle = (low + high) // 2
-        text = written(middle)
-        low, high = (low, middle) if any(stop in text for stop in stops) else (middle + 1, high)
-    text = written(len(tokens))[: min(places)]
-    for special in tokenizer.all_special_tokens:
-        text = text.replace(special, "")
-    return text, low

@@ -169,7 +169,7 @@ def samples(records: Sequence[Record], graded: Graded) -> list[dict[str, Any]]:
 def trace(runner: Runner, records: Sequence[Record]) -> Trace:
     """What was decoded when, of all answers, and step by step of the first."""
     backbone, tokenizer = runner.lm.backbone, runner.lm.tokenizer
-    eos = backbone.eos_token_ids
+    eos = runner.eos_token_ids
     frames = tuple(runner.frames(records))
     used = {token for record in records for token in record.completion} | {backbone.mask_token_id}
     for each in frames:

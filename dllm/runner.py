@@ -17,7 +17,7 @@ from dllm.cache.base import Cache
 from dllm.journal import Journal
 from dllm.likelihood import Estimate, is_greedy, loglikelihood
 from dllm.loading import LanguageModel
-from dllm.plan import Plan, parse_options
+from dllm.plan import Plan, eos_ids, parse_options
 from dllm.records import Record, Request, follow
 from dllm.samplers import Vanilla
 from dllm.samplers.base import Sampler
@@ -77,6 +77,11 @@ class Runner:
     def lm(self) -> LanguageModel:
         """The model."""
         return self.setting.lm
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """What ends a text."""
+        return eos_ids(self.setting.options.get("eos_token_id"), self.lm)
 
     def answer(self, requests: Sequence[Request], **options: Any) -> list[Record]:
         """Answer requests; those noted already are not decoded again.
@@ -201,7 +206,7 @@ class Runner:
             frames=(frames,),
             words={},
             mask_token_id=self.lm.backbone.mask_token_id,
-            eos_token_ids=self.lm.backbone.eos_token_ids,
+            eos_token_ids=self.eos_token_ids,
         )
         trace.save(self._films / name)
         self.journal.add("film", record.id, name)

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dllm.checks import Notice
 from dllm.escape import terminal
+from dllm.files import parse_json
 from dllm.resolve import names, resolve
 from dllm.scripts import usage
 from dllm.scripts.kinds import check_kinds
@@ -211,6 +212,8 @@ def _rewrite_one(argument: str, open_groups: Mapping[str, Sequence[str]], multir
         return [f"{key}={choice}", f"{key}.{option}={','.join(map(_quote, paths))}"]
     if key == "prompt":
         return [f"prompt={_quote_literally(value)}"]
+    if key == "stop" and value != "null":
+        return [f"stop={_strings(value)}"]
     if key in _PATHS and value != "null":
         return [f"{key}={_quote(value)}"]
     if _depth(value) > _DEEPEST:
@@ -222,6 +225,20 @@ def _depth(value: str) -> int:
     """How many brackets are open at once."""
     steps = (1 if sign in "[{(" else -1 if sign in "]})" else 0 for sign in value)
     return max(accumulate(steps, initial=0))
+
+
+def _strings(value: str) -> str:
+    """Quote text, or the texts of a JSON list or string; another list is Hydra's."""
+    is_list = value.startswith("[") and value.endswith("]")
+    try:
+        given = parse_json(value) if is_list or value.startswith('"') else value
+    except ValueError:
+        given = None if is_list else value
+    if isinstance(given, str):
+        return _quote_literally(given)
+    if given is None or not all(isinstance(each, str) for each in given):
+        return value
+    return f"[{','.join(map(_quote_literally, given))}]"
 
 
 def _quote_literally(value: str) -> str:

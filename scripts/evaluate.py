@@ -34,7 +34,7 @@ from dllm.runner import Runner, Setting
 from dllm.scripts import app
 from dllm.tasks.base import Task
 
-_OPTIONS = set(dllm.Options.__dataclass_fields__) - {"seed"}
+_OPTIONS = set(dllm.Options.__dataclass_fields__) - {"seed", "stop"}  # what ends an answer is the task's
 KINDS = get_type_hints(dllm.Options) | {
     "gen_length": int | None,
     "temperature": float | None,

@@ -13,7 +13,6 @@ from typing import Any, get_type_hints
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from jinja2 import TemplateError
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -34,6 +33,8 @@ from dllm.tasks import word_problems
 
 _KINDS = get_type_hints(dllm.Options) | {"seed": int | None, "prompt": str | None, "resume": str | None}
 _SEEDS = 2**62
+# What infilling takes from the text itself.
+_WITHOUT_INFILL = ("gen_length", "stop_at_eos", "stop")
 
 
 def main() -> None:
@@ -54,7 +55,7 @@ def generate(cfg: DictConfig) -> None:
     compatibility.check(sampler, cache, dllm.Options(**options).cfg_scale)
 
     def load() -> Runner:
-        return Runner(_load(cfg.model.path, fields["model"]), sampler, cache, options, cfg.chat)
+        return Runner(_load(cfg.model.path, fields["model"]), sampler, cache, options, cfg.chat, cfg.infill)
 
     if answers is None:
         prompt = word_problems.problems(1, seed=options["seed"])[0].question if cfg.prompt is None else cfg.prompt
@@ -90,15 +91,19 @@ class Runner:
         cache: what is reused between steps.
         options: fields of `dllm.Options`; `seed` is a single number.
         chat: send plain text as a user message.
+        infill: fill the masks of each prompt.
     """
 
-    def __init__(self, lm: dllm.LanguageModel, sampler: Any, cache: Any, options: dict[str, Any], chat: bool) -> None:
-        self.lm, self.sampler, self.cache, self.options, self.chat = lm, sampler, cache, options, chat
+    def __init__(
+        self, lm: dllm.LanguageModel, sampler: Any, cache: Any, options: dict[str, Any], chat: bool, infill: bool
+    ) -> None:
+        self.lm, self.sampler, self.cache, self.chat, self.infill = lm, sampler, cache, chat, infill
+        self.options = {name: value for name, value in options.items() if not (infill and name in _WITHOUT_INFILL)}
 
     def answer_prompt(self, prompt: str, show: str, picture: Path | None) -> None:
         """Decode one prompt, drawing its canvas; print the answer and what it cost."""
         console = Console()
-        view = CanvasView(self.lm.tokenizer, self.options["gen_length"])
+        view = CanvasView(self.lm.tokenizer, self.options.get("gen_length"))
         frames: list[Text] = []
         if show == "auto":
             show = "live" if console.is_terminal else "lines"
@@ -115,7 +120,8 @@ class Runner:
 
         ids = self._encode([("prompt", prompt)])
         with display, _naming(["prompt"]):
-            result = dllm.generate(self.lm, ids, self.sampler, self.cache, callback=callback, **self.options)
+            fill = dllm.infill if self.infill else dllm.generate
+            result = fill(self.lm, ids, self.sampler, self.cache, callback=callback, **self.options)
         console.print(Text(terminal(result.texts[0]), "green"), soft_wrap=True)
         stats, nfe = result.stats, int(result.nfe[0])
         counts = f"NFE {nfe}  tokens {stats.tokens}  TPF {stats.tpf:.2f}  {stats.tokens_per_second:.1f} tokens/s"
@@ -144,7 +150,9 @@ class Runner:
             busy.append(len(step.change.rows) / step.canvas.slots)
 
         with _naming([question.place for question in left]):
-            finished = dllm.as_completed(self.lm, ids, self.sampler, self.cache, callback=callback, **options)
+            finished = dllm.as_completed(
+                self.lm, ids, self.sampler, self.cache, callback=callback, infill=self.infill, **options
+            )
         with _progress(show, len(questions), len(answers.ids)) as advance:
             for answer in finished:
                 name = left[answer.index].id
@@ -166,7 +174,7 @@ class Runner:
             print(_told(drift))
         print(f"{len(busy)} steps, row slots busy {sum(busy) / len(busy):.1%}")
 
-    def _encode(self, prompts: Sequence[tuple[str, str | list[Mapping[str, str]]]]) -> list[list[int]]:
+    def _encode(self, prompts: Sequence[tuple[str, str | list[Mapping[str, Any]]]]) -> list[list[int]]:
         """Token ids of (place, prompt) pairs; an error names the place."""
         ids = []
         for place, prompt in prompts:
@@ -195,6 +203,13 @@ def _check(cfg: DictConfig) -> None:
         raise ValueError(f"resume={cfg.resume} is for input and output; give both, or leave it out")
     if cfg.picture is not None and Path(cfg.picture).suffix != ".svg":
         raise ValueError(f"picture={cfg.picture!r} is no SVG file; give a name that ends in .svg")
+    if cfg.infill:
+        if cfg.prompt is None and cfg.input is None:
+            raise ValueError("infill=true needs a text with masks; give prompt or input")
+        given = {override.partition("=")[0] for override in HydraConfig.get().overrides.task}
+        for name in _WITHOUT_INFILL:
+            if name in given:
+                raise ValueError(f"{name}={cfg[name]} has no effect on infill; leave it out")
     for name in ("output", "picture"):
         if cfg[name] is not None:
             app.check_writable(name, cfg[name])
@@ -242,8 +257,6 @@ def _naming(places: Sequence[str]) -> Iterator[None]:
     """Let an error about prompts[i] say where that prompt came from."""
     try:
         yield
-    except TemplateError as error:
-        raise ValueError(f"{places[0]} does not suit the chat template: {error}") from None
     except ValueError as error:
         raise ValueError(re.sub(r"^prompts\[(\d+)\]", lambda match: places[int(match[1])], str(error))) from None
 

@@ -1,0 +1,128 @@
+"""Where a generated text ends: at an end-of-text token, or before a stop string.
+
+A text ends before the first of its tokens that is end-of-text, whatever the tokenizer calls that token, and before the
+stop string that is complete first; of several that one token completes, before the one that begins first. So it is the
+same whether decoding went on behind the stop string or not. What ended the text counts as generated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+_PARTIAL = "\ufffd"  # how tokens read that hold a part of a character
+
+
+def count_tokens(completions: NDArray[np.int64], eos_token_ids: Sequence[int]) -> NDArray[np.int64]:
+    """Tokens of each row up to and including its first end-of-text."""
+    ended = np.isin(completions, eos_token_ids)
+    return np.where(ended.any(1), ended.argmax(1) + 1, completions.shape[1])
+
+
+def decode_text(tokenizer: PreTrainedTokenizerBase | None, tokens: NDArray[np.int64]) -> str | None:
+    """The text of some tokens without special ones; None without a tokenizer."""
+    return None if tokenizer is None else str(tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
+
+
+def cut(
+    tokenizer: PreTrainedTokenizerBase | None,
+    tokens: NDArray[np.int64],
+    until: Sequence[str] = (),
+    eos_token_ids: Sequence[int] = (),
+) -> tuple[str | None, int]:
+    """The text before what ends it, and how many tokens there are up to and including that.
+
+    Args:
+        tokenizer: None gives no text, and only end-of-text ends it.
+        tokens: what was generated.
+        until: stop strings; those that are empty stop nothing.
+        eos_token_ids: ids that end a text.
+    """
+    count = int(count_tokens(tokens[None], eos_token_ids)[0])
+    if tokenizer is None:
+        return None, count
+    before = tokens[: count - int(np.isin(tokens[count - 1], eos_token_ids))]
+    stops = [stop for stop in until if stop]
+    needed = _completing(tokenizer, tokens[:count], stops)
+    if needed is None:
+        return decode_text(tokenizer, before), count
+    text = _written(tokenizer, tokens[:needed])
+    place = min(found for stop in stops if (found := text.find(stop)) >= 0)
+    if needed == count and place >= len(_written(tokenizer, before)):  # within the token that is end-of-text
+        return decode_text(tokenizer, before), needed
+    text = text[:place]
+    for token in tokenizer.added_tokens_decoder.values():
+        text = text.replace(token.content, "") if token.special else text
+    return text, needed
+
+
+class StopStrings:
+    """Finds out which token of a growing text completes a stop string.
+
+    Only as many tokens are decoded again as a stop string may reach back, so that the cost grows with the text's length
+    and not with its square.
+
+    Args:
+        tokenizer: reads tokens; special ones as well.
+        strings: the stop strings, none of them empty.
+        eos_token_ids: ids that end a text; nothing behind them is searched.
+        rows: number of texts.
+
+    Attributes:
+        read: (rows,) tokens of each text that were searched; 0 to search it from the start again.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str], eos_token_ids: Sequence[int], rows: int
+    ) -> None:
+        self._tokenizer, self._strings, self._eos = tokenizer, strings, eos_token_ids
+        self.read, self._first = np.zeros((2, rows), dtype=np.int64)
+        # Characters. The first four of a part may read differently than in the whole text.
+        self._reach = max(map(len, strings)) + 4
+
+    def find(self, row: int, text: NDArray[np.int64]) -> int | None:
+        """How many tokens it takes to complete a stop string; None where none is complete.
+
+        Args:
+            row: whose text it is.
+            text: all its tokens so far, at least one.
+        """
+        first = int(self._first[row]) if self.read[row] else 0
+        self.read[row] = len(text)
+        text = text[: int(count_tokens(text[None], self._eos)[0])]
+        recent = _written(self._tokenizer, text[first:])
+        if any(stop in recent for stop in self._strings):
+            return _completing(self._tokenizer, text, self._strings)
+        while len(recent) > 2 * self._reach:
+            middle = (first + len(text) + 1) // 2
+            recent = _written(self._tokenizer, text[middle:])
+            if len(recent) >= self._reach:
+                first = middle
+        self._first[row] = first
+        return None
+
+
+def _completing(tokenizer: PreTrainedTokenizerBase, tokens: NDArray[np.int64], stops: Sequence[str]) -> int | None:
+    """The fewest tokens whose text holds one of the stop strings; None where it never does."""
+
+    def holds(count: int) -> bool:
+        text = _written(tokenizer, tokens[:count])
+        return any(stop in text for stop in stops)
+
+    if not stops or not holds(len(tokens)):
+        return None
+    low, high = 0, len(tokens)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    return low
+
+
+def _written(tokenizer: PreTrainedTokenizerBase, tokens: NDArray[np.int64]) -> str:
+    """The text of some tokens, special ones as well, without a last character that is not complete yet."""
+    text: Any = tokenizer.decode(tokens.tolist())
+    return str(text).rstrip(_PARTIAL)
