@@ -142,6 +142,12 @@ def bundled_filters() -> list[str]:
     return sorted(path.parent.name for path in BUNDLED.glob(f"*/{_FILE}"))
 
 
+def filter_files(name: str | Path | None) -> list[Path]:
+    """What `load_filter` reads of a name, and `find_filter` of all, for None: tensors and cards, where they are."""
+    tensors = [_path_of(each) for each in (bundled_filters() if name is None else [name])]
+    return [file for each in tensors for file in (each, each.with_suffix(".json")) if file.is_file()]
+
+
 def find_filter(fingerprint: str, block_length: int) -> Filter:
     """The bundled filter of a denoiser.
 
@@ -168,7 +174,7 @@ def load_filter(name: str | Path) -> Filter:
     Raises:
         ValueError: no such filter, or a file that is damaged or no filter.
     """
-    path = BUNDLED / name / _FILE if str(name) in bundled_filters() else Path(name).expanduser()
+    path = _path_of(name)
     if path.suffix != ".safetensors" or not path.is_file():
         raise ValueError(
             f"filter={str(name)!r} is no bundled filter and no .safetensors file that exists; bundled are "
@@ -180,6 +186,10 @@ def load_filter(name: str | Path) -> Filter:
         raise ValueError(f"filter={str(name)!r} is damaged: {error}; make it again") from None
     network = _build({key: tensor.ndim for key, tensor in tensors.items()}, tensors, str(name))
     return Filter(network.float().eval(), _load_card(path.with_suffix(".json")), str(name))
+
+
+def _path_of(name: str | Path) -> Path:
+    return BUNDLED / name / _FILE if str(name) in bundled_filters() else Path(name).expanduser()
 
 
 def _build(layout: dict[str, int], tensors: dict[str, Tensor], name: str) -> FilterNetwork:

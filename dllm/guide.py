@@ -11,6 +11,7 @@ import inspect
 import time
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from dllm.identity import checkpoint
 from dllm.loading import checkpoint_folder, first_line, quiet
 from dllm.tokenizers import load_tokenizer
 
@@ -51,9 +53,14 @@ class Guide:
         return self.model.config.get_text_config().vocab_size
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=8)  # the hub is asked once
+def guide_folder(name: str) -> Path:
+    """Where a guide's files are; one of the hub is downloaded."""
+    return checkpoint_folder(name, option="guide", known=("tiny-guide",))
+
+
 def load_guide(name: str, device: torch.device) -> Guide:
-    """Load a guide; the last one is kept, so that every batch of a run uses the same.
+    """Load a guide; the last one is kept as long as its files are the same, so that every batch of a run uses it.
 
     Args:
         name: a bundled model such as "tiny-guide", a local folder, or a hub id.
@@ -62,7 +69,12 @@ def load_guide(name: str, device: torch.device) -> Guide:
     Raises:
         ValueError: no such model, or one that is no causal language model or cannot be cropped.
     """
-    folder = checkpoint_folder(name, option="guide", known=("tiny-guide",))
+    folder = guide_folder(name)
+    return _load(name, folder, device, repr(checkpoint(folder)))
+
+
+@lru_cache(maxsize=1)
+def _load(name: str, folder: Path, device: torch.device, state: str) -> Guide:
     try:
         with quiet():
             model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)

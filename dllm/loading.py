@@ -42,11 +42,13 @@ class LanguageModel:
         backbone: the denoiser, in evaluation mode.
         tokenizer: None where the checkpoint has none; token ids are taken then.
         name: what it was loaded by.
+        folder: where its files are; None for one that was made in memory.
     """
 
     backbone: MaskedDiffusionModel
     tokenizer: PreTrainedTokenizerBase | None
     name: str
+    folder: Path | None = None
 
     @property
     def device(self) -> torch.device:
@@ -99,7 +101,7 @@ def load(
     if tokenizer is not None and tokenizer.mask_token_id != backbone.mask_token_id:
         # The config decides; LLaDA's published tokenizer does not say which of its tokens is the mask.
         tokenizer.mask_token = tokenizer.convert_ids_to_tokens(backbone.mask_token_id)
-    return LanguageModel(backbone, tokenizer, str(name))
+    return LanguageModel(backbone, tokenizer, str(name), folder)
 
 
 def checkpoint_folder(

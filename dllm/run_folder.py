@@ -126,21 +126,6 @@ class RunFolder:
         return found
 
 
-def contents(options: Any) -> dict[str, str]:
-    """SHA-256 of the files that options name, at any depth; of a folder, that of its files' names and sizes."""
-    match options:
-        case Mapping():
-            return {name: digest for value in options.values() for name, digest in contents(value).items()}
-        case list() | tuple():
-            return {name: digest for value in options for name, digest in contents(value).items()}
-        case str() if Path(options).is_file():
-            return {options: hashlib.sha256(Path(options).read_bytes()).hexdigest()}
-        case str() if Path(options).is_dir():
-            files = sorted((file.name, file.stat().st_size) for file in Path(options).iterdir() if file.is_file())
-            return {options: hashlib.sha256(json.dumps(files).encode()).hexdigest()}
-    return {}
-
-
 def samples(records: Sequence[Record], graded: Graded) -> list[dict[str, Any]]:
     """One row a sample: what was asked, answered and graded, and what it cost.
 

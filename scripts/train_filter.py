@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import load_file, save
 
 import dllm
+from dllm import identity
 from dllm.checks import choice, number
 from dllm.files import read_json, write_json, write_whole
 from dllm.filter_training import Records, Training, collect, fit, measure, split
@@ -124,7 +125,9 @@ def _collect(
     """Records of all prompts, batch by batch; what an earlier run of the same recipe left is taken over."""
     file = folder / "recipe.json"
     asked = sha256(json.dumps(ids).encode()).hexdigest()
-    recipe = recipe | {"fingerprint": lm.backbone.fingerprint(), "prompts": asked}
+    read = identity.contents(recipe) | identity.read_by(sampler) | identity.read_by(cache)
+    recipe = recipe | {"fingerprint": lm.backbone.fingerprint(), "checkpoint": identity.model(lm), "files": read}
+    recipe |= {"prompts": asked}
     if file.exists():
         before = read_json(file, "remove that folder")
         other = ", ".join(name for name in recipe if before.get(name) != recipe[name])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
@@ -21,6 +20,7 @@ from dllm.backbones.transformer import (
     PartedStore,
     rotary_embedding,
 )
+from dllm.identity import checksum
 
 
 class MaskedDiffusionModel(PreTrainedModel):
@@ -74,19 +74,16 @@ class MaskedDiffusionModel(PreTrainedModel):
         return config.num_hidden_layers, config.num_key_value_heads, config.hidden_size // config.num_attention_heads
 
     def fingerprint(self) -> str:
-        """Sixteen hex digits that tell this model's weights from others': the same in any precision from bfloat16 up.
+        """Sixteen hex digits that tell this model from others: the same in any precision from bfloat16 up.
 
-        Read from up to 64 evenly spaced values of every parameter, rounded to bfloat16.
+        Made of every weight, rounded to bfloat16, and of what the config adds to them: heads, constants, [MASK].
         """
         if self.remembered_fingerprint is not None:
             return self.remembered_fingerprint
-        digest = hashlib.sha256()
-        for name, parameter in self.named_parameters():
-            flat = parameter.detach().flatten()
-            few = flat[:: max(1, len(flat) // 64)][:64].to(torch.bfloat16)
-            digest.update(f"{name}{tuple(parameter.shape)}".encode())
-            digest.update(few.view(torch.int16).cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        config = self.config
+        constants = (*self.kv_shape, config.num_attention_heads, config.rope_theta, config.rms_norm_eps)
+        settings = ",".join(str(float(value)) for value in (*constants, config.mask_token_id))
+        return checksum([(settings, torch.empty(0)), *self.state_dict().items()])
 
     def forward(
         self,

@@ -10,6 +10,7 @@ from dllm.checks import number
 from dllm.runner import Runner
 from dllm.tasks import humaneval
 from dllm.tasks.base import Graded
+from dllm.tasks.definition import harness_version
 from dllm.tasks.harness import evaluate, fingerprints
 
 
@@ -49,7 +50,7 @@ class HumanEval:
 
     def check(self) -> Mapping[str, str]:
         """See that the file is there."""
-        return fingerprints({} if self.data is None else {"test": self.data})
+        return fingerprints({} if self.data is None else {"test": self.data}) | {"definition": harness_version()}
 
     def run(self, runner: Runner, seed: int) -> Graded:
         """Ask for all programs, and judge them where that is allowed."""
