@@ -27,6 +27,7 @@ from dllm.files import parse_json, write_json, write_whole
 
 BUNDLED = Path(__file__).parent / "checkpoints"
 _FILE = "learn2pd.safetensors"
+FILTER_FORMAT = "dllm-filter"  # in the metadata of the files
 
 
 class ConfidenceFilter(nn.Module):
@@ -132,9 +133,15 @@ class Filter:
 
     def save(self, path: Path) -> None:
         """Write the tensors to `path`, a .safetensors file, and the card beside it."""
-        write_whole(path, save({name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}))
+        tensors = {name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}
+        write_whole(path, save(tensors, {"format": FILTER_FORMAT}))
         if self.card is not None:
             write_json(path.with_suffix(".json"), asdict(self.card))
+
+
+def filter_layouts() -> list[set[str]]:
+    """The names of the tensors of either form."""
+    return [set(_PUBLISHED), set(_NEIGHBOURS)]
 
 
 def bundled_filters() -> list[str]:

@@ -27,7 +27,7 @@ from dllm.filters import Filter, FilterCard
 from dllm.jsonl import read_questions
 from dllm.plan import Plan
 from dllm.prompts import encode
-from dllm.scripts import app
+from dllm.scripts import app, own
 from dllm.tasks import word_problems
 
 _KINDS = get_type_hints(dllm.Options) | {
@@ -46,6 +46,7 @@ def main() -> None:
 def train_filter(cfg: DictConfig) -> None:
     """Collect records, train, measure, write the filter and its card."""
     how = _check(cfg)
+    _check_files(_out(cfg))
     sampler, cache = instantiate(cfg.sampler), instantiate(cfg.cache)
     fields: Any = OmegaConf.to_container(cfg, resolve=True)
     options = {name: fields[name] for name in dllm.Options.__dataclass_fields__ if name in fields}
@@ -54,7 +55,7 @@ def train_filter(cfg: DictConfig) -> None:
         torch.set_num_threads(cfg.threads)
     prompts = _prompts(cfg)
     lm = dllm.load(cfg.model.path, **{name: value for name, value in fields["model"].items() if name != "path"})
-    out = Path(cfg.out or f"outputs/filters/{Path(lm.name).name}-{cfg.block_length}.safetensors")
+    out = _out(cfg)
     ids = encode(prompts, lm.tokenizer)
     Plan(lm, ids, sampler, cache, dllm.Options(**options), infill=False)  # refuses prompts that do not fit
     records = _collect(
@@ -78,9 +79,21 @@ def train_filter(cfg: DictConfig) -> None:
         held_out=quality,
         calibration=calibration,
     )
+    _check_files(out)
     Filter(network, card, out.stem).save(out)
     plot = _plot(card, out.with_suffix(".svg"))
     _report(card, out, plot)
+
+
+def _out(cfg: DictConfig) -> Path:
+    return Path(cfg.out or f"outputs/filters/{Path(cfg.model.path).name}-{cfg.block_length}.safetensors")
+
+
+def _check_files(out: Path) -> None:
+    """Refuse to write over what is no filter's."""
+    kinds = {".safetensors": own.FILTER, ".json": own.CARD, ".svg": own.RELIABILITY}
+    own.check("out", str(out), {out.with_suffix(suffix): kind for suffix, kind in kinds.items()})
+    own.check_records(str(out), out.with_suffix(".records"), ("fingerprint", "prompts", "sampler"))
 
 
 def _prompts(cfg: DictConfig) -> list[Any]:
@@ -195,7 +208,7 @@ def _plot(card: FilterCard, path: Path) -> Path | None:
     axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=1)
     axes.plot([row["predicted"] for row in card.calibration], [row["final"] for row in card.calibration], "o-")
     axes.set(xlabel="predicted probability", ylabel="share that was final", title=f"{card.backbone}, held-out prompts")
-    figure.savefig(path, metadata={"Date": None})
+    write_whole(path, own.svg(figure))
     return path
 
 
@@ -237,10 +250,8 @@ def _check(cfg: DictConfig) -> Training:
             raise ValueError(
                 f"{name}={cfg[name]!r} has no effect without a data set; leave it out, or name one in data"
             )
-    if cfg.out is not None:
-        if not cfg.out.endswith(".safetensors"):
-            raise ValueError(f"out={cfg.out!r} is no filter file; give a name that ends in .safetensors")
-        app.check_writable("out", cfg.out)
+    if cfg.out is not None and not cfg.out.endswith(".safetensors"):
+        raise ValueError(f"out={cfg.out!r} is no filter file; give a name that ends in .safetensors")
     return Training(
         cfg.architecture, cfg.hidden, cfg.rate, cfg.train_batch_size, cfg.epochs, cfg.patience, cfg.held_out, cfg.seed
     )
