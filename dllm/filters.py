@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from dllm.files import parse_json, write_json, write_whole
+from dllm.stored import misfit, there
 
 BUNDLED = Path(__file__).parent / "checkpoints"
 _FILE = "learn2pd.safetensors"
@@ -217,9 +218,12 @@ def _build(layout: dict[str, int], tensors: dict[str, Tensor], name: str) -> Fil
 
 
 def _load_card(path: Path) -> FilterCard | None:
-    if not path.is_file():
+    if not there(path, "make the filter again, or remove it"):
         return None
     try:
-        return FilterCard(**parse_json(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        content = parse_json(path.read_text(encoding="utf-8"))
+        if wrong := misfit(content, FilterCard):
+            raise ValueError(wrong)
+        return FilterCard(**content)
+    except ValueError as error:
         raise ValueError(f"{path} is no card of a filter ({error}); make it again, or remove it") from None

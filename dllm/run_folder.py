@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import re
 import subprocess
@@ -12,7 +13,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow
@@ -20,16 +21,61 @@ import torch
 from numpy.typing import NDArray
 from pyarrow import parquet
 
-from dllm.files import write_json, write_whole
+from dllm.files import read_json, write_json, write_whole
 from dllm.loading import LanguageModel
-from dllm.metrics import cost, quality, speedup
+from dllm.metrics import COSTS, cost, quality, speedup
 from dllm.records import Record
 from dllm.runner import BASELINES, Runner
+from dllm.stored import misfit, shallow, there
 from dllm.tasks.base import Graded
 from dllm.trace import Trace
 
 RESULTS, RESULTS_VERSION = "dllm-results", 1
+_MEMBERS = ("results.json", "manifest.json", "samples.parquet", "trace.safetensors")
 _PACKAGES = ("dllm-samplers", "torch", "transformers", "tokenizers", "datasets", "numpy", "hydra-core", "lm-eval")
+
+
+class Score(TypedDict):
+    """One score."""
+
+    value: float
+    interval: list[float | None] | None
+
+
+class Metrics(TypedDict):
+    """What is read again of a run's metrics."""
+
+    n: int
+    accuracy: float | None
+    accuracy_interval: tuple[float | None, float | None] | None
+    accuracy_name: str | None
+    scores: dict[str, Score]
+    nfe: float | None
+    tpf: float | None
+    tokens_per_second: float | None
+    speedup: Speedups | None
+
+
+class Factor(TypedDict):
+    """How much faster a run was than a baseline."""
+
+    time: float
+
+
+class Speedups(TypedDict):
+    """Over both baselines."""
+
+    naive: Factor
+    eos_aware: Factor
+
+
+class Results(TypedDict):
+    """What is read again of results.json."""
+
+    label: str
+    task: str
+    metrics: Metrics
+    details: dict[str, Any]
 
 
 class RunFolder:
@@ -63,14 +109,20 @@ class RunFolder:
         Raises:
             ValueError: there is something else, or no such score.
         """
+        fix = "remove it to run that setting again"
+        for name in (*_MEMBERS, self.journal.name):
+            there(self.path / name, fix)
         file = self.path / "results.json"
-        if not file.exists():
+        if not there(file):
             return None
+        try:
+            found = _read_results(file, fix)
+        except ValueError:
+            if self.journal.exists():  # all that they are made of is there
+                return None
+            raise
         if self.journal.exists():  # a kill came between the results and this
             Runner.tidy(self.journal)
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if found.get("format") != RESULTS or found.get("version") != RESULTS_VERSION:
-            raise ValueError(f"{file} is no results of this version of dllm; remove it to run that setting again")
         metrics = found["metrics"]
         if main is not None and main != metrics["accuracy_name"]:
             if main not in metrics["scores"]:
@@ -83,18 +135,24 @@ class RunFolder:
     def begin(self, lm: LanguageModel, config: Mapping[str, Any]) -> None:
         """Write down what runs here, and on what; a run that goes on adds to it."""
         file = self.path / "manifest.json"
-        before = json.loads(file.read_text(encoding="utf-8"))["sessions"] if file.exists() else []
+        before = []
+        if there(file):
+            with suppress(ValueError):  # a damaged one is made again
+                before = _sessions(read_json(file))
         manifest = {"format": "dllm-manifest", "version": 1, "label": self.label, "config": config}
         write_json(file, manifest | {"sessions": [*before, _session(lm)]})
 
     def fail(self, message: str) -> None:
         """Leave word of a run that could not be made."""
         error = {"format": "dllm-error", "version": 1, "label": self.label, "message": message}
-        write_json(self.path / "error.json", error)
+        file = self.path / "error.json"
+        if file.is_file() or not os.path.lexists(file):
+            write_json(file, error)
 
     def forgive(self) -> None:
         """Take that word back: the run was made after all."""
-        (self.path / "error.json").unlink(missing_ok=True)
+        with suppress(OSError):  # not there, or no file
+            (self.path / "error.json").unlink()
         with suppress(OSError):  # not there, or with other files in it
             self.path.rmdir()
 
@@ -124,6 +182,32 @@ class RunFolder:
         write_json(self.path / "results.json", found)
         runner.close(remove=True)
         return found
+
+
+def _read_results(file: Path, fix: str) -> dict[str, Any]:
+    """The content of results.json.
+
+    Raises:
+        ValueError: it is damaged, or something else.
+    """
+    found = read_json(file, fix)
+    if found.get("format") != RESULTS or found.get("version") != RESULTS_VERSION:
+        raise ValueError(f"{file} is no results of this version of dllm; {fix}")
+    wrong = misfit(found, Results)
+    metrics = found["metrics"] if wrong is None else {}
+    if wrong is None and metrics["nfe"] is not None and None in (metrics["tpf"], metrics["tokens_per_second"]):
+        wrong = "metrics has no speed"
+    strange = [name for name in COSTS if not isinstance(metrics.get(name), (int, float, dict, type(None)))]
+    if wrong or strange:
+        raise ValueError(f"{file} is damaged ({wrong or f'metrics.{strange[0]}'}); {fix}")
+    return found
+
+
+def _sessions(manifest: Mapping[str, Any]) -> list[Any]:
+    """The sessions of a manifest; none of something else."""
+    found = manifest.get("sessions")
+    known = manifest.get("format") == "dllm-manifest" and isinstance(found, list) and shallow(found)
+    return [each for each in found if isinstance(each, dict)] if known and isinstance(found, list) else []
 
 
 def samples(records: Sequence[Record], graded: Graded) -> list[dict[str, Any]]:

@@ -161,7 +161,7 @@ def _label(fields: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
 def _objective(results: Mapping[str, Any], names: Sequence[str]) -> float | tuple[float, ...]:
     metrics = results["metrics"]
     for name in names:
-        if not isinstance(metrics[name], (int, float)):
+        if not isinstance(metrics.get(name), (int, float)):
             raise ValueError(f"objective={name} is not known of task={results['task']}; leave it out")
     values = tuple(float(metrics[name]) for name in names)
     return values if len(values) > 1 else values[0]

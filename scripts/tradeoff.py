@@ -59,7 +59,10 @@ def tradeoff(cfg: DictConfig, command: str = "tradeoff", cost: str = "nfe") -> N
     where = f"{lm.backbone.device.type} with {torch.get_num_threads()} thread(s)"
     text = table(scores, f"{lm.name}, {cfg.problems} problems of seed {cfg.seed}, {shared}, {where}")
     draw(figure, scores, lm.name, cost)
-    files = {Path(out + ".md"): (own.TRADEOFF, text), Path(out + ".svg"): (own.CHART, own.svg(figure))}
+    files: dict[Path, tuple[own.Kind, str | bytes]] = {
+        Path(out + ".md"): (own.TRADEOFF, text),
+        Path(out + ".svg"): (own.CHART, own.svg(figure)),
+    }
     own.write("out", out, files)
     console = Console()
     if console.is_terminal:

@@ -16,6 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 import dllm
@@ -28,6 +29,7 @@ from dllm.jsonl import read_questions
 from dllm.plan import Plan
 from dllm.prompts import encode
 from dllm.scripts import app, own
+from dllm.stored import there
 from dllm.tasks import word_problems
 
 _KINDS = get_type_hints(dllm.Options) | {
@@ -141,7 +143,7 @@ def _collect(
     read = identity.contents(recipe) | identity.read_by(sampler) | identity.read_by(cache)
     recipe = recipe | {"fingerprint": lm.backbone.fingerprint(), "checkpoint": identity.model(lm), "files": read}
     recipe |= {"prompts": asked}
-    if file.exists():
+    if there(file, "remove that folder"):
         before = read_json(file, "remove that folder")
         other = ", ".join(name for name in recipe if before.get(name) != recipe[name])
         if other:
@@ -153,15 +155,36 @@ def _collect(
     with _progress("collecting", len(ids)) as advance:
         for start in range(0, len(ids), size):
             part = folder / f"{start:07}.safetensors"
-            if not part.exists():
+            found = _part(part, range(start, min(start + size, len(ids))), options["block_length"])
+            if found is None:
                 seeded = options | {"seed": options["seed"] + start}
                 del seeded["batch_size"]
                 records = collect(lm, ids[start : start + size], sampler, cache, **seeded)
                 records = replace(records, prompt=records.prompt + start)
                 write_whole(part, save(vars(records)))
-            parts.append(Records(**load_file(part)))
+                found = records
+            parts.append(found)
             advance(min(start + size, len(ids)), "")
     return Records.join(parts)
+
+
+def _part(file: Path, prompts: range, block_length: int) -> Records | None:
+    """The records of one batch; None where they are not there, or damaged, and are to be made again."""
+    if not there(file):
+        return None
+    try:
+        found = load_file(file)
+        records = Records(**found)
+    except (SafetensorError, TypeError, OSError, ValueError, KeyError):
+        return None
+    kinds = {
+        name: torch.float32 if name == "confidence" else torch.int64 if name == "prompt" else torch.bool
+        for name in found
+    }
+    shapes = {name: found["confidence"].shape if name != "prompt" else found["confidence"].shape[:1] for name in found}
+    good = all(tensor.dtype == kinds[name] and tensor.shape == shapes[name] for name, tensor in found.items())
+    good = good and found["confidence"].ndim == 2 and found["confidence"].shape[1] == block_length
+    return records if good and set(records.prompt.tolist()) <= set(prompts) else None
 
 
 @contextmanager

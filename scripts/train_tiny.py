@@ -8,10 +8,11 @@ model card.
 from __future__ import annotations
 
 import io
+import pickle
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 import torch.nn.functional as F
@@ -126,7 +127,14 @@ class Trainer:
         path = self.out / "state.pt"
         if not path.exists():
             return
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self._restore(state)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError, TypeError, AttributeError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ValueError(f"{path} is damaged ({reason}); remove it to train from the beginning") from None
+
+    def _restore(self, state: dict[str, Any]) -> None:
         if [p.shape for p in state["model"]] != [p.shape for p in self.model.parameters()]:
             raise ValueError(f"out={str(self.out)!r} holds the training of another model; give another folder")
         self._assign(state["model"])
