@@ -453,3 +453,14 @@ class TestRecords:
         assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1), outcome.err
         assert "f.records" in outcome.err
         assert "remove that folder" in outcome.err
+
+
+@each({name: DAMAGES[name] for name in ("empty", "null", "binary", "cut at 0.6")})
+def test_the_state_of_a_training_that_is_damaged_is_named(damage: Callable[[Path], None], tmp_path: Path) -> None:
+    (tmp_path / "train_tiny.yaml").write_text("matrix_lr: 1\n")
+    torch.save({"model": []}, tmp_path / "state.pt")
+    damage(tmp_path / "state.pt")
+    small = ("model.hidden_size=16", "model.intermediate_size=32", "model.num_layers=1", "compile=false", "steps=1")
+    outcome = command("train-tiny", f"out={tmp_path}", *small, "autocast=null", "eval_problems=0", "device=cpu")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome.err
+    assert f"{tmp_path}/state.pt is damaged" in outcome.err
