@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
@@ -25,9 +25,11 @@ from torch import Tensor, nn
 
 from dllm.backbones.checkpoint import FLOATS, read_header
 from dllm.files import parse_json, write_json, write_whole
+from dllm.stored import misfit, there
 
 BUNDLED = Path(__file__).parent / "checkpoints"
 _FILE = "learn2pd.safetensors"
+FILTER_FORMAT = "dllm-filter"  # in the metadata of the files
 
 
 class ConfidenceFilter(nn.Module):
@@ -134,14 +136,26 @@ class Filter:
 
     def save(self, path: Path) -> None:
         """Write the tensors to `path`, a .safetensors file, and the card beside it."""
-        write_whole(path, save({name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}))
+        tensors = {name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}
+        write_whole(path, save(tensors, {"format": FILTER_FORMAT}))
         if self.card is not None:
             write_json(path.with_suffix(".json"), asdict(self.card))
+
+
+def filter_layouts() -> list[set[str]]:
+    """The names of the tensors of either form."""
+    return [set(_PUBLISHED), set(_NEIGHBOURS)]
 
 
 def bundled_filters() -> list[str]:
     """Names of the filters that come with the package: those of the bundled models they are for."""
     return sorted(path.parent.name for path in BUNDLED.glob(f"*/{_FILE}"))
+
+
+def filter_files(name: str | Path | None) -> list[Path]:
+    """What `load_filter` reads of a name, and `find_filter` of all, for None: tensors and cards, where they are."""
+    tensors = [_path_of(each) for each in (bundled_filters() if name is None else [name])]
+    return [file for each in tensors for file in (each, each.with_suffix(".json")) if file.is_file()]
 
 
 def find_filter(fingerprint: str, block_length: int) -> Filter:
@@ -170,7 +184,7 @@ def load_filter(name: str | Path) -> Filter:
     Raises:
         ValueError: no such filter, or a file that is damaged or no filter.
     """
-    path = BUNDLED / name / _FILE if str(name) in bundled_filters() else Path(name).expanduser()
+    path = _path_of(name)
     if path.suffix != ".safetensors" or not path.is_file():
         raise ValueError(
             f"filter={str(name)!r} is no bundled filter and no .safetensors file that exists; bundled are "
@@ -190,6 +204,10 @@ def load_filter(name: str | Path) -> Filter:
         raise ValueError(f"filter={str(name)!r} is no filter: {wrong} holds NaN or infinity; make it again")
     network.load_state_dict(tensors, assign=True)
     return Filter(network.eval(), _load_card(path.with_suffix(".json"), network), str(name))
+
+
+def _path_of(name: str | Path) -> Path:
+    return BUNDLED / name / _FILE if str(name) in bundled_filters() else Path(name).expanduser()
 
 
 def _build(shapes: dict[str, tuple[int, ...]], name: str) -> FilterNetwork:
@@ -212,20 +230,19 @@ def _build(shapes: dict[str, tuple[int, ...]], name: str) -> FilterNetwork:
 
 
 def _load_card(path: Path, network: FilterNetwork) -> FilterCard | None:
-    if not path.is_file():
+    if not there(path, "make the filter again, or remove it"):
         return None
     try:
-        card = FilterCard(**parse_json(path.read_text(encoding="utf-8")))
-        for field, hint in get_type_hints(FilterCard).items():
-            value, kind = getattr(card, field), get_origin(hint) or hint
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise ValueError(f"{field}={value!r} is no {kind.__name__}")
+        content = parse_json(path.read_text(encoding="utf-8"))
+        if wrong := misfit(content, FilterCard):
+            raise ValueError(wrong)
+        card = FilterCard(**content)
         if card.block_length < 1:
             raise ValueError(f"block_length={card.block_length} is no length")
         if card.architecture != network.architecture:
             raise ValueError(f"architecture={card.architecture!r}, and the tensors are of {network.architecture!r}")
         if network.block_length not in (None, card.block_length):
             raise ValueError(f"block_length={card.block_length}, and the tensors are for {network.block_length}")
-    except (OSError, ValueError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is no card of a filter ({error}); make it again, or remove it") from None
     return card

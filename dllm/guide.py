@@ -11,6 +11,7 @@ import inspect
 import time
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 
 from dllm import adapters
 from dllm.backbones.checkpoint import check_causal_folder
+from dllm.identity import checkpoint
 from dllm.loading import checkpoint_folder, first_line, quiet
 from dllm.tokenizers import check_tokenizer_config, load_tokenizer
 
@@ -58,9 +60,14 @@ class Guide:
         return "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=8)  # the hub is asked once
+def guide_folder(name: str) -> Path:
+    """Where a guide's files are; one of the hub is downloaded."""
+    return checkpoint_folder(name, option="guide", known=("tiny-guide",))
+
+
 def load_guide(name: str, device: torch.device) -> Guide:
-    """Load a guide; the last one is kept, so that every batch of a run uses the same.
+    """Load a guide; the last one is kept as long as its files are the same, so that every batch of a run uses it.
 
     Args:
         name: a bundled model such as "tiny-guide", a local folder, or a hub id.
@@ -69,12 +76,17 @@ def load_guide(name: str, device: torch.device) -> Guide:
     Raises:
         ValueError: no such model, or one that is no causal language model or cannot be cropped.
     """
-    folder = checkpoint_folder(name, option="guide", known=("tiny-guide",))
+    folder = guide_folder(name)
     if (folder / adapters.CONFIG).is_file():  # transformers would apply it, or not, by whether peft is installed
         raise ValueError(
             f"guide={name!r} holds an adapter ({adapters.CONFIG}), which is not applied; merge it into the guide's "
             f"weights and save them, or remove {adapters.CONFIG}"
         )
+    return _load(name, folder, device, repr(checkpoint(folder)))
+
+
+@lru_cache(maxsize=1)
+def _load(name: str, folder: Path, device: torch.device, state: str) -> Guide:
     nothing_else: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     tokenizer = None
     try:

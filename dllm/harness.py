@@ -19,7 +19,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from omegaconf import OmegaConf
 
-from dllm import compatibility, harness_options
+from dllm import compatibility, harness_options, identity
 from dllm.cache.base import Cache
 from dllm.escape import terminal
 from dllm.journal import Journal
@@ -102,7 +102,8 @@ class DLLM(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         """What requests are cached by."""
-        return self.runner.lm.name.replace("/", "__")
+        lm = self.runner.lm
+        return f"{lm.name.replace('/', '__')}-{identity.model(lm)['tokenizer_and_config']}"
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The tokenizer's chat template; None where it is not to be used."""

@@ -5,11 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypedDict
 
 from filelock import FileLock, Timeout
 
 from dllm.files import parse_json
+from dllm.stored import misfit, there
+
+
+class _Entry(TypedDict):
+    """One line."""
+
+    kind: str
+    id: str
+    value: Any
 
 
 class Journal:
@@ -28,25 +37,56 @@ class Journal:
     def __init__(self, path: Path | None, patience: float = 20.0) -> None:
         self.path = path
         self._entries: dict[tuple[str, str], Any] = {}
+        self._lines: dict[tuple[str, str], int] = {}
         self._file: BinaryIO | None = None
         if path is None:
             return
+        fix = f"remove it to start the run in {path.parent} again"
+        for file in (path, path.with_suffix(".lock")):
+            there(file, fix)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(path.with_suffix(".lock"))
         try:
             self._lock.acquire(timeout=patience)
         except Timeout:
             raise ValueError(f"{path.parent} is being written by another process; wait for it to end") from None
-        content = path.read_bytes() if path.exists() else b""
-        whole = content.rfind(b"\n") + 1
         try:
-            rows = [parse_json(line) for line in content[:whole].split(b"\n") if line]
-            self._entries = {(row["kind"], row["id"]): row["value"] for row in rows}
-        except (ValueError, KeyError, TypeError):
+            content = path.read_bytes() if there(path, fix) else b""
+            whole = content.rfind(b"\n") + 1
+            self._read(content[:whole])
+            self._file = path.open("ab")
+            self._file.truncate(whole)
+        except (ValueError, OSError):
             self._lock.release()
-            raise ValueError(f"{path} is no journal of a run; remove it to start that run anew") from None
-        self._file = path.open("ab")
-        self._file.truncate(whole)
+            raise
+
+    def _read(self, content: bytes) -> None:
+        for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+            try:
+                row = parse_json(line)
+            except ValueError as error:
+                raise self._damage(number, str(error)) from None
+            if wrong := misfit(row, _Entry):
+                raise self._damage(number, wrong)
+            key = row["kind"], row["id"]
+            if key in self._entries:
+                raise self._damage(number, f"it repeats line {self._lines[key]}")
+            self._entries[key], self._lines[key] = row["value"], number
+
+    def _damage(self, line: int, reason: str) -> ValueError:
+        return ValueError(
+            f"{self.path} is no journal of a run, or damaged, in line {line} ({reason}); remove that line to do that "
+            "part of the run again, or the file to do all of it again"
+        )
+
+    def damage(self, kind: str, name: str, reason: str) -> ValueError:
+        """The error about an entry that is not what its reader needs."""
+        return self._damage(self._lines.get((kind, name), len(self._entries)), reason)
+
+    @property
+    def keys(self) -> list[tuple[str, str]]:
+        """Kinds and ids of all entries."""
+        return list(self._entries)
 
     def get(self, kind: str, name: str) -> Any:
         """What was noted; None where nothing was."""

@@ -47,12 +47,14 @@ class LanguageModel:
         tokenizer: None where the checkpoint has none; token ids are taken then.
         name: what it was loaded by, and the adapter where one was given.
         adapter: folder of the adapter that its weights were changed by; None without one.
+        folder: where its files are; None for one that was made in memory.
     """
 
     backbone: MaskedDiffusionModel
     tokenizer: PreTrainedTokenizerBase | None
     name: str
     adapter: Path | None = None
+    folder: Path | None = None
 
     @property
     def device(self) -> torch.device:
@@ -112,7 +114,8 @@ def load(
     if tokenizer is not None and tokenizer.mask_token_id != backbone.mask_token_id:
         # The config decides; LLaDA's published tokenizer does not say which of its tokens is the mask.
         tokenizer.mask_token = tokenizer.convert_ids_to_tokens(backbone.mask_token_id)
-    return LanguageModel(backbone, tokenizer, f"{name}{'' if adapter is None else f'+{adapter}'}", adapter_folder)
+    called = f"{name}{'' if adapter is None else f'+{adapter}'}"
+    return LanguageModel(backbone, tokenizer, called, adapter_folder, folder)
 
 
 def _base_and_adapter(

@@ -75,6 +75,22 @@ class Record:
     peak_memory: int
     drift: list[list[float]]
 
+    def misfit(self) -> str | None:
+        """What is impossible about a record that was read from a file; None where nothing is."""
+        if not len(self.completion) == len(self.commit_step) == len(self.confidence) > 0:
+            return "completion, commit_step and confidence differ in length"
+        costs = ("tokens", "guide_nfe", "latency", "guide_seconds", "positions", "canvas", "refreshes", "peak_memory")
+        finite = {name: getattr(self, name) for name in (*costs, "nfe", "seconds")}
+        least = {"nfe": 1, "seconds": 1e-12}
+        for name, value in finite.items():
+            if not least.get(name, 0) <= value < float("inf"):
+                return f"{name}={value} is out of range"
+        if min(self.commit_step) < -1:
+            return f"commit_step={min(self.commit_step)} is out of range"
+        if not all(len(forward) == 4 and all(0 <= each < 2**31 for each in forward[2:]) for forward in self.drift):
+            return "drift holds something other than measurements"
+        return None
+
 
 def follow(plan: Plan, requests: Sequence[Request], filmed: frozenset[str]) -> Iterator[tuple[Record, Frames | None]]:
     """Carry a plan out, yielding each request's record as soon as its row is finished.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import re
 import subprocess
@@ -12,7 +13,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow
@@ -22,14 +23,59 @@ from pyarrow import parquet
 
 from dllm.files import read_json, write_json, write_whole
 from dllm.loading import LanguageModel
-from dllm.metrics import cost, quality, speedup
+from dllm.metrics import COSTS, cost, quality, speedup
 from dllm.records import Record
 from dllm.runner import BASELINES, Runner
+from dllm.stored import misfit, shallow, there
 from dllm.tasks.base import Graded
 from dllm.trace import Trace
 
 RESULTS, RESULTS_VERSION = "dllm-results", 1
+_MEMBERS = ("results.json", "manifest.json", "samples.parquet", "trace.safetensors")
 _PACKAGES = ("dllm-samplers", "torch", "transformers", "tokenizers", "datasets", "numpy", "hydra-core", "lm-eval")
+
+
+class Score(TypedDict):
+    """One score."""
+
+    value: float
+    interval: list[float | None] | None
+
+
+class Metrics(TypedDict):
+    """What is read again of a run's metrics."""
+
+    n: int
+    accuracy: float | None
+    accuracy_interval: tuple[float | None, float | None] | None
+    accuracy_name: str | None
+    scores: dict[str, Score]
+    nfe: float | None
+    tpf: float | None
+    tokens_per_second: float | None
+    speedup: Speedups | None
+
+
+class Factor(TypedDict):
+    """How much faster a run was than a baseline."""
+
+    time: float
+
+
+class Speedups(TypedDict):
+    """Over both baselines."""
+
+    naive: Factor
+    eos_aware: Factor
+
+
+class Results(TypedDict):
+    """What is read again of results.json."""
+
+    label: str
+    task: str
+    metrics: Metrics
+    details: dict[str, Any]
 
 
 class RunFolder:
@@ -63,14 +109,20 @@ class RunFolder:
         Raises:
             ValueError: there is something else, or no such score.
         """
+        fix = "remove it to run that setting again"
+        for name in (*_MEMBERS, self.journal.name):
+            there(self.path / name, fix)
         file = self.path / "results.json"
-        if not file.exists():
+        if not there(file):
             return None
+        try:
+            found = _read_results(file, fix)
+        except ValueError:
+            if self.journal.exists():  # all that they are made of is there
+                return None
+            raise
         if self.journal.exists():  # a kill came between the results and this
             Runner.tidy(self.journal)
-        found = read_json(file, "remove it to run that setting again")
-        if found.get("format") != RESULTS or found.get("version") != RESULTS_VERSION:
-            raise ValueError(f"{file} is no results of this version of dllm; remove it to run that setting again")
         metrics = found["metrics"]
         if main is not None and main != metrics["accuracy_name"]:
             if main not in metrics["scores"]:
@@ -83,18 +135,24 @@ class RunFolder:
     def begin(self, lm: LanguageModel, config: Mapping[str, Any]) -> None:
         """Write down what runs here, and on what; a run that goes on adds to it."""
         file = self.path / "manifest.json"
-        before = read_json(file, "remove it").get("sessions", []) if file.exists() else []
+        before = []
+        if there(file):
+            with suppress(ValueError):  # a damaged one is made again
+                before = _sessions(read_json(file))
         manifest = {"format": "dllm-manifest", "version": 1, "label": self.label, "config": config}
         write_json(file, manifest | {"sessions": [*before, _session(lm)]})
 
     def fail(self, message: str) -> None:
         """Leave word of a run that could not be made."""
         error = {"format": "dllm-error", "version": 1, "label": self.label, "message": message}
-        write_json(self.path / "error.json", error)
+        file = self.path / "error.json"
+        if file.is_file() or not os.path.lexists(file):
+            write_json(file, error)
 
     def forgive(self) -> None:
         """Take that word back: the run was made after all."""
-        (self.path / "error.json").unlink(missing_ok=True)
+        with suppress(OSError):  # not there, or no file
+            (self.path / "error.json").unlink()
         with suppress(OSError):  # not there, or with other files in it
             self.path.rmdir()
 
@@ -126,19 +184,30 @@ class RunFolder:
         return found
 
 
-def contents(options: Any) -> dict[str, str]:
-    """SHA-256 of the files that options name, at any depth; of a folder, that of its files' names and sizes."""
-    match options:
-        case Mapping():
-            return {name: digest for value in options.values() for name, digest in contents(value).items()}
-        case list() | tuple():
-            return {name: digest for value in options for name, digest in contents(value).items()}
-        case str() if Path(options).is_file():
-            return {options: hashlib.sha256(Path(options).read_bytes()).hexdigest()}
-        case str() if Path(options).is_dir():
-            files = sorted((file.name, file.stat().st_size) for file in Path(options).iterdir() if file.is_file())
-            return {options: hashlib.sha256(json.dumps(files).encode()).hexdigest()}
-    return {}
+def _read_results(file: Path, fix: str) -> dict[str, Any]:
+    """The content of results.json.
+
+    Raises:
+        ValueError: it is damaged, or something else.
+    """
+    found = read_json(file, fix)
+    if found.get("format") != RESULTS or found.get("version") != RESULTS_VERSION:
+        raise ValueError(f"{file} is no results of this version of dllm; {fix}")
+    wrong = misfit(found, Results)
+    metrics = found["metrics"] if wrong is None else {}
+    if wrong is None and metrics["nfe"] is not None and None in (metrics["tpf"], metrics["tokens_per_second"]):
+        wrong = "metrics has no speed"
+    strange = [name for name in COSTS if not isinstance(metrics.get(name), (int, float, dict, type(None)))]
+    if wrong or strange:
+        raise ValueError(f"{file} is damaged ({wrong or f'metrics.{strange[0]}'}); {fix}")
+    return found
+
+
+def _sessions(manifest: Mapping[str, Any]) -> list[Any]:
+    """The sessions of a manifest; none of something else."""
+    found = manifest.get("sessions")
+    known = manifest.get("format") == "dllm-manifest" and isinstance(found, list) and shallow(found)
+    return [each for each in found if isinstance(each, dict)] if known and isinstance(found, list) else []
 
 
 def samples(records: Sequence[Record], graded: Graded) -> list[dict[str, Any]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -21,11 +22,24 @@ from dllm.plan import Plan, eos_ids, parse_options
 from dllm.records import Record, Request, follow
 from dllm.samplers import Vanilla
 from dllm.samplers.base import Sampler
+from dllm.stored import misfit, there
 from dllm.trace import Frames, Trace
+
+
+class Baseline(TypedDict):
+    """What a batch took one token per step."""
+
+    ids: list[str]
+    tokens: int
+    seconds: float
+    nfe: int
+
 
 # One token per step, as the methods' papers count their speed-ups, and as it is when end-of-text stops it.
 BASELINES = {"naive": False, "eos_aware": True}
 _FRAMES = "frames"  # folder
+# What the journal's entries are, by kind.
+_SHAPES = {"record": Record, "film": str, "baseline": Baseline, "likelihood": tuple[float, bool]}
 _WARM_UP = 2  # steps before anything is timed
 
 
@@ -72,6 +86,10 @@ class Runner:
         self._ids: list[str] = []
         self._filmed: frozenset[str] = frozenset()
         self._films = None if journal.path is None else journal.path.parent / _FRAMES
+        for kind, name in journal.keys:
+            if wrong := self._misfit(kind, name, journal.get(kind, name)):
+                journal.close()
+                raise journal.damage(kind, name, wrong)
 
     @property
     def lm(self) -> LanguageModel:
@@ -138,7 +156,8 @@ class Runner:
         if self._films is None:
             return []
         files = self.journal.of("film")
-        return [Trace.load(self._films / files[record.id]).frames[0] for record in records if record.id in files]
+        found = [self._film(record) for record in records if record.id in files]
+        return [each for each in found if each is not None]
 
     def close(self, remove: bool = False) -> None:
         """Let others go on with the run; with `remove` nothing is left of what only an unfinished run needs."""
@@ -156,6 +175,8 @@ class Runner:
     def _decode(self, requests: Sequence[Request], options: Mapping[str, Any]) -> None:
         """Answer what has no answer yet."""
         left = [request for request in requests if self.journal.get("record", request.id) is None]
+        again = [request for request in requests if request.id in self._filmed and self._lost_film(request)]
+        self._film_again(again, options)
         if not left:
             return
         self._warm_up(left[:1], options)
@@ -167,7 +188,9 @@ class Runner:
             self._tell()
 
     def _baseline(self, name: str, requests: Sequence[Request], options: Mapping[str, Any]) -> None:
-        if self.journal.get("baseline", name) is not None:
+        if (noted := self.journal.get("baseline", name)) is not None:
+            if not set(noted["ids"]) <= {request.id for request in requests}:
+                raise self.journal.damage("baseline", name, "it is about other requests")
             return
         plan = self._plan(requests, Vanilla(), NoCache(), options)
         self._warm_up(requests[:1], options)
@@ -195,9 +218,18 @@ class Runner:
             self._warm = True
 
     def _keep(self, record: Record, frames: Frames) -> None:
-        if self._films is None or self.journal.get("film", record.id) is not None:
-            return  # an interruption came between the steps and the record
-        name = f"{len(self.journal.of('film'))}.safetensors"
+        if self._films is None:
+            return
+        noted = self.journal.get("film", record.id)  # where an interruption came between the steps and the record
+        taken = set(self.journal.of("film").values())
+        free = (f"{number}.safetensors" for number in count())
+        name = noted or next(each for each in free if each not in taken)
+        self._save_film(name, record, frames)
+        if noted is None:
+            self.journal.add("film", record.id, name)
+
+    def _save_film(self, name: str, record: Record, frames: Frames) -> None:
+        assert self._films is not None
         trace = Trace(
             ids=(record.id,),
             tokens=np.array([record.completion]),
@@ -209,7 +241,55 @@ class Runner:
             eos_token_ids=self.eos_token_ids,
         )
         trace.save(self._films / name)
-        self.journal.add("film", record.id, name)
+
+    def _film(self, record: Record) -> Frames | None:
+        """The steps that were kept of an answer; None where their file is gone or damaged."""
+        assert self._films is not None
+        file = self._films / self.journal.get("film", record.id)
+        there(file)
+        try:
+            (frames,) = Trace.load(file).frames
+        except ValueError:
+            return None
+        tokens = [frames.canvas, frames.predicted, frames.drafted, frames.prompt]
+        known = all(self._are_tokens(values.ravel().tolist()) for values in tokens)
+        fits = frames.id == record.id and frames.canvas.shape[1] == len(record.completion)
+        return frames if known and fits else None
+
+    def _film_again(self, requests: Sequence[Request], options: Mapping[str, Any]) -> None:
+        """Keep the steps of answers once more; the answers stay as they are noted."""
+        if requests:
+            plan = self._plan(requests, self.setting.sampler, self.setting.cache, options)
+            for record, frames in follow(plan, requests, self._filmed):
+                assert frames is not None
+                self._keep(self._noted(record.id), frames)
+
+    def _lost_film(self, request: Request) -> bool:
+        """Whether an answer is there and the steps that belong to it are not, or cannot be read any more."""
+        film, record = (self.journal.get(kind, request.id) for kind in ("film", "record"))
+        return self._films is not None and record is not None and (film is None or self._film(Record(**record)) is None)
+
+    def _are_tokens(self, ids: Sequence[int]) -> bool:
+        return not ids or 0 <= min(ids) <= max(ids) < self.lm.backbone.config.vocab_size
+
+    def _misfit(self, kind: str, name: str, value: Any) -> str | None:
+        """What is wrong with an entry of the journal."""
+        if kind not in _SHAPES:
+            return f"{kind!r} is no kind of entry"
+        if wrong := misfit(value, _SHAPES[kind], "value"):
+            return wrong
+        if kind == "film" and not re.fullmatch(r"\d+\.safetensors", value):
+            return f"{value!r} is no file of steps"
+        if kind == "baseline" and not (min(value["seconds"], value["nfe"], value["tokens"]) > 0 and len(value["ids"])):
+            return "a baseline that took nothing"
+        if kind == "record":
+            record = Record(**value)
+            if record.id != name:
+                return f"it is about {record.id!r}"
+            if not self._are_tokens(record.completion):
+                return "completion holds ids that are no tokens"
+            return record.misfit()
+        return None
 
     def _noted(self, name: str) -> Record:
         return Record(**self.journal.get("record", name))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from safetensors.numpy import save as serialise
 
 from dllm.files import parse_json, write_whole
 from dllm.packing import bits, compact_json, flags, held, joined, padded, small, split, spread, with_sorted_header
+from dllm.stored import misfit
 
 FORMAT, VERSION = "dllm-trace", 1
 # What is kept of frames, and as what; None is whole numbers as small as they fit.
@@ -26,6 +27,21 @@ _FRAMES: dict[str, Any] = {
     "prompt": None, "nfe": None, "canvas": None, "predicted": None, "drafted": None, "confidence": np.float16,
     "changed": np.uint8, "asked": np.uint8, "drafts": np.uint8, "computed": np.uint8,
 }  # fmt: skip
+
+
+_MOST = 1 << 31  # positions of all rows, padding counted; what a wrong number could ask room for
+
+
+class _Metadata(TypedDict):
+    """What stands as JSON."""
+
+    ids: list[str]
+    lengths: list[int]
+    width: int
+    words: dict[str, str]
+    mask_token_id: int
+    eos_token_ids: list[int]
+    frames: list[tuple[str, int, int, int]]
 
 
 @dataclass(frozen=True)
@@ -113,7 +129,7 @@ class Trace:
             )
         try:
             return _trace(metadata, tensors)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
             raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); make it again") from None
 
 
@@ -165,10 +181,20 @@ def _pack(frames: Frames, mask: int) -> dict[str, NDArray[Any]]:
 
 def _trace(metadata: Mapping[str, str], tensors: Mapping[str, NDArray[Any]]) -> Trace:
     fields = {name: parse_json(text) for name, text in metadata.items() if name not in ("format", "version")}
-    lengths, eos = [int(length) for length in fields["lengths"]], [int(token) for token in fields["eos_token_ids"]]
-    mask, width = int(fields["mask_token_id"]), int(fields["width"])
+    if wrong := misfit(fields, _Metadata):
+        raise ValueError(wrong)
+    lengths, eos, mask, width = (fields[name] for name in ("lengths", "eos_token_ids", "mask_token_id", "width"))
     if len(fields["ids"]) != len(lengths):
         raise ValueError("ids and lengths differ in number")
+    if not 0 <= width * len(lengths) <= _MOST or min((width, *lengths)) < 0 or max(lengths, default=0) > width:
+        raise ValueError(f"rows of {width} positions hold {lengths[:4]} and so on")
+    for name in (
+        "tokens",
+        "commit_step",
+        *(f"frames.{each}" for each in ("prompt", "canvas", "predicted", "drafted", "nfe")),
+    ):
+        if tensors[name].dtype.kind not in "iu" or tensors[name].ndim != 1:
+            raise ValueError(f"{name} holds {tensors[name].dtype}")
     return Trace(
         ids=tuple(map(str, fields["ids"])),
         tokens=padded(tensors["tokens"], lengths, width, eos[0] if eos else mask, np.int64),

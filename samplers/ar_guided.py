@@ -24,7 +24,9 @@ Differences from the reference:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -37,7 +39,7 @@ from dllm.alignment import Aligned, Aligner, SameVocabulary, align
 from dllm.canvas import Edit, Window
 from dllm.checks import choice, number
 from dllm.flags import flagged
-from dllm.guide import Guide, Judging, load_guide
+from dllm.guide import Guide, Judging, guide_folder, load_guide
 from dllm.nonfinite import Broken, not_finite, reason
 from dllm.prediction import Prediction
 from dllm.run import Run
@@ -103,6 +105,10 @@ class ARGuided:
             if self.accept != "ratio":
                 raise ValueError(f"ratio={self.ratio} has no effect with accept={self.accept}; use accept=ratio")
         choice("on_reject", self.on_reject, ("draft", "guide"))
+
+    def files(self) -> Iterable[Path]:
+        """The folder of the guide."""
+        return [guide_folder(self.guide)] if isinstance(self.guide, str) else ()
 
     def start(self, run: Run) -> Ready:
         """Load the guide and find out how it can read the canvas."""

@@ -27,8 +27,10 @@ Differences from the reference:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -109,6 +111,11 @@ class FreeDave:
         """What a cache must give (`dllm.compatibility`)."""
         own = ["repeatable", *["next_block"] * self.eager] if self.draft_steps > 1 else []  # one is the base itself
         return frozenset(own) | frozenset(getattr(resolve("sampler", self.base, Sampler, "base"), "needs", ()))
+
+    def files(self) -> Iterable[Path]:
+        """What the base reads."""
+        found: Iterable[Path] = getattr(resolve("sampler", self.base, Sampler, "base"), "files", tuple)()
+        return found
 
     def start(self, run: Run) -> Memory:
         """Start the base."""

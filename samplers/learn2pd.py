@@ -27,7 +27,9 @@ off are positions the block does not have.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -36,7 +38,7 @@ from torch import Tensor
 
 from dllm.canvas import Edit, Window
 from dllm.checks import Notice, choice, number
-from dllm.filters import Filter, FilterNetwork, find_filter, load_filter
+from dllm.filters import Filter, FilterNetwork, filter_files, find_filter, load_filter
 from dllm.flags import flagged
 from dllm.prediction import Prediction
 from dllm.run import Run
@@ -86,6 +88,10 @@ class Learn2PD:
     def single_forward(self) -> bool:
         """Whether a step depends on the active block alone."""
         return self.eotp == "off"
+
+    def files(self) -> Iterable[Path]:
+        """What the filter is read from."""
+        return () if isinstance(self.filter, Filter) else filter_files(self.filter)
 
     def start(self, run: Run) -> Ready:
         """Load the filter and refuse one that is for something else."""

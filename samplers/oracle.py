@@ -11,7 +11,9 @@ a policy with other results may need.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -55,6 +57,11 @@ class Oracle:
     def needs(self) -> frozenset[str]:
         """What a cache must give (`dllm.compatibility`): what the base needs."""
         return frozenset(getattr(resolve("sampler", self.base, Sampler, "base"), "needs", ()))
+
+    def files(self) -> Iterable[Path]:
+        """What the base reads."""
+        found: Iterable[Path] = getattr(resolve("sampler", self.base, Sampler, "base"), "files", tuple)()
+        return found
 
     def start(self, run: Run) -> Known:
         """Decode the result that is going to be reproduced."""

@@ -24,11 +24,10 @@ from dllm.bench.timing import REFERENCES
 from dllm.cache.base import Cache
 from dllm.checks import choice, number
 from dllm.escape import markdown
-from dllm.files import write_whole
 from dllm.loading import find_device
 from dllm.resolve import options_of
 from dllm.samplers.base import Sampler
-from dllm.scripts import app
+from dllm.scripts import app, own
 
 KINDS = {
     "block_length": int | None, "out": str | None, "threads": int | None, "steps": int | None,
@@ -54,8 +53,8 @@ def bench(cfg: DictConfig) -> None:
             number(name, cfg[name], "1 or more", low=1, whole=True)
     if cfg.gen_length >= cfg.canvas:
         raise ValueError(f"gen_length={cfg.gen_length} leaves no prompt in canvas={cfg.canvas}; use less")
-    for suffix in (".md", ".json") if cfg.out else ():
-        app.check_writable("out", cfg.out, cfg.out + suffix)
+    if cfg.out:
+        own.check("out", cfg.out, {Path(cfg.out + ".md"): own.BENCH, Path(cfg.out + ".json"): own.BENCH_RECORD})
     for place, name in enumerate(cfg.references):
         choice(f"references[{place}]", name, (*REFERENCES, _CAUSAL))
     settings = _settings(cfg)
@@ -87,8 +86,9 @@ def bench(cfg: DictConfig) -> None:
         )
     print(text)
     if cfg.out:
-        write_whole(Path(cfg.out + ".md"), text)
         record = {
+            "format": own.BENCH_FORMAT,
+            "version": 1,
             "setting": caption,
             "torch": torch.__version__,
             "weights": weights,
@@ -96,7 +96,9 @@ def bench(cfg: DictConfig) -> None:
             "costs": {label: asdict(replace(cost, tokens=None)) for label, cost in costs.items()},
             "causal_tokens_per_second": causal,
         }
-        write_whole(Path(cfg.out + ".json"), json.dumps(record, indent=1, allow_nan=False) + "\n")
+        written = json.dumps(record, indent=1, allow_nan=False) + "\n"
+        files = {Path(cfg.out + ".md"): (own.BENCH, text), Path(cfg.out + ".json"): (own.BENCH_RECORD, written)}
+        own.write("out", cfg.out, files)
         print(f"written to {cfg.out}.md and {cfg.out}.json")
 
 

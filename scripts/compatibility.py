@@ -12,10 +12,9 @@ from omegaconf import DictConfig
 from dllm.backbones import FAMILIES
 from dllm.cache.base import Cache
 from dllm.compatibility import NEEDS, unmet
-from dllm.files import write_whole
 from dllm.resolve import names, resolve
 from dllm.samplers.base import Sampler
-from dllm.scripts import app
+from dllm.scripts import app, own
 
 KINDS = {"variants": Any, "out": str | None}
 
@@ -28,14 +27,14 @@ def main() -> None:
 def compatibility(cfg: DictConfig) -> None:
     """Print the table, and write it to `out` where that is given."""
     if cfg.out:
-        app.check_writable("out", cfg.out)
+        own.check("out", cfg.out, {Path(cfg.out): own.MATRIX})
     variants = {str(label): instantiate(entry) for label, entry in cfg.variants.items()}
     samplers = {name: resolve("sampler", name, Sampler) for name in names("sampler")} | variants
     caches = {name: resolve("cache", name, Cache) for name in names("cache")}
     text = matrix(samplers, {"none": caches.pop("none"), **caches})
     print(text)
     if cfg.out:
-        write_whole(Path(cfg.out), text)
+        own.write("out", cfg.out, {Path(cfg.out): (own.MATRIX, text)})
         print(f"written to {cfg.out}")
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import dllm
-from dllm import compatibility
+from dllm import compatibility, identity
 from dllm.checks import choice, number
 from dllm.escape import terminal
 from dllm.files import parse_json
@@ -29,7 +29,7 @@ from dllm.likelihood import Estimate
 from dllm.metrics import COSTS
 from dllm.plan import parse_options
 from dllm.resolve import options_of
-from dllm.run_folder import RunFolder, contents
+from dllm.run_folder import RunFolder
 from dllm.runner import Runner, Setting
 from dllm.scripts import app
 from dllm.tasks.base import Task
@@ -94,8 +94,12 @@ def _results(cfg: DictConfig, fields: Mapping[str, Any], label: str) -> tuple[di
     seed = fields["seed"] if fields["estimate"]["order"] == "random" else 0  # the others draw nothing
     estimate = Estimate(**fields["estimate"], seed=seed, cfg_scale=fields["cfg_scale"])
     files = task.check()
-    lm = _load(json.dumps(fields["model"]))
-    folder = RunFolder(Path(fields["out"]), label, _identity(fields, lm, task, files))
+    path, others = fields["model"]["path"], {name: fields["model"][name] for name in fields["model"] if name != "path"}
+    read = identity.contents([fields["sampler"], fields["cache"], others])
+    read |= identity.read_by(sampler) | identity.read_by(cache)
+    state = identity.checkpoint(Path(path)) if Path(path).is_dir() else {}
+    lm, weights = _load(json.dumps(fields["model"]), json.dumps([state, read]))
+    folder = RunFolder(Path(fields["out"]), label, _identity(fields, weights, task, files, read))
     main = fields["task"].get("metric")
     if (found := folder.results(main)) is not None:
         return found, folder.path
@@ -113,14 +117,15 @@ def _results(cfg: DictConfig, fields: Mapping[str, Any], label: str) -> tuple[di
 
 
 @lru_cache(maxsize=1)
-def _load(model: str) -> dllm.LanguageModel:
-    """The model of some options, kept for the next job of a sweep."""
+def _load(model: str, state: str) -> tuple[dllm.LanguageModel, dict[str, str]]:
+    """The model of some options and who it is; kept for the next job of a sweep, unless its files changed."""
     options = parse_json(model)
-    return dllm.load(options.pop("path"), **options)
+    lm = dllm.load(options.pop("path"), **options)
+    return lm, identity.model(lm)
 
 
 def _identity(
-    fields: Mapping[str, Any], lm: dllm.LanguageModel, task: Task, files: Mapping[str, str]
+    fields: Mapping[str, Any], weights: Mapping[str, str], task: Task, data: Mapping[str, str], read: Mapping[str, str]
 ) -> dict[str, Any]:
     """Everything that the results depend on but the code, under the names they have in results.json."""
     apart = ("model", "sampler", "cache", "task", "out", "objective")
@@ -129,15 +134,15 @@ def _identity(
     named = lambda group: {"name": str(chosen[group]).rpartition("/")[2], **own(group)}  # noqa: E731
     return {
         "model": Path(fields["model"]["path"]).name,
-        "loading": {**fields["model"], "weights": lm.backbone.fingerprint()},
+        "loading": {**fields["model"], **weights},
         "task": task.name,
         "sampler": named("sampler"),
         "cache": named("cache"),
         "options": {name: value for name, value in fields.items() if name not in apart},
         # What counts as the accuracy is chosen among scores that are all there.
         "asked": {name: value for name, value in own("task").items() if name != "metric"}
-        | {f"{split}_sha256": digest for split, digest in files.items()},
-        "files": contents([fields["sampler"], fields["cache"]]),
+        | {f"{split}_sha256": digest for split, digest in data.items()},
+        "files": read,
     }
 
 
@@ -157,7 +162,7 @@ def _label(fields: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
 def _objective(results: Mapping[str, Any], names: Sequence[str]) -> float | tuple[float, ...]:
     metrics = results["metrics"]
     for name in names:
-        if not isinstance(metrics[name], (int, float)):
+        if not isinstance(metrics.get(name), (int, float)):
             raise ValueError(f"objective={name} is not known of task={results['task']}; leave it out")
     values = tuple(float(metrics[name]) for name in names)
     return values if len(values) > 1 else values[0]

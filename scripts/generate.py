@@ -27,7 +27,7 @@ from dllm.drift import Drift, Measurement, summarise
 from dllm.escape import terminal
 from dllm.jsonl import AnswerFile, Question, read_questions
 from dllm.prompts import encode
-from dllm.scripts import app
+from dllm.scripts import app, own
 from dllm.step import Step
 from dllm.tasks import word_problems
 
@@ -134,6 +134,7 @@ class Runner:
         counts += f"  guide NFE {guided} in {stats.guide_seconds:.2f} s" if guided else ""
         console.print(counts, highlight=False, soft_wrap=True)
         if picture:
+            own.check("picture", str(picture), {picture: own.PICTURE})
             save_picture(frames, f"{self.lm.name} · {prompt}", picture)
 
     def answer_file(self, questions: Sequence[Question], answers: AnswerFile, show: str) -> None:
@@ -213,6 +214,8 @@ def _check(cfg: DictConfig) -> None:
     for name in ("output", "picture"):
         if cfg[name] is not None:
             app.check_writable(name, cfg[name])
+    if cfg.picture is not None:
+        own.check("picture", cfg.picture, {Path(cfg.picture): own.PICTURE})
     if not _is_text(cfg.prompt or ""):
         raise ValueError(f"prompt={cfg.prompt!r} holds bytes that are no text; give UTF-8")
     if cfg.seed is not None and not 0 <= cfg.seed < _SEEDS:

@@ -12,11 +12,10 @@ from rich.text import Text
 
 from dllm.checks import number
 from dllm.escape import markdown, terminal
-from dllm.files import write_whole
 from dllm.reports import page, plots, table
 from dllm.reports.reading import load
 from dllm.reports.runs import Group, Sweep
-from dllm.scripts import app
+from dllm.scripts import app, own
 
 KINDS = {"out": str | None, "quality": str | int | None}
 _FILES = {"nfe": "quality-nfe", "tokens_per_second": "quality-speed"}
@@ -48,10 +47,8 @@ def report(cfg: DictConfig) -> None:
     files["report.md"] = _markdown(sweep, drawn)
     files["report.csv"] = table.raw(sweep)
     files["report.html"] = page.render(sweep, drawn, cfg.traces)
-    for name in files:
-        app.check_writable("out", str(out), str(out / name))
-    for name, text in files.items():
-        write_whole(out / name, text)
+    kinds = {out / name: own.REPORT[Path(name).suffix] for name in files}
+    own.write("out", str(out), {out / name: (kinds[out / name], text) for name, text in files.items()})
     _show(sweep, files["report.md"])
     print(f"written to {terminal(out, one_line=True)}: {', '.join(sorted(files))}")
 

@@ -20,10 +20,9 @@ from dllm.cache.base import Cache
 from dllm.checks import number
 from dllm.escape import markdown, terminal
 from dllm.evaluation import Score, evaluate
-from dllm.files import write_whole
 from dllm.plan import parse_options
 from dllm.samplers.base import Sampler
-from dllm.scripts import app
+from dllm.scripts import app, own
 from dllm.tasks import word_problems
 
 _MOST_LABELS = 8  # more of them cover each other
@@ -48,13 +47,12 @@ def tradeoff(cfg: DictConfig, command: str = "tradeoff", cost: str = "nfe") -> N
     figure = _new_figure()  # missing matplotlib is told now, not after the measuring
     for name in ("problems", "repeats"):
         number(name, cfg[name], "1 or more", low=1, whole=True)
-    for suffix in (".md", ".svg"):
-        app.check_writable("out", out, out + suffix)
+    own.check("out", out, {Path(out + ".md"): own.TRADEOFF, Path(out + ".svg"): own.CHART})
     settings = {str(label): _setting(str(label), entry) for label, entry in cfg.settings.items()}
     options = {name: cfg[name] for name in ("gen_length", "block_length", "batch_size")}
-    for sampler, cache, own in settings.values():
+    for sampler, cache, more in settings.values():
         # Bad values are refused before the model loads.
-        compatibility.check(sampler, cache, parse_options(options | own).cfg_scale)
+        compatibility.check(sampler, cache, parse_options(options | more).cfg_scale)
     lm = dllm.load(cfg.model.path, **{name: value for name, value in cfg.model.items() if name != "path"})
 
     scores = _measure(lm, word_problems.problems(cfg.problems, cfg.seed), settings, options, cfg.repeats)
@@ -62,9 +60,11 @@ def tradeoff(cfg: DictConfig, command: str = "tradeoff", cost: str = "nfe") -> N
     where = f"{lm.backbone.device.type} with {torch.get_num_threads()} thread(s)"
     text = table(scores, f"{lm.name}, {cfg.problems} problems of seed {cfg.seed}, {shared}, {where}")
     draw(figure, scores, lm.name, cost)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    write_whole(Path(out + ".md"), text)
-    figure.savefig(out + ".svg", metadata={"Date": None})
+    files: dict[Path, tuple[own.Kind, str | bytes]] = {
+        Path(out + ".md"): (own.TRADEOFF, text),
+        Path(out + ".svg"): (own.CHART, own.svg(figure)),
+    }
+    own.write("out", out, files)
     console = Console()
     if console.is_terminal:
         console.print(Markdown(text))
@@ -76,8 +76,8 @@ def tradeoff(cfg: DictConfig, command: str = "tradeoff", cost: str = "nfe") -> N
 def _setting(label: str, entry: DictConfig) -> tuple[Any, Any, dict[str, Any]]:
     """A sampler, a cache, and the options of the run that are their own."""
     fields: Any = OmegaConf.to_container(entry, resolve=True)
-    own, cache = fields.pop("run", {}), fields.pop("cache", {"_target_": "dllm.cache.NoCache"})
-    return app.make(label, "sampler", Sampler, fields), app.make(label, "cache", Cache, cache), own
+    more, cache = fields.pop("run", {}), fields.pop("cache", {"_target_": "dllm.cache.NoCache"})
+    return app.make(label, "sampler", Sampler, fields), app.make(label, "cache", Cache, cache), more
 
 
 def _measure(
@@ -90,17 +90,17 @@ def _measure(
     """The scores of all settings; speeds are medians over runs that take turns."""
     console = Console(stderr=True)
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    for sampler, cache, own in settings.values():
+    for sampler, cache, more in settings.values():
         # What a run refuses is told now, not when the settings before it are measured.
-        dllm.generate(lm, problems[0].question, sampler, cache, **options | own)
+        dllm.generate(lm, problems[0].question, sampler, cache, **options | more)
     runs: dict[str, list[Score]] = {label: [] for label in settings}
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(problems) * len(settings) * repeats)
         count = lambda step: progress.advance(task, step.finished)  # noqa: E731
         for label in [*settings] * repeats:
-            sampler, cache, own = settings[label]
+            sampler, cache, more = settings[label]
             progress.update(task, description=terminal(label, one_line=True))
-            runs[label].append(evaluate(lm, problems, sampler, cache, callback=count, **options | own))
+            runs[label].append(evaluate(lm, problems, sampler, cache, callback=count, **options | more))
     return {
         label: replace(scores[0], tokens_per_second=median(each.tokens_per_second for each in scores))
         for label, scores in runs.items()

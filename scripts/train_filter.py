@@ -16,9 +16,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 import dllm
+from dllm import identity
 from dllm.checks import choice, number
 from dllm.files import read_json, write_json, write_whole
 from dllm.filter_training import Records, Training, collect, fit, measure, split
@@ -26,7 +28,8 @@ from dllm.filters import Filter, FilterCard
 from dllm.jsonl import read_questions
 from dllm.plan import Plan
 from dllm.prompts import encode
-from dllm.scripts import app
+from dllm.scripts import app, own
+from dllm.stored import there
 from dllm.tasks import word_problems
 
 _KINDS = get_type_hints(dllm.Options) | {
@@ -45,6 +48,7 @@ def main() -> None:
 def train_filter(cfg: DictConfig) -> None:
     """Collect records, train, measure, write the filter and its card."""
     how = _check(cfg)
+    _check_files(_out(cfg))
     sampler, cache = instantiate(cfg.sampler), instantiate(cfg.cache)
     fields: Any = OmegaConf.to_container(cfg, resolve=True)
     options = {name: fields[name] for name in dllm.Options.__dataclass_fields__ if name in fields}
@@ -53,7 +57,7 @@ def train_filter(cfg: DictConfig) -> None:
         torch.set_num_threads(cfg.threads)
     prompts = _prompts(cfg)
     lm = dllm.load(cfg.model.path, **{name: value for name, value in fields["model"].items() if name != "path"})
-    out = Path(cfg.out or f"outputs/filters/{Path(lm.name).name}-{cfg.block_length}.safetensors")
+    out = _out(cfg)
     ids = encode(prompts, lm.tokenizer)
     Plan(lm, ids, sampler, cache, dllm.Options(**options), infill=False)  # refuses prompts that do not fit
     records = _collect(
@@ -77,9 +81,21 @@ def train_filter(cfg: DictConfig) -> None:
         held_out=quality,
         calibration=calibration,
     )
+    _check_files(out)
     Filter(network, card, out.stem).save(out)
     plot = _plot(card, out.with_suffix(".svg"))
     _report(card, out, plot)
+
+
+def _out(cfg: DictConfig) -> Path:
+    return Path(cfg.out or f"outputs/filters/{Path(cfg.model.path).name}-{cfg.block_length}.safetensors")
+
+
+def _check_files(out: Path) -> None:
+    """Refuse to write over what is no filter's."""
+    kinds = {".safetensors": own.FILTER, ".json": own.CARD, ".svg": own.RELIABILITY}
+    own.check("out", str(out), {out.with_suffix(suffix): kind for suffix, kind in kinds.items()})
+    own.check_records(str(out), out.with_suffix(".records"), ("fingerprint", "prompts", "sampler"))
 
 
 def _prompts(cfg: DictConfig) -> list[Any]:
@@ -124,8 +140,10 @@ def _collect(
     """Records of all prompts, batch by batch; what an earlier run of the same recipe left is taken over."""
     file = folder / "recipe.json"
     asked = sha256(json.dumps(ids).encode()).hexdigest()
-    recipe = recipe | {"fingerprint": lm.backbone.fingerprint(), "prompts": asked}
-    if file.exists():
+    read = identity.contents(recipe) | identity.read_by(sampler) | identity.read_by(cache)
+    recipe = recipe | {"fingerprint": lm.backbone.fingerprint(), "checkpoint": identity.model(lm), "files": read}
+    recipe |= {"prompts": asked}
+    if there(file, "remove that folder"):
         before = read_json(file, "remove that folder")
         other = ", ".join(name for name in recipe if before.get(name) != recipe[name])
         if other:
@@ -137,15 +155,36 @@ def _collect(
     with _progress("collecting", len(ids)) as advance:
         for start in range(0, len(ids), size):
             part = folder / f"{start:07}.safetensors"
-            if not part.exists():
+            found = _part(part, range(start, min(start + size, len(ids))), options["block_length"])
+            if found is None:
                 seeded = options | {"seed": options["seed"] + start}
                 del seeded["batch_size"]
                 records = collect(lm, ids[start : start + size], sampler, cache, **seeded)
                 records = replace(records, prompt=records.prompt + start)
                 write_whole(part, save(vars(records)))
-            parts.append(Records(**load_file(part)))
+                found = records
+            parts.append(found)
             advance(min(start + size, len(ids)), "")
     return Records.join(parts)
+
+
+def _part(file: Path, prompts: range, block_length: int) -> Records | None:
+    """The records of one batch; None where they are not there, or damaged, and are to be made again."""
+    if not there(file):
+        return None
+    try:
+        found = load_file(file)
+        records = Records(**found)
+    except (SafetensorError, TypeError, OSError, ValueError, KeyError):
+        return None
+    kinds = {
+        name: torch.float32 if name == "confidence" else torch.int64 if name == "prompt" else torch.bool
+        for name in found
+    }
+    shapes = {name: found["confidence"].shape if name != "prompt" else found["confidence"].shape[:1] for name in found}
+    good = all(tensor.dtype == kinds[name] and tensor.shape == shapes[name] for name, tensor in found.items())
+    good = good and found["confidence"].ndim == 2 and found["confidence"].shape[1] == block_length
+    return records if good and set(records.prompt.tolist()) <= set(prompts) else None
 
 
 @contextmanager
@@ -192,7 +231,7 @@ def _plot(card: FilterCard, path: Path) -> Path | None:
     axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=1)
     axes.plot([row["predicted"] for row in card.calibration], [row["final"] for row in card.calibration], "o-")
     axes.set(xlabel="predicted probability", ylabel="share that was final", title=f"{card.backbone}, held-out prompts")
-    figure.savefig(path, metadata={"Date": None})
+    write_whole(path, own.svg(figure))
     return path
 
 
@@ -232,10 +271,8 @@ def _check(cfg: DictConfig) -> Training:
             raise ValueError(
                 f"{name}={cfg[name]!r} has no effect without a data set; leave it out, or name one in data"
             )
-    if cfg.out is not None:
-        if not cfg.out.endswith(".safetensors"):
-            raise ValueError(f"out={cfg.out!r} is no filter file; give a name that ends in .safetensors")
-        app.check_writable("out", cfg.out)
+    if cfg.out is not None and not cfg.out.endswith(".safetensors"):
+        raise ValueError(f"out={cfg.out!r} is no filter file; give a name that ends in .safetensors")
     return Training(
         cfg.architecture, cfg.hidden, cfg.rate, cfg.train_batch_size, cfg.epochs, cfg.patience, cfg.held_out, cfg.seed
     )

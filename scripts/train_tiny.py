@@ -7,10 +7,12 @@ model card.
 
 from __future__ import annotations
 
-import shutil
+import io
+import pickle
 import time
 from pathlib import Path
-from typing import TextIO
+from tempfile import TemporaryDirectory
+from typing import Any, TextIO
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,8 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from dllm.scripts import app
+from dllm.files import write_whole
+from dllm.scripts import app, own
 from dllm.scripts.model_card import model_card
 from dllm.scripts.tiny_data import BatchMaker, corrupt
 from dllm.scripts.tiny_models import build_model
@@ -99,16 +102,20 @@ class Trainer:
             "optimizers": [o.state_dict() for o in self.optimizers], "step": self.step, "seconds": self.seconds,
             "rng": self.rng.get_state(), "problems": self.batches.rng.getstate(),
         }  # fmt: skip
-        torch.save(state, self.out / "state.tmp")
-        (self.out / "state.tmp").replace(self.out / "state.pt")
+        file = io.BytesIO()
+        torch.save(state, file)
+        write_whole(self.out / "state.pt", file.getvalue())
         self.export()
 
     def export(self) -> None:
         """Write the averaged weights and the tokenizer."""
         trained = [p.detach().clone() for p in self.model.parameters()]
         self._assign(self.average)
-        self.model.save_pretrained(self.out)
-        self.tokenizer.save_pretrained(self.out)
+        with TemporaryDirectory() as folder:
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            for file in Path(folder).iterdir():
+                write_whole(self.out / file.name, file.read_bytes())
         self._assign(trained)
 
     def resume(self) -> None:
@@ -120,7 +127,14 @@ class Trainer:
         path = self.out / "state.pt"
         if not path.exists():
             return
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self._restore(state)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError, TypeError, AttributeError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ValueError(f"{path} is damaged ({reason}); remove it to train from the beginning") from None
+
+    def _restore(self, state: dict[str, Any]) -> None:
         if [p.shape for p in state["model"]] != [p.shape for p in self.model.parameters()]:
             raise ValueError(f"out={str(self.out)!r} holds the training of another model; give another folder")
         self._assign(state["model"])
@@ -154,16 +168,16 @@ def train(cfg: DictConfig) -> None:
     trainer.out.mkdir(parents=True, exist_ok=True)
     recipe = trainer.out / "train_tiny.yaml"
     if trainer.step < cfg.steps or not recipe.exists():
-        recipe.write_text(OmegaConf.to_yaml(cfg), encoding="utf-8")
+        write_whole(recipe, OmegaConf.to_yaml(cfg))
     _run(trainer)
     trainer.export()
     card = model_card(trainer.out, recipe, cfg, trainer.seconds / 60)
-    (trainer.out / "README.md").write_text(card, encoding="utf-8")
+    write_whole(trainer.out / "README.md", card)
     if cfg.publish:
-        Path(cfg.publish).mkdir(parents=True, exist_ok=True)
+        _check_folders(cfg)
         for name in PUBLISHED:
             if (trainer.out / name).exists():
-                shutil.copy(trainer.out / name, cfg.publish)
+                write_whole(Path(cfg.publish) / name, (trainer.out / name).read_bytes())
     print(f"model and model card in {cfg.publish or cfg.out}")
 
 
@@ -198,9 +212,16 @@ def _open_log(trainer: Trainer) -> TextIO:
     """Open loss.csv without what a run wrote after the checkpoint that is resumed."""
     path = trainer.out / "loss.csv"
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    file = path.open("w", encoding="utf-8")
-    file.writelines(f"{line}\n" for line in lines if int(line.split(",")[0]) <= trainer.step)
-    return file
+    kept = [f"{line}\n" for line in lines if (step := line.partition(",")[0]).isdecimal() and int(step) <= trainer.step]
+    write_whole(path, "".join(kept))
+    return path.open("a", encoding="utf-8")
+
+
+def _check_folders(cfg: DictConfig) -> None:
+    """Refuse to write over another model."""
+    own.check_training("out", Path(cfg.out), (*PUBLISHED, "state.pt", "loss.csv", "train_tiny.yaml"))
+    if cfg.publish:
+        own.check_training("publish", Path(cfg.publish), PUBLISHED)
 
 
 def _check(cfg: DictConfig) -> None:
@@ -219,6 +240,7 @@ def _check(cfg: DictConfig) -> None:
     for name in ("out", "publish"):
         if cfg[name] is not None:
             app.check_writable(name, cfg[name], f"{cfg[name]}/README.md")
+    _check_folders(cfg)
     size = cfg.model
     for name, value in size.items():
         if value < 1:

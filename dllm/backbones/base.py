@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from itertools import chain
@@ -12,7 +11,6 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
@@ -26,6 +24,7 @@ from dllm.backbones.transformer import (
     PartedStore,
     rotary_embedding,
 )
+from dllm.identity import checksum
 
 
 class MaskedDiffusionModel(PreTrainedModel):
@@ -110,23 +109,17 @@ class MaskedDiffusionModel(PreTrainedModel):
         raise TypeError(f"{type(self).__name__} does not decode from left to right; use dllm.generate")
 
     def fingerprint(self) -> str:
-        """Sixteen hex digits that tell this model's weights from others': the same in any precision from bfloat16 up.
+        """Sixteen hex digits that tell this model from others: the same in any precision from bfloat16 up.
 
-        Read from up to 64 evenly spaced values of every parameter, rounded to bfloat16; of quantised weights, from the
-        numbers and scales they are made of.
+        Made of every weight, rounded to bfloat16, and of what the config adds to them: heads, constants, [MASK].
         """
         if self.remembered_fingerprint is not None:
             return self.remembered_fingerprint
-        digest = hashlib.sha256()
-        with torch.no_grad():
-            # Quantised weights may be buffers; other models have none.
-            for name, weight in chain(self.named_parameters(), self.named_buffers()):
-                digest.update(f"{name}{tuple(weight.shape)}".encode())
-                for part in plain_tensors(_at_hand(self, name, weight)):
-                    flat = part.flatten()
-                    few = flat[:: max(1, len(flat) // 64)][:64].to(torch.bfloat16)
-                    digest.update(few.view(torch.int16).cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        config = self.config
+        constants = (*self.kv_shape, config.num_attention_heads, config.rope_theta, config.rms_norm_eps)
+        settings = ",".join(str(float(value)) for value in (*constants, config.mask_token_id))
+        weights = ((name, _at_hand(self, name, weight)) for name, weight in self.state_dict().items())
+        return checksum(chain([(settings, torch.empty(0))], weights))
 
     def forward(
         self,
@@ -179,16 +172,6 @@ class MaskedDiffusionModel(PreTrainedModel):
             hidden = hidden.flatten(0, 1)[select]
         logits = self.get_output_embeddings()(self.final_norm(hidden))
         return MaskedLMOutput(logits=logits[..., : config.vocab_size])
-
-
-def plain_tensors(weight: Tensor) -> list[Tensor]:
-    """The ordinary tensors that a weight consists of: itself, or the numbers and scales of a quantised one."""
-    if is_traceable_wrapper_subclass(weight):
-        names, _ = weight.__tensor_flatten__()
-        return [part for name in names for part in plain_tensors(getattr(weight, name))]
-    if weight.is_quantized or type(weight).dequantize is not Tensor.dequantize:
-        return [weight.dequantize()]
-    return [weight.as_subclass(Tensor)]
 
 
 def _at_hand(model: nn.Module, name: str, weight: Tensor) -> Tensor:

@@ -8,11 +8,19 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from dllm.reports.runs import Failure, Group, Run, Sweep
+from dllm.stored import misfit, shallow, there
 
 VERSION = 1
+
+
+class _Score(TypedDict):
+    value: float | None
+    interval: tuple[float | None, float | None] | None
+
+
 _NUMBERS = """n accuracy nfe nfe_error tpf tokens tokens_per_sample tokens_per_second seconds latency_p50 latency_p95
 guide_nfe guide_seconds positions computed_share refreshes peak_memory""".split()
 
@@ -86,11 +94,15 @@ def flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _read(path: Path, kind: str) -> dict[str, Any]:
+    if not there(path, "remove it"):
+        raise ValueError(f"{path} cannot be read; run it again, or remove it")
     try:
         # What is no number is nothing that was measured.
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda text: None)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error}); run it again, or remove it") from None
+    if not shallow(content):
+        raise ValueError(f"{path} is damaged (nested too deep); run it again, or remove it")
     if not isinstance(content, dict) or content.get("format") != kind:
         raise ValueError(f"{path} is no {kind} file; remove it, or give another folder")
     if content.get("version") != VERSION:
@@ -127,6 +139,11 @@ def _run(path: Path, folder: Path, quality: str | None) -> Run:
         for name, value in {"quality": run.quality, **{name: metrics.get(name) for name in _NUMBERS}}.items():
             if value is not None and (isinstance(value, bool) or not math.isfinite(value)):
                 raise TypeError(f"{name}={value!r}")
+        for _, value in flat("metrics", metrics):
+            if isinstance(value, (int, float)):
+                float(value)  # of a whole number with hundreds of digits there is none
+        if wrong := misfit(metrics["scores"], dict[str, _Score], "scores"):
+            raise TypeError(wrong)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         message = f"{path} is damaged ({type(error).__name__}: {error}); run it again, or remove it"
         raise ValueError(message) from None

@@ -10,6 +10,7 @@ from dllm.checks import choice, number
 from dllm.runner import Runner
 from dllm.tasks import humaneval, sandbox
 from dllm.tasks.base import Graded
+from dllm.tasks.definition import harness_version
 from dllm.tasks.harness import evaluate, fingerprints
 from dllm.tasks.sandbox import Sandbox
 
@@ -56,7 +57,7 @@ class HumanEval:
         """See that the file is there, and that programs can be confined where they are to be run."""
         if self.execute:
             sandbox.check(self.timeout, self.memory, self.sandbox)
-        return fingerprints({} if self.data is None else {"test": self.data})
+        return fingerprints({} if self.data is None else {"test": self.data}) | {"definition": harness_version()}
 
     def run(self, runner: Runner, seed: int) -> Graded:
         """Ask for all programs, and judge them where that is allowed."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,9 +17,11 @@ from jinja2 import UndefinedError
 from omegaconf import OmegaConf
 
 from dllm.checks import number
+from dllm.identity import digest, tree
 from dllm.loading import quiet
 from dllm.runner import Runner
 from dllm.tasks.base import Graded
+from dllm.tasks.definition import definition
 
 _SPLITS = ("train", "validation", "test")
 
@@ -65,14 +66,14 @@ class Harness:
         if self.include_path is not None and not Path(self.include_path).is_dir():
             raise ValueError(f"task.include_path={self.include_path!r} is no folder; give one with task definitions")
         found = fingerprints(self.data or {})
-        manager = _manager(self.include_path)
+        manager = self._manager()
         if not manager.match_tasks([self.name]):
             raise ValueError(f"task={self.name!r} is unknown; `dllm lm-eval ls tasks` lists those of lm-eval")
-        return found
+        return found | {"definition": definition(manager, self.name, self.include_path)}
 
     def run(self, runner: Runner, seed: int) -> Graded:
         """Let the harness ask and grade."""
-        manager = _manager(self.include_path)
+        manager = self._manager()
         with TemporaryDirectory() as folder:
             if self.data:
                 (Path(folder) / "local.yaml").write_text(local(manager, self.name, self.data), encoding="utf-8")
@@ -89,6 +90,9 @@ class Harness:
                     apply_chat_template=self.chat,
                     system_instruction=self.system_instruction,
                 )
+
+    def _manager(self) -> Any:
+        return _manager(self.include_path, "" if self.include_path is None else tree(Path(self.include_path)))
 
     @contextmanager
     def _naming_splits(self) -> Iterator[None]:
@@ -125,7 +129,7 @@ def fingerprints(data: Mapping[str, str]) -> dict[str, str]:
     found = {}
     for split, file in data.items():
         try:
-            found[split] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+            found[split] = digest(Path(file))
         except OSError as error:
             reason = error.strerror
             raise ValueError(f"task.data.{split}={file!r} cannot be read ({reason}); give a JSONL file") from None
@@ -230,8 +234,8 @@ def _text(arguments: Any) -> str:
 
 
 @cache
-def _manager(include_path: str | None) -> Any:
-    """Knows all tasks, which takes it seconds to find."""
+def _manager(include_path: str | None, state: str) -> Any:
+    """Knows all tasks, which takes it seconds to find; of a folder as it is in some state."""
     return _harness().TaskManager(include_path=include_path)
 
 

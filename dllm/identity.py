@@ -1,0 +1,215 @@
+"""Who a file, a checkpoint or a model is, by its whole content: what changed is never taken for what it was.
+
+Files are hashed whole. The hash of one of 64 MiB and more is kept in the user's cache folder (XDG_CACHE_HOME, else
+~/.cache) with the file's path, size, time of change, inode and device, and holds as long as these do: a file that was
+changed and kept all of them is taken for unchanged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
+from glob import glob
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from dllm.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from dllm.loading import LanguageModel
+
+_BIG = 1 << 26  # bytes; less is hashed again in a moment
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
+# What else decides what a checkpoint computes and how it reads and writes text.
+_SETTINGS = (
+    "config.json", "generation_config.json", "adapter_config.json", "tokenizer*", "special_tokens_map.json",
+    "added_tokens.json", "chat_template*", "vocab*", "merges.txt", "*.model", "*.tiktoken",
+)  # fmt: skip
+_CONFIGS = ("config.json", "adapter_config.json")
+_PIECE = 1 << 19  # values that are put into one checksum; none takes more than the 8 bytes of a word
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """A sampler, a cache or another object of conf/ whose results depend on files."""
+
+    def files(self) -> Iterable[Path]:
+        """The files, or folders of checkpoints."""
+        ...
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's content, in hex digits.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    path = Path(os.path.realpath(path))
+    before = _state(path)
+    if before["size"] < _BIG:
+        return _hash(path)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dllm" / "digests"
+    note = cache / f"{hashlib.sha256(str(path).encode('utf-8', 'surrogateescape')).hexdigest()[:32]}.json"
+    if note.is_file():
+        with suppress(ValueError):
+            kept = read_json(note)
+            if isinstance(found := kept.pop("sha256", None), str) and kept == before:
+                return found
+    found = _hash(path)
+    if _state(path) == before:
+        with suppress(OSError):  # a cache that cannot be written only costs time
+            write_json(note, before | {"sha256": found})
+    return found
+
+
+def checkpoint(folder: Path) -> dict[str, str]:
+    """Two short hashes of a checkpoint: of its weights, and of its config, tokenizer and chat template."""
+    weights = {folder / name for name in _WEIGHTS}
+    for index in folder.glob("*.index.json"):
+        weights.add(index)
+        named = read_json(index).get("weight_map")
+        weights |= {folder / str(name) for name in (named.values() if isinstance(named, dict) else ())}
+    settings = {file for pattern in _SETTINGS for file in folder.glob(pattern)} - weights
+    return {"weights": _joint(folder, weights), "tokenizer_and_config": _joint(folder, settings)}
+
+
+def model(lm: LanguageModel) -> dict[str, str]:
+    """The same of a loaded model: of the folder it was loaded from, or of itself where it was made in memory."""
+    if lm.folder is not None:
+        return checkpoint(lm.folder) | ({} if lm.adapter is None else {"adapter": of_path(lm.adapter)})
+    config = {name: value for name, value in lm.backbone.config.to_dict().items() if name != "_name_or_path"}
+    tokenizer: Any = lm.tokenizer
+    text = None if tokenizer is None else [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
+    return {
+        "weights": checksum(lm.backbone.state_dict().items(), exact=True),
+        "tokenizer_and_config": _short([config, text]),
+    }
+
+
+def contents(options: Any) -> dict[str, str]:
+    """A hash of every file and folder that options name, at any depth."""
+    match options:
+        case Mapping():
+            return {name: found for value in options.values() for name, found in contents(value).items()}
+        case list() | tuple():
+            return {name: found for value in options for name, found in contents(value).items()}
+        case str() if options and (Path(options).is_file() or Path(options).is_dir()):
+            return {options: of_path(Path(options))}
+        case str() if any(sign in options for sign in "*?["):
+            named = map(Path, sorted(glob(options, recursive=True)))  # noqa: PTH207  # a pattern may be absolute
+            return {str(file): digest(file) for file in named if file.is_file()}
+    return {}
+
+
+def of_path(path: Path) -> str:
+    """A hash of a file, of a checkpoint's folder, or of everything in any other folder."""
+    if path.is_file():
+        return digest(path)
+    if any((path / name).is_file() for name in _CONFIGS):
+        return _short(checkpoint(path))
+    return tree(path)
+
+
+def tree(folder: Path) -> str:
+    """A hash of everything in a folder."""
+    return _joint(folder, (file for file in folder.rglob("*") if "__pycache__" not in file.parts))
+
+
+def read_by(value: Any) -> dict[str, str]:
+    """A hash of every file that an object reads, and of those that objects in its fields read."""
+    read = value.files() if isinstance(value, Reader) and not isinstance(value, type) else ()
+    found = {str(path): digest(path) if path.is_file() else _short(checkpoint(path)) for path in read}
+    if is_dataclass(value):
+        for field in fields(value):
+            found |= read_by(getattr(value, field.name))
+    return found
+
+
+def checksum(tensors: Iterable[tuple[str, Any]], exact: bool = False) -> str:
+    """Sixteen hex digits from every value of named tensors, the same on any device.
+
+    Per piece x of a tensor, as 64-bit words, with a mixing function m in which each bit of a word moves all others:
+
+        sum over i of m(x_i + (i + 1) c)   modulo 2^64
+
+    Args:
+        tensors: by name.
+        exact: tell apart what bfloat16 does not; otherwise floats are rounded to it.
+    """
+    state = hashlib.sha256()
+    mixers: dict[torch.device, Tensor] = {}
+    for name, tensor in tensors:
+        for part in _plain(tensor):
+            state.update(f"{name}{tuple(part.shape)}".encode())
+            if part.is_meta:
+                continue  # it lies on the disk, and there is nothing to read here
+            if part.device not in mixers:
+                mixers[part.device] = torch.arange(1, _PIECE + 1, device=part.device) * _signed(_GAMMA)
+            rounded = part.is_floating_point() and not exact
+            sums = []
+            for piece in part.reshape(-1).split(_PIECE):
+                data = (piece.to(torch.bfloat16) if rounded else piece).contiguous().view(torch.uint8)
+                words = torch.nn.functional.pad(data, (0, -len(data) % 8)).view(torch.int64)
+                sums.append(_mixed(words + mixers[part.device][: len(words)]).sum())
+            if sums:
+                state.update(torch.stack(sums).cpu().numpy().tobytes())
+    return state.hexdigest()[:16]
+
+
+_GAMMA, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def _mixed(words: Tensor) -> Tensor:
+    """The finaliser of splitmix64 (Steele, Lea and Flood 2014)."""
+    words = (words ^ _shifted(words, 30)) * _signed(_FIRST)
+    words = (words ^ _shifted(words, 27)) * _signed(_SECOND)
+    return words ^ _shifted(words, 31)
+
+
+def _shifted(words: Tensor, by: int) -> Tensor:
+    return (words >> by) & ((1 << (64 - by)) - 1)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _plain(tensor: Any) -> Iterator[Tensor]:
+    """The ordinary tensors that a tensor is made of: quantised ones keep several."""
+    if not isinstance(tensor, Tensor):
+        return
+    data = tensor.detach() if type(tensor) in (Tensor, torch.nn.Parameter) else tensor.data
+    if type(data) is Tensor or not hasattr(data, "__tensor_flatten__"):
+        yield data
+        return
+    for name in data.__tensor_flatten__()[0]:
+        yield from _plain(getattr(data, name))
+
+
+def _joint(folder: Path, files: Iterable[Path]) -> str:
+    """Of files by their names; those that are not there have no part in it."""
+    return _short({str(file.relative_to(folder)): digest(file) for file in sorted(files) if file.is_file()})
+
+
+def _short(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _state(path: Path) -> dict[str, Any]:
+    found = path.stat()
+    return {
+        "path": str(path), "size": found.st_size, "modified": found.st_mtime_ns, "inode": found.st_ino,
+        "device": found.st_dev,
+    }  # fmt: skip
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

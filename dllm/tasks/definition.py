@@ -1,0 +1,89 @@
+"""What a task of lm-evaluation-harness is made of, so that a changed one is another task."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dllm import identity
+
+
+class _Plain(yaml.SafeLoader):
+    """Reads a task's definition without importing the functions that it names."""
+
+
+_Plain.add_multi_constructor("!", lambda loader, suffix, node: loader.construct_scalar(node))
+
+
+def definition(manager: Any, name: str, include_path: str | None) -> str:
+    """One hash of what decides what a task asks and how it grades, but a data set of the hub.
+
+    That is the harness's version, all files of `include_path`, the task's YAML, those it includes, and of a group or
+    tag those of its members, with the Python files beside them, and the local data they name.
+    """
+    found = {} if include_path is None else {include_path: identity.tree(Path(include_path))}
+    for file in _sources(manager, name):
+        found |= {str(file): identity.digest(file)} | identity.contents(_data(file))
+    content = json.dumps([harness_version(), sorted(found.items())])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def harness_version() -> str:
+    """The harness's version; nothing where it is not installed."""
+    try:
+        return version("lm-eval")
+    except PackageNotFoundError:
+        return ""
+
+
+def _sources(manager: Any, name: str) -> set[Path]:
+    """The files that define a task and all that belong to it."""
+    left, names, found = list(manager.match_tasks([name])), set[str](), set[Path]()
+    while left:
+        names.add(this := left.pop())
+        entry = manager.task_index.get(this)
+        path = getattr(entry, "yaml_path", None)
+        files = [Path(path)] if path else []
+        left += [] if path else sorted(set(getattr(entry, "tags", ())) - names)  # a tag, which has no file of its own
+        while files:
+            file = files.pop()
+            if file in found or not file.is_file():
+                continue
+            found |= {file, *file.parent.glob("*.py")}
+            config = _read_yaml(file)
+            included, members = config.get("include") or [], config.get("task") or []
+            files += [file.parent / each for each in ([included] if isinstance(included, str) else included)]
+            left += sorted(set(_named(members)) - names)
+    return found
+
+
+def _named(members: Any) -> Iterator[str]:
+    """The names in a group's list, which may hold groups itself."""
+    match members:
+        case str():
+            yield members
+        case list():
+            for each in members:
+                yield from _named(each)
+        case dict():
+            yield from _named([members.get("task"), members.get("group")])
+
+
+def _data(file: Path) -> list[Any]:
+    """What a definition says about where its data is."""
+    config = {} if file.suffix == ".py" else _read_yaml(file)
+    return [config.get("dataset_path"), config.get("dataset_kwargs")]
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    with suppress(OSError, yaml.YAMLError):
+        found = yaml.load(file.read_bytes(), Loader=_Plain)  # a safe loader
+        return found if isinstance(found, dict) else {}
+    return {}

@@ -1,0 +1,176 @@
+"""Files that a command may write over: those of its own kind, told by what they hold, and none of other people."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dllm.files import parse_json, write_whole
+from dllm.filters import FILTER_FORMAT, filter_layouts
+from dllm.scripts import app
+
+_MOST = 1 << 26  # bytes; no text or picture of a command comes near
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file that a command makes.
+
+    Attributes:
+        name: what errors call it.
+        marks: whether a file that holds something is one.
+    """
+
+    name: str
+    marks: Callable[[Path], bool]
+
+
+def check(option: str, value: str, files: Mapping[Path, Kind]) -> None:
+    """Refuse to write files before any work is done.
+
+    Args:
+        option: where their paths come from.
+        value: what it is.
+        files: all that are going to be written.
+
+    Raises:
+        ValueError: one cannot be written, or is there and of another kind.
+    """
+    for path, kind in files.items():
+        app.check_writable(option, value, str(path))
+        if not _is_own(path, kind):
+            raise ValueError(
+                f"{option}={value!r}: {path} exists and is no {kind.name}; give another path, or remove that file"
+            )
+
+
+def write(option: str, value: str, contents: Mapping[Path, tuple[Kind, str | bytes]]) -> None:
+    """Write files whole, after one more look at what is there: hours may lie between it and the first.
+
+    Raises:
+        ValueError: one of them is of another kind by now; none is written then.
+    """
+    check(option, value, {path: kind for path, (kind, _) in contents.items()})
+    for path, (_, content) in contents.items():
+        write_whole(path, content)
+
+
+def svg(figure: Any) -> bytes:
+    """A matplotlib figure as a file, without the date."""
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
+
+
+def _is_own(path: Path, kind: Kind) -> bool:
+    path = Path(os.path.realpath(path))
+    # What is no ordinary file, such as /dev/stdout, keeps nothing.
+    return not path.is_file() or path.stat().st_size == 0 or kind.marks(path)
+
+
+def _text(name: str, pattern: str) -> Kind:
+    """Text that begins as a pattern says; of tables, to the end, so that nothing is lost that was added by hand."""
+    compiled = re.compile(pattern.encode(), re.DOTALL)
+
+    def marks(path: Path) -> bool:
+        with path.open("rb") as file:
+            return compiled.match(file.read(_MOST)) is not None
+
+    return Kind(name, marks)
+
+
+def _has_filter_layout(path: Path) -> bool:
+    """A file with our mark, or tensors of a filter with a card beside them, as earlier versions left it."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length) if length < _MOST else b""
+    try:
+        found = parse_json(header)
+    except ValueError:
+        return False
+    if not isinstance(found, dict):
+        return False
+    metadata = found.pop("__metadata__", None)
+    if isinstance(metadata, dict) and metadata.get("format") == FILTER_FORMAT:
+        return True
+    card = path.with_suffix(".json")
+    return set(found) in filter_layouts() and card.is_file() and CARD.marks(card)
+
+
+_ROWS = r"\|[-|]+\n(?:\|[^\n]*\n)*"
+TRADEOFF = _text("table of this command", r"(?!#)[^\n]+\n\n\| setting \| right answers \|[^\n]*\n" + _ROWS + r"\Z")
+CHART = _text("chart of this command", r"<\?xml.*Matplotlib v.*[> ]right answers[< ]")
+BENCH = _text(
+    "table of dllm bench",
+    r"(?!#)[^\n]+\n\n\| setting \| steps \|[^\n]*\n" + _ROWS
+    + r"(?:\n|\|[^\n]*\n|\\\* not the same[^\n]*\n|\? not decoded[^\n]*\n|Reading the weights once[^\n]*\n"
+    r"|A causal model of the same shape[^\n]*\n)*\Z",
+)  # fmt: skip
+BENCH_FORMAT = "dllm-bench"
+BENCH_RECORD = _text("record of dllm bench", rf'\{{\s*"(?:format": "{BENCH_FORMAT}"|setting": "[^\n]*",\s*"torch": )')
+MATRIX = _text("table of dllm compatibility", r"# What goes together\n\nMade by `dllm compatibility ")
+PICTURE = _text("picture of dllm generate", r'<svg class="rich-terminal".*Generated with Rich.*>step&#160;')
+FILTER = Kind("filter of dllm train-filter", _has_filter_layout)
+CARD = _text(
+    "card of a filter of dllm train-filter", r'\{\s*"architecture": "(?:published|neighbours)",\s*"block_length": '
+)
+RELIABILITY = _text("plot of dllm train-filter", r"<\?xml.*Matplotlib v.*[> ]share that was final[< ]")
+REPORT = {
+    ".md": _text("table of dllm report", r"# [^\n]*\n\n## [^\n]+\n\n\| setting \|"),
+    ".csv": _text("table of dllm report", r"label,model,task,folder,quality_name,quality,front[,\n]"),
+    ".html": _text("page of dllm report", r"<!DOCTYPE html>.*<title>[^<]* dllm report</title>"),
+    ".svg": _text(
+        "plot of dllm report", r'<\?xml(?!.*<metadata>).*<g id="figure_1">.*>(?:NFE per sample|tokens per second)<'
+    ),
+}
+
+
+def check_records(out: str, folder: Path, needed: tuple[str, ...]) -> None:
+    """Refuse a folder that is not one of records of `dllm train-filter`.
+
+    Raises:
+        ValueError: it is something else, or holds files and no recipe.
+    """
+    recipe, fix = folder / "recipe.json", "give another out, or remove that folder"
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"out={out!r}: {folder} is no folder; give another out, or remove it")
+    if recipe.is_file():
+        if not set(needed) <= set(_object(recipe)):
+            raise ValueError(f"out={out!r}: {recipe} is damaged, or no recipe of dllm train-filter; {fix}")
+    elif any(not each.name.startswith(".") for each in folder.iterdir()):
+        raise ValueError(f"out={out!r}: {folder} holds no records of dllm train-filter; {fix}")
+
+
+def check_training(option: str, folder: Path, names: Iterable[str]) -> None:
+    """Refuse a folder with a model that `dllm train-tiny` did not make.
+
+    Args:
+        option: where its path comes from.
+        folder: it.
+        names: of the files that are going to be written.
+
+    Raises:
+        ValueError: it holds one of them, and neither a recipe nor a model card of ours.
+    """
+    there = [folder / name for name in names if (folder / name).exists() or (folder / name).is_symlink()]
+    card = b"It does one thing: solve the word problems"
+    marks = {folder / "train_tiny.yaml": b"matrix_lr:", folder / "README.md": card}
+    if there and not any(file.is_file() and mark in file.read_bytes() for file, mark in marks.items()):
+        raise ValueError(
+            f"{option}={str(folder)!r}: {there[0]} exists and is of no model of dllm train-tiny; give another folder"
+        )
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        found = parse_json(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

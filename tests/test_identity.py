@@ -1,0 +1,248 @@
+"""Old results are never given for other weights, configs, tokenizers, guides, filters, tasks or data."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import dllm
+from commands import command
+from dllm import identity
+from dllm.loading import BUNDLED
+from dllm.samplers import ARGuided, FreeDave, Learn2PD, Oracle
+from models import random_dream, random_llada, save_folder
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    return save_folder(random_llada(tokenizer=True, max_length=96, dtype=torch.float32), folder)
+
+
+def one_value(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("q_proj.weight"))
+    tensors[name][1, 3] += 1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def edit(name: str, old: str, new: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new))
+
+    return change
+
+
+CHANGES: dict[str, Callable[[Path], None]] = {
+    "one value of one tensor": one_value,
+    "a constant of the config": edit("config.json", '"rope_theta": 10000.0', '"rope_theta": 10001.0'),
+    "the chat template": lambda folder: (folder / "chat_template.jinja").open("a").write(" ") and None,
+    "the tokenizer": edit("tokenizer.json", '"Tom"', '"Tim"'),
+    "what ends a text": lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": 3}') and None,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_what_changes_a_checkpoint_changes_who_it_is(
+    change: Callable[[Path], None], saved: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    assert identity.checkpoint(folder) == identity.checkpoint(saved)
+    change(folder)
+    assert identity.checkpoint(folder) != identity.checkpoint(saved)
+
+
+def test_what_does_not_belong_to_a_checkpoint_changes_nothing(saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    for name in ("README.md", "trainer_state.json", "mine.safetensors", "mine.json"):
+        (folder / name).write_text("{}")
+    assert identity.checkpoint(folder) == identity.checkpoint(saved)
+
+
+def test_links_into_a_store_of_blobs_are_followed(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    for file in shutil.copytree(saved, tmp_path / "blobs").iterdir():
+        (folder / file.name).symlink_to(file)
+    assert identity.checkpoint(folder) == identity.checkpoint(saved)
+    one_value(tmp_path / "blobs")
+    assert identity.checkpoint(folder) != identity.checkpoint(saved)
+
+
+def test_shards_that_only_an_index_names_count(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "part.safetensors"}}))
+    found = set()
+    for content in (b"1", b"2"):
+        (tmp_path / "part.safetensors").write_bytes(content)
+        found.add(identity.checkpoint(tmp_path)["weights"])
+    assert len(found) == 2
+
+
+def test_evaluate_runs_again_for_another_checkpoint(saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved, tmp_path / "model")
+    asked = (
+        f"model={folder}", f"out={tmp_path / 'out'}", "task.limit=1", "gen_length=8", "baselines=0", "frames=0",
+    )  # fmt: skip
+    for count, change in enumerate((lambda folder: None, *CHANGES.values()), start=1):
+        change(folder)
+        outcome = command("evaluate", *asked)
+        assert outcome.code == 0, outcome.err
+        assert len(list((tmp_path / "out").glob("*/results.json"))) == count
+    found = command("evaluate", *asked)  # and gives what it has where nothing changed
+    assert len(list((tmp_path / "out").glob("*/results.json"))) == count, found.out
+
+
+class TestFilesOfSamplers:
+    def test_guides_and_filters_are_known_by_their_content(self, saved: Path, tmp_path: Path) -> None:
+        guide = shutil.copytree(BUNDLED / "tiny-guide", tmp_path / "guide")
+        for name in ("learn2pd.safetensors", "learn2pd.json"):
+            shutil.copy(BUNDLED / "tiny-llada" / name, tmp_path)
+        guided, learned = ARGuided(str(guide)), Learn2PD(str(tmp_path / "learn2pd.safetensors"))
+        for sampler, change in (
+            (guided, edit("guide/config.json", '"rope_theta": 10000.0', '"rope_theta": 10001.0')),
+            (guided, lambda folder: one_value(folder / "guide")),
+            (guided, edit("guide/tokenizer.json", '"Tom"', '"Tim"')),
+            (learned, edit("learn2pd.json", '"tiny-llada"', '"other"')),
+            (FreeDave(base=learned), lambda folder: (folder / "learn2pd.safetensors").open("ab").write(b" ") and None),
+        ):
+            before = identity.read_by(sampler)
+            assert before == identity.read_by(sampler)
+            change(tmp_path)
+            assert identity.read_by(sampler).keys() == before.keys()
+            assert identity.read_by(sampler) != before
+
+    def test_bundled_ones_are_as_well(self) -> None:
+        assert str(BUNDLED / "tiny-guide") in identity.read_by(ARGuided())
+        names = {str(BUNDLED / name / f"learn2pd.{end}") for name in ("tiny-llada", "tiny-dream")
+                 for end in ("json", "safetensors")}  # fmt: skip
+        for sampler in (Learn2PD(), FreeDave(base="learn2pd"), Oracle(base="learn2pd"), Oracle(base=Learn2PD())):
+            assert identity.read_by(sampler).keys() == names
+        assert identity.read_by(FreeDave()) == {}
+
+
+class TestHashesOfBigFiles:
+    def test_are_kept_until_the_file_changes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        hashed: list[str] = []
+        real = identity._hash
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setattr(identity, "_BIG", 4)
+        monkeypatch.setattr(identity, "_hash", lambda path: hashed.append(path.name) or real(path))
+        file, small = tmp_path / "a", tmp_path / "b"
+        file.write_bytes(b"12345")
+        small.write_bytes(b"1")
+        for _ in range(2):
+            assert identity.digest(file) == real(file)
+            identity.digest(small)
+        assert hashed == ["a", "b", "b"]
+        file.write_bytes(b"67890")
+        assert identity.digest(file) == real(file)
+        (note,) = (tmp_path / "cache" / "dllm" / "digests").iterdir()
+        for content in ("", "[]", "{", '{"sha256": 5}'):
+            note.write_text(content)
+            assert identity.digest(file) == real(file)
+
+    def test_without_a_place_for_them_are_made_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "file").write_text("x")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        monkeypatch.setattr(identity, "_BIG", 0)
+        assert identity.digest(tmp_path / "file") == identity.digest(tmp_path / "file")
+
+
+class TestFingerprint:
+    @pytest.mark.parametrize("make", [random_llada, random_dream])
+    def test_any_single_value_tells(self, make: Any) -> None:
+        backbone = make().backbone
+        before = backbone.fingerprint()
+        for parameter in backbone.parameters():
+            flat = parameter.data.view(-1)
+            for place in (1, len(flat) // 3, -1):
+                flat[place] *= -1.5
+                assert backbone.fingerprint() != before
+                flat[place] /= -1.5
+        assert backbone.fingerprint() == before
+
+    def test_changes_of_signs_do_not_cancel_out(self) -> None:
+        backbone = random_llada().backbone
+        before, weight = backbone.fingerprint(), next(backbone.parameters()).data
+        weight *= -1
+        assert backbone.fingerprint() != before
+
+    def test_the_constants_of_the_config_tell(self) -> None:
+        backbone = random_dream().backbone
+        before = backbone.fingerprint()
+        backbone.config.rope_theta = 5e5
+        assert backbone.fingerprint() != before
+
+    def test_it_is_the_same_in_any_precision_and_layout(self) -> None:
+        found = {random_llada(dtype=kind).backbone.fingerprint() for kind in (torch.float32, torch.float64)}
+        found.add(random_llada(dtype=torch.float32).backbone.to(torch.bfloat16).fingerprint())
+        assert len(found) == 1
+
+    def test_a_filter_does_not_fit_weights_that_differ_in_one_value(self) -> None:
+        lm = dllm.load("tiny-llada", device="cpu", dtype="float32")
+        dllm.generate(lm, "Tom has 3 pens.", Learn2PD(), gen_length=32)
+        next(lm.backbone.parameters()).data.view(-1)[1] += 1
+        with pytest.raises(ValueError, match="filter=null finds no bundled filter"):
+            dllm.generate(lm, "Tom has 3 pens.", Learn2PD(), gen_length=32)
+
+    def test_what_is_made_in_memory_is_known_by_all_it_holds(self) -> None:
+        first, same, other = (random_llada(seed=seed, tokenizer=True) for seed in (0, 0, 1))
+        assert identity.model(first) == identity.model(same)
+        assert identity.model(first)["weights"] != identity.model(other)["weights"]
+        weight = next(same.backbone.parameters()).data
+        weight.view(-1)[5] *= 1 + 1e-9  # less than bfloat16 can tell
+        assert identity.model(first)["weights"] != identity.model(same)["weights"]
+        assert same.tokenizer is not None
+        same.tokenizer.chat_template = "{{ messages }}"
+        assert identity.model(first)["tokenizer_and_config"] != identity.model(same)["tokenizer_and_config"]
+
+
+class TestTasks:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        folder = tmp_path / "tasks"
+        folder.mkdir()
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere" / "base.yaml").write_text("output_type: generate_until\ndoc_to_text: '{{q}}'\n")
+        (tmp_path / "rows.jsonl").write_text('{"q": "1"}\n')
+        (folder / "utils.py").write_text("def grade(doc, results):\n    return {'a': 1}\n")
+        (folder / "mine.yaml").write_text(
+            f"include: {tmp_path / 'elsewhere' / 'base.yaml'}\ntask: mine\ndataset_path: json\n"
+            f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.jsonl'}}}}}\n"
+            "process_results: !function utils.grade\n"
+        )
+        (folder / "group.yaml").write_text("group: several\ntask:\n- mine\n")
+        return folder
+
+    @pytest.mark.parametrize("name", ["mine", "several"])
+    @pytest.mark.parametrize(
+        "file", ["tasks/mine.yaml", "tasks/utils.py", "elsewhere/base.yaml", "rows.jsonl"], ids=lambda file: file
+    )
+    def test_everything_a_task_is_made_of_tells(self, name: str, file: str, folder: Path) -> None:
+        tasks = pytest.importorskip("lm_eval.tasks")
+        from dllm.tasks.definition import definition
+
+        manager = tasks.TaskManager(include_path=str(folder), include_defaults=False)
+        before = [definition(manager, name, path) for path in (str(folder), None)]
+        with (folder.parent / file).open("a") as text:
+            text.write("\n# changed\n" if "jsonl" not in file else '{"q": "2"}\n')
+        after = [definition(manager, name, path) for path in (str(folder), None)]
+        assert not set(before) & set(after)
+
+    def test_another_harness_is_another_task(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        tasks = pytest.importorskip("lm_eval.tasks")
+        from dllm.tasks import definition as module
+
+        manager = tasks.TaskManager(include_path=str(folder), include_defaults=False)
+        before = module.definition(manager, "mine", None)
+        monkeypatch.setattr(module, "version", lambda name: "99")
+        assert module.definition(manager, "mine", None) != before
