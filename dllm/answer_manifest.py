@@ -12,10 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from dllm import identity
 from dllm.files import read_json, write_json
 from dllm.jsonl import AnswerFile, Question
 from dllm.loading import LanguageModel
-from dllm.run_folder import contents
 
 FORMAT, VERSION = "dllm-answers", 1
 # Options that change no answer, or only as rounding does. All others count, those that are added later too.
@@ -159,7 +159,7 @@ def describe(fields: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str,
     options = {name: value for name, value in _flat(fields).items() if name.partition(".")[0] not in _FREE}
     if fields["cache"].get("refresh_above") is None:
         options.pop("cache.measure_every", None)  # comparing alone changes nothing
-    for name, digest in contents([fields["sampler"], fields["cache"]]).items():
+    for name, digest in identity.contents([fields["sampler"], fields["cache"]]).items():
         options[f"content of {name}"] = digest
     return {
         "options": options,
@@ -171,12 +171,8 @@ def describe(fields: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str,
 
 def identify(lm: LanguageModel) -> dict[str, Any]:
     """What tells a loaded model from others, wherever it lies and runs."""
-    tokens = getattr(lm.tokenizer, "backend_tokenizer", None)
-    text = [None if tokens is None else tokens.to_str(), getattr(lm.tokenizer, "chat_template", None)]
-    return {
-        "weights": lm.backbone.fingerprint(),
+    return identity.model(lm) | {
         "model.dtype": str(lm.backbone.dtype).removeprefix("torch."),
-        "tokenizer": hashlib.sha256(json.dumps(text).encode()).hexdigest()[:16],
         "eos": list(lm.backbone.eos_token_ids),
     }
 

@@ -185,12 +185,13 @@ def _plain(tensor: Any) -> Iterator[Tensor]:
     """The ordinary tensors that a tensor is made of: quantised ones keep several."""
     if not isinstance(tensor, Tensor):
         return
-    data = tensor.detach() if type(tensor) in (Tensor, torch.nn.Parameter) else tensor.data
-    if type(data) is Tensor or not hasattr(data, "__tensor_flatten__"):
-        yield data
-        return
-    for name in data.__tensor_flatten__()[0]:
-        yield from _plain(getattr(data, name))
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _plain(getattr(tensor, name))
+    elif tensor.is_quantized or type(tensor).dequantize is not Tensor.dequantize:
+        yield tensor.dequantize().detach()
+    else:
+        yield tensor.detach()
 
 
 def _joint(folder: Path, files: Iterable[Path]) -> str:

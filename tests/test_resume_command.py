@@ -215,7 +215,7 @@ class TestModels:
     def test_other_precision_is_refused(self, answered: bytes, monkeypatch: Any) -> None:
         lm = random_llada(tokenizer=True, seed=1, max_length=96, dtype=torch.float32)
         monkeypatch.setitem(MODELS, "tiny-llada", lm)
-        refused(run(), "model.dtype=float64; this run has model.dtype=float32")
+        refused(run(), "model.dtype=float64; this run has", "model.dtype=float32: give")
 
     def test_the_same_weights_under_another_name_go_on(self, answered: bytes, monkeypatch: Any) -> None:
         monkeypatch.setitem(MODELS, "tiny-dream", MODELS["tiny-llada"])
