@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from math import inf
 from numbers import Integral, Real
 from typing import Any
@@ -39,3 +42,27 @@ def choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     if value not in choices:
         words = ", ".join("null" if one is None else str(one) for one in choices)
         raise ValueError(f"{name}={value!r} is unknown; use one of {words}")
+
+
+@contextmanager
+def naming(options: Mapping[str, str]) -> Iterator[None]:
+    """Let errors about parameters name the options that the user wrote.
+
+    Args:
+        options: per parameter the option its value came from.
+
+    Raises:
+        ValueError: what was raised within, in those words.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(renamed(str(error), options)) from error
+
+
+def renamed(text: str, options: Mapping[str, str]) -> str:
+    """An error's text with `PARAMETER=` as `OPTION=`, where it stands by itself."""
+    if not options:
+        return text
+    known = "|".join(map(re.escape, options))
+    return re.sub(rf"(?<![\w.('\"\]])({known})=", lambda found: f"{options[found[1]]}=", text)

@@ -7,18 +7,18 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from dllm.resolve import names, resolve
+from dllm.resolve import names
 from dllm.scripts import usage
+from dllm.scripts.ending import fail, leave_quietly
 from dllm.scripts.kinds import check_kinds
 
 # Options whose values are quoted for Hydra, so that commas, "?" and "=" in them mean themselves.
@@ -43,7 +43,7 @@ _POSITIONAL = {"report": "folder", "show": "path"}
 _VALUED = {"-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"}
 _MULTIRUN = ("-m", "--multirun")
 _FLAGS = """-h --help --hydra-help -v --version -c --cfg --resolve -p --package -r --run -m --multirun -sc
---shell-completion -cp --config-path -cn --config-name -cd --config-dir --experimental-rerun -i --info""".split()
+--shell-completion -cp --config-path -cn --config-name -cd --config-dir -i --info""".split()
 # What bad input looks like when it surfaces; anything else is a bug and keeps its traceback.
 BAD_INPUT = (ValueError, OSError, HydraException, OmegaConfBaseException)
 
@@ -62,11 +62,12 @@ def run(task: Callable[[DictConfig], Any], config_name: str, kinds: Mapping[str,
         # Caught here as well as below: what leaves the task as an error, Hydra reports in its own words.
         try:
             check_kinds(cfg, config_name, kinds or {})
-            return task(cfg)
+            result = task(cfg)
+            if sys.stdout is not None:
+                sys.stdout.flush()  # whether it can be written is known now
+            return result
         except BrokenPipeError:
-            # Whoever read the output has seen enough; nothing is left to flush at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
+            leave_quietly()
         except BAD_INPUT as error:
             message = _qualified(one_line(error), cfg)
             if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -84,44 +85,16 @@ def run(task: Callable[[DictConfig], Any], config_name: str, kinds: Mapping[str,
             return
         sys.argv = [command, *arguments]
         hydra.main(version_base="1.3", config_path="pkg://dllm.conf", config_name=config_name)(guarded)()
+    except BrokenPipeError:
+        leave_quietly()
     except BAD_INPUT as error:
         fail(command, one_line(error))
-    except KeyboardInterrupt:
-        fail(command, "interrupted; what was written is kept", code=130)
-
-
-def make(place: str, group: str, protocol: type, entry: Any) -> Any:
-    """Make the sampler or cache that an option holds.
-
-    Args:
-        place: what errors call it.
-        group: sampler or cache.
-        protocol: what it must be.
-        entry: {_target_: ..., its options}.
-
-    Raises:
-        ValueError: it is something else, or refuses its options.
-    """
-    fields = OmegaConf.to_container(entry, resolve=True) if OmegaConf.is_config(entry) else entry
-    if not isinstance(fields, dict) or "_target_" not in fields:
-        raise ValueError(f"{place}={fields!r} is no {group}; give {{_target_: dllm.{group}..., its options}}")
-    try:
-        made = instantiate(fields)
-    except (*BAD_INPUT, TypeError) as error:
-        raise ValueError(f"{place}: {one_line(error)}") from None
-    return resolve(group, made, protocol, place)
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
-
-
-def fail(command: str, message: str, code: int = 2) -> NoReturn:
-    """Say what is wrong and leave."""
-    print(f"{command}: error: {message}", file=sys.stderr)
-    sys.exit(code)
 
 
 def check_writable(option: str, value: str, file: str | None = None) -> None:
@@ -179,6 +152,8 @@ def _rewrite_one(argument: str, open_groups: Mapping[str, Sequence[str]], multir
         raise ValueError(f"{argument!r} is no flag; options are written name=value, and --help lists them")
     if not separator:
         return [argument]
+    if key.lstrip("+").startswith("hydra.") and "_target_" in argument:
+        raise ValueError(f"{argument!r} names code to run; choose with hydra/launcher=NAME or hydra/sweeper=NAME")
     paths = value.split(",") if multirun else [value]
     if key in open_groups and not set(paths) <= set(open_groups[key]):
         choice, option = _OTHERS[key]

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all, so that signals are heard while the rest is imported
+    from dllm.scripts.cli import main as _main
+
+    _main("bench")
+    raise SystemExit
+
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +30,7 @@ from dllm.cache.base import Cache
 from dllm.checks import choice, number
 from dllm.files import write_whole
 from dllm.loading import DTYPES, find_device
-from dllm.resolve import options_of
+from dllm.resolve import build, options_of
 from dllm.samplers.base import Sampler
 from dllm.scripts import app
 
@@ -128,7 +134,7 @@ def _named(cfg: DictConfig, parameter: str, group: str, protocol: type) -> dict[
             own = ", ".join(option for option in known if option != "_target_")
             raise ValueError(f"{called}: {strange[0]} is no option of {name}; use one of {own or 'none'}")
         chosen = known | dict(options)
-        found[label] = app.make(called, group, protocol, OmegaConf.create(chosen))
+        found[label] = build(called, chosen, protocol)
     return found
 
 
@@ -215,7 +221,3 @@ def _shares_table(costs: Mapping[str, Cost]) -> str:
 
 def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
-
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all, so that signals are heard while the rest is imported
+    from dllm.scripts.cli import main as _main
+
+    _main("evaluate")
+    raise SystemExit
+
 import json
 import os
 import sys
@@ -14,22 +20,23 @@ from typing import Any, get_type_hints
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import dllm
 from dllm import compatibility
+from dllm.cache.base import Cache
 from dllm.checks import choice, number
 from dllm.files import parse_json
 from dllm.journal import Journal
 from dllm.likelihood import Estimate
 from dllm.metrics import COSTS
 from dllm.plan import parse_options
-from dllm.resolve import options_of
+from dllm.resolve import build, names, options_of, variants
 from dllm.run_folder import RunFolder, contents
 from dllm.runner import Runner, Setting
+from dllm.samplers.base import Sampler
 from dllm.scripts import app
 from dllm.tasks.base import Task
 
@@ -84,7 +91,8 @@ def _check(fields: Mapping[str, Any]) -> None:
 
 def _results(cfg: DictConfig, fields: Mapping[str, Any], label: str) -> tuple[dict[str, Any], Path]:
     """The results of a run and its folder; measured now unless they are there."""
-    sampler, cache, task = (instantiate(cfg[group]) for group in ("sampler", "cache", "task"))
+    sampler, cache = build("sampler", cfg.sampler, Sampler), build("cache", cfg.cache, Cache)
+    task: Task = build("task", cfg.task, Task)
     options = {name: fields[name] for name in _OPTIONS if fields[name] is not None or name == "block_length"}
     if fields["gen_length"] is None and task.gen_length is not None:
         options["gen_length"] = task.gen_length
@@ -146,7 +154,8 @@ def _label(fields: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
     shown = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)  # noqa: E731
     parts = []
     for group in ("sampler", "cache"):
-        known, options = options_of(group, chosen[group]), fields[group].items()
+        ours = chosen[group] in names(group) + variants(group)  # no YAML of the user's own
+        known, options = options_of(group, chosen[group]) if ours else {}, fields[group].items()
         told = [(name, value) for name, value in options if known.get(name, ...) != value or f"{group}.{name}" in given]
         parts.append(" ".join([str(chosen[group]), *(f"{name}={shown(value)}" for name, value in told)]))
     own = [f"{name}={shown(fields[name])}" for name in sorted((_OPTIONS | {"seed"}) - {"batch_size"}) if name in given]
@@ -224,7 +233,3 @@ def _progress(label: str) -> Iterator[Callable[[int, int], object]]:
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task(label, total=None)
         yield (lambda done, total: progress.update(bar, completed=done, total=total)) if console.is_terminal else line
-
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all, so that signals are heard while the rest is imported
+    from dllm.scripts.cli import main as _main
+
+    _main("generate")
+    raise SystemExit
+
 import random
 import re
 import sys
@@ -10,7 +16,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from hydra.utils import instantiate
 from jinja2 import TemplateError
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -19,10 +24,13 @@ from rich.text import Text
 
 import dllm
 from dllm import compatibility
+from dllm.cache.base import Cache
 from dllm.display import CanvasView, live, plain, save_picture
 from dllm.drift import Drift, Measurement, summarise
 from dllm.jsonl import AnswerFile, Question, read_questions
 from dllm.prompts import encode
+from dllm.resolve import build
+from dllm.samplers.base import Sampler
 from dllm.scripts import app
 from dllm.step import Step
 from dllm.tasks import word_problems
@@ -41,7 +49,7 @@ def generate(cfg: DictConfig) -> None:
     _check(cfg)
     questions = read_questions(Path(cfg.input)) if cfg.input else []
     answers = AnswerFile(Path(cfg.output)) if cfg.output else None
-    sampler, cache = instantiate(cfg.sampler), instantiate(cfg.cache)
+    sampler, cache = build("sampler", cfg.sampler, Sampler), build("cache", cfg.cache, Cache)
     fields: Any = OmegaConf.to_container(cfg, resolve=True)
     options = {name: fields[name] for name in dllm.Options.__dataclass_fields__}
     options["seed"] = random.randrange(_SEEDS) if cfg.seed is None else cfg.seed
@@ -222,7 +230,3 @@ def _progress(show: str, total: int, done: int) -> Iterator[Callable[[str | int]
     else:
         count = iter(range(done + 1, total + 1))
         yield lambda name: print(f"{next(count)}/{total}  {name}", file=sys.stderr) if show != "none" else None
-
-
-if __name__ == "__main__":
-    main()

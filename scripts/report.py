@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all, so that signals are heard while the rest is imported
+    from dllm.scripts.cli import main as _main
+
+    _main("report")
+    raise SystemExit
+
 import re
 from pathlib import Path
 
@@ -118,7 +124,3 @@ def _drawn(group: Group, shown: list[table.Column]) -> Table:
         style = "italic dim" if run.bound else "bold" if table.fronts(group, run) else ""
         drawn.add_row(*row, style=style)
     return drawn
-
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all, so that signals are heard while the rest is imported
+    from dllm.scripts.cli import main as _main
+
+    _main("tradeoff")
+    raise SystemExit
+
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +27,7 @@ from dllm.checks import number
 from dllm.evaluation import Score, evaluate
 from dllm.files import write_whole
 from dllm.plan import parse_options
+from dllm.resolve import build
 from dllm.samplers.base import Sampler
 from dllm.scripts import app
 from dllm.tasks import word_problems
@@ -75,8 +82,11 @@ def tradeoff(cfg: DictConfig, command: str = "tradeoff", cost: str = "nfe") -> N
 def _setting(label: str, entry: DictConfig) -> tuple[Any, Any, dict[str, Any]]:
     """A sampler, a cache, and the options of the run that are their own."""
     fields: Any = OmegaConf.to_container(entry, resolve=True)
+    place = f"settings.{label}"
+    if not isinstance(fields, dict):
+        raise ValueError(f"{place}={fields!r} is no setting; give {{_target_: dllm.samplers..., its options}}")
     own, cache = fields.pop("run", {}), fields.pop("cache", {"_target_": "dllm.cache.NoCache"})
-    return app.make(label, "sampler", Sampler, fields), app.make(label, "cache", Cache, cache), own
+    return build(place, fields, Sampler), build(f"{place}.cache", cache, Cache), own
 
 
 def _measure(
@@ -191,7 +201,3 @@ def _new_figure() -> Any:
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
-
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all, so that signals are heard while the rest is imported
+    from dllm.scripts.cli import main as _main
+
+    _main("train-filter")
+    raise SystemExit
+
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -12,13 +18,13 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save
 
 import dllm
+from dllm.cache.base import Cache
 from dllm.checks import choice, number
 from dllm.files import read_json, write_json, write_whole
 from dllm.filter_training import Records, Training, collect, fit, measure, split
@@ -26,6 +32,8 @@ from dllm.filters import Filter, FilterCard
 from dllm.jsonl import read_questions
 from dllm.plan import Plan
 from dllm.prompts import encode
+from dllm.resolve import build
+from dllm.samplers.base import Sampler
 from dllm.scripts import app
 from dllm.tasks import word_problems
 
@@ -45,7 +53,7 @@ def main() -> None:
 def train_filter(cfg: DictConfig) -> None:
     """Collect records, train, measure, write the filter and its card."""
     how = _check(cfg)
-    sampler, cache = instantiate(cfg.sampler), instantiate(cfg.cache)
+    sampler, cache = build("sampler", cfg.sampler, Sampler), build("cache", cfg.cache, Cache)
     fields: Any = OmegaConf.to_container(cfg, resolve=True)
     options = {name: fields[name] for name in dllm.Options.__dataclass_fields__ if name in fields}
     dllm.Options(**options)  # refuse bad values before the model loads
@@ -241,7 +249,3 @@ def _check(cfg: DictConfig) -> Training:
     return Training(
         cfg.architecture, cfg.hidden, cfg.rate, cfg.train_batch_size, cfg.epochs, cfg.patience, cfg.held_out, cfg.seed
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -7,6 +7,12 @@ model card.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all, so that signals are heard while the rest is imported
+    from dllm.scripts.cli import main as _main
+
+    _main("train-tiny")
+    raise SystemExit
+
 import shutil
 import time
 from pathlib import Path
@@ -228,7 +234,3 @@ def _check(cfg: DictConfig) -> None:
             f"model.num_heads={size.num_heads} is out of range; twice it must divide hidden_size={size.hidden_size}, "
             f"and num_kv_heads={size.num_kv_heads} must divide it"
         )
-
-
-if __name__ == "__main__":
-    main()
