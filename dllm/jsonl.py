@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dllm.files import parse_json
+from dllm.files import check_readable, parse_json
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ def read_questions(path: Path, option: str = "input") -> list[Question]:
     Raises:
         ValueError: an unreadable file or line, a line without a prompt, or an id that occurs twice.
     """
+    check_readable(option, path, "a JSONL file in UTF-8")
     try:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:

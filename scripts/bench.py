@@ -140,17 +140,15 @@ def _named(cfg: DictConfig, parameter: str, group: str, protocol: type) -> dict[
 
 def _load(cfg: DictConfig) -> dllm.LanguageModel:
     options: Any = OmegaConf.to_container(cfg.model, resolve=True)
-    path = options.pop("path")
-    choice("pack", options["pack"], (True, False))
-    if not path.startswith("random:"):
-        return dllm.load(path, **options | {"pack": False})
+    if not options["path"].startswith("random:"):
+        return app.load_model(options | {"pack": False})
     for name in ("revision", "device_map", "attn_implementation"):
         if options[name] is not None:
             raise ValueError(f"model.{name}={options[name]!r} has no effect on a random model; leave it out")
-    device = find_device(options["device"])
+    device = find_device(options["device"], "model.device")
     dtype = "float32" if options["dtype"] == "auto" else options["dtype"]
-    choice("dtype", dtype, DTYPES)
-    return random_model(path.removeprefix("random:"), cfg.canvas, device, getattr(torch, dtype))
+    choice("model.dtype", dtype, DTYPES)
+    return random_model(options["path"].removeprefix("random:"), cfg.canvas, device, getattr(torch, dtype))
 
 
 def _measure(

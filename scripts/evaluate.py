@@ -27,12 +27,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import dllm
 from dllm import compatibility
 from dllm.cache.base import Cache
-from dllm.checks import choice, number
+from dllm.checks import choice, naming, number
 from dllm.files import parse_json
 from dllm.journal import Journal
 from dllm.likelihood import Estimate
 from dllm.metrics import COSTS
-from dllm.plan import parse_options
+from dllm.plan import SEEDS, parse_options
 from dllm.resolve import build, names, options_of, variants
 from dllm.run_folder import RunFolder, contents
 from dllm.runner import Runner, Setting
@@ -70,7 +70,9 @@ def evaluate(cfg: DictConfig) -> float | tuple[float, ...] | None:
         with _threads(fields["threads"]):
             results, path = _results(cfg, fields, label)
     except Exception as error:
-        if sweeping:  # the others go on, and the report tells why this one is missing
+        if sweeping and not isinstance(
+            error, BrokenPipeError
+        ):  # the others go on, and the report tells why this one is missing
             refused.fail(app.one_line(error))
         raise
     refused.forgive()
@@ -82,6 +84,7 @@ def evaluate(cfg: DictConfig) -> float | tuple[float, ...] | None:
 def _check(fields: Mapping[str, Any]) -> None:
     for name in fields["objective"]:
         choice("objective", name, ("accuracy", *COSTS))
+    number("seed", fields["seed"], "a whole number from 0 to 2**62 - 1", low=0, high=SEEDS - 1, whole=True)
     for name in ("baselines", "frames"):
         number(name, fields[name], "0 or more", low=0, whole=True)
     if fields["threads"] is not None:
@@ -99,9 +102,10 @@ def _results(cfg: DictConfig, fields: Mapping[str, Any], label: str) -> tuple[di
     # Bad values are refused before the model loads.
     compatibility.check(sampler, cache, parse_options(options).cfg_scale)
     seed = fields["seed"] if fields["estimate"]["order"] == "random" else 0  # the others draw nothing
-    estimate = Estimate(**fields["estimate"], seed=seed, cfg_scale=fields["cfg_scale"])
+    with naming({name: f"estimate.{name}" for name in fields["estimate"]}):
+        estimate = Estimate(**fields["estimate"], seed=seed, cfg_scale=fields["cfg_scale"])
     files = task.check()
-    lm = _load(json.dumps(fields["model"]))
+    lm = _load(json.dumps(fields["model"]), app.option_of("model"))
     folder = RunFolder(Path(fields["out"]), label, _identity(fields, lm, task, files))
     main = fields["task"].get("metric")
     if (found := folder.results(main)) is not None:
@@ -120,10 +124,9 @@ def _results(cfg: DictConfig, fields: Mapping[str, Any], label: str) -> tuple[di
 
 
 @lru_cache(maxsize=1)
-def _load(model: str) -> dllm.LanguageModel:
-    """The model of some options, kept for the next job of a sweep."""
-    options = parse_json(model)
-    return dllm.load(options.pop("path"), **options)
+def _load(model: str, option: str) -> dllm.LanguageModel:
+    """The model of some options, kept for the next job of a sweep; `option` is what errors call its name."""
+    return app.load_model(parse_json(model), option)
 
 
 def _identity(

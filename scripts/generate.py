@@ -8,6 +8,7 @@ if __name__ == "__main__":  # first of all, so that signals are heard while the 
     _main("generate")
     raise SystemExit
 
+import os
 import random
 import re
 import sys
@@ -28,6 +29,7 @@ from dllm.cache.base import Cache
 from dllm.display import CanvasView, live, plain, save_picture
 from dllm.drift import Drift, Measurement, summarise
 from dllm.jsonl import AnswerFile, Question, read_questions
+from dllm.plan import SEEDS
 from dllm.prompts import encode
 from dllm.resolve import build
 from dllm.samplers.base import Sampler
@@ -36,7 +38,6 @@ from dllm.step import Step
 from dllm.tasks import word_problems
 
 _KINDS = get_type_hints(dllm.Options) | {"seed": int | None, "prompt": str | None}
-_SEEDS = 2**62
 
 
 def main() -> None:
@@ -52,13 +53,13 @@ def generate(cfg: DictConfig) -> None:
     sampler, cache = build("sampler", cfg.sampler, Sampler), build("cache", cfg.cache, Cache)
     fields: Any = OmegaConf.to_container(cfg, resolve=True)
     options = {name: fields[name] for name in dllm.Options.__dataclass_fields__}
-    options["seed"] = random.randrange(_SEEDS) if cfg.seed is None else cfg.seed
+    options["seed"] = random.randrange(SEEDS) if cfg.seed is None else cfg.seed
     # Bad values are refused before the model loads.
     compatibility.check(sampler, cache, dllm.Options(**options).cfg_scale)
     if answers is not None and not _left(questions, answers):
         print(_done(questions, answers))
         return
-    lm = dllm.load(cfg.model.path, **{name: value for name, value in fields["model"].items() if name != "path"})
+    lm = app.load_model(fields["model"])
     runner = Runner(lm, sampler, cache, options, cfg.chat)
     if answers is not None:
         with answers:
@@ -168,16 +169,14 @@ def _check(cfg: DictConfig) -> None:
     for name in ("prompt", "picture"):
         if cfg.input is not None and cfg[name] is not None:
             raise ValueError(f"{name} and input exclude each other; give one of them")
-    if cfg.input is not None and Path(cfg.input).resolve() == Path(cfg.output).resolve():
+    if cfg.input is not None and os.path.realpath(cfg.input) == os.path.realpath(cfg.output):
         raise ValueError(f"output={cfg.output!r} is the input itself; give another file")
     if cfg.picture is not None and Path(cfg.picture).suffix != ".svg":
         raise ValueError(f"picture={cfg.picture!r} is no SVG file; give a name that ends in .svg")
     for name in ("output", "picture"):
         if cfg[name] is not None:
             app.check_writable(name, cfg[name])
-    if not _is_text(cfg.prompt or ""):
-        raise ValueError(f"prompt={cfg.prompt!r} holds bytes that are no text; give UTF-8")
-    if cfg.seed is not None and not 0 <= cfg.seed < _SEEDS:
+    if cfg.seed is not None and not 0 <= cfg.seed < SEEDS:
         raise ValueError(f"seed={cfg.seed} is out of range; use 0 to 2**62 - 1, or null for any")
 
 
@@ -197,14 +196,6 @@ def _told(drift: Drift) -> str:
 
 def _done(questions: Sequence[Question], answers: AnswerFile) -> str:
     return f"{len(answers.ids)} of {len(questions)} answers are in {answers.path}"
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from rich.live import Live
 from rich.text import Text
 
 from dllm.checks import choice, number
+from dllm.files import check_readable
 from dllm.reports.player import Colour, draw, line
 from dllm.scripts import app
 from dllm.scripts.ending import Stopped
@@ -157,6 +158,7 @@ def _load(path: Path) -> Trace:
         raise ValueError(
             f"path={str(path)!r} holds no trace.safetensors; give a trace, or the folder of a run with one"
         )
+    check_readable("path", file)
     trace = Trace.load(file)
     frames = tuple(each for each in trace.frames if len(each.canvas))
     if not frames:

@@ -23,10 +23,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import dllm
 from dllm import compatibility
 from dllm.cache.base import Cache
-from dllm.checks import number
+from dllm.checks import naming, number
 from dllm.evaluation import Score, evaluate
 from dllm.files import write_whole
-from dllm.plan import parse_options
+from dllm.plan import SEEDS, parse_options
 from dllm.resolve import build
 from dllm.samplers.base import Sampler
 from dllm.scripts import app
@@ -54,14 +54,16 @@ def tradeoff(cfg: DictConfig, command: str = "tradeoff", cost: str = "nfe") -> N
     figure = _new_figure()  # missing matplotlib is told now, not after the measuring
     for name in ("problems", "repeats"):
         number(name, cfg[name], "1 or more", low=1, whole=True)
+    number("seed", cfg.seed, "a whole number from 0 to 2**62 - 1", low=0, high=SEEDS - 1, whole=True)
     for suffix in (".md", ".svg"):
         app.check_writable("out", out, out + suffix)
     settings = {str(label): _setting(str(label), entry) for label, entry in cfg.settings.items()}
     options = {name: cfg[name] for name in ("gen_length", "block_length", "batch_size")}
-    for sampler, cache, own in settings.values():
+    for label, (sampler, cache, own) in settings.items():
         # Bad values are refused before the model loads.
-        compatibility.check(sampler, cache, parse_options(options | own).cfg_scale)
-    lm = dllm.load(cfg.model.path, **{name: value for name, value in cfg.model.items() if name != "path"})
+        with naming({name: f"settings.{label}.run.{name}" for name in own}):
+            compatibility.check(sampler, cache, parse_options(options | own).cfg_scale)
+    lm = app.load_model(cfg.model)
 
     scores = _measure(lm, word_problems.problems(cfg.problems, cfg.seed), settings, options, cfg.repeats)
     shared = ", ".join(f"{name}={value}" for name, value in options.items())

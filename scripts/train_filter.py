@@ -30,7 +30,7 @@ from dllm.files import read_json, write_json, write_whole
 from dllm.filter_training import Records, Training, collect, fit, measure, split
 from dllm.filters import Filter, FilterCard
 from dllm.jsonl import read_questions
-from dllm.plan import Plan
+from dllm.plan import SEEDS, Plan
 from dllm.prompts import encode
 from dllm.resolve import build
 from dllm.samplers.base import Sampler
@@ -60,7 +60,7 @@ def train_filter(cfg: DictConfig) -> None:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     prompts = _prompts(cfg)
-    lm = dllm.load(cfg.model.path, **{name: value for name, value in fields["model"].items() if name != "path"})
+    lm = app.load_model(fields["model"])
     out = Path(cfg.out or f"outputs/filters/{Path(lm.name).name}-{cfg.block_length}.safetensors")
     ids = encode(prompts, lm.tokenizer)
     Plan(lm, ids, sampler, cache, dllm.Options(**options), infill=False)  # refuses prompts that do not fit
@@ -228,6 +228,7 @@ def _check(cfg: DictConfig) -> Training:
     choice("architecture", cfg.architecture, ("neighbours", "published"))
     for name in ("prompts", "epochs", "patience", "train_batch_size"):
         number(name, cfg[name], "a whole number of at least 1", low=1, whole=True)
+    number("seed", cfg.seed, "a whole number from 0 to 2**62 - 1", low=0, high=SEEDS - 1, whole=True)
     if cfg.prompts < 2:
         raise ValueError(f"prompts={cfg.prompts} cannot be split; use 2 or more")
     for name in ("hidden", "threads"):
