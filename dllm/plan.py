@@ -200,11 +200,12 @@ class Plan:
         return assemble(self.recorders, generated, self.lm.tokenizer, clock)
 
     def _canvas(self, start: int, end: int) -> Canvas:
+        block = self.options.block_length
         return Canvas(
             self.sequences[start:end],
             self.lm.backbone.mask_token_id,
             self.eos_token_ids,
-            self.options.block_length,
+            block and min(block, self.lm.backbone.max_length),
             self.options.stop_at_eos,
             self.seeds[start:end],
             self.lm.device,

@@ -171,7 +171,7 @@ def _rewrite_one(argument: str, open_groups: Mapping[str, Sequence[str]], multir
     if argument.startswith("-") and key not in _FLAGS:
         raise ValueError(f"{argument!r} is no flag; options are written name=value, and --help lists them")
     if not is_text(argument):
-        raise ValueError(f"{argument!r} holds bytes that are no text; give UTF-8")
+        raise ValueError(f"{f'{key}={value!r}' if separator else repr(key)} holds bytes that are no text; give UTF-8")
     if not separator:
         return [argument]
     name = key.lstrip("+")
@@ -223,6 +223,8 @@ def load_model(model: Mapping[str, Any], option: str | None = None) -> Any:
         option: what errors call the name of the model; None to find out.
     """
     options = {str(name): value for name, value in model.items() if name != "path"}
+    if model["path"] == "???":
+        raise ValueError("model.path has no value; set it with model.path=...")
     with naming({name: f"model.{name}" for name in options} | {"name": option or option_of("model")}):
         return dllm.load(model["path"], **options)
 

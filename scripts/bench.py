@@ -53,9 +53,11 @@ def main() -> None:
 
 def bench(cfg: DictConfig) -> None:
     """Time every sampler with every cache; print tables, and write `out`.md and `out`.json where `out` is given."""
-    for name in ("canvas", "gen_length", "block_length", "batch_size", "steps", "repeats", "threads"):
+    for name in ("canvas", "gen_length", "block_length", "batch_size", "steps", "repeats"):
         if cfg[name] is not None:
             number(name, cfg[name], "1 or more", low=1, whole=True)
+    if cfg.threads is not None:
+        number("threads", cfg.threads, "1 to 1024, or null", low=1, high=1024, whole=True)
     if cfg.gen_length >= cfg.canvas:
         raise ValueError(f"gen_length={cfg.gen_length} leaves no prompt in canvas={cfg.canvas}; use less")
     for suffix in (".md", ".json") if cfg.out else ():

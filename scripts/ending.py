@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, TextIO
 
-CLOSED_PIPE = 128 + 13  # as a shell says of a process that SIGPIPE ended
+CLOSED_PIPE = 1  # as Python documents it, and as rich leaves
 _SAID = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 

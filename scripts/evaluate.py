@@ -88,7 +88,7 @@ def _check(fields: Mapping[str, Any]) -> None:
     for name in ("baselines", "frames"):
         number(name, fields[name], "0 or more", low=0, whole=True)
     if fields["threads"] is not None:
-        number("threads", fields["threads"], "1 or more, or null", low=1, whole=True)
+        number("threads", fields["threads"], "1 to 1024, or null", low=1, high=1024, whole=True)
     app.check_writable("out", fields["out"], f"{fields['out']}/results.json")
 
 

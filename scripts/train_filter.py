@@ -117,7 +117,7 @@ def _read(cfg: DictConfig) -> list[Any]:
     column = cfg.column or "question"
     if column not in rows.column_names:
         raise ValueError(f"column={column!r} is not in {cfg.data}; use one of {', '.join(rows.column_names)}")
-    return list(rows[column])
+    return list(rows[: cfg.prompts][column])
 
 
 def _collect(
@@ -231,9 +231,9 @@ def _check(cfg: DictConfig) -> Training:
     number("seed", cfg.seed, "a whole number from 0 to 2**62 - 1", low=0, high=SEEDS - 1, whole=True)
     if cfg.prompts < 2:
         raise ValueError(f"prompts={cfg.prompts} cannot be split; use 2 or more")
-    for name in ("hidden", "threads"):
+    for name, most in (("hidden", 65536), ("threads", 1024)):
         if cfg[name] is not None:
-            number(name, cfg[name], "a whole number of at least 1, or null", low=1, whole=True)
+            number(name, cfg[name], f"a whole number from 1 to {most}, or null", low=1, high=most, whole=True)
     if cfg.block_length is None:
         raise ValueError("block_length=null is no length a filter can be for; give the one it is going to be used with")
     number("rate", cfg.rate, "a positive number (0.003 is published)", above=0)

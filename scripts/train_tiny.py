@@ -237,7 +237,7 @@ def _check(cfg: DictConfig) -> None:
     for name in ("seed", "eval_seed"):
         number(name, cfg[name], "a whole number from 0 to 2**62 - 1", low=0, high=2**62 - 1, whole=True)
     if cfg.threads is not None:
-        number("threads", cfg.threads, "1 or more, or null", low=1, whole=True)
+        number("threads", cfg.threads, "1 to 1024, or null", low=1, high=1024, whole=True)
     for name in ("matrix_lr", "rest_lr"):
         number(name, cfg[name], "a positive number", above=0, high=1e6)
     number("ema", cfg.ema, "0 or more and below 1", low=0, high=1 - 1e-9)
