@@ -162,6 +162,7 @@ def nucleus(scores: NDArray[np.float64], share: float, among: Flags) -> Flags:
 
 def inflate(chosen: Flags, width: int) -> Flags:
     """Fill the gaps between chosen columns that are at most `width` apart."""
+    width = min(width, chosen.shape[1])
     column, far = np.arange(chosen.shape[1]), chosen.shape[1] + width
     before = np.maximum.accumulate(np.where(chosen, column, -far), axis=1)
     behind = np.minimum.accumulate(np.where(chosen, column, 2 * far)[:, ::-1], axis=1)[:, ::-1]

@@ -96,5 +96,5 @@ class _Frozen:
         self.raw[kept] &= question.block[first] == 0
         compute = question.since(since)
         if options.window is not None:
-            compute &= ~question.since(question.high + options.window)
+            compute &= ~question.since(question.high + min(options.window, question.canvas.length))
         return Choice(compute, due)

@@ -5,11 +5,16 @@ columns, S columns attended to, N asked positions, D drafts (or head dimension i
 V vocabulary, H heads.
 """
 
-from dllm import cache, samplers
-from dllm.api import Frame, as_completed, generate, infill, stream
-from dllm.generation import Generation, Stats
-from dllm.loading import LanguageModel, load
-from dllm.plan import Answer, Options
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dllm import cache, samplers
+    from dllm.api import Frame, as_completed, generate, infill, stream
+    from dllm.generation import Generation, Stats
+    from dllm.loading import LanguageModel, load
+    from dllm.plan import Answer, Options
+    from dllm.resolve import register
 
 __all__ = [
     "Answer",
@@ -23,6 +28,27 @@ __all__ = [
     "generate",
     "infill",
     "load",
+    "register",
     "samplers",
     "stream",
 ]
+_MODULES = {
+    "Answer": "plan", "Frame": "api", "Generation": "generation", "LanguageModel": "loading", "Options": "plan",
+    "Stats": "generation", "as_completed": "api", "generate": "api", "infill": "api", "load": "loading",
+    "register": "resolve", "stream": "api",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for: torch takes seconds, in which a command must end on Ctrl-C."""
+    if name.startswith("_"):
+        raise AttributeError(f"module 'dllm' has no attribute {name!r}")
+    if name in _MODULES:
+        globals()[name] = found = getattr(import_module(f"dllm.{_MODULES[name]}"), name)
+        return found
+    try:
+        return import_module(f"dllm.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"dllm.{name}":
+            raise
+        raise AttributeError(f"module 'dllm' has no attribute {name!r}") from None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from math import inf
 from numbers import Integral, Real
 from typing import Any
@@ -23,14 +26,15 @@ def number(
         low: smallest value allowed.
         high: largest value allowed.
         above: the value must be larger than this.
-        whole: refuse fractions.
+        whole: refuse fractions, and what does not fit 64 bits.
 
     Raises:
         ValueError: the value is refused.
     """
     kinds = Integral if whole else Real
     of_kind = isinstance(value, kinds) and not isinstance(value, bool)
-    if not of_kind or not (low <= value <= high and value > above):
+    fits = not whole or (of_kind and -(2**63) <= value < 2**63)  # as tensors hold it
+    if not of_kind or not fits or not (low <= value <= high and value > above):
         raise ValueError(f"{name}={value!r} is out of range; use {use}")
 
 
@@ -43,3 +47,27 @@ def choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     if value not in choices:
         words = ", ".join("null" if one is None else str(one) for one in choices)
         raise ValueError(f"{name}={value!r} is unknown; use one of {words}")
+
+
+@contextmanager
+def naming(options: Mapping[str, str]) -> Iterator[None]:
+    """Let errors about parameters name the options that the user wrote.
+
+    Args:
+        options: per parameter the option its value came from.
+
+    Raises:
+        ValueError: what was raised within, in those words.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(renamed(str(error), options)) from error
+
+
+def renamed(text: str, options: Mapping[str, str]) -> str:
+    """An error's text with `PARAMETER=` as `OPTION=`, where it stands by itself."""
+    if not options:
+        return text
+    known = "|".join(map(re.escape, options))
+    return re.sub(rf"(?<![\w.('\"\]])({known})=", lambda found: f"{options[found[1]]}=", text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -18,8 +19,14 @@ def write_whole(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: it cannot be written; what was there before is as it was.
     """
-    data = content.encode() if isinstance(content, str) else content
-    path = Path(os.path.realpath(path))
+    try:
+        _write_whole(Path(os.path.realpath(path)), content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        error.filename = str(path)  # not that of the unfinished file, nor none, as where the disk is full
+        raise
+
+
+def _write_whole(path: Path, data: bytes) -> None:
     if path.exists() and not path.is_file():
         path.write_bytes(data)
         return
@@ -49,6 +56,22 @@ def sync_folder(folder: Path) -> None:
             os.fsync(number)
         finally:
             os.close(number)
+
+
+def check_readable(option: str, path: Path, give: str = "another file") -> None:
+    """Refuse what cannot be opened without waiting: a named pipe has no end until somebody writes to it.
+
+    A pipe that is open already, such as /dev/stdin or the shell's <(...), is read.
+
+    Raises:
+        ValueError: there is no such file, or it may not be looked at.
+    """
+    try:
+        kind = path.stat().st_mode
+    except OSError as error:
+        raise ValueError(f"{option}={str(path)!r} cannot be read ({error.strerror}); give {give}") from None
+    if stat.S_ISFIFO(kind) and not str(path).startswith(("/dev/fd/", "/dev/std", "/proc/self/fd/")):
+        raise ValueError(f"{option}={str(path)!r} cannot be read (it is a pipe); give {give}")
 
 
 def parse_json(text: str | bytes, once: bool = False) -> Any:

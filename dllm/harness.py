@@ -12,12 +12,10 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from hydra.utils import instantiate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
-from omegaconf import OmegaConf
 
 from dllm import compatibility, harness_options, identity
 from dllm.cache.base import Cache
@@ -28,7 +26,7 @@ from dllm.loading import load
 from dllm.plan import parse_options
 from dllm.prompts import write_chat
 from dllm.records import Request
-from dllm.resolve import options_of, resolve
+from dllm.resolve import build, options_of, resolve
 from dllm.runner import Runner, Setting
 from dllm.samplers.base import Sampler
 
@@ -233,4 +231,4 @@ def _from_parts(group: str, given: dict[str, Any], default: str, protocol: type)
     known = options_of(group, name)
     if unknown := set(own) - set(known):
         raise ValueError(f"{group}.{min(unknown)} is no option of {name}; use one of {', '.join(sorted(known))}")
-    return resolve(group, instantiate(OmegaConf.create(known | own)), protocol)
+    return build(group, known | own, protocol)

@@ -14,7 +14,7 @@ from typing import Any
 
 from dllm.answer_lines import listed, read_answers, write_line
 from dllm.claim import Claim
-from dllm.files import parse_json, sync_folder
+from dllm.files import check_readable, parse_json, sync_folder
 from dllm.prompts import is_chat
 
 
@@ -47,6 +47,7 @@ def read_questions(path: Path, option: str = "input") -> list[Question]:
     Raises:
         ValueError: an unreadable file or line, a line without a prompt, or an id that occurs twice.
     """
+    check_readable(option, path, "a JSONL file in UTF-8")
     try:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:

@@ -68,7 +68,7 @@ class Estimate:
 
     def __post_init__(self) -> None:
         choice("method", self.method, METHODS)
-        number("samples", self.samples, "a whole number of at least 1", low=1, whole=True)
+        number("samples", self.samples, "a whole number from 1 to 100000", low=1, high=100_000, whole=True)
         choice("order", self.order, ORDERS)
         number("seed", self.seed, "a whole number of at least 0", low=0, high=2**63 - 1, whole=True)
         number("batch_size", self.batch_size, "a whole number of at least 1", low=1, whole=True)

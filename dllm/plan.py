@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias
 
+import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dllm import compatibility
@@ -24,6 +25,7 @@ from dllm.samplers.base import Sampler
 from dllm.step import Step
 
 Callback: TypeAlias = Callable[[Step], None]
+SEEDS = 2**62  # a single seed is below
 _MOST_ROWS = 1024  # on one canvas, which has so much on the host for every row; more come to the next
 
 
@@ -76,14 +78,20 @@ class Options:
     cuda_graphs: bool | None = None
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic):  # as Python's own numbers, which go into lists and JSON
+                object.__setattr__(self, name, value.item())
         number("gen_length", self.gen_length, "a whole number of at least 1", low=1, whole=True)
         if self.block_length is not None:
             number("block_length", self.block_length, "a whole number of at least 1, or null", low=1, whole=True)
         number("cfg_scale", self.cfg_scale, "0 (off) or a positive number", low=0, high=1e6)
         number("batch_size", self.batch_size, "a whole number of at least 1", low=1, whole=True)
         if self.seed is not None:
+            alone = isinstance(self.seed, (int, float, str))
+            # A single one is counted up from.
+            most, shown = (SEEDS - 1, "2**62 - 1") if alone else (2 * SEEDS - 1, "2**63 - 1")
             for seed in [self.seed] if isinstance(self.seed, (int, float, str)) else self.seed:
-                number("seed", seed, "a whole number of at least 0, or null", low=0, high=2**63 - 1, whole=True)
+                number("seed", seed, f"a whole number from 0 to {shown}, or null", low=0, high=most, whole=True)
         choice("stop_at_eos", self.stop_at_eos, (True, False))
         choice("tempered_confidence", self.tempered_confidence, (True, False, None))
         choice("cuda_graphs", self.cuda_graphs, (True, False, None))
@@ -253,11 +261,12 @@ class Plan:
         raise ValueError(f"prompts[{first}] has no answer: {errors[first]}")
 
     def _canvas(self, start: int, end: int) -> Canvas:
+        block = self.options.block_length
         canvas = Canvas(
             self.sequences[start:end],
             self.lm.backbone.mask_token_id,
             self.eos_token_ids,
-            self.options.block_length,
+            block and min(block, self.lm.backbone.max_length),
             self.options.stop_at_eos,
             self.seeds[start:end],
             self.lm.device,
@@ -327,7 +336,7 @@ def _seeds(seed: int | Sequence[int] | None, rows: int) -> Sequence[int]:
         return range(seed, seed + rows)
     if len(seed) != rows:
         raise ValueError(f"seed has {len(seed)} entries for {rows} prompts; give one a prompt, or a single number")
-    return seed
+    return [int(each) for each in seed]
 
 
 def parse_options(options: dict[str, Any]) -> Options:

@@ -1,12 +1,36 @@
-"""From a name to an object: Hydra's `_target_` in conf/ is the only registry."""
+"""From a name to an object: `_target_` in conf/ is the only registry, and it names classes of this package alone."""
 
 from __future__ import annotations
 
-from importlib import resources
-from typing import Any
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from importlib import import_module, resources
+from typing import Any, TypeVar
 
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
+
+from dllm.checks import naming
+
+TARGET = "_target_"
+_CLASS = TypeVar("_CLASS", bound=type)
+_REGISTERED: dict[str, type] = {}
+
+
+def register(cls: _CLASS) -> _CLASS:
+    """Let `_target_` name a class of your own, as MODULE.CLASS; a decorator.
+
+    Classes of this package need none. Register in the module that defines the class, and import that before the
+    command runs::
+
+        import my_policies  # with @dllm.register on its classes
+        from dllm.scripts.cli import main
+
+        main()
+    """
+    _REGISTERED[f"{cls.__module__}.{cls.__qualname__}"] = cls
+    return cls
 
 
 def names(group: str) -> list[str]:
@@ -39,7 +63,76 @@ def resolve(group: str, value: Any, protocol: type, parameter: str | None = None
             known = ", ".join(names(group) + variants(group))
             raise ValueError(f"{called}={value!r} is no {group}; use one of {known}, or an object of one")
         return value
-    return instantiate(OmegaConf.create(options_of(group, value, called)))
+    return build(called, options_of(group, value, called), protocol)
+
+
+def build(place: str, options: Any, protocol: type) -> Any:
+    """Make an object of the class that `_target_` names, and so at any depth of its options.
+
+    Args:
+        place: what errors call it, such as "sampler".
+        options: `_target_` and the arguments of the class, as Python or OmegaConf holds them.
+        protocol: what the class must follow.
+
+    Raises:
+        ValueError: a class that may not be named, an option it does not have, or what the class refuses.
+    """
+    fields: Any = OmegaConf.to_container(options, resolve=True) if OmegaConf.is_config(options) else options
+    cls = find_class(place, fields, protocol)
+    known = [name for name in inspect.signature(cls).parameters if name.isidentifier()]
+    if strange := sorted(str(name) for name in fields if name not in (TARGET, *known)):
+        raise ValueError(
+            f"{place}.{strange[0]} is no option of {cls.__name__}; use one of {', '.join(known) or 'none'}"
+        )
+    made = {name: _made(f"{place}.{name}", value, protocol) for name, value in fields.items() if name != TARGET}
+    try:
+        with naming({name: f"{place}.{name}" for name in known}):
+            built = cls(**made)
+    except TypeError as error:
+        raise ValueError(f"{place}: {error}") from None
+    if not isinstance(built, protocol):
+        raise ValueError(f"{place}={built!r} is no {protocol.__name__.lower()}; use another _target_")
+    return built
+
+
+def _made(place: str, value: Any, protocol: type) -> Any:
+    match value:
+        case Mapping() if TARGET in value:
+            return build(place, value, protocol)
+        case Mapping():
+            return {name: _made(f"{place}.{name}", each, protocol) for name, each in value.items()}
+        case list():
+            return [_made(f"{place}[{number}]", each, protocol) for number, each in enumerate(value)]
+    return value
+
+
+def find_class(place: str, fields: Any, protocol: type) -> type:
+    """The class that `_target_` names; other than modules of this package, nothing is imported to find it.
+
+    Raises:
+        ValueError: it is no class of this package that follows the protocol, nor a registered one.
+    """
+    kind = protocol.__name__.lower()
+    if not isinstance(fields, Mapping) or TARGET not in fields:
+        raise ValueError(f"{place}={fields!r} is no {kind}; give {{_target_: CLASS, its options}}")
+    name = fields[TARGET]
+    found = _REGISTERED.get(name) if isinstance(name, str) else None
+    if found is None and isinstance(name, str) and re.fullmatch(r"dllm(\.[A-Za-z]\w*)+", name, re.ASCII):
+        module, _, last = name.rpartition(".")
+        try:
+            found = vars(import_module(module)).get(last)
+        except ModuleNotFoundError:
+            found = None
+        # What a module only imports, such as dllm.loading.torch, is no part of this package.
+        own = isinstance(found, type) and found.__module__.startswith("dllm.") and is_dataclass(found)
+        found = found if own else None
+    if found is None or not all(callable(getattr(found, each, None)) for each in _methods(protocol)):
+        raise ValueError(f"{place}._target_={name!r} is no {kind} of dllm; register your own class with dllm.register")
+    return found
+
+
+def _methods(protocol: type) -> list[str]:
+    return [name for name, value in vars(protocol).items() if inspect.isfunction(value) and not name.startswith("_")]
 
 
 def options_of(group: str, name: str, parameter: str | None = None) -> dict[str, Any]:

@@ -142,8 +142,8 @@ class FreeDave:
 
         def judge(*_: Any, decided: bool = False, **__: Any) -> Prediction:
             split = "(b d) k -> b d k"
-            wanted = rearrange(views.inside if decided else views.masked, split, d=self.draft_steps)
-            about = rearrange(views.columns, split, d=self.draft_steps)
+            wanted = rearrange(views.inside if decided else views.masked, split, d=self._depth(state.run))
+            about = rearrange(views.columns, split, d=self._depth(state.run))
             prediction = denoise(wanted, about, drafts, self.draft_mode == "tree")
             judged.append(prediction.arranged(lambda values: values.flatten(0, 1)))
             return judged[0]
@@ -158,13 +158,17 @@ class FreeDave:
         # Of the drafts the deepest holds what all the others do.
         return replace(become(window, final), drafted=drafts[:, -1].where(window.tokens == mask, mask))
 
+    def _depth(self, run: Run) -> int:
+        """Drafts that can differ: each holds at least one token more than the one before."""
+        return min(self.draft_steps, max(run.spans) + 1)
+
     def _draft(self, window: Window, known: Bool[Tensor, " B"], state: Memory) -> Int[Tensor, "B D L"]:
         """The canvas and what the base would make of it, step by step, if what was predicted still held."""
-        drafts = [window.tokens] * self.draft_steps
+        drafts = [window.tokens] * self._depth(state.run)
         if state.kept is not None:
             stale = state.kept.kept(lambda values: values[state.entry[window.rows]])
             view = replace(window, inside=window.inside & known[:, None], masked=window.masked & known[:, None])
-            for k in range(1, self.draft_steps):
+            for k in range(1, self._depth(state.run)):
                 drafts[k] = state.base.step(view, told(stale), state.state).on(view.tokens)
                 view = _advanced(view, drafts[k], window.step + k, state.run)
         return torch.stack(drafts, dim=1)
@@ -194,9 +198,9 @@ class FreeDave:
             The last draft of each chain, as an entry of `views`; the steps the base has spent in its block by
             then; and the base's next canvas of it.
         """
-        entries = torch.arange(len(drafts) * self.draft_steps, device=drafts.device).view_as(new)
+        entries = torch.arange(len(drafts) * self._depth(state.run), device=drafts.device).view_as(new)
         at, step = entries[:, 0], window.step
-        for _ in range(self.draft_steps - 1):
+        for _ in range(self._depth(state.run) - 1):
             equal = (drafts == target[:, None]).all(-1) & new & (entries > at[:, None])
             onward = torch.where(equal, entries, at[:, None]).amax(-1)
             moved, stays = onward > at, views.block[onward] == views.block[at]

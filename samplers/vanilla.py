@@ -132,6 +132,7 @@ class Vanilla:
 
 
 def _constant_quotas(most: int, tokens: int) -> Int[Tensor, "M S"]:
+    tokens = min(tokens, max(most, 1))
     taken = tokens * torch.arange(-(-most // tokens))
     return (torch.arange(most + 1)[:, None] - taken).clamp(0, tokens)
 

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dllm.checks import Notice
+import dllm
+from dllm.checks import Notice, naming
 from dllm.escape import terminal
 from dllm.files import parse_json
-from dllm.resolve import names, resolve
+from dllm.resolve import names
 from dllm.scripts import usage
+from dllm.scripts.ending import fail, leave_quietly
 from dllm.scripts.kinds import check_kinds
 
 # Options whose values are quoted for Hydra, so that commas, "?" and "=" in them mean themselves.
@@ -50,8 +52,10 @@ _POSITIONAL = {"report": "folder", "show": "path"}
 _VALUED = {"-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"}
 _DEEPEST = 20  # Hydra's parser calls itself for each bracket
 _MULTIRUN = ("-m", "--multirun")
+_PIECE = re.compile(r"""(?:\s*'([^']*)'\s*|\s*"([^"]*)"\s*|([^,]*)),""")
+_QUOTED = re.compile(r"""\s*('[^']*'|"[^"]*")\s*(,\s*('[^']*'|"[^"]*")\s*)*""")
 _FLAGS = """-h --help --hydra-help -v --version -c --cfg --resolve -p --package -r --run -m --multirun -sc
---shell-completion -cp --config-path -cn --config-name -cd --config-dir --experimental-rerun -i --info""".split()
+--shell-completion -cp --config-path -cn --config-name -cd --config-dir -i --info""".split()
 # What bad input looks like when it surfaces; anything else is a bug and keeps its traceback.
 BAD_INPUT = (ValueError, OSError, HydraException, OmegaConfBaseException)
 
@@ -70,13 +74,15 @@ def run(task: Callable[[DictConfig], Any], config_name: str, kinds: Mapping[str,
         # Caught here as well as below: what leaves the task as an error, Hydra reports in its own words.
         try:
             check_kinds(cfg, config_name, kinds or {})
-            return task(cfg)
+            _refuse_empty(cfg)
+            result = task(cfg)
+            if sys.stdout is not None:
+                sys.stdout.flush()  # whether it can be written is known now
+            return result
         except BrokenPipeError:
-            # Whoever read the output has seen enough; nothing is left to flush at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
+            leave_quietly()
         except BAD_INPUT as error:
-            message = _qualified(one_line(error), cfg)
+            message = _qualified(error, cfg)
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 # The other jobs of a sweep go on; what the sweeper makes of this one is told at its end.
                 print(terminal(f"{command}: error: {message}", one_line=True), file=sys.stderr)
@@ -93,10 +99,10 @@ def run(task: Callable[[DictConfig], Any], config_name: str, kinds: Mapping[str,
         sys.argv = [command, *arguments]
         with _notices(command):
             hydra.main(version_base="1.3", config_path="pkg://dllm.conf", config_name=config_name)(guarded)()
+    except BrokenPipeError:
+        leave_quietly()
     except BAD_INPUT as error:
         fail(command, one_line(error))
-    except KeyboardInterrupt:
-        fail(command, "interrupted; what was written is kept", code=130)
 
 
 @contextmanager
@@ -115,38 +121,16 @@ def _notices(command: str) -> Iterator[None]:
         yield
 
 
-def make(place: str, group: str, protocol: type, entry: Any) -> Any:
-    """Make the sampler or cache that an option holds.
-
-    Args:
-        place: what errors call it.
-        group: sampler or cache.
-        protocol: what it must be.
-        entry: {_target_: ..., its options}.
-
-    Raises:
-        ValueError: it is something else, or refuses its options.
-    """
-    fields = OmegaConf.to_container(entry, resolve=True) if OmegaConf.is_config(entry) else entry
-    if not isinstance(fields, dict) or "_target_" not in fields:
-        raise ValueError(f"{place}={fields!r} is no {group}; give {{_target_: dllm.{group}..., its options}}")
-    try:
-        made = instantiate(fields)
-    except (*BAD_INPUT, TypeError) as error:
-        raise ValueError(f"{place}: {one_line(error)}") from None
-    return resolve(group, made, protocol, place)
+def _refuse_empty(cfg: DictConfig) -> None:
+    for option in _PATHS:
+        if OmegaConf.select(cfg, option, throw_on_missing=False) == "":
+            raise ValueError(f"{option}='' is empty; give a value, or leave it out")
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
-
-
-def fail(command: str, message: str, code: int = 2) -> NoReturn:
-    """Say what is wrong and leave."""
-    print(terminal(f"{command}: error: {message}", one_line=True), file=sys.stderr)
-    sys.exit(code)
 
 
 def check_writable(option: str, value: str, file: str | None = None) -> None:
@@ -161,6 +145,14 @@ def check_writable(option: str, value: str, file: str | None = None) -> None:
         ValueError: it is a folder, lies behind a file, or may not be written.
     """
     path = Path(file or value)
+    try:
+        kind = path.stat().st_mode
+    except FileNotFoundError:
+        kind = 0
+    except OSError as error:
+        raise ValueError(f"{option}={value!r} cannot be written ({error.strerror}); give another path") from None
+    if stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind):
+        raise ValueError(f"{option}={value!r} cannot be written (it is a pipe); give a file")
     nearest = path if path.exists() else next(parent for parent in path.absolute().parents if parent.exists())
     if path.is_dir() or (nearest != path and not nearest.is_dir()) or not os.access(nearest, os.W_OK):
         raise ValueError(f"{option}={value!r} cannot be written ({nearest} is in the way); give another path")
@@ -202,23 +194,67 @@ def _rewrite_one(argument: str, open_groups: Mapping[str, Sequence[str]], multir
     key, separator, value = argument.partition("=")
     if argument.startswith("-") and key not in _FLAGS:
         raise ValueError(f"{argument!r} is no flag; options are written name=value, and --help lists them")
+    if not is_text(argument):
+        raise ValueError(f"{f'{key}={value!r}' if separator else repr(key)} holds bytes that are no text; give UTF-8")
     if not separator:
         return [argument]
-    paths = value.split(",") if multirun else [value]
-    if key in open_groups and not set(paths) <= set(open_groups[key]):
-        choice, option = _OTHERS[key]
-        if key == "task" and (both := sorted(set(paths) & set(open_groups[key]))):
-            raise ValueError(f"{argument!r} mixes {both[0]} with others; give {key}={both[0]} a sweep of its own")
-        return [f"{key}={choice}", f"{key}.{option}={','.join(map(_quote, paths))}"]
-    if key == "prompt":
-        return [f"prompt={_quote_literally(value)}"]
-    if key == "stop" and value != "null":
-        return [f"stop={_strings(value)}"]
-    if key in _PATHS and value != "null":
-        return [f"{key}={_quote(value)}"]
-    if _depth(value) > _DEEPEST:
-        raise ValueError(f"{key} is nested too deep ({_depth(value)} brackets in each other); give a plainer value")
-    return [argument]
+    name = key.lstrip("+")
+    if name.startswith("hydra.") and "_target_" in argument:
+        raise ValueError(f"{argument!r} names code to run; choose with hydra/launcher=NAME or hydra/sweeper=NAME")
+    if name in open_groups:
+        paths = _pieces(value) if multirun else [value]
+        if not set(paths) <= set(open_groups[name]):
+            choice, option = _OTHERS[name]
+            if name == "task" and (both := sorted(set(paths) & set(open_groups[name]))):
+                raise ValueError(f"{argument!r} mixes {both[0]} with others; give {name}={both[0]} a sweep of its own")
+            argument = ",".join(map(_quote, paths))
+            key, name = f"++{name}.{option}", f"{name}.{option}"
+            _refuse_resolvers(name, argument)
+            return [f"{name.partition('.')[0]}={choice}", f"{key}={argument}"]
+    if name == "prompt":
+        return [f"{key}={_quote_literally(value)}"]
+    if name == "stop" and value != "null":
+        return [f"{key}={_strings(value)}"]
+    _refuse_resolvers(name, value)
+    if name not in _PATHS or value == "null":
+        if (depth := _depth(value)) > _DEEPEST:
+            raise ValueError(f"{name} is nested too deep ({depth} brackets in each other); give a plainer value")
+        return [argument]
+    quoted = _QUOTED.fullmatch(value) if multirun else None
+    return [f"{key}={','.join(map(_quote, _pieces(value) if quoted else [value]))}"]
+
+
+def _refuse_resolvers(name: str, value: str) -> None:
+    """${NAME} stands for another option; other things, such as environment variables, are the shell's to put in."""
+    if not name.startswith("hydra.") and (found := re.search(r"\$\{[^}]*:[^}]*\}?", value)):
+        raise ValueError(f"{name}={value!r} holds {found[0]}, which is not read here; write the value itself")
+
+
+def _pieces(value: str) -> list[str]:
+    """The parts of a sweep: split at commas, but for those within a part that is quoted as a whole."""
+    return [piece[0] or piece[1] or piece[2] for piece in _PIECE.findall(f"{value},")]
+
+
+def option_of(group: str) -> str:
+    """What the user wrote that the model or task comes from: the group, or the option of it that takes any."""
+    option = f"{group}.{_OTHERS[group][1]}"
+    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    # A group that took another name than its choices was rewritten with "++".
+    return option if any(re.match(rf"\+?{re.escape(option)}=", each) for each in overrides) else group
+
+
+def load_model(model: Mapping[str, Any], option: str | None = None) -> Any:
+    """Load the model that a group `model` describes; errors name its options as they are written there.
+
+    Args:
+        model: the group's options.
+        option: what errors call the name of the model; None to find out.
+    """
+    options = {str(name): value for name, value in model.items() if name != "path"}
+    if model["path"] == "???":
+        raise ValueError("model.path has no value; set it with model.path=...")
+    with naming({name: f"model.{name}" for name in options} | {"name": option or option_of("model")}):
+        return dllm.load(model["path"], **options)
 
 
 def _depth(value: str) -> int:
@@ -255,8 +291,21 @@ def _quote(value: str) -> str:
     return f"'{escaped}'"
 
 
-def _qualified(text: str, cfg: DictConfig) -> str:
-    """An error about a sampler or cache, whose options have a prefix on the command line."""
+def is_text(value: str) -> bool:
+    """Whether it holds no bytes that are no text."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _qualified(error: Exception, cfg: DictConfig) -> str:
+    """An error in the words of the command line: options of a group have a prefix, and a file is an option's value."""
+    text = one_line(error)
+    if isinstance(error, OSError) and (option := _option_of_file(error.filename, cfg)):
+        given = OmegaConf.select(cfg, option)
+        return f"{option}={given!r} cannot be used ({error.strerror}); give another path"
     groups = {group: dict(cfg.get(group) or {}) for group in ("sampler", "cache")}
     for group, options in groups.items():
         for name, value in options.items():
@@ -264,8 +313,20 @@ def _qualified(text: str, cfg: DictConfig) -> str:
             shared = all(name in other for other in groups.values())
             said = re.escape(repr(value)) if shared else ""
             if name not in cfg:
-                text = re.sub(rf"(?<![\w.(]){name}=(?={said})", f"{group}.{name}=", text)
-    return re.sub(r"(?<![\w.(])adapter=", "model.adapter=", text) if "model" in cfg else text
+                text = re.sub(rf"(?<![\w.('\"\]]){name}=(?={said})", f"{group}.{name}=", text)
+    return text
+
+
+def _option_of_file(file: Any, cfg: DictConfig) -> str | None:
+    """The option that names a file or the folder it is in; of several the most exact one."""
+    given = {option: OmegaConf.select(cfg, option, throw_on_missing=False) for option in _PATHS}
+    found = [option for option, value in given.items() if value and isinstance(value, str) and _within(file, value)]
+    return max(found, key=lambda option: len(given[option]), default=None)
+
+
+def _within(file: Any, path: str) -> bool:
+    # Some files are named after the option's value, with another ending.
+    return isinstance(file, (str, os.PathLike)) and os.path.realpath(file).startswith(os.path.realpath(path))
 
 
 def one_line(error: BaseException) -> str:
@@ -274,6 +335,8 @@ def one_line(error: BaseException) -> str:
     # instantiate() wraps what a constructor raised; the constructor's own words name the fix.
     while isinstance(cause, HydraException) and isinstance(cause.__cause__, (ValueError, TypeError)):
         cause = cause.__cause__
+    if isinstance(cause, OSError) and cause.strerror:
+        cause = ValueError(f"{cause.filename}: {cause.strerror}" if cause.filename else cause.strerror)
     text = re.sub(r"\s+", " ", str(cause)).strip() or type(error).__name__
     if match := re.search(r"Could not override '((sampler|cache)\.[^']+)'", text):
         group = match[2]
@@ -290,6 +353,10 @@ def one_line(error: BaseException) -> str:
         return f"{match[1]!r} is no option; options are written name=value, and --help lists them"
     if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
         return f"{match[1]} names several; give one, or add -m to run them one after another"
+    if match := re.search(r"Interpolation key '([^']*)' not found full_key: (\S+)", text):
+        return f"{match[2]} refers to {match[1]}, which is no option here; write the value itself"
+    if match := re.search(r"^(.*?) full_key: ([\w.]+)", text):
+        return f"{match[2]}: {match[1]}"
     if match := re.search(r"Missing mandatory value: (\S+)", text):
         return f"{match[1]} has no value; set it with {match[1]}=..."
     return re.sub(r"(, set env var HYDRA_FULL_ERROR=1[^.]*| full_key:| See https://hydra).*", "", text)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all, so that signals are heard while the rest is imported
+    from dllm.scripts.cli import main as _main
+
+    _main("bench")
+    raise SystemExit
+
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +31,7 @@ from dllm.cache.base import Cache
 from dllm.checks import choice, number
 from dllm.escape import markdown
 from dllm.loading import find_device
-from dllm.resolve import options_of
+from dllm.resolve import build, options_of
 from dllm.samplers.base import Sampler
 from dllm.scripts import app, own
 
@@ -48,9 +54,11 @@ def main() -> None:
 
 def bench(cfg: DictConfig) -> None:
     """Time every sampler with every cache; print tables, and write `out`.md and `out`.json where `out` is given."""
-    for name in ("canvas", "gen_length", "block_length", "batch_size", "steps", "repeats", "threads"):
+    for name in ("canvas", "gen_length", "block_length", "batch_size", "steps", "repeats"):
         if cfg[name] is not None:
             number(name, cfg[name], "1 or more", low=1, whole=True)
+    if cfg.threads is not None:
+        number("threads", cfg.threads, "1 to 1024, or null", low=1, high=1024, whole=True)
     if cfg.gen_length >= cfg.canvas:
         raise ValueError(f"gen_length={cfg.gen_length} leaves no prompt in canvas={cfg.canvas}; use less")
     if cfg.out:
@@ -132,23 +140,21 @@ def _named(cfg: DictConfig, parameter: str, group: str, protocol: type) -> dict[
             own = ", ".join(option for option in known if option != "_target_")
             raise ValueError(f"{called}: {strange[0]} is no option of {name}; use one of {own or 'none'}")
         chosen = known | dict(options)
-        found[label] = app.make(called, group, protocol, OmegaConf.create(chosen))
+        found[label] = build(called, chosen, protocol)
     return found
 
 
 def _load(cfg: DictConfig) -> dllm.LanguageModel:
     options: Any = OmegaConf.to_container(cfg.model, resolve=True)
-    path = options.pop("path")
-    choice("pack", options["pack"], (True, False))
-    if not path.startswith("random:"):
-        return dllm.load(path, **options | {"pack": False})
+    if not options["path"].startswith("random:"):
+        return app.load_model(options | {"pack": False})
     for name in ("revision", "device_map", "attn_implementation", "adapter"):
         if options[name] is not None:
             raise ValueError(f"model.{name}={options[name]!r} has no effect on a random model; leave it out")
-    device = find_device(options["device"])
+    device = find_device(options["device"], "model.device")
     dtype = "float32" if options["dtype"] == "auto" else options["dtype"]
-    choice("dtype", dtype, DTYPES)
-    return random_model(path.removeprefix("random:"), cfg.canvas, device, getattr(torch, dtype))
+    choice("model.dtype", dtype, DTYPES)
+    return random_model(options["path"].removeprefix("random:"), cfg.canvas, device, getattr(torch, dtype))
 
 
 def _measure(
@@ -219,7 +225,3 @@ def _shares_table(costs: Mapping[str, Cost]) -> str:
 
 def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
-
-
-if __name__ == "__main__":
-    main()

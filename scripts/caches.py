@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all, so that signals are heard while the rest is imported
+    from dllm.scripts.cli import main as _main
+
+    _main("caches")
+    raise SystemExit
+
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -24,7 +30,3 @@ def caches(cfg: DictConfig) -> None:
         for cache, options in fields["caches"].items()
     }
     tradeoff(OmegaConf.create(fields), "caches", cost="positions")
-
-
-if __name__ == "__main__":
-    main()

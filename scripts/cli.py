@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib
 import sys
-from importlib.metadata import version
+from pathlib import Path
 
-from dllm.scripts.app import fail
-from dllm.scripts.usage import summary
+from dllm.scripts.ending import Stopped, fail, interruption, leave_quietly, piped, watching, working
 
 COMMANDS = (
     "generate",
@@ -26,21 +25,50 @@ COMMANDS = (
 OTHERS = {"lm-eval": "The command line of lm-evaluation-harness, with these models as `--model dllm`."}
 
 
-def main() -> None:
-    """Dispatch `dllm COMMAND ...`."""
-    command, *arguments = sys.argv[1:] or ["--help"]
+def main(command: str | None = None) -> None:
+    """Dispatch `dllm COMMAND ...`.
+
+    Args:
+        command: which one; None for the first word of the command line.
+    """
+    given = sys.argv[1:]
+    if command is None:
+        command, *given = given or ["--help"]
+    else:  # a file of this folder was run, whose names would stand before those of packages, such as lm_eval
+        here = Path(__file__).resolve().parent
+        sys.path[:] = [path for path in sys.path if Path(path).resolve() != here]
+    called = f"dllm {command}" if command in (*COMMANDS, *OTHERS) else "dllm"
+    with watching(called), piped(called):
+        try:
+            _dispatch(command, given)
+        except KeyboardInterrupt as stopped:
+            number = stopped.number if isinstance(stopped, Stopped) else 2
+            fail(called, interruption(number), code=128 + number)
+        except BrokenPipeError:
+            leave_quietly()
+        except OSError as error:
+            fail(called, f"{error.strerror or error}; make room, or send the output elsewhere")
+
+
+def _dispatch(command: str, given: list[str]) -> None:
     if command in ("-h", "--help", "help"):
         print(_help())
     elif command in ("-V", "--version"):
+        from importlib.metadata import version
+
         print(f"dllm {version('dllm-samplers')}")
     elif command not in (*COMMANDS, *OTHERS):
         fail("dllm", f"{command!r} is no command; use one of {', '.join((*COMMANDS, *OTHERS))}")
     else:
-        sys.argv = [f"dllm {command}", *arguments]
-        importlib.import_module(f"dllm.scripts.{_module(command)}").main()
+        sys.argv = [f"dllm {command}", *given]
+        application = importlib.import_module(f"dllm.scripts.{_module(command)}")
+        with working():
+            application.main()
 
 
 def _help() -> str:
+    from dllm.scripts.usage import summary
+
     width = max(map(len, COMMANDS))
     lines = [
         "Decode diffusion language models with any unmasking policy, cache and backbone.",

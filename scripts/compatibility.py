@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all, so that signals are heard while the rest is imported
+    from dllm.scripts.cli import main as _main
+
+    _main("compatibility")
+    raise SystemExit
+
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from dllm.backbones import FAMILIES
 from dllm.cache.base import Cache
 from dllm.compatibility import NEEDS, unmet
-from dllm.resolve import names, resolve
+from dllm.resolve import build, names, resolve
 from dllm.samplers.base import Sampler
 from dllm.scripts import app, own
 
@@ -28,7 +33,7 @@ def compatibility(cfg: DictConfig) -> None:
     """Print the table, and write it to `out` where that is given."""
     if cfg.out:
         own.check("out", cfg.out, {Path(cfg.out): own.MATRIX})
-    variants = {str(label): instantiate(entry) for label, entry in cfg.variants.items()}
+    variants = {str(label): build(f"variants.{label}", entry, Sampler) for label, entry in cfg.variants.items()}
     samplers = {name: resolve("sampler", name, Sampler) for name in names("sampler")} | variants
     caches = {name: resolve("cache", name, Cache) for name in names("cache")}
     text = matrix(samplers, {"none": caches.pop("none"), **caches})
@@ -71,7 +76,3 @@ def matrix(samplers: dict[str, Any], caches: dict[str, Any]) -> str:
         *(f"({number}) {reason}." for reason, number in reasons.items()),
     ]
     return "\n".join([*lines, ""])
-
-
-if __name__ == "__main__":
-    main()

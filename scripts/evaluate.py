@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all, so that signals are heard while the rest is imported
+    from dllm.scripts.cli import main as _main
+
+    _main("evaluate")
+    raise SystemExit
+
 import json
 import os
 import sys
@@ -14,23 +20,24 @@ from typing import Any, get_type_hints
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import dllm
 from dllm import compatibility, identity
-from dllm.checks import choice, number
+from dllm.cache.base import Cache
+from dllm.checks import choice, naming, number
 from dllm.escape import terminal
 from dllm.files import parse_json
 from dllm.journal import Journal
 from dllm.likelihood import Estimate
 from dllm.metrics import COSTS
-from dllm.plan import parse_options
-from dllm.resolve import options_of
+from dllm.plan import SEEDS, parse_options
+from dllm.resolve import build, names, options_of, variants
 from dllm.run_folder import RunFolder
 from dllm.runner import Runner, Setting
+from dllm.samplers.base import Sampler
 from dllm.scripts import app
 from dllm.tasks.base import Task
 
@@ -64,7 +71,9 @@ def evaluate(cfg: DictConfig) -> float | tuple[float, ...] | None:
         with _threads(fields["threads"]):
             results, path = _results(cfg, fields, label)
     except Exception as error:
-        if sweeping:  # the others go on, and the report tells why this one is missing
+        if sweeping and not isinstance(
+            error, BrokenPipeError
+        ):  # the others go on, and the report tells why this one is missing
             refused.fail(app.one_line(error))
         raise
     refused.forgive()
@@ -76,29 +85,32 @@ def evaluate(cfg: DictConfig) -> float | tuple[float, ...] | None:
 def _check(fields: Mapping[str, Any]) -> None:
     for name in fields["objective"]:
         choice("objective", name, ("accuracy", *COSTS))
+    number("seed", fields["seed"], "a whole number from 0 to 2**62 - 1", low=0, high=SEEDS - 1, whole=True)
     for name in ("baselines", "frames"):
         number(name, fields[name], "0 or more", low=0, whole=True)
     if fields["threads"] is not None:
-        number("threads", fields["threads"], "1 or more, or null", low=1, whole=True)
+        number("threads", fields["threads"], "1 to 1024, or null", low=1, high=1024, whole=True)
     app.check_writable("out", fields["out"], f"{fields['out']}/results.json")
 
 
 def _results(cfg: DictConfig, fields: Mapping[str, Any], label: str) -> tuple[dict[str, Any], Path]:
     """The results of a run and its folder; measured now unless they are there."""
-    sampler, cache, task = (instantiate(cfg[group]) for group in ("sampler", "cache", "task"))
+    sampler, cache = build("sampler", cfg.sampler, Sampler), build("cache", cfg.cache, Cache)
+    task: Task = build("task", cfg.task, Task)
     options = {name: fields[name] for name in _OPTIONS if fields[name] is not None or name == "block_length"}
     if fields["gen_length"] is None and task.gen_length is not None:
         options["gen_length"] = task.gen_length
     # Bad values are refused before the model loads.
     compatibility.check(sampler, cache, parse_options(options).cfg_scale)
     seed = fields["seed"] if fields["estimate"]["order"] == "random" else 0  # the others draw nothing
-    estimate = Estimate(**fields["estimate"], seed=seed, cfg_scale=fields["cfg_scale"])
+    with naming({name: f"estimate.{name}" for name in fields["estimate"]}):
+        estimate = Estimate(**fields["estimate"], seed=seed, cfg_scale=fields["cfg_scale"])
     files = task.check()
     path, others = fields["model"]["path"], {name: fields["model"][name] for name in fields["model"] if name != "path"}
     read = identity.contents([fields["sampler"], fields["cache"], others])
     read |= identity.read_by(sampler) | identity.read_by(cache)
     state = identity.checkpoint(Path(path)) if Path(path).is_dir() else {}
-    lm, weights = _load(json.dumps(fields["model"]), json.dumps([state, read]))
+    lm, weights = _load(json.dumps(fields["model"]), json.dumps([state, read]), app.option_of("model"))
     folder = RunFolder(Path(fields["out"]), label, _identity(fields, weights, task, files, read))
     main = fields["task"].get("metric")
     if (found := folder.results(main)) is not None:
@@ -117,10 +129,12 @@ def _results(cfg: DictConfig, fields: Mapping[str, Any], label: str) -> tuple[di
 
 
 @lru_cache(maxsize=1)
-def _load(model: str, state: str) -> tuple[dllm.LanguageModel, dict[str, str]]:
-    """The model of some options and who it is; kept for the next job of a sweep, unless its files changed."""
-    options = parse_json(model)
-    lm = dllm.load(options.pop("path"), **options)
+def _load(model: str, state: str, option: str) -> tuple[dllm.LanguageModel, dict[str, str]]:
+    """The model of some options and who it is; kept for the next job of a sweep, unless its files changed.
+
+    `option` is what errors call its name.
+    """
+    lm = app.load_model(parse_json(model), option)
     return lm, identity.model(lm)
 
 
@@ -152,7 +166,8 @@ def _label(fields: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
     shown = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)  # noqa: E731
     parts = []
     for group in ("sampler", "cache"):
-        known, options = options_of(group, chosen[group]), fields[group].items()
+        ours = chosen[group] in names(group) + variants(group)  # no YAML of the user's own
+        known, options = options_of(group, chosen[group]) if ours else {}, fields[group].items()
         told = [(name, value) for name, value in options if known.get(name, ...) != value or f"{group}.{name}" in given]
         parts.append(" ".join([str(chosen[group]), *(f"{name}={shown(value)}" for name, value in told)]))
     own = [f"{name}={shown(fields[name])}" for name in sorted((_OPTIONS | {"seed"}) - {"batch_size"}) if name in given]
@@ -230,7 +245,3 @@ def _progress(label: str) -> Iterator[Callable[[int, int], object]]:
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task(label, total=None)
         yield (lambda done, total: progress.update(bar, completed=done, total=total)) if console.is_terminal else line
-
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all, so that signals are heard while the rest is imported
+    from dllm.scripts.cli import main as _main
+
+    _main("generate")
+    raise SystemExit
+
 import os
 import random
 import re
@@ -12,7 +18,6 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,18 +26,21 @@ from rich.text import Text
 import dllm
 from dllm import compatibility
 from dllm.answer_manifest import AnswerManifest, describe, identify
+from dllm.cache.base import Cache
 from dllm.checks import choice
 from dllm.display import CanvasView, live, plain, save_picture
 from dllm.drift import Drift, Measurement, summarise
 from dllm.escape import terminal
 from dllm.jsonl import AnswerFile, Question, read_questions
+from dllm.plan import SEEDS
 from dllm.prompts import encode
+from dllm.resolve import build
+from dllm.samplers.base import Sampler
 from dllm.scripts import app, own
 from dllm.step import Step
 from dllm.tasks import word_problems
 
 _KINDS = get_type_hints(dllm.Options) | {"seed": int | None, "prompt": str | None, "resume": str | None}
-_SEEDS = 2**62
 # What infilling takes from the text itself.
 _WITHOUT_INFILL = ("gen_length", "stop_at_eos", "stop")
 
@@ -47,15 +55,15 @@ def generate(cfg: DictConfig) -> None:
     _check(cfg)
     questions = read_questions(Path(cfg.input)) if cfg.input else []
     answers = AnswerFile(Path(cfg.output)) if cfg.output else None
-    sampler, cache = instantiate(cfg.sampler), instantiate(cfg.cache)
+    sampler, cache = build("sampler", cfg.sampler, Sampler), build("cache", cfg.cache, Cache)
     fields: Any = OmegaConf.to_container(cfg, resolve=True)
     options = {name: fields[name] for name in dllm.Options.__dataclass_fields__}
-    options["seed"] = random.randrange(_SEEDS) if cfg.seed is None else cfg.seed
+    options["seed"] = random.randrange(SEEDS) if cfg.seed is None else cfg.seed
     # Bad values are refused before the model loads.
     compatibility.check(sampler, cache, dllm.Options(**options).cfg_scale)
 
     def load() -> Runner:
-        return Runner(_load(cfg.model.path, fields["model"]), sampler, cache, options, cfg.chat, cfg.infill)
+        return Runner(app.load_model(fields["model"]), sampler, cache, options, cfg.chat, cfg.infill)
 
     if answers is None:
         prompt = word_problems.problems(1, seed=options["seed"])[0].question if cfg.prompt is None else cfg.prompt
@@ -185,10 +193,6 @@ class Runner:
         return ids
 
 
-def _load(path: str, model: Mapping[str, Any]) -> dllm.LanguageModel:
-    return dllm.load(path, **{name: value for name, value in model.items() if name != "path"})
-
-
 def _check(cfg: DictConfig) -> None:
     if cfg.show not in ("auto", "live", "lines", "none"):
         raise ValueError(f"show={cfg.show!r} is unknown; use auto, live, lines or none")
@@ -216,9 +220,7 @@ def _check(cfg: DictConfig) -> None:
             app.check_writable(name, cfg[name])
     if cfg.picture is not None:
         own.check("picture", cfg.picture, {Path(cfg.picture): own.PICTURE})
-    if not _is_text(cfg.prompt or ""):
-        raise ValueError(f"prompt={cfg.prompt!r} holds bytes that are no text; give UTF-8")
-    if cfg.seed is not None and not 0 <= cfg.seed < _SEEDS:
+    if cfg.seed is not None and not 0 <= cfg.seed < SEEDS:
         raise ValueError(f"seed={cfg.seed} is out of range; use 0 to 2**62 - 1, or null for any")
 
 
@@ -245,14 +247,6 @@ def _is_same(one: str, other: str) -> bool:
     with suppress(OSError):
         return os.path.realpath(one) == os.path.realpath(other) or Path(one).samefile(other)
     return False
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 @contextmanager
@@ -282,7 +276,3 @@ def _progress(show: str, total: int, done: int) -> Iterator[Callable[[str | int]
                 else None
             )
         )
-
-
-if __name__ == "__main__":
-    main()

@@ -8,12 +8,16 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
+from dllm.cache.base import Cache
 from dllm.loading import load
+from dllm.resolve import TARGET, find_class
+from dllm.samplers.base import Sampler
 from dllm.scripts.usage import groups
+from dllm.tasks.base import Task
 
+_PROTOCOLS: Mapping[str, type] = {"sampler": Sampler, "cache": Cache, "task": Task}
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "text", NoneType: "null"}
 
 
@@ -46,11 +50,14 @@ def check_kinds(cfg: DictConfig, config_name: str, kinds: Mapping[str, Any]) -> 
 
 def _check_group(group: str, values: Any) -> None:
     """Hold a group's options against the constructor they go to."""
-    hints = get_type_hints(get_object(values["_target_"]) if "_target_" in values else load)
+    if not isinstance(values, Mapping):
+        return  # `sweep`, whose choices set options of the command itself
+    made = group in _PROTOCOLS
+    hints = get_type_hints(find_class(group, values, _PROTOCOLS[group]) if made else load)
     for name, value in values.items():
         if name in hints:
             _check(f"{group}.{name}", value, hints[name])
-        elif name not in ("_target_", "path"):
+        elif name != (TARGET if made else "path"):
             raise ValueError(f"{group}.{name} is no option here; --help lists those there are")
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all, so that signals are heard while the rest is imported
+    from dllm.scripts.cli import main as _main
+
+    _main("lm-eval")
+    raise SystemExit
+
 import sys
 import warnings
 
-from dllm.scripts.app import fail
+from dllm.scripts.ending import fail
 
 
 def main() -> None:
@@ -29,7 +35,3 @@ def main() -> None:
         fail("dllm lm-eval", " ".join(str(error).split()))
     finally:
         sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all, so that signals are heard while the rest is imported
+    from dllm.scripts.cli import main as _main
+
+    _main("report")
+    raise SystemExit
+
 import re
 from pathlib import Path
 
@@ -115,7 +121,3 @@ def _drawn(group: Group, shown: list[table.Column]) -> Table:
 def _text(text: str) -> Text:
     """Text that is no markup of rich's."""
     return Text(terminal(text, one_line=True))
-
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all, so that signals are heard while the rest is imported
+    from dllm.scripts.cli import main as _main
+
+    _main("show")
+    raise SystemExit
+
 import os
 import re
 import sys
@@ -17,8 +23,10 @@ from rich.live import Live
 from rich.text import Text
 
 from dllm.checks import choice, number
+from dllm.files import check_readable
 from dllm.reports.player import Colour, draw, line
 from dllm.scripts import app
+from dllm.scripts.ending import Stopped
 from dllm.trace import Trace
 
 try:
@@ -126,6 +134,8 @@ def keys(read: Callable[[], str]) -> Iterator[str]:
     try:
         while text := read():
             yield from re.findall(r"\x1b[\[O][0-9;]*[A-Za-z~]|.", text, re.DOTALL)
+    except Stopped:
+        raise
     except KeyboardInterrupt:
         return
 
@@ -148,6 +158,7 @@ def _load(path: Path) -> Trace:
         raise ValueError(
             f"path={str(path)!r} holds no trace.safetensors; give a trace, or the folder of a run with one"
         )
+    check_readable("path", file)
     trace = Trace.load(file)
     frames = tuple(each for each in trace.frames if len(each.canvas))
     if not frames:
@@ -166,7 +177,3 @@ def _sample(trace: Trace, wanted: str | int | None) -> int:
         return wanted - 1
     known = ", ".join(ids[:8]) + (", ..." if len(ids) > 8 else "")
     raise ValueError(f"sample={wanted!r} was not recorded step by step; use 1 to {len(ids)}, or an id: {known}")
-
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all, so that signals are heard while the rest is imported
+    from dllm.scripts.cli import main as _main
+
+    _main("tradeoff")
+    raise SystemExit
+
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +23,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import dllm
 from dllm import compatibility
 from dllm.cache.base import Cache
-from dllm.checks import number
+from dllm.checks import naming, number
 from dllm.escape import markdown, terminal
 from dllm.evaluation import Score, evaluate
-from dllm.plan import parse_options
+from dllm.plan import SEEDS, parse_options
+from dllm.resolve import build
 from dllm.samplers.base import Sampler
 from dllm.scripts import app, own
 from dllm.tasks import word_problems
@@ -47,13 +54,15 @@ def tradeoff(cfg: DictConfig, command: str = "tradeoff", cost: str = "nfe") -> N
     figure = _new_figure()  # missing matplotlib is told now, not after the measuring
     for name in ("problems", "repeats"):
         number(name, cfg[name], "1 or more", low=1, whole=True)
+    number("seed", cfg.seed, "a whole number from 0 to 2**62 - 1", low=0, high=SEEDS - 1, whole=True)
     own.check("out", out, {Path(out + ".md"): own.TRADEOFF, Path(out + ".svg"): own.CHART})
     settings = {str(label): _setting(str(label), entry) for label, entry in cfg.settings.items()}
     options = {name: cfg[name] for name in ("gen_length", "block_length", "batch_size")}
-    for sampler, cache, more in settings.values():
+    for label, (sampler, cache, more) in settings.items():
         # Bad values are refused before the model loads.
-        compatibility.check(sampler, cache, parse_options(options | more).cfg_scale)
-    lm = dllm.load(cfg.model.path, **{name: value for name, value in cfg.model.items() if name != "path"})
+        with naming({name: f"settings.{label}.run.{name}" for name in more}):
+            compatibility.check(sampler, cache, parse_options(options | more).cfg_scale)
+    lm = app.load_model(cfg.model)
 
     scores = _measure(lm, word_problems.problems(cfg.problems, cfg.seed), settings, options, cfg.repeats)
     shared = ", ".join(f"{name}={value}" for name, value in options.items())
@@ -76,8 +85,11 @@ def tradeoff(cfg: DictConfig, command: str = "tradeoff", cost: str = "nfe") -> N
 def _setting(label: str, entry: DictConfig) -> tuple[Any, Any, dict[str, Any]]:
     """A sampler, a cache, and the options of the run that are their own."""
     fields: Any = OmegaConf.to_container(entry, resolve=True)
+    place = f"settings.{label}"
+    if not isinstance(fields, dict):
+        raise ValueError(f"{place}={fields!r} is no setting; give {{_target_: dllm.samplers..., its options}}")
     more, cache = fields.pop("run", {}), fields.pop("cache", {"_target_": "dllm.cache.NoCache"})
-    return app.make(label, "sampler", Sampler, fields), app.make(label, "cache", Cache, cache), more
+    return build(place, fields, Sampler), build(f"{place}.cache", cache, Cache), more
 
 
 def _measure(
@@ -192,7 +204,3 @@ def _new_figure() -> Any:
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
-
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all, so that signals are heard while the rest is imported
+    from dllm.scripts.cli import main as _main
+
+    _main("train-filter")
+    raise SystemExit
+
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +18,6 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,13 +26,16 @@ from safetensors.torch import load_file, save
 
 import dllm
 from dllm import identity
+from dllm.cache.base import Cache
 from dllm.checks import choice, number
 from dllm.files import read_json, write_json, write_whole
 from dllm.filter_training import Records, Training, collect, fit, measure, split
 from dllm.filters import Filter, FilterCard
 from dllm.jsonl import read_questions
-from dllm.plan import Plan
+from dllm.plan import SEEDS, Plan
 from dllm.prompts import encode
+from dllm.resolve import build
+from dllm.samplers.base import Sampler
 from dllm.scripts import app, own
 from dllm.stored import there
 from dllm.tasks import word_problems
@@ -49,14 +57,14 @@ def train_filter(cfg: DictConfig) -> None:
     """Collect records, train, measure, write the filter and its card."""
     how = _check(cfg)
     _check_files(_out(cfg))
-    sampler, cache = instantiate(cfg.sampler), instantiate(cfg.cache)
+    sampler, cache = build("sampler", cfg.sampler, Sampler), build("cache", cfg.cache, Cache)
     fields: Any = OmegaConf.to_container(cfg, resolve=True)
     options = {name: fields[name] for name in dllm.Options.__dataclass_fields__ if name in fields}
     dllm.Options(**options)  # refuse bad values before the model loads
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     prompts = _prompts(cfg)
-    lm = dllm.load(cfg.model.path, **{name: value for name, value in fields["model"].items() if name != "path"})
+    lm = app.load_model(fields["model"])
     out = _out(cfg)
     ids = encode(prompts, lm.tokenizer)
     Plan(lm, ids, sampler, cache, dllm.Options(**options), infill=False)  # refuses prompts that do not fit
@@ -125,7 +133,7 @@ def _read(cfg: DictConfig) -> list[Any]:
     column = cfg.column or "question"
     if column not in rows.column_names:
         raise ValueError(f"column={column!r} is not in {cfg.data}; use one of {', '.join(rows.column_names)}")
-    return list(rows[column])
+    return list(rows[: cfg.prompts][column])
 
 
 def _collect(
@@ -259,11 +267,12 @@ def _check(cfg: DictConfig) -> Training:
     choice("architecture", cfg.architecture, ("neighbours", "published"))
     for name in ("prompts", "epochs", "patience", "train_batch_size"):
         number(name, cfg[name], "a whole number of at least 1", low=1, whole=True)
+    number("seed", cfg.seed, "a whole number from 0 to 2**62 - 1", low=0, high=SEEDS - 1, whole=True)
     if cfg.prompts < 2:
         raise ValueError(f"prompts={cfg.prompts} cannot be split; use 2 or more")
-    for name in ("hidden", "threads"):
+    for name, most in (("hidden", 65536), ("threads", 1024)):
         if cfg[name] is not None:
-            number(name, cfg[name], "a whole number of at least 1, or null", low=1, whole=True)
+            number(name, cfg[name], f"a whole number from 1 to {most}, or null", low=1, high=most, whole=True)
     if cfg.block_length is None:
         raise ValueError("block_length=null is no length a filter can be for; give the one it is going to be used with")
     for name in ("split", "column"):
@@ -276,7 +285,3 @@ def _check(cfg: DictConfig) -> Training:
     return Training(
         cfg.architecture, cfg.hidden, cfg.rate, cfg.train_batch_size, cfg.epochs, cfg.patience, cfg.held_out, cfg.seed
     )
-
-
-if __name__ == "__main__":
-    main()

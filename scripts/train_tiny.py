@@ -7,6 +7,12 @@ model card.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all, so that signals are heard while the rest is imported
+    from dllm.scripts.cli import main as _main
+
+    _main("train-tiny")
+    raise SystemExit
+
 import io
 import pickle
 import time
@@ -22,6 +28,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from dllm.checks import number
 from dllm.files import write_whole
 from dllm.scripts import app, own
 from dllm.scripts.model_card import model_card
@@ -224,11 +231,38 @@ def _check_folders(cfg: DictConfig) -> None:
         own.check_training("publish", Path(cfg.publish), PUBLISHED)
 
 
+def _check_shares(cfg: DictConfig) -> None:
+    """Refuse shares and lengths that nothing can be drawn by."""
+    if len(cfg.step_weights) != 3 or not cfg.canvas_lengths:
+        name = "canvas_lengths" if not cfg.canvas_lengths else "step_weights"
+        raise ValueError(f"{name}={cfg[name]} is out of range; use three weights, and at least one length")
+    for place, weight in enumerate(cfg.step_weights):
+        number(f"step_weights[{place}]", weight, "a weight of 0 or more", low=0, high=1e6)
+    for length, weight in cfg.canvas_lengths.items():
+        number("canvas_lengths", length, "whole lengths of at least 1", low=1, high=1_000_000, whole=True)
+        number(f"canvas_lengths.{length}", weight, "a weight of 0 or more", low=0, high=1e6)
+    for name, weights in (("step_weights", cfg.step_weights), ("canvas_lengths", cfg.canvas_lengths.values())):
+        if not sum(weights):
+            raise ValueError(f"{name}={cfg[name]} has no weight above 0; give one")
+    for name, value in cfg.noise.items():
+        if name == "max_window":
+            number(f"noise.{name}", value, "1 or more", low=1, whole=True)
+        else:
+            number(f"noise.{name}", value, "a share from 0 to 1", low=0, high=1)
+
+
 def _check(cfg: DictConfig) -> None:
     for name in ("steps", "batch_size", "prompt_length", "warmup", "checkpoint_every", "log_every", "eval_problems"):
         least = 0 if name == "eval_problems" else 1
-        if cfg[name] < least:
-            raise ValueError(f"{name}={cfg[name]} is out of range; use {least} or more")
+        number(name, cfg[name], f"{least} or more", low=least, whole=True)
+    for name in ("seed", "eval_seed"):
+        number(name, cfg[name], "a whole number from 0 to 2**62 - 1", low=0, high=2**62 - 1, whole=True)
+    if cfg.threads is not None:
+        number("threads", cfg.threads, "1 to 1024, or null", low=1, high=1024, whole=True)
+    for name in ("matrix_lr", "rest_lr"):
+        number(name, cfg[name], "a positive number", above=0, high=1e6)
+    number("ema", cfg.ema, "0 or more and below 1", low=0, high=1 - 1e-9)
+    _check_shares(cfg)
     if cfg.arch not in ("guide", "llada", "dream"):
         raise ValueError(f"arch={cfg.arch!r} is unknown; use guide, llada or dream")
     if cfg.autocast not in (None, "bfloat16", "float16"):
@@ -243,14 +277,9 @@ def _check(cfg: DictConfig) -> None:
     _check_folders(cfg)
     size = cfg.model
     for name, value in size.items():
-        if value < 1:
-            raise ValueError(f"model.{name}={value} is out of range; use 1 or more")
+        number(f"model.{name}", value, "1 to 1000000", low=1, high=1_000_000, whole=True)
     if size.hidden_size % (2 * size.num_heads) or size.num_heads % size.num_kv_heads:
         raise ValueError(
             f"model.num_heads={size.num_heads} is out of range; twice it must divide hidden_size={size.hidden_size}, "
             f"and num_kv_heads={size.num_kv_heads} must divide it"
         )
-
-
-if __name__ == "__main__":
-    main()

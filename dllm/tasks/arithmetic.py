@@ -33,7 +33,8 @@ class WordProblems:
 
     def __post_init__(self) -> None:
         number("task.limit", self.limit, "1 or more", low=1, whole=True)
-        number("task.seed", self.seed, "1000000 or more; models are trained on seeds below", low=1_000_000, whole=True)
+        use = "1000000 to 2**62 - 1; models are trained on seeds below"
+        number("task.seed", self.seed, use, low=1_000_000, high=2**62 - 1, whole=True)
 
     def check(self) -> Mapping[str, str]:
         """Nothing is read."""

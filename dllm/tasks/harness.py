@@ -39,7 +39,8 @@ class Harness:
         chat: apply the model's chat template.
         system_instruction: system prompt.
         metric: "METRIC" or "METRIC,FILTER", the score that counts as the accuracy; None for the task's first.
-        include_path: folder with further task definitions.
+        include_path: folder with further task definitions. They may hold code (`!function`), which is run: give
+            only what you trust.
 
     Raises:
         ValueError: a value out of range.

@@ -1,0 +1,162 @@
+"""How commands end that are interrupted, terminated, or that nobody reads any more."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from commands import command, start
+from dllm.scripts import cli, ending, generate, show
+
+LONG = ("evaluate", "task.limit=5000", "batch_size=1", "baselines=0")
+
+
+@pytest.fixture
+def signalled(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Send this process a signal; what would end it at once raises instead."""
+
+    class Ended(Exception):
+        pass
+
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(os, "write", lambda number, text: len(text))
+    return signal.raise_signal
+
+
+class TestSignals:
+    @pytest.mark.parametrize(("number", "code", "word"), [(2, 130, "interrupted"), (15, 143, "terminated")])
+    def test_a_signal_during_work_gives_one_line_and_its_code(
+        self, number: int, code: int, word: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(generate, "generate", lambda cfg: signal.raise_signal(number))
+        result = command("generate")
+        assert (result.code, result.out) == (code, "")
+        assert result.err == f"dllm generate: error: {word}; what was written is kept\n"
+
+    def test_a_signal_ends_a_whole_sweep(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.chdir(tmp_path)
+        seen = []
+
+        def work(cfg: Any) -> None:
+            seen.append(cfg.seed)
+            signal.raise_signal(signal.SIGTERM)
+
+        monkeypatch.setattr(generate, "generate", work)
+        assert command("generate", "-m", "seed=1,2,3").code == 143
+        assert seen == [1]
+
+    def test_the_second_signal_does_not_wait(self, signalled: Callable[[int], None]) -> None:
+        with pytest.raises(Exception, match="130"), ending.watching("dllm"), ending.working():  # noqa: PT012
+            try:
+                signalled(signal.SIGINT)
+            except ending.Stopped:
+                signalled(signal.SIGINT)
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_outside_of_work_a_signal_ends_the_process_at_once(
+        self, signalled: Callable[[int], None], number: int
+    ) -> None:
+        with pytest.raises(Exception, match=str(128 + number)), ending.watching("dllm"):
+            signalled(number)
+
+    def test_handlers_are_those_from_before_afterwards(self) -> None:
+        before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+        command("--version")
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+    def test_an_ignored_signal_stays_ignored(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            with ending.watching("dllm"):
+                signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def test_a_signal_that_a_finaliser_swallows_is_heard(self, signalled: Callable[[int], None]) -> None:
+        codes = []
+
+        class Finalised:
+            def __del__(self) -> None:
+                signalled(signal.SIGINT)
+
+        with ending.watching("dllm"), ending.working():
+            hook = sys.unraisablehook
+
+            def heard(lost: Any) -> None:
+                try:
+                    hook(lost)
+                except Exception as error:  # noqa: BLE001  # what ends the process
+                    codes.append(error.args)
+
+            sys.unraisablehook = heard
+            del [Finalised()][0]
+        assert codes == [(130,)]
+
+    def test_a_player_is_left_by_a_signal(self) -> None:
+        def read() -> str:
+            raise ending.Stopped(15)
+
+        with pytest.raises(ending.Stopped):
+            list(show.keys(read))
+
+    @pytest.mark.parametrize(
+        ("number", "delay", "code"), [(signal.SIGINT, 0.3, 130), (signal.SIGTERM, 1.5, 143), (signal.SIGINT, 9, 130)]
+    )
+    def test_a_process_ends_at_any_moment_with_one_line(
+        self, number: int, delay: float, code: int, tmp_path: Path
+    ) -> None:
+        process = start(*LONG, f"out={tmp_path}")
+        time.sleep(delay)
+        process.send_signal(number)
+        err = process.communicate(timeout=60)[1]
+        told = [line for line in err.splitlines() if not line.startswith("vanilla: ")]  # how far it was
+        assert process.returncode == code
+        assert told == [
+            f"dllm evaluate: error: {'interrupted' if code == 130 else 'terminated'}; what was written is kept"
+        ]
+
+
+class TestPipes:
+    @pytest.mark.parametrize("arguments", [[], ["generate", "--help"], ["--version"], ["compatibility"]])
+    def test_a_closed_pipe_ends_a_command_quietly(
+        self, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        reading, writing = os.pipe()
+        os.close(reading)
+        monkeypatch.setattr(sys, "argv", ["dllm", *arguments])
+        with os.fdopen(writing, "w") as closed:  # and so flushed as at exit
+            monkeypatch.setattr(sys, "stdout", closed)
+            with pytest.raises(SystemExit) as left:
+                cli.main()
+        assert left.value.code == 1
+        assert capsys.readouterr().err == ""
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+    @pytest.mark.parametrize("arguments", [[], ["generate", "--help"], ["compatibility"]])
+    def test_a_full_disk_behind_the_output_is_one_line(
+        self, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with Path("/dev/full").open("w") as full:
+            monkeypatch.setattr(sys, "stdout", full)
+            monkeypatch.setattr(sys, "argv", ["dllm", *arguments])
+            with pytest.raises(SystemExit) as left:
+                cli.main()
+        told = capsys.readouterr().err
+        assert (left.value.code, told.count("\n")) == (2, 1)
+        assert "No space left" in told
+
+    def test_a_process_in_a_pipe_ends_quietly(self) -> None:
+        line = f"{sys.executable} -m dllm.scripts.cli generate --help 2>&1 | true; echo ${{PIPESTATUS[0]}}"
+        ran = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120, check=True)
+        assert (ran.stdout, ran.stderr) == ("1\n", "")

@@ -1,0 +1,216 @@
+"""Options as they are typed: every bad value of every command ends in one line that names the option."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import random
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+import dllm
+from commands import Outcome, command
+from dllm.scripts.app import rewrite
+from models import random_llada, save_folder
+
+WORK = {
+    "generate": "generate", "evaluate": "evaluate", "report": "report", "show": "show", "bench": "bench",
+    "compatibility": "compatibility", "train-filter": "train_filter", "train-tiny": "train", "tradeoff": "tradeoff",
+}  # fmt: skip
+BAD = [
+    "abc", "nan", "inf", "-1", "1e400", "[]", "{}", "[[1]]", "true", "", "x" * 5000, "${oc.env:HOME}", "${nope}", "???",
+    os.fsdecode(b"\xff"),
+]  # fmt: skip
+
+
+def refused(result: Outcome, name: str) -> None:
+    assert (result.code, result.err.count("\n")) == (2, 1), result
+    assert name in result.err, result
+
+
+class Reached(Exception):
+    """Heavy work would begin now."""
+
+
+@pytest.fixture
+def idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is loaded, trained or written."""
+
+    def reached(*_: Any, **__: Any) -> Any:
+        raise Reached
+
+    monkeypatch.setattr(dllm, "load", reached)
+    train_tiny = importlib.import_module("dllm.scripts.train_tiny")
+    monkeypatch.setattr(train_tiny, "Trainer", reached)
+
+
+def options(name: str) -> Iterator[str]:
+    """Every option of a command, and those of its default model, sampler, cache and task."""
+    folder = resources.files("dllm.conf")
+    text = (folder / f"{name.replace('-', '_')}.yaml").read_text(encoding="utf-8")
+    fields: Any = OmegaConf.to_container(OmegaConf.create(text))
+    for entry in fields.pop("defaults"):
+        for group, choice in entry.items() if isinstance(entry, dict) else ():
+            if group in ("model", "sampler", "cache", "task"):
+                own: Any = OmegaConf.to_container(OmegaConf.create((folder / group / f"{choice}.yaml").read_text()))
+                yield from (f"{group}.{option}" for option in own)
+    del fields["hydra"]
+    for option, default in fields.items():
+        nested = isinstance(default, dict) and option not in ("settings", "variants", "canvas_lengths")
+        yield from (f"{option}.{each}" for each in default) if nested else [option]
+
+
+EVERY = [(name, option) for name in WORK for option in options(name)]
+
+
+@pytest.mark.usefixtures("idle")
+@pytest.mark.parametrize(("name", "option"), random.Random(0).sample(EVERY, 30))
+def test_a_bad_value_is_refused_by_name_or_harmless(
+    name: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for value in random.Random(option).sample(BAD, 2):
+        tried(name, option, value)
+
+
+def tried(name: str, option: str, value: str) -> None:
+    must = {"report": ["folder=x"], "show": ["path=x"]}.get(name, [])
+    try:
+        result = command(name, *must, f"{option}={value}")
+    except Reached:
+        return  # accepted
+    if result.code != 0 and not (must and must[0] in result.err.replace("'", "")):
+        refused(result, option)
+
+
+@pytest.mark.usefixtures("idle")
+@pytest.mark.parametrize(
+    "option", ["model", "model.path", "task", "sampler", "seed", "gen_length", "out", "estimate.order"]
+)
+def test_text_that_is_none_is_refused(option: str) -> None:
+    refused(command("evaluate", f"{option}={os.fsdecode(bytes([255]))}"), option)
+
+
+class TestNames:
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["generate", "model=nope"], "error: model='nope' is no folder"),
+            (["generate", "model=custom", "model.path=nope"], "error: model.path='nope' is no folder"),
+            (["evaluate", "model=nope", "out=x"], "error: model='nope' is no folder"),
+            (["tradeoff", "model=nope", "out=x"], "error: model='nope' is no folder"),
+            (["bench", "model=nope"], "error: model='nope' is no folder"),
+            (["train-filter", "model.path=nope", "prompts=2"], "error: model.path='nope' is no folder"),
+            (["generate", "model.device=nope"], "error: model.device='nope' is not available"),
+            (["generate", "model.dtype=int8"], "error: model.dtype='int8' is unknown"),
+            (["bench", "model=random:tiny", "model.dtype=int8"], "error: model.dtype='int8' is unknown"),
+            (["evaluate", "estimate.samples=0", "out=x"], "error: estimate.samples=0 is out of range"),
+            (["generate", "seed=-1"], "seed=-1 is out of range; use 0 to 2**62 - 1"),
+            (["evaluate", "seed=-1"], "seed=-1 is out of range; use a whole number from 0 to 2**62 - 1"),
+            (["evaluate", "task.seed=1"], "error: task.seed=1 is out of range"),
+            (["tradeoff", "seed=-1"], "error: seed=-1 is out of range"),
+            (["generate", "gen_length=${oc.env:HOME}"], "gen_length='${oc.env:HOME}' holds ${oc.env:HOME}, which is"),
+            (["generate", "gen_length=${nope}"], "gen_length refers to nope, which is no option here"),
+            (["generate", "++gen_length=abc"], "gen_length='abc' is of the wrong kind"),
+            (["generate", "picture="], "picture='' is empty"),
+            (["generate", "sampler=freedave", "sampler.base={_target_: dllm.samplers.Threshold, threshold: -1}"],
+             "error: sampler.base.threshold=-1 is out of range"),
+            (["train-tiny", "matrix_lr=nan"], "error: matrix_lr=nan is out of range"),
+            (["train-tiny", "step_weights=[0,0,0]"], "error: step_weights=[0, 0, 0] has no weight"),
+            (["train-tiny", "noise.window=2"], "error: noise.window=2 is out of range"),
+        ],
+    )  # fmt: skip
+    def test_errors_say_options_as_they_are_typed(
+        self, arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        refused(command(*arguments), said)
+
+    def test_an_option_may_refer_to_another(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen = []
+        monkeypatch.setattr("dllm.scripts.generate.generate", seen.append)
+        assert command("generate", "batch_size=${gen_length}", "gen_length=5").code == 0
+        assert seen[0].batch_size == 5
+
+
+class TestFiles:
+    @pytest.fixture
+    def places(self, tmp_path: Path) -> dict[str, str]:
+        """Paths that are no ordinary files."""
+        (tmp_path / "loop").symlink_to("loop")
+        os.mkfifo(tmp_path / "pipe")
+        return {"loop": f"{tmp_path}/loop", "pipe": f"{tmp_path}/pipe", "folder": f"{tmp_path}", "long": "x" * 5000}
+
+    @pytest.mark.usefixtures("idle")
+    @pytest.mark.parametrize("kind", ["loop", "pipe", "folder", "long"])
+    def test_what_is_no_file_is_refused(self, kind: str, places: dict[str, str], tmp_path: Path) -> None:
+        place = places[kind]
+        refused(command("generate", f"input={place}", f"output={tmp_path}/new"), "input=")
+        refused(command("train-filter", f"data={place}/.jsonl" if kind == "folder" else f"data={place}.jsonl"), "data=")
+        refused(command("show", place), "path=")
+        refused(command("compatibility", f"out={place}"), "out=")
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+    def test_a_full_disk_names_the_option(self) -> None:
+        refused(command("compatibility", "out=/dev/full"), "out='/dev/full' cannot be used (No space left on device)")
+
+
+class TestSweeps:
+    @pytest.mark.parametrize(
+        ("value", "paths"),
+        [
+            ("'/x,y'", ["/x,y"]),
+            ('"/x,y"', ["/x,y"]),
+            ("'/x,y',tiny", ["/x,y", "tiny"]),
+            ("tiny,\"/x,y\",'/z, w'", ["tiny", "/x,y", "/z, w"]),
+            ("it's,b", ["it's", "b"]),
+        ],
+    )
+    @pytest.mark.parametrize("group", ["model", "task"])
+    def test_a_path_with_a_comma_is_quoted(self, group: str, value: str, paths: list[str]) -> None:
+        option = {"model": "model.path", "task": "task.name"}[group]
+        flag, choice, written = rewrite(["-m", f"{group}={value}"], "evaluate")
+        override = OverridesParser.create().parse_override(written)
+        found = (
+            [text.strip("'").replace("\\'", "'") for text in override.sweep_string_iterator()]
+            if (override.is_sweep_override())
+            else [override.value()]
+        )
+        assert (flag, choice.partition("=")[0], override.key_or_group) == ("-m", group, option)
+        assert found == paths or [str(each) for each in found] == paths
+
+    def test_models_with_commas_run_one_after_another(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        folder = save_folder(random_llada(tokenizer=True), tmp_path / "a,b")
+        seen = []
+        monkeypatch.setattr("dllm.scripts.generate.generate", seen.append)
+        assert command("generate", "-m", f"model='{folder}',tiny-llada", f"output='{folder}/x'").code == 0
+        assert [cfg.model.path for cfg in seen] == [str(folder), "tiny-llada"]
+        assert [cfg.output for cfg in seen] == [f"{folder}/x"] * 2
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    lm = random_llada()
+    plain = dllm.generate(lm, [[5, 6]], dllm.samplers.Threshold(0.5), gen_length=8, seed=3, temperature=0.5)
+    other = dllm.generate(
+        lm, [[5, 6]], dllm.samplers.Threshold(np.float32(0.5)), gen_length=np.int64(8), seed=np.int32(3),
+        temperature=np.float64(0.5), block_length=np.uint8(32), batch_size=np.int16(8), stop_at_eos=np.bool_(True),
+    )  # fmt: skip
+    assert other.sequences.tolist() == plain.sequences.tolist()
+    listed = dllm.generate(
+        lm, [[5, 6]], dllm.samplers.Threshold(0.5), gen_length=8, seed=[np.int64(3)], temperature=0.5
+    )
+    assert listed.sequences.tolist() == plain.sequences.tolist()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**62, 1.5, "3", True])
+def test_a_seed_says_its_range(seed: Any) -> None:
+    with pytest.raises(ValueError, match=r"seed=.* use a whole number from 0 to 2\*\*62 - 1, or null"):
+        dllm.Options(seed=seed)

@@ -1,0 +1,132 @@
+"""`_target_` names classes of this package and registered ones; anything else is refused, and not even imported."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dllm
+from commands import command
+from dllm import resolve
+from dllm.cache.base import Cache
+from dllm.resolve import build
+from dllm.samplers import FreeDave, Threshold, Vanilla
+from dllm.samplers.base import Sampler
+
+FOREIGN = [
+    "os.system",
+    "subprocess.run",
+    "builtins.eval",
+    "hydra.utils.instantiate",
+    "canary.Class",
+    "dllm.loading.torch.load",
+    "dllm.loading.torch",
+    "dllm.scripts.app.os.system",
+    "dllm.loading.load",
+    "dllm.samplers.Vanilla.__init__",
+    "dllm.samplers.base.Sampler",
+    "dllm.scripts.train_tiny.Trainer",
+    "dllm.run_folder.RunFolder",
+    "dllm.samplers",
+    "dllm..samplers.Vanilla",
+    "dllm.nothing.Vanilla",
+    "",
+    3,
+    None,
+    ["dllm.samplers.Vanilla"],
+]
+
+
+@pytest.fixture(autouse=True)
+def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that must not be imported."""
+    (tmp_path / "canary.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.parametrize("target", FOREIGN)
+@pytest.mark.parametrize("protocol", [Sampler, Cache])
+def test_what_is_no_class_of_the_package_is_refused_at_any_depth(target: Any, protocol: type) -> None:
+    bad = {"_target_": target}
+    inside = {"_target_": "dllm.samplers.FreeDave" if protocol is Sampler else "dllm.cache.Dual"}
+    name = "base" if protocol is Sampler else "measure_every"
+    for options in (bad, {**inside, name: bad}, {**inside, name: [bad]}, {**inside, name: {"deep": [bad]}}):
+        with pytest.raises(ValueError, match=r"_target_=.* is no (sampler|cache) of dllm"):
+            build("place", options, protocol)
+    assert "canary" not in sys.modules
+
+
+@pytest.mark.parametrize("key", ["_args_", "_partial_", "_recursive_", "_convert_", "speed"])
+def test_what_the_class_does_not_take_is_refused(key: str) -> None:
+    with pytest.raises(ValueError, match=rf"sampler\.{key} is no option of Threshold; use one of threshold, "):
+        build("sampler", {"_target_": "dllm.samplers.Threshold", key: ["os.system"]}, Sampler)
+
+
+def test_nested_objects_are_made_and_their_errors_say_where_they_are() -> None:
+    options = {"_target_": "dllm.samplers.FreeDave", "base": {"_target_": "dllm.samplers.Threshold", "threshold": 0.5}}
+    assert build("sampler", options, Sampler) == FreeDave(base=Threshold(0.5))
+    options["base"] = {"_target_": "dllm.samplers.Threshold", "threshold": -1}
+    with pytest.raises(ValueError, match=r"^sampler\.base\.threshold=-1 is out of range"):
+        build("sampler", options, Sampler)
+
+
+def test_a_class_of_the_other_group_is_refused() -> None:
+    with pytest.raises(ValueError, match="is no sampler"):
+        build("sampler", {"_target_": "dllm.cache.Dual"}, Sampler)
+    with pytest.raises(ValueError, match="is no cache"):
+        build("cache", {"_target_": "dllm.samplers.Vanilla"}, Cache)
+
+
+def test_a_class_of_ones_own_is_named_once_it_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolve, "_REGISTERED", {})
+
+    @dataclass(frozen=True)
+    class Mine(Vanilla):
+        pass
+
+    Mine.__qualname__ = "Mine"
+    name = f"{Mine.__module__}.Mine"
+    with pytest.raises(ValueError, match=r"register your own class with dllm\.register"):
+        build("sampler", {"_target_": name}, Sampler)
+    assert dllm.register(Mine) is Mine
+    assert build("sampler", {"_target_": name, "tokens_per_step": 3}, Sampler) == Mine(tokens_per_step=3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["generate", "sampler._target_=os.system"], "sampler._target_='os.system'"),
+        (["generate", "cache._target_=canary.Class"], "cache._target_='canary.Class'"),
+        (["evaluate", "task._target_=os.system"], "task._target_='os.system'"),
+        (["generate", "sampler=freedave", "sampler.base={_target_: os.system}"], "sampler.base._target_='os.system'"),
+        (["generate", "+sampler._partial_=true"], "sampler._partial_ is no option"),
+        (["generate", "+model._target_=os.system"], "model._target_"),
+        (["evaluate", "-m", "hydra.launcher._target_=os.system"], "hydra.launcher._target_=os.system"),
+        (["generate", "+hydra.callbacks={a: {_target_: os.system}}"], "+hydra.callbacks={a: {_target_: os.system}}"),
+        (["train-filter", "sampler._target_=os.system"], "sampler._target_='os.system'"),
+        (["tradeoff", "+settings.a={_target_: os.system}"], "settings.a._target_='os.system'"),
+        (["policies", "+settings.a.cache={_target_: os.system}", "+settings.a._target_=dllm.samplers.Vanilla"], ".a"),
+        (["caches", "+caches.a={_target_: os.system}"], "os.system"),
+        (["compatibility", "+variants.a={_target_: os.system}"], "variants.a._target_='os.system'"),
+        (["bench", "samplers=[{freedave:{base:{_target_: os.system}}}]"], "samplers[0].base._target_='os.system'"),
+        (["bench", "samplers=[{vanilla:{_target_: os.system}}]"], "samplers[0]._target_='os.system'"),
+    ],
+)
+def test_no_command_makes_anything_else(arguments: list[str], option: str, tmp_path: Path) -> None:
+    if arguments[0] in ("evaluate", "tradeoff", "policies", "caches"):
+        arguments = [*arguments, f"out={tmp_path}/out"]
+    result = command(*arguments)
+    assert (result.code, result.err.count("\n")) == (2, 1), result
+    assert option in result.err
+    assert "canary" not in sys.modules
+
+
+@pytest.mark.parametrize("flag", ["--experimental-rerun", "--experimental-rerun=x.pickle", "--experimental", "--exp"])
+def test_no_pickle_is_run_again(flag: str, tmp_path: Path) -> None:
+    result = command("generate", flag, str(tmp_path / "x.pickle"))
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert repr(flag) in result.err
