@@ -218,7 +218,7 @@ def _rewrite_one(argument: str, open_groups: Mapping[str, Sequence[str]], multir
     _refuse_resolvers(name, value)
     if name not in _PATHS or value == "null":
         if (depth := _depth(value)) > _DEEPEST:
-            raise ValueError(f"{name} is nested too deep ({depth} brackets in each other); give a plainer value")
+            raise ValueError(f"{key} is nested too deep ({depth} brackets in each other); give a plainer value")
         return [argument]
     quoted = _QUOTED.fullmatch(value) if multirun else None
     return [f"{key}={','.join(map(_quote, _pieces(value) if quoted else [value]))}"]
@@ -355,8 +355,8 @@ def one_line(error: BaseException) -> str:
         return f"{match[1]} names several; give one, or add -m to run them one after another"
     if match := re.search(r"Interpolation key '([^']*)' not found full_key: (\S+)", text):
         return f"{match[2]} refers to {match[1]}, which is no option here; write the value itself"
-    if match := re.search(r"^(.*?) full_key: ([\w.]+)", text):
-        return f"{match[2]}: {match[1]}"
     if match := re.search(r"Missing mandatory value: (\S+)", text):
         return f"{match[1]} has no value; set it with {match[1]}=..."
+    if match := re.search(r"^(.*?) full_key: ([\w.]+)", text):
+        return f"{match[2]}: {match[1]}"
     return re.sub(r"(, set env var HYDRA_FULL_ERROR=1[^.]*| full_key:| See https://hydra).*", "", text)

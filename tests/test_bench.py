@@ -164,7 +164,7 @@ def test_settings_end_where_the_canvas_is_full() -> None:
         (["model.dtype=int8"], "dtype='int8'"),
         (["caches=[]"], "caches=[] leaves nothing to time"),
         (["samplers=[nothing]"], "samplers[0]='nothing' is unknown; use one of ar_guided"),
-        (["caches=[{dual:{measure_every:0}}]"], "caches[0]: measure_every=0"),
+        (["caches=[{dual:{measure_every:0}}]"], "caches[0].measure_every=0"),
         (["caches=[none,{dual:{speed:1}}]"], "caches[1]: speed is no option of dual; use one of measure_every"),
         (["caches=[5]"], "caches[0]=5 is no cache; give a name, or {name: {option: value}}"),
         (["samplers=[freedave]", "caches=[d2cache]"], "cache=d2cache does not go with drafts"),

@@ -462,7 +462,6 @@ class TestNothingIsFetchedOrImported:
             (folder / file).write_text(json.dumps(foreign))
         (folder / "custom_generate").mkdir()
         (folder / "custom_generate" / "generate.py").write_text("import evil_module")
-        load_guide.cache_clear()
         with suppress(ValueError):
             load_guide(str(folder), torch.device("cpu"))
         assert led == []
@@ -520,7 +519,6 @@ class TestGuides:
         folder = Path(shutil.copytree(golden / "qwen2-rand-guide", tmp_path / "guide"))
         edit, expected = self.LIES[lie]
         edit(folder)
-        load_guide.cache_clear()
         began = time.perf_counter()
         with pytest.raises(ValueError, match="guide=") as caught:
             load_guide(str(folder), torch.device("cpu"))

@@ -20,7 +20,7 @@ from dllm.run_folder import RunFolder
 from dllm.tasks.humaneval import _check_rows
 from dllm.tasks.tokenizer import build_tokenizer
 from dllm.trace import FORMAT, VERSION, Trace
-from models import random_filter, random_llada
+from models import random_filter
 
 DEEP = '{"a":' + "[" * 100_000
 FOLDER = RunFolder(Path(), "x", {}).path.name
@@ -50,7 +50,6 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "the card of a filter": ("f.json", _filter),
     "results that are reported": (f"{FOLDER}/results.json", lambda file: reading.load(file.parent)),
     "results of a run that goes on": (f"{FOLDER}/results.json", lambda file: _run(file).results()),
-    "the manifest of a run": (f"{FOLDER}/manifest.json", lambda file: _run(file).begin(random_llada(), {})),
 }
 
 

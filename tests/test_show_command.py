@@ -54,7 +54,7 @@ class TestWithoutATerminal:
     @pytest.mark.parametrize(
         ("arguments", "named"),
         [
-            (["{}/none"], "none is not there"),
+            (["{}/none"], "none' cannot be read (No such file"),
             ([], "path has no value"),
             (["{}/.."], "holds no trace.safetensors"),
             (["{}", "sample=9"], "sample=9 was not recorded step by step; use 1 to 2, or an id: problem 0, problem 1"),

@@ -20,6 +20,12 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs resource 
 PASSED = Outcome(True, "passed", "")
 
 
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs lie where no other test's do, so that their processes are told apart from those of other tests."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
 def gone(pid: int) -> bool:
     """Whether a process has ended; one that waits to be collected has."""
     try:
@@ -249,11 +255,11 @@ class TestHostile:
 
 
 def left() -> list[int]:
-    """Processes of a sandbox that still run: they have its command line."""
+    """Processes of a sandbox that still run: they have its command line, which names a folder of this test's."""
     found = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if str(sandbox._SUPERVISOR) in file.read_text() and not gone(int(file.parent.name)):
+            if tempfile.gettempdir() in file.read_text() and not gone(int(file.parent.name)):
                 found.append(int(file.parent.name))
         except OSError:
             continue
