@@ -49,6 +49,16 @@ def choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
         raise ValueError(f"{name}={value!r} is unknown; use one of {words}")
 
 
+def is_text(value: Any) -> bool:
+    """Whether it is text that can be written, without halves of characters."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 @contextmanager
 def naming(options: Mapping[str, str]) -> Iterator[None]:
     """Let errors about parameters name the options that the user wrote.
@@ -66,8 +76,8 @@ def naming(options: Mapping[str, str]) -> Iterator[None]:
 
 
 def renamed(text: str, options: Mapping[str, str]) -> str:
-    """An error's text with `PARAMETER=` as `OPTION=`, where it stands by itself."""
+    """An error's text with `PARAMETER=` as `OPTION=`, where it stands by itself and is not what a JSON file says."""
     if not options:
         return text
     known = "|".join(map(re.escape, options))
-    return re.sub(rf"(?<![\w.('\"\]])({known})=", lambda found: f"{options[found[1]]}=", text)
+    return re.sub(rf"(?<![\w.('\"\]])(?<!\.json: )({known})=", lambda found: f"{options[found[1]]}=", text)

@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from dllm.checks import first_line
+
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file beside its place, on the disk, and move it there: whoever reads sees the old or the new one.
@@ -110,8 +112,7 @@ def read_json(path: Path, fix: str = "copy or download it again") -> dict[str, A
     try:
         content = parse_json(path.read_text(encoding="utf-8"), once=True)
     except (OSError, ValueError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"{path} is not JSON ({reason}); {fix}") from None
+        raise ValueError(f"{path} is not JSON ({first_line(error)}); {fix}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}, not an object; {fix}")
     return content

@@ -8,8 +8,8 @@ it is. It tells nearly sure from sure, which c alone in the published form hardl
 published form 49% and 5% (`dllm train-filter` prints these figures, `architecture=published` trains that form).
 
 On disk a filter is ``NAME.safetensors`` and beside it ``NAME.json``, a card that says what it was
-trained for. A bare file in the published form
-loads without a card: its shape tells the block length, and nothing tells which model it was trained for.
+trained for. A bare file in the published form loads without a card: its shape tells the block length, and nothing tells
+which model it was trained for.
 """
 
 from __future__ import annotations

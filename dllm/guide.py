@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 
 from dllm import adapters
 from dllm.backbones.checkpoint import check_causal_folder
+from dllm.checks import first_line
 from dllm.identity import checkpoint
-from dllm.loading import checkpoint_folder, first_line, quiet
+from dllm.loading import checkpoint_folder, quiet
 from dllm.tokenizers import check_tokenizer_config, load_tokenizer
 
 

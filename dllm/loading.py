@@ -23,7 +23,7 @@ from dllm.backbones.base import token_ids
 from dllm.backbones.checkpoint import ATTENTION, DTYPES, check_values, read_config
 from dllm.backbones.packed import pack as pack_weights
 from dllm.backbones.published import check_eos
-from dllm.checks import choice
+from dllm.checks import choice, first_line
 from dllm.files import read_json
 from dllm.resolve import names
 from dllm.tokenizers import load_tokenizer
@@ -347,11 +347,6 @@ def _check_vocabulary(backbone: MaskedDiffusionModel, folder: Path) -> None:
         for token in ids:
             if not 0 <= token < rows:
                 raise ValueError(f"{folder}: {key}={token!r} is no id of this model; use one from 0 to {rows - 1}")
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its kind where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @contextmanager

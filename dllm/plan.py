@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dllm import compatibility
 from dllm.cache.base import Cache
 from dllm.canvas import Canvas
-from dllm.checks import choice, number
+from dllm.checks import choice, is_text, number
 from dllm.ending import StopStrings, cut
 from dllm.engine import decode
 from dllm.generation import Clock, Generation, Recorder, assemble
@@ -318,15 +318,11 @@ def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     given: Any = () if stop is None else (stop,) if isinstance(stop, str) else stop
     if not isinstance(given, Sequence) or not all(isinstance(each, str) for each in given):
         raise ValueError(f"stop={stop!r} is of the wrong kind; give a string or a list of strings, or null for none")
-    if any(_half_characters(each) for each in given):
+    if not all(map(is_text, given)):
         raise ValueError(f"stop={stop!r} holds bytes that are no text; give UTF-8")
     if "" in given:
         raise ValueError(f"stop={stop!r} holds an empty string, which would end every text; leave it out")
     return tuple(given)
-
-
-def _half_characters(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _seeds(seed: int | Sequence[int] | None, rows: int) -> Sequence[int]:

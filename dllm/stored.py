@@ -9,6 +9,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints, is_typeddict
 
+from dllm.checks import is_text
+
 _DEEPEST = 100
 _LARGEST = 1 << 63  # what whole numbers stay below, as the tensors that they go to
 
@@ -58,7 +60,7 @@ def misfit(value: Any, hint: Any, name: str = "it") -> str | None:
         good = isinstance(value, list) and len(value) == len(parts)
         children = [(f"{name}[{place}]", value[place], part) for place, part in enumerate(parts if good else ())]
     elif kind is dict:
-        good = isinstance(value, dict) and all(_is_text(key) for key in value)
+        good = isinstance(value, dict) and all(is_text(key) for key in value)
         children = [(f"{name}.{key}", each, parts[1]) for key, each in (value if good else {}).items()]
     else:
         good = _is_scalar(value, kind)
@@ -107,16 +109,11 @@ def _is_scalar(value: Any, kind: Any) -> bool:
     if kind in (None, NoneType):
         return value is None
     if kind is str:
-        return _is_text(value)
+        return is_text(value)
     if kind in (int, float):
         number = isinstance(value, (int, kind)) and not isinstance(value, bool)
         return number and (isinstance(value, float) or -_LARGEST <= value < _LARGEST)
     return isinstance(value, kind)
-
-
-def _is_text(value: Any) -> bool:
-    """Text that can be written again: halves of characters cannot."""
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _shown(value: Any) -> str:

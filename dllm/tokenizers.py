@@ -16,6 +16,7 @@ from transformers import (  # type: ignore[attr-defined]  # Qwen2TokenizerFast i
     Qwen2TokenizerFast,
 )
 
+from dllm.checks import first_line
 from dllm.files import parse_json
 
 _BPE_FILES = ("vocab.json", "merges.txt")
@@ -53,7 +54,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         tokenizer = kind.from_pretrained(folder, padding_side="left", local_files_only=True)
         declared = _declared_ids(folder)
     except Exception as error:  # noqa: BLE001  # the tokenizers library raises bare Exception for bad files
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise ValueError(
             f"{folder}: the tokenizer files ({', '.join(files)}, tokenizer_config.json) cannot be read: {reason}; "
             "copy them again from the published model"
@@ -81,7 +82,7 @@ def check_tokenizer_config(folder: Path) -> None:
             if key in config and config[key] not in (None, []):
                 raise ValueError(f"{key}={config[key]!r} is not supported; remove it")
     except (OSError, ValueError, TypeError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise ValueError(
             f"{folder}: the tokenizer's tokenizer_config.json cannot be read: {reason}; "
             "copy it again from the published model"

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import dllm
-from dllm.checks import Notice, naming
+from dllm.checks import Notice, is_text, naming, renamed
 from dllm.escape import terminal
 from dllm.files import parse_json
 from dllm.resolve import names
@@ -291,18 +291,11 @@ def _quote(value: str) -> str:
     return f"'{escaped}'"
 
 
-def is_text(value: str) -> bool:
-    """Whether it holds no bytes that are no text."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _qualified(error: Exception, cfg: DictConfig) -> str:
     """An error in the words of the command line: options of a group have a prefix, and a file is an option's value."""
     text = one_line(error)
+    if "dtype" in (cfg.get("model") or ()):  # what decoding refuses, once the model is loaded
+        text = renamed(text, {"dtype": "model.dtype"})
     if isinstance(error, OSError) and (option := _option_of_file(error.filename, cfg)):
         given = OmegaConf.select(cfg, option)
         return f"{option}={given!r} cannot be used ({error.strerror}); give another path"

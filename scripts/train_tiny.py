@@ -28,7 +28,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from dllm.checks import number
+from dllm.checks import first_line, number
 from dllm.files import write_whole
 from dllm.scripts import app, own
 from dllm.scripts.model_card import model_card
@@ -138,8 +138,9 @@ class Trainer:
             state = torch.load(path, map_location="cpu", weights_only=True)
             self._restore(state)
         except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError, TypeError, AttributeError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ValueError(f"{path} is damaged ({reason}); remove it to train from the beginning") from None
+            raise ValueError(
+                f"{path} is damaged ({first_line(error)}); remove it to train from the beginning"
+            ) from None
 
     def _restore(self, state: dict[str, Any]) -> None:
         if [p.shape for p in state["model"]] != [p.shape for p in self.model.parameters()]:

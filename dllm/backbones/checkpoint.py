@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PretrainedConfig
 
+from dllm.backbones.published import is_whole
 from dllm.checks import number
 from dllm.files import read_json
 
@@ -72,7 +73,7 @@ def published(kwargs: Mapping[str, Any], names: Collection[str]) -> dict[str, An
     """
     _check_choices(kwargs)
     for name in ("pad_token_id", "bos_token_id"):
-        if kwargs.get(name) is not None and not _is_whole_number(kwargs[name]):
+        if kwargs.get(name) is not None and not is_whole(kwargs[name]):
             raise ValueError(f"{name}={kwargs[name]!r} is no token id; use a whole number or null")
     dropout = kwargs.get("attention_dropout")
     if dropout is not None and (isinstance(dropout, bool) or not isinstance(dropout, (int, float))):
@@ -141,8 +142,6 @@ def check_causal_folder(folder: Path) -> None:
     config = read_config(folder)
     if (folder / "generation_config.json").is_file():
         _read(folder / "generation_config.json")
-    if (folder / "adapter_config.json").is_file():
-        raise ValueError(f"{folder} holds adapter_config.json; merge the adapter into the model, or remove that file")
     stored = read_headers(folder)
     if stored is None or config.get("quantization_config"):
         return
@@ -333,7 +332,7 @@ def _check_keys(content: Mapping[str, Any]) -> None:
         if content.get(name) not in (None, False, {}, []):
             raise ValueError(f"{name}={content[name]!r} is not supported; remove it")
     labels = content.get("num_labels")
-    if labels is not None and not (_is_whole_number(labels) and 0 <= labels <= _LABELS):
+    if labels is not None and not (is_whole(labels) and 0 <= labels <= _LABELS):
         raise ValueError(f"num_labels={labels!r} is out of range; remove it")
     for name, kind in (("auto_map", dict), ("architectures", list), ("id2label", dict)):
         if content.get(name) is not None and not isinstance(content[name], kind):
@@ -361,7 +360,7 @@ def _check_choices(content: Mapping[str, Any]) -> None:
 
 
 def _check_size(name: str, value: Any) -> None:
-    if not _is_whole_number(value) or not 1 <= value <= _LARGEST:
+    if not is_whole(value) or not 1 <= value <= _LARGEST:
         raise ValueError(f"{name}={value!r} is no size; give an integer of at least 1 and at most {_LARGEST}")
 
 
@@ -376,7 +375,7 @@ def _check_ids(config: Any, folder: Path) -> None:
         named.append(("generation_config.json", "eos_token_id", [] if more is None else more))
     for file, name, ids in named:
         for token in ids if isinstance(ids, list) else [ids]:
-            if not _is_whole_number(token) or not 0 <= token < rows:
+            if not is_whole(token) or not 0 <= token < rows:
                 raise ValueError(
                     f"{folder}/{file}: {name}={token!r} is no id of this model; use one from 0 to {rows - 1}"
                 )
@@ -384,7 +383,3 @@ def _check_ids(config: Any, folder: Path) -> None:
                 raise ValueError(
                     f"{folder}/{file}: eos_token_id={token} is the mask_token_id as well; give the id that ends a text"
                 )
-
-
-def _is_whole_number(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
