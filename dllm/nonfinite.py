@@ -41,4 +41,4 @@ def reason(whose: str, dtype: torch.dtype, option: str = "") -> str:
         option: what a dtype is chosen with, such as "dtype=".
     """
     fix = _WIDER.get(dtype, "use other weights, since these are damaged or do not fit the code").format(option, option)
-    return f"{whose} gives logits that are NaN or infinite with dtype={str(dtype).removeprefix('torch.')}; {fix}"
+    return f"{whose} gives logits that are NaN or infinite in {str(dtype).removeprefix('torch.')}; {fix}"

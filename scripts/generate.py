@@ -27,7 +27,7 @@ import dllm
 from dllm import compatibility
 from dllm.answer_manifest import AnswerManifest, describe, identify
 from dllm.cache.base import Cache
-from dllm.checks import choice
+from dllm.checks import choice, renamed
 from dllm.display import CanvasView, live, plain, save_picture
 from dllm.drift import Drift, Measurement, summarise
 from dllm.escape import terminal
@@ -166,7 +166,8 @@ class Runner:
             for answer in finished:
                 name = left[answer.index].id
                 if answer.error is not None:
-                    print(f"{left[answer.index].place} has no answer: {answer.error}", file=sys.stderr)
+                    why = renamed(answer.error, {"dtype": "model.dtype"})
+                    print(f"{left[answer.index].place} has no answer: {why}", file=sys.stderr)
                     continue
                 answers.add(
                     {

@@ -133,6 +133,12 @@ class TestNames:
         monkeypatch.chdir(tmp_path)
         refused(command(*arguments), said)
 
+    def test_what_a_file_says_keeps_its_name(self, tmp_path: Path) -> None:
+        folder = save_folder(random_llada(), tmp_path / "model")
+        config = folder / "config.json"
+        config.write_text(config.read_text().replace("{", '{"attn_implementation": "a/b",', 1))
+        refused(command("generate", f"model={folder}"), f"{config}: attn_implementation='a/b' is not supported")
+
     def test_an_option_may_refer_to_another(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         seen = []
         monkeypatch.setattr("dllm.scripts.generate.generate", seen.append)
