@@ -127,7 +127,7 @@ class Gathered:
 
 
 class Joined:
-    """Drafts in one sequence: what is stored is shared, and the fresh columns of all drafts come behind it."""
+    """Drafts in one sequence: what is stored is shared, and the fresh columns of all drafts come after it."""
 
     def __init__(self, kept: Kept, selection: Selection) -> None:
         first = put(selection.columns.device, np.flatnonzero(selection.first))

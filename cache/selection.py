@@ -25,7 +25,7 @@ class Selection:
         first: (A,) True at each row's first sequence, whose keys and values are the ones to keep.
         host: (A, C) the columns, ascending; a sequence with fewer of them repeats its last.
         columns: the same on the device.
-        span: the first column that is attended to, and the one behind the last.
+        span: the first column that is attended to, and the one after the last.
         drafts: sequences of a row that are joined to one.
     """
 

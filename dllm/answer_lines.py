@@ -11,7 +11,7 @@ from typing import Any
 from dllm.files import parse_json
 
 # What `write_line` gives: the id and the text come first, and no value has parts. A torn line may end within a
-# character, so what bytes a text holds is not looked at.
+# character, so what bytes a text holds is not checked.
 _TEXT = rb'"[^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*"'
 _VALUE = rb"(?:%s|-?[0-9][0-9.eE+-]*|true|false|null)" % _TEXT
 _LINE = re.compile(rb'\{"id": (?:-?[0-9]+|%s), "text": %s(?:, %s: %s)*\}' % (_TEXT, _VALUE, _TEXT, _VALUE))

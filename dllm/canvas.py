@@ -146,7 +146,7 @@ class Canvas:
         active: columns, inside and masked of the latest window, on the host.
         errors: why rows were given up.
         doomed: rows that are given up in their first step, and why.
-        stops: strings that finish a row once what is decoded without a gap holds one: what is behind it becomes
+        stops: strings that finish a row once what is decoded without a gap holds one: what comes after it becomes
             end-of-text. None for none, and in `fresh` canvases, so that what is reproduced does not depend on them.
     """
 
@@ -352,7 +352,7 @@ class Canvas:
     def _stop_at_strings(
         self, stops: StopStrings, rows: NDArray[np.int64], rewritten: NDArray[np.bool_]
     ) -> NDArray[np.bool_]:
-        """Let rows end behind the token that completes a stop string, once no mask is before it."""
+        """Let rows end after the token that completes a stop string, once no mask is before it."""
         masked, start = (self.host[rows] == self.mask_token_id) & self.region[rows], self.start[rows]
         upto = np.where(masked.any(1), masked.argmax(1), self.length)
         column = np.arange(self.length)

@@ -2,7 +2,7 @@
 
 A text ends before the first of its tokens that is end-of-text, whatever the tokenizer calls that token, and before the
 stop string that is complete first; of several that one token completes, before the one that begins first. So it is the
-same whether decoding went on behind the stop string or not. What ended the text counts as generated.
+same whether decoding went on after the stop string or not. What ended the text counts as generated.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class StopStrings:
     Args:
         tokenizer: reads tokens; special ones as well.
         strings: the stop strings, none of them empty.
-        eos_token_ids: ids that end a text; nothing behind them is searched.
+        eos_token_ids: ids that end a text; nothing after them is searched.
         rows: number of texts.
 
     Attributes:

@@ -66,7 +66,7 @@ def check_readable(option: str, path: Path, give: str = "another file") -> None:
     A pipe that is open already, such as /dev/stdin or the shell's <(...), is read.
 
     Raises:
-        ValueError: there is no such file, or it may not be looked at.
+        ValueError: there is no such file, or it may not be read.
     """
     try:
         kind = path.stat().st_mode

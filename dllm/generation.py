@@ -77,7 +77,7 @@ class Generation:
             final token; -1 where an early end of the text filled it.
         stats: what the run cost.
         attention_mask: (B, P + G) 1 at prompts and at generated tokens up to and including what ended the text, 0 at
-            the padding and behind the end: `generate(lm, out.sequences, attention_mask=out.attention_mask)` goes on.
+            the padding and after the end: `generate(lm, out.sequences, attention_mask=out.attention_mask)` goes on.
         errors: why a row failed; None where it did not. A row that failed stands as far as it came, [MASK] elsewhere,
             and nothing of it counts as generated.
     """

@@ -32,7 +32,7 @@ def model_arguments(given: Mapping[str, Any], beside: Mapping[str, Any], tell: T
 
     Args:
         given: of `--model_args`.
-        beside: what the command line has outside of it: batch_size, max_batch_size and device; goes behind `given`.
+        beside: what the command line has outside of it: batch_size, max_batch_size and device; `given` goes before it.
         tell: called with what has no effect.
 
     Raises:

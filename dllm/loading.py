@@ -275,7 +275,7 @@ def _family(folder: Path) -> type[MaskedDiffusionModel]:
                 AutoQuantizationConfig.from_dict(dict(config["quantization_config"]))
     except ImportError as error:
         raise _missing_library(folder, error) from None
-    except Exception as error:  # noqa: BLE001  # transformers looks at the rest, and has many ways to stumble
+    except Exception as error:  # noqa: BLE001  # transformers checks the rest, and has many ways to stumble
         raise ValueError(f"{path} cannot be used: {' '.join(str(error).split())}") from None
     return family
 

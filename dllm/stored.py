@@ -1,4 +1,4 @@
-"""What was written to the disk earlier is looked at before it is believed."""
+"""What was written to the disk earlier is checked before it is used."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A checkpoint folder is read before transformers sees it: `config.json` as data, of the weights the headers alone.
 
 Nothing in a folder is trusted. Transformers acts on keys of a config: it fetches and imports compiled attention
-kernels, reads other files than those that were looked at, makes room for whatever sizes are declared. So only
+kernels, reads other files than those that were checked, makes room for whatever sizes are declared. So only
 published keys reach a config (`published`), and a folder whose config, index and headers do not agree is refused in
 one line (`check_folder`, `check_causal_folder`) before anything is computed or allocated.
 """

@@ -328,7 +328,7 @@ def _proportional(process: int) -> int:
 
 
 def _number(path: str, place: int | str) -> int:
-    """The number at a place, or behind a word, of a file; 0 where it cannot be read."""
+    """The number at a place, or after a word, of a file; 0 where it cannot be read."""
     try:
         parts = Path(path).read_text().split()
         return int(parts[place if isinstance(place, int) else parts.index(place) + 1])
