@@ -22,7 +22,6 @@ from dllm.backbones import FAMILIES, MaskedDiffusionModel
 from dllm.backbones.base import token_ids
 from dllm.backbones.checkpoint import ATTENTION, DTYPES, check_values, read_config
 from dllm.backbones.packed import pack as pack_weights
-from dllm.backbones.published import check_eos
 from dllm.checks import choice, first_line
 from dllm.files import read_json
 from dllm.resolve import names
@@ -334,19 +333,16 @@ def _extra_eos(
 ) -> tuple[int, ...]:
     path = folder / "generation_config.json"
     listed = read_json(path).get("eos_token_id") if path.is_file() else None
-    check_eos(str(path), listed)
     added = {} if tokenizer is None else tokenizer.get_added_vocab()
     return (*token_ids(listed), *(added[token] for token in backbone.end_of_turn if token in added))
 
 
 def _check_vocabulary(backbone: MaskedDiffusionModel, folder: Path) -> None:
+    """Refuse a tokenizer whose end of a turn the model does not have; the files' own ids are checked by then."""
     rows = backbone.config.vocab_size
-    if not backbone.eos_token_ids:
-        raise ValueError(f"{folder}/config.json has no eos_token_id; add the id that ends a text")
-    for key, ids in (("mask_token_id", (backbone.mask_token_id,)), ("eos_token_id", backbone.eos_token_ids)):
-        for token in ids:
-            if not 0 <= token < rows:
-                raise ValueError(f"{folder}: {key}={token!r} is no id of this model; use one from 0 to {rows - 1}")
+    for token in backbone.eos_token_ids:
+        if not 0 <= token < rows:
+            raise ValueError(f"{folder}: eos_token_id={token!r} is no id of this model; use one from 0 to {rows - 1}")
 
 
 @contextmanager

@@ -79,23 +79,11 @@ def check_special_ids(kind: str, mask_token_id: Any, eos_token_id: Any) -> None:
     """
     if not is_whole(mask_token_id):
         raise ValueError(f"{kind} config: mask_token_id={mask_token_id!r} is no token id; give the id of [MASK]")
-    check_eos(f"{kind} config", eos_token_id)
-
-
-def check_eos(where: str, eos_token_id: Any) -> None:
-    """Refuse anything but an id, a list of ids or nothing.
-
-    Args:
-        where: it is from, for errors.
-        eos_token_id: what is to end a text.
-
-    Raises:
-        ValueError: it is something else.
-    """
     listed = eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
     if eos_token_id is not None and not all(map(is_whole, listed)):
         raise ValueError(
-            f"{where}: eos_token_id={eos_token_id!r} is no token id; give the id that ends a text, or a list of them"
+            f"{kind} config: eos_token_id={eos_token_id!r} is no token id; give the id that ends a text, or a list of "
+            "them"
         )
 
 
