@@ -19,8 +19,8 @@ def ranks(score: Float[Tensor, "B K"]) -> Int[Tensor, "B K"]:
 def top(
     score: Float[Tensor, "B K"], count: Int[Tensor, " B"] | int, eligible: Bool[Tensor, "B K"]
 ) -> Bool[Tensor, "B K"]:
-    """The `count` best eligible positions of each row."""
-    place = ranks(score.masked_fill(~eligible, -torch.inf))
+    """The `count` best eligible positions of each row, those with a score of -inf as well if there are no others."""
+    place = ranks(score.clamp(min=torch.finfo(score.dtype).min).masked_fill(~eligible, -torch.inf))
     limit = count[:, None] if isinstance(count, Tensor) else count
     return (place < limit) & eligible
 
