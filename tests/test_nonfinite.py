@@ -172,6 +172,14 @@ def test_a_row_may_fail_on_its_way(make: Maker, sampler: Any) -> None:
         assert (answer.tokens == 0) == failed
 
 
+def test_a_result_with_a_row_that_failed_goes_on_like_any_other() -> None:
+    lm = spoilt()
+    first = dllm.generate(lm, PROMPTS, **OPTIONS)
+    assert first.attention_mask.sum(1).tolist() == [len(p) + (BAD not in p) * 10 for p in PROMPTS]
+    again = dllm.generate(lm, first.sequences, attention_mask=first.attention_mask, **OPTIONS)
+    assert [error is not None for error in again.errors] == [BAD in p for p in PROMPTS]
+
+
 def test_drift_is_that_of_the_rows_that_have_answers() -> None:
     result = dllm.generate(spoilt(), PROMPTS, "threshold", Dual(measure_every=1), **OPTIONS)
     drift = result.stats.drift
