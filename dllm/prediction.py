@@ -92,7 +92,7 @@ class Prediction:
             drawn = _gumbel_max(self.logits, mask_token_id, sampling.temperature, generators)
             self._chosen = drawn.where(drawn >= 0, self._chosen)
             if sampling.tempered_confidence:
-                self.logits = self.logits / sampling.temperature
+                self.logits = _tempered(self.logits, sampling.temperature)
         self._last = torch.zeros_like(self._chosen, dtype=torch.bool)
         if sampling.eos_suppression in ("confidence", "both"):
             self.logits = _without(self.logits, sampling.eos_token_ids)
@@ -173,7 +173,7 @@ def _without(logits: Tensor, tokens: Sequence[int]) -> Tensor:
 def _filter(logits: Tensor, sampling: Sampling) -> Tensor:
     """Exclude tokens by nucleus, then top-k, in Dream's order."""
     if sampling.top_p is not None and sampling.top_p < 1:
-        ranked, order = logits.div(sampling.temperature or 1.0).sort(dim=-1, descending=True, stable=True)
+        ranked, order = _tempered(logits, sampling.temperature or 1.0).sort(dim=-1, descending=True, stable=True)
         probabilities = ranked.softmax(-1)
         # A token stays while the probability before it has not passed top_p: the first always does.
         beyond = probabilities.cumsum(-1) - probabilities > sampling.top_p
@@ -182,6 +182,11 @@ def _filter(logits: Tensor, sampling: Sampling) -> Tensor:
         least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     return logits
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Logits over the temperature, up to a constant; below 1e-30, where float32 ends, a temperature acts as that."""
+    return (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
 
 
 def _argmax(logits: Tensor, mask_token_id: int) -> Tensor:

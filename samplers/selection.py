@@ -30,11 +30,11 @@ def perturbed(score: Float[Tensor, "B K"], temperature: float, uniform: Float[Te
 
     Args:
         score: of the positions.
-        temperature: above 0.
+        temperature: above 0; below 1e-30, where numbers end, it acts as that.
         uniform: numbers in [0, 1).
     """
     double = uniform.double().clamp(min=torch.finfo(torch.float32).tiny)
-    return score / temperature - (-double.log()).log()
+    return score / max(temperature, 1e-30) - (-double.log()).log()
 
 
 def leftmost(where: Bool[Tensor, "B K"]) -> Bool[Tensor, "B K"]:
