@@ -83,11 +83,13 @@ class Prediction:
         self._arrange: Callable[[Tensor], Tensor] = lambda values: values
         self._sampling = sampling
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        self._broken = not_finite(logits)
+        broken = not_finite(logits)
         if sampling.eos_suppression in ("logits", "both"):
             logits = _without(logits, sampling.eos_token_ids[:1])
         self.logits = _filter(logits, sampling)
         self._chosen = _argmax(logits, mask_token_id)
+        # Where [MASK] and what is suppressed were all there was, nothing is left to predict.
+        self._broken = broken | (logits.gather(-1, self._chosen[:, None])[:, 0] == -torch.inf)
         if sampling.temperature > 0:
             drawn = _gumbel_max(self.logits, mask_token_id, sampling.temperature, generators)
             self._chosen = drawn.where(drawn >= 0, self._chosen)
