@@ -184,7 +184,7 @@ class Meter:
         """KL divergence and whether the best token differs, of each position."""
         wide = torch.promote_types(exact.dtype, torch.float32)
         p, q = (logits.to(wide).log_softmax(-1) for logits in (exact, cached))
-        kl = (p.exp() * (p - q)).sum(-1)
+        kl = (p.exp() * (p - q)).masked_fill(p == -torch.inf, 0).sum(-1)
         mask = torch.tensor([self.mask_token_id], device=p.device)
         best = [each.index_fill(-1, mask, -torch.inf).argmax(-1) for each in (p, q)]
         return kl.double().cpu().numpy(), (best[0] != best[1]).double().cpu().numpy()

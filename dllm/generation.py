@@ -77,7 +77,8 @@ class Generation:
             final token; -1 where an early end of the text filled it.
         stats: what the run cost.
         attention_mask: (B, P + G) 1 at prompts and at generated tokens up to and including what ended the text, 0 at
-            the padding and after the end: `generate(lm, out.sequences, attention_mask=out.attention_mask)` goes on.
+            the padding, after the end, and after the prompt of a row that failed:
+            `generate(lm, out.sequences, attention_mask=out.attention_mask)` goes on.
         errors: why a row failed; None where it did not. A row that failed stands as far as it came, [MASK] elsewhere,
             and nothing of it counts as generated.
     """
@@ -188,9 +189,10 @@ def assemble(
     else:
         completions, settled = sequences[:, -generated:], commit_step[:, -generated:]
         ends = [cut(tokenizer, row, stops, eos) for row in completions]
-        tokens = sum(count for (_, count), error in zip(ends, errors, strict=True) if error is None)
         texts = [text for text, _ in ends]
-        real[:, -generated:] = np.arange(generated) < np.array([count for _, count in ends])[:, None]
+        counts = np.array([count if error is None else 0 for (_, count), error in zip(ends, errors, strict=True)])
+        tokens = int(counts.sum())
+        real[:, -generated:] = np.arange(generated) < counts[:, None]
     computed = sum(int(r.computed_columns.sum()) for r in recorders)
     full = sum(int((r.nfe * r.canvas.lengths).sum()) for r in recorders)
     stats = Stats(

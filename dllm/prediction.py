@@ -83,16 +83,18 @@ class Prediction:
         self._arrange: Callable[[Tensor], Tensor] = lambda values: values
         self._sampling = sampling
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        self._broken = not_finite(logits)
+        broken = not_finite(logits)
         if sampling.eos_suppression in ("logits", "both"):
             logits = _without(logits, sampling.eos_token_ids[:1])
         self.logits = _filter(logits, sampling)
         self._chosen = _argmax(logits, mask_token_id)
+        # Where [MASK] and what is suppressed were all there was, nothing is left to predict.
+        self._broken = broken | (logits.gather(-1, self._chosen[:, None])[:, 0] == -torch.inf)
         if sampling.temperature > 0:
             drawn = _gumbel_max(self.logits, mask_token_id, sampling.temperature, generators)
             self._chosen = drawn.where(drawn >= 0, self._chosen)
             if sampling.tempered_confidence:
-                self.logits = self.logits / sampling.temperature
+                self.logits = _tempered(self.logits, sampling.temperature)
         self._last = torch.zeros_like(self._chosen, dtype=torch.bool)
         if sampling.eos_suppression in ("confidence", "both"):
             self.logits = _without(self.logits, sampling.eos_token_ids)
@@ -173,7 +175,7 @@ def _without(logits: Tensor, tokens: Sequence[int]) -> Tensor:
 def _filter(logits: Tensor, sampling: Sampling) -> Tensor:
     """Exclude tokens by nucleus, then top-k, in Dream's order."""
     if sampling.top_p is not None and sampling.top_p < 1:
-        ranked, order = logits.div(sampling.temperature or 1.0).sort(dim=-1, descending=True, stable=True)
+        ranked, order = _tempered(logits, sampling.temperature or 1.0).sort(dim=-1, descending=True, stable=True)
         probabilities = ranked.softmax(-1)
         # A token stays while the probability before it has not passed top_p: the first always does.
         beyond = probabilities.cumsum(-1) - probabilities > sampling.top_p
@@ -182,6 +184,11 @@ def _filter(logits: Tensor, sampling: Sampling) -> Tensor:
         least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     return logits
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Logits over the temperature, up to a constant; below 1e-30, where float32 ends, a temperature acts as that."""
+    return (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
 
 
 def _argmax(logits: Tensor, mask_token_id: int) -> Tensor:

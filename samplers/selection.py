@@ -19,8 +19,8 @@ def ranks(score: Float[Tensor, "B K"]) -> Int[Tensor, "B K"]:
 def top(
     score: Float[Tensor, "B K"], count: Int[Tensor, " B"] | int, eligible: Bool[Tensor, "B K"]
 ) -> Bool[Tensor, "B K"]:
-    """The `count` best eligible positions of each row."""
-    place = ranks(score.masked_fill(~eligible, -torch.inf))
+    """The `count` best eligible positions of each row, those with a score of -inf as well if there are no others."""
+    place = ranks(score.clamp(min=torch.finfo(score.dtype).min).masked_fill(~eligible, -torch.inf))
     limit = count[:, None] if isinstance(count, Tensor) else count
     return (place < limit) & eligible
 
@@ -30,11 +30,11 @@ def perturbed(score: Float[Tensor, "B K"], temperature: float, uniform: Float[Te
 
     Args:
         score: of the positions.
-        temperature: above 0.
+        temperature: above 0; below 1e-30, where numbers end, it acts as that.
         uniform: numbers in [0, 1).
     """
     double = uniform.double().clamp(min=torch.finfo(torch.float32).tiny)
-    return score / temperature - (-double.log()).log()
+    return score / max(temperature, 1e-30) - (-double.log()).log()
 
 
 def leftmost(where: Bool[Tensor, "B K"]) -> Bool[Tensor, "B K"]:

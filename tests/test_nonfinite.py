@@ -111,6 +111,30 @@ def test_one_number_that_is_none_is_enough(value: float) -> None:
         dllm.generate(lm, [[5]], gen_length=4)
 
 
+def limited(*tokens: int) -> dllm.LanguageModel:
+    """A model that can write some tokens alone."""
+    lm = random_llada()
+    head = lm.backbone.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.full_like(head.weight[:, 0], -math.inf))
+    with torch.no_grad():
+        head.bias[list(tokens)] = 0
+    return lm
+
+
+@pytest.mark.parametrize(("token", "suppression"), [(63, None), (62, "logits"), (62, "both")])
+def test_where_no_token_is_left_to_predict_there_is_no_answer(token: int, suppression: str | None) -> None:
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            dllm.generate(limited(token), [[5]], gen_length=4, temperature=temperature, eos_suppression=suppression)
+
+
+def test_tokens_that_a_model_cannot_write_are_no_fault_of_the_others() -> None:
+    result = dllm.generate(limited(4, 7, 9), [[5], [6, 8]], "threshold", Dual(measure_every=1), gen_length=8)
+    assert set(result.completions.unique().tolist()) <= {4, 7, 9}
+    assert result.errors == (None, None)
+    assert result.stats.drift is not None and math.isfinite(result.stats.drift.kl)
+
+
 def check_mates(lm: dllm.LanguageModel, sampler: Any, cache: Any, **options: Any) -> None:
     """The bad row fails and tells; the others are what they are without it."""
     options = OPTIONS | options
@@ -170,6 +194,14 @@ def test_a_row_may_fail_on_its_way(make: Maker, sampler: Any) -> None:
         failed = answer.error is not None
         assert (lm.backbone.mask_token_id in answer.completion) == failed
         assert (answer.tokens == 0) == failed
+
+
+def test_a_result_with_a_row_that_failed_goes_on_like_any_other() -> None:
+    lm = spoilt()
+    first = dllm.generate(lm, PROMPTS, **OPTIONS)
+    assert first.attention_mask.sum(1).tolist() == [len(p) + (BAD not in p) * 10 for p in PROMPTS]
+    again = dllm.generate(lm, first.sequences, attention_mask=first.attention_mask, **OPTIONS)
+    assert [error is not None for error in again.errors] == [BAD in p for p in PROMPTS]
 
 
 def test_drift_is_that_of_the_rows_that_have_answers() -> None:

@@ -145,6 +145,22 @@ def test_numbers_at_the_end_of_their_range_draw_something() -> None:
     assert ranks(score).tolist() == [[1, 0]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [1e-20, 1e-38, 5e-324])
+def test_the_smallest_temperatures_are_as_good_as_none(temperature: float, dtype: torch.dtype) -> None:
+    values = some_logits().to(dtype)
+    values[0] = torch.tensor([3e38, -3e38, 1, 2, 3e38, 0, -20])
+    greedy = values.argmax(-1)
+    for top_p in (None, 0.9):
+        drawn = predicted(values, temperature=temperature, tempered_confidence=True, top_p=top_p)
+        assert drawn.tokens[0].tolist()[1:] == greedy.tolist()[1:]
+        expected = torch.tensor([0.5, *[1.0] * 39], dtype=torch.float64)
+        torch.testing.assert_close(drawn.confidence[0], expected)
+        assert drawn.margin[0].tolist() == [0.0, *[1.0] * 39] and drawn.entropy[0, 1:].tolist() == [0.0] * 39
+    score = torch.tensor([[0.5, 0.9, 0.7]], dtype=torch.float64)
+    assert ranks(perturbed(score, temperature, torch.rand(1, 3))).tolist() == [[2, 0, 1]]
+
+
 @backbones
 @pytest.mark.parametrize("order", ["low_confidence", "margin", "entropy"])
 def test_a_drawn_order_is_the_rows_own(make: Maker, order: Any) -> None:

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dllm
-from dllm.samplers import Vanilla
-from models import random_llada
+from dllm.samplers import EntropyThreshold, Vanilla
+from dllm.samplers.base import Sampler
+from models import random_dream, random_llada
 from sampler_rig import chosen, facts
 
 
@@ -84,6 +85,28 @@ def test_steps_cost_what_they_say() -> None:
             lm, [[1], [2, 3]], Vanilla(steps=steps), gen_length=20, block_length=8, stop_at_eos=False
         )
         assert result.nfe.tolist() == [steps, steps]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "forwards"),
+    [
+        (Vanilla(tokens_per_step=2, order="margin"), 8),
+        (Vanilla(order="entropy", alg_temp=0.5), 16),
+        (EntropyThreshold(0.1), 16),
+    ],
+)
+def test_suppressed_end_of_text_is_committed_where_nothing_else_is_left(sampler: Sampler, forwards: int) -> None:
+    lm = random_dream()
+    head = lm.backbone.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.zeros_like(head.weight[:, 0]))
+    with torch.no_grad():
+        head.bias[62] = 1e4
+    result = dllm.generate(
+        lm, [[5, 6], [7]], sampler, gen_length=16, block_length=8, stop_at_eos=False, seed=0,
+        eos_suppression="confidence",
+    )  # fmt: skip
+    assert (result.completions == 62).all()
+    assert result.nfe.tolist() == [forwards, forwards]
 
 
 @pytest.mark.parametrize(
