@@ -1,8 +1,8 @@
 """Who a file, a checkpoint or a model is, by its whole content: what changed is never taken for what it was.
 
 Files are hashed whole. The hash of one of 64 MiB and more is kept in the user's cache folder (XDG_CACHE_HOME, else
-~/.cache) with the file's path, size, time of change, inode and device, and holds as long as these do: a file that was
-changed and kept all of them is taken for unchanged.
+~/.cache) with the file's path, size, times of modification and change, inode and device, and holds as long as these do:
+a file that was changed and kept all of them is taken for unchanged.
 """
 
 from __future__ import annotations
@@ -55,10 +55,13 @@ def digest(path: Path) -> str:
     before = _state(path)
     if before["size"] < _BIG:
         return _hash(path)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dllm" / "digests"
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dllm" / "digests"
+    except RuntimeError:  # a user without a home folder
+        return _hash(path)
     note = cache / f"{hashlib.sha256(str(path).encode('utf-8', 'surrogateescape')).hexdigest()[:32]}.json"
-    if note.is_file():
-        with suppress(ValueError):
+    with suppress(ValueError, OSError):  # damaged, or not to be looked at
+        if note.is_file():
             kept = read_json(note)
             if isinstance(found := kept.pop("sha256", None), str) and kept == before:
                 return found
@@ -206,8 +209,8 @@ def _short(content: Any) -> str:
 def _state(path: Path) -> dict[str, Any]:
     found = path.stat()
     return {
-        "path": str(path), "size": found.st_size, "modified": found.st_mtime_ns, "inode": found.st_ino,
-        "device": found.st_dev,
+        "path": str(path), "size": found.st_size, "modified": found.st_mtime_ns, "changed": found.st_ctime_ns,
+        "inode": found.st_ino, "device": found.st_dev,
     }  # fmt: skip
 
 

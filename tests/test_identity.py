@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -145,6 +146,10 @@ class TestHashesOfBigFiles:
         assert hashed == ["a", "b", "b"]
         file.write_bytes(b"67890")
         assert identity.digest(file) == real(file)
+        before = file.stat()
+        file.write_bytes(b"abcde")
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # as copying it with its time would
+        assert identity.digest(file) == real(file)
         (note,) = (tmp_path / "cache" / "dllm" / "digests").iterdir()
         for content in ("", "[]", "{", '{"sha256": 5}'):
             note.write_text(content)
@@ -155,6 +160,9 @@ class TestHashesOfBigFiles:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
         monkeypatch.setattr(identity, "_BIG", 0)
         assert identity.digest(tmp_path / "file") == identity.digest(tmp_path / "file")
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+        assert identity.digest(tmp_path / "file") == identity._hash(tmp_path / "file")
 
 
 class TestFingerprint:
