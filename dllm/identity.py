@@ -121,8 +121,8 @@ def of_path(path: Path) -> str:
 
 
 def tree(folder: Path) -> str:
-    """A hash of everything in a folder."""
-    return _joint(folder, (file for file in folder.rglob("*") if "__pycache__" not in file.parts))
+    """A hash of everything in a folder, links to other folders included."""
+    return _joint(folder, _within(folder))
 
 
 def read_by(value: Any) -> dict[str, str]:
@@ -195,6 +195,18 @@ def _plain(tensor: Any) -> Iterator[Tensor]:
         yield tensor.dequantize().detach()
     else:
         yield tensor.detach()
+
+
+def _within(folder: Path) -> Iterator[Path]:
+    """All files below a folder; one that links lead to again, or in a circle, counts once."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(set(folders) - {"__pycache__"})
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(place) / name for name in names)
 
 
 def _joint(folder: Path, files: Iterable[Path]) -> str:

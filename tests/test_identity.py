@@ -130,6 +130,17 @@ class TestFilesOfSamplers:
         assert identity.read_by(FreeDave()) == {}
 
 
+def test_folders_that_links_lead_to_are_part_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "there").symlink_to(tmp_path / "b")
+    (tmp_path / "b" / "back").symlink_to(tmp_path / "a")  # a circle
+    (tmp_path / "b" / "rows").write_text("1")
+    before = identity.tree(tmp_path / "a")
+    (tmp_path / "b" / "rows").write_text("2")
+    assert identity.tree(tmp_path / "a") != before
+
+
 class TestHashesOfBigFiles:
     def test_are_kept_until_the_file_changes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         hashed: list[str] = []
@@ -229,6 +240,10 @@ class TestTasks:
             "process_results: !function utils.grade\n"
         )
         (folder / "group.yaml").write_text("group: several\ntask:\n- mine\n")
+        (folder / "inline.yaml").write_text(
+            "group: inline\ntask:\n- {task: inner, dataset_path: json, "
+            f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.jsonl'}}}}}}}\n"
+        )
         return folder
 
     @pytest.mark.parametrize("name", ["mine", "several"])
@@ -245,6 +260,15 @@ class TestTasks:
             text.write("\n# changed\n" if "jsonl" not in file else '{"q": "2"}\n')
         after = [definition(manager, name, path) for path in (str(folder), None)]
         assert not set(before) & set(after)
+
+    def test_data_of_a_task_within_its_groups_file_tells(self, folder: Path) -> None:
+        tasks = pytest.importorskip("lm_eval.tasks")
+        from dllm.tasks.definition import definition
+
+        manager = tasks.TaskManager(include_path=str(folder), include_defaults=False)
+        before = definition(manager, "inline", str(folder))
+        (folder.parent / "rows.jsonl").write_text('{"q": "2"}\n')
+        assert definition(manager, "inline", str(folder)) != before
 
     def test_another_harness_is_another_task(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         tasks = pytest.importorskip("lm_eval.tasks")
