@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dllm import identity
+from dllm import adapters, identity
 from dllm.files import read_json, write_json
 from dllm.jsonl import AnswerFile, Question
 from dllm.loading import LanguageModel
+from dllm.stored import misfit
 
 FORMAT, VERSION = "dllm-answers", 1
 # Options that change no answer, or only as rounding does. All others count, those that are added later too.
@@ -53,7 +55,7 @@ class AnswerManifest:
             self._read()
         if not answers.ids:
             self._prompts, self._sessions = {}, []  # of answers that somebody removed
-        elif self._sessions and self._sessions[-1]["answers"] == len(answers.ids):
+        elif self._sessions and self._began_with(answers.ids):
             del self._sessions[-1]  # it ended before its first answer
         unknown = self._sessions[0]["answers"] if self._sessions else len(answers.ids)
         told = f"{unknown} answers were there before {self.path.name}: what prompts and options made them is unknown"
@@ -116,6 +118,7 @@ class AnswerManifest:
             "host": platform.node(),
             "dllm": version("dllm-samplers"),
             "answers": len(self._answers.ids),
+            "ids": _hash_of(self._answers.ids),
         }
         self._sessions.append(here | dict(session))
         self._prompts = {_key(question): _hash(question) for question in questions}
@@ -137,8 +140,15 @@ class AnswerManifest:
             for each in self._sessions:
                 if any(type(each[name]) is not type(part) for name, part in _PARTS.items()):
                     raise TypeError
+                if misfit(each["options"].get("seed"), int | None):
+                    raise TypeError
         except (AttributeError, KeyError, TypeError):
             raise ValueError(f"{self.path} is damaged; {fix}") from None
+
+    def _began_with(self, ids: Set[str | int]) -> bool:
+        """Whether these are the answers that there were when the last session began; their number alone is no proof."""
+        last = self._sessions[-1]
+        return bool(last["answers"] == len(ids) and last.get("ids", _hash_of(ids)) == _hash_of(ids))
 
     def _refuse(self, differing: Sequence[str], before: Mapping[str, Any], session: Mapping[str, Any]) -> None:
         if differing:
@@ -149,22 +159,27 @@ class AnswerManifest:
             )
 
 
-def describe(fields: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, Any]:
+def describe(fields: Mapping[str, Any], choices: Mapping[str, str], made: Mapping[str, Any]) -> dict[str, Any]:
     """What is known of a session before the model is loaded.
 
     Args:
         fields: the composed configuration, with the seed that is used.
         choices: names of the sampler and the cache.
+        made: the sampler and the cache.
     """
     options = {name: value for name, value in _flat(fields).items() if name.partition(".")[0] not in _FREE}
     if fields["cache"].get("refresh_above") is None:
         options.pop("cache.measure_every", None)  # comparing alone changes nothing
-    for name, digest in identity.contents([fields["sampler"], fields["cache"]]).items():
-        options[f"content of {name}"] = digest
+    named = identity.contents([fields["sampler"], fields["cache"]])
+    options |= {f"content of {name}": digest for name, digest in named.items()}
+    for group, value in made.items():
+        # Where they lie is another place on another machine.
+        if read := sorted(digest for name, digest in identity.read_by(value).items() if name not in named):
+            options[f"files of {group}"] = hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]
     return {
         "options": options,
         "names": {group: choices[group] for group in ("sampler", "cache")},
-        "named": {name: fields["model"].get(name) for name in ("path", "revision", "dtype")}
+        "named": {name: fields["model"].get(name) for name in ("path", "revision", "dtype", "adapter")}
         | {"files": _files(fields)},
     }
 
@@ -178,10 +193,15 @@ def identify(lm: LanguageModel) -> dict[str, Any]:
 
 
 def _files(fields: Mapping[str, Any]) -> list[list[Any]]:
-    """Name, size and time of a local model's files: while they stay, so does the model."""
-    folder = Path(fields["model"]["path"])
-    found = [(file.name, file.stat()) for file in sorted(folder.iterdir())] if folder.is_dir() else []
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in found]
+    """Name, size and times of the files of a local model and its adapter: while they stay, so does the model."""
+    folders = [Path(name).expanduser() for name in (fields["model"]["path"], fields["model"].get("adapter")) if name]
+    for folder in folders[:1]:
+        with suppress(ValueError):
+            if (folder / adapters.CONFIG).is_file() and not (folder / "config.json").is_file():
+                folders.append(Path(adapters.base_of(folder)[0]).expanduser())  # it is an adapter, and names its model
+    files = [file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir())]
+    found = [(file.name, file.stat()) for file in files if file.exists()]
+    return [[name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in found]
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -214,6 +234,12 @@ def _told(name: str, session: Mapping[str, Any]) -> str:
 def _key(question: Question) -> str:
     """An id as JSON has it: the number 1 and the text "1" are two."""
     return json.dumps(question.id, ensure_ascii=False)
+
+
+def _hash_of(ids: Set[str | int]) -> str:
+    """Which answers there are."""
+    names = sorted(json.dumps(name) for name in ids)
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
 
 
 def _hash(question: Question) -> str:

@@ -17,6 +17,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file beside its place, on the disk, and move it there: whoever reads sees the old or the new one.
 
     A link is followed, folders that are missing are made. What is no ordinary file, such as /dev/stdout, is written to.
+    A file that is replaced keeps who may read it.
 
     Raises:
         OSError: it cannot be written; what was there before is as it was.
@@ -36,6 +37,8 @@ def _write_whole(path: Path, data: bytes) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with unfinished.open("wb") as file:
+            with suppress(OSError):  # no file is replaced, or the disk knows no permissions
+                unfinished.chmod(stat.S_IMODE(path.stat().st_mode))
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -1,8 +1,8 @@
 """Who a file, a checkpoint or a model is, by its whole content: what changed is never taken for what it was.
 
 Files are hashed whole. The hash of one of 64 MiB and more is kept in the user's cache folder (XDG_CACHE_HOME, else
-~/.cache) with the file's path, size, time of change, inode and device, and holds as long as these do: a file that was
-changed and kept all of them is taken for unchanged.
+~/.cache) with the file's path, size, times of modification and change, inode and device, and holds as long as these do:
+a file that was changed and kept all of them is taken for unchanged.
 """
 
 from __future__ import annotations
@@ -55,10 +55,13 @@ def digest(path: Path) -> str:
     before = _state(path)
     if before["size"] < _BIG:
         return _hash(path)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dllm" / "digests"
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dllm" / "digests"
+    except RuntimeError:  # a user without a home folder
+        return _hash(path)
     note = cache / f"{hashlib.sha256(str(path).encode('utf-8', 'surrogateescape')).hexdigest()[:32]}.json"
-    if note.is_file():
-        with suppress(ValueError):
+    with suppress(ValueError, OSError):  # damaged, or not to be looked at
+        if note.is_file():
             kept = read_json(note)
             if isinstance(found := kept.pop("sha256", None), str) and kept == before:
                 return found
@@ -118,8 +121,8 @@ def of_path(path: Path) -> str:
 
 
 def tree(folder: Path) -> str:
-    """A hash of everything in a folder."""
-    return _joint(folder, (file for file in folder.rglob("*") if "__pycache__" not in file.parts))
+    """A hash of everything in a folder, links to other folders included."""
+    return _joint(folder, _within(folder))
 
 
 def read_by(value: Any) -> dict[str, str]:
@@ -194,6 +197,18 @@ def _plain(tensor: Any) -> Iterator[Tensor]:
         yield tensor.detach()
 
 
+def _within(folder: Path) -> Iterator[Path]:
+    """All files below a folder; one that links lead to again, or in a circle, counts once."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(set(folders) - {"__pycache__"})
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(place) / name for name in names)
+
+
 def _joint(folder: Path, files: Iterable[Path]) -> str:
     """Of files by their names; those that are not there have no part in it."""
     return _short({str(file.relative_to(folder)): digest(file) for file in sorted(files) if file.is_file()})
@@ -206,8 +221,8 @@ def _short(content: Any) -> str:
 def _state(path: Path) -> dict[str, Any]:
     found = path.stat()
     return {
-        "path": str(path), "size": found.st_size, "modified": found.st_mtime_ns, "inode": found.st_ino,
-        "device": found.st_dev,
+        "path": str(path), "size": found.st_size, "modified": found.st_mtime_ns, "changed": found.st_ctime_ns,
+        "inode": found.st_ino, "device": found.st_dev,
     }  # fmt: skip
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, TypedDict
+from typing import Any, TypedDict
 
 from filelock import FileLock, Timeout
 
@@ -38,7 +39,7 @@ class Journal:
         self.path = path
         self._entries: dict[tuple[str, str], Any] = {}
         self._lines: dict[tuple[str, str], int] = {}
-        self._file: BinaryIO | None = None
+        self._file: FileIO | None = None
         if path is None:
             return
         fix = f"remove it to start the run in {path.parent} again"
@@ -54,7 +55,7 @@ class Journal:
             content = path.read_bytes() if there(path, fix) else b""
             whole = content.rfind(b"\n") + 1
             self._read(content[:whole])
-            self._file = path.open("ab")
+            self._file = FileIO(path, "a")  # nothing is left to be written when it is closed
             self._file.truncate(whole)
         except (ValueError, OSError):
             self._lock.release()
@@ -101,14 +102,20 @@ class Journal:
 
         Raises:
             RuntimeError: it was noted before; nothing is done twice.
+            OSError: it cannot be written.
         """
         if (kind, name) in self._entries:
             raise RuntimeError(f"{kind} {name!r} is in {self.path} already")
         self._entries[kind, name] = value
         if self._file is not None:
             line = json.dumps({"kind": kind, "id": name, "value": value}, ensure_ascii=False)
-            self._file.write(line.encode("utf-8", "replace") + b"\n")
-            self._file.flush()
+            rest = memoryview(line.encode("utf-8", "replace") + b"\n")
+            try:
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+            except OSError as error:
+                error.filename = str(self.path)  # a full disk names none
+                raise
 
     def close(self) -> None:
         """Let others write."""

@@ -189,7 +189,7 @@ def _told(results: Mapping[str, Any], path: Path) -> str:
     parts = []
     if metrics["accuracy"] is not None:
         low, high = metrics["accuracy_interval"] or (None, None)
-        between = "" if low is None else f" ({low:.1%} to {high:.1%})"
+        between = "" if low is None or high is None else f" ({low:.1%} to {high:.1%})"
         parts.append(f"{metrics['accuracy_name']} {metrics['accuracy']:.1%}{between} of {metrics['n']}")
     else:
         scores = ", ".join(f"{name} {score['value']:.4g}" for name, score in metrics["scores"].items())

@@ -73,7 +73,8 @@ def generate(cfg: DictConfig) -> None:
         manifest = AnswerManifest(answers, cfg.resume == "mixed")
         if cfg.seed is None and manifest.seed is not None:  # any will do, so what is there need not be mixed
             options["seed"] = manifest.seed
-        session = describe(fields | options, HydraConfig.get().runtime.choices)
+        made = {"sampler": sampler, "cache": cache}
+        session = describe(fields | options, HydraConfig.get().runtime.choices, made)
         left = _left(questions, answers)
         manifest.check(questions, session)
         if left or not manifest.fits(session):

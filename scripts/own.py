@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import os
 import re
@@ -113,16 +114,37 @@ BENCH = _text(
 )  # fmt: skip
 BENCH_FORMAT = "dllm-bench"
 BENCH_RECORD = _text("record of dllm bench", rf'\{{\s*"(?:format": "{BENCH_FORMAT}"|setting": "[^\n]*",\s*"torch": )')
-MATRIX = _text("table of dllm compatibility", r"# What goes together\n\nMade by `dllm compatibility ")
+MATRIX = _text(
+    "table of dllm compatibility",
+    r"# What goes together\n\nMade by `dllm compatibility [^|]{,1200}\n\| [^\n]*\n" + _ROWS
+    + r"\n?(?:\(\d+\) [^\n]*\.\n)*\Z",
+)  # fmt: skip
 PICTURE = _text("picture of dllm generate", r'<svg class="rich-terminal".*Generated with Rich.*>step&#160;')
 FILTER = Kind("filter of dllm train-filter", _has_filter_layout)
 CARD = _text(
     "card of a filter of dllm train-filter", r'\{\s*"architecture": "(?:published|neighbours)",\s*"block_length": '
 )
 RELIABILITY = _text("plot of dllm train-filter", r"<\?xml.*Matplotlib v.*[> ]share that was final[< ]")
+
+
+def _has_rows_of_a_report(path: Path) -> bool:
+    """Whether it is a CSV of our columns in which every line has all of them."""
+    try:
+        rows = list(csv.reader(io.StringIO(path.read_bytes()[:_MOST].decode(), newline=""), strict=True))
+    except (UnicodeDecodeError, csv.Error):
+        return False
+    first = ["label", "model", "task", "folder", "quality_name", "quality", "front"]
+    return len(rows) > 1 and rows[0][:7] == first and {len(row) for row in rows} == {len(rows[0])}
+
+
+_GROUP = (
+    r"\n## [^\n]+\n\n\| setting \|[^\n]*\n" + _ROWS + r"(?:\nThe oracle is a bound [^\n]*\n)?"
+    r"(?:\n\| runs of \|[^\n]*\n" + _ROWS + r"\nAccuracy Under Parallelism: [^\n]*\n)?"
+    r"(?:\n!\[[^\n]*\]\([^\n]*\)\n)*"
+)  # fmt: skip
 REPORT = {
-    ".md": _text("table of dllm report", r"# [^\n]*\n\n## [^\n]+\n\n\| setting \|"),
-    ".csv": _text("table of dllm report", r"label,model,task,folder,quality_name,quality,front[,\n]"),
+    ".md": _text("table of dllm report", rf"# [^\n]*\n(?:{_GROUP})+(?:\nNot measured:\n\n(?:- [^\n]*\n)+)?\Z"),
+    ".csv": Kind("table of dllm report", _has_rows_of_a_report),
     ".html": _text("page of dllm report", r"<!DOCTYPE html>.*<title>[^<]* dllm report</title>"),
     ".svg": _text(
         "plot of dllm report", r'<\?xml(?!.*<metadata>).*<g id="figure_1">.*>(?:NFE per sample|tokens per second)<'

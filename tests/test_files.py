@@ -32,6 +32,14 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
     assert read_json(tmp_path / "there" / "file") == {"a": 1}
 
 
+def test_who_may_read_a_file_stays(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text("old")
+    file.chmod(0o600)
+    write_whole(file, "new")
+    assert (file.read_text(), file.stat().st_mode & 0o777) == ("new", 0o600)
+
+
 def test_a_device_is_written_to() -> None:
     write_whole(Path("/dev/null"), "gone")
     assert Path("/dev/null").is_char_device()

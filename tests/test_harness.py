@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow import parquet
 
 import dllm
 from commands import command, start
@@ -377,6 +379,26 @@ def test_a_missing_split_is_named(tmp_path: Path) -> None:
     assert outcome.code == 2
     assert "add train: FILE" in outcome.err
     assert "Traceback" not in outcome.err
+
+
+def test_data_that_changed_and_kept_its_time_is_read_again(tmp_path: Path) -> None:
+    data, tasks = tmp_path / "test.jsonl", tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "mine.yaml").write_text(
+        f"{{task: mine, dataset_path: json, dataset_kwargs: {{data_files: {{test: {data}}}}}, test_split: test, "
+        "output_type: generate_until, doc_to_text: '{{question}}', doc_to_target: '{{answer}}'}"
+    )
+    asked = ("task=mine", f"task.include_path={tasks}", "gen_length=4", "baselines=0", "frames=0")
+    for count, answer in enumerate(("2", "3"), start=1):
+        data.write_text(json.dumps({"question": "1 + 1?", "answer": answer}) + "\n")
+        os.utime(data, (1e9, 1e9))
+        for more in ((), (f"task.data={{test: {data}}}",)):
+            out = tmp_path / f"out{len(more)}"
+            outcome = command("evaluate", f"out={out}", *asked, *more)
+            assert outcome.code == 0, outcome.err
+            tables = [parquet.read_table(file).to_pylist() for file in out.glob("*/samples.parquet")]
+            assert len(tables) == count
+            assert answer in [row["reference"] for rows in tables for row in rows]
 
 
 class TestLocalFiles:

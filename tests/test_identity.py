@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -129,6 +130,17 @@ class TestFilesOfSamplers:
         assert identity.read_by(FreeDave()) == {}
 
 
+def test_folders_that_links_lead_to_are_part_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "there").symlink_to(tmp_path / "b")
+    (tmp_path / "b" / "back").symlink_to(tmp_path / "a")  # a circle
+    (tmp_path / "b" / "rows").write_text("1")
+    before = identity.tree(tmp_path / "a")
+    (tmp_path / "b" / "rows").write_text("2")
+    assert identity.tree(tmp_path / "a") != before
+
+
 class TestHashesOfBigFiles:
     def test_are_kept_until_the_file_changes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         hashed: list[str] = []
@@ -145,6 +157,10 @@ class TestHashesOfBigFiles:
         assert hashed == ["a", "b", "b"]
         file.write_bytes(b"67890")
         assert identity.digest(file) == real(file)
+        before = file.stat()
+        file.write_bytes(b"abcde")
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # as copying it with its time would
+        assert identity.digest(file) == real(file)
         (note,) = (tmp_path / "cache" / "dllm" / "digests").iterdir()
         for content in ("", "[]", "{", '{"sha256": 5}'):
             note.write_text(content)
@@ -155,6 +171,9 @@ class TestHashesOfBigFiles:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
         monkeypatch.setattr(identity, "_BIG", 0)
         assert identity.digest(tmp_path / "file") == identity.digest(tmp_path / "file")
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+        assert identity.digest(tmp_path / "file") == identity._hash(tmp_path / "file")
 
 
 class TestFingerprint:
@@ -221,6 +240,10 @@ class TestTasks:
             "process_results: !function utils.grade\n"
         )
         (folder / "group.yaml").write_text("group: several\ntask:\n- mine\n")
+        (folder / "inline.yaml").write_text(
+            "group: inline\ntask:\n- {task: inner, dataset_path: json, "
+            f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.jsonl'}}}}}}}\n"
+        )
         return folder
 
     @pytest.mark.parametrize("name", ["mine", "several"])
@@ -237,6 +260,15 @@ class TestTasks:
             text.write("\n# changed\n" if "jsonl" not in file else '{"q": "2"}\n')
         after = [definition(manager, name, path) for path in (str(folder), None)]
         assert not set(before) & set(after)
+
+    def test_data_of_a_task_within_its_groups_file_tells(self, folder: Path) -> None:
+        tasks = pytest.importorskip("lm_eval.tasks")
+        from dllm.tasks.definition import definition
+
+        manager = tasks.TaskManager(include_path=str(folder), include_defaults=False)
+        before = definition(manager, "inline", str(folder))
+        (folder.parent / "rows.jsonl").write_text('{"q": "2"}\n')
+        assert definition(manager, "inline", str(folder)) != before
 
     def test_another_harness_is_another_task(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         tasks = pytest.importorskip("lm_eval.tasks")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -77,3 +79,20 @@ def test_a_closed_one_is_free(path: Path) -> None:
     journal.close()
     journal.close()
     assert Journal(path, patience=0).get("record", "a") == 1
+
+
+def test_a_full_disk_names_the_journal_and_leaves_what_was_whole(path: Path) -> None:
+    journal = Journal(path)
+    journal.add("film", "a", "0.safetensors")
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 9, limits[1]))
+    try:
+        with pytest.raises(OSError, match=re.escape(str(path))):
+            journal.add("film", "b", "1.safetensors")
+        journal.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    again = Journal(path)
+    assert list(again.of("film")) == ["a"]
+    again.close()
+    assert path.read_bytes() == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,26 @@ def test_a_table_within_another_text_is_no_table_of_a_command(tmp_path: Path) ->
         copy = tmp_path / table.name
         for text in (f"# My notes\n\n{table.read_text()}", f"{table.read_text()}\nMy notes.\n"):
             copy.write_text(text)
-            kinds = (own.BENCH, own.TRADEOFF) + (() if table.name == "compatibility.md" else (own.MATRIX,))
-            for kind in kinds:
+            for kind in (own.BENCH, own.TRADEOFF, own.MATRIX, own.REPORT[".md"]):
                 with pytest.raises(ValueError, match="exists and is no"):
                     own.check("out", "x", {copy: kind})
+
+
+@pytest.mark.parametrize("file", ["report.md", "report.csv"])
+def test_notes_in_a_report_are_not_written_over(file: str, tmp_path: Path) -> None:
+    write_run(tmp_path / "a", "a")
+    (tmp_path / "b").mkdir()
+    failed = {"format": "dllm-error", "version": 1, "label": "b", "message": "no\nway"}
+    (tmp_path / "b" / "error.json").write_text(json.dumps(failed))
+    for _ in range(2):
+        assert command("report", str(tmp_path)).code == 0
+    with (tmp_path / file).open("a") as opened:
+        opened.write("\nMy notes.\n")
+    before = (tmp_path / file).read_bytes()
+    outcome = command("report", str(tmp_path))
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert f"{tmp_path / file} exists and is no table of dllm report" in outcome.err
+    assert (tmp_path / file).read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ import json
 import os
 import re
 import resource
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import dllm
 from commands import Outcome, command
 from dllm import claim
 from dllm.answer_manifest import AnswerManifest
+from dllm.loading import BUNDLED
 from models import random_llada
 
 MODELS = {
@@ -196,6 +199,18 @@ class TestOptions:
         ask(*ASKED)
         refused(run(*arguments), named)
 
+    def test_a_filter_is_known_by_content_and_card_wherever_it_is_given(self, monkeypatch: Any, tmp_path: Path) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        for end in (".safetensors", ".json"):
+            shutil.copy(BUNDLED / "tiny-llada" / f"learn2pd{end}", tmp_path / f"f{end}")
+        ask(*ASKED)
+        options = ("sampler=learn2pd", "sampler.filter='~/f.safetensors'", "sampler.allow_mismatch=true")
+        assert run(*options).code == 0
+        keep(2)
+        card = tmp_path / "f.json"
+        card.write_text(f"{card.read_text()} ")
+        refused(run(*options), "was made with files of sampler=", "this run has files of sampler=")
+
 
 class TestModels:
     @pytest.mark.parametrize("kept", [2, 3])
@@ -233,6 +248,25 @@ class TestModels:
         monkeypatch.setitem(MODELS, str(folder), MODELS["tiny-dream"])
         refused(run(f"model={folder}"), "was made with weights=")
 
+    def test_another_adapter_of_a_finished_file_is_noticed(self, tmp_path: Path, monkeypatch: Any) -> None:
+        for name in "xy":
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "adapter_config.json").write_text("{}")
+            (tmp_path / name / "adapter_model.safetensors").write_text(name)
+        lm = MODELS["tiny-llada"]
+
+        def load(path: str, adapter: str | None = None, **_: Any) -> dllm.LanguageModel:
+            return lm if adapter is None else replace(lm, folder=tmp_path, adapter=Path(adapter))
+
+        monkeypatch.setattr(dllm, "load", load)
+        ask(*ASKED)
+        assert run(f"model.adapter={tmp_path}/x").code == 0
+        assert run(f"model.adapter={tmp_path}/x").code == 0
+        refused(run(f"model.adapter={tmp_path}/y"), "was made with adapter=", "this run has adapter=")
+        refused(run(), "was made with", "adapter=")
+        (tmp_path / "x" / "adapter_model.safetensors").write_text("z")
+        refused(run(f"model.adapter={tmp_path}/x"), "was made with adapter=")
+
 
 class TestManifestFile:
     def test_answers_from_before_there_were_manifests_are_kept_and_it_is_told(self, answered: bytes) -> None:
@@ -256,6 +290,7 @@ class TestManifestFile:
             '{"format": "dllm-answers", "version": 1, "prompts": {}, "sessions": [5]}',
             '{"format": "dllm-answers", "version": 1, "prompts": [], "sessions": []}',
             '{"format": "dllm-answers", "version": 1, "prompts": {}, "sessions": [{"answers": "x"}]}',
+            '{"format": "dllm-answers", "version": 1, "prompts": {}, "sessions": [{"options": {"seed": "x"}}]}',
         ],
     )  # fmt: skip
     def test_another_file_in_its_place_is_refused_and_left_alone(self, unloaded: None, content: str) -> None:
@@ -289,6 +324,11 @@ class TestManifestFile:
         assert [each["options"]["gen_length"] for each in manifest()["sessions"]] == [8, 4]
         assert run().code == 0
         assert [each["options"]["gen_length"] for each in manifest()["sessions"]] == [8, 8]
+
+    def test_a_session_whose_number_of_answers_comes_back_still_counts(self, answered: bytes) -> None:
+        assert run("gen_length=4", "resume=mixed").code == 0
+        Path("a.jsonl").write_bytes(b"".join(lines()[1:]))  # two are left, as there were when that session began
+        refused(run(), "was made with gen_length=4; this run has gen_length=8")
 
     def test_what_cannot_be_written_is_told_in_one_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(*_: Any) -> None:

@@ -77,9 +77,18 @@ def _named(members: Any) -> Iterator[str]:
 
 
 def _data(file: Path) -> list[Any]:
-    """What a definition says about where its data is."""
-    config = {} if file.suffix == ".py" else _read_yaml(file)
-    return [config.get("dataset_path"), config.get("dataset_kwargs")]
+    """What a definition says about where its data is, and that of the members written out within it."""
+    return [] if file.suffix == ".py" else list(_data_of(_read_yaml(file)))
+
+
+def _data_of(config: Any) -> Iterator[Any]:
+    match config:
+        case list():
+            for each in config:
+                yield from _data_of(each)
+        case dict():
+            yield from (config.get("dataset_path"), config.get("dataset_kwargs"))
+            yield from _data_of(config.get("task"))
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
+import datasets
 from datasets import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from jinja2 import UndefinedError
@@ -24,6 +25,7 @@ from dllm.tasks.base import Graded
 from dllm.tasks.definition import definition
 
 _SPLITS = ("train", "validation", "test")
+_BUILDERS = ("json", "csv", "parquet", "arrow", "text")  # read files of a kind
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def evaluate(runner: Runner, task: Any, seed: int, metric: str | None, manager: 
     from dllm.harness import DLLM
 
     lm = DLLM(runner, seed)
-    with quiet(), _calm(), _naming(task):
+    with quiet(), _calm(), _naming(task), _read_anew():
         results: Any = simple_evaluate(
             model=lm, tasks=[task], task_manager=manager or _bare(), bootstrap_iters=0, **options
         )
@@ -266,6 +268,26 @@ def _calm() -> Iterator[None]:
         logger.setLevel(level)
         if bars:
             enable_progress_bars()
+
+
+@contextmanager
+def _read_anew() -> Iterator[None]:
+    """Read local data from its files: datasets keeps what it read under their names and times, whatever they hold."""
+    before = datasets.load_dataset
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+
+        def load(path: str, *arguments: Any, **options: Any) -> Any:
+            named = [path, options.get("data_files"), options.get("data_dir")]
+            local = path in _BUILDERS or Path(path).exists()
+            if local and not any("://" in str(each) for each in named):
+                options.setdefault("cache_dir", folder)
+            return before(path, *arguments, **options)
+
+        datasets.load_dataset = load
+        try:
+            yield
+        finally:
+            datasets.load_dataset = before
 
 
 @contextmanager
