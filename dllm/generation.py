@@ -184,7 +184,8 @@ def assemble(
     real = _stack([r.canvas.real for r in recorders], False)
     if generated is None:
         completions, settled = sequences, commit_step
-        tokens = sum(int(r.canvas.region.sum()) for r in recorders)
+        counts = np.concatenate([r.canvas.region.sum(1) for r in recorders])
+        tokens = sum(int(count) for count, error in zip(counts, errors, strict=True) if error is None)
         texts = [cut(tokenizer, row[keep])[0] for row, keep in zip(sequences, real, strict=True)]
     else:
         completions, settled = sequences[:, -generated:], commit_step[:, -generated:]

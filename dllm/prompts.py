@@ -146,7 +146,8 @@ def _tokenized(given: Mapping[str, Any], attention_mask: Mask | None) -> tuple[A
     """Token ids and mask of what a tokenizer returns for one text or several."""
     if "input_ids" not in given:
         raise ValueError(
-            f"prompts is a {type(given).__name__} without input_ids; give what a tokenizer returns, or a list of them"
+            f"prompts is a {type(given).__name__} without input_ids; give what a tokenizer returns, or "
+            "a list of messages"
         )
     ids, mask = given["input_ids"], given.get("attention_mask")
     if mask is not None and attention_mask is not None:

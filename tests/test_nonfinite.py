@@ -204,6 +204,14 @@ def test_a_result_with_a_row_that_failed_goes_on_like_any_other() -> None:
     assert [error is not None for error in again.errors] == [BAD in p for p in PROMPTS]
 
 
+def test_masks_of_a_text_that_failed_count_as_nothing() -> None:
+    lm = spoilt()
+    mask = lm.backbone.mask_token_id
+    result = dllm.infill(lm, [[5, mask, 6], [BAD, mask, mask], [mask]])
+    assert [error is None for error in result.errors] == [True, False, True]
+    assert result.stats.tokens == 2
+
+
 def test_drift_is_that_of_the_rows_that_have_answers() -> None:
     result = dllm.generate(spoilt(), PROMPTS, "threshold", Dual(measure_every=1), **OPTIONS)
     drift = result.stats.drift
