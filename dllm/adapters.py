@@ -90,6 +90,9 @@ def _merge(backbone: PreTrainedModel, folder: Path, peft: Any) -> str | None:
     config = peft.PeftConfig.from_pretrained(folder)
     if config.is_prompt_learning:
         return f"{config.peft_type} changes no weights"
+    begun = str(getattr(config, "init_lora_weights", None))
+    if begun.startswith("pissa_niter"):  # drawn anew at each load
+        return f"init_lora_weights={begun!r} takes a random decomposition off the weights; convert it to LoRA with peft"
     config.inference_mode, config.base_model_name_or_path = True, None
     weights = peft.load_peft_weights(folder, device="cpu")
     wrong = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)

@@ -118,6 +118,13 @@ def test_a_folder_that_is_an_adapter_loads_the_model_it_names(
     torch.testing.assert_close(logits(dllm.load("adapter", device="cpu")), expected)
 
 
+def test_a_random_decomposition_is_refused(base: Path, adapter: Path) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "pissa_niter_4"}))
+    with pytest.raises(ValueError, match="random decomposition"):
+        dllm.load(base, device="cpu", adapter=adapter)
+
+
 @pytest.mark.parametrize("base", [None, "", 3, "no/such/folder", "nothing"])
 def test_an_adapter_whose_model_is_not_found_is_refused(base: Any, adapter: Path) -> None:
     edit_config(adapter, base_model_name_or_path=base)
