@@ -91,7 +91,7 @@ class RunFolder:
 
     def __init__(self, out: Path, label: str, identity: Mapping[str, Any]) -> None:
         self.label, self.identity = label, dict(identity)
-        text = json.dumps(self.identity, sort_keys=True, default=str)
+        text = _text(self.identity)
         words = re.sub(r"[^A-Za-z0-9.=_-]+", "-", label).strip("-")[:80]
         self.path = out / f"{words}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
@@ -117,6 +117,8 @@ class RunFolder:
             return None
         try:
             found = _read_results(file, fix)
+            if _text({name: found.get(name) for name in self.identity}) != _text(self.identity):
+                raise ValueError(f"{file} holds the results of another run; {fix}")
         except ValueError:
             if self.journal.exists():  # all that they are made of is there
                 return None
@@ -182,6 +184,11 @@ class RunFolder:
         write_json(self.path / "results.json", found)
         runner.close(remove=True)
         return found
+
+
+def _text(identity: Mapping[str, Any]) -> str:
+    """The same before and after it was written to a file."""
+    return json.dumps(identity, sort_keys=True, default=str)
 
 
 def _read_results(file: Path, fix: str) -> dict[str, Any]:

@@ -192,7 +192,8 @@ def _part(file: Path, prompts: range, block_length: int) -> Records | None:
     shapes = {name: found["confidence"].shape if name != "prompt" else found["confidence"].shape[:1] for name in found}
     good = all(tensor.dtype == kinds[name] and tensor.shape == shapes[name] for name, tensor in found.items())
     good = good and found["confidence"].ndim == 2 and found["confidence"].shape[1] == block_length
-    return records if good and set(records.prompt.tolist()) <= set(prompts) else None
+    good = good and bool(((found["confidence"] >= 0) & (found["confidence"] <= 1)).all())  # NaN is neither
+    return records if good and set(records.prompt.tolist()) == set(prompts) else None
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -17,6 +18,8 @@ from pyarrow import parquet
 import dllm
 from commands import Outcome, command, start
 from dllm.evaluation import wilson
+from dllm.files import write_json
+from dllm.run_folder import RunFolder
 from dllm.scripts import evaluate as application
 from dllm.tasks import word_problems
 from dllm.trace import Trace
@@ -308,6 +311,18 @@ def test_foreign_results_are_left_alone(tmp_path: Path) -> None:
     assert outcome.code == 2
     assert "is no results of this version" in outcome.err
     assert (folder / "results.json").read_text() == '{"a": 1}'
+
+
+def test_results_of_another_run_are_not_taken_for_this_ones(tmp_path: Path) -> None:
+    folders = [RunFolder(tmp_path, "a", {"options": {"gen_length": length, "rate": 0.1}}) for length in (8, 16)]
+    metrics = dict.fromkeys(("accuracy", "accuracy_interval", "accuracy_name", "nfe", "tpf", "speedup"))
+    metrics |= {"tokens_per_second": None, "n": 1, "scores": {}}
+    found = {"format": "dllm-results", "version": 1, "label": "a", "task": "t", "metrics": metrics, "details": {}}
+    write_json(folders[0].path / "results.json", found | folders[0].identity)
+    assert folders[0].results() is not None
+    shutil.copytree(folders[0].path, folders[1].path)
+    with pytest.raises(ValueError, match="holds the results of another run; remove it to run that setting again"):
+        folders[1].results()
 
 
 def test_sweeping_may_be_asked_for_anywhere(tmp_path: Path) -> None:
