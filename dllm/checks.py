@@ -26,14 +26,15 @@ def number(
         low: smallest value allowed.
         high: largest value allowed.
         above: the value must be larger than this.
-        whole: refuse fractions, and what does not fit 64 bits.
+        whole: refuse fractions, and what does not fit 64 bits; otherwise what does not fit a float.
 
     Raises:
         ValueError: the value is refused.
     """
     kinds = Integral if whole else Real
     of_kind = isinstance(value, kinds) and not isinstance(value, bool)
-    fits = not whole or (of_kind and -(2**63) <= value < 2**63)  # as tensors hold it
+    largest = 2**63 if whole else 2**1023  # as tensors hold it
+    fits = not isinstance(value, Integral) or -largest <= int(value) < largest
     if not of_kind or not fits or not (low <= value <= high and value > above):
         raise ValueError(f"{name}={value!r} is out of range; use {use}")
 

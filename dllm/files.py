@@ -77,6 +77,8 @@ def check_readable(option: str, path: Path, give: str = "another file") -> None:
         raise ValueError(f"{option}={str(path)!r} cannot be read ({error.strerror}); give {give}") from None
     if stat.S_ISFIFO(kind) and not str(path).startswith(("/dev/fd/", "/dev/std", "/proc/self/fd/")):
         raise ValueError(f"{option}={str(path)!r} cannot be read (it is a pipe); give {give}")
+    if stat.S_ISCHR(kind) and str(path) in ("/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"):
+        raise ValueError(f"{option}={str(path)!r} cannot be read (it has no end); give {give}")
 
 
 def parse_json(text: str | bytes, once: bool = False) -> Any:

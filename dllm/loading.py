@@ -234,6 +234,8 @@ def _options(
         placement = {"": find_device(device) if device_map is None else find_device(device_map, "device_map")}
     elif not isinstance(device_map, str):
         placement = dict(device_map)
+        if not all(isinstance(each, (str, int, torch.device)) for each in placement.values()):
+            raise ValueError(f"device_map={placement!r} holds more than devices; give {{part: device}}")
     options = {"dtype": dtype, "device_map": placement}
     return options if attn_implementation is None else options | {"attn_implementation": attn_implementation}
 

@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 import dllm
 from dllm.checks import Notice, is_text, naming, renamed
@@ -57,7 +58,7 @@ _QUOTED = re.compile(r"""\s*('[^']*'|"[^"]*")\s*(,\s*('[^']*'|"[^"]*")\s*)*""")
 _FLAGS = """-h --help --hydra-help -v --version -c --cfg --resolve -p --package -r --run -m --multirun -sc
 --shell-completion -cp --config-path -cn --config-name -cd --config-dir -i --info""".split()
 # What bad input looks like when it surfaces; anything else is a bug and keeps its traceback.
-BAD_INPUT = (ValueError, OSError, HydraException, OmegaConfBaseException)
+BAD_INPUT = (ValueError, OSError, HydraException, OmegaConfBaseException, YAMLError)
 
 
 def run(task: Callable[[DictConfig], Any], config_name: str, kinds: Mapping[str, Any] | None = None) -> None:

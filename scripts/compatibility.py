@@ -21,7 +21,7 @@ from dllm.resolve import build, names, resolve
 from dllm.samplers.base import Sampler
 from dllm.scripts import app, own
 
-KINDS = {"variants": Any, "out": str | None}
+KINDS = {"variants": dict, "out": str | None}
 
 
 def main() -> None:

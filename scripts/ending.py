@@ -132,8 +132,9 @@ def leave_quietly() -> NoReturn:
 
 def _silence(stream: TextIO | None) -> None:
     """Let nothing that is still to be written fail."""
+    if stream is None:  # the process was started with it closed
+        return
     with suppress(OSError, ValueError, AttributeError):
-        assert stream is not None
         try:
             stream.flush()
         except OSError:

@@ -40,7 +40,10 @@ from dllm.scripts import app, own
 from dllm.step import Step
 from dllm.tasks import word_problems
 
-_KINDS = get_type_hints(dllm.Options) | {"seed": int | None, "prompt": str | None, "resume": str | None}
+_KINDS = get_type_hints(dllm.Options) | {
+    name: kind | None
+    for name, kind in {"seed": int, **dict.fromkeys(("prompt", "input", "output", "picture", "resume"), str)}.items()
+}
 # What infilling takes from the text itself.
 _WITHOUT_INFILL = ("gen_length", "stop_at_eos", "stop")
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dllm.escape import terminal
 from dllm.files import parse_json, write_whole
 from dllm.filters import FILTER_FORMAT, filter_layouts
 from dllm.scripts import app
@@ -62,7 +63,12 @@ def write(option: str, value: str, contents: Mapping[Path, tuple[Kind, str | byt
 
 
 def svg(figure: Any) -> bytes:
-    """A matplotlib figure as a file, without the date."""
+    """A matplotlib figure as a file, without the date; names in it are text, with no formulas or control characters."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+        text.set_text(terminal(text.get_text()))
     file = io.BytesIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()

@@ -34,7 +34,7 @@ from dllm.tasks import word_problems
 
 _MOST_LABELS = 8  # more of them cover each other
 _COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")
-KINDS = {"block_length": int | None, "settings": Any, "out": str | None}
+KINDS = {"block_length": int | None, "settings": dict, "out": str | None}
 
 
 def main() -> None:

@@ -122,14 +122,17 @@ def _read(cfg: DictConfig) -> list[Any]:
     if cfg.data.endswith(".jsonl"):
         return [question.prompt for question in read_questions(Path(cfg.data), "data")]
     from datasets import disable_progress_bars, load_dataset  # heavy, and needed here only
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetsError
 
     if not Console(stderr=True).is_terminal:
         disable_progress_bars()
     try:
         rows = load_dataset(cfg.data, split=cfg.split or "train")
-    except (DatasetNotFoundError, OSError, ValueError) as error:
-        raise ValueError(f"data={cfg.data!r} with split={cfg.split or 'train'!r} cannot be read: {error}") from None
+    except (DatasetsError, OSError, ValueError) as error:
+        # What cannot be parsed says why only in its cause.
+        raise ValueError(
+            f"data={cfg.data!r} with split={cfg.split or 'train'!r} cannot be read: {error.__cause__ or error}"
+        ) from None
     column = cfg.column or "question"
     if column not in rows.column_names:
         raise ValueError(f"column={column!r} is not in {cfg.data}; use one of {', '.join(rows.column_names)}")

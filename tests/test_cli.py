@@ -196,3 +196,30 @@ def test_errors_name_options_of_a_sampler_as_the_command_line_does(arguments: li
     result = command("generate", "gen_length=16", *arguments)
     assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
     assert named in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["tradeoff", "settings=null"], "settings=None is of the wrong kind; give a group of options"),
+        (["policies", "settings=5"], "settings=5 is of the wrong kind"),
+        (["compatibility", "variants=abc"], "variants='abc' is of the wrong kind"),
+        (["generate", "picture=${cache}"], "picture={'_target_'"),
+        (["generate", "input=${cache}", "output=x"], "input={'_target_'"),
+        (["generate", "model.device_map={a:{b:c}}"], "model.device_map={'a': {'b': 'c'}} holds more than devices"),
+        (["generate", "sampler=threshold", f"sampler.threshold={10**400}"], "sampler.threshold=1000"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_one_line(arguments: list[str], told: str) -> None:
+    result = command(*arguments)
+    assert (result.code, result.err.count("\n")) == (2, 1), result
+    assert told in result.err
+
+
+@pytest.mark.parametrize("text", ["a: [", '!!python/object/apply:os.system ["true"]'])
+def test_a_yaml_of_the_users_that_is_none_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "sampler").mkdir()
+    (tmp_path / "sampler" / "mine.yaml").write_text(text)
+    result = command("generate", "--config-dir", str(tmp_path), "sampler=mine")
+    assert (result.code, result.err.count("\n")) == (2, 1), result
+    assert "mine.yaml" in result.err

@@ -160,3 +160,13 @@ class TestPipes:
         line = f"{sys.executable} -m dllm.scripts.cli generate --help 2>&1 | true; echo ${{PIPESTATUS[0]}}"
         ran = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120, check=True)
         assert (ran.stdout, ran.stderr) == ("1\n", "")
+
+    def test_an_error_is_told_where_standard_output_is_closed(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(sys, "stdout", None)
+        monkeypatch.setattr(sys, "argv", ["dllm", "show", "/no/such"])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        assert left.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1

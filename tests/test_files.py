@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from dllm.files import parse_json, read_json, write_json, write_whole
+from dllm.files import check_readable, parse_json, read_json, write_json, write_whole
+from dllm.tasks import humaneval
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,3 +69,16 @@ def test_a_file_that_says_a_key_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.json is not JSON \(it says 'b' twice\)"):
         read_json(file)
     assert parse_json('{"a": 1, "a": 2}') == {"a": 2}
+
+
+def test_what_has_no_end_is_not_read(tmp_path: Path) -> None:
+    fingerprints = pytest.importorskip("dllm.tasks.harness").fingerprints
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        for read in (
+            lambda path=path: check_readable("task.data.test", path),
+            lambda path=path: fingerprints({"test": str(path)}),
+            lambda path=path: humaneval.task(str(path), execute=False),
+        ):
+            with pytest.raises(ValueError, match=r"^task\.data.* cannot be read \(it "):
+                read()

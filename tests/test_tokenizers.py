@@ -280,6 +280,10 @@ DREAM_DAMAGE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "merges are no merges": (_write("merges.txt", "a b c d\n"), ("merges.txt", "cannot be read")),
     "config is no JSON": (_write("tokenizer_config.json", "{"), ("tokenizer_config.json", "cannot be read")),
     "config is no object": (_write("tokenizer_config.json", "[1]"), ("tokenizer_config.json", "cannot be read")),
+    "a length that is no number": (
+        _write("tokenizer_config.json", '{"model_max_length": {}}'),
+        ("tokenizer_config.json", "model_max_length={} is no number"),
+    ),
     "ids with a gap": (_shift_ids, ("<|endoftext|>", "its files say")),
 }
 LLADA_DAMAGE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {

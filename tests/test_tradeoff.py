@@ -15,6 +15,7 @@ import pytest
 import dllm
 from commands import Outcome, command
 from dllm.evaluation import Score, evaluate, wilson
+from dllm.scripts import own
 from dllm.scripts import tradeoff as application
 from dllm.tasks import word_problems
 from models import random_llada, save_folder
@@ -262,6 +263,11 @@ class TestChart:
         figure = application._new_figure()
         application.draw(figure, {"vanilla": score(final, 1.0, n)}, "")
         assert len(figure.axes[0].containers) == 1
+
+    def test_names_are_neither_formulas_nor_control_characters(self) -> None:
+        figure = application._new_figure()
+        application.draw(figure, {"a$\\frac$ \x1b--><b>": score(0.5, 1.0, 4)}, "$\\frac$ \x1b --><b>")
+        ElementTree.fromstring(own.svg(figure))
 
     def test_the_same_scores_give_the_same_file(self, tmp_path: Path) -> None:
         for name in ("a.svg", "b.svg"):

@@ -18,6 +18,7 @@ from jinja2 import UndefinedError
 from omegaconf import OmegaConf
 
 from dllm.checks import number
+from dllm.files import check_readable
 from dllm.identity import digest, tree
 from dllm.loading import quiet
 from dllm.runner import Runner
@@ -131,6 +132,7 @@ def fingerprints(data: Mapping[str, str]) -> dict[str, str]:
     """
     found = {}
     for split, file in data.items():
+        check_readable(f"task.data.{split}", Path(file), "a JSONL file")
         try:
             found[split] = digest(Path(file))
         except OSError as error:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dllm.files import parse_json
+from dllm.files import check_readable, parse_json
 from dllm.tasks import sandbox
 from dllm.tasks.sandbox import Sandbox
 
@@ -127,6 +127,7 @@ def _tested(doc: Mapping[str, Any], answer: str) -> str:
 def _check_rows(data: str) -> None:
     """Refuse a file that is not rows of problems, before a model answers any of them."""
     where = f"task.data={data!r}"
+    check_readable("task.data", Path(data), "HumanEval.jsonl or HumanEval.jsonl.gz")
     try:
         content = Path(data).read_bytes()
         text = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode()
