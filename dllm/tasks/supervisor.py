@@ -137,8 +137,8 @@ def _run(
 def _witness(report: int, word: bytes, frame: Any) -> Callable[[str, Any], None]:
     """Says the word when `frame` itself ends, and no one else asks.
 
-    Python code cannot list its audit hooks, so that what a program prints, or writes to descriptors that it finds, is no
-    such word. One that reads its own memory, or that moves this frame on with a tracer, can still come by it.
+    Python code cannot list its audit hooks, so that what a program prints, or writes to descriptors that it finds, is
+    no such word. One that reads its own memory, or that moves this frame on with a tracer, can still come by it.
     """
     write, getpid, caller, own = os.write, os.getpid, sys._getframe, os.getpid()
 
