@@ -14,12 +14,15 @@ which model it was trained for.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -137,7 +140,10 @@ class Filter:
     def save(self, path: Path) -> None:
         """Write the tensors to `path`, a .safetensors file, and the card beside it."""
         tensors = {name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}
-        write_whole(path, save(tensors, {"format": FILTER_FORMAT}))
+        metadata = {"format": FILTER_FORMAT}
+        if self.card is not None:
+            metadata["card"] = _digest(asdict(self.card))
+        write_whole(path, save(tensors, metadata))
         if self.card is not None:
             write_json(path.with_suffix(".json"), asdict(self.card))
 
@@ -203,7 +209,13 @@ def load_filter(name: str | Path) -> Filter:
     if wrong is not None:
         raise ValueError(f"filter={str(name)!r} is no filter: {wrong} holds NaN or infinity; make it again")
     network.load_state_dict(tensors, assign=True)
-    return Filter(network.eval(), _load_card(path.with_suffix(".json"), network), str(name))
+    card = _load_card(path.with_suffix(".json"), network)
+    with safe_open(path, framework="pt") as file:
+        written = (file.metadata() or {}).get("card")
+    # An interruption may have come between the two files.
+    if card is not None and written is not None and written != _digest(asdict(card)):
+        raise ValueError(f"filter={str(name)!r} has the card of another filter beside it; make it again")
+    return Filter(network.eval(), card, str(name))
 
 
 def _path_of(name: str | Path) -> Path:
@@ -227,6 +239,10 @@ def _build(shapes: dict[str, tuple[int, ...]], name: str) -> FilterNetwork:
     if {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()} != shapes:
         raise ValueError(f"filter={name!r} is no filter: its tensors do not fit together; make it again")
     return network
+
+
+def _digest(card: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
 
 
 def _load_card(path: Path, network: FilterNetwork) -> FilterCard | None:

@@ -220,7 +220,9 @@ def _rewrite_one(argument: str, open_groups: Mapping[str, Sequence[str]], multir
     if name not in _PATHS or value == "null":
         if (depth := _depth(value)) > _DEEPEST:
             raise ValueError(f"{key} is nested too deep ({depth} brackets in each other); give a plainer value")
-        return [argument]
+        # Hydra's grammar has no place for what stands for the home folder.
+        paths = _pieces(value) if multirun else [value]
+        return [f"{key}={','.join(map(_quote, paths))}"] if value.startswith("~") else [argument]
     quoted = _QUOTED.fullmatch(value) if multirun else None
     return [f"{key}={','.join(map(_quote, _pieces(value) if quoted else [value]))}"]
 

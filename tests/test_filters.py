@@ -147,6 +147,12 @@ class TestDamage:
         file.with_suffix(".json").write_text(json.dumps(asdict(PUBLISHED) | entries))
         self.refused(file, rf"f.json is no card of a filter \({next(iter(entries))}")
 
+    def test_the_card_of_another_filter(self, file: Path) -> None:
+        Filter(NeighbourFilter(5, 2), CARD, "x").save(file)
+        assert load_filter(file).card == CARD
+        file.with_suffix(".json").write_text(json.dumps(asdict(replace(CARD, fingerprint="4567"))))
+        self.refused(file, "has the card of another filter beside it")
+
     def test_a_card_of_no_length(self, file: Path) -> None:
         Filter(NeighbourFilter(5, 2), replace(CARD, block_length=0), "x").save(file)
         self.refused(file, "block_length=0 is no length")

@@ -192,6 +192,12 @@ class TestSweeps:
         assert (flag, choice.partition("=")[0], override.key_or_group) == ("-m", group, option)
         assert found == paths or [str(each) for each in found] == paths
 
+    def test_the_home_folder_may_be_named_in_any_option(self) -> None:
+        parse = OverridesParser.create().parse_override
+        assert parse(rewrite(["sampler.filter=~/f,1.safetensors"], "generate")[0]).value() == "~/f,1.safetensors"
+        sweep = parse(rewrite(["-m", "sampler.filter=~/f,~/g"], "evaluate")[1])
+        assert [str(each) for each in sweep.sweep_string_iterator()] == ["'~/f'", "'~/g'"]
+
     def test_models_with_commas_run_one_after_another(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         folder = save_folder(random_llada(tokenizer=True), tmp_path / "a,b")
