@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, get_type_hints
 
 import torch
@@ -126,17 +127,20 @@ def _read(cfg: DictConfig) -> list[Any]:
 
     if not Console(stderr=True).is_terminal:
         disable_progress_bars()
-    try:
-        rows = load_dataset(cfg.data, split=cfg.split or "train")
-    except (DatasetsError, OSError, ValueError) as error:
-        # What cannot be parsed says why only in its cause.
-        raise ValueError(
-            f"data={cfg.data!r} with split={cfg.split or 'train'!r} cannot be read: {error.__cause__ or error}"
-        ) from None
-    column = cfg.column or "question"
-    if column not in rows.column_names:
-        raise ValueError(f"column={column!r} is not in {cfg.data}; use one of {', '.join(rows.column_names)}")
-    return list(rows[: cfg.prompts][column])
+    with TemporaryDirectory(ignore_cleanup_errors=True) as anew:
+        # Of local files, datasets keeps what it read under their names and times, whatever they hold by now.
+        kept = {"cache_dir": anew} if Path(cfg.data).exists() else {}
+        try:
+            rows = load_dataset(cfg.data, split=cfg.split or "train", **kept)
+        except (DatasetsError, OSError, ValueError) as error:
+            # What cannot be parsed says why only in its cause.
+            raise ValueError(
+                f"data={cfg.data!r} with split={cfg.split or 'train'!r} cannot be read: {error.__cause__ or error}"
+            ) from None
+        column = cfg.column or "question"
+        if column not in rows.column_names:
+            raise ValueError(f"column={column!r} is not in {cfg.data}; use one of {', '.join(rows.column_names)}")
+        return list(rows[: cfg.prompts][column])
 
 
 def _collect(

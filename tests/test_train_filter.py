@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -127,6 +128,16 @@ class TestPrompts:
         assert card is not None
         assert card.prompts == (3 if split else 4)
         assert card.data == f"{tmp_path}/set, split {split or 'train'}, column question"
+
+    def test_a_data_set_is_read_anew(self, model: Path, tmp_path: Path) -> None:
+        file, asked = tmp_path / "set" / "train.jsonl", []
+        file.parent.mkdir()
+        for name, texts in {"one": ASK, "two": ASK[::-1]}.items():
+            file.write_text("".join(json.dumps({"question": text}) + "\n" for text in texts))
+            os.utime(file, (1e9, 1e9))  # as copies that keep times have it
+            assert train(model, tmp_path / f"{name}.safetensors", f"data={tmp_path}/set").code == 0
+            asked.append(json.loads((tmp_path / f"{name}.records" / "recipe.json").read_text())["prompts"])
+        assert asked[0] != asked[1]
 
     def test_through_the_chat_template(self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         seen: list[Any] = []
