@@ -47,6 +47,8 @@ def main(command: str | None = None) -> None:
         except BrokenPipeError:
             leave_quietly()
         except OSError as error:
+            if error.errno is None or error.filename is not None:  # not about the output: no network, a file not there
+                fail(called, str(error))
             fail(called, f"{error.strerror or error}; make room, or send the output elsewhere")
 
 

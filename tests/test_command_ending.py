@@ -156,6 +156,13 @@ class TestPipes:
         assert (left.value.code, told.count("\n")) == (2, 1)
         assert "No space left" in told
 
+    def test_no_network_is_no_full_disk(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def unreachable(command: str, given: list[str]) -> None:
+            raise ConnectionError("the hub cannot be reached")
+
+        monkeypatch.setattr(cli, "_dispatch", unreachable)
+        assert command("lm-eval").err == "dllm lm-eval: error: the hub cannot be reached\n"
+
     def test_a_process_in_a_pipe_ends_quietly(self) -> None:
         line = f"{sys.executable} -m dllm.scripts.cli generate --help 2>&1 | true; echo ${{PIPESTATUS[0]}}"
         ran = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120, check=True)
