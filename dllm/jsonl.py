@@ -231,7 +231,7 @@ def _is_printed_to(file: Path) -> bool:
 
 def _question(where: str, number: int, line: str) -> Question:
     try:
-        row: Any = parse_json(line)
+        row: Any = parse_json(line, once=True)
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ValueError(f"{where} has a character that is half of one (a lone surrogate); remove it") from None

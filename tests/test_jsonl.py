@@ -62,6 +62,7 @@ class TestQuestions:
         [
             ("{", "not JSON"),
             ('{"prompt": "x"} {"prompt": "y"}', "not JSON"),
+            ('{"prompt": "x", "prompt": "y"}', "says 'prompt' twice"),
             ("[1]", "prompt or messages"),
             ('"text"', "prompt or messages"),
             ('{"id": 1}', "prompt or messages"),
