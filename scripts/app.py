@@ -224,7 +224,8 @@ def _rewrite_one(argument: str, open_groups: Mapping[str, Sequence[str]], multir
         paths = _pieces(value) if multirun else [value]
         return [f"{key}={','.join(map(_quote, paths))}"] if value.startswith("~") else [argument]
     quoted = _QUOTED.fullmatch(value) if multirun else None
-    return [f"{key}={','.join(map(_quote, _pieces(value) if quoted else [value]))}"]
+    paths = map(os.path.expanduser, _pieces(value) if quoted else [value])
+    return [f"{key}={','.join(map(_quote, paths))}"]
 
 
 def _refuse_resolvers(name: str, value: str) -> None:

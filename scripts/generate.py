@@ -153,8 +153,8 @@ class Runner:
         """Decode the questions that have no answer yet, writing each answer as it finishes."""
         left = _left(questions, answers)
         ids = self._encode([(question.place, question.prompt) for question in left])
-        # A question's seed is its line's, so that a resumed run gives what an uninterrupted one would.
-        options = self.options | {"seed": [self.options["seed"] + question.number for question in left]}
+        # Each question has a seed of its own, so that a resumed run gives what an uninterrupted one would.
+        options = self.options | {"seed": [self.options["seed"] + question.seed for question in left]}
         measured: list[Measurement] = []
         busy: list[float] = []
 

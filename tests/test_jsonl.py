@@ -195,3 +195,16 @@ def test_questions_read_their_own_ids_back_from_answers(tmp_path: Path) -> None:
     questions: list[Question] = read_questions(source)
     written(path, [{"id": questions[1].id, "text": ""}, {"id": questions[2].id, "text": ""}])
     assert [q.prompt for q in questions if q.id not in AnswerFile(path).ids] == ["x"]
+
+
+def test_a_line_that_is_put_in_front_leaves_the_draws_of_others_apart(tmp_path: Path) -> None:
+    file = tmp_path / "q.jsonl"
+    lines = [json.dumps({"id": name, "prompt": "x"}) for name in ("a", "b", 7)]
+    file.write_text("\n".join(lines))
+    before = {question.id: question.seed for question in read_questions(file)}
+    file.write_text("\n".join(['{"id": "c", "prompt": "x"}', *lines]))
+    after = {question.id: question.seed for question in read_questions(file)}
+    assert before.items() <= after.items()
+    assert len(set(after.values())) == 4
+    file.write_text('{"prompt": "x"}\n{"prompt": "x"}')
+    assert [question.seed for question in read_questions(file)] == [0, 1]
