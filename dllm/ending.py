@@ -54,10 +54,7 @@ def cut(
     place = min(found for stop in stops if (found := text.find(stop)) >= 0)
     if needed == count and place >= len(_written(tokenizer, before)):  # within the token that is end-of-text
         return decode_text(tokenizer, before), needed
-    text = text[:place]
-    for token in tokenizer.added_tokens_decoder.values():
-        text = text.replace(token.content, "") if token.special else text
-    return text, needed
+    return _without_special(tokenizer, tokens[:needed], text[:place]), needed
 
 
 class StopStrings:
@@ -120,6 +117,19 @@ def _completing(tokenizer: PreTrainedTokenizerBase, tokens: NDArray[np.int64], s
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle + 1, high)
     return low
+
+
+def _without_special(tokenizer: PreTrainedTokenizerBase, tokens: NDArray[np.int64], text: str) -> str:
+    """The beginning `text` of what tokens read as, without the special ones, and with what only reads like them."""
+    names = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    kept, at = "", 0
+    for place in np.flatnonzero(np.isin(tokens, list(names))):
+        name = names[int(tokens[place])]
+        begins = text.find(name, max(at, len(_written(tokenizer, tokens[:place]))))
+        if begins < 0:
+            break
+        kept, at = kept + text[at:begins], begins + len(name)
+    return kept + text[at:]
 
 
 def _written(tokenizer: PreTrainedTokenizerBase, tokens: NDArray[np.int64]) -> str:

@@ -90,7 +90,8 @@ def evaluate_causal(
     grades: list[Grade] = []
     for start in range(0, len(problems), batch_size):
         batch = problems[start : start + batch_size]
-        inputs = tokenizer([problem.question for problem in batch], padding=True, return_tensors="pt").to(model.device)
+        questions = [problem.question for problem in batch]
+        inputs = tokenizer(questions, padding=True, padding_side="left", return_tensors="pt").to(model.device)
         with torch.inference_mode():
             out = model.generate(
                 input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=64, do_sample=False

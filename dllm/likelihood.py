@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -34,6 +35,7 @@ from dllm.checks import choice, number
 from dllm.loading import LanguageModel
 from dllm.nonfinite import not_finite, reason
 from dllm.prediction import Prediction, Sampling
+from dllm.prompts import token_list
 from dllm.samplers import Vanilla
 
 METHODS = ("monte_carlo", "chain")
@@ -103,7 +105,7 @@ def loglikelihood(lm: LanguageModel, prefix: Sequence[int], target: Sequence[int
         ValueError: a token that is no id of the model or [MASK], more tokens than the model's context, or logits that
             are no numbers.
     """
-    _check(lm, prefix, target)
+    prefix, target = _check(lm, prefix, target)
     if len(target) == 0:
         return 0.0
     length = len(target)
@@ -130,7 +132,7 @@ def is_greedy(lm: LanguageModel, prefix: Sequence[int], target: Sequence[int], c
     Raises:
         ValueError: as `loglikelihood`.
     """
-    _check(lm, prefix, target)
+    prefix, target = _check(lm, prefix, target)
     if len(target) == 0:
         return True
     wanted = torch.tensor(list(target))
@@ -281,10 +283,16 @@ def _own_seed(seed: int, prefix: Sequence[int], target: Sequence[int]) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) % 2**63
 
 
-def _check(lm: LanguageModel, prefix: Sequence[int], target: Sequence[int]) -> None:
+def _check(lm: LanguageModel, prefix: Sequence[int], target: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Both as lists, once they are known to be ids that the model can be given."""
     backbone = lm.backbone
     vocabulary = backbone.config.vocab_size
-    for name, tokens in (("prefix", prefix), ("target", target)):
+    lists = []
+    for name, given in (("prefix", prefix), ("target", target)):
+        empty = isinstance(given, (Tensor, np.ndarray)) and given.shape == (0,)  # of floats by default
+        if (tokens := [] if empty else token_list(given)) is None:
+            raise ValueError(f"{name} is a {type(given).__name__} and no token ids; give a list of them")
+        lists.append(tokens)
         wrong = next((token for token in tokens if not 0 <= token < vocabulary), None)
         if wrong is not None:
             raise ValueError(f"{name} has token id {wrong}; this model's ids are 0 to {vocabulary - 1}")
@@ -295,3 +303,4 @@ def _check(lm: LanguageModel, prefix: Sequence[int], target: Sequence[int]) -> N
             f"target has {len(target)} tokens; the model's context of {backbone.max_length} leaves room for "
             f"{max(0, backbone.max_length - len(prefix))} beside a prefix of {len(prefix)}: shorten one of them"
         )
+    return lists[0], lists[1]

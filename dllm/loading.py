@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -223,8 +223,8 @@ def _options(
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is unknown; use auto, {', '.join(DTYPES)} or a torch.dtype")
         dtype = getattr(torch, dtype)
-    if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
-        raise ValueError(f"dtype={dtype} holds no weights; use a floating-point dtype such as torch.bfloat16")
+    if isinstance(dtype, torch.dtype) and str(dtype).removeprefix("torch.") not in DTYPES:
+        raise ValueError(f"dtype={dtype} holds no weights; use {', '.join(DTYPES)}")
     if attn_implementation not in (None, *ATTENTION):
         raise ValueError(f"attn_implementation={attn_implementation!r} is unknown; use {' or '.join(ATTENTION)}")
     if device_map is not None and device is not None:
@@ -233,11 +233,22 @@ def _options(
     if device_map is None or (isinstance(device_map, str) and device_map not in _SPREADS):
         placement = {"": find_device(device) if device_map is None else find_device(device_map, "device_map")}
     elif not isinstance(device_map, str):
-        placement = dict(device_map)
-        if not all(isinstance(each, (str, int, torch.device)) for each in placement.values()):
-            raise ValueError(f"device_map={placement!r} holds more than devices; give {{part: device}}")
+        placement = _placement(device_map)
     options = {"dtype": dtype, "device_map": placement}
     return options if attn_implementation is None else options | {"attn_implementation": attn_implementation}
+
+
+def _placement(device_map: Any) -> dict[str, Any]:
+    """A device for each part, of which one at least computes; those that are "disk" are read when they are needed."""
+    placement: dict[str, Any] = dict(device_map) if isinstance(device_map, Mapping) else {}
+    devices = [each for each in placement.values() if each != "disk"]
+    if not all(isinstance(part, str) for part in placement) or not devices:
+        raise ValueError(f"device_map={device_map!r} gives no part a device; give {{part: device}}")
+    for each in devices:
+        if not isinstance(each, (str, int, torch.device)):
+            raise ValueError(f"device_map={placement!r} holds more than devices; give {{part: device}}")
+        find_device(each, "device_map")  # type: ignore[arg-type]  # torch takes numbers of devices as well
+    return placement
 
 
 def find_device(device: str | torch.device | None, parameter: str = "device") -> torch.device:
@@ -253,7 +264,7 @@ def find_device(device: str | torch.device | None, parameter: str = "device") ->
         if place.type == "meta":
             raise RuntimeError("holds no weights")
         return place
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, TypeError):
         raise ValueError(f"{parameter}={str(device)!r} is not available here; use cpu or a device torch sees") from None
 
 

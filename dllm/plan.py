@@ -90,6 +90,8 @@ class Options:
             alone = isinstance(self.seed, (int, float, str))
             # A single one is counted up from.
             most, shown = (SEEDS - 1, "2**62 - 1") if alone else (2 * SEEDS - 1, "2**63 - 1")
+            if not alone and not isinstance(self.seed, (Sequence, np.ndarray)):
+                raise ValueError(f"seed={self.seed!r} is of the wrong kind; give a whole number, a list, or null")
             for seed in [self.seed] if isinstance(self.seed, (int, float, str)) else self.seed:
                 number("seed", seed, f"a whole number from 0 to {shown}, or null", low=0, high=most, whole=True)
         choice("stop_at_eos", self.stop_at_eos, (True, False))
@@ -295,7 +297,8 @@ class Plan:
 
     def _mask_name(self) -> str:
         tokenizer = self.lm.tokenizer
-        return f"id {self.lm.backbone.mask_token_id}" if tokenizer is None else str(tokenizer.mask_token)
+        written = None if tokenizer is None else tokenizer.mask_token
+        return f"id {self.lm.backbone.mask_token_id}" if written is None else str(written)
 
 
 def eos_ids(eos: int | Sequence[int] | None, lm: LanguageModel) -> tuple[int, ...]:

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dllm.checks import is_text
+
 Message: TypeAlias = Mapping[str, Any]
 Chat: TypeAlias = Sequence[Message]
 Prompts: TypeAlias = str | Sequence[Any] | Mapping[str, Any] | Tensor | NDArray[Any]
@@ -84,18 +86,24 @@ def _is_message(message: Message) -> bool:
 
 
 def _encode_one(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, number: int) -> list[int]:
-    if (ids := _ids(prompt)) is not None:
+    if (ids := token_list(prompt)) is not None:
         return ids
     if not isinstance(prompt, str) and not is_chat(prompt):
         raise ValueError(f"prompts[{number}] is a {type(prompt).__name__}; give text, chat messages or token ids")
     if tokenizer is None:
         raise ValueError(f"prompts[{number}] is text, and this model has no tokenizer; give token ids")
     if isinstance(prompt, str):
-        return list(tokenizer(prompt).input_ids)
+        return list(tokenizer(_whole(prompt, number)).input_ids)
     if tokenizer.chat_template is None:
         raise ValueError(f"prompts[{number}] is a chat, and this tokenizer has no chat template; give plain text")
     text = _written(prompt, tokenizer, number)
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+    return list(tokenizer(_whole(text, number), add_special_tokens=False).input_ids)
+
+
+def _whole(text: str, number: int) -> str:
+    if not is_text(text):
+        raise ValueError(f"prompts[{number}] holds halves of characters (surrogates), which are no text; give UTF-8")
+    return text
 
 
 def _written(chat: Chat, tokenizer: PreTrainedTokenizerBase, number: int) -> str:
@@ -153,13 +161,13 @@ def _tokenized(given: Mapping[str, Any], attention_mask: Mask | None) -> tuple[A
     if mask is not None and attention_mask is not None:
         raise ValueError("attention_mask is given twice, in prompts and beside them; leave one out")
     mask = attention_mask if mask is None else mask
-    if _ids(ids) is not None and len(ids) > 0:  # one text, not in a batch
+    if token_list(ids) is not None and len(ids) > 0:  # one text, not in a batch
         ids = ids[None] if isinstance(ids, (Tensor, np.ndarray)) else [ids]
         mask = None if mask is None else mask[None] if isinstance(mask, (Tensor, np.ndarray)) else [mask]
     return ids, mask
 
 
-def _ids(row: Any) -> list[int] | None:
+def token_list(row: Any) -> list[int] | None:
     """A list, tensor or array of token ids as a list; None where it is something else."""
     if isinstance(row, (Tensor, np.ndarray)):
         return row.tolist() if row.ndim == 1 and _kind(row) in "iu" else None
@@ -178,7 +186,7 @@ def _masked(prompts: Sequence[Any], attention_mask: Any) -> list[list[int]]:
         raise ValueError(f"attention_mask has {count} rows for {len(prompts)} prompts; give one in the prompts' shape")
     found = []
     for number, (prompt, given) in enumerate(zip(prompts, attention_mask, strict=True)):
-        if (ids := _ids(prompt)) is None:
+        if (ids := token_list(prompt)) is None:
             raise ValueError(f"attention_mask is for token ids, and prompts[{number}] is none; leave it out")
         mask = given.tolist() if isinstance(given, (Tensor, np.ndarray)) else given
         if not isinstance(mask, Sequence) or len(mask) != len(ids) or not all(each in (0, 1) for each in mask):
@@ -197,7 +205,7 @@ def _padded_lists(prompts: Any, tokenizer: PreTrainedTokenizerBase | None) -> li
     """Lists of token ids of one length, some of which have the padding token at an end and others do not."""
     if tokenizer is None or not isinstance(prompts, Sequence):
         return None
-    rows = [ids for prompt in prompts if (ids := _ids(prompt))]
+    rows = [ids for prompt in prompts if (ids := token_list(prompt))]
     padded = {tokenizer.pad_token_id in (row[0], row[-1]) for row in rows}
     alike = len(rows) == len(prompts) and len({len(row) for row in rows}) == 1
     return rows if alike and len(padded) == 2 else None

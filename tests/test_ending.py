@@ -88,6 +88,11 @@ class TestText:
         assert cut(BYTES, ids("a<|special|>b"), ("<|special|>",)) == ("a", 2)
         assert cut(BYTES, ids("größer 😀 x"), ("😀",)) == ("größer ", 13)
 
+    def test_text_that_reads_like_a_special_token_stays(self) -> None:
+        tokens = np.concatenate([ids("a<"), ids("|special|>b<|special|>c###")])
+        assert BYTES.decode(tokens) == "a<|special|>b<|special|>c###"
+        assert cut(BYTES, tokens, ("###",))[0] == "a<|special|>bc"
+
 
 class TestSearch:
     @pytest.mark.parametrize("seed", range(6))

@@ -107,6 +107,7 @@ def test_the_causal_score_is_that_of_each_greedy_continuation(monkeypatch: pytes
     tokenizer, model, asked, seen, done = build_tokenizer(), random_guide(), problems(5, seed=5), [], []
     verdicts = iter([RIGHT, ANSWER_ONLY, WRONG, RIGHT, WRONG])
     monkeypatch.setattr(evaluation, "grade", lambda text, problem: (seen.append((text, problem)), next(verdicts))[1])
+    tokenizer.padding_side = "right"  # as most tokenizers come
     result = evaluate_causal(model, tokenizer, asked, batch_size=3, progress=done.append)
     for (text, graded), problem in zip(seen, asked, strict=True):
         ids = greedy(model, tokenizer(problem.question).input_ids, tokenizer.eos_token_id)

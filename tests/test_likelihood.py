@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import permutations
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -312,3 +313,17 @@ class TestErrors:
             with pytest.raises(ValueError, match=words) as caught:
                 score(lm, prefix, target)
             assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", ["text", [5.5], [[5]], None, [True], torch.tensor([5.0])], ids=repr)
+def test_what_is_no_token_ids_is_refused(wrong: Any) -> None:
+    for pair in ((wrong, [5]), ([5], wrong)):
+        with pytest.raises(ValueError, match=r"^(prefix|target) is a \w+ and no token ids; give a list"):
+            loglikelihood(random_llada(), *pair, Estimate(samples=2))
+
+
+def test_tensors_and_arrays_are_token_ids() -> None:
+    lm, one = random_llada(), Estimate(samples=2)
+    for make in (torch.tensor, np.array):
+        assert loglikelihood(lm, make([5, 6]), make([7]), one) == loglikelihood(lm, [5, 6], [7], one)
+        assert is_greedy(lm, make([5, 6]), make([7])) == is_greedy(lm, [5, 6], [7])

@@ -226,3 +226,9 @@ def test_numbers_of_numpy_are_numbers() -> None:
 def test_a_seed_says_its_range(seed: Any) -> None:
     with pytest.raises(ValueError, match=r"seed=.* use a whole number from 0 to 2\*\*62 - 1, or null"):
         dllm.Options(seed=seed)
+
+
+@pytest.mark.parametrize("seed", [{1}, {1: 2}, object(), iter([1])], ids=lambda seed: type(seed).__name__)
+def test_seeds_without_an_order_are_refused(seed: Any) -> None:
+    with pytest.raises(ValueError, match=r"^seed=.* is of the wrong kind; give a whole number, a list"):
+        dllm.Options(seed=seed)

@@ -206,3 +206,17 @@ class TestChats:
         with pytest.raises(ValueError, match=rf"^prompts\[1\] {named}") as caught:
             encode([[4], chat], words(template))
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prompt", ["a\ud800", [{"role": "user", "content": "a\ud800"}]], ids=["text", "chat"])
+def test_halves_of_characters_are_refused(prompt: Any) -> None:
+    with pytest.raises(ValueError, match=r"^prompts\[0\] holds halves of characters"):
+        encode([prompt], build_tokenizer())
+
+
+def test_a_mask_without_a_name_is_told_by_its_id() -> None:
+    lm = random_llada(tokenizer=True)
+    assert lm.tokenizer is not None
+    lm.tokenizer.mask_token = None
+    with pytest.raises(ValueError, match=rf"put one \(id {lm.backbone.mask_token_id}\)"):
+        dllm.infill(lm, [[5, 6]])
