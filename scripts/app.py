@@ -224,7 +224,7 @@ def _rewrite_one(argument: str, open_groups: Mapping[str, Sequence[str]], multir
         paths = _pieces(value) if multirun else [value]
         return [f"{key}={','.join(map(_quote, paths))}"] if value.startswith("~") else [argument]
     quoted = _QUOTED.fullmatch(value) if multirun else None
-    paths = map(os.path.expanduser, _pieces(value) if quoted else [value])
+    paths = [os.path.expanduser(path) for path in (_pieces(value) if quoted else [value])]  # noqa: PTH111  # as text
     return [f"{key}={','.join(map(_quote, paths))}"]
 
 
