@@ -45,7 +45,7 @@ from dllm.prediction import Prediction
 from dllm.resolve import resolve
 from dllm.run import Run
 from dllm.samplers.base import Denoise, Sampler, become, told
-from dllm.samplers.selection import stopped
+from dllm.samplers.selection import enter_next_blocks, stopped
 
 
 @dataclass
@@ -99,27 +99,29 @@ class FreeDave:
         number("draft_steps", self.draft_steps, "a whole number of at least 1 (published: 4, 8)", low=1, whole=True)
         choice("draft_mode", self.draft_mode, ("batch", "tree"))
         choice("eager", self.eager, (True, False))
-        base = resolve("sampler", self.base, Sampler, "base")
-        if not getattr(base, "single_forward", False):
+        if not getattr(self._base, "single_forward", False):
             raise ValueError(
                 f"base={self.base!r} cannot be drafted: its step is more than one forward about the active block; "
                 "use a policy of the kind of vanilla or threshold (learn2pd with eotp=off)"
             )
 
     @property
+    def _base(self) -> Sampler:
+        return resolve("sampler", self.base, Sampler, "base")
+
+    @property
     def needs(self) -> frozenset[str]:
         """What a cache must give (`dllm.compatibility`)."""
         own = ["repeatable", *["next_block"] * self.eager] if self.draft_steps > 1 else []  # one is the base itself
-        return frozenset(own) | frozenset(getattr(resolve("sampler", self.base, Sampler, "base"), "needs", ()))
+        return frozenset(own) | frozenset(getattr(self._base, "needs", ()))
 
     def files(self) -> Iterable[Path]:
         """What the base reads."""
-        found: Iterable[Path] = getattr(resolve("sampler", self.base, Sampler, "base"), "files", tuple)()
-        return found
+        return tuple(getattr(self._base, "files", tuple)())
 
     def start(self, run: Run) -> Memory:
         """Start the base."""
-        base = resolve("sampler", self.base, Sampler, "base")
+        base = self._base
         block, *zeros = torch.zeros((4, run.rows), dtype=torch.long, device=run.device)
         return Memory(base, base.start(run), run, block - 1, *zeros)
 
@@ -136,14 +138,14 @@ class FreeDave:
         new = F.pad((drafts[:, 1:] != drafts[:, :-1]).any(-1), (1, 0), value=True)
         views = _views(window, drafts, new, state.run)
         if self.eager:
-            views = _enter_next_blocks(views, state.run)
+            views = enter_next_blocks(views, state.run)
         views = replace(views, inside=views.inside & views.masked.any(-1, keepdim=True))
         judged: list[Prediction] = []
 
         def judge(*_: Any, decided: bool = False, **__: Any) -> Prediction:
             split = "(b d) k -> b d k"
-            wanted = rearrange(views.inside if decided else views.masked, split, d=self._depth(state.run))
-            about = rearrange(views.columns, split, d=self._depth(state.run))
+            wanted = rearrange(views.inside if decided else views.masked, split, d=drafts.shape[1])
+            about = rearrange(views.columns, split, d=drafts.shape[1])
             prediction = denoise(wanted, about, drafts, self.draft_mode == "tree")
             judged.append(prediction.arranged(lambda values: values.flatten(0, 1)))
             return judged[0]
@@ -158,17 +160,14 @@ class FreeDave:
         # Of the drafts the deepest holds what all the others do.
         return replace(become(window, final), drafted=drafts[:, -1].where(window.tokens == mask, mask))
 
-    def _depth(self, run: Run) -> int:
-        """Drafts that can differ: each holds at least one token more than the one before."""
-        return min(self.draft_steps, max(run.spans) + 1)
-
     def _draft(self, window: Window, known: Bool[Tensor, " B"], state: Memory) -> Int[Tensor, "B D L"]:
         """The canvas and what the base would make of it, step by step, if what was predicted still held."""
-        drafts = [window.tokens] * self._depth(state.run)
+        # Each draft that differs from the one before holds at least one token more.
+        drafts = [window.tokens] * min(self.draft_steps, max(state.run.spans) + 1)
         if state.kept is not None:
             stale = state.kept.kept(lambda values: values[state.entry[window.rows]])
             view = replace(window, inside=window.inside & known[:, None], masked=window.masked & known[:, None])
-            for k in range(1, self._depth(state.run)):
+            for k in range(1, len(drafts)):
                 drafts[k] = state.base.step(view, told(stale), state.state).on(view.tokens)
                 view = _advanced(view, drafts[k], window.step + k, state.run)
         return torch.stack(drafts, dim=1)
@@ -198,9 +197,9 @@ class FreeDave:
             The last draft of each chain, as an entry of `views`; the steps the base has spent in its block by
             then; and the base's next canvas of it.
         """
-        entries = torch.arange(len(drafts) * self._depth(state.run), device=drafts.device).view_as(new)
+        entries = torch.arange(new.numel(), device=drafts.device).view_as(new)
         at, step = entries[:, 0], window.step
-        for _ in range(self._depth(state.run) - 1):
+        for _ in range(new.shape[1] - 1):
             equal = (drafts == target[:, None]).all(-1) & new & (entries > at[:, None])
             onward = torch.where(equal, entries, at[:, None]).amax(-1)
             moved, stays = onward > at, views.block[onward] == views.block[at]
@@ -233,28 +232,3 @@ def _views(window: Window, drafts: Int[Tensor, "B D L"], new: Bool[Tensor, "B D"
         uniform=lambda: torch.stack([window.uniform() for _ in range(count)], dim=1).flatten(0, 1),
     )
     return _advanced(every, tokens, every.step + number, run)
-
-
-def _enter_next_blocks(views: Window, run: Run) -> Window:
-    """Where a draft completed its block, look at the block of its next mask instead."""
-    masked = (views.tokens == run.mask_token_id) & views.region
-    enters = views.inside.any(-1) & ~views.masked.any(-1) & masked.any(-1)
-    ahead = (masked.int().argmax(-1) - views.columns[:, 0]).div(run.block_length, rounding_mode="floor")
-    ahead = ahead.where(enters, 0)
-    length = views.tokens.shape[1]
-    columns = (
-        views.columns[:, :1] + ahead[:, None] * run.block_length + torch.arange(run.block_length, device=ahead.device)
-    )
-    exists = columns < length
-    columns = columns.clamp(max=length - 1)
-    inside = torch.where(enters[:, None], views.region.gather(1, columns) & exists, views.inside)
-    masked = inside & masked.gather(1, columns)
-    return replace(
-        views,
-        columns=columns,
-        inside=inside,
-        masked=masked,
-        block=views.block + ahead,
-        entry_masks=masked.sum(-1).where(enters, views.entry_masks),
-        step=views.step.masked_fill(enters, 0),
-    )

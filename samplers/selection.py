@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dllm.canvas import Window
 from dllm.run import Run
 
 
@@ -54,3 +57,28 @@ def stopped(tokens: Int[Tensor, "B L"], region: Bool[Tensor, "B L"], run: Run) -
     ended = is_eos(tokens, run) & region
     masks = ((tokens == run.mask_token_id) & region).cumsum(-1)
     return ended.any(-1) & (masks.gather(1, ended.int().argmax(-1, keepdim=True))[:, 0] == 0)
+
+
+def enter_next_blocks(views: Window, run: Run) -> Window:
+    """Where a draft completed its block, look at the block of its next mask instead."""
+    masked = (views.tokens == run.mask_token_id) & views.region
+    enters = views.inside.any(-1) & ~views.masked.any(-1) & masked.any(-1)
+    ahead = (masked.int().argmax(-1) - views.columns[:, 0]).div(run.block_length, rounding_mode="floor")
+    ahead = ahead.where(enters, 0)
+    length = views.tokens.shape[1]
+    columns = (
+        views.columns[:, :1] + ahead[:, None] * run.block_length + torch.arange(run.block_length, device=ahead.device)
+    )
+    exists = columns < length
+    columns = columns.clamp(max=length - 1)
+    inside = torch.where(enters[:, None], views.region.gather(1, columns) & exists, views.inside)
+    masked = inside & masked.gather(1, columns)
+    return replace(
+        views,
+        columns=columns,
+        inside=inside,
+        masked=masked,
+        block=views.block + ahead,
+        entry_masks=masked.sum(-1).where(enters, views.entry_masks),
+        step=views.step.masked_fill(enters, 0),
+    )

@@ -67,7 +67,7 @@ SAMPLERS: dict[str, Any] = {
 
 @backbones
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
-def test_every_sampler_and_cache_runs_on_a_cuda_device(make: Maker, sampler: Any) -> None:
+def test_every_sampler_and_cache_asks_for_nothing_that_cuda_lacks(make: Maker, sampler: Any) -> None:
     lm, drawn = make(), {"temperature": 0.7, "top_p": 0.9, "top_k": 9, "eos_suppression": "both"}
     for cache in names("cache"):
         if not unmet(sampler, resolve("cache", cache, object)):
@@ -77,7 +77,7 @@ def test_every_sampler_and_cache_runs_on_a_cuda_device(make: Maker, sampler: Any
 
 
 @backbones
-def test_guidance_measuring_scoring_and_replays_run_on_a_cuda_device(make: Maker) -> None:
+def test_guidance_measuring_scoring_and_replays_ask_for_nothing_that_cuda_lacks(make: Maker) -> None:
     lm = make()
     measured = dllm.cache.FreeCache(measure_every=1, refresh_above=0.01)
     with OnCuda():
@@ -89,7 +89,7 @@ def test_guidance_measuring_scoring_and_replays_run_on_a_cuda_device(make: Maker
         collect(lm, [[5, 6]], "vanilla", "none", gen_length=6, block_length=3, seed=0)
 
 
-def test_a_guide_that_reads_the_text_runs_on_a_cuda_device() -> None:
+def test_a_guide_that_reads_the_text_asks_for_nothing_that_cuda_lacks() -> None:
     lm = random_llada(tokenizer=True)
     tokenizer = bpe([], eos_token="<|endoftext|>")
     guide = Guide(random_guide(len(tokenizer)), tokenizer)
