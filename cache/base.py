@@ -1,6 +1,6 @@
 """What a cache is: a plan of which columns the next forward computes, and where the others come from.
 
-A cache is a frozen dataclass of its options; `start` returns the object that holds one run's keys
+A cache is a frozen dataclass of its options; `start` returns the object that holds one engine's keys
 and values. It knows the canvas and what changed, never the sampler that changed it. Plans are made
 on the host, from what the host knows; only a cache that chooses by what came out (d2cache) reads the device.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dllm.cache.selection import Flags as Flags
 from dllm.cache.selection import Store
-from dllm.canvas import Canvas, Change
+from dllm.canvas import Canvas, Change, Exchange
 from dllm.checks import number
 from dllm.run import Run
 
@@ -30,7 +30,7 @@ class Question:
 
     Attributes:
         canvas: the canvas as it is. Never write to it.
-        rows: (A,) canvas row of each sequence; a row with several drafts comes as often.
+        rows: (A,) number of the row of each sequence; a row with several drafts comes as often.
         slots: (A,) the slot that row is in, ascending.
         first: (A,) True where a sequence is the canvas as it is, which of a row's drafts the first may be. What
             a cache remembers of a row between forwards changes with these alone.
@@ -79,12 +79,12 @@ class Question:
     @property
     def low(self) -> NDArray[np.int64]:
         """(A,) first column of the active block."""
-        return self.canvas.start[self.rows] + self.block * self.canvas.block_length
+        return self.canvas.low[self.rows]
 
     @property
     def high(self) -> NDArray[np.int64]:
         """(A,) the column behind the active block."""
-        return np.asarray(np.minimum(self.low + self.canvas.block_length, self.canvas.end[self.rows]))
+        return np.asarray(np.minimum(self.low + self.canvas.block_length[self.rows], self.canvas.end[self.rows]))
 
     @property
     def masked(self) -> Flags:
@@ -134,14 +134,18 @@ class Plan:
 
 @runtime_checkable
 class CacheRun(Protocol):
-    """One run's cached keys and values."""
+    """One engine's cached keys and values."""
 
     def plan(self, question: Question) -> Plan:
         """Plan one forward."""
         ...
 
+    def exchange(self, exchange: Exchange) -> None:
+        """Learn which rows entered, and which are in another slot now."""
+        ...
+
     def observe(self, change: Change) -> None:
-        """Learn what a step committed and revoked, and whose row is in another slot now."""
+        """Learn what a step committed and revoked."""
         ...
 
     def expire(self, rows: NDArray[np.int64]) -> None:
@@ -213,5 +217,5 @@ class Cache(Protocol):
         ...
 
     def start(self, run: Run) -> CacheRun:
-        """Refuse what cannot work (ValueError, before any forward) and make room for one run."""
+        """Refuse what cannot work (ValueError, before any forward) and make room for one engine."""
         ...

@@ -36,7 +36,7 @@ from torch import Tensor
 from dllm.backbones.transformer import KVStore
 from dllm.cache.base import Flags, Metered, Probe, Question
 from dllm.cache.selection import Selection
-from dllm.cache.store import Choice, KeyValues, Reuse
+from dllm.cache.store import Choice, KeyValues, PerRow, Reuse
 from dllm.checks import number
 from dllm.run import Run
 
@@ -82,11 +82,12 @@ class D2Cache(Metered):
         return Reuse(run, _ByCertaintyAndRollout(self, run, store), store)
 
 
-class _ByCertaintyAndRollout:
+class _ByCertaintyAndRollout(PerRow):
     def __init__(self, options: D2Cache, run: Run, store: Watched) -> None:
+        super().__init__(run)
         self.options, self.shift, self.store = options, run.logits_shift, store
-        self.masked = np.zeros((run.rows, run.length), dtype=bool)
-        self.confidence = np.zeros((run.rows, run.length))
+        self.masked = self.per_row(False, run.length, dtype=bool)
+        self.confidence = self.per_row(0, run.length, dtype=float)
 
     def choose(self, question: Question, due: Flags, stale: Flags) -> Choice:
         canvas, rows, masked = question.canvas, question.rows, question.masked
@@ -104,7 +105,7 @@ class _ByCertaintyAndRollout:
     def _certain(self, question: Question, masked: Flags) -> Flags:
         """The masked positions with the highest certainty prior."""
         canvas, rows, k = question.canvas, question.rows, self.options.current_k
-        start, length = canvas.start[rows], canvas.block_length
+        start, length = canvas.start[rows], canvas.block_length[rows]
         enough = masked.cumsum(1) >= k
         last = np.where(enough.any(1), enough.argmax(1), canvas.end[rows] - 1)
         end = start + ((last - start) // length + 1) * length
@@ -192,8 +193,8 @@ class Watched(KeyValues):
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         self.layers = run.kv_shape[0]
-        self.influence = np.zeros((run.rows, run.length))
-        self.visible = np.ones((run.rows, run.length), dtype=bool)
+        self.influence = np.zeros((run.slots, run.length))
+        self.visible = np.ones((run.slots, run.length), dtype=bool)
 
     def bind(self, selection: Selection) -> KVStore:
         """Serve a forward and watch its attention."""

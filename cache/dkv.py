@@ -44,15 +44,16 @@ class DKVCache(Metered):
         return Reuse(run, _Delayed(self.interval, run))
 
 
-class _Delayed:
+class _Delayed(Blocks):
     def __init__(self, interval: int, run: Run) -> None:
-        self.interval, self.blocks = interval, Blocks(run)
-        self.forwards = np.zeros(run.rows, dtype=np.int64)
-        self.masked = np.ones((run.rows, run.length), dtype=bool)
+        super().__init__(run)
+        self.interval = interval
+        self.forwards = self.per_row(0)
+        self.masked = self.per_row(True, run.length, dtype=bool)
 
     def choose(self, question: Question, due: Flags, stale: Flags) -> Choice:
         rows, masked = question.rows, question.masked
-        step = np.where(self.blocks.entered(question), 0, self.forwards[rows] + 1)
+        step = np.where(self.entered(question), 0, self.forwards[rows] + 1)
         compute = masked | self.masked[rows]
         kept, first = rows[question.first], question.first
         self.forwards[kept], self.masked[kept] = step[first], masked[first]

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from dllm.cache.base import Flags, Metered, Question
 from dllm.cache.selection import Selection
-from dllm.cache.store import Choice, KeyValues, Reuse
+from dllm.cache.store import Choice, KeyValues, PerRow, Reuse
 from dllm.checks import number
 from dllm.run import Run
 
@@ -78,10 +78,11 @@ class DLLMCache(Metered):
         return Reuse(run, _ByChange(self, run, store), store)
 
 
-class _ByChange:
+class _ByChange(PerRow):
     def __init__(self, options: DLLMCache, run: Run, store: Features) -> None:
+        super().__init__(run)
         self.options, self.run, self.store = options, run, store
-        self.forwards = np.zeros(run.rows, dtype=np.int64)
+        self.forwards = self.per_row(0)
 
     def choose(self, question: Question, due: Flags, stale: Flags) -> Choice:
         options, rows = self.options, question.rows
@@ -117,8 +118,8 @@ class Features(KeyValues):
         self.ratio = ratio
         shape = run.kv_shape[0], run.slots, run.length, run.hidden_size
         self.added = {part: torch.zeros(shape, dtype=run.dtype, device=run.device) for part in ("attention", "mlp")}
-        self.response = np.zeros((run.rows, run.length), dtype=bool)
-        self.needed = np.zeros((run.rows, run.length), dtype=bool)
+        self.response = np.zeros((run.slots, run.length), dtype=bool)
+        self.needed = np.zeros((run.slots, run.length), dtype=bool)
 
     def tensors(self) -> Sequence[Tensor]:
         """Everything kept, (layers, slots, ...) each."""

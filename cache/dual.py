@@ -31,10 +31,11 @@ class Dual(Metered):
         return Reuse(run, _BlockAlone(run))
 
 
-class _BlockAlone:
+class _BlockAlone(Blocks):
     def __init__(self, run: Run) -> None:
-        self.blocks, self.shift = Blocks(run), run.logits_shift
+        super().__init__(run)
+        self.shift = run.logits_shift
 
     def choose(self, question: Question, due: Flags, stale: Flags) -> Choice:
         block = question.since(question.low - self.shift) & ~question.since(question.high - self.shift)
-        return Choice(block, due | self.blocks.entered(question))
+        return Choice(block, due | self.entered(question))

@@ -31,7 +31,7 @@ from typing import Literal
 import numpy as np
 
 from dllm.cache.base import Flags, Metered, Question
-from dllm.cache.store import Choice, Reuse
+from dllm.cache.store import Choice, PerRow, Reuse
 from dllm.checks import choice, number
 from dllm.run import Run
 
@@ -70,11 +70,12 @@ class FreeCache(Metered):
         return Reuse(run, _Frozen(self, run))
 
 
-class _Frozen:
+class _Frozen(PerRow):
     def __init__(self, options: FreeCache, run: Run) -> None:
+        super().__init__(run)
         self.options, self.shift = options, run.logits_shift
-        self.front = np.zeros(run.rows, dtype=np.int64)  # where the last forward of each row started to compute
-        self.raw = np.ones(run.rows, dtype=bool)  # the prompt is as the first forward left it
+        self.front = self.per_row(0)  # where the last forward of each row started to compute
+        self.raw = self.per_row(True, dtype=bool)  # the prompt is as the first forward left it
 
     def choose(self, question: Question, due: Flags, stale: Flags) -> Choice:
         options, rows, start = self.options, question.rows, question.canvas.start[question.rows]

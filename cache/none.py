@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dllm.cache.base import Metered, Plan, Question
-from dllm.canvas import Change
+from dllm.canvas import Change, Exchange
 from dllm.run import Run
 
 
@@ -38,6 +38,9 @@ class NoCache(Metered):
     def plan(self, question: Question) -> Plan:
         """Every column, no store."""
         return Plan()
+
+    def exchange(self, exchange: Exchange) -> None:
+        """Nothing to learn."""
 
     def observe(self, change: Change) -> None:
         """Nothing to learn."""

@@ -32,12 +32,13 @@ class Prefix(Metered):
         return Reuse(run, _FromBlockOn(run))
 
 
-class _FromBlockOn:
+class _FromBlockOn(Blocks):
     def __init__(self, run: Run) -> None:
-        self.blocks, self.shift = Blocks(run), run.logits_shift
+        super().__init__(run)
+        self.shift = run.logits_shift
 
     def choose(self, question: Question, due: Flags, stale: Flags) -> Choice:
         end = question.canvas.length - self.shift
         compute = question.since(question.low - self.shift)
         compute[:, end:] = False
-        return Choice(compute, due | self.blocks.entered(question))
+        return Choice(compute, due | self.entered(question))

@@ -1,10 +1,10 @@
-"""The keys and values of a run, allocated once, and the bookkeeping that every cache with a store shares."""
+"""The keys and values of an engine, allocated once, and the bookkeeping that every cache with a store shares."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from dllm.backbones.transformer import KVStore
 from dllm.cache.base import Plan, Probe, Question
 from dllm.cache.binding import bind
 from dllm.cache.selection import Flags, Selection, Store
-from dllm.canvas import Change
+from dllm.canvas import Change, Exchange
 from dllm.run import Run
 
 
@@ -81,8 +81,36 @@ class Choice:
     probe: Probe | None = None
 
 
+class PerRow:
+    """What is remembered of each row, under its number.
+
+    Args:
+        run: the facts.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._kept: list[tuple[NDArray[Any], float]] = []
+
+    def per_row(self, initial: float, *shape: int, dtype: type = np.int64) -> NDArray[Any]:
+        """An array with an entry for each row, which is set to `initial` when a row enters."""
+        array = np.full((self._run.slots, *shape), initial, dtype=dtype)
+        self._kept.append((array, initial))
+        return array
+
+    def enter(self, rows: NDArray[np.int64]) -> None:
+        """Forget what was remembered of other rows with these numbers."""
+        for array, initial in self._kept:
+            array[rows] = initial
+
+
+@runtime_checkable
 class Rule(Protocol):
     """What tells one cache from another: which columns are computed when."""
+
+    def enter(self, rows: NDArray[np.int64]) -> None:
+        """Forget what was remembered of other rows with these numbers."""
+        ...
 
     def choose(self, question: Question, due: Flags, stale: Flags) -> Choice:
         """Choose columns.
@@ -95,11 +123,12 @@ class Rule(Protocol):
         ...
 
 
-class Blocks:
+class Blocks(PerRow):
     """Remembers the active block of each row."""
 
     def __init__(self, run: Run) -> None:
-        self._last = np.full(run.rows, -1)
+        super().__init__(run)
+        self._last = self.per_row(-1)
 
     def entered(self, question: Question) -> Flags:
         """(A,) whether the active block is another one than at the last forward."""
@@ -108,22 +137,23 @@ class Blocks:
         return entered
 
 
-class Reuse:
-    """One run of a cache: a rule over a store.
+class Reuse(PerRow):
+    """A cache at work: a rule over a store.
 
     What is due for a full computation, and what was revoked or rewritten under kept keys and values, is
     followed here for all caches alike.
 
     Args:
-        run: the facts of the run.
+        run: the facts of the engine.
         rule: which columns are computed when.
         store: what keeps the keys and values; None for `KeyValues`.
     """
 
     def __init__(self, run: Run, rule: Rule, store: Store | None = None) -> None:
+        super().__init__(run)
         self.rule, self.store = rule, store or KeyValues(run)
-        self._due = np.ones(run.rows, dtype=bool)
-        self._stale = np.zeros((run.rows, run.length), dtype=bool)
+        self._due = self.per_row(True, dtype=bool)
+        self._stale = self.per_row(False, run.length, dtype=bool)
 
     def plan(self, question: Question) -> Plan:
         """What the rule says, what is read, and what changed under the store."""
@@ -135,12 +165,17 @@ class Reuse:
         self._due[rows[first]], self._stale[rows[first]] = False, False
         return Plan(compute, self.store, chosen.cost, chosen.probe)
 
-    def observe(self, change: Change) -> None:
-        """Remember what lost its keys and values, and follow rows that moved."""
-        self._stale[change.rows] |= change.revoked | change.edited
+    def exchange(self, exchange: Exchange) -> None:
+        """Begin rows that entered, and follow those that moved."""
+        self.enter(exchange.rows)
+        self.rule.enter(exchange.rows)
         # What is masked is multiplied by zero, and NaN stays NaN: padding must not hold what another row left.
-        self.store.clear(change.entered)
-        self.store.move(change.moved)
+        self.store.clear(exchange.slots)
+        self.store.move(exchange.moved)
+
+    def observe(self, change: Change) -> None:
+        """Remember what lost its keys and values."""
+        self._stale[change.rows] |= change.revoked | change.edited
 
     def expire(self, rows: NDArray[np.int64]) -> None:
         """Compute everything anew in the next forward of these rows."""

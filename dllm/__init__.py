@@ -10,19 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dllm import cache, samplers
-    from dllm.api import Frame, as_completed, generate, infill, stream
+    from dllm.api import as_completed, generate, infill, stream
+    from dllm.engine import Engine
     from dllm.generation import Generation, Stats
     from dllm.loading import LanguageModel, load
-    from dllm.plan import Answer, Options
+    from dllm.options import Answer, Options
     from dllm.resolve import register
+    from dllm.step import Answer, Event, Frame, Step
 
 __all__ = [
     "Answer",
+    "Engine",
+    "Event",
     "Frame",
     "Generation",
     "LanguageModel",
     "Options",
     "Stats",
+    "Step",
     "as_completed",
     "cache",
     "generate",
@@ -33,9 +38,9 @@ __all__ = [
     "stream",
 ]
 _MODULES = {
-    "Answer": "plan", "Frame": "api", "Generation": "generation", "LanguageModel": "loading", "Options": "plan",
-    "Stats": "generation", "as_completed": "api", "generate": "api", "infill": "api", "load": "loading",
-    "register": "resolve", "stream": "api",
+    "Answer": "step", "Engine": "engine", "Event": "step", "Frame": "step", "Generation": "generation",
+    "LanguageModel": "loading", "Options": "options", "Stats": "generation", "Step": "step", "as_completed": "api",
+    "generate": "api", "infill": "api", "load": "loading", "register": "resolve", "stream": "api",
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ cannot represent exactly is never accepted on a guess.
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, runtime_checkable
@@ -48,16 +49,15 @@ class Aligned:
 class Aligner(Protocol):
     """Prepares drafted canvases for a guide."""
 
-    def check(self, tokens: Int[Tensor, "B L"], first: Int[Tensor, " B"], end: Int[Tensor, " B"]) -> None:
-        """Refuse prompts that the guide cannot read as they are.
+    def check(self, prompt: Sequence[int], ends: Container[int]) -> None:
+        """Refuse a prompt that the guide cannot read as it is.
 
         Args:
-            tokens: canvases.
-            first: column of each row's first token.
-            end: column each prompt ends before.
+            prompt: token ids.
+            ends: ids that end its text.
 
         Raises:
-            ValueError: a prompt holds a token that the guide does not have, or text that its tokenizer changes.
+            ValueError: the prompt holds a token that the guide does not have, or text that its tokenizer changes.
         """
         ...
 
@@ -67,6 +67,7 @@ class Aligner(Protocol):
         first: Int[Tensor, " B"],
         columns: Int[Tensor, "B K"],
         masked: Bool[Tensor, "B K"],
+        ends: Int[Tensor, "B E"],
     ) -> Aligned:
         """Align rows whose masks in the window hold drafts.
 
@@ -77,6 +78,7 @@ class Aligner(Protocol):
             first: column of each row's first token.
             columns: of the window.
             masked: where the drafts are.
+            ends: ids that end each row's text.
         """
         ...
 
@@ -93,13 +95,13 @@ class SameVocabulary:
     name: str
     readable: Bool[Tensor, " V"]
 
-    def check(self, tokens: Int[Tensor, "B L"], first: Int[Tensor, " B"], end: Int[Tensor, " B"]) -> None:
+    def check(self, prompt: Sequence[int], ends: Container[int]) -> None:
         """See `Aligner`."""
-        column = torch.arange(tokens.shape[1], device=tokens.device)
-        unknown = tokens[~self.readable[tokens] & (column >= first[:, None]) & (column < end[:, None])]
-        if len(unknown):
+        readable = self.readable.tolist()
+        unknown = next((token for token in prompt if not readable[token]), None)
+        if unknown is not None:
             raise ValueError(
-                f"guide={self.name!r} does not have token {int(unknown[0])}, which a prompt holds; "
+                f"guide={self.name!r} does not have token {unknown}, which a prompt holds; "
                 "use a guide that has it, or a prompt without"
             )
 
@@ -109,6 +111,7 @@ class SameVocabulary:
         first: Int[Tensor, " B"],
         columns: Int[Tensor, "B K"],
         masked: Bool[Tensor, "B K"],
+        ends: Int[Tensor, "B E"],
     ) -> Aligned:
         """See `Aligner`."""
         length = tokens.shape[1]
@@ -132,13 +135,11 @@ class ByText:
         name: of the guide.
         ours: the denoiser's tokenizer.
         theirs: the guide's, a fast one.
-        eos_token_ids: what ends a text for the denoiser; the guide reads its own end-of-text there.
     """
 
     name: str
     ours: PreTrainedTokenizerBase
     theirs: PreTrainedTokenizerBase
-    eos_token_ids: tuple[int, ...]
 
     def __call__(
         self,
@@ -146,17 +147,18 @@ class ByText:
         first: Int[Tensor, " B"],
         columns: Int[Tensor, "B K"],
         masked: Bool[Tensor, "B K"],
+        ends: Int[Tensor, "B E"],
     ) -> Aligned:
         """See `Aligner`."""
         # Read from the device: tokenizers work on one text at a time, on the host.
-        host, begin, at = tokens.tolist(), first.tolist(), columns.tolist()
+        host, begin, at, ids_of_ends = tokens.tolist(), first.tolist(), columns.tolist(), ends.tolist()
         rows = []
         upto = torch.full(columns.shape, NEVER)
         for b, drafted in enumerate(masked.tolist()):
             wanted = [column for column, is_draft in zip(at[b], drafted, strict=True) if is_draft]
             low, end = min(wanted), max(wanted) + 1
             try:
-                row = self._row(host[b][begin[b] : end], low - begin[b], {column - low for column in wanted})
+                row = self._row(host[b][begin[b] : end], low - begin[b], {column - low for column in wanted}, ids_of_ends[b])
             except _UnreadableError:
                 row = _Row([], 0, [], [])
             for k, column in enumerate(at[b]):
@@ -174,26 +176,25 @@ class ByText:
             free[b, row.free] = True
         return Aligned(ids.to(device), lengths, start, free.to(device), upto.to(device))
 
-    def check(self, tokens: Int[Tensor, "B L"], first: Int[Tensor, " B"], end: Int[Tensor, " B"]) -> None:
+    def check(self, prompt: Sequence[int], ends: Container[int]) -> None:
         """See `Aligner`."""
-        for row, low, high in zip(tokens.tolist(), first.tolist(), end.tolist(), strict=True):
-            self._decided(row[low:high])
+        self._decided(list(prompt), ends)
 
-    def _decided(self, ids: list[int]) -> tuple[list[int], int]:
+    def _decided(self, ids: list[int], ends: Container[int]) -> tuple[list[int], int]:
         """The guide's tokens up to the last special one of ours, and how many of ours those are."""
         out, at = self._opening(), 0
         for i, token in enumerate(ids):
-            if token in self._special:
+            if token in self._special or token in ends:
                 out += self._encode_decided(ids[at:i])
-                out.append(self._counterpart(token))
+                out.append(self._counterpart(token, ends))
                 at = i + 1
         self._encode_decided(ids[at:])
         return out, at
 
-    def _row(self, ids: list[int], drafted: int, drafts: set[int]) -> _Row:
+    def _row(self, ids: list[int], drafted: int, drafts: set[int], ends: Container[int]) -> _Row:
         """One row whose tokens from `drafted` on are in question, of which `drafts`, counted from there, are drafts."""
-        out, at = self._decided(ids[:drafted])
-        end = next((i for i in range(drafted, len(ids)) if ids[i] in self._special), len(ids))
+        out, at = self._decided(ids[:drafted], ends)
+        end = next((i for i in range(drafted, len(ids)) if ids[i] in self._special or ids[i] in ends), len(ids))
         text = self._text(ids[at:end])
         theirs, borders = self._encode(text)
         ours = [self._border(ids[at:i], text) for i in range(drafted, end + 1)]
@@ -204,14 +205,14 @@ class ByText:
         for i in range(1, len(ours)):
             behind = [borders[border] for border in ours[i:] if border is not None and border in borders]
             upto.append(len(out) + behind[0] if behind else NEVER)
-        ends = {count: border for border, count in borders.items()}
+        stretches = {count: border for border, count in borders.items()}
         free = [
             len(out) + number
             for number in range(start, len(theirs))
-            if not _touches(ends.get(number), ends.get(number + 1), ours, drafts)
+            if not _touches(stretches.get(number), stretches.get(number + 1), ours, drafts)
         ]
         row = _Row(out + theirs, len(out) + start, upto, free)
-        if end < len(ids) and ids[end] in self.eos_token_ids and ours[-1] in borders:
+        if end < len(ids) and ids[end] in ends and ours[-1] in borders:
             eos = self.theirs.eos_token_id
             if isinstance(eos, int):
                 return _Row([*row.ids, eos], row.start, [*upto, len(row.ids) + 1], free)
@@ -219,7 +220,7 @@ class ByText:
 
     @cached_property
     def _special(self) -> set[int]:
-        return set(self.ours.all_special_ids) | set(self.eos_token_ids)
+        return set(self.ours.all_special_ids)
 
     def _opening(self) -> list[int]:
         bos = self.theirs.bos_token_id
@@ -258,11 +259,11 @@ class ByText:
             )
         return theirs
 
-    def _counterpart(self, token: int) -> int:
+    def _counterpart(self, token: int, ends: Container[int]) -> int:
         """The guide's special token of the same name or meaning."""
         name = str(self.ours.convert_ids_to_tokens(token))
         found = self.theirs.get_vocab().get(name)
-        if found is None and token in self.eos_token_ids:
+        if found is None and token in ends:
             found = self.theirs.eos_token_id
         if found is None:
             raise _UnreadableError(
@@ -297,14 +298,13 @@ def _touches(low: int | None, high: int | None, borders: list[int | None], draft
     return False
 
 
-def align(guide: Guide, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, eos: tuple[int, ...]) -> Aligner:
+def align(guide: Guide, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> Aligner:
     """How a guide can read a denoiser's canvas.
 
     Args:
         guide: the guide.
         tokenizer: the denoiser's.
         vocab_size: entries of the denoiser's logits.
-        eos: what ends a text for the denoiser.
 
     Raises:
         ValueError: the vocabularies differ and there is no text to go by.
@@ -334,4 +334,4 @@ def align(guide: Guide, tokenizer: PreTrainedTokenizerBase | None, vocab_size: i
         return SameVocabulary(guide.name, readable)
     if not guide.tokenizer.is_fast:
         raise ValueError(f"guide={guide.name!r} has a tokenizer without offsets; use a guide with a fast tokenizer")
-    return ByText(guide.name, tokenizer, guide.tokenizer, eos)
+    return ByText(guide.name, tokenizer, guide.tokenizer)

@@ -1,47 +1,26 @@
-"""The Python API: `generate`, `as_completed`, `stream` and `infill` over one engine."""
+"""The Python API: `generate`, `as_completed`, `stream` and `infill`, each a way to run an engine."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
-from torch import Tensor
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dllm.cache.base import Cache
-from dllm.drift import Measurement
-from dllm.generation import Generation, Recorder
+from dllm.engine import Engine
+from dllm.generation import Generation, Tally, assemble, stack
 from dllm.loading import LanguageModel
-from dllm.plan import Answer, Callback, Plan, eos_ids, parse_options
+from dllm.options import Options, eos_ids, make_request, parse_options, seeds
 from dllm.prompts import Mask, Prompts, encode
+from dllm.request import Request
 from dllm.samplers.base import Sampler
-from dllm.step import Step
+from dllm.step import Answer, Frame, Step
 
-
-@dataclass(frozen=True)
-class Frame:
-    """The canvas after one step, for all B rows.
-
-    Attributes:
-        tokens: (B, L) prompts, left-padded, and what is decoded so far; [MASK] elsewhere.
-        provisional: (B, L) the tokens this step predicted but did not commit; [MASK] elsewhere.
-        committed: (B, L) True where this step committed a token.
-        revoked: (B, L) True where this step took a token back.
-        nfe: (B,) forwards so far.
-        drift: how far the cache was off in forwards of this step that were compared with exact ones.
-        errors: why a row failed so far; None where it did not.
-    """
-
-    tokens: Int[Tensor, "B L"]
-    provisional: Int[Tensor, "B L"]
-    committed: Bool[Tensor, "B L"]
-    revoked: Bool[Tensor, "B L"]
-    nfe: Int[Tensor, " B"]
-    drift: tuple[Measurement, ...] = ()
-    errors: tuple[str | None, ...] = ()
+Callback: TypeAlias = Callable[[Step], None]
 
 
 def generate(
@@ -74,8 +53,8 @@ def generate(
             model, a sampler and cache that do not go together, or no answer at all: where the logits of some
             prompts are no numbers, these have an entry in `Generation.errors`, and the others their answers.
     """
-    plan = _plan(lm, prompts, sampler, cache, attention_mask, options)
-    return plan.run(callback, progress)
+    requests, engine = _prepare(lm, prompts, sampler, cache, attention_mask, options)
+    return _run(requests, engine, callback, progress)
 
 
 def as_completed(
@@ -96,8 +75,8 @@ def as_completed(
     Raises:
         ValueError: as `generate`; options and prompts are checked at the call, not at the first step.
     """
-    plan = _plan(lm, prompts, sampler, cache, attention_mask, options, infill)
-    return plan.answers(callback)
+    _, engine = _prepare(lm, prompts, sampler, cache, attention_mask, options, infill)
+    return _answers(engine, callback)
 
 
 def stream(
@@ -117,8 +96,7 @@ def stream(
     """
     if "batch_size" in options:
         raise ValueError("batch_size has no effect on stream, which decodes all prompts together; leave it out")
-    plan = _plan(lm, prompts, sampler, cache, attention_mask, options, together=True)
-    return _frames(plan)
+    return _frames(*_prepare(lm, prompts, sampler, cache, attention_mask, options, together=True))
 
 
 def infill(
@@ -141,10 +119,46 @@ def infill(
     Raises:
         ValueError: as `generate`, or a text without a mask.
     """
-    return _plan(lm, texts, sampler, cache, attention_mask, options, infill=True).run(callback, progress)
+    requests, engine = _prepare(lm, texts, sampler, cache, attention_mask, options, infill=True)
+    return _run(requests, engine, callback, progress)
 
 
-def _plan(
+def prepare(
+    lm: LanguageModel,
+    ids: Sequence[Sequence[int]],
+    sampler: str | Sampler,
+    cache: str | Cache,
+    options: Options,
+    infill: bool = False,
+) -> tuple[list[Request], Engine]:
+    """The requests for some prompts, and an engine of their size in which they wait.
+
+    Args:
+        lm: a loaded model.
+        ids: token ids of each prompt, or of each text with masks.
+        sampler: a name of conf/sampler or an object.
+        cache: a name of conf/cache or an object.
+        options: the rest.
+        infill: masks stand in `ids` already.
+
+    Raises:
+        ValueError: as `generate`.
+    """
+    requests = [
+        make_request(lm, prompt, options, seed, infill, f"prompts[{place}]")
+        for place, (prompt, seed) in enumerate(zip(ids, seeds(options.seed, len(ids)), strict=True))
+    ]
+    engine = Engine(
+        lm, sampler, cache, batch_size=min(options.batch_size, len(ids)),
+        max_length=max(len(request.tokens) for request in requests),
+        cfg_scale=options.cfg_scale, cuda_graphs=options.cuda_graphs,
+    )  # fmt: skip
+    for request in requests:
+        engine.submit(request)
+    return requests, engine
+
+
+def _prepare(
     lm: LanguageModel,
     prompts: Prompts,
     sampler: str | Sampler,
@@ -153,34 +167,67 @@ def _plan(
     options: dict[str, Any],
     infill: bool = False,
     together: bool = False,
-) -> Plan:
-    """What is to be decoded; with `together` all prompts in one batch."""
+) -> tuple[list[Request], Engine]:
+    """As `prepare`, of what users give; with `together` all prompts in one batch."""
     for name in ("gen_length", "stop_at_eos", "stop"):
         if infill and name in options:
             raise ValueError(f"{name} has no effect on infill; leave it out")
     ids = encode(prompts, lm.tokenizer, attention_mask, eos_ids(options.get("eos_token_id"), lm))
-    fixed = {"stop_at_eos": False} if infill else {"batch_size": len(ids)} if together else {}
-    return Plan(lm, ids, sampler, cache, parse_options(options | fixed), infill)
+    fixed = {"batch_size": len(ids)} if together else {}
+    return prepare(lm, ids, sampler, cache, parse_options(options | fixed), infill)
 
 
-def _frames(plan: Plan) -> Iterator[Frame]:
-    for recorder, step in plan.steps(partial=True):
-        yield _frame(recorder, step)
-    plan.check_answered()
+def _run(requests: Sequence[Request], engine: Engine, callback: Callback | None, progress: bool) -> Generation:
+    """Decode everything and join the results."""
+    tally = Tally(engine.lm.device)
+    total = sum(int(request.region.sum()) for request in requests)
+    columns = TextColumn("decoding"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn()
+    with Progress(*columns) if progress else nullcontext() as bar:
+        if bar:
+            bar.add_task("decoding", total=total)
+        for step in engine.steps():
+            tally.update(step)
+            if callback is not None:
+                callback(step)
+            if bar:
+                bar.advance(bar.task_ids[0], int(step.change.gained.sum()))
+    _check_answered({name: answer.error for name, answer in tally.answers.items()})
+    return assemble(requests, tally, engine.measuring_seconds)
 
 
-def _frame(recorder: Recorder, step: Step) -> Frame:
-    rows, shape = step.change.rows, recorder.canvas.host.shape
-    provisional = np.full(shape, recorder.canvas.mask_token_id)
-    provisional[rows] = step.provisional
-    committed, revoked = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
-    committed[rows], revoked[rows] = step.change.committed, step.change.revoked
-    return Frame(
-        tokens=torch.tensor(recorder.canvas.host),
-        provisional=torch.from_numpy(provisional),
-        committed=torch.from_numpy(committed),
-        revoked=torch.from_numpy(revoked),
-        nfe=torch.tensor(recorder.nfe),
-        drift=step.drift,
-        errors=tuple(recorder.canvas.errors.get(row) for row in range(len(recorder.canvas.host))),
-    )
+def _answers(engine: Engine, callback: Callback | None) -> Iterator[Answer]:
+    """Decode everything, request by request as they finish."""
+    for step in engine.steps():
+        if callback is not None:
+            callback(step)
+        for name in sorted(step.answers):
+            yield step.answers[name]
+
+
+def _frames(requests: Sequence[Request], engine: Engine) -> Iterator[Frame]:
+    """Decode everything, all canvases after each step."""
+    mask = engine.lm.backbone.mask_token_id
+    tokens = stack([request.tokens for request in requests], requests[0].eos_token_ids[0])
+    nfe, errors = np.zeros(len(tokens), dtype=np.int64), dict.fromkeys(range(len(tokens)))
+    for step in engine.steps():
+        provisional, committed, revoked = np.full_like(tokens, mask), *np.zeros((2, *tokens.shape), dtype=bool)
+        tokens[step.ids], nfe[step.ids], provisional[step.ids] = step.tokens, step.nfe, step.provisional
+        committed[step.ids], revoked[step.ids] = step.change.committed, step.change.revoked
+        errors |= {name: answer.error for name, answer in step.answers.items()}
+        yield Frame(
+            tokens=torch.tensor(tokens),
+            provisional=torch.from_numpy(provisional),
+            committed=torch.from_numpy(committed),
+            revoked=torch.from_numpy(revoked),
+            nfe=torch.tensor(nfe),
+            drift=step.drift,
+            errors=tuple(errors.values()),
+        )
+    _check_answered(errors)
+
+
+def _check_answered(errors: Mapping[int, str | None]) -> None:
+    """Refuse a result without any answer."""
+    if None not in errors.values():
+        first = min(errors)
+        raise ValueError(f"prompts[{first}] has no answer: {errors[first]}")

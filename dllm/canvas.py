@@ -7,8 +7,8 @@ at once: one read of the device per step, however many rows there are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dllm.ending import StopStrings
 from dllm.nonfinite import Broken
+from dllm.request import Request
 from dllm.transfer import put, send
 
 
@@ -26,10 +27,12 @@ class Window:
     """What a sampler sees in one step: the rows still being decoded, each at its own block.
 
     Attributes:
-        rows: canvas row of each of the B entries; index state kept per row with it.
+        rows: number of the row of each of the B entries; index state kept per row with it.
         tokens: the whole canvas of these rows. Never write to it.
         first: column of each row's first token, behind the padding.
         region: True at all positions of these rows to generate, decoded or not, in any block.
+        start: column of the first position to generate.
+        span: columns from there to the last position to generate.
         columns: canvas columns of each row's active block; past the end they repeat the last column.
         inside: True at positions to generate, decoded or not; False past the end of a short block and
             where a token was given.
@@ -38,6 +41,9 @@ class Window:
         block: number of each row's active block.
         entry_masks: masked positions the row had when it entered this block.
         step: steps the row has spent in this block.
+        block_length: columns of a block of this row, at most K.
+        ends: (B, E) ids that end a row's text, the one that fills canvases first; -1 where a row has fewer.
+        stop_at_eos: True where a row is finished once everything up to its first end-of-text is decoded.
         uniform: draws (B, K) numbers in [0, 1), each row from its own generator.
     """
 
@@ -45,6 +51,8 @@ class Window:
     tokens: Int[Tensor, "B L"]
     first: Int[Tensor, " B"]
     region: Bool[Tensor, "B L"]
+    start: Int[Tensor, " B"]
+    span: Int[Tensor, " B"]
     columns: Int[Tensor, "B K"]
     inside: Bool[Tensor, "B K"]
     masked: Bool[Tensor, "B K"]
@@ -52,12 +60,15 @@ class Window:
     block: Int[Tensor, " B"]
     entry_masks: Int[Tensor, " B"]
     step: Int[Tensor, " B"]
+    block_length: Int[Tensor, " B"]
+    ends: Int[Tensor, "B E"]
+    stop_at_eos: Bool[Tensor, " B"]
     uniform: Callable[[], Tensor]
 
     def taken(self, entries: Int[Tensor, " N"]) -> Window:
         """Some entries in this order, repeats allowed; `index` and `uniform` stay those of all."""
-        names = "rows tokens first region columns inside masked block entry_masks step".split()
-        return replace(self, **{name: getattr(self, name)[entries] for name in names})
+        whole = {"index", "uniform"}
+        return replace(self, **{name: each[entries] for name, each in vars(self).items() if name not in whole})
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,8 @@ class Edit:
         write: where.
         end: column each row ends before: what lies from there on is filled with end-of-text, never decoded
             and no longer looked at. None for no change; only where nothing is given behind a mask.
+        finished: rows that are complete with this edit, for policies that may edit after the last mask is gone. None
+            for those without a mask.
         drafted: tokens that were judged as drafts, accepted where they are written; [MASK] where there were none.
             None where the policy drafts nothing.
         guide_forwards: forwards of a guide model that each row took part in for this edit; None for none.
@@ -83,6 +96,7 @@ class Edit:
     tokens: Int[Tensor, "B K"]
     write: Bool[Tensor, "B K"]
     end: Int[Tensor, " B"] | None = None
+    finished: Bool[Tensor, " B"] | None = None
     drafted: Int[Tensor, "B K"] | None = None
     guide_forwards: NDArray[np.int64] | None = None
     guide_seconds: float = 0.0
@@ -100,16 +114,14 @@ class Change:
     """What an edit did, on the host, for the rows of the window it belongs to.
 
     Attributes:
-        rows: canvas rows of the B entries.
+        rows: numbers of the rows of the B entries.
         committed: positions whose token changed to something other than [MASK].
         edited: positions among those that held another token before.
         revoked: positions that became [MASK] again.
         filled: positions that an early end of the row filled, whatever stood there.
         gained: (B,) how many masks fewer each row has.
-        finished: canvas rows that are complete now.
-        moved: (M, 2) slots whose row went to another slot, and that one.
-        failed: canvas rows that are given up; they are left as they were before the step.
-        entered: slots that a row which waited entered.
+        finished: rows that are complete now.
+        failed: rows that are given up.
     """
 
     rows: NDArray[np.int64]
@@ -119,133 +131,163 @@ class Change:
     filled: NDArray[np.bool_]
     gained: NDArray[np.int64]
     finished: NDArray[np.int64]
+    failed: NDArray[np.int64]
+
+    @property
+    def idle(self) -> NDArray[np.bool_]:
+        """(B,) rows in which nothing changed and that go on."""
+        touched = (self.committed | self.revoked | self.filled).any(1)
+        return ~touched & ~np.isin(self.rows, [*self.finished, *self.failed])
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Rows that entered, and where the others are now.
+
+    Attributes:
+        rows: numbers of those that entered.
+        slots: theirs.
+        moved: (M, 2) slots whose row went to another slot, and that one.
+    """
+
+    rows: NDArray[np.int64]
+    slots: NDArray[np.int64]
     moved: NDArray[np.int64]
-    failed: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    entered: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
 class Canvas:
-    """Rows of prompt and generated region, left-padded to one length.
+    """Rows being decoded, each in a slot, left-padded to one length.
 
-    Some of them are being decoded, each in a slot; when one is finished, the next that waits takes its slot. The
-    busy slots are always the first ones: where nobody waits, the last row moves to a slot that became free.
+    A row has a number from the moment it enters to the moment it leaves; samplers and caches keep what they remember
+    under it. The busy slots are always the first ones: a row that enters takes the slot of one that leaves, and where
+    nobody enters, the last row moves to the slot that became free.
 
     Args:
-        sequences: token ids of each row; what is to be generated is `mask_token_id`.
+        slots: rows decoded at a time.
+        length: columns L.
         mask_token_id: id of [MASK].
-        eos_token_ids: ids that end a text; the first one pads and fills.
-        block_length: columns K of a block, counted from each row's first mask; None for one block.
-        stop_at_eos: finish a row once everything up to its first end-of-text is decoded.
-        seeds: one seed a row.
         device: where the tokens live.
-        slots: rows decoded at a time; None for all.
 
     Attributes:
-        rows: the row in each busy slot.
-        slots: how many there are.
-        active: columns, inside and masked of the latest window, on the host.
-        errors: why rows were given up.
-        doomed: rows that are given up in their first step, and why.
-        stops: strings that finish a row once what is decoded without a gap holds one: what comes after it becomes
-            end-of-text. None for none, and in `fresh` canvases, so that what is reproduced does not depend on them.
+        rows: number of the row in each busy slot.
+        requests: what each row decodes; None where a number is free.
+        errors: why rows failed.
+        doomed: rows that are to fail in their first step, and why.
+        ends: (slots, E) ids that end each row's text, the one that fills first; -1 where a row has fewer.
+        active: columns, inside and masked of the latest window.
     """
 
-    def __init__(
-        self,
-        sequences: Sequence[Sequence[int]],
-        mask_token_id: int,
-        eos_token_ids: tuple[int, ...],
-        block_length: int | None,
-        stop_at_eos: bool,
-        seeds: Sequence[int],
-        device: torch.device,
-        slots: int | None = None,
-    ) -> None:
-        self._made_of = sequences, mask_token_id, eos_token_ids, block_length, stop_at_eos, seeds, device, slots
-        self.mask_token_id, self.eos_token_ids, self.stop_at_eos = mask_token_id, eos_token_ids, stop_at_eos
-        self.length = max(len(sequence) for sequence in sequences)
-        padding = self.padding = np.array([self.length - len(sequence) for sequence in sequences])
-        self.host = np.full((len(sequences), self.length), eos_token_ids[0], dtype=np.int64)
-        for row, sequence in enumerate(sequences):
-            self.host[row, padding[row] :] = sequence
-        self.real: NDArray[np.bool_] = np.arange(self.length) >= padding[:, None]
-        self.cut: NDArray[np.bool_] = np.zeros_like(self.real)  # ended before
-        self.region: NDArray[np.bool_] = (self.host == mask_token_id) & self.real
-        # Rows without a mask have nothing to do; their region is empty.
-        self.start = np.where(self.region.any(1), self.region.argmax(1), self.length)
-        self.end = self.length - np.where(self.region.any(1), self.region[:, ::-1].argmax(1), self.length)
-        self.block_length = block_length or max(1, int((self.end - self.start).max()))
-        self.step = np.zeros(len(sequences), dtype=np.int64)
-        self.block = np.full(len(sequences), -1, dtype=np.int64)
-        self.entry_masks = np.zeros(len(sequences), dtype=np.int64)
-        unfinished = np.flatnonzero(self.region.any(1))
-        self.rows, self._waiting = np.split(unfinished, [len(unfinished) if slots is None else slots])
-        self.slots = len(self.rows)
-        self._enter_blocks()
-
-        self.device = device
+    def __init__(self, slots: int, length: int, mask_token_id: int, device: torch.device) -> None:
+        self.slots, self.length, self.mask_token_id, self.device = slots, length, mask_token_id, device
+        self.rows: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        self.requests: list[Request | None] = [None] * slots
+        self.generators: list[torch.Generator | None] = [None] * slots
         self.errors: dict[int, str] = {}
         self.doomed: dict[int, str] = {}
+        self._stops: dict[int, StopStrings] = {}
+        self.host: NDArray[np.int64] = np.full((slots, length), mask_token_id, dtype=np.int64)
+        # Which columns are no padding, which an early end of the row gave up, and which are generated.
+        self.real, self.cut, self.region = np.zeros((3, slots, length), dtype=bool)
+        self.padding, self.start, self.end, self.block_length = np.zeros((4, slots), dtype=np.int64)
+        self.block, self.step, self.entry_masks = np.zeros((3, slots), dtype=np.int64)
+        self.ends: NDArray[np.int64] = np.full((slots, 1), -1)
         # One spare column takes the writes that are not wanted, so that an edit is a single scatter; in another one
         # travels what makes a row fail, so that it costs no read of its own.
-        spare = np.zeros((self.slots, 2), dtype=np.int64)
-        self._buffer = self._put(np.concatenate((self.host[self.rows], spare), 1))
-        self._region = self._put(self.region[self.rows])
-        self.stops: StopStrings | None = None
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self._buffer = torch.zeros((slots, length + 2), dtype=torch.long, device=device)
+        self._region = torch.zeros((slots, length), dtype=torch.bool, device=device)
 
-    def fresh(self) -> Canvas:
-        """The canvas as it was before anything was decoded, for a run of its own."""
-        return Canvas(*self._made_of)
+    def exchange(self, leaving: Collection[int], entering: Sequence[Request]) -> Exchange:
+        """Let rows leave and others take their place.
 
-    def given(self) -> tuple[Int[Tensor, "rows L"], Int[Tensor, " rows"], Int[Tensor, " rows"]]:
-        """Tokens of all rows as they are, the first column of each, and the one its region starts at."""
-        return self._put(self.host.copy()), self._put(self.padding), self._put(self.start)
+        Args:
+            leaving: numbers of rows.
+            entering: what is decoded next; not more than there is room for.
+        """
+        stay = ~np.isin(self.rows, list(leaving))
+        for row in self.rows[~stay].tolist():
+            self.requests[row] = self.generators[row] = None
+            for notes in (self.errors, self.doomed, self._stops):
+                notes.pop(row, None)
+        numbers = [row for row in range(self.slots) if self.requests[row] is None][: len(entering)]
+        for row, request in zip(numbers, entering, strict=True):
+            self._lay_out(row, request)
+        entered, gaps = np.split(np.flatnonzero(~stay), [len(numbers)])
+        added = np.arange(len(self.rows), len(self.rows) + len(numbers) - len(entered))
+        entered = np.concatenate((entered, added))
+        rows = np.concatenate((self.rows, np.zeros_like(added)))
+        rows[entered] = numbers
+        busy = len(rows) - len(gaps)
+        source, target = np.setdiff1d(np.arange(busy, len(rows)), gaps), gaps[gaps < busy]
+        rows[target] = rows[source]
+        self.rows = rows[:busy]
+        self._send(np.concatenate((entered, target)))
+        new = np.asarray(numbers, dtype=np.int64)
+        self._enter_blocks(new)
+        return Exchange(new, entered, np.stack((source, target), axis=1))
+
+    def _lay_out(self, row: int, request: Request) -> None:
+        padding = self.padding[row] = self.length - len(request.tokens)
+        self.requests[row] = request
+        self.generators[row] = torch.Generator(self.device).manual_seed(request.seed)
+        if request.stops and request.tokenizer is not None:
+            self._stops[row] = StopStrings(request.tokenizer, request.stops, request.eos_token_ids)
+        self.host[row], self.host[row, padding:] = request.eos_token_ids[0], request.tokens
+        self.real[row], self.cut[row] = np.arange(self.length) >= padding, False
+        self.region[row] = (self.host[row] == self.mask_token_id) & self.real[row]
+        self.start[row], self.end[row] = padding + request.start, padding + request.end
+        self.block_length[row], self.block[row] = request.block_length, -1
+        more = len(request.eos_token_ids) - self.ends.shape[1]
+        self.ends = np.pad(self.ends, ((0, 0), (0, max(more, 0))), constant_values=-1)
+        self.ends[row] = -1
+        self.ends[row, : len(request.eos_token_ids)] = request.eos_token_ids
 
     @property
     def spans(self) -> NDArray[np.int64]:
-        """Columns of each row from its first to its last mask."""
+        """Columns of each row from its first to its last position to generate."""
         return np.asarray(self.end - self.start)
 
-    def active_masks(self) -> NDArray[np.bool_]:
-        """(B, L) positions of the unfinished rows' active blocks that may be committed now."""
-        low = (self.start + self.block * self.block_length)[self.rows, None]
-        column = np.arange(self.length)
-        masked = (self.host[self.rows] == self.mask_token_id) & self.region[self.rows]
-        return np.asarray(masked & (column >= low) & (column < low + self.block_length))
-
     def window(self) -> Window:
-        """The active block of every unfinished row."""
-        rows, block = self.rows, self.block[self.rows]
-        columns = (self.start[rows] + block * self.block_length)[:, None] + np.arange(self.block_length)
-        inside = columns < self.end[rows, None]
+        """The active block of every row."""
+        rows, length = self.rows, self.block_length[self.rows]
+        offset = np.arange(int(length.max()))
+        columns = self.low[rows, None] + offset
+        inside = (columns < self.end[rows, None]) & (offset < length[:, None])
         columns = np.minimum(columns, self.length - 1)
         at = rows[:, None], columns
         inside &= self.region[at]
         masked = inside & (self.host[at] == self.mask_token_id)
         self.active = columns, inside, masked
-        each = rows, self.padding[rows], block, self.entry_masks[rows], self.step[rows]
-        sent = send(self.device, *each, *self.active, np.flatnonzero(masked))
+        stop = np.array([request.stop_at_eos for request in self._requests(rows)])
+        each = self.padding, self.start, self.spans, self.block, self.entry_masks, self.step, self.block_length
+        sent = send(
+            self.device, rows, *[values[rows] for values in each], self.ends[rows], stop, *self.active,
+            np.flatnonzero(masked),
+        )  # fmt: skip
         return Window(
             rows=sent[0],
             tokens=self._buffer[: len(rows), : self.length],
             first=sent[1],
             region=self._region[: len(rows)],
-            columns=sent[5],
-            inside=sent[6].bool(),
-            masked=sent[7].bool(),
-            index=sent[8],
-            block=sent[2],
-            entry_masks=sent[3],
-            step=sent[4],
-            uniform=self._uniform(rows),
+            start=sent[2],
+            span=sent[3],
+            columns=sent[10],
+            inside=sent[11].bool(),
+            masked=sent[12].bool(),
+            index=sent[13],
+            block=sent[4],
+            entry_masks=sent[5],
+            step=sent[6],
+            block_length=sent[7],
+            ends=sent[8],
+            stop_at_eos=sent[9].bool(),
+            uniform=self._uniform(rows, columns.shape[1]),
         )
 
     def apply(self, window: Window, edit: Edit, broken: Broken | None = None) -> Change:
-        """Write an edit, refresh the host's copy, advance blocks, retire rows that are finished or fail.
+        """Write an edit, refresh the host's copy, advance blocks, say which rows are finished or fail.
 
         Args:
-            window: the rows.
+            window: the rows; those that were finished before must have left.
             edit: what to write.
             broken: rows for which the denoiser gave no numbers; None for none.
 
@@ -270,20 +312,20 @@ class Canvas:
         self.host[rows] = after
         self.step[rows] += 1
         filled = self._cut(rows, edit.end, failed) if edit.end is not None else np.zeros_like(changed)
-        if self.stop_at_eos:
-            filled |= self._stop_at_eos(rows)
-        if self.stops is not None:
-            filled |= self._stop_at_strings(self.stops, rows, changed & ~unset)
+        filled |= self._stop_at_eos(rows)
+        filled |= self._stop_at_strings(rows, changed & ~unset)
         left = (self.host[rows] == self.mask_token_id) & self.region[rows]
         gained = unset.sum(1) - (self.host[rows] == self.mask_token_id).sum(1)
-        stay = left.any(1) & ~failed
-        moved, entered = self._settle(stay)
-        self._enter_blocks()
+        done = ~left.any(1) if edit.finished is None else edit.finished.cpu().numpy()
+        done &= ~failed
+        self._enter_blocks(rows[~done & ~failed])
         committed, revoked = changed & ~masked & ~filled, changed & masked & ~filled
-        return Change(
-            rows, committed, committed & ~unset, revoked, filled, gained, rows[~stay & ~failed], moved, rows[failed],
-            entered,
-        )  # fmt: skip
+        return Change(rows, committed, committed & ~unset, revoked, filled, gained, rows[done], rows[failed])
+
+    @property
+    def low(self) -> NDArray[np.int64]:
+        """(rows,) first column of each row's active block."""
+        return np.asarray(self.start + self.block * self.block_length)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -302,20 +344,8 @@ class Canvas:
             self.errors[row] = own[0] if own else self.doomed[row]
         return np.asarray(failed)
 
-    def _settle(self, left: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Give the slots of finished rows to those that wait, close the gaps that remain; say who moved and entered."""
-        free, rows = np.flatnonzero(~left), self.rows.copy()
-        if not free.size:
-            return np.zeros((0, 2), dtype=np.int64), free
-        entering, self._waiting = np.split(self._waiting, [len(free)])
-        entered, gaps = np.split(free, [len(entering)])
-        rows[entered] = entering
-        busy = len(rows) - len(gaps)
-        source, target = np.setdiff1d(np.arange(busy, len(rows)), gaps), gaps[gaps < busy]
-        rows[target] = rows[source]
-        self.rows = rows[:busy]
-        self._send(np.concatenate((entered, target)))
-        return np.stack((source, target), axis=1), entered
+    def _requests(self, rows: NDArray[np.int64]) -> list[Request]:
+        return [request for row in rows.tolist() if (request := self.requests[row]) is not None]
 
     def _send(self, slots: NDArray[np.int64]) -> None:
         """Bring what the host knows of the rows in some slots to the device."""
@@ -326,66 +356,71 @@ class Canvas:
 
     def _cut(self, rows: NDArray[np.int64], end: Tensor, failed: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Let rows end before a column, those that failed excepted."""
-        # A second read of the device: what was cut off decides which rows and blocks are left.
+        # Another read of the device: what was cut off decides which rows and blocks are left.
         beyond = (np.arange(self.length) >= end.cpu().numpy()[:, None]) & self.region[rows] & ~failed[:, None]
         if beyond.any():
             self.region[rows] &= ~beyond
             self.cut[rows] |= beyond
-            self.host[rows] = np.where(beyond, self.eos_token_ids[0], self.host[rows])
+            self._fill(rows, beyond)
             self._send(np.flatnonzero(beyond.any(1)))
         return beyond
 
     def _stop_at_eos(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Fill the masks behind each first end-of-text that has no mask before it."""
+        """Fill the masks behind each first end-of-text that has no mask before it, in the rows that stop there."""
         region, tokens = self.region[rows], self.host[rows]
+        stop = np.array([request.stop_at_eos for request in self._requests(rows)])
         masked = (tokens == self.mask_token_id) & region
-        ended = np.isin(tokens, self.eos_token_ids) & region
+        ended = (tokens[..., None] == self.ends[rows, None]).any(-1) & region
         first_masked = np.where(masked.any(1), masked.argmax(1), self.length)
-        done = ended.any(1) & (ended.argmax(1) < first_masked)
+        done = stop & ended.any(1) & (ended.argmax(1) < first_masked)
         filled = masked & done[:, None]
         if filled.any():
-            tokens[filled] = self.eos_token_ids[0]
-            self.host[rows] = tokens
+            self._fill(rows, filled)
             self._send(np.flatnonzero(filled.any(1)))
         return filled
 
-    def _stop_at_strings(
-        self, stops: StopStrings, rows: NDArray[np.int64], rewritten: NDArray[np.bool_]
-    ) -> NDArray[np.bool_]:
+    def _stop_at_strings(self, rows: NDArray[np.int64], rewritten: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Let rows end after the token that completes a stop string, once no mask is before it."""
-        masked, start = (self.host[rows] == self.mask_token_id) & self.region[rows], self.start[rows]
-        upto = np.where(masked.any(1), masked.argmax(1), self.length)
-        column = np.arange(self.length)
-        again = (rewritten & (column < (start + stops.read[rows])[:, None])).any(1)
-        stops.read[rows[again]] = 0
         end = np.full(len(rows), self.length)
-        for entry in np.flatnonzero(upto - start > stops.read[rows]):
-            row, first = rows[entry], start[entry]
-            if (count := stops.find(row, self.host[row, first : upto[entry]])) is not None:
-                end[entry] = first + count
+        for entry, row in enumerate(rows.tolist()):
+            if (stops := self._stops.get(row)) is None:
+                continue
+            start, tokens = self.start[row], self.host[row]
+            masked = (tokens == self.mask_token_id) & self.region[row]
+            upto = masked.argmax() if masked.any() else self.length
+            if rewritten[entry, start : start + stops.read].any():
+                stops.read = 0
+            if upto - start > stops.read and (count := stops.find(tokens[start:upto])) is not None:
+                end[entry] = start + count
         # These rows are finished, so the device need not know.
-        beyond = (column >= end[:, None]) & self.region[rows]
-        self.host[rows] = np.where(beyond, self.eos_token_ids[0], self.host[rows])
+        beyond = (np.arange(self.length) >= end[:, None]) & self.region[rows]
+        self._fill(rows, beyond)
         return beyond
 
-    def _enter_blocks(self) -> None:
-        """Point every unfinished row at the block of its first mask."""
-        rows = self.rows
-        masked = (self.host[rows] == self.mask_token_id) & self.region[rows]
-        block = (masked.argmax(1) - self.start[rows]) // self.block_length
-        new = block != self.block[rows]
-        self.block[rows] = block
-        self.step[rows[new]] = 0
-        self.entry_masks[rows[new]] = self.active_masks()[new].sum(1)
+    def _fill(self, rows: NDArray[np.int64], where: NDArray[np.bool_]) -> None:
+        """Write end-of-text."""
+        self.host[rows] = np.where(where, self.ends[rows, :1], self.host[rows])
 
-    def _uniform(self, rows: NDArray[np.int64]) -> Callable[[], Tensor]:
+    def _enter_blocks(self, rows: NDArray[np.int64]) -> None:
+        """Point rows at the block of their first mask; one without masks stays where it is."""
+        masked = (self.host[rows] == self.mask_token_id) & self.region[rows]
+        block = (masked.argmax(1) - self.start[rows]) // self.block_length[rows]
+        new = (block != self.block[rows]) & masked.any(1)
+        rows, masked = rows[new], masked[new]
+        self.block[rows], self.step[rows] = block[new], 0
+        low, column = self.low[rows, None], np.arange(self.length)
+        within = (column >= low) & (column < low + self.block_length[rows, None])
+        self.entry_masks[rows] = (masked & within).sum(1)
+
+    def _uniform(self, rows: NDArray[np.int64], width: int) -> Callable[[], Tensor]:
         # A loop over rows on purpose: a row's draws must not depend on its batch mates, nor on their spans.
-        counts = np.minimum(self.block_length, self.spans[rows])
+        counts = np.minimum(self.block_length, self.spans)[rows].tolist()
+        sources = [self.generators[row] for row in rows.tolist()]
 
         def draw() -> Tensor:
-            noise = torch.zeros(len(rows), self.block_length, device=self.device)
-            for entry, (row, count) in enumerate(zip(rows, counts, strict=True)):
-                noise[entry, :count] = torch.rand(int(count), generator=self.generators[row], device=self.device)
+            noise = torch.zeros(len(rows), width, device=self.device)
+            for entry, (source, count) in enumerate(zip(sources, counts, strict=True)):
+                noise[entry, :count] = torch.rand(count, generator=source, device=self.device)
             return noise
 
         return draw

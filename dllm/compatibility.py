@@ -53,7 +53,7 @@ def unmet(
     cuda_graphs: bool | None = None,
 ) -> list[str]:
     """The needs that a cache does not meet, in the words of `NEEDS`; none where everything goes together."""
-    needs = set(getattr(sampler, "needs", ()))
+    needs = set(sampler.needs)
     needs |= {"guidance"} if cfg_scale > 0 else set()
     needs |= {"graphs"} if cuda_graphs else set()
     needs |= {"several_devices"} if backbone is not None and spread(backbone) else set()

@@ -12,7 +12,6 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dllm.backbones.base import MaskedDiffusionModel
 from dllm.backbones.transformer import KVStore
 from dllm.cache.base import CacheRun, Plan, Question
 from dllm.cache.selection import Selection, Store
@@ -23,7 +22,7 @@ from dllm.graphs import Forward
 from dllm.inquiry import Inquiry, about_window, read
 from dllm.layout import OVERHEAD, apart, pack, span
 from dllm.nonfinite import Broken, not_finite, reason
-from dllm.prediction import Prediction, Sampling
+from dllm.prediction import Part, Prediction, Sampling
 from dllm.transfer import put, send
 from dllm.work import Work, tree_mask
 
@@ -32,44 +31,38 @@ class Denoiser:
     """Answers a sampler's questions about one window at a time, and counts what they cost.
 
     Args:
-        backbone: the denoiser.
+        forward: the denoiser.
         canvas: what it looks at.
         cache: plans each forward.
-        sampling: how logits become tokens.
         cfg_scale: classifier-free guidance; 0 is off. A guided forward computes a second row with
             the prompt masked and counts as one.
         meter: compares some forwards with exact ones.
-        cuda_graphs: see `dllm.Options`.
 
     Attributes:
         forwards: (B,) forwards each entry of the current window took part in.
         last: the latest prediction about the current window and the columns it is about.
-        looked: what was computed in each forward of the current window, as (rows, (A, L) columns).
-        computed: (rows,) columns computed so far for each canvas row; padding, and what fills up a row beside
+        looked: what was computed in each forward of the current window, as (slots, (A, L) columns).
+        computed: (B,) columns computed for each entry of the window; padding, and what fills up a row beside
             others that need more, is nobody's.
-        refreshes: (rows,) forwards so far in which a cache had everything computed anew.
+        refreshes: (B,) forwards of the current window in which a cache had everything computed anew.
     """
 
     def __init__(
         self,
-        backbone: MaskedDiffusionModel,
+        forward: Forward,
         canvas: Canvas,
         cache: CacheRun,
-        sampling: Sampling,
         cfg_scale: float,
         meter: Meter,
-        cuda_graphs: bool | None = None,
     ) -> None:
-        self._run = Forward(backbone, cuda_graphs)
-        self._overhead = OVERHEAD[backbone.device.type == "cuda"]
-        self.backbone, self.canvas, self.cache, self.meter = backbone, canvas, cache, meter
-        self.sampling, self.cfg_scale = sampling, cfg_scale
-        self.computed, self.refreshes = np.zeros((2, len(canvas.host)), dtype=np.int64)
+        self._run, self.backbone = forward, forward.backbone
+        self._overhead = OVERHEAD[self.backbone.device.type == "cuda"]
+        self.canvas, self.cache, self.meter, self.cfg_scale = canvas, cache, meter, cfg_scale
 
     def bind(self, window: Window) -> Denoiser:
         """Turn to a new window."""
         self.window = window
-        self.forwards: NDArray[np.int64] = np.zeros(len(window.rows), dtype=np.int64)
+        self.forwards, self.computed, self.refreshes = np.zeros((3, len(window.rows)), dtype=np.int64)
         self.last: tuple[Prediction, Tensor] | None = None
         self.looked: list[tuple[NDArray[np.int64], NDArray[np.bool_]]] = []
         self._broken = torch.zeros_like(window.rows, dtype=torch.bool)
@@ -101,8 +94,7 @@ class Denoiser:
         self.forwards[np.unique(inquiry.slots)] += 1
         logits = self._logits(inquiry)
         index = self._put(inquiry.index) if index is None else index
-        generators = self._generators(inquiry)
-        prediction = Prediction(logits, asked, index, self.canvas.mask_token_id, self.sampling, generators)
+        prediction = self._predict(logits, asked, index, inquiry)
         self._broken = self._broken | prediction.broken.flatten(1).any(1)
         # Of several drafts the first is the canvas as it is.
         shown = prediction if asked.ndim == 2 else prediction.arranged(lambda values: values[:, 0])
@@ -121,13 +113,13 @@ class Denoiser:
         visible = canvas.visible(rows)
         if plan.compute is not None and plan.store is not None:
             compute = plan.compute & visible
-            self.looked.append((rows, compute))
+            self.looked.append((slots, compute))
             plan = replace(plan, compute=compute)
             return self._reusing(question, plan, visible, tokens, inquiry.joined)
         self.meter.trust(question, self.meter.due(question))
-        self.looked.append((rows, visible))
+        self.looked.append((slots, visible))
         cost = visible.sum(1)
-        np.add.at(self.computed, rows, cost)
+        np.add.at(self.computed, slots, cost)
         return self._in_forwards(
             question,
             cost,
@@ -185,10 +177,10 @@ class Denoiser:
             wanted = replace(question, places=both)
         joined = joined if store.joinable else 1
         whole = plan.whole(visible) & question.first
-        np.add.at(self.refreshes, question.rows[whole], 1)
+        np.add.at(self.refreshes, question.slots[whole], 1)
         compute = _together(compute, joined)
         cost = compute.sum(1) if plan.cost is None else plan.cost
-        np.add.at(self.computed, question.rows, cost)
+        np.add.at(self.computed, question.slots, cost)
         logits = self._in_forwards(
             wanted,
             cost,
@@ -232,7 +224,7 @@ class Denoiser:
             visible = canvas.visible(some.rows)
             if meter.above is not None:  # what may act on the result counts as part of it
                 self.forwards[some.slots] += 1
-                np.add.at(self.computed, some.rows, visible.sum(1))
+                np.add.at(self.computed, some.slots, visible.sum(1))
             logits = self._whole(some, _those(tokens, sequences), visible, comparison)
             asking = self._put(some.slots[some.places[0]])
             self._broken = flagged(self._broken[None], asking[None], not_finite(logits)[None])[0]
@@ -259,12 +251,28 @@ class Denoiser:
         conditional, unconditional = logits.chunk(2)
         return unconditional + (self.cfg_scale + 1) * (conditional - unconditional)
 
-    def _generators(self, inquiry: Inquiry) -> list[tuple[torch.Generator, int]]:
+    def _predict(
+        self, logits: Float[Tensor, "N V"], asked: Bool[Tensor, "*B K"], index: Int[Tensor, " N"], inquiry: Inquiry
+    ) -> Prediction:
+        """Choose tokens, as each row's request wants them chosen."""
+        canvas, of = self.canvas, inquiry.slots[inquiry.sequence]
+        requests = [canvas.requests[row] for row in canvas.rows]
+        samplings = [request.sampling for request in requests if request is not None]
+        kinds = list(dict.fromkeys(samplings[slot] for slot in np.unique(of)))
+        if len(kinds) == 1:
+            return Prediction(logits, asked, index, canvas.mask_token_id, kinds[0], self._sources(kinds[0], of))
+        kind = np.array([kinds.index(each) if each in kinds else -1 for each in samplings])[of]
+        at = [np.flatnonzero(kind == number) for number in range(len(kinds))]
+        parts = [Part(one, self._put(here), self._sources(one, of[here])) for one, here in zip(kinds, at, strict=True)]
+        return Prediction.mixed(logits, asked, index, canvas.mask_token_id, parts)
+
+    def _sources(self, sampling: Sampling, slots: NDArray[np.int64]) -> list[tuple[torch.Generator, int]]:
         """Whose randomness each run of asked positions draws from; nothing at temperature 0."""
-        if self.sampling.temperature == 0:
+        if sampling.temperature == 0:
             return []
-        counts = np.bincount(inquiry.slots[inquiry.sequence], minlength=len(self.canvas.rows))
-        return [(self.canvas.generators[self.canvas.rows[slot]], int(counts[slot])) for slot in np.flatnonzero(counts)]
+        found, counts = np.unique(slots, return_counts=True)
+        sources = (self.canvas.generators[row] for row in self.canvas.rows[found])
+        return [(source, int(count)) for source, count in zip(sources, counts, strict=True) if source is not None]
 
     def _looks(self, visible: NDArray[np.bool_]) -> Bool[Tensor, "A S"] | None:
         """What may be looked at, on the device; None where that is everything."""

@@ -35,15 +35,16 @@ class CanvasView:
 
     def draw(self, step: Step, row: int = 0) -> Text:
         """The canvas: fresh tokens highlighted, provisional ones dim, masks as dots, end-of-text left out."""
-        entry = int(np.flatnonzero(step.change.rows == row)[0])
-        tokens = self._tokens(step, row)
-        shown = self._columns(step, row)
+        entry = int(np.flatnonzero(step.ids == row)[0])
+        tokens = self._tokens(step, entry)
+        shown = self._columns(step, entry)
         guesses, fresh = step.provisional[entry, shown], step.change.committed[entry, shown]
-        masked = tokens == step.canvas.mask_token_id
-        ended = np.isin(tokens, self._ends(step))
+        masked = tokens == step.mask_token_id
+        ends = self._ends(step, entry)
+        ended = np.isin(tokens, ends)
         text = Text()
         for token, guess, new, mask, end in zip(tokens, guesses, fresh, masked, ended, strict=False):
-            if mask and guess != step.canvas.mask_token_id and guess not in self._ends(step):
+            if mask and guess != step.mask_token_id and guess not in ends:
                 text.append(self._word(int(guess)), PROVISIONAL)
             elif mask:
                 text.append("·", MASKED)
@@ -55,27 +56,27 @@ class CanvasView:
 
     def line(self, step: Step, row: int = 0) -> str:
         """The canvas in plain characters: masks as dots, end-of-text left out."""
-        tokens = self._tokens(step, row)
-        text = "".join(self._symbol(step, token) for token in tokens)
+        entry = int(np.flatnonzero(step.ids == row)[0])
+        text = "".join(self._symbol(step, entry, token) for token in self._tokens(step, entry))
         return text if self.generated is None else text.rstrip("·") or "·"
 
-    def _tokens(self, step: Step, row: int) -> NDArray[np.int64]:
+    def _tokens(self, step: Step, entry: int) -> NDArray[np.int64]:
         """What is shown, up to an end-of-text with nothing left to decode before it."""
-        tokens = step.canvas.host[row, self._columns(step, row)]
-        ended, masked = np.isin(tokens, self._ends(step)), tokens == step.canvas.mask_token_id
+        tokens = step.tokens[entry, self._columns(step, entry)]
+        ended, masked = np.isin(tokens, self._ends(step, entry)), tokens == step.mask_token_id
         done = ended.any() and not masked[: ended.argmax()].any()
         return tokens[: ended.argmax() + 1] if done else tokens
 
-    def _columns(self, step: Step, row: int) -> slice:
-        return slice(int(step.canvas.padding[row]) if self.generated is None else -self.generated, None)
+    def _columns(self, step: Step, entry: int) -> slice:
+        return slice(int(step.padding[entry]) if self.generated is None else -self.generated, None)
 
-    def _ends(self, step: Step) -> tuple[int, ...]:
-        return () if self.generated is None else step.canvas.eos_token_ids
+    def _ends(self, step: Step, entry: int) -> list[int]:
+        return [] if self.generated is None else step.ends[entry].tolist()
 
-    def _symbol(self, step: Step, token: int) -> str:
-        if token == step.canvas.mask_token_id:
+    def _symbol(self, step: Step, entry: int, token: int) -> str:
+        if token == step.mask_token_id:
             return "·"
-        return "" if token in self._ends(step) else self._word(int(token))
+        return "" if token in self._ends(step, entry) else self._word(int(token))
 
     def _word(self, token: int) -> str:
         if self.tokenizer is None:

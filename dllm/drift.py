@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,10 +19,10 @@ from dllm.layout import span
 
 @dataclass(frozen=True)
 class Measurement:
-    """What comparing one forward of M rows with exact ones gave.
+    """What comparing one forward of M requests with exact ones gave.
 
     Attributes:
-        rows: (M,) canvas rows.
+        ids: (M,) the requests.
         kv_error: (M,) Frobenius norm of what keys and values are off, over that of the exact ones: over all
             layers and all columns that are looked at.
         kl: (M,) KL divergence of the cached predictions from the exact ones, in nats, summed over the asked
@@ -31,15 +31,15 @@ class Measurement:
         asked: (M,) positions that were asked about.
     """
 
-    rows: NDArray[np.int64]
+    ids: NDArray[np.int64]
     kv_error: NDArray[np.float64]
     kl: NDArray[np.float64]
     flips: NDArray[np.int64]
     asked: NDArray[np.int64]
 
     def where(self, keep: NDArray[np.bool_]) -> Measurement:
-        """Of some of the rows."""
-        return Measurement(self.rows[keep], self.kv_error[keep], self.kl[keep], self.flips[keep], self.asked[keep])
+        """Of some of the requests."""
+        return Measurement(self.ids[keep], self.kv_error[keep], self.kl[keep], self.flips[keep], self.asked[keep])
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,10 @@ Exact = Callable[[NDArray[np.int64], "Comparison"], Float[Tensor, "N V"]]
 
 
 class Meter:
-    """Measures one run.
+    """Measures the rows of one engine.
 
     Args:
-        rows: canvas rows.
+        slots: rows measured at a time.
         every: a row's forwards from one measurement to the next; None for never.
         above: relative error of keys and values above which a row's exact predictions are used and its cache
             is refreshed; None for never.
@@ -99,18 +99,26 @@ class Meter:
         seconds: wall time spent so far.
     """
 
-    def __init__(self, rows: int, every: int | None, above: float | None, mask_token_id: int) -> None:
+    def __init__(self, slots: int, every: int | None, above: float | None, mask_token_id: int) -> None:
         self.every, self.above, self.mask_token_id = every, above, mask_token_id
         self.seconds = 0.0
         self._fresh: list[Measurement] = []
-        self._forwards = np.zeros(rows, dtype=np.int64)
+        self._forwards = np.zeros(slots, dtype=np.int64)
 
-    def take(self, without: NDArray[np.int64]) -> tuple[Measurement, ...]:
-        """The measurements since this was last called, without those of some rows."""
+    def enter(self, rows: NDArray[np.int64]) -> None:
+        """Begin rows."""
+        self._forwards[rows] = 0
+
+    def take(self, without: NDArray[np.int64], ids: NDArray[np.int64]) -> tuple[Measurement, ...]:
+        """The measurements since this was last called, without those of some rows.
+
+        Args:
+            without: numbers of these.
+            ids: the request of each row.
+        """
         fresh, self._fresh = self._fresh, []
-        if without.size:
-            fresh = [each.where(~np.isin(each.rows, without)) for each in fresh]
-        return tuple(each for each in fresh if each.rows.size)
+        kept = (each.where(~np.isin(each.ids, without)) for each in fresh)
+        return tuple(replace(each, ids=ids[each.ids]) for each in kept if each.ids.size)
 
     def due(self, question: Question) -> NDArray[np.int64]:
         """Sequences to measure: those that look at the canvas as it is, of the rows whose turn it is."""

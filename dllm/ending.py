@@ -67,29 +67,27 @@ class StopStrings:
         tokenizer: reads tokens; special ones as well.
         strings: the stop strings, none of them empty.
         eos_token_ids: ids that end a text; nothing after them is searched.
-        rows: number of texts.
 
     Attributes:
-        read: (rows,) tokens of each text that were searched; 0 to search it from the start again.
+        read: tokens of the text that were searched; 0 to search it from the start again.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str], eos_token_ids: Sequence[int], rows: int
+        self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str], eos_token_ids: Sequence[int]
     ) -> None:
         self._tokenizer, self._strings, self._eos = tokenizer, strings, eos_token_ids
-        self.read, self._first = np.zeros((2, rows), dtype=np.int64)
+        self.read = self._first = 0
         # Characters. The first four of a part may read differently than in the whole text.
         self._reach = max(map(len, strings)) + 4
 
-    def find(self, row: int, text: NDArray[np.int64]) -> int | None:
+    def find(self, text: NDArray[np.int64]) -> int | None:
         """How many tokens it takes to complete a stop string; None where none is complete.
 
         Args:
-            row: whose text it is.
             text: all its tokens so far, at least one.
         """
-        first = int(self._first[row]) if self.read[row] else 0
-        self.read[row] = len(text)
+        first = self._first if self.read else 0
+        self.read = len(text)
         text = text[: int(count_tokens(text[None], self._eos)[0])]
         recent = _written(self._tokenizer, text[first:])
         if any(stop in recent for stop in self._strings):
@@ -99,7 +97,7 @@ class StopStrings:
             recent = _written(self._tokenizer, text[middle:])
             if len(recent) >= self._reach:
                 first = middle
-        self._first[row] = first
+        self._first = first
         return None
 
 

@@ -23,9 +23,10 @@ import dllm
 from dllm.canvas import Edit, Window
 from dllm.checks import number
 from dllm.filters import ConfidenceFilter, FilterNetwork, NeighbourFilter
+from dllm.request import Request
 from dllm.resolve import resolve
-from dllm.run import Run
-from dllm.samplers.base import Denoise, Sampler
+from dllm.run import Rehearsal, Run
+from dllm.samplers.base import Denoise, Policy, Sampler
 
 THRESHOLDS = (0.5, 0.7, 0.9, 0.96, 0.99, 0.999)
 
@@ -59,7 +60,15 @@ class Records:
 
 
 @dataclass(frozen=True)
-class Replay:
+class Truth:
+    """What a replay works with: the result of the base for every row, (rows, L), and what decodes it."""
+
+    result: Int[Tensor, "rows L"]
+    rehearsal: Rehearsal
+
+
+@dataclass(frozen=True)
+class Replay(Policy):
     """A sampler that decodes extremely greedily towards the result of another, and records what it saw.
 
     Attributes:
@@ -70,14 +79,19 @@ class Replay:
     base: Any
     records: list[Records] = field(default_factory=list)
 
-    def start(self, run: Run) -> Int[Tensor, "rows L"]:
-        """Decode the truth."""
-        return run.rehearse(self.base)
+    def start(self, run: Run) -> Truth:
+        """Make room for the truth."""
+        result = torch.zeros((run.slots, run.length), dtype=torch.long, device=run.device)
+        return Truth(result, run.rehearsal(self.base))
 
-    def step(self, window: Window, denoise: Denoise, state: Int[Tensor, "rows L"]) -> Edit:
+    def enter(self, state: Truth, row: int, request: Request) -> None:
+        """Decode the truth."""
+        state.result[row, -len(request.tokens) :] = state.rehearsal(request)
+
+    def step(self, window: Window, denoise: Denoise, state: Truth) -> Edit:
         """Record, and commit what is right."""
         prediction = denoise(window.inside)
-        final = state[window.rows].gather(1, window.columns)
+        final = state.result[window.rows].gather(1, window.columns)
         equal = (prediction.tokens == final) | ~window.inside
         seen = prediction.confidence.float().masked_fill(~window.inside, 1.0)
         self.records.append(Records(*(each.cpu() for each in (seen, window.inside, equal, window.masked, window.rows))))

@@ -9,19 +9,16 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from dllm.canvas import Canvas
 from dllm.drift import Drift, Measurement, summarise
-from dllm.ending import cut
-from dllm.step import Step
+from dllm.request import Request
+from dllm.step import Answer, Step
 
 _STATUS, _FORGET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -94,39 +91,6 @@ class Generation:
     errors: tuple[str | None, ...] = ()
 
 
-class Recorder:
-    """Follows one canvas: forwards per row, and the forward that settled each position."""
-
-    def __init__(self, canvas: Canvas) -> None:
-        self.canvas = canvas
-        self.nfe = np.zeros(len(canvas.host), dtype=np.int64)
-        self.guide_nfe = np.zeros(len(canvas.host), dtype=np.int64)
-        self.guide_seconds = 0.0
-        self.commit_step = np.full(canvas.host.shape, -1, dtype=np.int64)
-        self.computed_columns, self.refreshes = np.zeros((2, len(canvas.host)), dtype=np.int64)
-        self.measurements: list[Measurement] = []
-        self.measuring_seconds = 0.0
-        self.uncounted_seconds = 0.0
-        self.steps = self.row_steps = 0
-
-    def update(self, step: Step) -> None:
-        """Count one step."""
-        rows, change = step.change.rows, step.change
-        self.steps, self.row_steps = self.steps + 1, self.row_steps + len(rows)
-        self.nfe[rows] += step.forwards
-        if step.edit.guide_forwards is not None:
-            self.guide_nfe[rows] += step.edit.guide_forwards
-            self.guide_seconds += step.edit.guide_seconds
-        settled = self.commit_step[rows]
-        settled[change.revoked | change.filled] = -1
-        self.commit_step[rows] = np.where(change.committed, self.nfe[rows, None] - 1, settled)
-        self.measurements += step.drift
-        meter = step.denoiser.meter
-        self.measuring_seconds = meter.seconds
-        self.uncounted_seconds = step.rehearsal_seconds + (meter.seconds if meter.above is None else 0.0)
-        self.computed_columns, self.refreshes = step.denoiser.computed, step.denoiser.refreshes
-
-
 class Clock:
     """Wall time and peak memory of a run."""
 
@@ -157,76 +121,81 @@ class Clock:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def assemble(
-    recorders: Sequence[Recorder],
-    generated: int | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-    clock: Clock,
-    stops: Sequence[str] = (),
-) -> Generation:
-    """Join the recorded canvases into one result.
+class Tally:
+    """Adds up what the steps of a run cost; to be made when it starts.
 
     Args:
-        recorders: one per canvas, finished, in the order of the prompts.
-        generated: columns G at the end of every canvas that were generated; None where masks stood
-            anywhere: then everything is the completion and only former masks are counted.
-        tokenizer: decodes the completions.
-        clock: started with the run.
-        stops: stop strings.
+        device: where it runs.
+
+    Attributes:
+        answers: by number of request.
     """
-    eos = recorders[0].canvas.eos_token_ids
-    seconds = clock.seconds() - sum(r.uncounted_seconds for r in recorders)
-    peak = clock.peak_memory()
-    sequences = _stack([r.canvas.host for r in recorders], eos[0])
-    commit_step = _stack([r.commit_step for r in recorders], -1)
-    nfe = np.concatenate([r.nfe for r in recorders])
-    errors = [r.canvas.errors.get(row) for r in recorders for row in range(len(r.canvas.host))]
-    real = _stack([r.canvas.real for r in recorders], False)
-    if generated is None:
-        completions, settled = sequences, commit_step
-        counts = np.concatenate([r.canvas.region.sum(1) for r in recorders])
-        tokens = sum(int(count) for count, error in zip(counts, errors, strict=True) if error is None)
-        texts = [cut(tokenizer, row[keep])[0] for row, keep in zip(sequences, real, strict=True)]
-    else:
-        completions, settled = sequences[:, -generated:], commit_step[:, -generated:]
-        ends = [cut(tokenizer, row, stops, eos) for row in completions]
-        texts = [text for text, _ in ends]
-        counts = np.array([count if error is None else 0 for (_, count), error in zip(ends, errors, strict=True)])
-        tokens = int(counts.sum())
-        real[:, -generated:] = np.arange(generated) < counts[:, None]
-    computed = sum(int(r.computed_columns.sum()) for r in recorders)
-    full = sum(int((r.nfe * r.canvas.lengths).sum()) for r in recorders)
+
+    def __init__(self, device: torch.device) -> None:
+        self.answers: dict[int, Answer] = {}
+        self.measurements: list[Measurement] = []
+        self.clock, self.uncounted_seconds, self.guide_seconds = Clock(device), 0.0, 0.0
+        self.rows = self.slots = 0
+
+    def update(self, step: Step) -> None:
+        """Add one step."""
+        self.answers |= step.answers
+        self.measurements += step.drift
+        self.uncounted_seconds += step.uncounted_seconds
+        self.guide_seconds += step.edit.guide_seconds
+        self.rows, self.slots = self.rows + len(step), self.slots + step.slots
+
+
+def assemble(requests: Sequence[Request], tally: Tally, measuring_seconds: float) -> Generation:
+    """Join the answers to all requests into one result.
+
+    Args:
+        requests: all of one kind, numbered from 0.
+        tally: of the whole run.
+        measuring_seconds: wall time of measuring a cache's drift.
+    """
+    seconds, peak = tally.clock.seconds() - tally.uncounted_seconds, tally.clock.peak_memory()
+    answers = [tally.answers[number] for number in range(len(requests))]
+    completions = [np.array(answer.completion) for answer in answers]
+    starts = [answer.canvas - len(answer.completion) for answer in answers]
+    texts = zip(requests, completions, starts, strict=True)
+    sequences = [np.concatenate((request.tokens[:start], row)) for request, row, start in texts]
+    real = [np.ones(answer.canvas, dtype=np.int64) for answer in answers]
+    for request, answer, start, row in zip(requests, answers, starts, real, strict=True):
+        if not request.infill:
+            row[start + answer.tokens :] = 0
+    fill = requests[0].eos_token_ids[0]
+    tokens, nfe = sum(answer.tokens for answer in answers), [answer.nfe for answer in answers]
+    computed = sum(answer.positions for answer in answers)
+    full = sum(answer.nfe * answer.canvas for answer in answers)
     stats = Stats(
         seconds=seconds,
         tokens=tokens,
         tokens_per_second=tokens / seconds,
-        tpf=tokens / max(1, int(nfe.sum())),
+        tpf=tokens / max(1, sum(nfe)),
         computed_columns=computed,
         extra_columns=computed - full,
-        guide_seconds=sum(r.guide_seconds for r in recorders),
+        guide_seconds=tally.guide_seconds,
         computed_share=computed / max(1, full),
-        cache_refreshes=sum(int(r.refreshes.sum()) for r in recorders),
-        drift=summarise(
-            [each for r in recorders for each in r.measurements], sum(r.measuring_seconds for r in recorders)
-        ),
-        slots_busy=sum(r.row_steps for r in recorders) / max(1, sum(r.steps * r.canvas.slots for r in recorders)),
+        cache_refreshes=sum(answer.refreshes for answer in answers),
+        drift=summarise(tally.measurements, measuring_seconds),
+        slots_busy=tally.rows / max(1, tally.slots),
         peak_memory=peak,
     )
     return Generation(
-        sequences=torch.from_numpy(sequences),
-        completions=torch.from_numpy(completions),
-        texts=[text if error is None else None for text, error in zip(texts, errors, strict=True)],
-        nfe=torch.from_numpy(nfe),
-        guide_nfe=torch.from_numpy(np.concatenate([r.guide_nfe for r in recorders])),
-        commit_step=torch.from_numpy(settled),
+        sequences=torch.from_numpy(stack(sequences, fill)),
+        completions=torch.from_numpy(stack(completions, fill)),
+        texts=[answer.text for answer in answers],
+        nfe=torch.tensor(nfe),
+        guide_nfe=torch.tensor([answer.guide_nfe for answer in answers]),
+        commit_step=torch.from_numpy(stack([np.array(answer.commit_step) for answer in answers], -1)),
         stats=stats,
-        attention_mask=torch.from_numpy(real.astype(np.int64)),
-        errors=tuple(errors),
+        attention_mask=torch.from_numpy(stack(real, 0)),
+        errors=tuple(answer.error for answer in answers),
     )
 
 
-def _stack(parts: Sequence[NDArray[Any]], fill: int | bool) -> NDArray[Any]:
-    """Stack (B, L) arrays of unequal L, padded on the left."""
-    width = max(part.shape[1] for part in parts)
-    padded = [np.pad(part, ((0, 0), (width - part.shape[1], 0)), constant_values=fill) for part in parts]
-    return np.concatenate(padded)
+def stack(rows: Sequence[NDArray[np.int64]], fill: int) -> NDArray[np.int64]:
+    """Stack rows of unequal length, padded on the left."""
+    width = max(len(row) for row in rows)
+    return np.stack([np.pad(row, (width - len(row), 0), constant_values=fill) for row in rows])

@@ -116,7 +116,7 @@ class Judging:
     Attributes:
         guide: who judges.
         cache: keys and values, one entry a row of `rows`.
-        rows: canvas rows of the last call.
+        rows: numbers of the rows of the last call; -1 for one that is forgotten.
         ids: tokens of the last call.
         held: index of the token that each slot of the cache holds; -1 where it counts no more.
     """
@@ -128,13 +128,18 @@ class Judging:
     held: Int[Tensor, "B S"] | None = None
     seconds: float = 0.0
 
+    def forget(self, row: int) -> None:
+        """Hold nothing of a row any more."""
+        if self.rows is not None:
+            self.rows = self.rows.masked_fill(self.rows == row, -1)
+
     def logits(
         self, rows: Int[Tensor, " B"], ids: Int[Tensor, "B T"], lengths: Int[Tensor, " B"], start: Int[Tensor, " B"]
     ) -> tuple[Float[Tensor, "B N V"], Int[Tensor, "B N"]] | None:
         """What the guide expects from index `start` on, given the tokens before it.
 
         Args:
-            rows: canvas rows of the entries.
+            rows: numbers of the rows of the entries.
             ids: tokens, left-aligned; -1 for one that the guide does not have.
             lengths: of each row; a row of length `start` asks nothing.
             start: index of the first token that is judged; 0 has nothing before it and gets no answer.

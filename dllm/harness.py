@@ -23,7 +23,7 @@ from dllm.escape import terminal
 from dllm.journal import Journal
 from dllm.likelihood import Estimate
 from dllm.loading import load
-from dllm.plan import parse_options
+from dllm.options import parse_options
 from dllm.prompts import write_chat
 from dllm.records import Request
 from dllm.resolve import build, options_of, resolve

@@ -57,6 +57,21 @@ class Sampling:
         choice("eos_suppression", self.eos_suppression, (None, "logits", "confidence", "both"))
 
 
+@dataclass(frozen=True)
+class Part:
+    """Positions that share a sampling.
+
+    Attributes:
+        sampling: theirs.
+        at: (M,) which of the N positions, ascending.
+        generators: the random sources of these M.
+    """
+
+    sampling: Sampling
+    at: Int[Tensor, " M"]
+    generators: Sequence[tuple[torch.Generator, int]]
+
+
 class Prediction:
     """Predicted tokens and confidences of one forward, aligned to the (B, K) positions asked about.
 
@@ -78,27 +93,37 @@ class Prediction:
         sampling: Sampling,
         generators: Sequence[tuple[torch.Generator, int]] = (),
     ) -> None:
-        self.asked, self._shape = asked, asked.shape
-        self._index = index
+        self._set(_choose(logits, mask_token_id, sampling, generators), asked, index)
+
+    @classmethod
+    def mixed(
+        cls,
+        logits: Float[Tensor, "N V"],
+        asked: Bool[Tensor, "*B K"],
+        index: Int[Tensor, " N"],
+        mask_token_id: int,
+        parts: Sequence[Part],
+    ) -> Prediction:
+        """The same where not all positions have the same `sampling`.
+
+        Args:
+            logits: as above, like `asked`, `index` and `mask_token_id`.
+            asked: as above.
+            index: as above.
+            mask_token_id: as above.
+            parts: positions that have the same; together all of them.
+        """
+        chosen = [_choose(logits[part.at], mask_token_id, part.sampling, part.generators) for part in parts]
+        order = torch.cat([part.at for part in parts]).argsort()
+        joined = _Chosen(*(torch.cat([getattr(each, name) for each in chosen])[order] for name in _Chosen.__slots__))
+        prediction = object.__new__(cls)
+        prediction._set(joined, asked, index)
+        return prediction
+
+    def _set(self, chosen: _Chosen, asked: Bool[Tensor, "*B K"], index: Int[Tensor, " N"]) -> None:
+        self.asked, self._shape, self._index = asked, asked.shape, index
         self._arrange: Callable[[Tensor], Tensor] = lambda values: values
-        self._sampling = sampling
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        broken = not_finite(logits)
-        if sampling.eos_suppression in ("logits", "both"):
-            logits = _without(logits, sampling.eos_token_ids[:1])
-        self.logits = _filter(logits, sampling)
-        self._chosen = _argmax(logits, mask_token_id)
-        # Where [MASK] and what is suppressed were all there was, nothing is left to predict.
-        self._broken = broken | (logits.gather(-1, self._chosen[:, None])[:, 0] == -torch.inf)
-        if sampling.temperature > 0:
-            drawn = _gumbel_max(self.logits, mask_token_id, sampling.temperature, generators)
-            self._chosen = drawn.where(drawn >= 0, self._chosen)
-            if sampling.tempered_confidence:
-                self.logits = _tempered(self.logits, sampling.temperature)
-        self._last = torch.zeros_like(self._chosen, dtype=torch.bool)
-        if sampling.eos_suppression in ("confidence", "both"):
-            self.logits = _without(self.logits, sampling.eos_token_ids)
-            self._last = torch.isin(self._chosen, torch.tensor(sampling.eos_token_ids, device=logits.device))
+        self.logits, self._chosen, self._broken, self._last = chosen.logits, chosen.tokens, chosen.broken, chosen.last
 
     def arranged(self, arrange: Callable[[Tensor], Tensor]) -> Prediction:
         """The same predictions, with everything aligned to the asked positions passed through `arrange`.
@@ -153,6 +178,50 @@ class Prediction:
     def _spread(self, values: Tensor, fill: float) -> Tensor:
         out = values.new_full((self._shape.numel(),), fill)
         return self._arrange(out.index_copy_(0, self._index, values).view(self._shape))
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """What was made of logits.
+
+    Attributes:
+        logits: of which confidence, margin and entropy are taken.
+        tokens: that were chosen.
+        broken: where the logits are no numbers.
+        last: where the confidence is 0 whatever the logits say.
+    """
+
+    logits: Float[Tensor, "N V"]
+    tokens: Int[Tensor, " N"]
+    broken: Bool[Tensor, " N"]
+    last: Bool[Tensor, " N"]
+
+
+def _choose(
+    logits: Float[Tensor, "N V"],
+    mask_token_id: int,
+    sampling: Sampling,
+    generators: Sequence[tuple[torch.Generator, int]],
+) -> _Chosen:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    broken = not_finite(logits)
+    if sampling.eos_suppression in ("logits", "both"):
+        logits = _without(logits, sampling.eos_token_ids[:1])
+    best = _argmax(logits, mask_token_id)
+    # Where [MASK] and what is suppressed were all there was, nothing is left to predict.
+    broken |= logits.gather(-1, best[:, None])[:, 0] == -torch.inf
+    logits = _filter(logits, sampling)
+    tokens = best
+    if sampling.temperature > 0:
+        drawn = _gumbel_max(logits, mask_token_id, sampling.temperature, generators)
+        tokens = drawn.where(drawn >= 0, best)
+        if sampling.tempered_confidence:
+            logits = _tempered(logits, sampling.temperature)
+    last = torch.zeros_like(tokens, dtype=torch.bool)
+    if sampling.eos_suppression in ("confidence", "both"):
+        logits = _without(logits, sampling.eos_token_ids)
+        last = torch.isin(tokens, torch.tensor(sampling.eos_token_ids, device=logits.device))
+    return _Chosen(logits, tokens, broken, last)
 
 
 def _weights(

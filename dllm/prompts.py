@@ -66,6 +66,21 @@ def encode(
     return [_encode_one(prompt, tokenizer, number) for number, prompt in enumerate(prompts)]
 
 
+def encode_one(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, attention_mask: Mask | None = None) -> list[int]:
+    """Token ids of a single prompt: a text, a chat, a list or tensor of ids, or what a tokenizer returns for one text.
+
+    Raises:
+        ValueError: as `encode`, or there are several.
+    """
+    alone = token_list(prompt) is not None or (isinstance(prompt, (Tensor, np.ndarray)) and prompt.ndim == 1)
+    if alone:
+        prompt, attention_mask = [prompt], None if attention_mask is None else [attention_mask]
+    found = encode(prompt, tokenizer, attention_mask)
+    if len(found) != 1:
+        raise ValueError(f"prompt holds {len(found)} prompts; add one at a time")
+    return found[0]
+
+
 def is_chat(prompt: Any) -> bool:
     """Whether something is a list of messages, each with a role and text, parts or nothing as its content."""
     return (

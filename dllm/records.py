@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from dllm import request as decoding
 from dllm.ending import cut
-from dllm.generation import Clock, Recorder
-from dllm.plan import Plan
-from dllm.step import Step
+from dllm.engine import Engine
+from dllm.generation import Clock
+from dllm.step import Answer, Step
 from dllm.trace import Frames
 
 
@@ -92,118 +93,87 @@ class Record:
         return None
 
 
-def follow(plan: Plan, requests: Sequence[Request], filmed: frozenset[str]) -> Iterator[tuple[Record, Frames | None]]:
-    """Carry a plan out, yielding each request's record as soon as its row is finished.
+def follow(
+    prepared: Sequence[decoding.Request], engine: Engine, requests: Sequence[Request], filmed: frozenset[str]
+) -> Iterator[tuple[Record, Frames | None]]:
+    """Decode, yielding each request's record as soon as it is finished.
+
+    Args:
+        prepared: what is decoded.
+        engine: in which that waits, as 0, 1, 2, ...
+        requests: what is answered.
+        filmed: ids of those whose steps are kept.
 
     Raises:
         ValueError: the model has no answer for a request.
-
-    Args:
-        plan: made of the requests' prompts, in this order.
-        requests: what is answered.
-        filmed: ids of those whose steps are kept.
     """
-    steps, clock, batch = plan.steps(partial=True), Clock(plan.lm.device), None
-    left = list(requests)
-    while True:
-        started = time.perf_counter()
-        found = next(steps, None)
-        seconds = time.perf_counter() - started
-        if found is None:
-            return
-        recorder, step = found
-        if batch is None or batch.recorder is not recorder:
-            rows = len(recorder.canvas.host)
-            batch, left = _Batch(recorder, left[:rows], plan, clock, filmed), left[rows:]
-        batch.update(step, seconds)
-        for row in step.change.failed:
-            raise ValueError(f"{batch.requests[row].id} has no answer: {recorder.canvas.errors[row]}")
-        for row in step.change.finished:
-            yield batch.record(int(row)), batch.frames(int(row))
-
-
-@dataclass
-class _Batch:
-    """The rows of one canvas."""
-
-    recorder: Recorder
-    requests: Sequence[Request]
-    plan: Plan
-    clock: Clock
-    filmed: frozenset[str]
-
-    def __post_init__(self) -> None:
-        shape = self.recorder.canvas.host.shape
-        self.confidence = np.full(shape, np.nan)
-        self.seconds, self.guide_seconds = np.zeros((2, shape[0]))
-        self.started = np.full(shape[0], np.nan)
-        self.drift: list[list[list[float]]] = [[] for _ in range(shape[0])]
-        self.elapsed = self.uncounted = 0.0
-        films = [row for row, request in enumerate(self.requests) if request.id in self.filmed]
-        self.films: dict[int, list[dict[str, Any]]] = {row: [] for row in films}
-
-    def update(self, step: Step, seconds: float) -> None:
-        """Charge the rows of a step with it."""
-        rows, change = step.change.rows, step.change
-        counted = seconds - (self.recorder.uncounted_seconds - self.uncounted)
-        self.uncounted = self.recorder.uncounted_seconds
-        self.started[rows] = np.where(np.isnan(self.started[rows]), self.elapsed, self.started[rows])
-        self.elapsed += counted
-        self.seconds[rows] += counted / len(rows)
-        self.guide_seconds[rows] += step.edit.guide_seconds / len(rows)
-        written = step.canvas.host[rows] == step.predicted
+    clock, notes = Clock(engine.lm.device), {number: _Notes() for number in range(len(requests))}
+    for step in engine.steps():
+        written = step.tokens == step.predicted
         sure = np.where(written, step.confidence, np.nan)  # another token's probability says nothing
-        known = np.where(change.committed, sure, self.confidence[rows])
-        self.confidence[rows] = np.where(change.revoked | change.filled, np.nan, known)
+        for event in step:
+            request, note, own = requests[event.id], notes[event.id], slice(int(step.padding[event.entry]), None)
+            note.confidence(step, event.entry, own, sure)
+            if request.id in filmed:
+                note.film(step, event.entry, own, len(request.prompt))
+            if event.answer is None:
+                continue
+            if event.answer.error is not None:
+                raise ValueError(f"{request.id} has no answer: {event.answer.error}")
+            record = note.record(event.answer, request, prepared[event.id], clock)
+            yield record, notes.pop(event.id).frames(request)
+
+
+class _Notes:
+    """What is noted of a request beside what its answer says."""
+
+    def __init__(self) -> None:
+        self._confidence: NDArray[np.float64] | None = None
+        self._drift: list[list[float]] = []
+        self._film: list[dict[str, Any]] = []
+
+    def confidence(self, step: Step, entry: int, own: slice, sure: NDArray[np.float64]) -> None:
+        """Note how sure the model was of what was committed, and how far the cache was off."""
+        change, before = step.change, self._confidence
+        known = np.where(change.committed[entry, own], sure[entry, own], np.nan if before is None else before)
+        self._confidence = np.where((change.revoked | change.filled)[entry, own], np.nan, known)
         for each in step.drift:
-            for row, *values in zip(each.rows, each.kv_error, each.kl, each.flips, each.asked, strict=True):
-                self.drift[row].append([float(value) for value in values])
-        for row in set(self.films) & set(rows.tolist()):
-            self._film(int(row), int(np.flatnonzero(rows == row)[0]), step)
+            for name, *values in zip(each.ids, each.kv_error, each.kl, each.flips, each.asked, strict=True):
+                if name == step.ids[entry]:
+                    self._drift.append([float(value) for value in values])
 
-    def record(self, row: int) -> Record:
-        """What a finished row gave and cost."""
-        recorder, request, generated = self.recorder, self.requests[row], self.plan.options.gen_length
-        completion = recorder.canvas.host[row, -generated:]
-        stops = *request.until, *self.plan.stops
-        text, count = cut(self.plan.lm.tokenizer, completion, stops, recorder.canvas.eos_token_ids)
-        confidence = self.confidence[row, -generated:]
-        return Record(
-            id=request.id,
-            text=text,
-            completion=completion.tolist(),
-            commit_step=recorder.commit_step[row, -generated:].tolist(),
-            confidence=[None if np.isnan(value) else round(float(value), 6) for value in confidence],
-            tokens=count,
-            nfe=int(recorder.nfe[row]),
-            guide_nfe=int(recorder.guide_nfe[row]),
-            seconds=float(self.seconds[row]),
-            latency=self.elapsed - float(self.started[row]),
-            guide_seconds=float(self.guide_seconds[row]),
-            positions=int(recorder.computed_columns[row]),
-            canvas=int(recorder.canvas.lengths[row]),
-            refreshes=int(recorder.refreshes[row]),
-            peak_memory=self.clock.peak_memory(),
-            drift=self.drift[row],
-        )
-
-    def frames(self, row: int) -> Frames | None:
-        """A finished row's steps; None where they were not kept."""
-        if row not in self.films:
-            return None
-        film, request = self.films.pop(row), self.requests[row]
-        stacked = {name: np.stack([each[name] for each in film]) for name in film[0]}
-        return Frames(id=request.id, prompt=np.asarray(request.prompt, dtype=np.int64), **stacked)
-
-    def _film(self, row: int, entry: int, step: Step) -> None:
-        generated, padding = self.plan.options.gen_length, self.recorder.canvas.padding[row]
-        self.films[row].append(
+    def film(self, step: Step, entry: int, own: slice, prompt: int) -> None:
+        """Keep a step."""
+        generated = slice(own.start + prompt, None)
+        self._film.append(
             {
-                "canvas": step.canvas.host[row, -generated:].copy(),
-                "predicted": step.predicted[entry, -generated:],
-                "confidence": step.confidence[entry, -generated:].astype(np.float32),
-                "drafted": step.drafted[entry, -generated:],
-                "computed": step.recomputed[entry, padding:],
-                "nfe": np.int64(self.recorder.nfe[row]),
+                "canvas": step.tokens[entry, generated],
+                "predicted": step.predicted[entry, generated],
+                "confidence": step.confidence[entry, generated].astype(np.float32),
+                "drafted": step.drafted[entry, generated],
+                "computed": step.recomputed[entry, own],
+                "nfe": step.nfe[entry],
             }
         )
+
+    def record(self, answer: Answer, request: Request, decoded: decoding.Request, clock: Clock) -> Record:
+        """What a finished request gave and cost."""
+        stops, ends = (*request.until, *decoded.stops), decoded.eos_token_ids
+        text, tokens = cut(decoded.tokenizer, np.array(answer.completion), stops, ends)
+        assert self._confidence is not None
+        confidence = self._confidence[-len(answer.completion) :]
+        same = {name: value for name, value in vars(answer).items() if name in Record.__dataclass_fields__}
+        return Record(
+            **same | {"text": text, "tokens": tokens},
+            id=request.id,
+            confidence=[None if np.isnan(value) else round(float(value), 6) for value in confidence],
+            peak_memory=clock.peak_memory(),
+            drift=self._drift,
+        )
+
+    def frames(self, request: Request) -> Frames | None:
+        """The steps that were kept; None where they were not."""
+        if not self._film:
+            return None
+        stacked = {name: np.stack([each[name] for each in self._film]) for name in self._film[0]}
+        return Frames(id=request.id, prompt=np.asarray(request.prompt, dtype=np.int64), **stacked)

@@ -13,12 +13,15 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from dllm import request as decoding
+from dllm.api import prepare
 from dllm.cache import NoCache
 from dllm.cache.base import Cache
+from dllm.engine import Engine
 from dllm.journal import Journal
 from dllm.likelihood import Estimate, is_greedy, loglikelihood
 from dllm.loading import LanguageModel
-from dllm.plan import Plan, eos_ids, parse_options
+from dllm.options import eos_ids, parse_options
 from dllm.records import Record, Request, follow
 from dllm.samplers import Vanilla
 from dllm.samplers.base import Sampler
@@ -180,8 +183,8 @@ class Runner:
         if not left:
             return
         self._warm_up(left[:1], options)
-        plan = self._plan(left, self.setting.sampler, self.setting.cache, options)
-        for record, frames in follow(plan, left, self._filmed):
+        made = self._prepare(left, self.setting.sampler, self.setting.cache, options)
+        for record, frames in follow(*made, left, self._filmed):
             if frames is not None:
                 self._keep(record, frames)
             self.journal.add("record", record.id, asdict(record))
@@ -192,9 +195,9 @@ class Runner:
             if not set(noted["ids"]) <= {request.id for request in requests}:
                 raise self.journal.damage("baseline", name, "it is about other requests")
             return
-        plan = self._plan(requests, Vanilla(), NoCache(), options)
         self._warm_up(requests[:1], options)
-        records = [record for record, _ in follow(plan, requests, frozenset())]
+        made = self._prepare(requests, Vanilla(), NoCache(), options)
+        records = [record for record, _ in follow(*made, requests, frozenset())]
         self.journal.add(
             "baseline",
             name,
@@ -206,15 +209,18 @@ class Runner:
             },
         )
 
-    def _plan(self, requests: Sequence[Request], sampler: Any, cache: Any, options: Mapping[str, Any]) -> Plan:
+    def _prepare(
+        self, requests: Sequence[Request], sampler: Any, cache: Any, options: Mapping[str, Any]
+    ) -> tuple[list[decoding.Request], Engine]:
+        """What is decoded, and an engine in which it waits."""
         seeded = parse_options({**options, "seed": [request.seed for request in requests]})
-        return Plan(self.lm, [list(request.prompt) for request in requests], sampler, cache, seeded, infill=False)
+        return prepare(self.lm, [request.prompt for request in requests], sampler, cache, seeded)
 
     def _warm_up(self, requests: Sequence[Request], options: Mapping[str, Any]) -> None:
         """The first forwards of a process, and what a policy loads for them, belong to no request."""
         if not self._warm:
-            plan = self._plan(requests, self.setting.sampler, self.setting.cache, options)
-            deque(islice(plan.steps(partial=True), _WARM_UP), maxlen=0)
+            _, engine = self._prepare(requests, self.setting.sampler, self.setting.cache, options)
+            deque(islice(engine.steps(), _WARM_UP), maxlen=0)
             self._warm = True
 
     def _keep(self, record: Record, frames: Frames) -> None:
@@ -259,8 +265,8 @@ class Runner:
     def _film_again(self, requests: Sequence[Request], options: Mapping[str, Any]) -> None:
         """Keep the steps of answers once more; the answers stay as they are noted."""
         if requests:
-            plan = self._plan(requests, self.setting.sampler, self.setting.cache, options)
-            for record, frames in follow(plan, requests, self._filmed):
+            made = self._prepare(requests, self.setting.sampler, self.setting.cache, options)
+            for record, frames in follow(*made, requests, self._filmed):
                 assert frames is not None
                 self._keep(self._noted(record.id), frames)
 

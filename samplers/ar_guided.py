@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +42,9 @@ from dllm.flags import flagged
 from dllm.guide import Guide, Judging, guide_folder, load_guide
 from dllm.nonfinite import Broken, not_finite, reason
 from dllm.prediction import Prediction
+from dllm.request import Request
 from dllm.run import Run
-from dllm.samplers.base import Denoise, commit
+from dllm.samplers.base import Denoise, Policy, commit
 from dllm.samplers.selection import leftmost
 
 
@@ -56,7 +57,6 @@ class Ready:
         aligner: how it reads the canvas.
         writable: tokens of the guide that may be written; None where its tokens are others.
         mask_token_id: of the denoiser.
-        checked: whether the prompts are known to be readable.
     """
 
     judging: Judging
@@ -66,7 +66,7 @@ class Ready:
 
 
 @dataclass(frozen=True)
-class ARGuided:
+class ARGuided(Policy):
     """Commit the run of drafts that a causal model agrees with.
 
     Args:
@@ -81,8 +81,6 @@ class ARGuided:
         ValueError: an option out of range or without effect; at the start of a run: a guide that cannot be
             loaded, cropped or aligned, or that cannot read a prompt.
     """
-
-    single_forward: ClassVar[bool] = False
 
     guide: str | Guide | PreTrainedModel = "tiny-guide"
     accept: Literal["argmax", "topk", "ratio"] = "argmax"
@@ -119,8 +117,7 @@ class ARGuided:
                 guide = self.guide
             case PreTrainedModel():
                 guide = Guide(self.guide, run.tokenizer)
-        aligner = align(guide, run.tokenizer, run.vocab_size, run.eos_token_ids)
-        aligner.check(*run.given())
+        aligner = align(guide, run.tokenizer, run.vocab_size)
         writable = None
         if isinstance(aligner, SameVocabulary):
             shared = min(guide.vocab_size, run.vocab_size)
@@ -130,11 +127,19 @@ class ARGuided:
             raise ValueError("on_reject=guide needs a guide with the model's own vocabulary; use on_reject=draft")
         return Ready(Judging(guide), aligner, writable, run.mask_token_id)
 
+    def check(self, state: Ready, request: Request) -> None:
+        """Refuse a prompt that the guide cannot read."""
+        state.aligner.check(request.tokens[: request.start].tolist(), request.eos_token_ids)
+
+    def enter(self, state: Ready, row: int, request: Request) -> None:
+        """Nothing was read of the row yet."""
+        state.judging.forget(row)
+
     def step(self, window: Window, denoise: Denoise, state: Ready) -> Edit:
         """Draft the block, let the guide read it, commit what holds."""
         prediction = denoise()
         drafted = commit(window, prediction, window.masked).on(window.tokens)
-        aligned = state.aligner(drafted, window.first, window.columns, window.masked)
+        aligned = state.aligner(drafted, window.first, window.columns, window.masked, window.ends)
         asks = (window.masked.sum(-1) > (1 if self.on_reject == "draft" else 0)) & (aligned.lengths > aligned.start)
         before = state.judging.seconds
         judged = state.judging.logits(

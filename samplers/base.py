@@ -1,12 +1,15 @@
 """What a sampler is: a rule that looks at predictions and decides which tokens to write.
 
 A sampler is a frozen dataclass of its options. What it must remember between steps lives in the
-state object that `start` returns, kept per canvas row and addressed with `Window.rows`, so that one
-sampler serves many runs at once.
+state object that `start` returns, kept under the numbers of the rows (`Window.rows`), so that one
+sampler serves many engines at once. The numbers are used again: `enter` says that one has become
+another request's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from dllm.canvas import Edit, Window
 from dllm.prediction import Prediction
+from dllm.request import Request
 from dllm.run import Run
 
 
@@ -52,18 +56,57 @@ class Denoise(Protocol):
 class Sampler(Protocol):
     """A rule for unmasking.
 
-    A class attribute ``single_forward = True`` promises that a step calls `denoise` once, for the window's
-    own columns and tokens, and leaves the state as it is: then others may run its step on drafts. What it
-    relies on that a cache may not give it says in an attribute `needs`, in the words of `dllm.compatibility`.
+    Attributes:
+        single_forward: a promise that a step calls `denoise` once, for the window's own columns and tokens, and leaves
+            the state as it is: then others may run its step on drafts.
+        needs: what it relies on that a cache may not give, in the words of `dllm.compatibility`.
     """
 
+    @property
+    def single_forward(self) -> bool: ...  # noqa: D102
+
+    @property
+    def needs(self) -> frozenset[str]: ...  # noqa: D102
+
+    def files(self) -> Iterable[Path]:
+        """The files that its result depends on."""
+        ...
+
     def start(self, run: Run) -> Any:
-        """Refuse what cannot work (ValueError, before any forward) and return this run's state."""
+        """Load what is needed, refuse (ValueError) what cannot work, and return an engine's state."""
+        ...
+
+    def check(self, state: Any, request: Request) -> None:
+        """Refuse a request that cannot be decoded (ValueError), when it is made."""
+        ...
+
+    def enter(self, state: Any, row: int, request: Request) -> None:
+        """Begin a row; where that is impossible (ValueError) the request fails."""
         ...
 
     def step(self, window: Window, denoise: Denoise, state: Any) -> Edit:
         """Decide one step: every row that takes part in a forward commits at least one token."""
         ...
+
+
+class Policy:
+    """A sampler that has nothing to prepare or refuse and remembers nothing, but for what it overrides."""
+
+    single_forward = False
+    needs: frozenset[str] = frozenset()
+
+    def files(self) -> Iterable[Path]:
+        """None."""
+        return ()
+
+    def start(self, run: Run) -> Any:
+        """Nothing to prepare."""
+
+    def check(self, state: Any, request: Request) -> None:
+        """Nothing to refuse."""
+
+    def enter(self, state: Any, row: int, request: Request) -> None:
+        """Nothing to remember."""
 
 
 def told(prediction: Prediction) -> Denoise:

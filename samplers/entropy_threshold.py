@@ -8,17 +8,15 @@ families use <=.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from dllm.canvas import Edit, Window
 from dllm.checks import number
-from dllm.run import Run
-from dllm.samplers.base import Denoise, commit
+from dllm.samplers.base import Denoise, Policy, commit
 from dllm.samplers.selection import top
 
 
 @dataclass(frozen=True)
-class EntropyThreshold:
+class EntropyThreshold(Policy):
     """Commit where the prediction is concentrated.
 
     Args:
@@ -28,15 +26,12 @@ class EntropyThreshold:
         ValueError: a negative threshold.
     """
 
-    single_forward: ClassVar[bool] = True
+    single_forward = True
 
     threshold: float = 0.5
 
     def __post_init__(self) -> None:
         number("threshold", self.threshold, "0 or more nats (0.5 is published)", low=0)
-
-    def start(self, run: Run) -> None:
-        """Nothing to prepare."""
 
     def step(self, window: Window, denoise: Denoise, state: None) -> Edit:
         """Commit all positions at or below the threshold, at least the lowest."""

@@ -11,19 +11,17 @@ committed, as in the reference.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
 from dllm.canvas import Edit, Window
 from dllm.checks import number
-from dllm.run import Run
-from dllm.samplers.base import Denoise, commit
+from dllm.samplers.base import Denoise, Policy, commit
 from dllm.samplers.selection import ranks, top
 
 
 @dataclass(frozen=True)
-class Factor:
+class Factor(Policy):
     """Commit as many tokens as their joint confidence bears.
 
     Args:
@@ -33,15 +31,12 @@ class Factor:
         ValueError: a factor that is not positive.
     """
 
-    single_forward: ClassVar[bool] = True
+    single_forward = True
 
     factor: float = 1.0
 
     def __post_init__(self) -> None:
         number("factor", self.factor, "a positive number (1.0 is published)", above=0)
-
-    def start(self, run: Run) -> None:
-        """Nothing to prepare."""
 
     def step(self, window: Window, denoise: Denoise, state: None) -> Edit:
         """Commit the longest safe head of the sorted confidences."""

@@ -31,7 +31,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,39 +42,42 @@ from torch import Tensor
 from dllm.canvas import Edit, Window
 from dllm.checks import choice, number
 from dllm.prediction import Prediction
+from dllm.request import Request
 from dllm.resolve import resolve
 from dllm.run import Run
-from dllm.samplers.base import Denoise, Sampler, become, told
+from dllm.samplers.base import Denoise, Policy, Sampler, become, told
 from dllm.samplers.selection import enter_next_blocks, stopped
 
 
 @dataclass
 class Memory:
-    """What a run remembers: the base, and of every canvas row where the base is.
+    """What an engine remembers: the base, and of every row where the base is.
 
     Attributes:
         base: the policy that drafts and judges.
         state: its own state.
-        run: the facts of the run.
+        mask_token_id: id of [MASK].
         block: block of the last accepted draft; -1 before the first.
         step: steps the base has spent in that block.
         entry_masks: masked positions the row had when the base entered it.
         entry: which entry of the predictions kept is the row's.
+        deepest: drafts beyond which none of the rows so far can hold anything new.
         kept: predictions for the accepted drafts of the last step.
     """
 
     base: Sampler
     state: Any
-    run: Run
+    mask_token_id: int
     block: Int[Tensor, " rows"]
     step: Int[Tensor, " rows"]
     entry_masks: Int[Tensor, " rows"]
     entry: Int[Tensor, " rows"]
+    deepest: int = 1
     kept: Prediction | None = None
 
 
 @dataclass(frozen=True)
-class FreeDave:
+class FreeDave(Policy):
     """Run several steps of another policy in one forward, without changing what they do.
 
     Args:
@@ -88,8 +91,6 @@ class FreeDave:
         ValueError: a number below 1, an unknown mode or name, or a base of another kind.
     """
 
-    single_forward: ClassVar[bool] = False
-
     draft_steps: int = 4
     base: str | Sampler = "vanilla"
     draft_mode: Literal["batch", "tree"] = "batch"
@@ -99,7 +100,7 @@ class FreeDave:
         number("draft_steps", self.draft_steps, "a whole number of at least 1 (published: 4, 8)", low=1, whole=True)
         choice("draft_mode", self.draft_mode, ("batch", "tree"))
         choice("eager", self.eager, (True, False))
-        if not getattr(self._base, "single_forward", False):
+        if not self._base.single_forward:
             raise ValueError(
                 f"base={self.base!r} cannot be drafted: its step is more than one forward about the active block; "
                 "use a policy of the kind of vanilla or threshold (learn2pd with eotp=off)"
@@ -110,20 +111,31 @@ class FreeDave:
         return resolve("sampler", self.base, Sampler, "base")
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
         """What a cache must give (`dllm.compatibility`)."""
         own = ["repeatable", *["next_block"] * self.eager] if self.draft_steps > 1 else []  # one is the base itself
-        return frozenset(own) | frozenset(getattr(self._base, "needs", ()))
+        return frozenset(own) | self._base.needs
 
     def files(self) -> Iterable[Path]:
         """What the base reads."""
-        return tuple(getattr(self._base, "files", tuple)())
+        return self._base.files()
 
     def start(self, run: Run) -> Memory:
         """Start the base."""
         base = self._base
-        block, *zeros = torch.zeros((4, run.rows), dtype=torch.long, device=run.device)
-        return Memory(base, base.start(run), run, block - 1, *zeros)
+        block, *zeros = torch.zeros((4, run.slots), dtype=torch.long, device=run.device)
+        return Memory(base, base.start(run), run.mask_token_id, block - 1, *zeros)
+
+    def check(self, state: Memory, request: Request) -> None:
+        """Refuse what the base refuses."""
+        state.base.check(state.state, request)
+
+    def enter(self, state: Memory, row: int, request: Request) -> None:
+        """Nothing is known about the row yet."""
+        state.base.enter(state.state, row, request)
+        state.block[row] = -1
+        # Each draft that differs from the one before holds at least one token more.
+        state.deepest = max(state.deepest, request.span + 1)
 
     def step(self, window: Window, denoise: Denoise, state: Memory) -> Edit:
         """Draft, judge all drafts in one forward, follow the chain."""
@@ -136,9 +148,9 @@ class FreeDave:
         )
         drafts = self._draft(window, known, state)
         new = F.pad((drafts[:, 1:] != drafts[:, :-1]).any(-1), (1, 0), value=True)
-        views = _views(window, drafts, new, state.run)
+        views = _views(window, drafts, new, state.mask_token_id)
         if self.eager:
-            views = enter_next_blocks(views, state.run)
+            views = enter_next_blocks(views, state.mask_token_id)
         views = replace(views, inside=views.inside & views.masked.any(-1, keepdim=True))
         judged: list[Prediction] = []
 
@@ -156,20 +168,19 @@ class FreeDave:
         state.entry_masks[window.rows] = views.entry_masks[at]
         state.entry[window.rows] = torch.arange(len(at), device=at.device)
         state.kept = judged[0].kept(lambda values: values[at])
-        mask = state.run.mask_token_id
+        mask = state.mask_token_id
         # Of the drafts the deepest holds what all the others do.
         return replace(become(window, final), drafted=drafts[:, -1].where(window.tokens == mask, mask))
 
     def _draft(self, window: Window, known: Bool[Tensor, " B"], state: Memory) -> Int[Tensor, "B D L"]:
         """The canvas and what the base would make of it, step by step, if what was predicted still held."""
-        # Each draft that differs from the one before holds at least one token more.
-        drafts = [window.tokens] * min(self.draft_steps, max(state.run.spans) + 1)
+        drafts = [window.tokens] * min(self.draft_steps, state.deepest)
         if state.kept is not None:
             stale = state.kept.kept(lambda values: values[state.entry[window.rows]])
             view = replace(window, inside=window.inside & known[:, None], masked=window.masked & known[:, None])
             for k in range(1, len(drafts)):
                 drafts[k] = state.base.step(view, told(stale), state.state).on(view.tokens)
-                view = _advanced(view, drafts[k], window.step + k, state.run)
+                view = _advanced(view, drafts[k], window.step + k, state.mask_token_id)
         return torch.stack(drafts, dim=1)
 
     def _follow(
@@ -213,22 +224,22 @@ class FreeDave:
         return at, step, target
 
 
-def _advanced(view: Window, tokens: Int[Tensor, "B L"], step: Int[Tensor, " B"], run: Run) -> Window:
+def _advanced(view: Window, tokens: Int[Tensor, "B L"], step: Int[Tensor, " B"], mask_token_id: int) -> Window:
     """The same blocks in canvases that are `step` steps into them; a block that is complete stays where it is."""
-    masked = view.inside & (tokens.gather(1, view.columns) == run.mask_token_id)
+    masked = view.inside & (tokens.gather(1, view.columns) == mask_token_id)
     return replace(view, tokens=tokens, masked=masked, step=step.where(masked.any(-1), view.step))
 
 
-def _views(window: Window, drafts: Int[Tensor, "B D L"], new: Bool[Tensor, "B D"], run: Run) -> Window:
+def _views(window: Window, drafts: Int[Tensor, "B D L"], new: Bool[Tensor, "B D"], mask_token_id: int) -> Window:
     """Every draft as an entry of its own; those that need no judging ask nothing."""
     rows, count = new.shape
     number = torch.arange(count, device=new.device).repeat(rows)
     every = window.taken(torch.arange(rows, device=new.device).repeat_interleave(count))
-    tokens = drafts.flatten(0, 1)
-    judged = new.flatten() & ~stopped(tokens, every.region, run)
+    every = replace(every, tokens=drafts.flatten(0, 1))
+    judged = new.flatten() & ~stopped(every, mask_token_id)
     every = replace(
         every,
         inside=every.inside & judged[:, None],
         uniform=lambda: torch.stack([window.uniform() for _ in range(count)], dim=1).flatten(0, 1),
     )
-    return _advanced(every, tokens, every.step + number, run)
+    return _advanced(every, every.tokens, every.step + number, mask_token_id)

@@ -27,13 +27,13 @@ off are positions the block does not have.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm.canvas import Edit, Window
@@ -41,21 +41,22 @@ from dllm.checks import Notice, choice, number
 from dllm.filters import Filter, FilterNetwork, filter_files, find_filter, load_filter
 from dllm.flags import flagged
 from dllm.prediction import Prediction
+from dllm.request import Request
 from dllm.run import Run
-from dllm.samplers.base import Denoise, commit
+from dllm.samplers.base import Denoise, Policy, commit
 from dllm.samplers.selection import is_eos, leftmost, top
 
 
 @dataclass(frozen=True)
 class Ready:
-    """What a run works with."""
+    """What an engine works with: the filter for each length of block, and the facts."""
 
-    network: FilterNetwork
+    networks: dict[int, FilterNetwork]
     run: Run
 
 
 @dataclass(frozen=True)
-class Learn2PD:
+class Learn2PD(Policy):
     """Commit what a learned filter takes for final.
 
     Args:
@@ -85,7 +86,7 @@ class Learn2PD:
         choice("allow_mismatch", self.allow_mismatch, (True, False))
 
     @property
-    def single_forward(self) -> bool:
+    def single_forward(self) -> bool:  # type: ignore[override]
         """Whether a step depends on the active block alone."""
         return self.eotp == "off"
 
@@ -94,51 +95,68 @@ class Learn2PD:
         return () if isinstance(self.filter, Filter) else filter_files(self.filter)
 
     def start(self, run: Run) -> Ready:
-        """Load the filter and refuse one that is for something else."""
-        if run.infill and self.eotp != "off":
+        """Filters are loaded when the first block of their length is asked for."""
+        return Ready({}, run)
+
+    def check(self, state: Ready, request: Request) -> None:
+        """Load the filter, and refuse one that is for something else."""
+        if request.has_gaps and self.eotp != "off":
             raise ValueError(f"eotp={self.eotp} would cut off text that is given; use eotp=off to infill")
+        run, length = state.run, request.block_length
+        if length in state.networks:
+            return
         if self.filter is None:
-            found = find_filter(run.fingerprint(), run.block_length)
+            found = find_filter(run.fingerprint(), length)
         else:
             found = self.filter if isinstance(self.filter, Filter) else load_filter(self.filter)
-        _check(found, run, self.allow_mismatch)
-        return Ready(found.network.to(run.device), run)
+        _check(found, run.fingerprint, length, self.allow_mismatch)
+        state.networks[length] = found.network.to(run.device)
 
     def step(self, window: Window, denoise: Denoise, state: Ready) -> Edit:
         """Commit what is accepted, the best in any case, and cut behind a predicted end-of-text."""
         everywhere = None
         if self.eotp == "published":
-            everywhere = _ask_everywhere(window, denoise, state.run)
+            everywhere = _ask_everywhere(window, denoise, state.run.mask_token_id)
             prediction = everywhere.arranged(lambda values: values.gather(1, window.columns))
         else:
             prediction = denoise(decided=True)
-        surety = state.network(prediction.confidence.float(), window.masked, window.inside).sigmoid()
-        accepted = (surety > self.threshold) & window.masked
+        accepted = (self._surety(window, prediction, state) > self.threshold) & window.masked
         edit = commit(window, prediction, accepted | top(prediction.confidence, self.at_least, window.masked))
         if self.eotp == "off":
             return edit
-        ends, none = is_eos(prediction.tokens, state.run), state.run.length
+        ends, none = is_eos(prediction.tokens, window), state.run.length
         if self.eotp == "safe":
             cut = _first(leftmost(window.masked & ~edit.write) & ends, window, none)
         else:
             cut = _first(accepted & ends, window, none)
         if everywhere is not None:
-            cut = torch.where(cut < none, cut, _surest_end(window, everywhere, state.run))
+            cut = torch.where(cut < none, cut, _surest_end(window, everywhere, state.run.mask_token_id))
         return replace(edit, end=(cut + 1).clamp(max=none))
 
+    def _surety(self, window: Window, prediction: Prediction, state: Ready) -> Float[Tensor, "B K"]:
+        """What the filters for the rows' lengths of block say."""
+        confidence = prediction.confidence.float()
+        surety = torch.zeros_like(confidence)
+        for length, network in tuple(state.networks.items()):
+            own = (each[:, :length] for each in (confidence, window.masked, window.inside))
+            if length <= confidence.shape[1]:
+                theirs = (window.block_length == length)[:, None]
+                surety[:, :length] = network(*own).sigmoid().where(theirs, surety[:, :length])
+        return surety
 
-def _surest_end(window: Window, everywhere: Prediction, run: Run) -> Int[Tensor, " B"]:
+
+def _surest_end(window: Window, everywhere: Prediction, mask_token_id: int) -> Int[Tensor, " B"]:
     """The masked position of the whole canvas that most surely ends the text; the canvas's length if none does."""
-    ends = (window.tokens == run.mask_token_id) & window.region & is_eos(everywhere.tokens, run)
+    ends = (window.tokens == mask_token_id) & window.region & is_eos(everywhere.tokens, window)
     score = everywhere.confidence.masked_fill(~ends, -torch.inf)
-    return torch.where(ends.any(-1), score.argmax(-1), run.length)
+    return torch.where(ends.any(-1), score.argmax(-1), ends.shape[1])
 
 
-def _ask_everywhere(window: Window, denoise: Denoise, run: Run) -> Prediction:
+def _ask_everywhere(window: Window, denoise: Denoise, mask_token_id: int) -> Prediction:
     """Predictions for the whole block and for the masks of the whole canvas."""
     columns = torch.arange(window.tokens.shape[1], device=window.tokens.device).expand_as(window.tokens)
     block = flagged(torch.zeros_like(window.region), window.columns, window.inside)
-    return denoise(block | ((window.tokens == run.mask_token_id) & window.region), columns)
+    return denoise(block | ((window.tokens == mask_token_id) & window.region), columns)
 
 
 def _first(where: Bool[Tensor, "B K"], window: Window, none: int) -> Int[Tensor, " B"]:
@@ -146,12 +164,12 @@ def _first(where: Bool[Tensor, "B K"], window: Window, none: int) -> Int[Tensor,
     return window.columns.masked_fill(~where, none).amin(-1)
 
 
-def _check(found: Filter, run: Run, allow_mismatch: bool) -> None:
+def _check(found: Filter, fingerprint: Callable[[], str], block_length: int, allow_mismatch: bool) -> None:
     """Refuse a filter that is for something else."""
     card, only = found.card, found.network.block_length
-    if only is not None and only != run.block_length:
+    if only is not None and only != block_length:
         raise ValueError(
-            f"filter={found.name!r} fits block_length={only} only, not {run.block_length}; set block_length={only}"
+            f"filter={found.name!r} fits block_length={only} only, not {block_length}; set block_length={only}"
         )
     if allow_mismatch:
         return
@@ -162,9 +180,7 @@ def _check(found: Filter, run: Run, allow_mismatch: bool) -> None:
     use = "train one with `dllm train-filter`, or set allow_mismatch=true to use it all the same"
     if card is None:
         raise ValueError(f"filter={found.name!r} does not say which model it is for; {use}")
-    if card.fingerprint != run.fingerprint():
+    if card.fingerprint != fingerprint():
         raise ValueError(f"filter={found.name!r} is for the weights of {card.backbone!r}; {use}")
-    if card.block_length != run.block_length:
-        raise ValueError(
-            f"filter={found.name!r} is for block_length={card.block_length}, not {run.block_length}; {use}"
-        )
+    if card.block_length != block_length:
+        raise ValueError(f"filter={found.name!r} is for block_length={card.block_length}, not {block_length}; {use}")

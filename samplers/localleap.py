@@ -15,19 +15,17 @@ end-of-text; `stop_at_eos` here does so already behind the end-of-text itself, f
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch.nn.functional as F
 
 from dllm.canvas import Edit, Window
 from dllm.checks import number
-from dllm.run import Run
-from dllm.samplers.base import Denoise, commit
+from dllm.samplers.base import Denoise, Policy, commit
 from dllm.samplers.selection import top
 
 
 @dataclass(frozen=True)
-class LocalLeap:
+class LocalLeap(Policy):
     """Commit what the model is sure of, and near it also what it is fairly sure of.
 
     Args:
@@ -39,7 +37,7 @@ class LocalLeap:
         ValueError: a negative number, or a relaxed threshold above the threshold.
     """
 
-    single_forward: ClassVar[bool] = True
+    single_forward = True
 
     threshold: float = 0.9
     relaxed_threshold: float = 0.75
@@ -50,9 +48,6 @@ class LocalLeap:
         use = f"a number from 0 to threshold={self.threshold} (0.75 is published)"
         number("relaxed_threshold", self.relaxed_threshold, use, low=0, high=self.threshold)
         number("radius", self.radius, "a whole number of at least 0 (4 is published)", low=0, whole=True)
-
-    def start(self, run: Run) -> None:
-        """Nothing to prepare."""
 
     def step(self, window: Window, denoise: Denoise, state: None) -> Edit:
         """Commit the anchors, what they draw in, and the best in any case."""

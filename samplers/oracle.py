@@ -12,31 +12,38 @@ a policy with other results may need.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from dllm.canvas import Edit, Window
+from dllm.request import Request
 from dllm.resolve import resolve
-from dllm.run import Run
-from dllm.samplers.base import Denoise, Sampler, become
+from dllm.run import Rehearsal, Run
+from dllm.samplers.base import Denoise, Policy, Sampler, become
 from dllm.samplers.selection import stopped, top
 
 
 @dataclass(frozen=True)
 class Known:
-    """What a run works with: the result of the base, (rows, L), and the facts."""
+    """What an engine works with.
+
+    Attributes:
+        result: of the base, for every row.
+        rehearsal: decodes it.
+        mask_token_id: id of [MASK].
+    """
 
     result: Int[Tensor, "rows L"]
-    run: Run
+    rehearsal: Rehearsal
+    mask_token_id: int
 
 
 @dataclass(frozen=True)
-class Oracle:
+class Oracle(Policy):
     """Commit exactly what already equals the result of another policy.
 
     Args:
@@ -46,26 +53,38 @@ class Oracle:
         ValueError: an unknown name.
     """
 
-    single_forward: ClassVar[bool] = True
+    single_forward = True
 
     base: str | Sampler = "vanilla"
 
     def __post_init__(self) -> None:
-        resolve("sampler", self.base, Sampler, "base")
+        self._base  # noqa: B018  # refuses an unknown name
 
     @property
-    def needs(self) -> frozenset[str]:
+    def _base(self) -> Sampler:
+        return resolve("sampler", self.base, Sampler, "base")
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
         """What a cache must give (`dllm.compatibility`): what the base needs."""
-        return frozenset(getattr(resolve("sampler", self.base, Sampler, "base"), "needs", ()))
+        return self._base.needs
 
     def files(self) -> Iterable[Path]:
         """What the base reads."""
-        found: Iterable[Path] = getattr(resolve("sampler", self.base, Sampler, "base"), "files", tuple)()
-        return found
+        return self._base.files()
 
     def start(self, run: Run) -> Known:
+        """Make room for the results."""
+        result = torch.zeros((run.slots, run.length), dtype=torch.long, device=run.device)
+        return Known(result, run.rehearsal(self._base), run.mask_token_id)
+
+    def check(self, state: Known, request: Request) -> None:
+        """Refuse what the base refuses."""
+        state.rehearsal.check(request)
+
+    def enter(self, state: Known, row: int, request: Request) -> None:
         """Decode the result that is going to be reproduced."""
-        return Known(run.rehearse(resolve("sampler", self.base, Sampler, "base")), run)
+        state.result[row, -len(request.tokens) :] = state.rehearsal(request)
 
     def step(self, window: Window, denoise: Denoise, state: Known) -> Edit:
         """Commit every position that is right."""
@@ -77,5 +96,6 @@ class Oracle:
         edit = Edit(window.columns, final, right | (stuck & top(prediction.confidence, 1, window.masked)))
         # The base may have decoded something behind its end-of-text; what it left is filled for both alike.
         after = edit.on(window.tokens)
-        rest = (stopped(after, window.region, state.run)[:, None]) & (result != state.run.eos_token_ids[0])
+        done = stopped(replace(window, tokens=after), state.mask_token_id)
+        rest = done[:, None] & (result != window.ends[:, :1]) & window.region
         return become(window, torch.where(rest, result, after))

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dllm.run import Run
+from dllm.canvas import Window
+from dllm.request import Request
 
 
-def share_steps(steps: int, run: Run) -> Int[Tensor, "rows blocks"]:
-    """Steps of every block of every row, in proportion to the block's length; 0 past a row's last block.
+def check_steps(steps: int, request: Request) -> None:
+    """Refuse a number of steps that the blocks of a request cannot share.
 
     Args:
-        steps: for the whole generated region of a row.
-        run: says how long that region is in each row.
+        steps: for all that the request generates.
+        request: what is decoded.
 
     Raises:
-        ValueError: fewer steps than a row has blocks, or more than it has columns to generate.
+        ValueError: fewer steps than there are blocks, or more than positions to generate.
     """
-    shares = []
-    for span in run.spans:
-        blocks = -(-span // run.block_length)
-        if not blocks <= steps <= span:
-            raise ValueError(
-                f"steps={steps} is out of range; use between {blocks} (one per block) "
-                f"and {span} (one per generated position)"
-            )
-        ends = torch.arange(run.blocks + 1).mul(run.block_length).clamp(max=span) * steps // span
-        shares.append(ends.diff())
-    return torch.stack(shares)
+    blocks = -(-request.span // request.block_length)
+    if not blocks <= steps <= request.span:
+        raise ValueError(
+            f"steps={steps} is out of range; use between {blocks} (one per block) "
+            f"and {request.span} (one per generated position)"
+        )
+
+
+def steps_of_block(steps: int, window: Window) -> Int[Tensor, " B"]:
+    """Steps of each row's active block, in proportion to its length."""
+    before = window.columns[:, 0] - window.start
+    through = (before + window.block_length).minimum(window.span)
+    return through * steps // window.span - before * steps // window.span

@@ -9,7 +9,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm.canvas import Window
-from dllm.run import Run
 
 
 def ranks(score: Float[Tensor, "B K"]) -> Int[Tensor, "B K"]:
@@ -45,31 +44,29 @@ def leftmost(where: Bool[Tensor, "B K"]) -> Bool[Tensor, "B K"]:
     return where & (where.cumsum(-1) == 1)
 
 
-def is_eos(tokens: Int[Tensor, "B K"], run: Run) -> Bool[Tensor, "B K"]:
-    """Where a token ends a text."""
-    return torch.isin(tokens, torch.tensor(run.eos_token_ids, device=tokens.device))
+def is_eos(tokens: Int[Tensor, "B K"], window: Window) -> Bool[Tensor, "B K"]:
+    """Where a token ends its row's text."""
+    return (tokens[..., None] == window.ends[:, None]).any(-1)
 
 
-def stopped(tokens: Int[Tensor, "B L"], region: Bool[Tensor, "B L"], run: Run) -> Bool[Tensor, " B"]:
-    """Canvases that end-of-text stopping finishes: everything up to the first end-of-text of `region` is decoded."""
-    if not run.stop_at_eos:
-        return torch.zeros_like(region[:, 0])
-    ended = is_eos(tokens, run) & region
-    masks = ((tokens == run.mask_token_id) & region).cumsum(-1)
-    return ended.any(-1) & (masks.gather(1, ended.int().argmax(-1, keepdim=True))[:, 0] == 0)
+def stopped(window: Window, mask_token_id: int) -> Bool[Tensor, " B"]:
+    """Rows that end-of-text stopping finishes: everything up to the first end-of-text of `region` is decoded."""
+    ended = is_eos(window.tokens, window) & window.region
+    masks = ((window.tokens == mask_token_id) & window.region).cumsum(-1)
+    done = masks.gather(1, ended.int().argmax(-1, keepdim=True))[:, 0] == 0
+    return window.stop_at_eos & ended.any(-1) & done
 
 
-def enter_next_blocks(views: Window, run: Run) -> Window:
+def enter_next_blocks(views: Window, mask_token_id: int) -> Window:
     """Where a draft completed its block, look at the block of its next mask instead."""
-    masked = (views.tokens == run.mask_token_id) & views.region
+    masked = (views.tokens == mask_token_id) & views.region
     enters = views.inside.any(-1) & ~views.masked.any(-1) & masked.any(-1)
-    ahead = (masked.int().argmax(-1) - views.columns[:, 0]).div(run.block_length, rounding_mode="floor")
-    ahead = ahead.where(enters, 0)
+    own = views.block_length
+    ahead = (masked.int().argmax(-1) - views.columns[:, 0]).div(own, rounding_mode="floor").where(enters, 0)
     length = views.tokens.shape[1]
-    columns = (
-        views.columns[:, :1] + ahead[:, None] * run.block_length + torch.arange(run.block_length, device=ahead.device)
-    )
-    exists = columns < length
+    offset = torch.arange(views.columns.shape[1], device=ahead.device)
+    columns = views.columns[:, :1] + (ahead * own)[:, None] + offset
+    exists = (columns < length) & (offset < own[:, None])
     columns = columns.clamp(max=length - 1)
     inside = torch.where(enters[:, None], views.region.gather(1, columns) & exists, views.inside)
     masked = inside & masked.gather(1, columns)

@@ -11,21 +11,18 @@ Dream sampler without cache does, where steps = generated length means one token
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-from jaxtyping import Int
-from torch import Tensor
+from typing import Any
 
 from dllm.canvas import Edit, Window
 from dllm.checks import number
-from dllm.run import Run
-from dllm.samplers.base import Denoise, commit
-from dllm.samplers.schedule import share_steps
+from dllm.request import Request
+from dllm.samplers.base import Denoise, Policy, commit
+from dllm.samplers.schedule import check_steps, steps_of_block
 from dllm.samplers.selection import top
 
 
 @dataclass(frozen=True)
-class Threshold:
+class Threshold(Policy):
     """Commit what the model is sure of.
 
     Args:
@@ -37,7 +34,7 @@ class Threshold:
         ValueError: a negative threshold, or a number below 1.
     """
 
-    single_forward: ClassVar[bool] = True
+    single_forward = True
 
     threshold: float = 0.9
     at_least: int = 1
@@ -49,16 +46,17 @@ class Threshold:
         if self.steps is not None:
             number("steps", self.steps, "a whole number of at least 1, or null for no pace", low=1, whole=True)
 
-    def start(self, run: Run) -> Int[Tensor, "rows blocks"] | None:
-        """Share the steps out among the blocks."""
-        return None if self.steps is None else share_steps(self.steps, run).to(run.device)
+    def check(self, state: Any, request: Request) -> None:
+        """Refuse steps that the blocks cannot share."""
+        if self.steps is not None:
+            check_steps(self.steps, request)
 
-    def step(self, window: Window, denoise: Denoise, state: Int[Tensor, "rows blocks"] | None) -> Edit:
+    def step(self, window: Window, denoise: Denoise, state: Any) -> Edit:
         """Commit all positions at or above the threshold, and the best in any case."""
         prediction = denoise()
         sure = (prediction.confidence >= self.threshold) & window.masked
-        if state is not None:
-            steps = state[window.rows, window.block]
+        if self.steps is not None:
+            steps = steps_of_block(self.steps, window)
             due = window.entry_masks * (window.step + 1).minimum(steps) // steps
             committed = window.entry_masks - window.masked.sum(-1)
             sure &= top(prediction.confidence, due - committed, window.masked)

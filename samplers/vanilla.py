@@ -24,8 +24,9 @@ multiple of anything; ties go to the leftmost position.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,31 +36,46 @@ from torch import Tensor
 from dllm.canvas import Edit, Window
 from dllm.checks import choice, number
 from dllm.prediction import Prediction
+from dllm.request import Request
 from dllm.run import Run
-from dllm.samplers.base import Denoise, commit
-from dllm.samplers.schedule import share_steps
+from dllm.samplers.base import Denoise, Policy, commit
+from dllm.samplers.schedule import check_steps, steps_of_block
 from dllm.samplers.selection import perturbed, top
 
 ORDERS = ("low_confidence", "margin", "entropy", "random")
 SCHEDULES = ("uniform", "timestep")
 
 
-@dataclass(frozen=True)
-class Quotas:
-    """How many tokens a step commits.
+@dataclass
+class Timetables:
+    """The quotas of schedule=timestep, which are a recurrence.
 
     Attributes:
-        table: entry [n, m, i] is the i-th nonzero quota of a block entered with m masks, for each of
-            the N numbers of steps that a block may have.
-        kind: which n each block of each row has.
+        table: entry [n, m, i] is the i-th nonzero quota of a block entered with m masks, for the n-th number of steps
+            that a block may have.
+        kinds: these numbers.
     """
 
     table: Int[Tensor, "N M S"]
-    kind: Int[Tensor, "rows blocks"]
+    kinds: list[int] = field(default_factory=list)
+
+    def add(self, steps: int, most: int) -> None:
+        """Make sure that blocks of so many steps, with at most so many masks, are there."""
+        if steps in self.kinds and most < self.table.shape[1]:
+            return
+        self.kinds = sorted({*self.kinds, steps})
+        most = max(most + 1, self.table.shape[1]) - 1
+        tables = [F.pad(_timestep_quotas(most, n), (0, self.kinds[-1] - n)) for n in self.kinds]
+        self.table = torch.stack(tables).to(self.table.device)
+
+    def quota(self, steps: Int[Tensor, " B"], window: Window) -> Int[Tensor, " B"]:
+        """Tokens to commit."""
+        kind = torch.searchsorted(torch.tensor(self.kinds, device=steps.device), steps)
+        return self.table[kind, window.entry_masks, window.step]
 
 
 @dataclass(frozen=True)
-class Vanilla:
+class Vanilla(Policy):
     """Commit a scheduled number of tokens per step.
 
     Args:
@@ -74,7 +90,7 @@ class Vanilla:
             effect.
     """
 
-    single_forward: ClassVar[bool] = True
+    single_forward = True
 
     steps: int | None = None
     tokens_per_step: int = 1
@@ -98,26 +114,39 @@ class Vanilla:
         if self.alg_temp > 0 and self.order == "random":
             raise ValueError(f"alg_temp={self.alg_temp} has no effect with order=random; use another order, or 0")
 
-    def start(self, run: Run) -> Quotas:
-        """Tabulate how many tokens each step of a block commits."""
-        if self.steps is None:
-            table = _constant_quotas(run.block_length, self.tokens_per_step)[None]
-            kind = torch.zeros(len(run.spans), run.blocks, dtype=torch.long)
-            return Quotas(table.to(run.device), kind.to(run.device))
-        share = share_steps(self.steps, run)
-        tabulate = _uniform_quotas if self.schedule == "uniform" else _timestep_quotas
-        kinds, kind = share.unique(return_inverse=True)
-        tables = [F.pad(tabulate(run.block_length, n), (0, int(kinds[-1]) - n)) for n in kinds.tolist()]
-        return Quotas(torch.stack(tables).to(run.device), kind.to(run.device))
+    def start(self, run: Run) -> Timetables:
+        """Make room for what is tabulated."""
+        return Timetables(torch.zeros((0, 0, 0), dtype=torch.long, device=run.device))
 
-    def step(self, window: Window, denoise: Denoise, state: Quotas) -> Edit:
+    def check(self, state: Timetables, request: Request) -> None:
+        """Refuse steps that the blocks cannot share."""
+        if self.steps is not None:
+            check_steps(self.steps, request)
+
+    def enter(self, state: Timetables, row: int, request: Request) -> None:
+        """Tabulate what the steps of its blocks commit."""
+        if self.steps is not None and self.schedule == "timestep":
+            ends = [min(end, request.span) for end in range(0, request.span + request.block_length, request.block_length)]
+            shares = [end * self.steps // request.span for end in ends]
+            for steps in {after - before for before, after in pairwise(shares)}:
+                state.add(steps, request.block_length)
+
+    def step(self, window: Window, denoise: Denoise, state: Timetables) -> Edit:
         """Commit the scheduled number of the best positions."""
         prediction = denoise()
-        quota = state.table[state.kind[window.rows, window.block], window.entry_masks, window.step]
         score = self._score(window, prediction)
         if self.alg_temp > 0:
             score = perturbed(score, self.alg_temp, window.uniform())
-        return commit(window, prediction, top(score, quota, window.masked))
+        return commit(window, prediction, top(score, self._quota(window, state), window.masked))
+
+    def _quota(self, window: Window, state: Timetables) -> Int[Tensor, " B"] | int:
+        if self.steps is None:
+            return self.tokens_per_step
+        steps, masks = steps_of_block(self.steps, window), window.entry_masks
+        if self.schedule == "timestep":
+            return state.quota(steps, window)
+        # Where there are fewer masks than steps, each step commits one until none is left.
+        return masks // steps + (window.step < masks % steps)
 
     def _score(self, window: Window, prediction: Prediction) -> Float[Tensor, "B K"]:
         match self.order:
@@ -131,22 +160,7 @@ class Vanilla:
                 return window.uniform()
 
 
-def _constant_quotas(most: int, tokens: int) -> Int[Tensor, "M S"]:
-    tokens = min(tokens, max(most, 1))
-    taken = tokens * torch.arange(-(-most // tokens))
-    return (torch.arange(most + 1)[:, None] - taken).clamp(0, tokens)
-
-
-def _uniform_quotas(most: int, steps: int) -> Int[Tensor, "M S"]:
-    masks = torch.arange(most + 1)[:, None]
-    if steps == 0:  # past the last block of a row
-        return masks[:, :0]
-    return masks // steps + (torch.arange(steps) < masks % steps)
-
-
 def _timestep_quotas(most: int, steps: int) -> Int[Tensor, "M S"]:
-    if steps == 0:  # past the last block of a row
-        return torch.zeros((most + 1, 0), dtype=torch.long)
     # float32 like the reference, whose rounding decides int() at whole numbers.
     times = torch.linspace(1, 1e-3, steps + 1)
     left = torch.arange(most + 1, dtype=torch.float32)

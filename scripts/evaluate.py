@@ -33,7 +33,7 @@ from dllm.files import parse_json
 from dllm.journal import Journal
 from dllm.likelihood import Estimate
 from dllm.metrics import COSTS
-from dllm.plan import SEEDS, parse_options
+from dllm.options import SEEDS, parse_options
 from dllm.resolve import build, names, options_of, variants
 from dllm.run_folder import RunFolder
 from dllm.runner import Runner, Setting

@@ -32,7 +32,7 @@ from dllm.display import CanvasView, live, plain, save_picture
 from dllm.drift import Drift, Measurement, summarise
 from dllm.escape import terminal
 from dllm.jsonl import AnswerFile, Question, read_questions
-from dllm.plan import SEEDS
+from dllm.options import SEEDS
 from dllm.prompts import encode
 from dllm.resolve import build
 from dllm.samplers.base import Sampler
@@ -160,7 +160,7 @@ class Runner:
 
         def callback(step: Step) -> None:
             measured.extend(step.drift)
-            busy.append(len(step.change.rows) / step.canvas.slots)
+            busy.append(len(step) / step.slots)
 
         with _naming([question.place for question in left]):
             finished = dllm.as_completed(

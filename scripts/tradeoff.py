@@ -26,7 +26,7 @@ from dllm.cache.base import Cache
 from dllm.checks import naming, number
 from dllm.escape import markdown, terminal
 from dllm.evaluation import Score, evaluate
-from dllm.plan import SEEDS, parse_options
+from dllm.options import SEEDS, parse_options
 from dllm.resolve import build
 from dllm.samplers.base import Sampler
 from dllm.scripts import app, own

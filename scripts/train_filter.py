@@ -33,7 +33,7 @@ from dllm.files import read_json, write_json, write_whole
 from dllm.filter_training import Records, Training, collect, fit, measure, split
 from dllm.filters import Filter, FilterCard
 from dllm.jsonl import read_questions
-from dllm.plan import SEEDS, Plan
+from dllm.options import SEEDS, check_prompt
 from dllm.prompts import encode
 from dllm.resolve import build
 from dllm.samplers.base import Sampler
@@ -68,7 +68,9 @@ def train_filter(cfg: DictConfig) -> None:
     lm = app.load_model(fields["model"])
     out = _out(cfg)
     ids = encode(prompts, lm.tokenizer)
-    Plan(lm, ids, sampler, cache, dllm.Options(**options), infill=False)  # refuses prompts that do not fit
+    prepare(lm, ids[:1], sampler, cache, dllm.Options(**options | {"seed": None}))  # refuses what does not go together
+    for number, prompt in enumerate(ids):
+        check_prompt(lm, prompt, options.get("gen_length", 0), False, f"prompts[{number}]")
     records = _collect(
         lm, ids, sampler, cache, options, out.with_suffix(".records"), {key: fields[key] for key in _RECIPE}
     )

@@ -5,12 +5,15 @@ from __future__ import annotations
 from math import nan
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from dllm.canvas import Edit, Window
 from dllm.prediction import Prediction, Sampling
+from dllm.request import Request
 from dllm.run import Run
 
 # What a block may look like: nan stands for a position that is decoded already.
@@ -21,18 +24,24 @@ MASK = 99
 GUESSES = 100
 
 
-def facts(block_length: int = 8, generated: int = 16) -> Run:
-    """A run of one row."""
+def facts() -> Run:
+    """Those of an engine for one row of 20 columns."""
     return Run(
-        rows=1, slots=1, length=20, block_length=block_length, spans=(generated,), mask_token_id=MASK,
-        eos_token_ids=(98,), stop_at_eos=True, infill=False, logits_shift=0, kv_shape=(2, 1, 4), hidden_size=8,
+        slots=1, length=20, mask_token_id=MASK, logits_shift=0, kv_shape=(2, 1, 4), hidden_size=8,
         dtype=torch.float64, device=torch.device("cpu"), tokenizer=None, vocab_size=GUESSES + 2, fingerprint=str,
-        given=lambda: (torch.full((1, 20), MASK), torch.zeros(1).long(), torch.full((1,), 4)),
-        rehearse=lambda other: torch.zeros(1, 20).long(),
+        rehearsal=lambda other: pytest.fail("there is nothing to decode with"),
     )  # fmt: skip
 
 
-def window(masked: Tensor, step: int = 0, block: int = 0, entry_masks: int | None = None) -> Window:
+def request(block_length: int = 8, generated: int = 16) -> Request:
+    """That many positions behind a prompt of 4 tokens."""
+    return Request(np.array([1, 2, 3, 4, *[MASK] * generated]), MASK, (98,), block_length, Sampling(), seed=0)
+
+
+def window(
+    masked: Tensor, step: int = 0, block: int = 0, entry_masks: int | None = None, block_length: int | None = None,
+    span: int = 16,
+) -> Window:  # fmt: skip
     """A window over the columns 4, 5, ... of one row."""
     masked = masked[None]
     width = masked.shape[1]
@@ -41,6 +50,8 @@ def window(masked: Tensor, step: int = 0, block: int = 0, entry_masks: int | Non
         tokens=torch.full((1, 20), MASK),
         first=torch.tensor([0]),
         region=torch.arange(20)[None] >= 4,
+        start=torch.tensor([4 - block * (block_length or width)]),
+        span=torch.tensor([span]),
         columns=4 + torch.arange(width)[None],
         inside=torch.ones_like(masked),
         masked=masked,
@@ -48,6 +59,9 @@ def window(masked: Tensor, step: int = 0, block: int = 0, entry_masks: int | Non
         block=torch.tensor([block]),
         entry_masks=torch.tensor([width if entry_masks is None else entry_masks]),
         step=torch.tensor([step]),
+        block_length=torch.tensor([block_length or width]),
+        ends=torch.tensor([[98]]),
+        stop_at_eos=torch.tensor([True]),
         uniform=lambda: torch.rand(1, width, generator=torch.Generator().manual_seed(step)),
     )
 
@@ -55,15 +69,17 @@ def window(masked: Tensor, step: int = 0, block: int = 0, entry_masks: int | Non
 def chosen(sampler: Any, confidence: list[float], **where: Any) -> list[int]:
     """Offsets that one step commits, given the confidence of each position; nan stands for a decoded one."""
     values = torch.tensor(confidence, dtype=torch.float64)
-    view = window(~values.isnan(), **where)
+    view = window(~values.isnan(), span=2 * len(confidence), **where)
     logits = two_way(values[~values.isnan()])
 
     def denoise(*args: Any, **kwargs: Any) -> Prediction:
         return Prediction(logits, view.masked, view.index, GUESSES, Sampling())
 
-    edit: Edit = sampler.step(
-        view, denoise, sampler.start(facts(block_length=len(confidence), generated=2 * len(confidence)))
-    )
+    state = sampler.start(facts())
+    asked = request(len(confidence), 2 * len(confidence))
+    sampler.check(state, asked)
+    sampler.enter(state, 0, asked)
+    edit: Edit = sampler.step(view, denoise, state)
     assert torch.equal(edit.columns, view.columns)
     assert (edit.tokens[edit.write] == 0).all()
     return edit.write[0].nonzero()[:, 0].tolist()

@@ -44,12 +44,16 @@ def aligned(aligner: ByText, decided: str | list[int], drafts: str | list[int], 
     row = torch.tensor([[*encode(decided), *encode(drafts)]])
     columns = torch.arange(len(encode(decided)), row.shape[1])[None]
     masked = columns < row.shape[1] - given
-    return aligner(row, torch.tensor([0]), columns, masked)
+    return aligner(row, torch.tensor([0]), columns, masked, ends_of(aligner.ours))
+
+
+def ends_of(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    return torch.tensor([[tokenizer.eos_token_id]])
 
 
 def by_text(theirs: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase | None = None) -> ByText:
     ours = ours or plain()
-    found = align(Guide(random_guide(len(theirs)), theirs), ours, len(ours), (ours.eos_token_id,))
+    found = align(Guide(random_guide(len(theirs)), theirs), ours, len(ours))
     assert isinstance(found, ByText)
     return found
 
@@ -124,7 +128,7 @@ class TestMapping:
         ours = plain()
         row = torch.tensor([ours("cdabc").input_ids])
         masked = torch.tensor([[True, False, False, True]])
-        found = by_text(self.AB, ours)(row, torch.tensor([0]), torch.arange(1, 5)[None], masked)
+        found = by_text(self.AB, ours)(row, torch.tensor([0]), torch.arange(1, 5)[None], masked, ends_of(ours))
         assert self.AB.convert_ids_to_tokens(found.ids[0]) == ["c", "d", "ab", "c"]
         assert found.free.tolist() == [[False, False, True, False]]
 
@@ -135,8 +139,8 @@ class TestRefusals:
         prompt = [ours.convert_tokens_to_ids("<|im_start|>"), *ours("ab").input_ids]
         aligner = by_text(TestMapping.AB, ours)
         with pytest.raises(ValueError, match=r"guide='Qwen2.*' has no token '<\|im_start\|>', which the prompt"):
-            aligner.check(torch.tensor([prompt]), torch.tensor([0]), torch.tensor([3]))
-        aligner.check(torch.tensor([prompt]), torch.tensor([1]), torch.tensor([3]))
+            aligner.check(prompt, (ours.eos_token_id,))
+        aligner.check(prompt[1:], (ours.eos_token_id,))
         # Decided on the way it ends no run: the row asks nothing any more.
         found = aligned(aligner, prompt, "ab")
         assert found.lengths.tolist() == found.start.tolist()
@@ -147,9 +151,9 @@ class TestRefusals:
         return theirs
 
     def test_decided_text_that_the_guide_would_read_otherwise(self) -> None:
-        aligner, ids = by_text(self.lower()), torch.tensor([plain()("AB").input_ids])
+        aligner, ids = by_text(self.lower()), plain()("AB").input_ids
         with pytest.raises(ValueError, match=r"guide='Qwen2.*' has a tokenizer that changes the text 'AB'; use "):
-            aligner.check(ids, torch.tensor([0]), torch.tensor([2]))
+            aligner.check(ids, ())
         found = aligned(aligner, "AB", "c")
         assert found.lengths.tolist() == found.start.tolist()
 
@@ -165,7 +169,7 @@ class TestRefusals:
             get_vocab = staticmethod(lambda: {"a": 0})
 
         with pytest.raises(ValueError, match="tokenizer without offsets; use a guide with a fast tokenizer"):
-            align(Guide(random_guide(), Slow()), plain(), 300, (0,))  # type: ignore[arg-type]
+            align(Guide(random_guide(), Slow()), plain(), 300)  # type: ignore[arg-type]
 
 
 @given(st.data())
@@ -181,7 +185,7 @@ def test_accepting_up_to_a_column_covers_its_text_and_nothing_in_between_is_miss
     decided, drafts = data.draw(st.text("abcdé", max_size=6)), data.draw(st.text("abcdé", min_size=1, max_size=8))
     if ours.get_vocab() == theirs.get_vocab():
         return
-    aligner = ByText("guide", ours, theirs, (ours.eos_token_id,))
+    aligner = ByText("guide", ours, theirs)
     found = aligned(aligner, decided, drafts)
     before, columns = ours(decided).input_ids, ours(drafts).input_ids
     read, text = found.ids[0, : found.lengths[0]].tolist(), ours.decode(before)
@@ -265,6 +269,6 @@ def test_a_guide_with_another_kind_of_tokenizer_guides() -> None:
 def test_the_same_vocabulary_is_passed_on() -> None:
     guide = load_guide("tiny-guide", torch.device("cpu"))
     lm = dllm.load("tiny-llada", device="cpu")
-    assert isinstance(align(guide, lm.tokenizer, lm.backbone.config.vocab_size, (0,)), SameVocabulary)
-    assert isinstance(align(Guide(random_guide(), None), None, 64, (62,)), SameVocabulary)
+    assert isinstance(align(guide, lm.tokenizer, lm.backbone.config.vocab_size), SameVocabulary)
+    assert isinstance(align(Guide(random_guide(), None), None, 64), SameVocabulary)
     assert random_llada().tokenizer is None

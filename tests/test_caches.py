@@ -20,6 +20,7 @@ from dllm.resolve import names, resolve
 from dllm.run import Run
 from dllm.samplers import FreeDave, LocalLeap, Oracle, Threshold, Vanilla
 from dllm.samplers.base import Denoise
+from engine_rig import observed
 from models import random_dream, random_llada
 from toys import Drafting, Editing, Leftmost, Remembering, Revoking, Spying
 
@@ -47,9 +48,11 @@ caches = pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
 sizes = cycle([2, 3, 4])
 
 
+OPTIONS: dict[str, Any] = {"gen_length": 10, "block_length": 4, "batch_size": 8, "stop_at_eos": False, "seed": 3}
+
+
 def run(lm: dllm.LanguageModel, prompts: list[list[int]], sampler: Any, cache: Any, **options: Any) -> dllm.Generation:
-    defaults = {"gen_length": 10, "block_length": 4, "batch_size": 8, "stop_at_eos": False, "seed": 3}
-    return dllm.generate(lm, prompts, sampler, cache, **defaults | options)
+    return dllm.generate(lm, prompts, sampler, cache, **OPTIONS | options)
 
 
 def combinations() -> list[Any]:
@@ -200,18 +203,18 @@ def test_an_edited_position_is_computed_again(make: Maker, cache: Any) -> None:
     lm, seen = make(), []
     edited: list[int] = []
 
-    def watch(step: dllm.engine.Step) -> None:
-        cache_run: Any = step.denoiser.cache
-        store, canvas = cache_run.store, step.canvas
+    def watch(engine: dllm.Engine, step: dllm.Step) -> None:
+        cache_run: Any = engine.denoiser.cache
+        store = cache_run.store
         if edited:
             # The first layer's keys depend on a column's own token alone.
-            tokens = torch.tensor(canvas.host)
+            tokens = torch.tensor(step.tokens)
             keys = KeyCapture()
             lm.backbone(tokens, None, None, keys)
             seen.append(torch.allclose(store.keys[0, 0, :, edited[0]], keys.first[0, :, edited[0]]))
         edited.extend(np.flatnonzero(step.change.edited[0]).tolist())
 
-    run(lm, PROMPTS[:1], Editing(revoke=False), cache, callback=watch)
+    observed(watch, lm, PROMPTS[:1], Editing(revoke=False), cache, **OPTIONS)
     assert edited == [len(PROMPTS[0]) + 1]
     assert all(seen)
     assert len(seen) >= 1
@@ -234,7 +237,7 @@ def test_a_revoked_position_is_computed_again(make: Maker, cache: Any) -> None:
     lm, spy = make(), Spying(cache)
     revoked: list[int] = []
 
-    def watch(step: dllm.engine.Step) -> None:
+    def watch(step: dllm.Step) -> None:
         if step.change.revoked.any():
             revoked.append(len(spy.log))
 
@@ -295,7 +298,7 @@ def test_rows_cut_off_early_compute_no_more_than_they_look_at(make: Maker) -> No
     for cache in CACHES.values():
         spy, ends = Spying(cache), []
 
-        def watch(step: dllm.engine.Step, spy: Spying = spy, ends: list[tuple[int, int]] = ends) -> None:
+        def watch(step: dllm.Step, spy: Spying = spy, ends: list[tuple[int, int]] = ends) -> None:
             if step.change.filled[0].any():
                 ends.append((len(spy.log), int(step.change.filled[0].argmax())))
 

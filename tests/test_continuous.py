@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 import dllm
 from commands import command
 from dllm.canvas import Canvas, Edit
+from dllm.prediction import Sampling
+from dllm.request import Request
 from dllm.resolve import names
 from dllm.tasks import word_problems
 from models import random_dream, random_guide, random_llada
@@ -37,48 +40,53 @@ def sampler(name: str) -> Any:
 
 
 class TestCanvas:
-    def canvas(self, lengths: list[int], slots: int) -> Canvas:
-        rows = [[1, *[MASK] * length] for length in lengths]
-        return Canvas(rows, MASK, (EOS,), 2, True, range(len(rows)), torch.device("cpu"), slots)
+    """Rows of one prompt token and some masks, of which the first ones of every busy row are filled at each step."""
 
-    def step(self, canvas: Canvas, per_row: int = 1) -> Any:
-        """Fill the first masks of every busy row."""
-        window = canvas.window()
-        write = window.masked & (window.masked.cumsum(1) <= per_row)
-        return canvas.apply(window, Edit(window.columns, torch.full_like(window.columns, 3), write))
-
-    def test_a_finished_row_is_replaced_by_the_next_in_its_slot(self) -> None:
-        canvas = self.canvas([3, 1, 2, 2, 1], slots=2)
-        seen = []
-        while canvas.rows.size:
-            rows = canvas.rows.tolist()
-            change = self.step(canvas)
-            seen.append((rows, change.finished.tolist(), change.moved.tolist()))
-        assert seen == [
-            ([0, 1], [1], []),
-            ([0, 2], [], []),
-            ([0, 2], [0, 2], []),
-            ([3, 4], [4], []),
-            ([3], [3], []),
-        ]
-        assert not (canvas.host == MASK).any()
-
-    def test_where_nobody_waits_the_last_rows_close_the_gaps(self) -> None:
-        canvas = self.canvas([1, 4, 1, 4, 4], slots=5)
-        change = self.step(canvas)
-        assert canvas.rows.tolist() == [3, 1, 4]
-        assert change.moved.tolist() == [[3, 0], [4, 2]]
-        assert canvas.window().tokens.tolist() == canvas.host[[3, 1, 4]].tolist()
-
-    def test_the_device_holds_the_busy_rows_alone(self) -> None:
-        canvas = self.canvas([4] * 50, slots=3)
-        held = [value for value in vars(canvas).values() if isinstance(value, torch.Tensor)]
-        assert {len(tensor) for tensor in held} == {3}
-        while canvas.rows.size:
+    @staticmethod
+    def decode(lengths: list[int], slots: int, per_row: int = 1) -> Iterator[tuple[Canvas, Any, Any]]:
+        canvas, leaving = Canvas(slots, 1 + max(lengths), MASK, torch.device("cpu")), set()
+        waiting = [np.array([1, *[MASK] * length]) for length in lengths]
+        while True:
+            room = slots - len(canvas.rows) + len(leaving)
+            entering, waiting = waiting[:room], waiting[room:]
+            exchange = canvas.exchange(leaving, [Request(row, MASK, (EOS,), 2, Sampling(), 0) for row in entering])
+            if not canvas.rows.size:
+                return
             window = canvas.window()
             assert window.tokens.tolist() == canvas.host[canvas.rows].tolist()
             assert window.region.tolist() == canvas.region[canvas.rows].tolist()
-            self.step(canvas, 2)
+            write = window.masked & (window.masked.cumsum(1) <= per_row)
+            change = canvas.apply(window, Edit(window.columns, torch.full_like(window.columns, 3), write))
+            leaving = set(change.finished.tolist())
+            yield canvas, exchange, change
+
+    def test_a_finished_row_is_replaced_by_the_next_in_its_slot(self) -> None:
+        seen = [
+            (exchange.slots.tolist(), exchange.moved.tolist(), canvas.rows.tolist(), change.finished.tolist())
+            for canvas, exchange, change in self.decode([3, 1, 2, 2, 1], slots=2)
+        ]
+        assert seen == [
+            ([0, 1], [], [0, 1], [1]),
+            ([1], [], [0, 1], []),
+            ([], [], [0, 1], [0, 1]),
+            ([0, 1], [], [0, 1], [1]),
+            ([], [], [0], [0]),
+        ]
+
+    def test_where_nobody_waits_the_last_rows_close_the_gaps(self) -> None:
+        steps = self.decode([1, 4, 1, 4, 4], slots=5)
+        next(steps)
+        canvas, exchange, _ = next(steps)
+        assert canvas.rows.tolist() == [3, 1, 4]
+        assert exchange.moved.tolist() == [[3, 0], [4, 2]]
+
+    def test_nothing_grows_with_the_rows(self) -> None:
+        sizes = set()
+        for canvas, _, _ in self.decode([4] * 50, slots=3, per_row=2):
+            held = [each for each in vars(canvas).values() if isinstance(each, (torch.Tensor, np.ndarray))]
+            assert max(len(each) for each in held) == 3
+            sizes.add(sum(each.nbytes for each in held if each is not canvas.rows))
+        assert len(sizes) == 1
 
 
 @pytest.mark.parametrize("cache", names("cache"))
@@ -126,16 +134,6 @@ def test_columns_computed_do_not_depend_on_batch_mates() -> None:
         assert len({each.stats.computed_share for each in computed}) == 1
 
 
-def test_more_prompts_than_a_canvas_has_rows_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    lm, prompts = random_llada(), ragged(11)
-    expected = dllm.generate(lm, prompts, "threshold", gen_length=8, batch_size=2)
-    monkeypatch.setattr("dllm.plan._MOST_ROWS", 4)
-    result = dllm.generate(lm, prompts, "threshold", gen_length=8, batch_size=2)
-    assert torch.equal(result.completions, expected.completions)
-    answers = sorted(dllm.as_completed(lm, prompts, "threshold", gen_length=8, batch_size=2), key=lambda a: a.index)
-    assert [answer.completion for answer in answers] == expected.completions.tolist()
-
-
 def test_two_hundred_ragged_prompts_keep_the_slots_busy(tmp_path: Path) -> None:
     questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
     lines = [{"id": n, "prompt": each.question} for n, each in enumerate(word_problems.problems(200, seed=4))]
@@ -162,6 +160,6 @@ def test_the_share_of_busy_slots_is_told(rows: int, size: int) -> None:
     lm, busy = random_llada(), []
     ended = dllm.generate(
         lm, ragged(20), "threshold", gen_length=24, batch_size=6,
-        callback=lambda step: busy.append(len(step.change.rows) / 6),
+        callback=lambda step: busy.append(len(step) / 6),
     )  # fmt: skip
     assert ended.stats.slots_busy == pytest.approx(np.mean(busy))

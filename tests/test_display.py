@@ -17,7 +17,7 @@ import dllm
 from dllm.canvas import Edit, Window
 from dllm.display import FRESH, MASKED, PROVISIONAL, SETTLED, CanvasView, live, plain, save_picture
 from dllm.run import Run
-from dllm.samplers.base import Denoise
+from dllm.samplers.base import Denoise, Policy
 from dllm.step import Step
 from models import random_llada
 
@@ -25,7 +25,7 @@ LM = random_llada(tokenizer=True, layers=1)
 EOS, MASK = LM.backbone.eos_token_ids[0], LM.backbone.mask_token_id
 
 
-class Script:
+class Script(Policy):
     """Writes given tokens at given places, one dictionary a step."""
 
     def __init__(self, *steps: dict[int, str]) -> None:
@@ -87,7 +87,7 @@ class TestCanvasView:
             guesses = step.provisional[0, -4:]
             expected = []
             for column, guess in enumerate(guesses.tolist()):
-                if step.canvas.host[0, column - 4] == MASK:
+                if step.tokens[0, column - 4] == MASK:
                     known = guess not in (MASK, EOS)
                     expected.append((LM.tokenizer.decode([guess]), PROVISIONAL) if known else ("·", MASKED))
             assert [span for span in spans(view.draw(step)) if span[1] in (PROVISIONAL, MASKED)] == expected

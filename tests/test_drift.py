@@ -16,6 +16,7 @@ from dllm.cache import DLLMCache, Dual, FreeCache, NoCache
 from dllm.cache.base import Cache
 from dllm.drift import Comparison
 from dllm.resolve import names, resolve
+from engine_rig import observed
 from models import random_dream, random_llada
 from toys import Drafting, Leftmost
 
@@ -25,9 +26,11 @@ CACHES = [name for name in names("cache") if name != "none"]
 backbones = pytest.mark.parametrize("make", [random_llada, random_dream])
 
 
+OPTIONS: dict[str, Any] = {"gen_length": 12, "block_length": 6, "stop_at_eos": False, "seed": 0}
+
+
 def run(lm: dllm.LanguageModel, sampler: Any, cache: Any, **options: Any) -> dllm.Generation:
-    defaults = {"gen_length": 12, "block_length": 6, "stop_at_eos": False, "seed": 0}
-    return dllm.generate(lm, PROMPTS, sampler, cache, **defaults | options)
+    return dllm.generate(lm, PROMPTS, sampler, cache, **OPTIONS | options)
 
 
 def made(name: str, **options: Any) -> Any:
@@ -81,20 +84,20 @@ def test_more_is_refreshed_above_a_lower_bound() -> None:
 def test_what_is_measured_is_what_it_says(make: Maker) -> None:
     lm, seen = make(), []
 
-    def watch(step: dllm.engine.Step) -> None:
-        cache_run: Any = step.denoiser.cache
-        store, canvas = cache_run.store, step.canvas
-        prediction, columns = step.denoiser.last or (None, None)
+    def watch(engine: dllm.Engine, step: dllm.Step) -> None:
+        cache_run: Any = engine.denoiser.cache
+        store = cache_run.store
+        prediction, columns = step.last or (None, None)
         assert prediction is not None
         (measurement,) = step.drift
         if not measurement.kv_error.any():  # everything was computed
             return
         # The canvas before the step, computed anew outside the engine.
-        tokens = torch.tensor(np.where(step.change.committed, canvas.mask_token_id, canvas.host[step.change.rows]))
-        real = torch.tensor(canvas.real[step.change.rows])
+        tokens = torch.tensor(np.where(step.change.committed, step.mask_token_id, step.tokens))
+        real = torch.tensor(np.arange(tokens.shape[1]) >= step.padding[:, None])
         capture = Capture()
         logits = lm.backbone(tokens, real, None, capture).logits
-        for entry, row in enumerate(measurement.rows):
+        for entry, row in enumerate(measurement.ids):
             keep = real[entry]
             off = size = 0.0
             for layer, (keys, values) in enumerate(capture.layers):
@@ -111,11 +114,11 @@ def test_what_is_measured_is_what_it_says(make: Maker) -> None:
             kl = (exact_log.exp() * (exact_log - cached_log)).sum()
             assert measurement.kl[entry] == pytest.approx(float(kl), abs=1e-9)
             assert measurement.asked[entry] == int(asked.sum())
-            exact_log[:, canvas.mask_token_id] = cached_log[:, canvas.mask_token_id] = -torch.inf
+            exact_log[:, step.mask_token_id] = cached_log[:, step.mask_token_id] = -torch.inf
             assert measurement.flips[entry] == int((exact_log.argmax(-1) != cached_log.argmax(-1)).sum())
 
     with torch.inference_mode():
-        run(lm, Leftmost(), Dual(measure_every=1), callback=watch)
+        observed(watch, lm, PROMPTS, Leftmost(), Dual(measure_every=1), **OPTIONS)
     assert len(seen) == 30
     for found, expected in seen:
         assert found == pytest.approx(expected, abs=1e-9)
@@ -137,9 +140,9 @@ def test_rows_are_measured_by_their_own_forwards() -> None:
     lm = random_llada()
     together: dict[int, list[float]] = {0: [], 1: [], 2: []}
 
-    def watch(step: dllm.engine.Step) -> None:
+    def watch(step: dllm.Step) -> None:
         for measurement in step.drift:
-            for row, error in zip(measurement.rows, measurement.kv_error, strict=True):
+            for row, error in zip(measurement.ids, measurement.kv_error, strict=True):
                 together[int(row)].append(float(error))
 
     run(lm, "threshold", DLLMCache(measure_every=3), callback=watch)
@@ -182,7 +185,7 @@ def test_the_drift_is_in_the_stream() -> None:
         dllm.stream(random_llada(), PROMPTS, "vanilla", Dual(measure_every=4), gen_length=12, stop_at_eos=False)
     )
     assert [len(frame.drift) for frame in frames] == [0, 0, 0, 1] * 3
-    assert frames[3].drift[0].rows.tolist() == [0, 1, 2]
+    assert frames[3].drift[0].ids.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,13 @@ from contract_rig import BY_NAME, GUIDED, LEARNED
 from dllm.cache import NoCache
 from dllm.ending import StopStrings, cut
 from dllm.journal import Journal
-from dllm.plan import Options, Plan
+from dllm.options import Options
 from dllm.records import Request
 from dllm.resolve import names
 from dllm.run_folder import trace
 from dllm.runner import Runner, Setting
 from dllm.samplers import ARGuided, Learn2PD, Vanilla
+from engine_rig import waiting_engine
 from models import random_dream, random_filter, random_guide, random_llada
 from test_reads import waiting
 
@@ -101,11 +102,11 @@ class TestSearch:
         pieces = ["a", "b", "ß", "😀", "<|special|>", "\n", "###", "aab", "\n\n"]
         stops = draw.sample(["###a", "ß😀", "\n\n", "<|special|>a", "aabaab", "ba😀ß"], 2)
         text = ids("".join(draw.choice(pieces) for _ in range(60)))
-        whole, search, at = cut(BYTES, text, stops)[1], StopStrings(BYTES, stops, (), 2), 0
+        whole, search, at = cut(BYTES, text, stops)[1], StopStrings(BYTES, stops, ()), 0
         found = None
         while found is None and at < len(text):
             at = min(len(text), at + draw.choice([1, 1, 2, 3, 9]))
-            found = search.find(1, text[:at])
+            found = search.find(text[:at])
         if found is None:
             assert not any(stop in BYTES.decode(text) for stop in stops)
         assert whole == (found or len(text))
@@ -115,9 +116,9 @@ class TestSearch:
         monkeypatch.setattr(
             type(BYTES), "decode", lambda self, tokens, **rest: read.append(len(tokens)) or decode(self, tokens, **rest)
         )
-        search, text = StopStrings(BYTES, ("\n\nQ:",), (), 1), ids("x" * 4000)
+        search, text = StopStrings(BYTES, ("\n\nQ:",), ()), ids("x" * 4000)
         for at in range(1, len(text) + 1):
-            assert search.find(0, text[:at]) is None
+            assert search.find(text[:at]) is None
         assert max(read) < 60
         assert sum(read) < 50 * len(text)
 
@@ -193,13 +194,13 @@ class TestStopping:
     def test_rows_whose_text_did_not_grow_are_not_decoded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         calls: list[int] = []
         find = StopStrings.find
-        monkeypatch.setattr(StopStrings, "find", lambda self, row, text: calls.append(row) or find(self, row, text))
+        monkeypatch.setattr(StopStrings, "find", lambda self, text: calls.append(0) or find(self, text))
         grown, seen = 0, 0
 
         def callback(step: Any) -> None:
             nonlocal grown, seen
-            tokens = step.canvas.host[0, -18:]
-            upto = int((np.append(tokens, step.canvas.mask_token_id) == step.canvas.mask_token_id).argmax())
+            tokens = step.tokens[0, -18:]
+            upto = int((np.append(tokens, step.mask_token_id) == step.mask_token_id).argmax())
             grown, seen = grown + (upto > seen), max(seen, upto)
 
         dllm.generate(
@@ -221,7 +222,7 @@ class TestStopping:
         assert result.texts[0] == WORDS.decode(free.completions[0, :end], skip_special_tokens=True)
 
     def test_the_device_is_read_no_more_often(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        running, found = Plan(LM, PROMPTS, "vanilla", "none", Options(**SHORT, stop="e"), infill=False).steps(), []
+        running, found = waiting_engine(LM, PROMPTS, "vanilla", "none", **SHORT, stop="e").steps(), []
         next(running)
         while True:
             with waiting(monkeypatch) as seen:

@@ -10,8 +10,8 @@ import torch
 
 import dllm
 from dllm import graphs
-from dllm.denoiser import Denoiser
 from models import random_dream, random_llada
+from engine_rig import waiting_engine
 from toys import Device
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [5, 9], [6, 6, 6]]
@@ -24,7 +24,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     def start(backbone: Any, wanted: Any = None) -> graphs.Forward:
         return graphs.Forward(backbone, True, found.capture)
 
-    monkeypatch.setattr("dllm.denoiser.Forward", start)
+    monkeypatch.setattr("dllm.engine.Forward", start)
     return found
 
 
@@ -37,7 +37,7 @@ def test_replayed_forwards_give_what_launched_ones_do(
     lm, options = make(), {"gen_length": 18, "block_length": 6, "batch_size": batch_size}
     replayed = dllm.generate(lm, PROMPTS, "threshold", cache, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dllm.denoiser.Forward", graphs.Forward)
+        patch.setattr("dllm.engine.Forward", graphs.Forward)
         launched = dllm.generate(lm, PROMPTS, "threshold", cache, **options)
     assert torch.equal(replayed.sequences, launched.sequences)
     assert torch.equal(replayed.nfe, launched.nfe)
@@ -51,7 +51,7 @@ def test_positions_that_share_a_column_are_all_answered(device: Device) -> None:
     options: dict[str, Any] = {"gen_length": 18, "block_length": 6, "stop_at_eos": False}
     replayed = dllm.generate(lm, [[]], filtered, "dual", **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dllm.denoiser.Forward", graphs.Forward)
+        patch.setattr("dllm.engine.Forward", graphs.Forward)
         launched = dllm.generate(lm, [[]], filtered, "dual", **options)
     assert device.made
     assert torch.equal(replayed.sequences, launched.sequences)
@@ -75,12 +75,10 @@ def test_wide_forwards_are_launched(device: Device, monkeypatch: pytest.MonkeyPa
 
 def test_the_oldest_graphs_are_given_up(monkeypatch: pytest.MonkeyPatch, device: Device) -> None:
     monkeypatch.setattr(graphs, "_MOST", 1)
-    denoisers: list[Denoiser] = []
-    dllm.generate(
-        random_llada(), PROMPTS[:2], "vanilla", "prefix", gen_length=16, block_length=8, stop_at_eos=False,
-        callback=lambda step: denoisers.append(step.denoiser),
-    )  # fmt: skip
-    assert len(denoisers[-1]._run._captured) == 1
+    options: dict[str, Any] = {"gen_length": 16, "block_length": 8, "stop_at_eos": False}
+    engine = waiting_engine(random_llada(), PROMPTS[:2], "vanilla", "prefix", **options)
+    assert len(list(engine.steps())) == 16
+    assert len(engine.denoiser._run._captured) == 1
     assert len(device.made) > 1
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dllm
-from dllm.plan import Options, Plan
+from engine_rig import waiting_engine
 from models import random_guide, random_llada
 
 _WAITING = {
@@ -58,8 +58,8 @@ def steps(sampler: Any, cache: str, rows: int, monkeypatch: pytest.MonkeyPatch, 
     """What each step but the first waited for."""
     lm = random_llada()
     prompts = [[5] * (3 + row % 4) for row in range(rows)]
-    plan = Plan(lm, prompts, sampler, cache, Options(gen_length=24, block_length=8, seed=0, **options), infill=False)
-    running, found = plan.steps(), []
+    engine = waiting_engine(lm, prompts, sampler, cache, gen_length=24, block_length=8, seed=0, **options)
+    running, found = engine.steps(), []
     next(running)
     while True:
         with waiting(monkeypatch) as seen:

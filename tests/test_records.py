@@ -12,7 +12,8 @@ import dllm
 from dllm.cache import NoCache
 from dllm.journal import Journal
 from dllm.metrics import cost
-from dllm.plan import Plan, parse_options
+from dllm.api import prepare
+from dllm.options import parse_options
 from dllm.records import Request, cut, follow
 from dllm.runner import Runner, Setting
 from dllm.tasks import word_problems
@@ -30,8 +31,8 @@ def records(sampler: Any, cache: Any, filmed: frozenset[str] = frozenset(), **mo
     for start in range(0, len(REQUESTS), size):
         batch = REQUESTS[start : start + size]
         options = parse_options(OPTIONS | more | {"seed": [request.seed for request in batch]})
-        plan = Plan(TINY, [list(request.prompt) for request in batch], sampler, cache, options, infill=False)
-        found += follow(plan, batch, filmed)
+        made = prepare(TINY, [request.prompt for request in batch], sampler, cache, options)
+        found += follow(*made, batch, filmed)
     return sorted(found, key=lambda pair: int(pair[0].id))
 
 

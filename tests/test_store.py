@@ -16,6 +16,7 @@ from cache_rig import selected
 from dllm.cache.dllm_cache import Features
 from dllm.cache.store import KeyValues
 from dllm.resolve import names
+from engine_rig import observed
 from models import random_dream, random_llada
 from sampler_rig import facts
 
@@ -28,11 +29,11 @@ def test_a_store_has_the_size_its_docstring_says(make: Callable[..., dllm.Langua
     lm = make(dtype=torch.float32)
     stores: list[Any] = []
 
-    def watch(step: dllm.engine.Step) -> None:
-        cache_run: Any = step.denoiser.cache
+    def watch(engine: dllm.Engine, step: dllm.Step) -> None:
+        cache_run: Any = engine.denoiser.cache
         stores.append(cache_run.store)
 
-    dllm.generate(lm, [[5, 6], [7, 8, 9]], "threshold", name, gen_length=12, callback=watch)
+    observed(watch, lm, [[5, 6], [7, 8, 9]], "threshold", name, gen_length=12)
     layers, heads, size = lm.backbone.kv_shape
     columns = heads * size + (lm.backbone.config.hidden_size if name == "dllm_cache" else 0)
     assert {store.nbytes for store in stores} == {2 * layers * 2 * 15 * columns * 4}
@@ -112,4 +113,4 @@ def test_drafts_alone_are_not_kept() -> None:
 
 
 def _run(rows: int) -> Any:
-    return replace(facts(), rows=rows, slots=rows)
+    return replace(facts(), slots=rows)

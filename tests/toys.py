@@ -12,14 +12,15 @@ from torch import Tensor
 
 from dllm.cache.base import Plan, Question
 from dllm.cache.store import KeyValues
-from dllm.canvas import Change, Edit, Window
+from dllm.canvas import Change, Edit, Exchange, Window
+from dllm.request import Request
 from dllm.run import Run
-from dllm.samplers.base import Denoise, commit
+from dllm.samplers.base import Denoise, Policy, commit
 from dllm.samplers.selection import top
 
 
 @dataclass(frozen=True)
-class Revoking:
+class Revoking(Policy):
     """Commits the three best, then takes back the least sure token of an earlier step of the block."""
 
     def start(self, run: Run) -> int:
@@ -34,22 +35,19 @@ class Revoking:
 
 
 @dataclass(frozen=True)
-class Leftmost:
+class Leftmost(Policy):
     """Commits from left to right."""
 
-    single_forward: ClassVar[bool] = True
+    single_forward = True
 
     count: int = 1
-
-    def start(self, run: Run) -> None:
-        return None
 
     def step(self, window: Window, denoise: Denoise, state: None) -> Edit:
         return commit(window, denoise(), window.masked & (window.masked.cumsum(-1) <= self.count))
 
 
 @dataclass(frozen=True)
-class Editing:
+class Editing(Policy):
     """Commits from left to right, and now and then rewrites or takes back a token of an earlier block.
 
     The one to rewrite is the row's second token; the one to take back, if that is wanted, its first; once.
@@ -58,7 +56,10 @@ class Editing:
     revoke: bool = True
 
     def start(self, run: Run) -> dict[str, Tensor]:
-        return {"done": torch.zeros(run.rows, dtype=torch.bool), "mask": torch.tensor(run.mask_token_id)}
+        return {"done": torch.zeros(run.slots, dtype=torch.bool), "mask": torch.tensor(run.mask_token_id)}
+
+    def enter(self, state: dict[str, Tensor], row: int, request: Request) -> None:
+        state["done"][row] = False
 
     def step(self, window: Window, denoise: Denoise, state: dict[str, Tensor]) -> Edit:
         prediction = denoise()
@@ -77,16 +78,13 @@ class Editing:
 
 
 @dataclass(frozen=True)
-class Drafting:
+class Drafting(Policy):
     """Commits the best, and where a draft that already holds it agrees, the next best of the draft too.
 
     `exact` holds a second look at the same canvas to the first.
     """
 
     exact: bool = True
-
-    def start(self, run: Run) -> None:
-        return None
 
     def step(self, window: Window, denoise: Denoise, state: None) -> Edit:
         now = denoise()
@@ -108,32 +106,38 @@ def _written(window: Window, tokens: Tensor, where: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Remembering:
+class Remembering(Policy):
     """Asks at every other step only, and in between commits what it remembers, without a forward."""
 
     def start(self, run: Run) -> dict[str, Tensor]:
-        shape = run.rows, run.block_length
+        shape = run.slots, 64
         return {"tokens": torch.zeros(shape, dtype=torch.long), "score": torch.zeros(shape, dtype=torch.float64)}
 
     def step(self, window: Window, denoise: Denoise, state: dict[str, Tensor]) -> Edit:
-        asking = (window.step % 2 == 0)[:, None] & window.masked
+        asking, width = (window.step % 2 == 0)[:, None] & window.masked, window.masked.shape[1]
         if asking.any():
             prediction = denoise(asked=asking)
             fresh = asking.any(-1)
-            state["tokens"][window.rows[fresh]] = prediction.tokens[fresh]
-            state["score"][window.rows[fresh]] = prediction.confidence[fresh].double()
-        chosen = top(state["score"][window.rows], 1, window.masked)
-        return Edit(window.columns, state["tokens"][window.rows], chosen)
+            state["tokens"][window.rows[fresh], :width] = prediction.tokens[fresh]
+            state["score"][window.rows[fresh], :width] = prediction.confidence[fresh].double()
+        chosen = top(state["score"][window.rows, :width], 1, window.masked)
+        return Edit(window.columns, state["tokens"][window.rows, :width], chosen)
 
 
 @dataclass(frozen=True)
-class Watching:
+class Watching(Policy):
     """Wraps a sampler and holds it to leaving its inputs alone."""
 
     inner: Any
 
     def start(self, run: Run) -> Any:
         return self.inner.start(run)
+
+    def check(self, state: Any, request: Request) -> None:
+        self.inner.check(state, request)
+
+    def enter(self, state: Any, row: int, request: Request) -> None:
+        self.inner.enter(state, row, request)
 
     def step(self, window: Window, denoise: Denoise, state: Any) -> Edit:
         fields = ("rows", "tokens", "columns", "inside", "masked", "entry_masks", "step")
@@ -145,22 +149,16 @@ class Watching:
 
 
 @dataclass(frozen=True)
-class Stalling:
+class Stalling(Policy):
     """Never commits."""
-
-    def start(self, run: Run) -> None:
-        return None
 
     def step(self, window: Window, denoise: Denoise, state: None) -> Edit:
         return commit(window, denoise(), torch.zeros_like(window.masked))
 
 
 @dataclass(frozen=True)
-class Rewriting:
+class Rewriting(Policy):
     """Commits one position, then writes it again and again."""
-
-    def start(self, run: Run) -> None:
-        return None
 
     def step(self, window: Window, denoise: Denoise, state: None) -> Edit:
         first = torch.zeros_like(window.masked)
@@ -169,11 +167,8 @@ class Rewriting:
 
 
 @dataclass(frozen=True)
-class Vandal:
+class Vandal(Policy):
     """Writes into the prompt."""
-
-    def start(self, run: Run) -> None:
-        return None
 
     def step(self, window: Window, denoise: Denoise, state: None) -> Edit:
         return Edit(
@@ -202,6 +197,9 @@ class SpyingRun:
         first = zip(question.rows, plan.compute, question.first, strict=True)
         self.log.append({int(row): np.flatnonzero(compute).tolist() for row, compute, is_first in first if is_first})
         return plan
+
+    def exchange(self, exchange: Exchange) -> None:
+        self.inner.exchange(exchange)
 
     def observe(self, change: Change) -> None:
         self.inner.observe(change)
@@ -257,9 +255,11 @@ class RefreshingRun:
             compute[:, 3:] = False
         return Plan(compute, self.store)
 
+    def exchange(self, exchange: Exchange) -> None:
+        self.store.move(exchange.moved)
+
     def observe(self, change: Change) -> None:
         self.seen.append(change)
-        self.store.move(change.moved)
 
     def expire(self, rows: Any) -> None:
         pass

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from dllm.canvas import Edit, Window
 from dllm.checks import number
 from dllm.prediction import Prediction
+from dllm.request import Request
 from dllm.run import Run
-from dllm.samplers.base import Denoise, Sampler, commit
+from dllm.samplers.base import Denoise, Policy, Sampler, commit
 from dllm.samplers.selection import top
 
 
 @dataclass(frozen=True)
-class CommitsPerStep:
+class CommitsPerStep(Policy):
     """Let a policy decide, at its cost, and commit the most confident positions instead.
 
     Args:
@@ -25,27 +26,35 @@ class CommitsPerStep:
         ValueError: a number below 1, or a policy of another kind.
     """
 
-    single_forward: ClassVar[bool] = True
+    single_forward = True
 
     commits: int
     base: Sampler
 
     def __post_init__(self) -> None:
         number("commits_per_step", self.commits, "a whole number of at least 1, or null", low=1, whole=True)
-        if not getattr(self.base, "single_forward", False):
+        if not self.base.single_forward:
             raise ValueError(
                 f"commits_per_step={self.commits} cannot pace {self.base!r}, whose step is more than one forward about "
                 "the active block; leave one of them out"
             )
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
         """What a cache must give (`dllm.compatibility`): what the policy needs."""
-        return frozenset(getattr(self.base, "needs", ()))
+        return self.base.needs
 
     def start(self, run: Run) -> Any:
         """Start the policy."""
         return self.base.start(run)
+
+    def check(self, state: Any, request: Request) -> None:
+        """Refuse what the policy refuses."""
+        self.base.check(state, request)
+
+    def enter(self, state: Any, row: int, request: Request) -> None:
+        """Begin a row of the policy's."""
+        self.base.enter(state, row, request)
 
     def step(self, window: Window, denoise: Denoise, state: Any) -> Edit:
         """Commit the best positions."""

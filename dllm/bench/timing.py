@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -12,8 +13,10 @@ from itertools import islice
 from statistics import median
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 
+from dllm.api import prepare
 from dllm.backbones import MaskedDiffusionModel
 from dllm.bench import today
 from dllm.bench.bare import Bare, Call, in_part, listening
@@ -22,7 +25,7 @@ from dllm.bench.models import causal_model
 from dllm.bench.sections import Clock, watching
 from dllm.generation import Clock as Memory
 from dllm.loading import LanguageModel
-from dllm.plan import Options, Plan
+from dllm.options import Options
 
 REFERENCES = {"straightforward": today.straightforward, "dual": today.dual}
 _WARM_UP, _LOOKED_INTO = 3, 10  # steps
@@ -117,10 +120,10 @@ class Bench:
         """
         for measured in (False, True):  # at first, code is read in as well
             before, memory = _resident(self.lm.device), Memory(self.lm.device)
-            plan = Plan(self.lm, self.prompts, sampler, cache, self.options, infill=False)
-            for _ in islice(plan.steps(), _LOOKED_INTO if measured else _WARM_UP):
+            _, engine = prepare(self.lm, self.prompts, sampler, cache, self.options)
+            for _ in islice(engine.steps(), _LOOKED_INTO if measured else _WARM_UP):
                 pass
-            del plan
+            del engine
         return memory.peak_memory() - before
 
     @torch.inference_mode()
@@ -130,11 +133,11 @@ class Bench:
         Forwards are launched kernel by kernel for that, since in a CUDA graph nobody can look.
         """
         launched = replace(self.options, cuda_graphs=False)
-        steps = Plan(self.lm, self.prompts, sampler, cache, launched, infill=False).steps()
-        for _, step in islice(steps, _WARM_UP):
-            denoiser = step.denoiser
+        _, engine = prepare(self.lm, self.prompts, sampler, cache, launched)
+        steps = engine.steps()
+        deque(islice(steps, _WARM_UP), maxlen=0)
         clock = Clock(self.lm.device)
-        with watching(clock, self.lm.backbone, sampler, denoiser):
+        with watching(clock, self.lm.backbone, engine.sampler, engine.denoiser):
             clock.reset()
             looked = sum(1 for _ in islice(steps, _LOOKED_INTO))
         return clock.shares() if looked else None
@@ -170,23 +173,23 @@ class Bench:
 
     @torch.inference_mode()
     def _decoding(self, label: str, ends: dict[str, list[list[int]]], sampler: Any, cache: Any) -> Iterator[Timing]:
-        plan = Plan(self.lm, self.prompts, sampler, cache, self.options, infill=False)
-        steps, columns, refreshes = plan.steps(), 0, 0
+        _, engine = prepare(self.lm, self.prompts, sampler, cache, self.options)
+        end = np.full((self.batch, self.canvas), self.lm.backbone.mask_token_id)
+        steps = engine.steps()
         while True:
             with listening() as calls:
                 started = self._now()
                 found = next(steps, None)
                 seconds = self._now() - started
             if found is None:
-                ends[label] = plan.recorders[-1].canvas.host.tolist()
+                ends[label] = end.tolist()
                 return
-            step, denoiser = found[1], found[1].denoiser
-            computed, columns = int(denoiser.computed.sum()) - columns, int(denoiser.computed.sum())
-            refreshed, refreshes = int(denoiser.refreshes.sum()) > refreshes, int(denoiser.refreshes.sum())
+            end[found.ids] = found.tokens
+            computed, refreshed = int(found.computed.sum()), bool(found.refreshes.any())
             shapes = [in_part(call, computed) if features else call for call, features in calls]
             bare = sum(self._bare(call) for call in shapes)
-            kept = getattr(getattr(denoiser.cache, "store", None), "nbytes", 0)
-            yield Timing(seconds, bare, computed, int(step.change.committed.sum()), refreshed, kept)
+            kept = getattr(getattr(engine.denoiser.cache, "store", None), "nbytes", 0)
+            yield Timing(seconds, bare, computed, int(found.change.committed.sum()), refreshed, kept)
 
     @torch.inference_mode()
     def _today(self, label: str, ends: dict[str, list[list[int]]], commits: int) -> Iterator[Timing]:

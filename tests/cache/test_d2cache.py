@@ -15,6 +15,7 @@ import dllm
 from cache_rig import planned, selected
 from dllm.cache import D2Cache
 from dllm.cache.d2cache import Watched, density, inflate, nucleus
+from engine_rig import observed
 from models import random_dream, random_llada
 from sampler_rig import facts
 from toys import Leftmost
@@ -99,11 +100,11 @@ def test_confidences_are_renewed() -> None:
     lm, seen = random_llada(), []
     cache = D2Cache(current_k=2)
 
-    def watch(step: dllm.engine.Step) -> None:
-        cache_run: Any = step.denoiser.cache
+    def watch(engine: dllm.Engine, step: dllm.Step) -> None:
+        cache_run: Any = engine.denoiser.cache
         seen.append(cache_run.rule.confidence[0].copy())
 
-    dllm.generate(lm, [[5, 6, 7]], Leftmost(1), cache, gen_length=8, callback=watch)
+    observed(watch, lm, [[5, 6, 7]], Leftmost(1), cache, gen_length=8)
     assert (seen[0][3:] > 0).all()
     assert (seen[1][4:] != seen[0][4:]).any()
 

@@ -21,7 +21,7 @@ from dllm.prediction import Prediction, Sampling
 from dllm.samplers import Learn2PD
 from dllm.tasks import word_problems
 from models import random_dream, random_filter, random_llada
-from sampler_rig import MASK, chosen, facts, window
+from sampler_rig import MASK, chosen, facts, request, window
 
 EOS = 98
 CARD = FilterCard("neighbours", 8, "some-model", "0123", {}, {}, "", 1, 0, {}, {}, [])
@@ -125,7 +125,9 @@ def end(
             logits.append(row.log())
         return Prediction(torch.stack(logits), asked, asked.flatten().nonzero()[:, 0], MASK, Sampling())
 
-    edit = sampler.step(view, denoise, sampler.start(facts()))
+    state = sampler.start(facts())
+    sampler.check(state, request())
+    edit = sampler.step(view, denoise, state)
     assert edit.end is not None
     return int(edit.end[0])
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import dllm
 from dllm.samplers import Threshold, Vanilla
 from models import random_dream, random_llada
-from sampler_rig import chosen, confidences, facts
+from sampler_rig import chosen, confidences, request
 
 
 def test_commits_everything_at_or_above_the_threshold() -> None:
@@ -67,4 +67,4 @@ def test_values_out_of_range_are_named(name: str, value: float) -> None:
 
 def test_fewer_steps_than_blocks_are_refused() -> None:
     with pytest.raises(ValueError, match=r"steps=1 .*between 2"):
-        Threshold(steps=1).start(facts())
+        Threshold(steps=1).check(None, request())

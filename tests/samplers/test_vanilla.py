@@ -13,7 +13,7 @@ import dllm
 from dllm.samplers import EntropyThreshold, Vanilla
 from dllm.samplers.base import Sampler
 from models import random_dream, random_llada
-from sampler_rig import chosen, facts
+from sampler_rig import chosen, facts, request, window
 
 
 def test_commits_the_quota_of_the_step() -> None:
@@ -33,26 +33,34 @@ def test_ties_go_to_the_leftmost() -> None:
 
 @given(st.integers(1, 24), st.integers(1, 24), st.sampled_from(["uniform", "timestep"]))
 def test_quotas_use_up_the_masks_without_an_empty_step(masks: int, steps: int, schedule: str) -> None:
-    run = facts(block_length=24, generated=24)
-    table = Vanilla(steps=steps, schedule=schedule).start(run).table  # type: ignore[arg-type]
-    for row in table:
-        quotas = row[masks].tolist()
-        used = [quota for quota in quotas if quota]
-        assert sum(quotas) == masks
-        # No zero before the last token is out: a step that commits nothing would cost a forward.
-        assert quotas[: len(used)] == used
-        assert len(used) <= steps
+    quotas = quotas_of(Vanilla(steps=steps, schedule=schedule), 24, masks)  # type: ignore[arg-type]
+    used = [quota for quota in quotas if quota]
+    assert sum(quotas) == masks
+    # No zero before the last token is out: a step that commits nothing would cost a forward.
+    assert quotas[: len(used)] == used
+    assert len(used) <= steps
+
+
+def quotas_of(sampler: Vanilla, length: int, masks: int) -> list[int]:
+    """What each step commits of the only block, entered with that many masks."""
+    state, whole = sampler.start(facts()), request(length, length)
+    sampler.check(state, whole)
+    sampler.enter(state, 0, whole)
+    assert sampler.steps is not None
+    views = [
+        window(torch.ones(length, dtype=torch.bool), step, entry_masks=masks, span=length)
+        for step in range(sampler.steps)
+    ]
+    return [int(sampler._quota(view, state)) for view in views]
 
 
 def test_the_uniform_schedule_gives_the_remainder_to_the_first_steps() -> None:
-    table = Vanilla(steps=5).start(facts(block_length=16)).table
-    assert table[0][13, :5].tolist() == [3, 3, 3, 2, 2]
+    assert quotas_of(Vanilla(steps=5), 16, 13) == [3, 3, 3, 2, 2]
 
 
 def test_the_timestep_schedule_is_dreams() -> None:
     # t = linspace(1, 0.001, 5): int(m (1 - s/t)) of 10 masks, the last step all.
-    table = Vanilla(steps=4, schedule="timestep").start(facts(block_length=16)).table
-    assert table[0][10, :4].tolist() == [2, 2, 2, 4]
+    assert quotas_of(Vanilla(steps=4, schedule="timestep"), 16, 10) == [2, 2, 2, 4]
 
 
 @pytest.mark.parametrize("order", ["low_confidence", "margin", "entropy"])
@@ -128,4 +136,4 @@ def test_options_that_cannot_be_are_refused(options: dict[str, object], words: s
 @pytest.mark.parametrize("steps", [1, 17])
 def test_steps_that_do_not_fit_the_run_are_refused(steps: int) -> None:
     with pytest.raises(ValueError, match=rf"steps={steps} .*between 2 .* and 16"):
-        Vanilla(steps=steps).start(facts())
+        Vanilla(steps=steps).check(Vanilla().start(facts()), request())
