@@ -35,10 +35,11 @@ from dllm.likelihood import Estimate
 from dllm.metrics import COSTS
 from dllm.plan import SEEDS, parse_options
 from dllm.resolve import build, names, options_of, variants
-from dllm.run_folder import RunFolder
+from dllm.run_folder import RunFolder, sessions
 from dllm.runner import Runner, Setting
 from dllm.samplers.base import Sampler
 from dllm.scripts import app
+from dllm.scripts.kinds import canonical
 from dllm.tasks.base import Task
 
 _OPTIONS = set(dllm.Options.__dataclass_fields__) - {"seed", "stop"}  # what ends an answer is the task's
@@ -66,7 +67,7 @@ def evaluate(cfg: DictConfig) -> float | tuple[float, ...] | None:
     _check(fields)
     hydra = HydraConfig.get()
     out, label = Path(fields["out"]), _label(fields, hydra.runtime.choices)
-    refused, sweeping = RunFolder(out, label, fields), hydra.mode == RunMode.MULTIRUN
+    refused, sweeping = RunFolder(out, label, canonical(fields, KINDS)), hydra.mode == RunMode.MULTIRUN
     try:
         with _threads(fields["threads"]):
             results, path = _results(cfg, fields, label)
@@ -106,12 +107,13 @@ def _results(cfg: DictConfig, fields: Mapping[str, Any], label: str) -> tuple[di
     with naming({name: f"estimate.{name}" for name in fields["estimate"]}):
         estimate = Estimate(**fields["estimate"], seed=seed, cfg_scale=fields["cfg_scale"])
     files = task.check()
-    path, others = fields["model"]["path"], {name: fields["model"][name] for name in fields["model"] if name != "path"}
-    read = identity.contents([fields["sampler"], fields["cache"], others])
+    path, asked = fields["model"]["path"], canonical(fields, KINDS)
+    others = {name: value for name, value in asked["model"].items() if name != "path"}
+    read = identity.contents([asked["sampler"], asked["cache"], others])
     read |= identity.read_by(sampler) | identity.read_by(cache)
     state = identity.checkpoint(Path(path)) if Path(path).is_dir() else {}
     lm, weights = _load(json.dumps(fields["model"]), json.dumps([state, read]), app.option_of("model"))
-    folder = RunFolder(Path(fields["out"]), label, _identity(fields, weights, task, files, read))
+    folder = RunFolder(Path(fields["out"]), label, _identity(asked, weights, task, files, read))
     main = fields["task"].get("metric")
     if (found := folder.results(main)) is not None:
         return found, folder.path
@@ -195,7 +197,8 @@ def _told(results: Mapping[str, Any], path: Path) -> str:
         scores = ", ".join(f"{name} {score['value']:.4g}" for name, score in metrics["scores"].items())
         parts.append(f"{scores or 'not judged'} of {metrics['n']}")
     if metrics["nfe"] is not None:
-        speed = f"{metrics['tokens_per_second']:,.0f} tokens/s"
+        taken = len(sessions(path))
+        speed = f"{metrics['tokens_per_second']:,.0f} tokens/s{f' over {taken} sessions' if taken > 1 else ''}"
         parts.append(f"NFE {metrics['nfe']:.1f}  TPF {metrics['tpf']:.2f}  {speed}")
     else:
         parts.append("nothing was generated: sampler and cache had no part in it")

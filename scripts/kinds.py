@@ -48,6 +48,28 @@ def check_kinds(cfg: DictConfig, config_name: str, kinds: Mapping[str, Any]) -> 
             raise ValueError(f"{name} is no option here; --help lists those there are")
 
 
+def canonical(fields: Mapping[str, Any], kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Checked options, so that those that mean the same are the same: 1.0 for 1 where fractions may stand, a for ./a/.
+
+    Args:
+        fields: the options, groups as dictionaries.
+        kinds: as for `check_kinds`.
+    """
+    spelt: dict[str, Any] = {}
+    for name, value in fields.items():
+        made = name in _PROTOCOLS and isinstance(value, Mapping) and TARGET in value
+        hints = get_type_hints(find_class(name, value, _PROTOCOLS[name])) if made else {}
+        spelt[name] = canonical(value, hints) if isinstance(value, Mapping) else _spelt(value, kinds.get(name))
+    return spelt
+
+
+def _spelt(value: Any, hint: Any) -> Any:
+    parts = get_args(hint) or (hint,)
+    if type(value) is int and float in parts and int not in parts:
+        return float(value)
+    return str(Path(value)) if isinstance(value, str) and "/" in value and Path(value).exists() else value
+
+
 def _check_group(group: str, values: Any) -> None:
     """Hold a group's options against the constructor they go to."""
     if not isinstance(values, Mapping):
