@@ -87,6 +87,7 @@ def generate(cfg: DictConfig) -> None:
             if left:
                 answers.prepare = lambda: manifest.begin(questions, session)
                 runner.answer_file(questions, answers, cfg.show)
+                manifest.verify()
         if manifest.note:
             print(manifest.note)
         print(_done(questions, answers))
