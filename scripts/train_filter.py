@@ -29,7 +29,7 @@ import dllm
 from dllm import identity
 from dllm.cache.base import Cache
 from dllm.checks import choice, number
-from dllm.files import read_json, write_json, write_whole
+from dllm.files import check_kept, read_json, write_json, write_whole
 from dllm.filter_training import Records, Training, collect, fit, measure, split
 from dllm.filters import Filter, FilterCard
 from dllm.jsonl import read_questions
@@ -166,6 +166,7 @@ def _collect(
                 f"out: {folder} holds records of other settings ({other}); give another out, or remove that folder"
             )
     write_json(file, recipe)
+    written = file.read_bytes()
     size, parts = options["batch_size"], []
     with _progress("collecting", len(ids)) as advance:
         for start in range(0, len(ids), size):
@@ -176,6 +177,7 @@ def _collect(
                 del seeded["batch_size"]
                 records = collect(lm, ids[start : start + size], sampler, cache, **seeded)
                 records = replace(records, prompt=records.prompt + start)
+                check_kept(file, written, "; run the command again")
                 write_whole(part, save(vars(records)))
                 found = records
             parts.append(found)
