@@ -160,9 +160,10 @@ class AnswerFile:
         name = self.file.name
         if (name.startswith(".") and name.endswith(".lock")) or name.endswith(MANIFEST):
             raise ValueError(f"{self._called} has the name of a lock or a manifest of answers; give another file")
-        for beside in (self._claim.path, self.file.with_name(name + MANIFEST)):
+        folder = next(parent for parent in self.file.parents if parent.exists())
+        for beside in (self._claim.path.name, name + MANIFEST):
             try:
-                os.lstat(beside)
+                os.lstat(folder / beside)
             except OSError as error:
                 if error.errno == ENAMETOOLONG:
                     raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -67,7 +68,9 @@ def _spelt(value: Any, hint: Any) -> Any:
     parts = get_args(hint) or (hint,)
     if type(value) is int and float in parts and int not in parts:
         return float(value)
-    return str(Path(value)) if isinstance(value, str) and "/" in value and Path(value).exists() else value
+    # Free text may be too long for Path.exists.
+    is_path = isinstance(value, str) and "/" in value and os.path.exists(value)  # noqa: PTH110
+    return str(Path(value)) if is_path else value
 
 
 def _check_group(group: str, values: Any) -> None:

@@ -78,7 +78,7 @@ class TestBaselines:
     def test_are_timed_by_the_session_that_answers(self, tmp_path: Path) -> None:
         whole = self.finish(self.runner(tmp_path / "whole"))
         assert whole["samples"] == 4
-        for count in range(1, 14, 2):  # the session itself, then four baselines and two answers, twice
+        for count in (3, 5, 6, 9, 13):  # the session itself, then four baselines and two answers, twice
             folder = tmp_path / str(count)
             for die_after in (count, 2):
                 try:
@@ -182,6 +182,11 @@ class TestRemovedOrReplaced:
             folder.finish(runner, GRADED)
         assert not (folder.path / "results.json").exists()
         runner.close()
+        if name == "manifest.json":
+            again = self.begun(folder)
+            assert set(again.journal.of("record")) == {"0", "1"}
+            again.answer(REQUESTS[:2])
+            assert folder.finish(again, GRADED)["metrics"]["n"] == 1
 
     @pytest.mark.parametrize("late", [False, True])
     def test_the_whole_folder_of_a_run(self, late: bool, tmp_path: Path) -> None:
@@ -261,8 +266,9 @@ class TestNeighbours:
         with AnswerFile(tmp_path / ("a" * longest)) as answers:
             answers.add({"id": 1, "text": "x", "tokens": 1, "nfe": 1, "guide_nfe": 0})
         for length in (longest + 1, 250, 255):
-            with pytest.raises(ValueError, match=r"^output=.* is too long a name: .*; give a shorter one"):
-                AnswerFile(tmp_path / ("a" * length))
+            for folder in (tmp_path, tmp_path / "new" / "folder"):
+                with pytest.raises(ValueError, match=r"^output=.* is too long a name: .*; give a shorter one"):
+                    AnswerFile(folder / ("a" * length))
         with pytest.raises(ValueError, match="is too long a name"):
             AnswerFile(tmp_path / ("ä" * 125))
 
