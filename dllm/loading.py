@@ -109,7 +109,7 @@ def load(
     if pack:
         pack_weights(backbone)
     backbone.extra_eos_token_ids = _extra_eos(backbone, tokenizer, folder)
-    _check_vocabulary(backbone, folder)
+    _check_vocabulary(backbone, tokenizer, folder)
     if tokenizer is not None and tokenizer.mask_token_id != backbone.mask_token_id:
         # The config decides; LLaDA's published tokenizer does not say which of its tokens is the mask.
         tokenizer.mask_token = tokenizer.convert_ids_to_tokens(backbone.mask_token_id)
@@ -350,12 +350,15 @@ def _extra_eos(
     return (*token_ids(listed), *(added[token] for token in backbone.end_of_turn if token in added))
 
 
-def _check_vocabulary(backbone: MaskedDiffusionModel, folder: Path) -> None:
-    """Refuse a tokenizer whose end of a turn the model does not have; the files' own ids are checked by then."""
-    rows = backbone.config.vocab_size
-    for token in backbone.eos_token_ids:
-        if not 0 <= token < rows:
-            raise ValueError(f"{folder}: eos_token_id={token!r} is no id of this model; use one from 0 to {rows - 1}")
+def _check_vocabulary(backbone: MaskedDiffusionModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Refuse a tokenizer with tokens that the model does not have."""
+    ids, rows = {} if tokenizer is None else tokenizer.get_vocab(), backbone.config.vocab_size
+    token = max(ids, key=ids.__getitem__, default=None)
+    if token is not None and ids[token] >= rows:
+        raise ValueError(
+            f"{folder}: the tokenizer gives {token!r} the id {ids[token]}, and this model's ids are 0 to {rows - 1}; "
+            "copy the tokenizer files of this model"
+        )
 
 
 @contextmanager

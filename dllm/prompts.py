@@ -47,12 +47,13 @@ def encode(
     """
     if isinstance(prompts, Mapping):
         prompts, attention_mask = _tokenized(prompts, attention_mask)
+    if isinstance(prompts, np.ndarray) and prompts.ndim == 1 and prompts.dtype.kind in "OU":  # texts
+        prompts = prompts.tolist()
     if isinstance(prompts, (Tensor, np.ndarray)):
+        rows = entries("prompts", prompts)
         if prompts.ndim != 2 or _kind(prompts) not in "iu":
             raise ValueError(f"prompts has shape {tuple(prompts.shape)} and {prompts.dtype}; give a (B, P) LongTensor")
-        prompts = prompts.tolist()
-        if attention_mask is None:
-            prompts = _without_padding(prompts, tokenizer, eos_token_ids)
+        prompts = _without_padding(rows, tokenizer, eos_token_ids) if attention_mask is None else rows
     elif attention_mask is None and (rows := _padded_lists(prompts, tokenizer)) is not None:
         prompts = _without_padding(rows, tokenizer, eos_token_ids)
     if isinstance(prompts, str) or is_chat(prompts):
@@ -86,7 +87,7 @@ def _is_message(message: Message) -> bool:
 
 
 def _encode_one(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, number: int) -> list[int]:
-    if (ids := token_list(prompt)) is not None:
+    if (ids := token_list(prompt, f"prompts[{number}]")) is not None:
         return ids
     if not isinstance(prompt, str) and not is_chat(prompt):
         raise ValueError(f"prompts[{number}] is a {type(prompt).__name__}; give text, chat messages or token ids")
@@ -161,35 +162,54 @@ def _tokenized(given: Mapping[str, Any], attention_mask: Mask | None) -> tuple[A
     if mask is not None and attention_mask is not None:
         raise ValueError("attention_mask is given twice, in prompts and beside them; leave one out")
     mask = attention_mask if mask is None else mask
-    if token_list(ids) is not None and len(ids) > 0:  # one text, not in a batch
+    if token_list(ids, "prompts") is not None and len(ids) > 0:  # one text, not in a batch
         ids = ids[None] if isinstance(ids, (Tensor, np.ndarray)) else [ids]
         mask = None if mask is None else mask[None] if isinstance(mask, (Tensor, np.ndarray)) else [mask]
     return ids, mask
 
 
-def token_list(row: Any) -> list[int] | None:
-    """A list, tensor or array of token ids as a list; None where it is something else."""
+def token_list(row: Any, called: str) -> list[int] | None:
+    """A list, tensor or array of token ids as a list; None where it is something else.
+
+    Raises:
+        ValueError: a tensor that holds no values.
+    """
     if isinstance(row, (Tensor, np.ndarray)):
-        return row.tolist() if row.ndim == 1 and _kind(row) in "iu" else None
-    is_list = isinstance(row, Sequence) and not isinstance(row, (str, bytes))
+        ids = entries(called, row)
+        return ids if row.ndim == 1 and _kind(row) in "iu" else None
+    is_list = isinstance(row, Sequence) and not isinstance(row, (str, bytes, bytearray, memoryview))
     if is_list and all(isinstance(token, Integral) and not isinstance(token, bool) for token in row):
         return [int(token) for token in row]
     return None
 
 
+def entries(called: str, given: Tensor | NDArray[Any] | np.generic) -> Any:
+    """The values of a tensor or an array as Python's own, in lists.
+
+    Raises:
+        ValueError: it holds none that can be listed, as on the device "meta", sparse, nested or quantised.
+    """
+    try:
+        return given.tolist()
+    except RuntimeError:
+        nested = isinstance(given, Tensor) and given.is_nested
+        kind = "nested" if nested else f"{given.dtype}, {getattr(given, 'layout', None)}, on {given.device}"
+        raise ValueError(f"{called} is a tensor that cannot be read ({kind}); give a dense one with values") from None
+
+
 def _masked(prompts: Sequence[Any], attention_mask: Any) -> list[list[int]]:
     """Token ids where the mask is 1."""
     if isinstance(attention_mask, (Tensor, np.ndarray)):
-        attention_mask = attention_mask.tolist()
+        attention_mask = entries("attention_mask", attention_mask)
     if not isinstance(attention_mask, Sequence) or len(attention_mask) != len(prompts):
         count = len(attention_mask) if isinstance(attention_mask, Sequence) else repr(attention_mask)
         raise ValueError(f"attention_mask has {count} rows for {len(prompts)} prompts; give one in the prompts' shape")
     found = []
     for number, (prompt, given) in enumerate(zip(prompts, attention_mask, strict=True)):
-        if (ids := token_list(prompt)) is None:
+        if (ids := token_list(prompt, f"prompts[{number}]")) is None:
             raise ValueError(f"attention_mask is for token ids, and prompts[{number}] is none; leave it out")
-        mask = given.tolist() if isinstance(given, (Tensor, np.ndarray)) else given
-        if not isinstance(mask, Sequence) or len(mask) != len(ids) or not all(each in (0, 1) for each in mask):
+        mask = entries(f"attention_mask[{number}]", given) if isinstance(given, (Tensor, np.ndarray)) else given
+        if not _is_mask(mask, len(ids)):
             raise ValueError(
                 f"attention_mask[{number}] does not fit the {len(ids)} tokens of prompts[{number}]; give 1 for each "
                 "token and 0 for padding"
@@ -201,11 +221,18 @@ def _masked(prompts: Sequence[Any], attention_mask: Any) -> list[list[int]]:
     return found
 
 
+def _is_mask(mask: Any, length: int) -> bool:
+    try:
+        return isinstance(mask, Sequence) and len(mask) == length and all(each in (0, 1) for each in mask)
+    except (RuntimeError, ValueError):  # tensors without values, or arrays
+        return False
+
+
 def _padded_lists(prompts: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]] | None:
     """Lists of token ids of one length, some of which have the padding token at an end and others do not."""
     if tokenizer is None or not isinstance(prompts, Sequence):
         return None
-    rows = [ids for prompt in prompts if (ids := token_list(prompt))]
+    rows = [ids for number, prompt in enumerate(prompts) if (ids := token_list(prompt, f"prompts[{number}]"))]
     padded = {tokenizer.pad_token_id in (row[0], row[-1]) for row in rows}
     alike = len(rows) == len(prompts) and len({len(row) for row in rows}) == 1
     return rows if alike and len(padded) == 2 else None

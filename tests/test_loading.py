@@ -26,6 +26,7 @@ from dllm.backbones import DreamModel, LLaDAModelLM
 from dllm.loading import LanguageModel, checkpoint_folder, load
 from dllm.resolve import names
 from dllm.tasks.tokenizer import build_tokenizer
+from models import random_llada, save_folder
 
 CHECKPOINTS = pytest.mark.parametrize("checkpoint", ["llada-rand-a", "dream-rand-a"])
 Edit = Callable[[Path], None]
@@ -462,3 +463,25 @@ def test_a_device_map_that_cannot_be_followed_is_refused(device_map: Any) -> Non
 def test_a_dtype_that_is_not_computed_in_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^dtype=torch.float8_e4m3fn holds no weights; use float16"):
         load("tiny-llada", dtype=torch.float8_e4m3fn)
+
+
+def test_a_tokenizer_with_tokens_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
+    folder = save_folder(random_llada(tokenizer=True), tmp_path)
+    own = json.loads((folder / "tokenizer.json").read_text())
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    token = {"content": "<extra>", "special": True, "lstrip": False, "rstrip": False, "normalized": False}
+    own["added_tokens"].append({"id": rows + 3, "single_word": False, **token})
+    (folder / "tokenizer.json").write_text(json.dumps(own))
+    with pytest.raises(
+        ValueError, match=f"the tokenizer gives '<extra>' the id .*, and this model's ids are 0 to {rows - 1}"
+    ):
+        load(folder)
+
+
+def test_a_special_token_of_its_own_file_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
+    folder = save_folder(random_llada(tokenizer=True), tmp_path)
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sep_token": "<sep>"}))
+    with pytest.raises(ValueError, match=f"the tokenizer gives '<sep>' the id {rows}, and this model's"):
+        load(folder)
