@@ -31,6 +31,7 @@ def main() -> None:
         from lm_eval.__main__ import cli_evaluate
 
         import dllm.harness  # registers the class
+        from dllm.tasks.harness import fault_of
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
             raise
@@ -45,5 +46,9 @@ def main() -> None:
         cli_evaluate()
     except ValueError as error:
         fail("dllm lm-eval", " ".join(str(error).split()))
+    except Exception as error:
+        if (told := fault_of(error, "the task", __file__)) is None:
+            raise
+        fail("dllm lm-eval", told)
     finally:
         sys.stdout.flush()

@@ -111,18 +111,30 @@ class Harness:
         try:
             yield
         except Exception as error:
-            if _is_ours(error):
+            if (told := fault_of(error, f"task={self.name}", __file__)) is None:
                 raise
             if self.data and isinstance(error, (KeyError, UndefinedError)):
                 missing = error.args[0] if isinstance(error, KeyError) else None
                 told = f"add {missing}: FILE" if missing in _SPLITS else f"its rows need what the task reads ({error})"
-                raise ValueError(f"task.data={dict(self.data)!r} does not suit {self.name}: {told}") from None
-            *_, (frame, line) = walk_tb(error.__traceback__)
-            where = f"{type(error).__name__} in {frame.f_code.co_filename}, line {line}"
-            raise ValueError(
-                f"task={self.name} cannot be used: {_reason(error)} ({where}); mend its definition, its code or its "
-                "data"
-            ) from None
+                told = f"task.data={dict(self.data)!r} does not suit {self.name}: {told}"
+            raise ValueError(told) from None
+
+
+def fault_of(error: Exception, task: str, caller: str) -> str | None:
+    """What a task's definition, its code or its data are to blame for, in one line; None for errors of this package.
+
+    Args:
+        error: as it was caught.
+        task: what to call the task.
+        caller: the file that caught it.
+    """
+    places = [(frame.f_code.co_filename, line) for frame, line in walk_tb(error.__traceback__)]
+    own = [file for file, _ in places if Path(__file__).parents[1] in Path(file).parents]
+    file, line = places[-1]
+    if file in own or any(each != caller for each in own):
+        return None
+    where = f"{type(error).__name__} in {file}, line {line}"
+    return f"{task} cannot be used: {_reason(error)} ({where}); mend its definition, its code or its data"
 
 
 def _reason(error: Exception) -> str:
@@ -131,13 +143,6 @@ def _reason(error: Exception) -> str:
     if "Sample larger than population" in str(error):
         return "it has fewer examples than task.num_fewshot asks for"
     return " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
-
-
-def _is_ours(error: Exception) -> bool:
-    """Whether an error comes from this package, and not from the harness and the task it was given."""
-    files = [Path(frame.f_code.co_filename) for frame, _ in walk_tb(error.__traceback__)]
-    own = [file for file in files if Path(__file__).parents[1] in file.parents]
-    return files[-1] in own or any(file != Path(__file__) for file in own)
 
 
 def local(manager: Any, name: str, data: Mapping[str, str]) -> str:
@@ -277,9 +282,9 @@ def _manager(include_path: str | None, state: str) -> Any:
     try:
         return _harness().TaskManager(include_path=include_path)
     except Exception as error:
-        if _is_ours(error):
+        if fault_of(error, "", __file__) is None or include_path is None:
             raise
-        told = next(refused(Path(str(include_path))), _reason(error))
+        told = next(refused(Path(include_path)), _reason(error))
         raise ValueError(f"task.include_path={include_path!r} cannot be used: {told}") from None
 
 
