@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -114,6 +113,8 @@ def _written(chat: Chat, tokenizer: PreTrainedTokenizerBase, number: int) -> str
     begun = last["role"] == "assistant" and not last.get("tool_calls")
     if begun and not last["content"].strip():  # nothing to go on from
         messages, begun = messages[:-1], False
+    if not messages:
+        raise ValueError(f"prompts[{number}] is an empty answer and nothing else; give the message to be answered")
     return write_chat(
         tokenizer, messages, f"prompts[{number}]", add_generation_prompt=not begun, continue_final_message=begun
     )
@@ -133,8 +134,9 @@ def write_chat(tokenizer: PreTrainedTokenizerBase, chat: Any, called: str, **opt
     """
     try:
         return str(tokenizer.apply_chat_template(chat, tokenize=False, **options))
-    except (TemplateError, RecursionError, SyntaxError, ArithmeticError, TypeError, ValueError, LookupError) as error:
-        reason = "nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
+    except Exception as error:  # noqa: BLE001  # a template is code, and fails in as many ways
+        text = " ".join(str(error).split()) or type(error).__name__
+        reason = "nested too deep" if isinstance(error, RecursionError) else text
         if options.get("continue_final_message") and isinstance(error, ValueError):
             reason = "it does not write the beginning of an answer as it was given; leave out the last message"
         raise ValueError(f"{called} does not suit the chat template: {reason}") from None
