@@ -20,7 +20,7 @@ from transformers.utils import logging
 from dllm import adapters
 from dllm.backbones import FAMILIES, MaskedDiffusionModel
 from dllm.backbones.base import token_ids
-from dllm.backbones.checkpoint import ATTENTION, DTYPES, check_values, read_config
+from dllm.backbones.checkpoint import ATTENTION, DTYPES, QUANTISED, check_values, read_config
 from dllm.backbones.packed import pack as pack_weights
 from dllm.checks import choice, first_line
 from dllm.files import read_json
@@ -293,11 +293,16 @@ def _family(folder: Path) -> type[MaskedDiffusionModel]:
 
 
 def _missing_library(folder: Path, error: ImportError) -> ValueError:
-    method = (read_json(folder / "config.json").get("quantization_config") or {}).get("quant_method", "none")
+    method = _quantised(folder)
     return ValueError(
         f"{folder} has weights quantised with {method}, and a library for them is not installed ({first_line(error)}); "
-        f"install {error.name or 'it'}, or use the model it was quantised from"
+        f"install {QUANTISED.get(str(method), error.name or 'it')}, or use the model it was quantised from"
     )
+
+
+def _quantised(folder: Path) -> str | None:
+    """The method that the weights are quantised with; None where they are not."""
+    return (read_json(folder / "config.json").get("quantization_config") or {}).get("quant_method")
 
 
 def _load_weights(family: type[MaskedDiffusionModel], folder: Path, options: dict[str, Any]) -> MaskedDiffusionModel:
@@ -309,7 +314,14 @@ def _load_weights(family: type[MaskedDiffusionModel], folder: Path, options: dic
     except ImportError as error:
         raise _missing_library(folder, error) from None
     except (RuntimeError, EOFError, OSError, UnpicklingError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or any(folder.glob("*.safetensors")):
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        if isinstance(error, RuntimeError) and (method := _quantised(folder)) is not None:  # as without a GPU
+            raise ValueError(
+                f"{folder} has weights quantised with {method}, which cannot be used here ({first_line(error)}); "
+                "use the model it was quantised from"
+            ) from None
+        if any(folder.glob("*.safetensors")):
             raise
         # torch would go on to say how to run the code that such a file holds.
         reason = "it holds more than tensors" if "Weights only load failed" in str(error) else first_line(error)
