@@ -31,7 +31,8 @@ def encode(
     Without a mask nothing tells padding from tokens. As in transformers, a padding token that ends no text is taken for
     padding, at either end of the rows of a tensor or an array. One that is also end-of-text may be meant, so it is
     refused there; a mask, all ones where nothing is padding, decides. Lists are taken as they are, unless they are of
-    one length and some of them begin or end with the tokenizer's padding token, and others do not.
+    one length and some of them begin or end with the tokenizer's padding token, and others do not: where all do, these
+    are tokens like others, unless a mask says otherwise.
 
     Args:
         prompts: a text, a list of texts, one chat (a list of messages), a list of chats, or token ids: lists, a
