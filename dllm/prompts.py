@@ -94,11 +94,11 @@ def _encode_one(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, number: 
     if tokenizer is None:
         raise ValueError(f"prompts[{number}] is text, and this model has no tokenizer; give token ids")
     if isinstance(prompt, str):
-        return list(tokenizer(_whole(prompt, number)).input_ids)
+        return list(tokenizer(_whole(prompt, number), verbose=False).input_ids)
     if tokenizer.chat_template is None:
         raise ValueError(f"prompts[{number}] is a chat, and this tokenizer has no chat template; give plain text")
     text = _written(prompt, tokenizer, number)
-    return list(tokenizer(_whole(text, number), add_special_tokens=False).input_ids)
+    return list(tokenizer(_whole(text, number), add_special_tokens=False, verbose=False).input_ids)
 
 
 def _whole(text: str, number: int) -> str:

@@ -47,8 +47,8 @@ def main() -> None:
     except ValueError as error:
         fail("dllm lm-eval", " ".join(str(error).split()))
     except Exception as error:
-        if (told := fault_of(error, "the task", __file__)) is None:
+        if (fault := fault_of(error, "the task", __file__)) is None:
             raise
-        fail("dllm lm-eval", told)
+        fail("dllm lm-eval", fault)
     finally:
         sys.stdout.flush()

@@ -307,9 +307,12 @@ def _calm() -> Iterator[None]:
     from lm_eval import evaluator
     from lm_eval.api import task
 
-    logger, bars = logging.getLogger("lm_eval"), is_progress_bar_enabled()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    bars = is_progress_bar_enabled()
+    # What datasets says of data that it cannot read it raises as well.
+    levels = {logging.getLogger("lm_eval"): logging.ERROR, logging.getLogger("datasets"): logging.CRITICAL}
+    before = {logger: logger.level for logger in levels}
+    for logger, level in levels.items():
+        logger.setLevel(level)
     disable_progress_bars()
     try:
         with (
@@ -318,7 +321,8 @@ def _calm() -> Iterator[None]:
         ):
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in before.items():
+            logger.setLevel(level)
         if bars:
             enable_progress_bars()
 
