@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 import dllm
 from dllm.filter_training import collect
@@ -44,6 +45,22 @@ def test_a_model_whose_end_of_text_is_cut_off_decodes_up_to_another() -> None:
     with pytest.raises(ValueError, match="eos_token_id=62 is no id"):
         dllm.generate(lm, [[1, 2]], gen_length=4)
     assert dllm.generate(lm, [[1, 2]], gen_length=4, eos_token_id=3).sequences.max() < 30
+
+
+@pytest.mark.parametrize("make", [random_llada, random_dream])
+@pytest.mark.parametrize("name", ["mask_token_id", "eos_token_id"])
+def test_a_model_whose_config_has_no_such_id_is_refused(make: Any, name: str) -> None:
+    lm = make()
+    setattr(lm.backbone.config, name, None)
+    with pytest.raises(ValueError, match=f"{name}=None is no id of this model"):
+        dllm.generate(lm, [[1, 2]], gen_length=4)
+
+
+def test_a_model_with_a_smaller_embedding_is_refused() -> None:
+    lm = random_llada()
+    lm.backbone.set_input_embeddings(torch.nn.Embedding(30, 32, dtype=torch.float64))
+    with pytest.raises(ValueError, match="id=6. is no id of this model, which has 0 to 29; "):
+        dllm.generate(lm, [[1, 2]], gen_length=4)
 
 
 def test_a_model_resized_to_more_tokens_decodes() -> None:

@@ -92,14 +92,15 @@ class MaskedDiffusionModel(PreTrainedModel):
         """Ids that end a text; the first one fills what follows.
 
         Raises:
-            ValueError: the model does not have one of them.
+            ValueError: there are none, or the model does not have one of them.
         """
         ids = dict.fromkeys((*token_ids(self.config.eos_token_id), *self.extra_eos_token_ids))
-        return tuple(self._own("eos_token_id", token) for token in ids)
+        return tuple(self._own("eos_token_id", token) for token in ids or (None,))
 
-    def _own(self, name: str, token: int) -> int:
-        rows = self.config.vocab_size
-        if not 0 <= token < rows:
+    def _own(self, name: str, token: int | None) -> int:
+        vocabulary = self.config.vocab_size
+        rows = min(vocabulary, getattr(self.get_input_embeddings(), "num_embeddings", vocabulary))
+        if token is None or not 0 <= token < rows:
             raise ValueError(
                 f"{name}={token!r} is no id of this model, which has 0 to {rows - 1}; give its config another, or "
                 "resize its embeddings to hold it"

@@ -107,7 +107,7 @@ def task(
         "metadata": {"version": 4.0 if instruct else 1.0},
     }
     if data is not None:
-        _check_rows(data)
+        check_rows(data)
         config["dataset_kwargs"] = {"data_files": {"test": str(Path(data).absolute())}}
     if instruct:
         config["gen_prefix"] = "Here is the completed function:\n```python\n{{ prompt }}\n"
@@ -123,7 +123,7 @@ def _tested(doc: Mapping[str, Any], answer: str) -> str:
     return f"{answer}\n{doc['test']}\ncheck({doc['entry_point']})"
 
 
-def _check_rows(data: str) -> None:
+def check_rows(data: str) -> None:
     """Refuse a file that is not rows of problems, before a model answers any of them."""
     where = f"task.data={data!r}"
     check_readable("task.data", Path(data), "HumanEval.jsonl or HumanEval.jsonl.gz")

@@ -43,6 +43,8 @@ def read_rows(where: str, file: Path, give: str) -> Iterator[tuple[int, Any]]:
                     raise ValueError(f"{where} line {number} is not JSON ({error}); fix or remove it") from None
                 yield number, row
     else:
+        if whole == []:
+            raise ValueError(f"{where} has no rows; give {give}")
         yield from enumerate(whole if isinstance(whole, list) else [whole], 1)
 
 
@@ -71,8 +73,6 @@ def check_data(data: Mapping[str, str], config: Mapping[str, Any], num_fewshot: 
             for column in sorted(columns):
                 if row.get(column) is None:
                     raise ValueError(f"{where} line {number} has no {column!r}, which the task reads; add it")
-        if count == 0:
-            raise ValueError(f"{where} has no rows; give a JSONL file with some")
         if split == examples and isinstance(shots, int) and count < (needed := shots + (split == _asked(config))):
             raise ValueError(
                 f"{where} has {count} rows, and task.num_fewshot={shots} needs {needed}; add rows or lower it"

@@ -153,3 +153,27 @@ def test_as_few_rows_as_there_are_examples_will_do(tmp_path: Path) -> None:
         "evaluate", f"out={tmp_path / 'out'}", "task=gsm8k", f"task.data={data}", "task.num_fewshot=2", *QUICK
     )
     assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "has no lines"),
+        ("[]", "has no rows"),
+        ("hello", "line 1 is not JSON"),
+        ('{"task_id": "a"}', "has no text 'prompt'"),
+    ],
+)
+def test_programs_that_cannot_be_read_are_named_before_a_model_is_loaded(
+    text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("dllm.scripts.app.load_model", fail)
+    (tmp_path / "rows.jsonl").write_text(text)
+    data = f"task.data={tmp_path / 'rows.jsonl'}"
+    outcome = command("evaluate", f"out={tmp_path / 'out'}", "task=humaneval", data, *QUICK)
+    assert outcome.code == 2
+    assert said in outcome.err
+    assert len(outcome.err.strip().splitlines()) == 1, outcome.err
