@@ -45,7 +45,7 @@ def choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     Raises:
         ValueError: the value is refused.
     """
-    if value not in choices:
+    if getattr(value, "ndim", 0) or value not in choices:  # an array equals nothing as a whole
         words = ", ".join("null" if one is None else str(one) for one in choices)
         raise ValueError(f"{name}={value!r} is unknown; use one of {words}")
 

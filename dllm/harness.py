@@ -127,7 +127,7 @@ class DLLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids; a chat template has written its special tokens itself."""
         special = not self._chat if add_special_tokens is None else add_special_tokens
-        return list(self.tokenizer(string, add_special_tokens=special).input_ids)
+        return list(self.tokenizer(string, add_special_tokens=special, verbose=False).input_ids)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answer each request up to its first stop string."""

@@ -10,6 +10,7 @@ from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
 
 from dllm import compatibility
 from dllm.cache.base import Cache
@@ -20,6 +21,7 @@ from dllm.engine import decode
 from dllm.generation import Clock, Generation, Recorder, assemble
 from dllm.loading import LanguageModel
 from dllm.prediction import Sampling
+from dllm.prompts import entries
 from dllm.resolve import resolve
 from dllm.samplers.base import Sampler
 from dllm.step import Step
@@ -79,8 +81,7 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, np.generic):  # as Python's own numbers, which go into lists and JSON
-                object.__setattr__(self, name, value.item())
+            object.__setattr__(self, name, _plain(name, value))
         number("gen_length", self.gen_length, "a whole number of at least 1", low=1, whole=True)
         if self.block_length is not None:
             number("block_length", self.block_length, "a whole number of at least 1, or null", low=1, whole=True)
@@ -309,12 +310,18 @@ def eos_ids(eos: int | Sequence[int] | None, lm: LanguageModel) -> tuple[int, ..
     """
     if eos is None:
         return lm.backbone.eos_token_ids
+    eos = _plain("eos_token_id", eos)
     ids = tuple(eos) if isinstance(eos, Sequence) and not isinstance(eos, str) else (eos,)
     most = lm.backbone.config.vocab_size - 1
     for token in ids or (None,):
         use = f"ids from 0 to {most}, or null for the model's own"
         number("eos_token_id", token, use, low=0, high=most, whole=True)
-    return ids
+    return tuple(map(int, ids))
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Arrays, tensors and their numbers as Python's own, which go into lists and JSON; the rest as it is."""
+    return entries(name, value) if isinstance(value, (np.generic, np.ndarray, Tensor)) else value
 
 
 def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
