@@ -7,11 +7,10 @@ model card.
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # first of all, so that signals are heard while the rest is imported
-    from dllm.scripts.cli import main as _main
+if __name__ == "__main__":
+    import dllm.scripts.cli
 
-    _main("train-tiny")
-    raise SystemExit
+    dllm.scripts.cli.run_file(__file__)
 
 import io
 import pickle
@@ -28,7 +27,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from dllm.checks import first_line, number
+from dllm.checks import first_line, number, seed, threads
 from dllm.files import write_whole
 from dllm.scripts import app, own
 from dllm.scripts.model_card import model_card
@@ -257,9 +256,8 @@ def _check(cfg: DictConfig) -> None:
         least = 0 if name == "eval_problems" else 1
         number(name, cfg[name], f"{least} or more", low=least, whole=True)
     for name in ("seed", "eval_seed"):
-        number(name, cfg[name], "a whole number from 0 to 2**62 - 1", low=0, high=2**62 - 1, whole=True)
-    if cfg.threads is not None:
-        number("threads", cfg.threads, "1 to 1024, or null", low=1, high=1024, whole=True)
+        seed(name, cfg[name])
+    threads(cfg.threads)
     for name in ("matrix_lr", "rest_lr"):
         number(name, cfg[name], "a positive number", above=0, high=1e6)
     number("ema", cfg.ema, "0 or more and below 1", low=0, high=1 - 1e-9)
