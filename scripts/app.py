@@ -93,7 +93,9 @@ def run(task: Callable[[DictConfig], Any], config_name: str, kinds: Mapping[str,
             return result
         except BrokenPipeError:
             leave_quietly()
-        except BAD_INPUT as error:
+        except (*BAD_INPUT, MemoryError, RuntimeError) as error:
+            if not isinstance(error, (*BAD_INPUT, MemoryError)) and not re.search("allocate|out of memory", str(error)):
+                raise
             message = _qualified(error, fields)
             hydra_cfg = HydraConfig.get()
             if hydra_cfg.mode != RunMode.MULTIRUN:
@@ -366,6 +368,8 @@ def _quote(value: str) -> str:
 
 def _qualified(error: Exception, fields: Mapping[str, Any]) -> str:
     """An error in the words of the command line: options of a group have a prefix, and a file is an option's value."""
+    if isinstance(error, (MemoryError, RuntimeError)):  # torch's is one of the latter
+        return "memory does not suffice; use a smaller model, batch_size or length"
     text = one_line(error)
     if "dtype" in (fields.get("model") or ()):  # what decoding refuses, once the model is loaded
         text = renamed(text, {"dtype": "model.dtype"})

@@ -9,6 +9,7 @@ if __name__ == "__main__":
 
 import copy
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -41,6 +42,7 @@ KINDS = {
     "references": Sequence[str],
 }  # fmt: skip
 _CAUSAL = "causal"
+_BYTES = 1024  # at least, for each position: its ids, and one vector of the smallest model's width
 _MARKS = {
     "*": "\\* not the same tokens",
     "?": "? not decoded to the end, which steps=null does; so tokens are not compared",
@@ -54,6 +56,7 @@ def main() -> None:
 
 def bench(cfg: DictConfig) -> None:
     """Time every sampler with every cache; print tables, and write `out`.md and `out`.json where `out` is given."""
+    _check_room(cfg.canvas, cfg.batch_size)
     for name in ("canvas", "gen_length", "block_length", "batch_size", "steps", "repeats"):
         if cfg[name] is not None:
             number(name, cfg[name], "1 or more", low=1, whole=True)
@@ -107,6 +110,16 @@ def bench(cfg: DictConfig) -> None:
         files = {Path(cfg.out + ".md"): (own.BENCH, text), Path(cfg.out + ".json"): (own.BENCH_RECORD, written)}
         own.write("out", cfg.out, files)
         print(f"written to {cfg.out}.md and {cfg.out}.json")
+
+
+def _check_room(canvas: int, batch_size: int) -> None:
+    """Refuse canvases whose bare numbers are more than the machine holds; what a model needs is more by far."""
+    if not hasattr(os, "sysconf"):  # Windows
+        return
+    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if canvas * batch_size * _BYTES > room:
+        given = f"canvas={canvas} and batch_size={batch_size}"
+        raise ValueError(f"{given} do not fit into the {room / 2**30:.0f} GiB of this machine; use less")
 
 
 def _settings(cfg: DictConfig) -> dict[str, tuple[Sampler, Cache]]:

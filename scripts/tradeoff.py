@@ -51,8 +51,8 @@ def tradeoff(cfg: DictConfig, command: str = "tradeoff", cost: str = "nfe") -> N
     """
     out = cfg.out or f"outputs/{command}-{Path(cfg.model.path).name}"
     figure = _new_figure()  # missing matplotlib is told now, not after the measuring
-    for name in ("problems", "repeats"):
-        number(name, cfg[name], "1 or more", low=1, whole=True)
+    word_problems.check_count("problems", cfg.problems)
+    number("repeats", cfg.repeats, "1 to 1000", low=1, high=1000, whole=True)
     seed("seed", cfg.seed)
     own.check("out", out, {Path(out + ".md"): own.TRADEOFF, Path(out + ".svg"): own.CHART})
     settings = {str(label): _setting(str(label), entry) for label, entry in cfg.settings.items()}

@@ -274,6 +274,8 @@ def _check(cfg: DictConfig) -> Training:
     choice("architecture", cfg.architecture, ("neighbours", "published"))
     for name in ("prompts", "epochs", "patience", "train_batch_size"):
         number(name, cfg[name], "a whole number of at least 1", low=1, whole=True)
+    if cfg.data is None:
+        word_problems.check_count("prompts", cfg.prompts)
     seed("seed", cfg.seed)
     threads(cfg.threads)
     if cfg.prompts < 2:

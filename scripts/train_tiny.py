@@ -33,6 +33,7 @@ from dllm.scripts import app, own
 from dllm.scripts.model_card import model_card
 from dllm.scripts.tiny_data import BatchMaker, corrupt
 from dllm.scripts.tiny_models import build_model
+from dllm.tasks import word_problems
 from dllm.tasks.tokenizer import build_tokenizer
 
 # What a published model consists of; the rest of the folder serves resuming.
@@ -252,9 +253,11 @@ def _check_shares(cfg: DictConfig) -> None:
 
 
 def _check(cfg: DictConfig) -> None:
-    for name in ("steps", "batch_size", "prompt_length", "warmup", "checkpoint_every", "log_every", "eval_problems"):
-        least = 0 if name == "eval_problems" else 1
-        number(name, cfg[name], f"{least} or more", low=least, whole=True)
+    word_problems.check_count("batch_size", cfg.batch_size)
+    word_problems.check_count("eval_problems", cfg.eval_problems, least=0)
+    for name in ("steps", "warmup", "checkpoint_every", "log_every"):
+        number(name, cfg[name], "1 or more", low=1, whole=True)
+    number("prompt_length", cfg.prompt_length, "1 to 1000000", low=1, high=1_000_000, whole=True)
     for name in ("seed", "eval_seed"):
         seed(name, cfg[name])
     threads(cfg.threads)
@@ -276,7 +279,8 @@ def _check(cfg: DictConfig) -> None:
     _check_folders(cfg)
     size = cfg.model
     for name, value in size.items():
-        number(f"model.{name}", value, "1 to 1000000", low=1, high=1_000_000, whole=True)
+        most = 1000 if name == "num_layers" else 1_000_000
+        number(f"model.{name}", value, f"1 to {most}", low=1, high=most, whole=True)
     if size.hidden_size % (2 * size.num_heads) or size.num_heads % size.num_kv_heads:
         raise ValueError(
             f"model.num_heads={size.num_heads} is out of range; twice it must divide hidden_size={size.hidden_size}, "
