@@ -178,8 +178,11 @@ def _notices(command: str) -> Iterator[None]:
 
 def _refuse_empty(fields: Mapping[str, Any]) -> None:
     for option in _PATHS:
-        if _value(fields, option) == "":
+        value = _value(fields, option)
+        if value == "":
             raise ValueError(f"{option}='' is empty; give a value, or leave it out")
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError(f"{option}={value!r} holds a zero byte, which no path has; give another")
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -62,7 +62,9 @@ def _check_group(group: str, values: Any) -> None:
     for name, value in values.items():
         if name in hints:
             _check(f"{group}.{name}", value, hints[name])
-        elif name != (TARGET if made else "path"):
+        elif name == "path":
+            _check("model.path", value, str)
+        elif name != TARGET:
             known([name], [each for each in hints if each != "return"], f"{group}.")
 
 

@@ -26,7 +26,7 @@ WORK = {
 }  # fmt: skip
 BAD = [
     "abc", "nan", "inf", "-1", "1e400", "[]", "{}", "[[1]]", "true", "", "x" * 5000, "${oc.env:HOME}", "${nope}", "???",
-    os.fsdecode(b"\xff"),
+    os.fsdecode(b"\xff"), "null", "~", "{a: 1}", "/dev/full", "/dev/zero", "/tmp", "a\0b",
 ]  # fmt: skip
 
 
