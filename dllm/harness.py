@@ -19,6 +19,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 
 from dllm import compatibility, harness_options, identity
 from dllm.cache.base import Cache
+from dllm.checks import known
 from dllm.escape import terminal
 from dllm.journal import Journal
 from dllm.likelihood import Estimate
@@ -26,7 +27,7 @@ from dllm.loading import load
 from dllm.plan import parse_options
 from dllm.prompts import write_chat
 from dllm.records import Request
-from dllm.resolve import build, options_of, resolve
+from dllm.resolve import TARGET, build, options_of, resolve
 from dllm.runner import Runner, Setting
 from dllm.samplers.base import Sampler
 
@@ -228,7 +229,7 @@ def _from_parts(group: str, given: dict[str, Any], default: str, protocol: type)
     own = _parts(group, given)
     if not own:
         return resolve(group, name, protocol)
-    known = options_of(group, name)
-    if unknown := set(own) - set(known):
-        raise ValueError(f"{group}.{min(unknown)} is no option of {name}; use one of {', '.join(sorted(known))}")
-    return build(group, known | own, protocol)
+    defaults = options_of(group, name)
+    named, choices = ([each for each in part if each != TARGET] for part in (own, defaults))
+    known(named, choices, f"{group}.")
+    return build(group, defaults | own, protocol)

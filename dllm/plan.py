@@ -15,7 +15,7 @@ from torch import Tensor
 from dllm import compatibility
 from dllm.cache.base import Cache
 from dllm.canvas import Canvas
-from dllm.checks import choice, is_text, number
+from dllm.checks import choice, is_text, known, number, seed
 from dllm.ending import StopStrings, cut
 from dllm.engine import decode
 from dllm.generation import Clock, Generation, Recorder, assemble
@@ -27,7 +27,6 @@ from dllm.samplers.base import Sampler
 from dllm.step import Step
 
 Callback: TypeAlias = Callable[[Step], None]
-SEEDS = 2**62  # a single seed is below
 _MOST_ROWS = 1024  # on one canvas, which has so much on the host for every row; more come to the next
 
 
@@ -88,13 +87,14 @@ class Options:
         number("cfg_scale", self.cfg_scale, "0 (off) or a positive number", low=0, high=1e6)
         number("batch_size", self.batch_size, "a whole number of at least 1", low=1, whole=True)
         if self.seed is not None:
-            alone = isinstance(self.seed, (int, float, str))
-            # A single one is counted up from.
-            most, shown = (SEEDS - 1, "2**62 - 1") if alone else (2 * SEEDS - 1, "2**63 - 1")
-            if not alone and not isinstance(self.seed, (Sequence, np.ndarray)):
+            if isinstance(self.seed, (int, float, str)):
+                seed("seed", self.seed, use=", or null")
+            elif not isinstance(self.seed, (Sequence, np.ndarray)):
                 raise ValueError(f"seed={self.seed!r} is of the wrong kind; give a whole number, a list, or null")
-            for seed in [self.seed] if isinstance(self.seed, (int, float, str)) else self.seed:
-                number("seed", seed, f"a whole number from 0 to {shown}, or null", low=0, high=most, whole=True)
+            else:
+                for each in self.seed:
+                    use = "a whole number from 0 to 2**63 - 1, or null"
+                    number("seed", each, use, low=0, high=2**63 - 1, whole=True)
         choice("stop_at_eos", self.stop_at_eos, (True, False))
         choice("tempered_confidence", self.tempered_confidence, (True, False, None))
         choice("cuda_graphs", self.cuda_graphs, (True, False, None))
@@ -351,7 +351,5 @@ def parse_options(options: dict[str, Any]) -> Options:
     Raises:
         ValueError: an unknown name, or a value out of range.
     """
-    unknown = set(options) - set(Options.__dataclass_fields__)
-    if unknown:
-        raise ValueError(f"{min(unknown)} is no option; use one of {', '.join(Options.__dataclass_fields__)}")
+    known(options, Options.__dataclass_fields__)
     return Options(**options)

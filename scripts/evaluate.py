@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # first of all, so that signals are heard while the rest is imported
-    from dllm.scripts.cli import main as _main
+if __name__ == "__main__":
+    import dllm.scripts.cli
 
-    _main("evaluate")
-    raise SystemExit
+    dllm.scripts.cli.run_file(__file__)
 
 import json
 import os
@@ -27,13 +26,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import dllm
 from dllm import compatibility, identity
 from dllm.cache.base import Cache
-from dllm.checks import choice, naming, number
+from dllm.checks import choice, naming, number, seed, threads
 from dllm.escape import terminal
 from dllm.files import parse_json
 from dllm.journal import Journal
 from dllm.likelihood import Estimate
 from dllm.metrics import COSTS
-from dllm.plan import SEEDS, parse_options
+from dllm.plan import parse_options
 from dllm.resolve import build, names, options_of, variants
 from dllm.run_folder import RunFolder, sessions
 from dllm.runner import Runner, Setting
@@ -86,11 +85,10 @@ def evaluate(cfg: DictConfig) -> float | tuple[float, ...] | None:
 def _check(fields: Mapping[str, Any]) -> None:
     for name in fields["objective"]:
         choice("objective", name, ("accuracy", *COSTS))
-    number("seed", fields["seed"], "a whole number from 0 to 2**62 - 1", low=0, high=SEEDS - 1, whole=True)
+    seed("seed", fields["seed"])
     for name in ("baselines", "frames"):
         number(name, fields[name], "0 or more", low=0, whole=True)
-    if fields["threads"] is not None:
-        number("threads", fields["threads"], "1 to 1024, or null", low=1, high=1024, whole=True)
+    threads(fields["threads"])
     app.check_writable("out", fields["out"], f"{fields['out']}/results.json")
 
 

@@ -243,7 +243,7 @@ class TestInterruption:
         (["data={tmp}/one.jsonl"], "has 1 prompts, too few"),
         (["data={tmp}/bad.jsonl"], "bad.jsonl' line 1 is not JSON"),
         (["model=/no/such"], "'/no/such'"),
-        (["+more=1"], "more is no option"),
+        (["+more=1"], "unknown option 'more'; expected one of "),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(
