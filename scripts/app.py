@@ -29,7 +29,8 @@ from dllm.checks import Notice, first_line, is_text, naming, renamed
 from dllm.escape import brief
 from dllm.files import parse_json
 from dllm.resolve import names
-from dllm.scripts import flags, usage, yaml_files
+from dllm.scripts import flags, usage
+from dllm.scripts import yaml_files as yaml_files  # which Hydra reads with from here on
 from dllm.scripts.ending import fail, leave_quietly, line
 from dllm.scripts.kinds import check_kinds
 
@@ -101,7 +102,7 @@ def run(task: Callable[[DictConfig], Any], config_name: str, kinds: Mapping[str,
             if hydra_cfg.mode != RunMode.MULTIRUN:
                 fail(command, message)
             # The other jobs of a sweep go on.
-            print(line(command, message), file=sys.stderr)
+            print(line(command, f"{brief(' '.join(hydra_cfg.overrides.task))}: {message}"), file=sys.stderr)
             shared = hydra_cfg.launcher["_target_"].endswith(_SHARED)
             raise (_ToldError if shared else ValueError)(message) from None
 
@@ -109,7 +110,6 @@ def run(task: Callable[[DictConfig], Any], config_name: str, kinds: Mapping[str,
     os.environ["HYDRA_FULL_ERROR"] = "1"
     setattr(JobReturn, "return_value", property(_returned, _return))  # noqa: B010  # mypy knows no such assignment
     sys.set_int_max_str_digits(_DIGITS)
-    yaml_files.register()
     try:
         arguments = rewrite(sys.argv[1:], config_name)
         if {"-h", "--help"} & set(arguments):
