@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
@@ -14,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from dllm import adapters, identity
-from dllm.files import read_json, write_json
-from dllm.jsonl import AnswerFile, Question
+from dllm.files import check_kept, read_json, write_json
+from dllm.jsonl import MANIFEST, AnswerFile, Question
 from dllm.loading import LanguageModel
 from dllm.stored import misfit
 
@@ -47,10 +48,11 @@ class AnswerManifest:
     """
 
     def __init__(self, answers: AnswerFile, mixed: bool) -> None:
-        self.path = answers.file.with_name(f"{answers.file.name}.manifest.json")
+        self.path = answers.file.with_name(answers.file.name + MANIFEST)
         self._answers, self._mixed = answers, mixed
         self._prompts: dict[str, str] = {}
         self._sessions: list[dict[str, Any]] = []
+        self._written: bytes | None = None
         if self.path.exists():
             self._read()
         if not answers.ids:
@@ -122,9 +124,29 @@ class AnswerManifest:
         }
         self._sessions.append(here | dict(session))
         self._prompts = {_key(question): _hash(question) for question in questions}
+        self._write()
+
+    def verify(self) -> None:
+        """Make sure that what was written is still there; what was removed is written again.
+
+        Raises:
+            OSError: something else removed or changed it during this run.
+        """
+        if self._written is None:
+            return
+        gone = not os.path.lexists(self.path)
+        try:
+            fix = "it is written again, and all answers are kept" if gone else "put it back, or give another output"
+            check_kept(self.path, self._written, f"; {fix}")
+        finally:
+            if gone:
+                self._write()
+
+    def _write(self) -> None:
         content = {"format": FORMAT, "version": VERSION, "sessions": self._sessions, "prompts": self._prompts}
         try:
             write_json(self.path, content)
+            self._written = self.path.read_bytes()
         except OSError as error:
             called = f"output={str(self._answers.path)!r}"
             raise OSError(f"{called}: {self.path.name} cannot be written beside it ({error}); make room") from None

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from decimal import Decimal
 from math import inf
 from numbers import Integral, Real
 from typing import Any
+
+from dllm.escape import brief
+
+SEEDS = 2**62  # a seed that is counted up from is below
 
 
 class Notice(UserWarning):
@@ -36,7 +41,7 @@ def number(
     largest = 2**63 if whole else 2**1023  # as tensors hold it
     fits = not isinstance(value, Integral) or -largest <= int(value) < largest
     if not of_kind or not fits or not (low <= value <= high and value > above):
-        raise ValueError(f"{name}={value!r} is out of range; use {use}")
+        raise ValueError(f"{name}={_shown(value)} is out of range; use {use}")
 
 
 def choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
@@ -45,9 +50,56 @@ def choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     Raises:
         ValueError: the value is refused.
     """
-    if value not in choices:
+    if getattr(value, "ndim", 0) or value not in choices:  # an array equals nothing as a whole
         words = ", ".join("null" if one is None else str(one) for one in choices)
-        raise ValueError(f"{name}={value!r} is unknown; use one of {words}")
+        raise ValueError(f"{name}={_shown(value)} is unknown; use one of {words}")
+
+
+def _shown(value: Any) -> str:
+    """A value as messages show it: not at length, nor by Python's own `str`, which refuses thousands of digits."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return brief(str(Decimal(value)) if whole else repr(value))
+
+
+def known(given: Iterable[Any], names: Iterable[str], prefix: str = "") -> None:
+    """Refuse options of other names.
+
+    Args:
+        given: names.
+        names: those there are.
+        prefix: what errors put before a name.
+
+    Raises:
+        ValueError: the first name that is none of them.
+    """
+    expected = list(names)
+    if strange := sorted(str(name) for name in given if name not in expected):
+        raise ValueError(f"unknown option {prefix + strange[0]!r}; expected one of {', '.join(expected) or 'none'}")
+
+
+def seed(name: str, value: Any, low: int = 0, use: str = "") -> None:
+    """Refuse what is no seed; it is counted up from.
+
+    Args:
+        name: of the parameter.
+        value: what was given.
+        low: smallest value allowed.
+        use: what else there is to say.
+
+    Raises:
+        ValueError: the value is refused.
+    """
+    number(name, value, f"a whole number from {low} to 2**62 - 1{use}", low=low, high=SEEDS - 1, whole=True)
+
+
+def threads(value: Any) -> None:
+    """Refuse a number of threads that no machine has.
+
+    Raises:
+        ValueError: the value is refused.
+    """
+    if value is not None:
+        number("threads", value, "1 to 1024, or null", low=1, high=1024, whole=True)
 
 
 def is_text(value: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 _OBEYED = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\U000e0000-\U000e007f\ud800-\udfff]"
 )
+_LONGEST_WORD, _LONGEST_MESSAGE, _SHORT = 600, 2000, 150  # characters; paths are words, too
 _MEANT = re.compile(
     r"([\\`*\[\]{}<>|~$&@])|((?<!\w)_|_(?!\w))|((?<=http)|(?<=https)|(?<=ftp)):|(?<=\bwww)\.", re.IGNORECASE
 )
@@ -24,6 +25,16 @@ def terminal(text: object, one_line: bool = False) -> str:
     """
     shown = _OBEYED.sub(lambda match: _visible(match[0]), str(text))
     return re.sub(r"[\n\t]", lambda match: _visible(match[0]), shown) if one_line else shown
+
+
+def brief(text: str) -> str:
+    """A message without the middle of what is very long in it: a number of a thousand digits, a list, a path."""
+    words = re.sub(rf"\S{{{_LONGEST_WORD},}}", lambda match: _ends(match[0], _SHORT), text)
+    return _ends(words, _LONGEST_MESSAGE) if len(words) > _LONGEST_MESSAGE else words
+
+
+def _ends(text: str, length: int) -> str:
+    return f"{text[: length // 2]}...{text[-length // 2 :]}"
 
 
 def markdown(text: object) -> str:

@@ -8,6 +8,7 @@ import stat
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from dllm.checks import first_line
@@ -34,9 +35,10 @@ def _write_whole(path: Path, data: bytes) -> None:
         path.write_bytes(data)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = path.with_name(f".dllm-{token_hex(8)}")  # nobody's, and no longer than names may be
+    file = unfinished.open("xb")
     try:
-        with unfinished.open("wb") as file:
+        with file:
             with suppress(OSError):  # no file is replaced, or the disk knows no permissions
                 unfinished.chmod(stat.S_IMODE(path.stat().st_mode))
             file.write(data)
@@ -61,6 +63,33 @@ def sync_folder(folder: Path) -> None:
             os.fsync(number)
         finally:
             os.close(number)
+
+
+def state(file: Path | int) -> tuple[int, int, int] | None:
+    """Which file this is, by device and number, and its size; None without one."""
+    try:
+        found = os.fstat(file) if isinstance(file, int) else file.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size
+
+
+def check_kept(path: Path, content: bytes, fix: str) -> None:
+    """Make sure that a file still holds what was written to it.
+
+    Raises:
+        OSError: something else removed or changed it.
+    """
+    with suppress(OSError):
+        if path.read_bytes() == content:
+            return
+    raise disturbed(str(path), path, fix)
+
+
+def disturbed(called: str, path: Path, fix: str) -> OSError:
+    """The error about a file that somebody else removed or changed."""
+    what = "changed" if os.path.lexists(path) else "removed"
+    return OSError(f"{called} was {what} by something else during this run{fix}")
 
 
 def check_readable(option: str, path: Path, give: str = "another file") -> None:

@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 
 from dllm import adapters
 from dllm.backbones.checkpoint import check_causal_folder
-from dllm.checks import first_line
 from dllm.identity import checkpoint
 from dllm.loading import checkpoint_folder, quiet
 from dllm.tokenizers import check_tokenizer_config, load_tokenizer
@@ -93,17 +92,27 @@ def _load(name: str, folder: Path, device: torch.device, state: str) -> Guide:
     try:
         check_causal_folder(folder)
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **nothing_else)
-        if (folder / "tokenizer.json").is_file():
-            tokenizer = load_tokenizer(folder)  # as the file says, where AutoTokenizer goes by the kind of model
-        elif any((folder / file).is_file() for file in ("vocab.json", "tokenizer.model")):
-            check_tokenizer_config(folder)
-            tokenizer = AutoTokenizer.from_pretrained(folder, **nothing_else)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **nothing_else
+            )
+            if (folder / "tokenizer.json").is_file():
+                tokenizer = load_tokenizer(folder)  # as the file says, where AutoTokenizer goes by the kind of model
+            elif any((folder / file).is_file() for file in ("vocab.json", "tokenizer.model")):
+                check_tokenizer_config(folder)
+                tokenizer = AutoTokenizer.from_pretrained(folder, **nothing_else)
+        model, info = loaded
+        # Else they would be drawn at random.
+        lost = [
+            *info["missing_keys"],
+            *(each if isinstance(each, str) else each[0] for each in info["mismatched_keys"]),
+        ]
+        if lost:
+            raise ValueError(f"tensor {min(lost)} is missing or has another shape than config.json asks for")
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001  # transformers' models and tokenizers fail in as many ways as there are
         raise ValueError(
-            f"guide={name!r} is no causal language model that can be loaded: {first_line(error)}"
+            f"guide={name!r} is no causal language model that can be loaded: {' '.join(str(error).split())}"
         ) from None
     placed: PreTrainedModel = nn.Module.to(model, device)
     return Guide(placed.eval(), tokenizer)

@@ -19,6 +19,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 
 from dllm import compatibility, harness_options, identity
 from dllm.cache.base import Cache
+from dllm.checks import known
 from dllm.escape import terminal
 from dllm.journal import Journal
 from dllm.likelihood import Estimate
@@ -26,7 +27,7 @@ from dllm.loading import load
 from dllm.options import parse_options
 from dllm.prompts import write_chat
 from dllm.records import Request
-from dllm.resolve import build, options_of, resolve
+from dllm.resolve import TARGET, build, options_of, resolve
 from dllm.runner import Runner, Setting
 from dllm.samplers.base import Sampler
 
@@ -127,7 +128,7 @@ class DLLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids; a chat template has written its special tokens itself."""
         special = not self._chat if add_special_tokens is None else add_special_tokens
-        return list(self.tokenizer(string, add_special_tokens=special).input_ids)
+        return list(self.tokenizer(string, add_special_tokens=special, verbose=False).input_ids)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answer each request up to its first stop string."""
@@ -228,7 +229,7 @@ def _from_parts(group: str, given: dict[str, Any], default: str, protocol: type)
     own = _parts(group, given)
     if not own:
         return resolve(group, name, protocol)
-    known = options_of(group, name)
-    if unknown := set(own) - set(known):
-        raise ValueError(f"{group}.{min(unknown)} is no option of {name}; use one of {', '.join(sorted(known))}")
-    return build(group, known | own, protocol)
+    defaults = options_of(group, name)
+    named, choices = ([each for each in part if each != TARGET] for part in (own, defaults))
+    known(named, choices, f"{group}.")
+    return build(group, defaults | own, protocol)

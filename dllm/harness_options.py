@@ -99,7 +99,7 @@ def generation(asked: Mapping[str, Any], prompt: int, tell: Tell) -> tuple[dict[
             options[name] = 0.0 if name == "temperature" else None
             tell(f"{name}={asked[name]} has no effect: without do_sample=true and a temperature decoding is greedy")
     stops = [asked.get(name, ()) for name in _STOPS]
-    texts = [text for each in stops for text in ((each,) if isinstance(each, str) else each)]
+    texts = [text for each in stops for text in (each if isinstance(each, (list, tuple)) else (each,))]
     if wrong := [text for text in texts if not _off(text) and not isinstance(text, str)]:
         raise ValueError(f"until={wrong[0]!r} is of the wrong kind; give strings")
     return options, tuple(dict.fromkeys(text for text in texts if text))

@@ -8,10 +8,9 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, TypedDict
 
-from filelock import FileLock, Timeout
-
-from dllm.files import parse_json
-from dllm.stored import misfit, there
+from dllm.claim import Claim
+from dllm.files import disturbed, parse_json, state
+from dllm.stored import folder_there, misfit, there
 
 
 class _Entry(TypedDict):
@@ -43,22 +42,20 @@ class Journal:
         if path is None:
             return
         fix = f"remove it to start the run in {path.parent} again"
-        for file in (path, path.with_suffix(".lock")):
-            there(file, fix)
+        folder_there(path.parent, fix)
+        there(path, fix)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(path.with_suffix(".lock"))
-        try:
-            self._lock.acquire(timeout=patience)
-        except Timeout:
-            raise ValueError(f"{path.parent} is being written by another process; wait for it to end") from None
+        self._claim = Claim(path, str(path.parent), "another out", patience)
+        self._claim.take()
         try:
             content = path.read_bytes() if there(path, fix) else b""
             whole = content.rfind(b"\n") + 1
             self._read(content[:whole])
             self._file = FileIO(path, "a")  # nothing is left to be written when it is closed
             self._file.truncate(whole)
+            self._state = state(self._file.fileno())
         except (ValueError, OSError):
-            self._lock.release()
+            self._claim.release()
             raise
 
     def _read(self, content: bytes) -> None:
@@ -102,8 +99,9 @@ class Journal:
 
         Raises:
             RuntimeError: it was noted before; nothing is done twice.
-            OSError: it cannot be written.
+            OSError: it cannot be written, or something else removed or changed the file.
         """
+        self.verify()
         if (kind, name) in self._entries:
             raise RuntimeError(f"{kind} {name!r} is in {self.path} already")
         self._entries[kind, name] = value
@@ -116,6 +114,16 @@ class Journal:
             except OSError as error:
                 error.filename = str(self.path)  # a full disk names none
                 raise
+            self._state = state(self._file.fileno())
+
+    def verify(self) -> None:
+        """Make sure that what was noted is there for the next process.
+
+        Raises:
+            OSError: something else removed or changed the file.
+        """
+        if self._file is not None and self.path is not None and state(self.path) != self._state:
+            raise disturbed(str(self.path), self.path, "; run the command again")
 
     def close(self) -> None:
         """Let others write."""
@@ -123,4 +131,4 @@ class Journal:
             return
         self._file.close()
         self._file = None
-        self._lock.release()
+        self._claim.release()

@@ -9,14 +9,17 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from errno import ENAMETOOLONG
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from dllm.answer_lines import listed, read_answers, write_line
 from dllm.claim import Claim
-from dllm.files import check_readable, parse_json, sync_folder
+from dllm.files import check_readable, disturbed, parse_json, state, sync_folder
 from dllm.prompts import is_chat
+
+MANIFEST = ".manifest.json"  # what the name of a file of answers goes on with beside it
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,8 @@ class AnswerFile:
         self.path, self.file = path, Path(os.path.realpath(path))
         self.ids: set[str | int] = set()
         self._called = f"output={str(path)!r}"
-        self._claim = Claim(self.file, self._called)
+        self._claim = Claim(self.file, self._called, "another file")
+        self._check_name()
         self._made: list[Path] = []
         self._out: FileIO | None = None
         self._synced = 0.0
@@ -109,7 +113,7 @@ class AnswerFile:
         Raises:
             OSError: it cannot be written, or something else changed the file; answers from before are as they were.
         """
-        if self._state != _state(self.path):
+        if self._state != state(self.path):
             raise self._changed()
         if self._out is None:
             if self.prepare is not None:
@@ -129,7 +133,7 @@ class AnswerFile:
         if self._out is not None:
             self._sync()
             sync_folder(self.file.parent)
-        if self._state != _state(self.path) or (self.ids and self._lost()):
+        if self._state != state(self.path) or (self.ids and self._lost()):
             raise self._changed()
 
     def __enter__(self) -> AnswerFile:
@@ -151,13 +155,29 @@ class AnswerFile:
             for folder in self._made:
                 folder.rmdir()
 
+    def _check_name(self) -> None:
+        """Refuse names that leave no room for, or are like, those of the files beside it."""
+        name = self.file.name
+        if (name.startswith(".") and name.endswith(".lock")) or name.endswith(MANIFEST):
+            raise ValueError(f"{self._called} has the name of a lock or a manifest of answers; give another file")
+        folder = next(parent for parent in self.file.parents if parent.exists())
+        for beside in (self._claim.path.name, name + MANIFEST):
+            try:
+                os.lstat(folder / beside)
+            except OSError as error:
+                if error.errno == ENAMETOOLONG:
+                    raise ValueError(
+                        f"{self._called} is too long a name: files such as {MANIFEST[1:]} beside it need "
+                        f"{len(MANIFEST)} bytes more; give a shorter one"
+                    ) from None
+
     def _read(self) -> None:
         there = self.path.exists()
         stray = (not self.file.is_file()) if there else self.file.is_symlink()  # pipes, folders; links to themselves
         if stray or _is_printed_to(self.path):
             raise ValueError(f"{self._called} is no ordinary file; give the name of one, which can be read again")
         try:
-            self._state = _state(self.path)
+            self._state = state(self.path)
             content = b"" if self._state is None else self.file.read_bytes()
         except OSError as error:
             raise ValueError(f"{self._called} cannot be read ({error}); give another file") from None
@@ -172,7 +192,7 @@ class AnswerFile:
     def _open(self) -> None:
         self._out = FileIO(self.file, "a")
         self._out.truncate(self._whole)
-        self._state = _state(self._out.fileno())
+        self._state = state(self._out.fileno())
         if self._needs_newline:
             self._write(b"\n")
 
@@ -211,23 +231,13 @@ class AnswerFile:
         return sorted(self.ids - found, key=str)
 
     def _changed(self) -> OSError:
-        what = "changed" if self.path.exists() else "removed"
         lost = self._lost()
         told = f"{len(lost)} answers are lost ({listed(lost)})" if lost else "no answer is lost"
-        return OSError(f"{self._called} was {what} by something else during this run, {told}; run the command again")
+        return disturbed(self._called, self.path, f", {told}; run the command again")
 
 
 # A power cut may take the answers of this many seconds; a sync for each would hold fast models up.
 _SYNC_SECONDS = 1.0
-
-
-def _state(file: Path | int) -> tuple[int, int, int] | None:
-    """Which file this is, and its size; None without one."""
-    try:
-        found = os.fstat(file) if isinstance(file, int) else file.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_dev, found.st_ino, found.st_size
 
 
 def _is_printed_to(file: Path) -> bool:

@@ -35,7 +35,7 @@ from dllm.checks import choice, number
 from dllm.loading import LanguageModel
 from dllm.nonfinite import not_finite, reason
 from dllm.prediction import Prediction, Sampling
-from dllm.prompts import token_list
+from dllm.prompts import entries, token_list
 from dllm.samplers import Vanilla
 
 METHODS = ("monte_carlo", "chain")
@@ -289,8 +289,8 @@ def _check(lm: LanguageModel, prefix: Sequence[int], target: Sequence[int]) -> t
     vocabulary = backbone.config.vocab_size
     lists = []
     for name, given in (("prefix", prefix), ("target", target)):
-        empty = isinstance(given, (Tensor, np.ndarray)) and given.shape == (0,)  # of floats by default
-        if (tokens := [] if empty else token_list(given)) is None:
+        empty = isinstance(given, (Tensor, np.ndarray)) and entries(name, given) == []  # of floats by default
+        if (tokens := [] if empty else token_list(given, name)) is None:
             raise ValueError(f"{name} is a {type(given).__name__} and no token ids; give a list of them")
         lists.append(tokens)
         wrong = next((token for token in tokens if not 0 <= token < vocabulary), None)
@@ -298,7 +298,7 @@ def _check(lm: LanguageModel, prefix: Sequence[int], target: Sequence[int]) -> t
             raise ValueError(f"{name} has token id {wrong}; this model's ids are 0 to {vocabulary - 1}")
         if backbone.mask_token_id in tokens:
             raise ValueError(f"{name} contains [MASK] (id {backbone.mask_token_id}); give a text without masks")
-    if len(prefix) + len(target) > backbone.max_length:
+    if sum(map(len, lists)) > backbone.max_length:
         raise ValueError(
             f"target has {len(target)} tokens; the model's context of {backbone.max_length} leaves room for "
             f"{max(0, backbone.max_length - len(prefix))} beside a prefix of {len(prefix)}: shorten one of them"

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from dllm import adapters
 from dllm.backbones import FAMILIES, MaskedDiffusionModel
 from dllm.backbones.base import token_ids
-from dllm.backbones.checkpoint import ATTENTION, DTYPES, check_values, read_config
+from dllm.backbones.checkpoint import ATTENTION, DTYPES, QUANTISED, check_values, read_config
 from dllm.backbones.packed import pack as pack_weights
 from dllm.checks import choice, first_line
 from dllm.files import read_json
@@ -109,7 +109,7 @@ def load(
     if pack:
         pack_weights(backbone)
     backbone.extra_eos_token_ids = _extra_eos(backbone, tokenizer, folder)
-    _check_vocabulary(backbone, folder)
+    _check_vocabulary(backbone, tokenizer, folder)
     if tokenizer is not None and tokenizer.mask_token_id != backbone.mask_token_id:
         # The config decides; LLaDA's published tokenizer does not say which of its tokens is the mask.
         tokenizer.mask_token = tokenizer.convert_ids_to_tokens(backbone.mask_token_id)
@@ -293,11 +293,16 @@ def _family(folder: Path) -> type[MaskedDiffusionModel]:
 
 
 def _missing_library(folder: Path, error: ImportError) -> ValueError:
-    method = (read_json(folder / "config.json").get("quantization_config") or {}).get("quant_method", "none")
+    method = _quantised(folder)
     return ValueError(
         f"{folder} has weights quantised with {method}, and a library for them is not installed ({first_line(error)}); "
-        f"install {error.name or 'it'}, or use the model it was quantised from"
+        f"install {QUANTISED.get(str(method), error.name or 'it')}, or use the model it was quantised from"
     )
+
+
+def _quantised(folder: Path) -> str | None:
+    """The method that the weights are quantised with; None where they are not."""
+    return (read_json(folder / "config.json").get("quantization_config") or {}).get("quant_method")
 
 
 def _load_weights(family: type[MaskedDiffusionModel], folder: Path, options: dict[str, Any]) -> MaskedDiffusionModel:
@@ -309,7 +314,14 @@ def _load_weights(family: type[MaskedDiffusionModel], folder: Path, options: dic
     except ImportError as error:
         raise _missing_library(folder, error) from None
     except (RuntimeError, EOFError, OSError, UnpicklingError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or any(folder.glob("*.safetensors")):
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        if isinstance(error, RuntimeError) and (method := _quantised(folder)) is not None:  # as without a GPU
+            raise ValueError(
+                f"{folder} has weights quantised with {method}, which cannot be used here ({first_line(error)}); "
+                "use the model it was quantised from"
+            ) from None
+        if any(folder.glob("*.safetensors")):
             raise
         # torch would go on to say how to run the code that such a file holds.
         reason = "it holds more than tensors" if "Weights only load failed" in str(error) else first_line(error)
@@ -350,12 +362,15 @@ def _extra_eos(
     return (*token_ids(listed), *(added[token] for token in backbone.end_of_turn if token in added))
 
 
-def _check_vocabulary(backbone: MaskedDiffusionModel, folder: Path) -> None:
-    """Refuse a tokenizer whose end of a turn the model does not have; the files' own ids are checked by then."""
-    rows = backbone.config.vocab_size
-    for token in backbone.eos_token_ids:
-        if not 0 <= token < rows:
-            raise ValueError(f"{folder}: eos_token_id={token!r} is no id of this model; use one from 0 to {rows - 1}")
+def _check_vocabulary(backbone: MaskedDiffusionModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Refuse a tokenizer with tokens that the model does not have."""
+    ids, rows = {} if tokenizer is None else tokenizer.get_vocab(), backbone.config.vocab_size
+    token = max(ids, key=ids.__getitem__, default=None)
+    if token is not None and ids[token] >= rows:
+        raise ValueError(
+            f"{folder}: the tokenizer gives {token!r} the id {ids[token]}, and this model's ids are 0 to {rows - 1}; "
+            "copy the tokenizer files of this model"
+        )
 
 
 @contextmanager

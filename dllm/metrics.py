@@ -36,7 +36,7 @@ def cost(records: Sequence[Record]) -> dict[str, Any]:
 
     Means are over samples; `tokens` and `seconds` are sums, prompt tokens and what stands behind end-of-text or a
     stop string not counted. `tokens_per_second` is over the wall time of decoding, latencies run from
-    a sample's first step to its last.
+    a sample's first step to its last. Of a run that was interrupted, all times are those of its sessions together.
     """
     if not records:
         return dict.fromkeys(COSTS)
@@ -70,13 +70,13 @@ def speedup(records: Sequence[Record], baselines: Mapping[str, Sequence[Mapping[
 
     Args:
         records: of the run.
-        baselines: what each took, batch by batch: ids, tokens, seconds and nfe.
+        baselines: what each took, session by session: ids, tokens, seconds and nfe.
 
     Returns:
-        None without baselines. `time` compares tokens per second, `forwards` tokens per forward, so that an
-        answer is not fast for being short.
+        None where one has nothing to compare. `time` compares tokens per second, `forwards` tokens per forward, so
+        that an answer is not fast for being short.
     """
-    if not any(baselines.values()):
+    if not (baselines and all(baselines.values())):
         return None
     names = {name for rows in baselines.values() for row in rows for name in row["ids"]}
     mine = [record for record in records if record.id in names]

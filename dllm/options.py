@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from dllm.checks import choice, is_text, number
+from dllm.checks import choice, is_text, known, number, seed
 from dllm.loading import LanguageModel
 from dllm.prediction import Sampling
+from dllm.prompts import entries
 from dllm.request import Request
-
-SEEDS = 2**62  # a single seed is below
 
 
 @dataclass(frozen=True)
@@ -67,21 +67,21 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, np.generic):  # as Python's own numbers, which go into lists and JSON
-                object.__setattr__(self, name, value.item())
+            object.__setattr__(self, name, _plain(name, value))
         number("gen_length", self.gen_length, "a whole number of at least 1", low=1, whole=True)
         if self.block_length is not None:
             number("block_length", self.block_length, "a whole number of at least 1, or null", low=1, whole=True)
         number("cfg_scale", self.cfg_scale, "0 (off) or a positive number", low=0, high=1e6)
         number("batch_size", self.batch_size, "a whole number of at least 1", low=1, whole=True)
         if self.seed is not None:
-            alone = isinstance(self.seed, (int, float, str))
-            # A single one is counted up from.
-            most, shown = (SEEDS - 1, "2**62 - 1") if alone else (2 * SEEDS - 1, "2**63 - 1")
-            if not alone and not isinstance(self.seed, (Sequence, np.ndarray)):
+            if isinstance(self.seed, (int, float, str)):
+                seed("seed", self.seed, use=", or null")
+            elif not isinstance(self.seed, (Sequence, np.ndarray)):
                 raise ValueError(f"seed={self.seed!r} is of the wrong kind; give a whole number, a list, or null")
-            for seed in [self.seed] if isinstance(self.seed, (int, float, str)) else self.seed:
-                number("seed", seed, f"a whole number from 0 to {shown}, or null", low=0, high=most, whole=True)
+            else:
+                for each in self.seed:
+                    use = "a whole number from 0 to 2**63 - 1, or null"
+                    number("seed", each, use, low=0, high=2**63 - 1, whole=True)
         choice("stop_at_eos", self.stop_at_eos, (True, False))
         choice("tempered_confidence", self.tempered_confidence, (True, False, None))
         choice("cuda_graphs", self.cuda_graphs, (True, False, None))
@@ -163,12 +163,18 @@ def eos_ids(eos: int | Sequence[int] | None, lm: LanguageModel) -> tuple[int, ..
     """
     if eos is None:
         return lm.backbone.eos_token_ids
+    eos = _plain("eos_token_id", eos)
     ids = tuple(eos) if isinstance(eos, Sequence) and not isinstance(eos, str) else (eos,)
     most = lm.backbone.config.vocab_size - 1
     for token in ids or (None,):
         use = f"ids from 0 to {most}, or null for the model's own"
         number("eos_token_id", token, use, low=0, high=most, whole=True)
-    return ids
+    return tuple(map(int, ids))
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Arrays, tensors and their numbers as Python's own, which go into lists and JSON; the rest as it is."""
+    return entries(name, value) if isinstance(value, (np.generic, np.ndarray, Tensor)) else value
 
 
 def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -203,7 +209,5 @@ def parse_options(options: dict[str, Any]) -> Options:
     Raises:
         ValueError: an unknown name, or a value out of range.
     """
-    unknown = set(options) - set(Options.__dataclass_fields__)
-    if unknown:
-        raise ValueError(f"{min(unknown)} is no option; use one of {', '.join(Options.__dataclass_fields__)}")
+    known(options, Options.__dataclass_fields__)
     return Options(**options)

@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -32,7 +31,8 @@ def encode(
     Without a mask nothing tells padding from tokens. As in transformers, a padding token that ends no text is taken for
     padding, at either end of the rows of a tensor or an array. One that is also end-of-text may be meant, so it is
     refused there; a mask, all ones where nothing is padding, decides. Lists are taken as they are, unless they are of
-    one length and some of them begin or end with the tokenizer's padding token, and others do not.
+    one length and some of them begin or end with the tokenizer's padding token, and others do not: where all do, these
+    are tokens like others, unless a mask says otherwise.
 
     Args:
         prompts: a text, a list of texts, one chat (a list of messages), a list of chats, or token ids: lists, a
@@ -47,12 +47,13 @@ def encode(
     """
     if isinstance(prompts, Mapping):
         prompts, attention_mask = _tokenized(prompts, attention_mask)
+    if isinstance(prompts, np.ndarray) and prompts.ndim == 1 and prompts.dtype.kind in "OU":  # texts
+        prompts = prompts.tolist()
     if isinstance(prompts, (Tensor, np.ndarray)):
+        rows = entries("prompts", prompts)
         if prompts.ndim != 2 or _kind(prompts) not in "iu":
             raise ValueError(f"prompts has shape {tuple(prompts.shape)} and {prompts.dtype}; give a (B, P) LongTensor")
-        prompts = prompts.tolist()
-        if attention_mask is None:
-            prompts = _without_padding(prompts, tokenizer, eos_token_ids)
+        prompts = _without_padding(rows, tokenizer, eos_token_ids) if attention_mask is None else rows
     elif attention_mask is None and (rows := _padded_lists(prompts, tokenizer)) is not None:
         prompts = _without_padding(rows, tokenizer, eos_token_ids)
     if isinstance(prompts, str) or is_chat(prompts):
@@ -72,7 +73,7 @@ def encode_one(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, attention
     Raises:
         ValueError: as `encode`, or there are several.
     """
-    alone = token_list(prompt) is not None or (isinstance(prompt, (Tensor, np.ndarray)) and prompt.ndim == 1)
+    alone = token_list(prompt, "prompt") is not None
     if alone:
         prompt, attention_mask = [prompt], None if attention_mask is None else [attention_mask]
     found = encode(prompt, tokenizer, attention_mask)
@@ -101,18 +102,18 @@ def _is_message(message: Message) -> bool:
 
 
 def _encode_one(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, number: int) -> list[int]:
-    if (ids := token_list(prompt)) is not None:
+    if (ids := token_list(prompt, f"prompts[{number}]")) is not None:
         return ids
     if not isinstance(prompt, str) and not is_chat(prompt):
         raise ValueError(f"prompts[{number}] is a {type(prompt).__name__}; give text, chat messages or token ids")
     if tokenizer is None:
         raise ValueError(f"prompts[{number}] is text, and this model has no tokenizer; give token ids")
     if isinstance(prompt, str):
-        return list(tokenizer(_whole(prompt, number)).input_ids)
+        return list(tokenizer(_whole(prompt, number), verbose=False).input_ids)
     if tokenizer.chat_template is None:
         raise ValueError(f"prompts[{number}] is a chat, and this tokenizer has no chat template; give plain text")
     text = _written(prompt, tokenizer, number)
-    return list(tokenizer(_whole(text, number), add_special_tokens=False).input_ids)
+    return list(tokenizer(_whole(text, number), add_special_tokens=False, verbose=False).input_ids)
 
 
 def _whole(text: str, number: int) -> str:
@@ -128,6 +129,8 @@ def _written(chat: Chat, tokenizer: PreTrainedTokenizerBase, number: int) -> str
     begun = last["role"] == "assistant" and not last.get("tool_calls")
     if begun and not last["content"].strip():  # nothing to go on from
         messages, begun = messages[:-1], False
+    if not messages:
+        raise ValueError(f"prompts[{number}] is an empty answer and nothing else; give the message to be answered")
     return write_chat(
         tokenizer, messages, f"prompts[{number}]", add_generation_prompt=not begun, continue_final_message=begun
     )
@@ -147,8 +150,9 @@ def write_chat(tokenizer: PreTrainedTokenizerBase, chat: Any, called: str, **opt
     """
     try:
         return str(tokenizer.apply_chat_template(chat, tokenize=False, **options))
-    except (TemplateError, RecursionError, SyntaxError, ArithmeticError, TypeError, ValueError, LookupError) as error:
-        reason = "nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
+    except Exception as error:  # noqa: BLE001  # a template is code, and fails in as many ways
+        text = " ".join(str(error).split()) or type(error).__name__
+        reason = "nested too deep" if isinstance(error, RecursionError) else text
         if options.get("continue_final_message") and isinstance(error, ValueError):
             reason = "it does not write the beginning of an answer as it was given; leave out the last message"
         raise ValueError(f"{called} does not suit the chat template: {reason}") from None
@@ -176,35 +180,54 @@ def _tokenized(given: Mapping[str, Any], attention_mask: Mask | None) -> tuple[A
     if mask is not None and attention_mask is not None:
         raise ValueError("attention_mask is given twice, in prompts and beside them; leave one out")
     mask = attention_mask if mask is None else mask
-    if token_list(ids) is not None and len(ids) > 0:  # one text, not in a batch
+    if token_list(ids, "prompts") is not None and len(ids) > 0:  # one text, not in a batch
         ids = ids[None] if isinstance(ids, (Tensor, np.ndarray)) else [ids]
         mask = None if mask is None else mask[None] if isinstance(mask, (Tensor, np.ndarray)) else [mask]
     return ids, mask
 
 
-def token_list(row: Any) -> list[int] | None:
-    """A list, tensor or array of token ids as a list; None where it is something else."""
+def token_list(row: Any, called: str) -> list[int] | None:
+    """A list, tensor or array of token ids as a list; None where it is something else.
+
+    Raises:
+        ValueError: a tensor that holds no values.
+    """
     if isinstance(row, (Tensor, np.ndarray)):
-        return row.tolist() if row.ndim == 1 and _kind(row) in "iu" else None
-    is_list = isinstance(row, Sequence) and not isinstance(row, (str, bytes))
+        ids = entries(called, row)
+        return ids if row.ndim == 1 and _kind(row) in "iu" else None
+    is_list = isinstance(row, Sequence) and not isinstance(row, (str, bytes, bytearray, memoryview))
     if is_list and all(isinstance(token, Integral) and not isinstance(token, bool) for token in row):
         return [int(token) for token in row]
     return None
 
 
+def entries(called: str, given: Tensor | NDArray[Any] | np.generic) -> Any:
+    """The values of a tensor or an array as Python's own, in lists.
+
+    Raises:
+        ValueError: it holds none that can be listed, as on the device "meta", sparse, nested or quantised.
+    """
+    try:
+        return given.tolist()
+    except RuntimeError:
+        nested = isinstance(given, Tensor) and given.is_nested
+        kind = "nested" if nested else f"{given.dtype}, {getattr(given, 'layout', None)}, on {given.device}"
+        raise ValueError(f"{called} is a tensor that cannot be read ({kind}); give a dense one with values") from None
+
+
 def _masked(prompts: Sequence[Any], attention_mask: Any) -> list[list[int]]:
     """Token ids where the mask is 1."""
     if isinstance(attention_mask, (Tensor, np.ndarray)):
-        attention_mask = attention_mask.tolist()
+        attention_mask = entries("attention_mask", attention_mask)
     if not isinstance(attention_mask, Sequence) or len(attention_mask) != len(prompts):
         count = len(attention_mask) if isinstance(attention_mask, Sequence) else repr(attention_mask)
         raise ValueError(f"attention_mask has {count} rows for {len(prompts)} prompts; give one in the prompts' shape")
     found = []
     for number, (prompt, given) in enumerate(zip(prompts, attention_mask, strict=True)):
-        if (ids := token_list(prompt)) is None:
+        if (ids := token_list(prompt, f"prompts[{number}]")) is None:
             raise ValueError(f"attention_mask is for token ids, and prompts[{number}] is none; leave it out")
-        mask = given.tolist() if isinstance(given, (Tensor, np.ndarray)) else given
-        if not isinstance(mask, Sequence) or len(mask) != len(ids) or not all(each in (0, 1) for each in mask):
+        mask = entries(f"attention_mask[{number}]", given) if isinstance(given, (Tensor, np.ndarray)) else given
+        if not _is_mask(mask, len(ids)):
             raise ValueError(
                 f"attention_mask[{number}] does not fit the {len(ids)} tokens of prompts[{number}]; give 1 for each "
                 "token and 0 for padding"
@@ -216,11 +239,18 @@ def _masked(prompts: Sequence[Any], attention_mask: Any) -> list[list[int]]:
     return found
 
 
+def _is_mask(mask: Any, length: int) -> bool:
+    try:
+        return isinstance(mask, Sequence) and len(mask) == length and all(each in (0, 1) for each in mask)
+    except (RuntimeError, ValueError):  # tensors without values, or arrays
+        return False
+
+
 def _padded_lists(prompts: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]] | None:
     """Lists of token ids of one length, some of which have the padding token at an end and others do not."""
     if tokenizer is None or not isinstance(prompts, Sequence):
         return None
-    rows = [ids for prompt in prompts if (ids := token_list(prompt))]
+    rows = [ids for number, prompt in enumerate(prompts) if (ids := token_list(prompt, f"prompts[{number}]"))]
     padded = {tokenizer.pad_token_id in (row[0], row[-1]) for row in rows}
     alike = len(rows) == len(prompts) and len({len(row) for row in rows}) == 1
     return rows if alike and len(padded) == 2 else None

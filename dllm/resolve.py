@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
-from dllm.checks import naming
+from dllm.checks import known, naming
 
 TARGET = "_target_"
 _CLASS = TypeVar("_CLASS", bound=type)
@@ -79,14 +79,11 @@ def build(place: str, options: Any, protocol: type) -> Any:
     """
     fields: Any = OmegaConf.to_container(options, resolve=True) if OmegaConf.is_config(options) else options
     cls = find_class(place, fields, protocol)
-    known = [name for name in inspect.signature(cls).parameters if name.isidentifier()]
-    if strange := sorted(str(name) for name in fields if name not in (TARGET, *known)):
-        raise ValueError(
-            f"{place}.{strange[0]} is no option of {cls.__name__}; use one of {', '.join(known) or 'none'}"
-        )
+    parameters = [name for name in inspect.signature(cls).parameters if name.isidentifier()]
+    known([name for name in fields if name != TARGET], parameters, f"{place}.")
     made = {name: _made(f"{place}.{name}", value, protocol) for name, value in fields.items() if name != TARGET}
     try:
-        with naming({name: f"{place}.{name}" for name in known}):
+        with naming({name: f"{place}.{name}" for name in parameters}):
             built = cls(**made)
     except TypeError as error:
         raise ValueError(f"{place}: {error}") from None

@@ -21,12 +21,12 @@ import torch
 from numpy.typing import NDArray
 from pyarrow import parquet
 
-from dllm.files import read_json, write_json, write_whole
+from dllm.files import check_kept, read_json, write_json, write_whole
 from dllm.loading import LanguageModel
 from dllm.metrics import COSTS, cost, quality, speedup
 from dllm.records import Record
 from dllm.runner import BASELINES, Runner
-from dllm.stored import misfit, shallow, there
+from dllm.stored import folder_there, misfit, shallow, there
 from dllm.tasks.base import Graded
 from dllm.trace import Trace
 
@@ -86,14 +86,18 @@ class RunFolder:
     Args:
         out: holds the folders of many runs.
         label: names the run for people.
-        identity: everything that its results depend on; the same gives the same folder.
+        identity: everything that its results depend on; the same gives the same folder, whatever its label.
     """
 
     def __init__(self, out: Path, label: str, identity: Mapping[str, Any]) -> None:
         self.label, self.identity = label, dict(identity)
         text = _text(self.identity)
         words = re.sub(r"[^A-Za-z0-9.=_-]+", "-", label).strip("-")[:80]
-        self.path = out / f"{words}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        there_already = [each for each in sorted(out.glob(f"*-{digest}")) if each.is_dir()]
+        there_already.sort(key=lambda each: not (each / "results.json").exists())  # the finished one, if any
+        self.path = next(iter(there_already), out / f"{words}-{digest}")
+        self._manifest: bytes | None = None
 
     @property
     def journal(self) -> Path:
@@ -110,6 +114,7 @@ class RunFolder:
             ValueError: there is something else, or no such score.
         """
         fix = "remove it to run that setting again"
+        folder_there(self.path, fix)
         for name in (*_MEMBERS, self.journal.name):
             there(self.path / name, fix)
         file = self.path / "results.json"
@@ -137,12 +142,10 @@ class RunFolder:
     def begin(self, lm: LanguageModel, config: Mapping[str, Any]) -> None:
         """Write down what runs here, and on what; a run that goes on adds to it."""
         file = self.path / "manifest.json"
-        before = []
-        if there(file):
-            with suppress(ValueError):  # a damaged one is made again
-                before = _sessions(read_json(file))
+        before = sessions(self.path) if there(file) else []  # a damaged one is made again
         manifest = {"format": "dllm-manifest", "version": 1, "label": self.label, "config": config}
         write_json(file, manifest | {"sessions": [*before, _session(lm)]})
+        self._manifest = file.read_bytes()
 
     def fail(self, message: str) -> None:
         """Leave word of a run that could not be made."""
@@ -159,7 +162,14 @@ class RunFolder:
             self.path.rmdir()
 
     def finish(self, runner: Runner, graded: Graded) -> dict[str, Any]:
-        """Write everything, the results last, and remove the journal."""
+        """Write everything, the results last, and remove the journal.
+
+        Raises:
+            OSError: something else removed or changed what this run wrote before, or nothing can be written.
+        """
+        runner.journal.verify()
+        if self._manifest is not None:
+            check_kept(self.path / "manifest.json", self._manifest, "; run the command again, which keeps all answers")
         records = runner.records()
         trace(runner, records).save(self.path / "trace.safetensors")
         _parquet(self.path / "samples.parquet", samples(records, graded))
@@ -210,8 +220,12 @@ def _read_results(file: Path, fix: str) -> dict[str, Any]:
     return found
 
 
-def _sessions(manifest: Mapping[str, Any]) -> list[Any]:
-    """The sessions of a manifest; none of something else."""
+def sessions(folder: Path) -> list[dict[str, Any]]:
+    """What a run's manifest says of the processes it took; nothing where it is gone or damaged."""
+    try:
+        manifest = read_json(folder / "manifest.json")
+    except ValueError:
+        return []
     found = manifest.get("sessions")
     known = manifest.get("format") == "dllm-manifest" and isinstance(found, list) and shallow(found)
     return [each for each in found if isinstance(each, dict)] if known and isinstance(found, list) else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import shutil
 from collections import deque
@@ -9,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count, islice
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, TypedDict
 
 import numpy as np
@@ -25,12 +27,12 @@ from dllm.options import eos_ids, parse_options
 from dllm.records import Record, Request, follow
 from dllm.samplers import Vanilla
 from dllm.samplers.base import Sampler
-from dllm.stored import misfit, there
+from dllm.stored import folder_there, misfit, there
 from dllm.trace import Frames, Trace
 
 
 class Baseline(TypedDict):
-    """What a batch took one token per step."""
+    """What requests took one token per step."""
 
     ids: list[str]
     tokens: int
@@ -42,7 +44,7 @@ class Baseline(TypedDict):
 BASELINES = {"naive": False, "eos_aware": True}
 _FRAMES = "frames"  # folder
 # What the journal's entries are, by kind.
-_SHAPES = {"record": Record, "film": str, "baseline": Baseline, "likelihood": tuple[float, bool]}
+_SHAPES = {"record": Record, "film": str, "baseline": Baseline, "likelihood": tuple[float, bool], "session": str}
 _WARM_UP = 2  # steps before anything is timed
 
 
@@ -68,6 +70,8 @@ class Setting:
 class Runner:
     """Answers requests with a setting, and goes on where an earlier process stopped.
 
+    Times of two processes are never compared: the baselines of requests are timed by the one that answers them.
+
     Args:
         setting: how.
         journal: notes every answer.
@@ -85,14 +89,19 @@ class Runner:
         progress: Callable[[int, int], object] = lambda done, total: None,
     ) -> None:
         self.setting, self.journal, self.baselines, self.filmed = setting, journal, baselines, filmed
-        self._progress, self._asked, self._warm = progress, 0, False
+        self._progress, self._asked, self._session = progress, 0, ""
         self._ids: list[str] = []
         self._filmed: frozenset[str] = frozenset()
         self._films = None if journal.path is None else journal.path.parent / _FRAMES
-        for kind, name in journal.keys:
-            if wrong := self._misfit(kind, name, journal.get(kind, name)):
-                journal.close()
-                raise journal.damage(kind, name, wrong)
+        try:
+            if self._films is not None:
+                folder_there(self._films)
+            for kind, name in journal.keys:
+                if wrong := self._misfit(kind, name, journal.get(kind, name)):
+                    raise journal.damage(kind, name, wrong)
+        except ValueError:
+            journal.close()
+            raise
 
     @property
     def lm(self) -> LanguageModel:
@@ -122,8 +131,10 @@ class Runner:
         shared = min(self.baselines * size, len(requests)) if first else 0
         for start in range(0, shared, size):
             batch = requests[start : start + size]
-            for name, stop in BASELINES.items():
-                self._baseline(f"{name} {start // size}", batch, {**options, "stop_at_eos": stop})
+            if left := self._left(batch):
+                self._begin_session(left[:1], options)
+                for name, stop in BASELINES.items():
+                    self._baseline(name, left, {**options, "stop_at_eos": stop})
             self._decode(batch, options)
         self._decode(requests[shared:], options)
         return [self._noted(request.id) for request in requests]
@@ -150,9 +161,19 @@ class Runner:
         """All answers, in the order they were asked for."""
         return [self._noted(name) for name in self._ids]
 
-    def baseline(self, name: str) -> list[Mapping[str, Any]]:
-        """What a baseline took, batch by batch: ids, tokens, seconds and nfe over all of them."""
-        return [row for key, row in self.journal.of("baseline").items() if key.split()[0] == name]
+    def baseline(self, name: str) -> list[Baseline]:
+        """What a baseline took, session by session, of the requests that the same session answered."""
+        made, session = {}, ""
+        for kind, key in self.journal.keys:
+            session = key if kind == "session" else session
+            made[kind, key] = session
+        found: dict[str, Baseline] = {}
+        for key, row in self.journal.of("baseline").items():
+            session = made["baseline", key]
+            if key.split()[0] == name and all(made.get(("record", each)) == session for each in row["ids"]):
+                total = found.get(session) or Baseline(ids=[], tokens=0, seconds=0, nfe=0)
+                found[session] = _added(total, row)
+        return list(found.values())
 
     def frames(self, records: Sequence[Record]) -> list[Frames]:
         """The steps that were kept of some answers."""
@@ -172,17 +193,16 @@ class Runner:
     def tidy(journal: Path) -> None:
         """Remove what only an unfinished run needs: its journal and the steps kept beside it."""
         shutil.rmtree(journal.parent / _FRAMES, ignore_errors=True)
-        for file in (journal, journal.with_suffix(".lock")):
-            file.unlink(missing_ok=True)
+        journal.unlink(missing_ok=True)
 
     def _decode(self, requests: Sequence[Request], options: Mapping[str, Any]) -> None:
         """Answer what has no answer yet."""
-        left = [request for request in requests if self.journal.get("record", request.id) is None]
+        left = self._left(requests)
         again = [request for request in requests if request.id in self._filmed and self._lost_film(request)]
         self._film_again(again, options)
         if not left:
             return
-        self._warm_up(left[:1], options)
+        self._begin_session(left[:1], options)
         made = self._prepare(left, self.setting.sampler, self.setting.cache, options)
         for record, frames in follow(*made, left, self._filmed):
             if frames is not None:
@@ -190,24 +210,15 @@ class Runner:
             self.journal.add("record", record.id, asdict(record))
             self._tell()
 
+    def _left(self, requests: Sequence[Request]) -> list[Request]:
+        """Those without an answer."""
+        return [request for request in requests if self.journal.get("record", request.id) is None]
+
     def _baseline(self, name: str, requests: Sequence[Request], options: Mapping[str, Any]) -> None:
-        if (noted := self.journal.get("baseline", name)) is not None:
-            if not set(noted["ids"]) <= {request.id for request in requests}:
-                raise self.journal.damage("baseline", name, "it is about other requests")
-            return
-        self._warm_up(requests[:1], options)
         made = self._prepare(requests, Vanilla(), NoCache(), options)
-        records = [record for record, _ in follow(*made, requests, frozenset())]
-        self.journal.add(
-            "baseline",
-            name,
-            {
-                "ids": [record.id for record in records],
-                "tokens": sum(record.tokens for record in records),
-                "seconds": sum(record.seconds for record in records),
-                "nfe": sum(record.nfe for record in records),
-            },
-        )
+        for record in [record for record, _ in follow(*made, requests, frozenset())]:
+            row = Baseline(ids=[record.id], tokens=record.tokens, seconds=record.seconds, nfe=record.nfe)
+            self.journal.add("baseline", f"{name} {self._session} {record.id}", row)
 
     def _prepare(
         self, requests: Sequence[Request], sampler: Any, cache: Any, options: Mapping[str, Any]
@@ -216,12 +227,16 @@ class Runner:
         seeded = parse_options({**options, "seed": [request.seed for request in requests]})
         return prepare(self.lm, [request.prompt for request in requests], sampler, cache, seeded)
 
-    def _warm_up(self, requests: Sequence[Request], options: Mapping[str, Any]) -> None:
-        """The first forwards of a process, and what a policy loads for them, belong to no request."""
-        if not self._warm:
+    def _begin_session(self, requests: Sequence[Request], options: Mapping[str, Any]) -> None:
+        """The first forwards of a process, and what a policy loads for them, belong to no request.
+
+        All answers and baselines in the journal after it, up to the next session, were timed in this one.
+        """
+        if not self._session:
             _, engine = self._prepare(requests, self.setting.sampler, self.setting.cache, options)
             deque(islice(engine.steps(), _WARM_UP), maxlen=0)
-            self._warm = True
+            self._session = token_hex(4)
+            self.journal.add("session", self._session, platform.node())
 
     def _keep(self, record: Record, frames: Frames) -> None:
         if self._films is None:
@@ -302,3 +317,12 @@ class Runner:
 
     def _tell(self) -> None:
         self._progress(len(self.journal.of("record")) + len(self.journal.of("likelihood")), self._asked)
+
+
+def _added(one: Baseline, other: Baseline) -> Baseline:
+    return Baseline(
+        ids=one["ids"] + other["ids"],
+        tokens=one["tokens"] + other["tokens"],
+        seconds=one["seconds"] + other["seconds"],
+        nfe=one["nfe"] + other["nfe"],
+    )

@@ -33,6 +33,16 @@ def there(path: Path, fix: str = "remove it") -> bool:
     return False
 
 
+def folder_there(path: Path, fix: str = "remove it") -> None:
+    """Refuse a file where a folder belongs; nothing at all is fine.
+
+    Raises:
+        ValueError: it is there and no folder.
+    """
+    if os.path.lexists(path) and not path.is_dir():
+        raise ValueError(f"{path} is no folder, where one belongs; {fix}")
+
+
 def misfit(value: Any, hint: Any, name: str = "it") -> str | None:
     """What is wrong with a value that was read from JSON; None where it is as a type hint says.
 

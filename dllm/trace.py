@@ -112,6 +112,9 @@ class Trace:
         Raises:
             ValueError: it is not there, no trace, damaged, or of another version.
         """
+        results, again = path.with_name("results.json"), "make it again"
+        if results.is_file():  # while that is there, nothing of a run is made again
+            again = f"remove {results} to run that setting again"
         if not path.is_file():
             raise ValueError(f"{path} is not there; give a trace, which a run leaves as trace.safetensors")
         try:
@@ -119,18 +122,18 @@ class Trace:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} is no trace or damaged ({error}); make it again") from None
+            raise ValueError(f"{path} is no trace or damaged ({error}); {again}") from None
         if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} is no trace; give the trace.safetensors of a run")
+            raise ValueError(f"{path} is no trace; {again}, or give the trace.safetensors of a run")
         if metadata.get("version") != str(VERSION):
             raise ValueError(
                 f"{path} is a trace of version {metadata.get('version')}, this dllm reads version {VERSION}; "
-                "make it again, or use the dllm that wrote it"
+                f"{again}, or use the dllm that wrote it"
             )
         try:
             return _trace(metadata, tensors)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
-            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); make it again") from None
+            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); {again}") from None
 
 
 def _metadata(trace: Trace) -> dict[str, str]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import stat
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import accumulate
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -22,12 +25,13 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import dllm
-from dllm.checks import Notice, is_text, naming, renamed
-from dllm.escape import terminal
+from dllm.checks import Notice, first_line, is_text, naming, renamed
+from dllm.escape import brief
 from dllm.files import parse_json
 from dllm.resolve import names
-from dllm.scripts import usage
-from dllm.scripts.ending import fail, leave_quietly
+from dllm.scripts import flags, usage
+from dllm.scripts import yaml_files as yaml_files  # which Hydra reads with from here on
+from dllm.scripts.ending import fail, leave_quietly, line
 from dllm.scripts.kinds import check_kinds
 
 # Options whose values are quoted for Hydra, so that commas, "?" and "=" in them mean themselves.
@@ -50,13 +54,16 @@ _PATHS = (
 _OTHERS = {"model": ("custom", "path"), "task": ("lm_eval", "name")}
 # The option that an argument without a name is.
 _POSITIONAL = {"report": "folder", "show": "path"}
-_VALUED = {"-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"}
 _DEEPEST = 20  # Hydra's parser calls itself for each bracket
-_MULTIRUN = ("-m", "--multirun")
+_MOST_ENTRIES = 1000  # and its time grows with the square of a list's length
+_MOST_JOBS = 10_000
+_LONGEST_NAME = 255  # of a file, as which Hydra looks for it
+# More digits than an argument has room for: Python's own limit is below that, and tells of no option.
+_DIGITS = 1 << 18
+_SHARED = ("BasicLauncher", "JoblibLauncher")  # launchers whose jobs write to this process's own stderr
 _PIECE = re.compile(r"""(?:\s*'([^']*)'\s*|\s*"([^"]*)"\s*|([^,]*)),""")
 _QUOTED = re.compile(r"""\s*('[^']*'|"[^"]*")\s*(,\s*('[^']*'|"[^"]*")\s*)*""")
-_FLAGS = """-h --help --hydra-help -v --version -c --cfg --resolve -p --package -r --run -m --multirun -sc
---shell-completion -cp --config-path -cn --config-name -cd --config-dir -i --info""".split()
+_LISTED = "--help lists them"
 # What bad input looks like when it surfaces; anything else is a bug and keeps its traceback.
 BAD_INPUT = (ValueError, OSError, HydraException, OmegaConfBaseException, YAMLError)
 
@@ -71,39 +78,86 @@ def run(task: Callable[[DictConfig], Any], config_name: str, kinds: Mapping[str,
     """
     command = f"dllm {config_name.replace('_', '-')}"
 
+    composed = False
+
     def guarded(cfg: DictConfig) -> Any:
         # Caught here as well as below: what leaves the task as an error, Hydra reports in its own words.
+        nonlocal composed
+        composed, fields = True, dict[str, Any]()
         try:
+            fields |= OmegaConf.to_container(cfg, resolve=True)  # type: ignore[arg-type]  # a mapping at the top
             check_kinds(cfg, config_name, kinds or {})
-            _refuse_empty(cfg)
+            _refuse_empty(fields)
             result = task(cfg)
             if sys.stdout is not None:
                 sys.stdout.flush()  # whether it can be written is known now
             return result
         except BrokenPipeError:
             leave_quietly()
-        except BAD_INPUT as error:
-            message = _qualified(error, cfg)
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
-                # The other jobs of a sweep go on; what the sweeper makes of this one is told at its end.
-                print(terminal(f"{command}: error: {message}", one_line=True), file=sys.stderr)
-                raise ValueError(message) from None
-            fail(command, message)
+        except (*BAD_INPUT, MemoryError, RuntimeError) as error:
+            if not isinstance(error, (*BAD_INPUT, MemoryError)) and not re.search("allocate|out of memory", str(error)):
+                raise
+            message = _qualified(error, fields)
+            hydra_cfg = HydraConfig.get()
+            if hydra_cfg.mode != RunMode.MULTIRUN:
+                fail(command, message)
+            # The other jobs of a sweep go on.
+            print(line(command, f"{brief(' '.join(hydra_cfg.overrides.task))}: {message}"), file=sys.stderr)
+            shared = hydra_cfg.launcher["_target_"].endswith(_SHARED)
+            raise (_ToldError if shared else ValueError)(message) from None
 
     # Without this Hydra prints its own report of a wrong option and exits with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    setattr(JobReturn, "return_value", property(_returned, _return))  # noqa: B010  # mypy knows no such assignment
+    sys.set_int_max_str_digits(_DIGITS)
     try:
         arguments = rewrite(sys.argv[1:], config_name)
         if {"-h", "--help"} & set(arguments):
             print(usage.describe(config_name, arguments))
             return
         sys.argv = [command, *arguments]
-        with _notices(command):
+        with _notices(command), _package(arguments):
             hydra.main(version_base="1.3", config_path="pkg://dllm.conf", config_name=config_name)(guarded)()
     except BrokenPipeError:
         leave_quietly()
+    except _ToldError:
+        sys.exit(2)
     except BAD_INPUT as error:
-        fail(command, one_line(error))
+        fail(command, one_line(error, config_name))
+    except Exception as error:
+        if composed:
+            raise
+        if isinstance(error, RecursionError):
+            fail(command, "the configuration includes itself; take one of its files out of the others' defaults")
+        fail(command, f"Hydra cannot follow these options ({first_line(error)}); leave out those of hydra")
+
+
+class _ToldError(ValueError):
+    """What a job of a sweep has said itself."""
+
+
+def _returned(job: JobReturn) -> Any:
+    """What a job returned, without the line that Hydra prints beside that of a job that failed."""
+    if isinstance(job._return_value, Exception):
+        raise job._return_value
+    return job._return_value
+
+
+def _return(job: JobReturn, value: Any) -> None:
+    job._return_value = value
+
+
+@contextmanager
+def _package(arguments: Sequence[str]) -> Iterator[None]:
+    """Refuse a part of the configuration that is not there, as Hydra does, but in one line of ours."""
+    package = next((each for each in arguments if each.startswith("--package=")), None)
+    with redirect_stderr(io.StringIO()) if package else nullcontext() as said:
+        try:
+            yield
+        except SystemExit:
+            if said is not None and "not found in config" in said.getvalue():
+                raise ValueError(f"{package} is no part of the options; --help lists them") from None
+            raise
 
 
 @contextmanager
@@ -114,7 +168,7 @@ def _notices(command: str) -> Iterator[None]:
 
         def show(message: Warning | str, category: type[Warning], *where: Any, **rest: Any) -> None:
             if issubclass(category, Notice):
-                print(f"{command}: warning: {message}", file=sys.stderr)
+                print(brief(f"{command}: warning: {message}"), file=sys.stderr)
             else:
                 others(message, category, *where, **rest)
 
@@ -122,10 +176,13 @@ def _notices(command: str) -> Iterator[None]:
         yield
 
 
-def _refuse_empty(cfg: DictConfig) -> None:
+def _refuse_empty(fields: Mapping[str, Any]) -> None:
     for option in _PATHS:
-        if OmegaConf.select(cfg, option, throw_on_missing=False) == "":
+        value = _value(fields, option)
+        if value == "":
             raise ValueError(f"{option}='' is empty; give a value, or leave it out")
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError(f"{option}={value!r} holds a zero byte, which no path has; give another")
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -165,14 +222,31 @@ def rewrite(arguments: Sequence[str], config_name: str) -> list[str]:
     Raises:
         ValueError: a flag that Hydra does not have.
     """
-    if config_name in _POSITIONAL:
-        arguments = _named(arguments, _POSITIONAL[config_name])
-    groups = usage.groups(config_name)
-    open_groups = {group: names(group) for group in _OTHERS if group in groups}
+    for argument in arguments:
+        if not is_text(argument):
+            key, separator, value = argument.partition("=")
+            shown = f"{key}={value!r}" if separator else repr(key)
+            raise ValueError(f"{shown} holds bytes that are no text; give UTF-8")
     # Hydra's parser takes no options before a flag.
-    flags = [argument for argument in arguments if argument in _MULTIRUN]
-    multirun, arguments = bool(flags), [*flags, *(each for each in arguments if each not in _MULTIRUN)]
-    return [part for argument in arguments for part in _rewrite_one(argument, open_groups, multirun)]
+    given, options = flags.split(arguments)
+    if config_name in _POSITIONAL:
+        options = _named(options, _POSITIONAL[config_name])
+    groups = usage.groups(config_name)
+    multirun = not {"-m", "--multirun"}.isdisjoint(given)
+    written = [part for option in options for part in _rewrite_one(option, groups, multirun)]
+    if multirun and not any(option.startswith(("hydra/sweeper", "sweep=")) for option in options):
+        _check_jobs(written)
+    return [*given, *written]
+
+
+def _check_jobs(overrides: Sequence[str]) -> None:
+    """Refuse a product of too many jobs: Hydra's own sweeper makes all of them before the first one runs."""
+    count = 1
+    for each in OverridesParser.create().parse_overrides(list(overrides)):
+        if each.is_choice_sweep() or each.is_range_sweep():
+            count *= sum(1 for _ in islice(each.sweep_iterator(), _MOST_JOBS + 1))
+    if count > _MOST_JOBS:
+        raise ValueError(f"these are more than {_MOST_JOBS} jobs; sweep over fewer values")
 
 
 def _named(arguments: Sequence[str], option: str) -> list[str]:
@@ -180,9 +254,7 @@ def _named(arguments: Sequence[str], option: str) -> list[str]:
     named, given = list(arguments), False
     for place, argument in enumerate(arguments):
         key, separator, _ = argument.partition("=")
-        bare = not separator or ("/" in key and not key.startswith("hydra/")) or Path(argument).exists()
-        if argument.startswith("-") or (place > 0 and arguments[place - 1] in _VALUED):
-            continue
+        bare = not separator or ("/" in key and not key.startswith("hydra/")) or os.path.exists(argument)  # noqa: PTH110  # of no length
         if given and (bare or key == option):
             raise ValueError(f"{argument!r} is one {option} too many; give one, and options as name=value")
         if bare:
@@ -191,22 +263,22 @@ def _named(arguments: Sequence[str], option: str) -> list[str]:
     return named
 
 
-def _rewrite_one(argument: str, open_groups: Mapping[str, Sequence[str]], multirun: bool) -> list[str]:
+def _rewrite_one(argument: str, groups: Mapping[str, Any], multirun: bool) -> list[str]:
     key, separator, value = argument.partition("=")
-    if argument.startswith("-") and key not in _FLAGS:
-        raise ValueError(f"{argument!r} is no flag; options are written name=value, and --help lists them")
-    if not is_text(argument):
-        raise ValueError(f"{f'{key}={value!r}' if separator else repr(key)} holds bytes that are no text; give UTF-8")
     if not separator:
         return [argument]
     name = key.lstrip("+")
+    if len(name) > _LONGEST_NAME:
+        raise ValueError(f"unknown option {name!r}; {_LISTED}")
+    if name in groups and name not in _OTHERS and len(value) > _LONGEST_NAME and not multirun:
+        raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(names(name))}")
     if name.startswith("hydra.") and "_target_" in argument:
         raise ValueError(f"{argument!r} names code to run; choose with hydra/launcher=NAME or hydra/sweeper=NAME")
-    if name in open_groups:
-        paths = _pieces(value) if multirun else [value]
-        if not set(paths) <= set(open_groups[name]):
+    if name in groups and name in _OTHERS:
+        paths, known = _pieces(value) if multirun else [value], names(name)
+        if not set(paths) <= set(known):
             choice, option = _OTHERS[name]
-            if name == "task" and (both := sorted(set(paths) & set(open_groups[name]))):
+            if name == "task" and (both := sorted(set(paths) & set(known))):
                 raise ValueError(f"{argument!r} mixes {both[0]} with others; give {name}={both[0]} a sweep of its own")
             argument = ",".join(map(_quote, paths))
             key, name = f"++{name}.{option}", f"{name}.{option}"
@@ -214,6 +286,8 @@ def _rewrite_one(argument: str, open_groups: Mapping[str, Sequence[str]], multir
             return [f"{name.partition('.')[0]}={choice}", f"{key}={argument}"]
     if name == "prompt":
         return [f"{key}={_quote_literally(value)}"]
+    if value.startswith(("[", "{")) and value.count(",") >= _MOST_ENTRIES:
+        raise ValueError(f"{key}={value} has too many entries; use at most {_MOST_ENTRIES}")
     if name == "stop" and value != "null":
         return [f"{key}={_strings(value)}"]
     _refuse_resolvers(name, value)
@@ -295,28 +369,37 @@ def _quote(value: str) -> str:
     return f"'{escaped}'"
 
 
-def _qualified(error: Exception, cfg: DictConfig) -> str:
+def _qualified(error: Exception, fields: Mapping[str, Any]) -> str:
     """An error in the words of the command line: options of a group have a prefix, and a file is an option's value."""
+    if isinstance(error, (MemoryError, RuntimeError)):  # torch's is one of the latter
+        return "memory does not suffice; use a smaller model, batch_size or length"
     text = one_line(error)
-    if "dtype" in (cfg.get("model") or ()):  # what decoding refuses, once the model is loaded
+    if "dtype" in (fields.get("model") or ()):  # what decoding refuses, once the model is loaded
         text = renamed(text, {"dtype": "model.dtype"})
-    if isinstance(error, OSError) and (option := _option_of_file(error.filename, cfg)):
-        given = OmegaConf.select(cfg, option)
+    if isinstance(error, OSError) and (option := _option_of_file(error.filename, fields)):
+        given = _value(fields, option)
         return f"{option}={given!r} cannot be used ({error.strerror}); give another path"
-    groups = {group: dict(cfg.get(group) or {}) for group in ("sampler", "cache")}
+    groups: dict[str, Mapping[str, Any]] = {group: fields.get(group) or {} for group in ("sampler", "cache")}
     for group, options in groups.items():
         for name, value in options.items():
             # An option that both have is known by its value.
             shared = all(name in other for other in groups.values())
             said = re.escape(repr(value)) if shared else ""
-            if name not in cfg:
+            if name not in fields:
                 text = re.sub(rf"(?<![\w.('\"\]]){name}=(?={said})", f"{group}.{name}=", text)
     return text
 
 
-def _option_of_file(file: Any, cfg: DictConfig) -> str | None:
+def _value(fields: Any, option: str) -> Any:
+    """The value of an option that may be one of a group; None where there is none."""
+    for name in option.split("."):
+        fields = fields.get(name) if isinstance(fields, Mapping) else None
+    return fields
+
+
+def _option_of_file(file: Any, fields: Mapping[str, Any]) -> str | None:
     """The option that names a file or the folder it is in; of several the most exact one."""
-    given = {option: OmegaConf.select(cfg, option, throw_on_missing=False) for option in _PATHS}
+    given = {option: _value(fields, option) for option in _PATHS}
     found = [option for option, value in given.items() if value and isinstance(value, str) and _within(file, value)]
     return max(found, key=lambda option: len(given[option]), default=None)
 
@@ -326,8 +409,14 @@ def _within(file: Any, path: str) -> bool:
     return isinstance(file, (str, os.PathLike)) and os.path.realpath(file).startswith(os.path.realpath(path))
 
 
-def one_line(error: BaseException) -> str:
-    """What is wrong, in the words of whoever found out and without what only a programmer reads."""
+def one_line(error: BaseException, config_name: str | None = None) -> str:
+    """What is wrong, in the words of whoever found out and without what only a programmer reads.
+
+    Args:
+        error: what was raised.
+        config_name: of the command, whose options there may be; None where it is known to be about something else.
+    """
+    expected = f"expected one of {', '.join(usage.options(config_name))}" if config_name else _LISTED
     cause: BaseException = error
     # instantiate() wraps what a constructor raised; the constructor's own words name the fix.
     while isinstance(cause, HydraException) and isinstance(cause.__cause__, (ValueError, TypeError)):
@@ -335,23 +424,20 @@ def one_line(error: BaseException) -> str:
     if isinstance(cause, OSError) and cause.strerror:
         cause = ValueError(f"{cause.filename}: {cause.strerror}" if cause.filename else cause.strerror)
     text = re.sub(r"\s+", " ", str(cause)).strip() or type(error).__name__
-    if match := re.search(r"Could not override '((sampler|cache)\.[^']+)'", text):
+    if match := re.search(r"Could not override '((?:(sampler|cache)\.)?[^']+)'", text):
         group = match[2]
-        return (
-            f"{match[1]} is no option here; choose with {group}=NAME, of which `{group}=NAME --help` lists the options"
-        )
-    if match := re.search(r"Could not override '([^']+)'", text):
-        return f"{match[1]} is no option here; --help lists those there are"
+        fix = f"choose with {group}=NAME, and `{group}=NAME --help` lists its options" if group else expected
+        return f"unknown option {match[1]!r}; {fix}"
     if "Config group override must be a string" in text:
         return "a group such as cache, sampler or model is chosen by its name; --help lists them"
     if match := re.search(r"Could not find '([^/]+)/([^']*)' Available options in '[^']+': (.*?) Config search", text):
         return f"{match[1]}={match[2]} is unknown; use one of {', '.join(match[3].split())}"
     if match := re.search(r"Error parsing override '([^']*)' missing EQUAL", text):
-        return f"{match[1]!r} is no option; options are written name=value, and --help lists them"
+        return f"unknown option {match[1]!r}; options are written name=value, and {_LISTED}"
     if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
         return f"{match[1]} names several; give one, or add -m to run them one after another"
     if match := re.search(r"Interpolation key '([^']*)' not found full_key: (\S+)", text):
-        return f"{match[2]} refers to {match[1]}, which is no option here; write the value itself"
+        return f"{match[2]} refers to the unknown option {match[1]!r}; write the value itself"
     if match := re.search(r"Missing mandatory value: (\S+)", text):
         return f"{match[1]} has no value; set it with {match[1]}=..."
     if match := re.search(r"^(.*?) full_key: ([\w.]+)", text):

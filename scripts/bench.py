@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # first of all, so that signals are heard while the rest is imported
-    from dllm.scripts.cli import main as _main
+if __name__ == "__main__":
+    import dllm.scripts.cli
 
-    _main("bench")
-    raise SystemExit
+    dllm.scripts.cli.run_file(__file__)
 
 import copy
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,10 +28,11 @@ from dllm.bench import Bench, CommitsPerStep, Cost, random_model
 from dllm.bench.sections import SECTIONS
 from dllm.bench.timing import REFERENCES
 from dllm.cache.base import Cache
-from dllm.checks import choice, number
+from dllm.checks import choice, number, threads
+from dllm.checks import known as check_known
 from dllm.escape import markdown
 from dllm.loading import find_device
-from dllm.resolve import build, options_of
+from dllm.resolve import TARGET, build, options_of
 from dllm.samplers.base import Sampler
 from dllm.scripts import app, own
 
@@ -41,6 +42,7 @@ KINDS = {
     "references": Sequence[str],
 }  # fmt: skip
 _CAUSAL = "causal"
+_BYTES = 1024  # at least, for each position: its ids, and one vector of the smallest model's width
 _MARKS = {
     "*": "\\* not the same tokens",
     "?": "? not decoded to the end, which steps=null does; so tokens are not compared",
@@ -54,11 +56,11 @@ def main() -> None:
 
 def bench(cfg: DictConfig) -> None:
     """Time every sampler with every cache; print tables, and write `out`.md and `out`.json where `out` is given."""
+    _check_room(cfg.canvas, cfg.batch_size)
     for name in ("canvas", "gen_length", "block_length", "batch_size", "steps", "repeats"):
         if cfg[name] is not None:
             number(name, cfg[name], "1 or more", low=1, whole=True)
-    if cfg.threads is not None:
-        number("threads", cfg.threads, "1 to 1024, or null", low=1, high=1024, whole=True)
+    threads(cfg.threads)
     if cfg.gen_length >= cfg.canvas:
         raise ValueError(f"gen_length={cfg.gen_length} leaves no prompt in canvas={cfg.canvas}; use less")
     if cfg.out:
@@ -110,6 +112,16 @@ def bench(cfg: DictConfig) -> None:
         print(f"written to {cfg.out}.md and {cfg.out}.json")
 
 
+def _check_room(canvas: int, batch_size: int) -> None:
+    """Refuse canvases whose bare numbers are more than the machine holds; what a model needs is more by far."""
+    if not hasattr(os, "sysconf"):  # Windows
+        return
+    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if canvas * batch_size * _BYTES > room:
+        given = f"canvas={canvas} and batch_size={batch_size}"
+        raise ValueError(f"{given} do not fit into the {room / 2**30:.0f} GiB of this machine; use less")
+
+
 def _settings(cfg: DictConfig) -> dict[str, tuple[Sampler, Cache]]:
     """Every sampler with every cache, by label."""
     samplers, caches = _named(cfg, "samplers", "sampler", Sampler), _named(cfg, "caches", "cache", Cache)
@@ -135,11 +147,10 @@ def _named(cfg: DictConfig, parameter: str, group: str, protocol: type) -> dict[
             name, options, label = entry, {}, entry
         else:
             raise ValueError(f"{called}={entry!r} is no {group}; give a name, or {{name: {{option: value}}}}")
-        known = options_of(group, name, called)
-        if strange := sorted(set(options) - set(known)):
-            own = ", ".join(option for option in known if option != "_target_")
-            raise ValueError(f"{called}: {strange[0]} is no option of {name}; use one of {own or 'none'}")
-        chosen = known | dict(options)
+        defaults = options_of(group, name, called)
+        given, choices = ([each for each in part if each != TARGET] for part in (options, defaults))
+        check_known(given, choices, f"{called}.{name}.")
+        chosen = defaults | dict(options)
         found[label] = build(called, chosen, protocol)
     return found
 

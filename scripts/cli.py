@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from dllm.scripts.ending import Stopped, fail, interruption, leave_quietly, piped, watching, working
 
@@ -50,6 +51,12 @@ def main(command: str | None = None) -> None:
             if error.errno is None or error.filename is not None:  # not about the output: no network, a file not there
                 fail(called, str(error))
             fail(called, f"{error.strerror or error}; make room, or send the output elsewhere")
+
+
+def run_file(file: str) -> NoReturn:
+    """Be the command that a file of this folder holds, before the rest of it is imported: signals are heard then."""
+    main(Path(file).stem.replace("_", "-"))
+    raise SystemExit
 
 
 def _dispatch(command: str, given: list[str]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, TextIO
 
-from dllm.escape import terminal
+from dllm.escape import brief, terminal
 
 CLOSED_PIPE = 1  # as Python documents it, and as rich leaves
 _SAID = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
@@ -42,7 +42,7 @@ class _Watch:
     def end(self, number: int) -> NoReturn:
         """Leave without running anything else."""
         with suppress(OSError, ValueError):
-            os.write(2, f"{_line(self.command, interruption(number))}\n".encode())
+            os.write(2, f"{line(self.command, interruption(number))}\n".encode())
         os._exit(128 + number)
 
     def unraisable(self, lost: Any) -> None:
@@ -149,9 +149,10 @@ def interruption(number: int = signal.SIGINT) -> str:
 def fail(command: str, message: str, code: int = 2) -> NoReturn:
     """Say what is wrong and leave."""
     with suppress(BrokenPipeError):
-        print(_line(command, message), file=sys.stderr, flush=True)
+        print(line(command, message), file=sys.stderr, flush=True)
     sys.exit(code)
 
 
-def _line(command: str, message: str) -> str:
-    return terminal(f"{command}: error: {message}", one_line=True)
+def line(command: str, message: str) -> str:
+    """What a command prints about bad input."""
+    return terminal(brief(f"{command}: error: {message}"), one_line=True)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # first of all, so that signals are heard while the rest is imported
-    from dllm.scripts.cli import main as _main
+if __name__ == "__main__":
+    import dllm.scripts.cli
 
-    _main("evaluate")
-    raise SystemExit
+    dllm.scripts.cli.run_file(__file__)
 
 import json
 import os
@@ -27,18 +26,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import dllm
 from dllm import compatibility, identity
 from dllm.cache.base import Cache
-from dllm.checks import choice, naming, number
+from dllm.checks import choice, naming, number, seed, threads
 from dllm.escape import terminal
 from dllm.files import parse_json
 from dllm.journal import Journal
 from dllm.likelihood import Estimate
 from dllm.metrics import COSTS
-from dllm.options import SEEDS, parse_options
+from dllm.options import parse_options
 from dllm.resolve import build, names, options_of, variants
-from dllm.run_folder import RunFolder
+from dllm.run_folder import RunFolder, sessions
 from dllm.runner import Runner, Setting
 from dllm.samplers.base import Sampler
 from dllm.scripts import app
+from dllm.scripts.kinds import canonical
 from dllm.tasks.base import Task
 
 _OPTIONS = set(dllm.Options.__dataclass_fields__) - {"seed", "stop"}  # what ends an answer is the task's
@@ -66,7 +66,7 @@ def evaluate(cfg: DictConfig) -> float | tuple[float, ...] | None:
     _check(fields)
     hydra = HydraConfig.get()
     out, label = Path(fields["out"]), _label(fields, hydra.runtime.choices)
-    refused, sweeping = RunFolder(out, label, fields), hydra.mode == RunMode.MULTIRUN
+    refused, sweeping = RunFolder(out, label, canonical(fields, KINDS)), hydra.mode == RunMode.MULTIRUN
     try:
         with _threads(fields["threads"]):
             results, path = _results(cfg, fields, label)
@@ -85,11 +85,10 @@ def evaluate(cfg: DictConfig) -> float | tuple[float, ...] | None:
 def _check(fields: Mapping[str, Any]) -> None:
     for name in fields["objective"]:
         choice("objective", name, ("accuracy", *COSTS))
-    number("seed", fields["seed"], "a whole number from 0 to 2**62 - 1", low=0, high=SEEDS - 1, whole=True)
+    seed("seed", fields["seed"])
     for name in ("baselines", "frames"):
         number(name, fields[name], "0 or more", low=0, whole=True)
-    if fields["threads"] is not None:
-        number("threads", fields["threads"], "1 to 1024, or null", low=1, high=1024, whole=True)
+    threads(fields["threads"])
     app.check_writable("out", fields["out"], f"{fields['out']}/results.json")
 
 
@@ -106,12 +105,13 @@ def _results(cfg: DictConfig, fields: Mapping[str, Any], label: str) -> tuple[di
     with naming({name: f"estimate.{name}" for name in fields["estimate"]}):
         estimate = Estimate(**fields["estimate"], seed=seed, cfg_scale=fields["cfg_scale"])
     files = task.check()
-    path, others = fields["model"]["path"], {name: fields["model"][name] for name in fields["model"] if name != "path"}
-    read = identity.contents([fields["sampler"], fields["cache"], others])
+    path, asked = fields["model"]["path"], canonical(fields, KINDS)
+    others = {name: value for name, value in asked["model"].items() if name != "path"}
+    read = identity.contents([asked["sampler"], asked["cache"], others])
     read |= identity.read_by(sampler) | identity.read_by(cache)
     state = identity.checkpoint(Path(path)) if Path(path).is_dir() else {}
     lm, weights = _load(json.dumps(fields["model"]), json.dumps([state, read]), app.option_of("model"))
-    folder = RunFolder(Path(fields["out"]), label, _identity(fields, weights, task, files, read))
+    folder = RunFolder(Path(fields["out"]), label, _identity(asked, weights, task, files, read))
     main = fields["task"].get("metric")
     if (found := folder.results(main)) is not None:
         return found, folder.path
@@ -195,7 +195,8 @@ def _told(results: Mapping[str, Any], path: Path) -> str:
         scores = ", ".join(f"{name} {score['value']:.4g}" for name, score in metrics["scores"].items())
         parts.append(f"{scores or 'not judged'} of {metrics['n']}")
     if metrics["nfe"] is not None:
-        speed = f"{metrics['tokens_per_second']:,.0f} tokens/s"
+        taken = len(sessions(path))
+        speed = f"{metrics['tokens_per_second']:,.0f} tokens/s{f' over {taken} sessions' if taken > 1 else ''}"
         parts.append(f"NFE {metrics['nfe']:.1f}  TPF {metrics['tpf']:.2f}  {speed}")
     else:
         parts.append("nothing was generated: sampler and cache had no part in it")

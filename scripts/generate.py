@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # first of all, so that signals are heard while the rest is imported
-    from dllm.scripts.cli import main as _main
+if __name__ == "__main__":
+    import dllm.scripts.cli
 
-    _main("generate")
-    raise SystemExit
+    dllm.scripts.cli.run_file(__file__)
 
 import os
 import random
@@ -27,12 +26,11 @@ import dllm
 from dllm import compatibility
 from dllm.answer_manifest import AnswerManifest, describe, identify
 from dllm.cache.base import Cache
-from dllm.checks import choice, renamed
+from dllm.checks import SEEDS, choice, renamed, seed
 from dllm.display import CanvasView, live, plain, save_picture
 from dllm.drift import Drift, Measurement, summarise
 from dllm.escape import terminal
 from dllm.jsonl import AnswerFile, Question, read_questions
-from dllm.options import SEEDS
 from dllm.prompts import encode
 from dllm.resolve import build
 from dllm.samplers.base import Sampler
@@ -87,6 +85,7 @@ def generate(cfg: DictConfig) -> None:
             if left:
                 answers.prepare = lambda: manifest.begin(questions, session)
                 runner.answer_file(questions, answers, cfg.show)
+                manifest.verify()
         if manifest.note:
             print(manifest.note)
         print(_done(questions, answers))
@@ -225,8 +224,8 @@ def _check(cfg: DictConfig) -> None:
             app.check_writable(name, cfg[name])
     if cfg.picture is not None:
         own.check("picture", cfg.picture, {Path(cfg.picture): own.PICTURE})
-    if cfg.seed is not None and not 0 <= cfg.seed < SEEDS:
-        raise ValueError(f"seed={cfg.seed} is out of range; use 0 to 2**62 - 1, or null for any")
+    if cfg.seed is not None:
+        seed("seed", cfg.seed, use=", or null for any")
 
 
 def _left(questions: Sequence[Question], answers: AnswerFile) -> list[Question]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 
 from dllm.cache.base import Cache
+from dllm.checks import known
 from dllm.loading import load
 from dllm.resolve import TARGET, find_class
 from dllm.samplers.base import Sampler
-from dllm.scripts.usage import groups
+from dllm.scripts.usage import groups, options
 from dllm.tasks.base import Task
 
 _PROTOCOLS: Mapping[str, type] = {"sampler": Sampler, "cache": Cache, "task": Task}
@@ -45,7 +47,35 @@ def check_kinds(cfg: DictConfig, config_name: str, kinds: Mapping[str, Any]) -> 
         elif name in defaults:
             _check_like(name, value, defaults[name])
         else:
-            raise ValueError(f"{name} is no option here; --help lists those there are")
+            known([name], options(config_name))
+    # A configuration of the user's own may lack some; `sweep` is null by default, and then not there.
+    needed = (name for name in options(config_name) if group_names.get(name) != "null")
+    if missing := [name for name in needed if name not in cfg]:
+        raise ValueError(f"{missing[0]} has no value; add it to the configuration")
+
+
+def canonical(fields: Mapping[str, Any], kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Checked options, so that those that mean the same are the same: 1.0 for 1 where fractions may stand, a for ./a/.
+
+    Args:
+        fields: the options, groups as dictionaries.
+        kinds: as for `check_kinds`.
+    """
+    spelt: dict[str, Any] = {}
+    for name, value in fields.items():
+        made = name in _PROTOCOLS and isinstance(value, Mapping) and TARGET in value
+        hints = get_type_hints(find_class(name, value, _PROTOCOLS[name])) if made else {}
+        spelt[name] = canonical(value, hints) if isinstance(value, Mapping) else _spelt(value, kinds.get(name))
+    return spelt
+
+
+def _spelt(value: Any, hint: Any) -> Any:
+    parts = get_args(hint) or (hint,)
+    if type(value) is int and float in parts and int not in parts:
+        return float(value)
+    # Free text may be too long for Path.exists.
+    is_path = isinstance(value, str) and "/" in value and os.path.exists(value)  # noqa: PTH110
+    return str(Path(value)) if is_path else value
 
 
 def _check_group(group: str, values: Any) -> None:
@@ -57,8 +87,10 @@ def _check_group(group: str, values: Any) -> None:
     for name, value in values.items():
         if name in hints:
             _check(f"{group}.{name}", value, hints[name])
-        elif name != (TARGET if made else "path"):
-            raise ValueError(f"{group}.{name} is no option here; --help lists those there are")
+        elif name == "path":
+            _check("model.path", value, str)
+        elif name != TARGET:
+            known([name], [each for each in hints if each != "return"], f"{group}.")
 
 
 def _check_like(name: str, value: Any, default: Any) -> None:

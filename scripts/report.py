@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # first of all, so that signals are heard while the rest is imported
-    from dllm.scripts.cli import main as _main
+if __name__ == "__main__":
+    import dllm.scripts.cli
 
-    _main("report")
-    raise SystemExit
+    dllm.scripts.cli.run_file(__file__)
 
 import re
+from hashlib import sha256
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -24,6 +24,7 @@ from dllm.reports.runs import Group, Sweep
 from dllm.scripts import app, own
 
 KINDS = {"out": str | None, "quality": str | int | None}
+_LONGEST = 200  # bytes of a model and a task in the name of a file, which has 255 at most
 _FILES = {"nfe": "quality-nfe", "tokens_per_second": "quality-speed"}
 _AUP = (
     "Accuracy Under Parallelism: the area under accuracy in percent over TPF along the front of these runs, where lost "
@@ -63,6 +64,8 @@ def _picture(sweep: Sweep, group: Group, cost: str) -> str:
     """The name of a plot's file."""
     several = len(sweep.groups) > 1
     place = re.sub(r"[^\w.-]+", "_", f"-{group.model}-{group.task}") if several else ""
+    if len(place.encode()) > _LONGEST:
+        place = f"-{sha256(place.encode()).hexdigest()[:16]}"
     return f"{_FILES[cost]}{place}.svg"
 
 

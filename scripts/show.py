@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # first of all, so that signals are heard while the rest is imported
-    from dllm.scripts.cli import main as _main
+if __name__ == "__main__":
+    import dllm.scripts.cli
 
-    _main("show")
-    raise SystemExit
+    dllm.scripts.cli.run_file(__file__)
 
 import os
 import re

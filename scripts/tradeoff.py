@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # first of all, so that signals are heard while the rest is imported
-    from dllm.scripts.cli import main as _main
+if __name__ == "__main__":
+    import dllm.scripts.cli
 
-    _main("tradeoff")
-    raise SystemExit
+    dllm.scripts.cli.run_file(__file__)
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,10 +22,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import dllm
 from dllm import compatibility
 from dllm.cache.base import Cache
-from dllm.checks import naming, number
+from dllm.checks import naming, number, seed
 from dllm.escape import markdown, terminal
 from dllm.evaluation import Score, evaluate
-from dllm.options import SEEDS, parse_options
+from dllm.options import parse_options
 from dllm.resolve import build
 from dllm.samplers.base import Sampler
 from dllm.scripts import app, own
@@ -52,9 +51,9 @@ def tradeoff(cfg: DictConfig, command: str = "tradeoff", cost: str = "nfe") -> N
     """
     out = cfg.out or f"outputs/{command}-{Path(cfg.model.path).name}"
     figure = _new_figure()  # missing matplotlib is told now, not after the measuring
-    for name in ("problems", "repeats"):
-        number(name, cfg[name], "1 or more", low=1, whole=True)
-    number("seed", cfg.seed, "a whole number from 0 to 2**62 - 1", low=0, high=SEEDS - 1, whole=True)
+    word_problems.check_count("problems", cfg.problems)
+    number("repeats", cfg.repeats, "1 to 1000", low=1, high=1000, whole=True)
+    seed("seed", cfg.seed)
     own.check("out", out, {Path(out + ".md"): own.TRADEOFF, Path(out + ".svg"): own.CHART})
     settings = {str(label): _setting(str(label), entry) for label, entry in cfg.settings.items()}
     options = {name: cfg[name] for name in ("gen_length", "block_length", "batch_size")}

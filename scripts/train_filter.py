@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # first of all, so that signals are heard while the rest is imported
-    from dllm.scripts.cli import main as _main
+if __name__ == "__main__":
+    import dllm.scripts.cli
 
-    _main("train-filter")
-    raise SystemExit
+    dllm.scripts.cli.run_file(__file__)
 
 import json
 import sys
@@ -28,12 +27,12 @@ from safetensors.torch import load_file, save
 import dllm
 from dllm import identity
 from dllm.cache.base import Cache
-from dllm.checks import choice, number
-from dllm.files import read_json, write_json, write_whole
+from dllm.checks import choice, number, seed, threads
+from dllm.files import check_kept, read_json, write_json, write_whole
 from dllm.filter_training import Records, Training, collect, fit, measure, split
 from dllm.filters import Filter, FilterCard
 from dllm.jsonl import read_questions
-from dllm.options import SEEDS, check_prompt
+from dllm.options import check_prompt
 from dllm.prompts import encode
 from dllm.resolve import build
 from dllm.samplers.base import Sampler
@@ -168,6 +167,7 @@ def _collect(
                 f"out: {folder} holds records of other settings ({other}); give another out, or remove that folder"
             )
     write_json(file, recipe)
+    written = file.read_bytes()
     size, parts = options["batch_size"], []
     with _progress("collecting", len(ids)) as advance:
         for start in range(0, len(ids), size):
@@ -178,6 +178,7 @@ def _collect(
                 del seeded["batch_size"]
                 records = collect(lm, ids[start : start + size], sampler, cache, **seeded)
                 records = replace(records, prompt=records.prompt + start)
+                check_kept(file, written, "; run the command again")
                 write_whole(part, save(vars(records)))
                 found = records
             parts.append(found)
@@ -277,12 +278,14 @@ def _check(cfg: DictConfig) -> Training:
     choice("architecture", cfg.architecture, ("neighbours", "published"))
     for name in ("prompts", "epochs", "patience", "train_batch_size"):
         number(name, cfg[name], "a whole number of at least 1", low=1, whole=True)
-    number("seed", cfg.seed, "a whole number from 0 to 2**62 - 1", low=0, high=SEEDS - 1, whole=True)
+    if cfg.data is None:
+        word_problems.check_count("prompts", cfg.prompts)
+    seed("seed", cfg.seed)
+    threads(cfg.threads)
     if cfg.prompts < 2:
         raise ValueError(f"prompts={cfg.prompts} cannot be split; use 2 or more")
-    for name, most in (("hidden", 65536), ("threads", 1024)):
-        if cfg[name] is not None:
-            number(name, cfg[name], f"a whole number from 1 to {most}, or null", low=1, high=most, whole=True)
+    if cfg.hidden is not None:
+        number("hidden", cfg.hidden, "a whole number from 1 to 65536, or null", low=1, high=65536, whole=True)
     if cfg.block_length is None:
         raise ValueError("block_length=null is no length a filter can be for; give the one it is going to be used with")
     for name in ("split", "column"):

@@ -7,11 +7,10 @@ model card.
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # first of all, so that signals are heard while the rest is imported
-    from dllm.scripts.cli import main as _main
+if __name__ == "__main__":
+    import dllm.scripts.cli
 
-    _main("train-tiny")
-    raise SystemExit
+    dllm.scripts.cli.run_file(__file__)
 
 import io
 import pickle
@@ -28,12 +27,13 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from dllm.checks import first_line, number
+from dllm.checks import first_line, number, seed, threads
 from dllm.files import write_whole
 from dllm.scripts import app, own
 from dllm.scripts.model_card import model_card
 from dllm.scripts.tiny_data import BatchMaker, corrupt
 from dllm.scripts.tiny_models import build_model
+from dllm.tasks import word_problems
 from dllm.tasks.tokenizer import build_tokenizer
 
 # What a published model consists of; the rest of the folder serves resuming.
@@ -253,13 +253,14 @@ def _check_shares(cfg: DictConfig) -> None:
 
 
 def _check(cfg: DictConfig) -> None:
-    for name in ("steps", "batch_size", "prompt_length", "warmup", "checkpoint_every", "log_every", "eval_problems"):
-        least = 0 if name == "eval_problems" else 1
-        number(name, cfg[name], f"{least} or more", low=least, whole=True)
+    word_problems.check_count("batch_size", cfg.batch_size)
+    word_problems.check_count("eval_problems", cfg.eval_problems, least=0)
+    for name in ("steps", "warmup", "checkpoint_every", "log_every"):
+        number(name, cfg[name], "1 or more", low=1, whole=True)
+    number("prompt_length", cfg.prompt_length, "1 to 1000000", low=1, high=1_000_000, whole=True)
     for name in ("seed", "eval_seed"):
-        number(name, cfg[name], "a whole number from 0 to 2**62 - 1", low=0, high=2**62 - 1, whole=True)
-    if cfg.threads is not None:
-        number("threads", cfg.threads, "1 to 1024, or null", low=1, high=1024, whole=True)
+        seed(name, cfg[name])
+    threads(cfg.threads)
     for name in ("matrix_lr", "rest_lr"):
         number(name, cfg[name], "a positive number", above=0, high=1e6)
     number("ema", cfg.ema, "0 or more and below 1", low=0, high=1 - 1e-9)
@@ -278,7 +279,8 @@ def _check(cfg: DictConfig) -> None:
     _check_folders(cfg)
     size = cfg.model
     for name, value in size.items():
-        number(f"model.{name}", value, "1 to 1000000", low=1, high=1_000_000, whole=True)
+        most = 1000 if name == "num_layers" else 1_000_000
+        number(f"model.{name}", value, f"1 to {most}", low=1, high=most, whole=True)
     if size.hidden_size % (2 * size.num_heads) or size.num_heads % size.num_kv_heads:
         raise ValueError(
             f"model.num_heads={size.num_heads} is out of range; twice it must divide hidden_size={size.hidden_size}, "

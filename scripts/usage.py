@@ -27,6 +27,13 @@ def groups(config_name: str) -> dict[str, str]:
     return {name: choice or "null" for name, choice in pairs if not name.startswith("override ")}
 
 
+def options(config_name: str) -> list[str]:
+    """What a command takes: its own options and its groups."""
+    text = (resources.files("dllm.conf") / f"{config_name}.yaml").read_text(encoding="utf-8")
+    own: Any = OmegaConf.to_container(OmegaConf.create(text))
+    return [name for name in own if name not in ("defaults", "hydra")] + list(groups(config_name))
+
+
 def describe(config_name: str, arguments: Sequence[str] = ()) -> str:
     """What a command does, its options and groups with their defaults.
 

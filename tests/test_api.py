@@ -203,7 +203,7 @@ def test_infill_takes_the_mask_as_text(lm: dllm.LanguageModel) -> None:
         ([[1, 1]], {}, r"prompts\[0\] contains \[MASK\]; use infill"),
         ([[4] * 300], {}, r"prompts\[0\] has 300 tokens.*256.*128"),
         (torch.zeros(3), {}, r"shape \(3,\).*LongTensor"),
-        ([[4]], {"steps": 3}, "steps is no option"),
+        ([[4]], {"steps": 3}, "unknown option 'steps'; expected one of gen_length, "),
         ([[4]], {"gen_length": 0}, "gen_length=0"),
         ([[4]], {"block_length": 0}, "block_length=0"),
         ([[4]], {"batch_size": 0}, "batch_size=0"),

@@ -176,7 +176,7 @@ def test_multirun_sweeps_over_settings_and_models(tmp_path: Path, monkeypatch: p
     [
         (
             ["sampler.threshold=0.8"],
-            "sampler.threshold is no option here; choose with sampler=NAME, of which `sampler",
+            "unknown option 'sampler.threshold'; choose with sampler=NAME, and `sampler=NAME --help` lists its options",
         ),
         (["sampler=threshold", "sampler.threshold=-1"], "error: sampler.threshold=-1 is out of range; use "),
         (

@@ -174,6 +174,55 @@ class TestArchitecture:
 
     @FAMILIES
     @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("clip_qkv", 8.0), ("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0),
+            ("query_pre_attn_scalar", 224), ("attention_multiplier", 0.1), ("embedding_multiplier", 12.0),
+            ("residual_multiplier", 0.22), ("logits_scaling", 8.0), ("logit_scale", 0.5), ("hidden_act", "gelu"),
+            ("activation_type", "relu"), ("norm_after", True), ("no_rope_layers", [0]), ("rotary_pct", 0.25),
+            ("layer_types", ["full_attention", "sliding_attention"]), ("use_sliding_window", True),
+            ("scale_logits", True), ("alibi", True),
+        ],
+    )  # fmt: skip
+    def test_what_only_other_models_compute_is_refused(
+        self, make: Maker, key: str, value: Any, edited: Callable[..., Path]
+    ) -> None:
+        assert f"{key}={value!r} is not supported" in refusal(edited(make, **{key: value}))
+
+    @FAMILIES
+    @pytest.mark.parametrize("entries", [{"n_head": 8}, {"num_heads": 2}, {"num_kv_heads": 1}, {"n_ctx": 128}], ids=str)
+    def test_a_size_under_another_name_is_refused_where_it_differs(
+        self, make: Maker, entries: dict[str, int], edited: Callable[..., Path]
+    ) -> None:
+        ((name, value),) = entries.items()
+        assert f"{name}={value} is not read, and " in refusal(edited(make, **entries))
+
+    @pytest.mark.parametrize(
+        ("make", "own", "other"),
+        [
+            (random_llada, "n_heads", "num_attention_heads"),
+            (random_llada, "n_kv_heads", "num_key_value_heads"),
+            (random_llada, "max_sequence_length", "max_position_embeddings"),
+            (random_dream, "num_attention_heads", "n_heads"),
+            (random_dream, "max_position_embeddings", "max_sequence_length"),
+        ],
+    )
+    def test_a_size_under_the_name_of_the_other_family_alone_is_refused(
+        self, make: Maker, own: str, other: str, edited: Callable[..., Path]
+    ) -> None:
+        value = 2 if "heads" in own else 128
+        assert f"{other}={value} is not read, and {own} is" in refusal(edited(make, without=(own,), **{other: value}))
+
+    @FAMILIES
+    def test_keys_that_change_nothing_are_ignored(self, make: Maker, edited: Callable[..., Path]) -> None:
+        harmless = {
+            "clip_qkv": None, "logits_scaling": 1.0, "layer_types": ["full_attention"] * 2, "hidden_act": "silu",
+            "num_attention_heads": 4, "n_heads": 4, "is_decoder": False, "something": "else", "layer_norm_eps": 1e-12,
+        }  # fmt: skip
+        assert torch.equal(logits(dllm.load(edited(make, **harmless), device="cpu")), logits(make()))
+
+    @FAMILIES
+    @pytest.mark.parametrize(
         ("entries", "expected"),
         [
             ({"dtype": "float33"}, "float33"),

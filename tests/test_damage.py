@@ -320,7 +320,9 @@ class TestReports:
         write_error(tmp_path / "c", "c", "why")
         file = tmp_path / ("c" if name == "error.json" else "b") / name
         damage(file)
-        answered(command("report", str(tmp_path), f"out={tmp_path}/out"), file)
+        outcome = command("report", str(tmp_path), f"out={tmp_path}/out")
+        answered(outcome, file)
+        assert outcome.code == 0 or name != "trace.safetensors"
 
     def test_over_results_of_another_shape(self, tmp_path: Path) -> None:
         from dllm.reports import table

@@ -361,8 +361,8 @@ class TestWordsOfOthers:
     ("arguments", "said"),
     [
         ("pretrained=tiny-llada,sampler=guess", "sampler='guess' is unknown"),
-        ("pretrained=tiny-llada,sampler=localleap,sampler.reach=3", "sampler.reach is no option of localleap"),
-        ("pretrained=tiny-llada,gen_lenght=3", "gen_lenght is no option"),
+        ("pretrained=tiny-llada,sampler=localleap,sampler.reach=3", "unknown option 'sampler.reach'; expected"),
+        ("pretrained=tiny-llada,gen_lenght=3", "unknown option 'gen_lenght'"),
         ("pretrained=tiny-llada,sampler=freedave,cache=dkv", "depends on the way a block is decoded"),
         ("pretrained=/no/such/model", "/no/such/model"),
     ],

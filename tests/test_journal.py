@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 from pathlib import Path
@@ -51,7 +52,7 @@ def test_nothing_is_noted_twice(path: Path) -> None:
 
 def test_one_process_writes_at_a_time(path: Path) -> None:
     journal = Journal(path)
-    with pytest.raises(ValueError, match="being written by another process"):
+    with pytest.raises(ValueError, match=rf"being written by process {os.getpid()} .*; wait for it"):
         Journal(path, patience=0)
     journal.close()
     Journal(path).close()

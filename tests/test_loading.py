@@ -8,6 +8,7 @@ import runpy
 import shutil
 from collections.abc import Callable
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from dllm.backbones import DreamModel, LLaDAModelLM
 from dllm.loading import LanguageModel, checkpoint_folder, load
 from dllm.resolve import names
 from dllm.tasks.tokenizer import build_tokenizer
+from models import random_llada, save_folder
 
 CHECKPOINTS = pytest.mark.parametrize("checkpoint", ["llada-rand-a", "dream-rand-a"])
 Edit = Callable[[Path], None]
@@ -462,3 +464,65 @@ def test_a_device_map_that_cannot_be_followed_is_refused(device_map: Any) -> Non
 def test_a_dtype_that_is_not_computed_in_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^dtype=torch.float8_e4m3fn holds no weights; use float16"):
         load("tiny-llada", dtype=torch.float8_e4m3fn)
+
+
+def test_a_tokenizer_with_tokens_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
+    folder = save_folder(random_llada(tokenizer=True), tmp_path)
+    own = json.loads((folder / "tokenizer.json").read_text())
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    token = {"content": "<extra>", "special": True, "lstrip": False, "rstrip": False, "normalized": False}
+    own["added_tokens"].append({"id": rows + 3, "single_word": False, **token})
+    (folder / "tokenizer.json").write_text(json.dumps(own))
+    with pytest.raises(
+        ValueError, match=f"the tokenizer gives '<extra>' the id .*, and this model's ids are 0 to {rows - 1}"
+    ):
+        load(folder)
+
+
+def test_a_special_token_of_its_own_file_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
+    folder = save_folder(random_llada(tokenizer=True), tmp_path)
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sep_token": "<sep>"}))
+    with pytest.raises(ValueError, match=f"the tokenizer gives '<sep>' the id {rows}, and this model's"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "packages"),
+    [
+        ("awq", {"bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}, "gptqmodel"),
+        ("bitsandbytes", {"load_in_4bit": True}, "bitsandbytes"),
+        ("bitsandbytes", {"load_in_8bit": True}, "bitsandbytes"),
+        ("compressed-tensors", {"config_groups": {}}, "compressed-tensors"),
+        ("gptq", {"bits": 4}, "optimum and gptqmodel"),
+        ("hqq", {"quant_config": {}}, "hqq"),
+        ("quanto", {"weights": "int8"}, "optimum-quanto"),
+        ("torchao", {"quant_type": {"default": "int8_weight_only"}}, "torchao"),
+    ],
+)
+def test_the_packages_that_quantised_weights_need_are_named(
+    method: str, settings: dict[str, Any], packages: str, tmp_path: Path
+) -> None:
+    modules = {"quanto": "optimum.quanto", "gptq": "optimum"}
+    module = modules.get(method, packages.replace("-", "_"))
+    if find_spec(module.partition(".")[0]) is not None:
+        pytest.skip(f"{module} is installed")
+    folder = save_folder(random_llada(), tmp_path)
+    edit_config(quantization_config={"quant_method": method, **settings})(folder)
+    with pytest.raises(ValueError, match=f"quantised with {method}, .*; install {packages}, or use the model it was"):
+        load(folder)
+
+
+def test_quantised_weights_that_cannot_be_used_here_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_folder(random_llada(), tmp_path)
+    edit_config(quantization_config={"quant_method": "gptq", "bits": 4})(folder)
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError("No GPU found. A GPU is needed for quantization.\nAnd more")
+
+    monkeypatch.setattr(LLaDAModelLM, "from_pretrained", fail)
+    with pytest.raises(ValueError, match=r"quantised with gptq, which cannot be used here \(No GPU found\."):
+        load(folder)

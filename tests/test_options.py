@@ -26,7 +26,7 @@ WORK = {
 }  # fmt: skip
 BAD = [
     "abc", "nan", "inf", "-1", "1e400", "[]", "{}", "[[1]]", "true", "", "x" * 5000, "${oc.env:HOME}", "${nope}", "???",
-    os.fsdecode(b"\xff"),
+    os.fsdecode(b"\xff"), "null", "~", "{a: 1}", "/dev/full", "/dev/zero", "/tmp", "a\0b",
 ]  # fmt: skip
 
 
@@ -112,12 +112,12 @@ class TestNames:
             (["generate", "model.dtype=int8"], "error: model.dtype='int8' is unknown"),
             (["bench", "model=random:tiny", "model.dtype=int8"], "error: model.dtype='int8' is unknown"),
             (["evaluate", "estimate.samples=0", "out=x"], "error: estimate.samples=0 is out of range"),
-            (["generate", "seed=-1"], "seed=-1 is out of range; use 0 to 2**62 - 1"),
+            (["generate", "seed=-1"], "seed=-1 is out of range; use a whole number from 0 to 2**62 - 1, or"),
             (["evaluate", "seed=-1"], "seed=-1 is out of range; use a whole number from 0 to 2**62 - 1"),
             (["evaluate", "task.seed=1"], "error: task.seed=1 is out of range"),
             (["tradeoff", "seed=-1"], "error: seed=-1 is out of range"),
             (["generate", "gen_length=${oc.env:HOME}"], "gen_length='${oc.env:HOME}' holds ${oc.env:HOME}, which is"),
-            (["generate", "gen_length=${nope}"], "gen_length refers to nope, which is no option here"),
+            (["generate", "gen_length=${nope}"], "gen_length refers to the unknown option 'nope'"),
             (["generate", "++gen_length=abc"], "gen_length='abc' is of the wrong kind"),
             (["generate", "picture="], "picture='' is empty"),
             (["generate", "sampler=freedave", "sampler.base={_target_: dllm.samplers.Threshold, threshold: -1}"],

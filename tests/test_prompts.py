@@ -220,3 +220,32 @@ def test_a_mask_without_a_name_is_told_by_its_id() -> None:
     lm.tokenizer.mask_token = None
     with pytest.raises(ValueError, match=rf"put one \(id {lm.backbone.mask_token_id}\)"):
         dllm.infill(lm, [[5, 6]])
+
+
+@pytest.mark.parametrize("content", ["", " \n", None, [], [{"type": "text", "text": ""}]])
+def test_a_chat_of_one_empty_answer_is_refused(content: Any) -> None:
+    tokenizer = random_llada(tokenizer=True).tokenizer
+    with pytest.raises(ValueError, match=r"^prompts\[0\] is an empty answer and nothing else; give the message"):
+        encode([{"role": "assistant", "content": content}], tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('no system role') }}", "no system role"),
+        ("{{ cycler().next() }}", "at least one item has to be provided"),
+        ("{{ 'a' * 10**15 }}", "MemoryError"),
+        ("{% import 'os' as os %}", "no loader for this environment specified"),
+        ("{% for", "unexpected 'end of template'"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "nested too deep"),
+        (5, "Can't compile non template nodes"),
+    ],
+)
+def test_a_template_that_fails_is_told_in_one_line(template: Any, said: str) -> None:
+    tokenizer = random_llada(tokenizer=True).tokenizer
+    assert tokenizer is not None
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match="does not suit the chat template: ") as refusal:
+        encode([{"role": "user", "content": "Sam"}], tokenizer)
+    assert said in str(refusal.value)
+    assert "\n" not in str(refusal.value)

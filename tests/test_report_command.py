@@ -77,6 +77,13 @@ class TestFiles:
         assert text.count("\n## ") == 2
         assert all(f"]({name})" in text for name in pictures)
 
+    def test_of_tasks_with_long_names_have_names_that_a_disk_takes(self, tmp_path: Path) -> None:
+        for number, task in enumerate(["a" * 300, "a" * 301, "ä" * 150]):
+            write_run(tmp_path / str(number), "x", task=task)
+        result = command("report", str(tmp_path))
+        assert (result.code, result.err) == (0, "")
+        assert len(list(tmp_path.glob("*.svg"))) == 6
+
     def test_without_anything_to_draw_there_are_no_plots(self, tmp_path: Path) -> None:
         write_run(tmp_path / "a", "a", None, None)
         assert command("report", str(tmp_path)).code == 0
@@ -142,12 +149,17 @@ class TestTraces:
         assert run["note"].startswith("2 more of its samples")
         assert "dllm show 'a b' " in run["note"]
 
-    def test_that_are_damaged_are_refused(self, tmp_path: Path) -> None:
-        run = write_run(tmp_path / "a", "a", record=trace(samples=0))
+    def test_that_are_damaged_are_told_and_the_report_goes_on(self, tmp_path: Path) -> None:
+        run = write_run(tmp_path / "a", "a", record=trace(samples=1))
+        write_run(tmp_path / "b", "b", record=trace(samples=1))
         (run / "trace.safetensors").write_bytes(b"x")
         result = command("report", str(tmp_path))
-        assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
-        assert f"{run}/trace.safetensors is no trace or damaged" in result.err
+        assert (result.code, result.err.count("\n")) == (0, 1)
+        assert result.err.startswith(f"dllm report: warning: {run}/trace.safetensors is no trace or damaged")
+        assert f"remove {run}/results.json to run that setting again" in result.err
+        damaged, whole = page(tmp_path)["runs"]
+        assert "a/trace.safetensors is damaged" in damaged["note"]
+        assert (len(damaged["samples"]), len(whole["samples"])) == (0, 1)
 
 
 class TestPage:

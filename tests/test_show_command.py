@@ -66,7 +66,7 @@ class TestWithoutATerminal:
             (["{}", "colour=red"], "colour='red' is unknown; use one of commit_step, confidence"),
             (["{}", "{}"], "is one path too many"),
             (["{}", "path=x"], "is one path too many"),
-            (["{}", "color=red"], "color is no option here"),
+            (["{}", "color=red"], "unknown option 'color'; expected one of path, "),
             (["pyproject.toml"], "pyproject.toml is no trace"),
         ],
     )

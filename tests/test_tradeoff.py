@@ -88,7 +88,7 @@ class TestCommand:
             (["+settings.learned._target_=dllm.samplers.Learn2PD"], "filter=null finds no bundled filter"),
             (["+settings.cut._target_=dllm.samplers.Vanilla", "+settings.cut.run.gen_length=0"], "gen_length=0"),
             (["+settings.cut._target_=dllm.samplers.Vanilla", "+settings.cut.run.speed=9"], "speed"),
-            (["+extra=1"], "extra is no option"),
+            (["+extra=1"], "unknown option 'extra'; expected one of "),
             (["out=/dev/null/x"], "out='/dev/null/x' cannot be written"),
             (["model=/no/such/folder"], "'/no/such/folder'"),
         ],

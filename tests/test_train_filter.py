@@ -243,7 +243,7 @@ class TestInterruption:
         (["data={tmp}/one.jsonl"], "has 1 prompts, too few"),
         (["data={tmp}/bad.jsonl"], "bad.jsonl' line 1 is not JSON"),
         (["model=/no/such"], "'/no/such'"),
-        (["+more=1"], "more is no option"),
+        (["+more=1"], "unknown option 'more'; expected one of "),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(
@@ -276,3 +276,19 @@ def test_a_bare_filter_in_the_published_form_is_told_of_in_one_line(model: Path,
     result = command("generate", *asked, "block_length=4")
     assert result.code == 2
     assert "fits block_length=8 only, not 4; set block_length=8" in result.err
+
+
+def test_records_that_are_removed_during_a_run_are_told(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collect = application.collect
+
+    def disturbed(*arguments: Any, **options: Any) -> Any:
+        shutil.rmtree(tmp_path / "f.records")
+        return collect(*arguments, **options)
+
+    monkeypatch.setattr(application, "collect", disturbed)
+    result = train(model, tmp_path / "f.safetensors")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "recipe.json was removed by something else during this run; run the command again" in result.err
+    assert not list(tmp_path.iterdir())

@@ -324,7 +324,7 @@ class TestCard:
         (["step_weights=[a]"], "step_weights=['a']"),
         (["noise=3"], "noise=3"),
         (["prompt_length=9"], "prompt_length=9 is out of range"),
-        (["stepz=3"], "stepz is no option"),
+        (["stepz=3"], "unknown option 'stepz'; expected one of "),
         (["out=/dev/null/x"], "out='/dev/null/x' cannot be written"),
         (["publish=/dev/null/x"], "publish='/dev/null/x' cannot be written"),
     ],

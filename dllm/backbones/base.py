@@ -80,13 +80,32 @@ class MaskedDiffusionModel(PreTrainedModel):
 
     @property
     def mask_token_id(self) -> int:
-        """Id of [MASK]."""
-        return self.config.mask_token_id
+        """Id of [MASK].
+
+        Raises:
+            ValueError: the model does not have it, as after its embeddings were resized.
+        """
+        return self._own("mask_token_id", self.config.mask_token_id)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Ids that end a text; the first one fills what follows."""
-        return tuple(dict.fromkeys((*token_ids(self.config.eos_token_id), *self.extra_eos_token_ids)))
+        """Ids that end a text; the first one fills what follows.
+
+        Raises:
+            ValueError: there are none, or the model does not have one of them.
+        """
+        ids = dict.fromkeys((*token_ids(self.config.eos_token_id), *self.extra_eos_token_ids))
+        return tuple(self._own("eos_token_id", token) for token in ids or (None,))
+
+    def _own(self, name: str, token: int | None) -> int:
+        vocabulary = self.config.vocab_size
+        rows = min(vocabulary, getattr(self.get_input_embeddings(), "num_embeddings", vocabulary))
+        if token is None or not 0 <= token < rows:
+            raise ValueError(
+                f"{name}={token!r} is no id of this model, which has 0 to {rows - 1}; give its config another, or "
+                "resize its embeddings to hold it"
+            )
+        return token
 
     @property
     def max_length(self) -> int:

@@ -29,8 +29,16 @@ from dllm.files import read_json
 ATTENTION = ("sdpa", "eager")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-# Quantised by packages that are installed; what else transformers knows fetches kernels when it is used.
-QUANTISED = ("awq", "bitsandbytes", "compressed-tensors", "gptq", "hqq", "quanto", "torchao")
+# Quantised by packages that are installed, these; what else transformers knows fetches kernels when it is used.
+QUANTISED = {
+    "awq": "gptqmodel",
+    "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed-tensors",
+    "gptq": "optimum and gptqmodel",
+    "hqq": "hqq",
+    "quanto": "optimum-quanto",
+    "torchao": "torchao",
+}
 
 _NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 FLOATS = set(_NAMES.values())

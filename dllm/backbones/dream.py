@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from dllm.backbones.base import MaskedDiffusionModel, check_config
 from dllm.backbones.checkpoint import published
-from dllm.backbones.published import check_fixed, check_special_ids, take_rope_theta
+from dllm.backbones.published import check_fixed, check_special_ids, check_synonyms, take_rope_theta
 from dllm.backbones.transformer import BlockInputs, BlockParts, RMSNorm, block_forward
 
 # What the published config could say and this implementation does not compute otherwise; null means false.
@@ -87,6 +87,7 @@ class DreamConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range
         self.mask_token_id = mask_token_id
+        check_synonyms("Dream", self, kwargs)
         kwargs.setdefault("tie_word_embeddings", False)
         kwargs["eos_token_id"] = eos_token_id
         super().__init__(**published(kwargs, {*_FIXED, *_UNUSED}))

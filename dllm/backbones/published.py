@@ -6,18 +6,52 @@ from collections.abc import Mapping
 from math import isfinite
 from typing import Any
 
+# Keys of other models that the weights do not show and that change results, with the values that change nothing.
+_ELSEWHERE = {
+    "hidden_act": "silu", "activation_type": "silu", "clip_qkv": None, "attn_logit_softcapping": None,
+    "final_logit_softcapping": None, "query_pre_attn_scalar": None, "attention_multiplier": None,
+    "embedding_multiplier": 1, "residual_multiplier": 1, "logits_scaling": 1, "logit_scale": 1, "scale_emb": 1,
+    "embedding_layer_norm": False, "norm_after": False, "no_rope_layers": None, "rotary_pct": 1,
+    "use_sliding_window": False, "use_mrope": False, "input_emb_norm": False, "scale_logits": False, "alibi": False,
+}  # fmt: skip
+# What one size is called by the families and elsewhere.
+_SYNONYMS = (
+    ("n_heads", "num_attention_heads", "num_heads", "n_head"),
+    ("n_kv_heads", "num_key_value_heads", "num_kv_heads"),
+    ("n_layers", "num_hidden_layers", "num_layers", "n_layer"),
+    ("d_model", "hidden_size", "n_embd"),
+    ("mlp_hidden_size", "intermediate_size", "ffn_dim"),
+    ("max_sequence_length", "max_position_embeddings", "n_positions", "n_ctx"),
+)  # fmt: skip
+
+
+def check_synonyms(kind: str, config: Any, given: Mapping[str, Any]) -> None:
+    """Refuse a size under a name that is not read, where it is another than the one in use.
+
+    Raises:
+        ValueError: an entry is such.
+    """
+    for names in _SYNONYMS:
+        own = next(name for name in names if name in vars(config))
+        for name in names:
+            if name != own and given.get(name) not in (None, used := getattr(config, own)):
+                raise ValueError(f"{kind} config: {name}={given[name]!r} is not read, and {own} is {used}; use {own}")
+
 
 def check_fixed(kind: str, fixed: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Refuse what is not computed otherwise than in the published models; null means false.
 
     Raises:
-        ValueError: an entry of `fixed` is given another value.
+        ValueError: an entry of `fixed`, or one that only other models have, is given another value; layers differ.
     """
-    for key, value in fixed.items():
+    for key, value in {**_ELSEWHERE, **fixed}.items():
         if (given.get(key, value) or None) != (value or None):
             raise ValueError(
                 f"{kind} config: {key}={given[key]!r} is not supported; the published models have {value!r}"
             )
+    layers = given.get("layer_types")
+    if layers is not None and (not isinstance(layers, list) or any(each != "full_attention" for each in layers)):
+        raise ValueError(f"{kind} config: layer_types={layers!r} is not supported; use full_attention in every layer")
 
 
 def take_rope_theta(kind: str, default: float, given: dict[str, Any]) -> Any:

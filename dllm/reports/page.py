@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import warnings
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from dllm.checks import Notice
 from dllm.escape import terminal
 from dllm.reports import plots, table
 from dllm.reports.player import RAMPS, word
@@ -31,9 +34,6 @@ def render(sweep: Sweep, drawn: Mapping[str, Mapping[str, str]], traces: int) ->
         sweep: what to report on.
         drawn: plots as SVG, by the group's title and what quality is drawn over.
         traces: runs whose traces go into it, at most.
-
-    Raises:
-        ValueError: a trace is damaged or of another version.
     """
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -101,11 +101,20 @@ def _player(sweep: Sweep, traces: int) -> dict[str, Any]:
             if run.trace is None:
                 entry["note"] = "This run left no trace."
             elif id(run) in included:
-                entry |= _trace(Trace.load(run.trace), run.place)
+                entry |= _loaded(run.trace, run.place)
             else:
                 entry["note"] = f"Its trace is not on this page; see it with: {_command(run.place)}"
             runs.append(entry)
     return {"ramps": RAMPS, "runs": runs}
+
+
+def _loaded(file: Path, place: str) -> dict[str, Any]:
+    """A trace for the player; the page goes on without one that is damaged."""
+    try:
+        return _trace(Trace.load(file), place)
+    except ValueError as error:
+        warnings.warn(f"{terminal(error, one_line=True)}; the page goes without that trace", Notice, stacklevel=2)
+        return {"note": f"Its trace cannot be read: {place}/{file.name} is damaged or of another version of dllm."}
 
 
 def _trace(trace: Trace, place: str) -> dict[str, Any]:

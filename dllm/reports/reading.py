@@ -95,20 +95,20 @@ def flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def _read(path: Path, kind: str) -> dict[str, Any]:
     if not there(path, "remove it"):
-        raise ValueError(f"{path} cannot be read; run it again, or remove it")
+        raise ValueError(f"{path} cannot be read; remove it to run that setting again")
     try:
         # What is no number is nothing that was measured.
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda text: None)
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); run it again, or remove it") from None
+        raise ValueError(f"{path} cannot be read ({error}); remove it to run that setting again") from None
     if not shallow(content):
-        raise ValueError(f"{path} is damaged (nested too deep); run it again, or remove it")
+        raise ValueError(f"{path} is damaged (nested too deep); remove it to run that setting again")
     if not isinstance(content, dict) or content.get("format") != kind:
         raise ValueError(f"{path} is no {kind} file; remove it, or give another folder")
     if content.get("version") != VERSION:
         raise ValueError(
             f"{path} is of version {content.get('version')!r}, this dllm reads version {VERSION}; "
-            "run it again, or use the dllm that wrote it"
+            "remove it to run that setting again, or use the dllm that wrote it"
         )
     return content
 
@@ -145,7 +145,7 @@ def _run(path: Path, folder: Path, quality: str | None) -> Run:
         if wrong := misfit(metrics["scores"], dict[str, _Score], "scores"):
             raise TypeError(wrong)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        message = f"{path} is damaged ({type(error).__name__}: {error}); run it again, or remove it"
+        message = f"{path} is damaged ({type(error).__name__}: {error}); remove it to run that setting again"
         raise ValueError(message) from None
     return run
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dllm.checks import number
+from dllm.checks import seed
 from dllm.records import Request
 from dllm.runner import Runner
 from dllm.tasks import word_problems
@@ -32,9 +32,8 @@ class WordProblems:
     seed: int = 1_000_001
 
     def __post_init__(self) -> None:
-        number("task.limit", self.limit, "1 or more", low=1, whole=True)
-        use = "1000000 to 2**62 - 1; models are trained on seeds below"
-        number("task.seed", self.seed, use, low=1_000_000, high=2**62 - 1, whole=True)
+        word_problems.check_count("task.limit", self.limit)
+        seed("task.seed", self.seed, 1_000_000, "; models are trained on seeds below")
 
     def check(self) -> Mapping[str, str]:
         """Nothing is read."""

@@ -57,6 +57,8 @@ class HumanEval:
         """See that the file is there, and that programs can be confined where they are to be run."""
         if self.execute:
             sandbox.check(self.timeout, self.memory, self.sandbox)
+        if self.data is not None:
+            humaneval.check_rows(self.data)
         return fingerprints({} if self.data is None else {"test": self.data}) | {"definition": harness_version()}
 
     def run(self, runner: Runner, seed: int) -> Graded:

@@ -58,10 +58,45 @@ def _sources(manager: Any, name: str) -> set[Path]:
                 continue
             found |= {file, *file.parent.glob("*.py")}
             config = _read_yaml(file)
-            included, members = config.get("include") or [], config.get("task") or []
-            files += [file.parent / each for each in ([included] if isinstance(included, str) else included)]
-            left += sorted(set(_named(members)) - names)
+            files += _included(file, config)
+            for each in _listed(config["task"]) if {"group", "task"} <= config.keys() else ():
+                if isinstance(each, str) and each not in manager.task_index:
+                    reason = next(refused(file.parent), "mend its list of tasks")
+                    raise ValueError(f"{file} names the task {each!r}, which is unknown; {reason}")
+            left += sorted(set(_named(config.get("task"))) - names)
     return found
+
+
+def refused(folder: Path) -> Iterator[str]:
+    """Why the harness leaves definitions of a folder out."""
+    for file in sorted(folder.rglob("*.yaml")):
+        if (reason := _fault(file, ())) is not None:
+            yield f"{file} is left out: {reason}; mend or remove it"
+
+
+def _fault(file: Path, above: tuple[Path, ...]) -> str | None:
+    if file.resolve() in above:
+        return f"{file} includes itself"
+    try:
+        config = yaml.load(file.read_bytes(), Loader=_Plain)  # a safe loader
+    except (OSError, yaml.YAMLError, RecursionError) as error:
+        return f"{file} cannot be read ({' '.join(str(error).split())})"
+    if not isinstance(config, dict):
+        return f"{file} holds a {type(config).__name__}, not names and values"
+    wrong = [each for each in _listed(config.get("include", [])) if not isinstance(each, str)]
+    names = [config[key] for key in ("group", "task") if key in config and not (key == "task" and "group" in config)]
+    if wrong or not all(isinstance(name, str) for name in names):
+        return f"{file}: {'include' if wrong else 'the name of a task or group'}={(wrong or names)[0]!r} is no text"
+    faults = (_fault(each, (*above, file.resolve())) for each in _included(file, config))
+    return next((fault for fault in faults if fault is not None), None)
+
+
+def _included(file: Path, config: dict[str, Any]) -> list[Path]:
+    return [file.parent / each for each in _listed(config.get("include", [])) if isinstance(each, str)]
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _named(members: Any) -> Iterator[str]:

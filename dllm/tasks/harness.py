@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from traceback import walk_tb
 from typing import Any, ClassVar
 
 import datasets
@@ -23,7 +24,8 @@ from dllm.identity import digest, tree
 from dllm.loading import quiet
 from dllm.runner import Runner
 from dllm.tasks.base import Graded
-from dllm.tasks.definition import definition
+from dllm.tasks.definition import definition, refused
+from dllm.tasks.rows import check_data
 
 _SPLITS = ("train", "validation", "test")
 _BUILDERS = ("json", "csv", "parquet", "arrow", "text")  # read files of a kind
@@ -71,8 +73,13 @@ class Harness:
             raise ValueError(f"task.include_path={self.include_path!r} is no folder; give one with task definitions")
         found = fingerprints(self.data or {})
         manager = self._manager()
-        if not manager.match_tasks([self.name]):
-            raise ValueError(f"task={self.name!r} is unknown; `dllm lm-eval ls tasks` lists those of lm-eval")
+        if self.name not in manager.all_tasks:
+            faults = [] if self.include_path is None else [f"; {each}" for each in refused(Path(self.include_path))]
+            listed = "; `dllm lm-eval ls tasks` lists those of lm-eval"
+            raise ValueError(f"task={self.name!r} is unknown{next(iter(faults), listed)}")
+        if self.data:
+            local(manager, self.name, self.data)  # refuses several tasks
+            check_data(self.data, getattr(manager.task_index[self.name], "cfg", None) or {}, self.num_fewshot)
         return found | {"definition": definition(manager, self.name, self.include_path)}
 
     def run(self, runner: Runner, seed: int) -> Graded:
@@ -82,7 +89,7 @@ class Harness:
             if self.data:
                 (Path(folder) / "local.yaml").write_text(local(manager, self.name, self.data), encoding="utf-8")
                 manager = _harness().TaskManager(include_path=folder, include_defaults=False)
-            with self._naming_splits():
+            with self._naming_faults():
                 return evaluate(
                     runner,
                     self.name,
@@ -99,15 +106,43 @@ class Harness:
         return _manager(self.include_path, "" if self.include_path is None else tree(Path(self.include_path)))
 
     @contextmanager
-    def _naming_splits(self) -> Iterator[None]:
+    def _naming_faults(self) -> Iterator[None]:
+        """One line for what the task's definition, its code or its data are to blame for."""
         try:
             yield
-        except (KeyError, UndefinedError) as error:
-            if not self.data:
+        except Exception as error:
+            if (told := fault_of(error, f"task={self.name}", __file__)) is None:
                 raise
-            missing = error.args[0] if isinstance(error, KeyError) else None
-            told = f"add {missing}: FILE" if missing in _SPLITS else f"its rows need what the task reads ({error})"
-            raise ValueError(f"task.data={dict(self.data)!r} does not suit {self.name}: {told}") from None
+            if self.data and isinstance(error, (KeyError, UndefinedError)):
+                missing = error.args[0] if isinstance(error, KeyError) else None
+                told = f"add {missing}: FILE" if missing in _SPLITS else f"its rows need what the task reads ({error})"
+                told = f"task.data={dict(self.data)!r} does not suit {self.name}: {told}"
+            raise ValueError(told) from None
+
+
+def fault_of(error: Exception, task: str, caller: str) -> str | None:
+    """What a task's definition, its code or its data are to blame for, in one line; None for errors of this package.
+
+    Args:
+        error: as it was caught.
+        task: what to call the task.
+        caller: the file that caught it.
+    """
+    places = [(frame.f_code.co_filename, line) for frame, line in walk_tb(error.__traceback__)]
+    own = [file for file, _ in places if Path(__file__).parents[1] in Path(file).parents]
+    file, line = places[-1]
+    if file in own or any(each != caller for each in own):
+        return None
+    where = f"{type(error).__name__} in {file}, line {line}"
+    return f"{task} cannot be used: {_reason(error)} ({where}); mend its definition, its code or its data"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "its members go round in a circle"
+    if "Sample larger than population" in str(error):
+        return "it has fewer examples than task.num_fewshot asks for"
+    return " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
 
 
 def local(manager: Any, name: str, data: Mapping[str, str]) -> str:
@@ -164,6 +199,9 @@ def evaluate(runner: Runner, task: Any, seed: int, metric: str | None, manager: 
         results: Any = simple_evaluate(
             model=lm, tasks=[task], task_manager=manager or _bare(), bootstrap_iters=0, **options
         )
+    if not any(results["samples"].values()):
+        name = task["task"] if isinstance(task, Mapping) else task
+        raise ValueError(f"task={name} asks nothing: it has no members, or these no documents; mend its definition")
     rows, scores = _by_sample(results["samples"])
     shares = _shares(results, scores)
     if metric is not None and metric not in shares:
@@ -241,7 +279,13 @@ def _text(arguments: Any) -> str:
 @cache
 def _manager(include_path: str | None, state: str) -> Any:
     """Knows all tasks, which takes it seconds to find; of a folder as it is in some state."""
-    return _harness().TaskManager(include_path=include_path)
+    try:
+        return _harness().TaskManager(include_path=include_path)
+    except Exception as error:
+        if fault_of(error, "", __file__) is None or include_path is None:
+            raise
+        told = next(refused(Path(include_path)), _reason(error))
+        raise ValueError(f"task.include_path={include_path!r} cannot be used: {told}") from None
 
 
 @cache
@@ -259,17 +303,39 @@ def _harness() -> Any:
 
 @contextmanager
 def _calm() -> Iterator[None]:
-    """Only errors of the harness, and no bars beside the run's own."""
-    logger, bars = logging.getLogger("lm_eval"), is_progress_bar_enabled()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Only errors of the harness, no bars beside the run's own, and no words of git, whose hash is not kept."""
+    from lm_eval import evaluator
+    from lm_eval.api import task
+
+    bars = is_progress_bar_enabled()
+    # What datasets says of data that it cannot read it raises as well.
+    levels = {logging.getLogger("lm_eval"): logging.ERROR, logging.getLogger("datasets"): logging.CRITICAL}
+    before = {logger: logger.level for logger in levels}
+    for logger, level in levels.items():
+        logger.setLevel(level)
     disable_progress_bars()
+    try:
+        with (
+            _replaced(evaluator, "get_git_commit_hash", lambda: None),
+            _replaced(task, "tqdm", lambda items, *_, **__: items),
+        ):
+            yield
+    finally:
+        for logger, level in before.items():
+            logger.setLevel(level)
+        if bars:
+            enable_progress_bars()
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Put something else in the place of a library's function for a while."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        logger.setLevel(level)
-        if bars:
-            enable_progress_bars()
+        setattr(owner, name, before)
 
 
 @contextmanager
@@ -285,11 +351,8 @@ def _read_anew() -> Iterator[None]:
                 options.setdefault("cache_dir", folder)
             return before(path, *arguments, **options)
 
-        datasets.load_dataset = load
-        try:
+        with _replaced(datasets, "load_dataset", load):
             yield
-        finally:
-            datasets.load_dataset = before
 
 
 @contextmanager
@@ -299,5 +362,5 @@ def _naming(task: Any) -> Iterator[None]:
     try:
         yield
     except (ConnectionError, DatasetNotFoundError, DatasetGenerationError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
+        reason = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"the data of task={name} cannot be had ({reason}); give files with task.data") from None

@@ -11,15 +11,14 @@ of one answer a problem:
 
 from __future__ import annotations
 
-import gzip
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dllm.files import check_readable, parse_json
+from dllm.files import check_readable
 from dllm.tasks import sandbox
+from dllm.tasks.rows import read_rows
 from dllm.tasks.sandbox import Sandbox
 
 HUB = "openai/openai_humaneval"
@@ -108,7 +107,7 @@ def task(
         "metadata": {"version": 4.0 if instruct else 1.0},
     }
     if data is not None:
-        _check_rows(data)
+        check_rows(data)
         config["dataset_kwargs"] = {"data_files": {"test": str(Path(data).absolute())}}
     if instruct:
         config["gen_prefix"] = "Here is the completed function:\n```python\n{{ prompt }}\n"
@@ -124,26 +123,11 @@ def _tested(doc: Mapping[str, Any], answer: str) -> str:
     return f"{answer}\n{doc['test']}\ncheck({doc['entry_point']})"
 
 
-def _check_rows(data: str) -> None:
+def check_rows(data: str) -> None:
     """Refuse a file that is not rows of problems, before a model answers any of them."""
     where = f"task.data={data!r}"
     check_readable("task.data", Path(data), "HumanEval.jsonl or HumanEval.jsonl.gz")
-    try:
-        content = Path(data).read_bytes()
-        text = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode()
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{where} cannot be read ({error}); give HumanEval.jsonl or HumanEval.jsonl.gz") from None
-    rows = 0
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line)
-        except ValueError as error:
-            raise ValueError(f"{where} line {number} is not JSON ({error}); fix or remove it") from None
+    for number, row in read_rows(where, Path(data), "HumanEval.jsonl or HumanEval.jsonl.gz"):
         missing = [field for field in FIELDS if not isinstance(row, dict) or not isinstance(row.get(field), str)]
         if missing:
             raise ValueError(f"{where} line {number} has no text {missing[0]!r}; give rows with {', '.join(FIELDS)}")
-        rows += 1
-    if rows == 0:
-        raise ValueError(f"{where} has no lines; give HumanEval.jsonl or HumanEval.jsonl.gz")

@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from dllm.checks import number
+
 PEOPLE = {
     "Sam": "he", "Tom": "he", "Ben": "he", "Max": "he", "Leo": "he", "Jack": "he",
     "Ann": "she", "Eva": "she", "Mia": "she", "Zoe": "she", "Lily": "she", "Kate": "she",
@@ -22,6 +24,7 @@ GAINS = ("buys {}", "finds {}", "gets {} more", "wins {}")
 LOSSES = ("loses {}", "sells {}", "gives away {}", "uses {}")
 STYLES = ("start", "first", "compute")
 
+_MOST_PROBLEMS = 100_000
 _EQUATION = re.compile(r"(\d+) ([+-]) (\d+) = (\d+)")
 _ANSWER = re.compile(r"answer is (\d+)")
 
@@ -72,6 +75,15 @@ def sample_problem(rng: random.Random, n_steps: int | None = None) -> Problem:
     thing = rng.choice(OBJECTS)
     steps = _sample_steps(rng, n_steps or rng.choice((2, 3)))
     return Problem(_question(rng, name, pronoun, thing, steps), steps, _solution(rng, pronoun, thing, steps))
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Refuse a number of problems that is more than anybody asks: all of them are made at once.
+
+    Raises:
+        ValueError: it is out of range.
+    """
+    number(name, value, f"{least} to {_MOST_PROBLEMS}", low=least, high=_MOST_PROBLEMS, whole=True)
 
 
 def problems(n: int, seed: int) -> list[Problem]:

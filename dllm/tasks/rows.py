@@ -1,0 +1,90 @@
+"""The rows of a task's own data files, looked at before a model answers any of them."""
+
+from __future__ import annotations
+
+import gzip
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dllm.files import parse_json
+
+_WRITTEN = ("doc_to_text", "doc_to_target")  # what a task makes of a row
+
+
+def read_rows(where: str, file: Path, give: str) -> Iterator[tuple[int, Any]]:
+    """Rows of JSON Lines or of one JSON document, gzipped or not, each with its line or number.
+
+    Args:
+        where: what errors call the file.
+        file: the file.
+        give: what errors tell the user to give instead.
+
+    Raises:
+        ValueError: it cannot be read, holds something else or nothing.
+    """
+    try:
+        content = file.read_bytes()
+        text = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{where} cannot be read ({error}); give {give}") from None
+    if not text.strip():
+        raise ValueError(f"{where} has no lines; give {give}")
+    try:
+        whole = parse_json(text)
+    except ValueError:  # of several lines
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                try:
+                    row = parse_json(line)
+                except ValueError as error:
+                    raise ValueError(f"{where} line {number} is not JSON ({error}); fix or remove it") from None
+                yield number, row
+    else:
+        if whole == []:
+            raise ValueError(f"{where} has no rows; give {give}")
+        yield from enumerate(whole if isinstance(whole, list) else [whole], 1)
+
+
+def check_data(data: Mapping[str, str], config: Mapping[str, Any], num_fewshot: int | None) -> None:
+    """Refuse files that do not hold what a task of the harness reads.
+
+    Args:
+        data: a file for each split.
+        config: the task's definition.
+        num_fewshot: examples before each question; None for the task's own.
+
+    Raises:
+        ValueError: a file without rows, a row without what is read, or fewer rows than there are to be examples.
+    """
+    own = config.get("num_fewshot")
+    shots = own if num_fewshot is None or own == 0 else num_fewshot
+    examples = next(filter(None, (config.get(f"{kind}_split") for kind in ("fewshot", "training", "validation"))), None)
+    # What a function makes of the rows may have other columns.
+    columns = set() if config.get("process_docs") else _columns(config)
+    for split, file in data.items():
+        where, count = f"task.data.{split}={file!r}", 0
+        for number, row in read_rows(where, Path(file), "a JSONL file"):
+            count += 1
+            if not isinstance(row, dict):
+                raise ValueError(f"{where} line {number} is no row of names and values; give a JSONL file of objects")
+            for column in sorted(columns):
+                if row.get(column) is None:
+                    raise ValueError(f"{where} line {number} has no {column!r}, which the task reads; add it")
+        if split == examples and isinstance(shots, int) and count < (needed := shots + (split == _asked(config))):
+            raise ValueError(
+                f"{where} has {count} rows, and task.num_fewshot={shots} needs {needed}; add rows or lower it"
+            )
+
+
+def _asked(config: Mapping[str, Any]) -> Any:
+    """The split whose rows are the questions."""
+    return config.get("test_split") or config.get("validation_split")
+
+
+def _columns(config: Mapping[str, Any]) -> set[str]:
+    """The columns that a task writes out as they are, where no condition leaves them out."""
+    texts = [text for name in _WRITTEN if isinstance(text := config.get(name), str) and "{%" not in text]
+    return {column for text in texts for column in re.findall(r"{{\s*([^\W\d]\w*)\s*}}", text)}

@@ -1,0 +1,68 @@
+"""The flags of Hydra on a command line, held against what each takes before Hydra reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+# What each takes: nothing, anything (None), or one of some words.
+_BARE = "--help --hydra-help --version --resolve --run --multirun --shell-completion"
+_FLAGS: dict[str, tuple[str, ...] | None] = {
+    **dict.fromkeys(_BARE.split(), ()),
+    **dict.fromkeys(("--package", "--config-path", "--config-name", "--config-dir")),
+    "--cfg": ("job", "hydra", "all"),
+    "--info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
+}
+_SHORT = {
+    "-h": "--help", "-c": "--cfg", "-p": "--package", "-r": "--run", "-m": "--multirun", "-i": "--info",
+    "-sc": "--shell-completion", "-cp": "--config-path", "-cn": "--config-name", "-cd": "--config-dir",
+}  # fmt: skip
+_FOLDERS = ("--config-path", "--config-dir")
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The flags, each with its value as FLAG=VALUE, and what else there is.
+
+    Raises:
+        ValueError: a flag that Hydra does not have, or a value that is missing or not what the flag takes.
+    """
+    flags, others, waiting = [], [], list(reversed(arguments))
+    while waiting:
+        argument = waiting.pop()
+        if not argument.startswith("-"):
+            others.append(argument)
+            continue
+        typed, separator, value = argument.partition("=")
+        flag = _SHORT.get(typed, typed)
+        if flag not in _FLAGS:
+            raise ValueError(f"{argument!r} is no flag; options are written name=value, and --help lists them")
+        takes = _FLAGS[flag]
+        if takes == ():
+            if separator:
+                raise ValueError(f"{argument!r} has a value, and {typed} takes none; leave it out")
+            flags.append(typed)
+            continue
+        after = waiting[-1] if waiting else "-"
+        # What follows is a value of the flag unless it is another flag, or an option.
+        if not separator and not after.startswith("-") and ("=" not in after or Path(after).is_dir()):
+            value = waiting.pop()
+        elif not separator and flag == "--info":
+            value = "all"
+        flags.append(f"{flag}={_checked(typed, flag, value, after)}")
+    if any(flag.startswith("--package=") for flag in flags) and not any(flag.startswith("--cfg=") for flag in flags):
+        raise ValueError("--package has no effect without --cfg; add --cfg job, or leave it out")
+    return flags, others
+
+
+def _checked(typed: str, flag: str, value: str, after: str) -> str:
+    takes = _FLAGS[flag]
+    if not value:
+        before = "" if after == "-" else f" before {after!r}"
+        raise ValueError(f"{typed} has no value{before}; write {typed}={'|'.join(takes or ['VALUE'])}")
+    if takes and value not in takes:
+        raise ValueError(f"{typed}={value!r} is unknown; use one of {', '.join(takes)}")
+    if flag in _FOLDERS and "://" not in value:
+        if "\0" in value or not Path(value).is_dir():
+            raise ValueError(f"{typed}={value!r} is no folder; give another path")
+        return str(Path(value).absolute())
+    return value
