@@ -117,7 +117,7 @@ class Features(KeyValues):
         super().__init__(run)
         self.ratio = ratio
         shape = run.kv_shape[0], run.slots, run.length, run.hidden_size
-        self.added = {part: torch.zeros(shape, dtype=run.dtype, device=run.device) for part in ("attention", "mlp")}
+        self.added = {part: run.tensor(part, shape) for part in ("attention", "mlp")}
         self.response = np.zeros((run.slots, run.length), dtype=bool)
         self.needed = np.zeros((run.slots, run.length), dtype=bool)
 

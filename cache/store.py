@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
@@ -31,8 +30,8 @@ class KeyValues:
 
     def __init__(self, run: Run) -> None:
         layers, heads, size = run.kv_shape
-        self.keys = torch.zeros((layers, run.slots, heads, run.length, size), dtype=run.dtype, device=run.device)
-        self.values = torch.zeros_like(self.keys)
+        shape = layers, run.slots, heads, run.length, size
+        self.keys, self.values = run.tensor("keys", shape), run.tensor("values", shape)
 
     @property
     def nbytes(self) -> int:
@@ -94,7 +93,7 @@ class PerRow:
 
     def per_row(self, initial: float, *shape: int, dtype: type = np.int64) -> NDArray[Any]:
         """An array with an entry for each row, which is set to `initial` when a row enters."""
-        array = np.full((self._run.slots, *shape), initial, dtype=dtype)
+        array: NDArray[Any] = np.full((self._run.slots, *shape), initial, dtype=dtype)
         self._kept.append((array, initial))
         return array
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dllm.engine import Engine
     from dllm.generation import Generation, Stats
     from dllm.loading import LanguageModel, load
-    from dllm.options import Answer, Options
+    from dllm.options import Options
     from dllm.resolve import register
     from dllm.step import Answer, Event, Frame, Step
 

@@ -158,7 +158,9 @@ class ByText:
             wanted = [column for column, is_draft in zip(at[b], drafted, strict=True) if is_draft]
             low, end = min(wanted), max(wanted) + 1
             try:
-                row = self._row(host[b][begin[b] : end], low - begin[b], {column - low for column in wanted}, ids_of_ends[b])
+                row = self._row(
+                    host[b][begin[b] : end], low - begin[b], {column - low for column in wanted}, ids_of_ends[b]
+                )
             except _UnreadableError:
                 row = _Row([], 0, [], [])
             for k, column in enumerate(at[b]):

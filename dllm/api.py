@@ -185,23 +185,25 @@ def _run(requests: Sequence[Request], engine: Engine, callback: Callback | None,
     with Progress(*columns) if progress else nullcontext() as bar:
         if bar:
             bar.add_task("decoding", total=total)
-        for step in engine.steps():
-            tally.update(step)
-            if callback is not None:
-                callback(step)
-            if bar:
-                bar.advance(bar.task_ids[0], int(step.change.gained.sum()))
+        with engine:
+            for step in engine.steps():
+                tally.update(step)
+                if callback is not None:
+                    callback(step)
+                if bar:
+                    bar.advance(bar.task_ids[0], int(step.change.gained.sum()))
     _check_answered({name: answer.error for name, answer in tally.answers.items()})
     return assemble(requests, tally, engine.measuring_seconds)
 
 
 def _answers(engine: Engine, callback: Callback | None) -> Iterator[Answer]:
     """Decode everything, request by request as they finish."""
-    for step in engine.steps():
-        if callback is not None:
-            callback(step)
-        for name in sorted(step.answers):
-            yield step.answers[name]
+    with engine:
+        for step in engine.steps():
+            if callback is not None:
+                callback(step)
+            for name in sorted(step.answers):
+                yield step.answers[name]
 
 
 def _frames(requests: Sequence[Request], engine: Engine) -> Iterator[Frame]:
@@ -209,20 +211,21 @@ def _frames(requests: Sequence[Request], engine: Engine) -> Iterator[Frame]:
     mask = engine.lm.backbone.mask_token_id
     tokens = stack([request.tokens for request in requests], requests[0].eos_token_ids[0])
     nfe, errors = np.zeros(len(tokens), dtype=np.int64), dict.fromkeys(range(len(tokens)))
-    for step in engine.steps():
-        provisional, committed, revoked = np.full_like(tokens, mask), *np.zeros((2, *tokens.shape), dtype=bool)
-        tokens[step.ids], nfe[step.ids], provisional[step.ids] = step.tokens, step.nfe, step.provisional
-        committed[step.ids], revoked[step.ids] = step.change.committed, step.change.revoked
-        errors |= {name: answer.error for name, answer in step.answers.items()}
-        yield Frame(
-            tokens=torch.tensor(tokens),
-            provisional=torch.from_numpy(provisional),
-            committed=torch.from_numpy(committed),
-            revoked=torch.from_numpy(revoked),
-            nfe=torch.tensor(nfe),
-            drift=step.drift,
-            errors=tuple(errors.values()),
-        )
+    with engine:
+        for step in engine.steps():
+            provisional, committed, revoked = np.full_like(tokens, mask), *np.zeros((2, *tokens.shape), dtype=bool)
+            tokens[step.ids], nfe[step.ids], provisional[step.ids] = step.tokens, step.nfe, step.provisional
+            committed[step.ids], revoked[step.ids] = step.change.committed, step.change.revoked
+            errors |= {name: answer.error for name, answer in step.answers.items()}
+            yield Frame(
+                tokens=torch.tensor(tokens),
+                provisional=torch.from_numpy(provisional),
+                committed=torch.from_numpy(committed),
+                revoked=torch.from_numpy(revoked),
+                nfe=torch.tensor(nfe),
+                drift=step.drift,
+                errors=tuple(errors.values()),
+            )
     _check_answered(errors)
 
 

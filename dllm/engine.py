@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from dllm import compatibility
 from dllm.cache.base import Cache
@@ -22,8 +21,8 @@ from dllm.canvas import Canvas, Change
 from dllm.checks import number
 from dllm.denoiser import Denoiser
 from dllm.drift import Meter
-from dllm.graphs import Forward
 from dllm.loading import LanguageModel
+from dllm.memory import Memory
 from dllm.options import make_request, parse_options, seeds
 from dllm.prompts import Mask, encode_one
 from dllm.recorder import Recorder
@@ -87,6 +86,8 @@ class Engine:
         if cuda_graphs and lm.device.type != "cuda":
             raise ValueError(f"cuda_graphs=true needs a CUDA device, and the model is on {lm.device}; use null")
         backbone = lm.backbone
+        spare = lm.spare.pop() if lm.spare else None
+        self._memory = spare if spare is not None and spare.fits else Memory(backbone)
         self._canvas = Canvas(batch_size, self.max_length, backbone.mask_token_id, lm.device)
         self._recorder = Recorder(self._canvas, lm.tokenizer)
         self._meter = Meter(batch_size, self.cache.measure_every, self.cache.refresh_above, backbone.mask_token_id)
@@ -103,12 +104,12 @@ class Engine:
             vocab_size=backbone.config.vocab_size,
             fingerprint=backbone.fingerprint,
             rehearsal=lambda other: Rehearsal(self, other),
+            tensor=self._memory.tensor,
         )
         with torch.inference_mode():
             self._state = self.sampler.start(self._run)
-            self.denoiser = Denoiser(
-                Forward(backbone, cuda_graphs), self._canvas, self.cache.start(self._run), cfg_scale, self._meter
-            )
+            cache_run, forward = self.cache.start(self._run), self._memory.forward(cuda_graphs)
+            self.denoiser = Denoiser(forward, self._canvas, cache_run, cfg_scale, self._meter)
         self._stepping, self._lock = RLock(), Lock()
         self._waiting: deque[tuple[int, Request]] = deque()
         self._entering: list[Request] = []
@@ -175,7 +176,7 @@ class Engine:
         """Refuse (ValueError) what the sampler cannot decode."""
         self.sampler.check(self._state, request)
 
-    def abort(self, id: int) -> None:  # noqa: A002  # what `Event.id` is called
+    def abort(self, id: int) -> None:  # what `Event.id` is called
         """Give a request up, wherever it is; nothing happens if it is finished.
 
         Raises:
@@ -240,6 +241,18 @@ class Engine:
         """Wall time so far of what is no part of decoding."""
         return self.uncounted_seconds + (self._meter.seconds if self._meter.above is None else 0.0)
 
+    def close(self) -> None:
+        """Leave the device memory and the graphs to the next engine of the model; there are no more steps."""
+        with self._stepping:
+            self.lm.spare[:] = [self._memory]
+            self._canvas.rows, self._waiting = self._canvas.rows[:0], deque()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def _exchange(self) -> None:
         """Let rows leave that are finished or given up, and those that wait take their place."""
         with self._lock:
@@ -277,9 +290,15 @@ class Engine:
         over = []
         for row in set(change.rows.tolist()) - {*change.finished.tolist(), *change.failed.tolist()}:
             request = self._canvas.requests[row]
-            if request is not None and request.max_forwards is not None and self._recorder.nfe[row] >= request.max_forwards:
+            if (
+                request is not None
+                and request.max_forwards is not None
+                and self._recorder.nfe[row] >= request.max_forwards
+            ):
                 left = int((self._canvas.host[row] == self._canvas.mask_token_id).sum())
-                self._canvas.errors[row] = f"max_forwards={request.max_forwards} is spent, and {left} tokens are missing"
+                self._canvas.errors[row] = (
+                    f"max_forwards={request.max_forwards} is spent, and {left} tokens are missing"
+                )
                 over.append(row)
         return replace(change, failed=np.concatenate((change.failed, np.array(sorted(over), dtype=np.int64))))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,6 +24,7 @@ from dllm.backbones.checkpoint import ATTENTION, DTYPES, QUANTISED, check_values
 from dllm.backbones.packed import pack as pack_weights
 from dllm.checks import choice, first_line
 from dllm.files import read_json
+from dllm.memory import Memory
 from dllm.resolve import names
 from dllm.tokenizers import load_tokenizer
 
@@ -47,6 +48,7 @@ class LanguageModel:
         name: what it was loaded by, and the adapter where one was given.
         adapter: folder of the adapter that its weights were changed by; None without one.
         folder: where its files are; None for one that was made in memory.
+        spare: memory that no engine works in.
     """
 
     backbone: MaskedDiffusionModel
@@ -54,6 +56,7 @@ class LanguageModel:
     name: str
     adapter: Path | None = None
     folder: Path | None = None
+    spare: list[Memory] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def device(self) -> torch.device:

@@ -118,7 +118,7 @@ def make_request(
         options.temperature, options.top_p, options.top_k, options.eos_suppression, eos,
         backbone.tempered_confidence if tempered is None else tempered,
     )  # fmt: skip
-    check_prompt(lm, ids, options.gen_length, infill, name)
+    _check_prompt(lm, ids, options.gen_length, infill, name)
     tokens = np.asarray([*ids, *[backbone.mask_token_id] * (0 if infill else options.gen_length)], dtype=np.int64)
     return Request(
         tokens=tokens,
@@ -134,7 +134,7 @@ def make_request(
     )
 
 
-def check_prompt(lm: LanguageModel, row: Sequence[int], gen_length: int, infill: bool, name: str) -> None:
+def _check_prompt(lm: LanguageModel, row: Sequence[int], gen_length: int, infill: bool, name: str) -> None:
     backbone, vocabulary = lm.backbone, lm.backbone.config.vocab_size
     mask = backbone.mask_token_id
     wrong = next((token for token in row if not 0 <= token < vocabulary), None)

@@ -108,7 +108,7 @@ def follow(
         ValueError: the model has no answer for a request.
     """
     clock, notes = Clock(engine.lm.device), {number: _Notes() for number in range(len(requests))}
-    for step in engine.steps():
+    for step in _steps(engine):
         written = step.tokens == step.predicted
         sure = np.where(written, step.confidence, np.nan)  # another token's probability says nothing
         for event in step:
@@ -122,6 +122,11 @@ def follow(
                 raise ValueError(f"{request.id} has no answer: {event.answer.error}")
             record = note.record(event.answer, request, prepared[event.id], clock)
             yield record, notes.pop(event.id).frames(request)
+
+
+def _steps(engine: Engine) -> Iterator[Step]:
+    with engine:
+        yield from engine.steps()
 
 
 class _Notes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -48,6 +48,7 @@ class Run:
         vocab_size: entries V of the logits.
         fingerprint: tells which denoiser this is, by its weights.
         rehearsal: makes what decodes requests with another sampler.
+        tensor: zeros of a name and shape, in the backbone's dtype, that may outlive the engine.
     """
 
     slots: int
@@ -62,3 +63,4 @@ class Run:
     vocab_size: int
     fingerprint: Callable[[], str]
     rehearsal: Callable[[Any], Rehearsal]
+    tensor: Callable[[str, Sequence[int]], Tensor]

@@ -176,7 +176,9 @@ class FreeDave(Policy):
         """The canvas and what the base would make of it, step by step, if what was predicted still held."""
         drafts = [window.tokens] * min(self.draft_steps, state.deepest)
         if state.kept is not None:
-            stale = state.kept.kept(lambda values: values[state.entry[window.rows]])
+            # The window is as wide as the longest block in it, which may have been of another row then.
+            at, width = state.entry[window.rows], window.masked.shape[1]
+            stale = state.kept.kept(lambda values: F.pad(values[at], (0, width - values.shape[1])))
             view = replace(window, inside=window.inside & known[:, None], masked=window.masked & known[:, None])
             for k in range(1, len(drafts)):
                 drafts[k] = state.base.step(view, told(stale), state.state).on(view.tokens)

@@ -126,8 +126,8 @@ class Vanilla(Policy):
     def enter(self, state: Timetables, row: int, request: Request) -> None:
         """Tabulate what the steps of its blocks commit."""
         if self.steps is not None and self.schedule == "timestep":
-            ends = [min(end, request.span) for end in range(0, request.span + request.block_length, request.block_length)]
-            shares = [end * self.steps // request.span for end in ends]
+            span, length = request.span, request.block_length
+            shares = [min(end, span) * self.steps // span for end in range(0, span + length, length)]
             for steps in {after - before for before, after in pairwise(shares)}:
                 state.add(steps, request.block_length)
 

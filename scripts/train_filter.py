@@ -26,13 +26,13 @@ from safetensors.torch import load_file, save
 
 import dllm
 from dllm import identity
+from dllm.api import prepare
 from dllm.cache.base import Cache
 from dllm.checks import choice, number, seed, threads
 from dllm.files import check_kept, read_json, write_json, write_whole
 from dllm.filter_training import Records, Training, collect, fit, measure, split
 from dllm.filters import Filter, FilterCard
 from dllm.jsonl import read_questions
-from dllm.options import check_prompt
 from dllm.prompts import encode
 from dllm.resolve import build
 from dllm.samplers.base import Sampler
@@ -67,9 +67,7 @@ def train_filter(cfg: DictConfig) -> None:
     lm = app.load_model(fields["model"])
     out = _out(cfg)
     ids = encode(prompts, lm.tokenizer)
-    prepare(lm, ids[:1], sampler, cache, dllm.Options(**options | {"seed": None}))  # refuses what does not go together
-    for number, prompt in enumerate(ids):
-        check_prompt(lm, prompt, options.get("gen_length", 0), False, f"prompts[{number}]")
+    prepare(lm, ids, sampler, cache, dllm.Options(**options))  # refuses what does not go together, or does not fit
     records = _collect(
         lm, ids, sampler, cache, options, out.with_suffix(".records"), {key: fields[key] for key in _RECIPE}
     )

@@ -137,9 +137,7 @@ def test_stream_shows_guesses_that_are_not_committed_yet(lm: dllm.LanguageModel)
 
 def test_a_callback_sees_every_step(lm: dllm.LanguageModel) -> None:
     seen: list[int] = []
-    result = dllm.generate(
-        lm, [[4], [5]], callback=lambda step: seen.append(len(step)), stop_at_eos=False, **SHORT
-    )
+    result = dllm.generate(lm, [[4], [5]], callback=lambda step: seen.append(len(step)), stop_at_eos=False, **SHORT)
     assert seen == [2] * int(result.nfe[0])
 
 

@@ -10,8 +10,8 @@ import torch
 
 import dllm
 from dllm import graphs
-from models import random_dream, random_llada
 from engine_rig import waiting_engine
+from models import random_dream, random_llada
 from toys import Device
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [5, 9], [6, 6, 6]]

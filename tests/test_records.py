@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import dllm
+from dllm.api import prepare
 from dllm.cache import NoCache
 from dllm.journal import Journal
 from dllm.metrics import cost
-from dllm.api import prepare
 from dllm.options import parse_options
 from dllm.records import Request, cut, follow
 from dllm.runner import Runner, Setting

@@ -1,0 +1,302 @@
+"""The open engine: requests come, go and are given up at any time, and nothing else changes."""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import dllm
+from contract_rig import BY_NAME, PROMPTS, backbones
+from dllm import graphs
+from dllm.canvas import Edit, Window
+from dllm.compatibility import unmet
+from dllm.resolve import names
+from dllm.samplers import FreeDave
+from dllm.samplers.base import Denoise, Policy, commit
+from dllm.samplers.selection import top
+from engine_rig import waiting_engine
+from models import random_dream, random_llada
+from toys import Device, Editing, Revoking, Stalling
+
+SAMPLERS: dict[str, Any] = {**BY_NAME, "freedave": FreeDave(3), "revoking": Revoking(), "editing": Editing()}
+# One set of options for each request of a mixture.
+MIXTURE: list[dict[str, Any]] = [
+    {"gen_length": 10, "block_length": 4},
+    {"gen_length": 3, "block_length": None},
+    {"gen_length": 13, "block_length": 4, "temperature": 0.7, "top_k": 20},
+    {"gen_length": 8, "block_length": 4, "temperature": 1.5, "top_p": 0.9},
+    {"gen_length": 10, "block_length": 6, "eos_token_id": [5, 9], "eos_suppression": "both"},
+    {"gen_length": 9, "block_length": 2, "stop_at_eos": False},
+]
+
+
+def finished(engine: dllm.Engine) -> dict[int, dllm.Answer]:
+    """All answers from here on."""
+    return {event.id: event.answer for step in engine.steps() for event in step if event.answer is not None}
+
+
+def alike(one: dllm.Answer, other: dllm.Answer) -> bool:
+    """Whether two answers are the same but for their numbers and times."""
+    untimed = ("completion", "tokens", "nfe", "guide_nfe", "error", "commit_step", "positions", "refreshes", "canvas")
+    return all(getattr(one, name) == getattr(other, name) for name in untimed)
+
+
+@backbones
+@pytest.mark.parametrize("cache", names("cache"))
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+def test_a_request_does_not_depend_on_when_it_came_and_beside_whom(
+    sampler: Any, cache: str, make: Callable[..., dllm.LanguageModel]
+) -> None:
+    lm, draw = make(), random.Random(cache)
+    if unmet(sampler, dllm.resolve.resolve("cache", cache, object)):
+        pytest.skip("they do not go together")
+    fixed = getattr(sampler, "filter", None) is not None  # for blocks of one length
+    options = [each | {"seed": n} | ({"block_length": 4} if fixed else {}) for n, each in enumerate(MIXTURE)]
+    engine, alone = (dllm.Engine(lm, sampler, cache, batch_size=size, max_length=32) for size in (3, 1))
+    expected = []
+    for prompt, own in zip(PROMPTS, options, strict=False):
+        alone.add(prompt, **own)
+        expected += finished(alone).values()
+    order, answers, number, aborted = draw.sample(range(len(options)), len(options)), {}, {}, set()
+    while order or engine.busy:
+        for _ in range(min(len(order), draw.choice([0, 0, 1, 2]))):
+            which = order.pop()
+            number[engine.add(PROMPTS[which], **options[which])] = which
+            if draw.random() < 0.3:  # somebody who leaves again
+                aborted.add(engine.add(PROMPTS[which], **options[which] | {"seed": 77}))
+        for event in engine.step():
+            assert event.frame.tokens[: len(PROMPTS[number.get(event.id, 0)])].tolist() or event.id in aborted
+            if event.answer is not None:
+                answers[event.id] = event.answer
+        if aborted and draw.random() < 0.5:
+            engine.abort(draw.choice(sorted(aborted)))
+    assert set(answers) - aborted == set(number)
+    for name, which in number.items():
+        assert alike(answers[name], expected[which])
+
+
+def test_what_add_returns_counts_up_and_an_answer_carries_it() -> None:
+    engine = dllm.Engine(random_llada(), "threshold", batch_size=2, max_length=16)
+    assert not engine.busy
+    assert list(engine.step()) == []
+    assert [engine.add(prompt, gen_length=4) for prompt in ([5], [6, 7], [8])] == [0, 1, 2]
+    answers = finished(engine)
+    assert {name: answer.index for name, answer in answers.items()} == {0: 0, 1: 1, 2: 2}
+    expected = dllm.generate(random_llada(), [[5], [6, 7], [8]], "threshold", gen_length=4)
+    assert [answers[n].completion for n in range(3)] == expected.completions.tolist()
+    assert not engine.busy
+
+
+def test_texts_chats_tensors_and_masks_are_requests() -> None:
+    lm = random_llada(tokenizer=True)
+    engine, mask = dllm.Engine(lm, "threshold", max_length=64), lm.backbone.mask_token_id
+    ids = lm.tokenizer("Tom has 5 pens.").input_ids
+    for prompt in ("Tom has 5 pens.", ids, torch.tensor(ids), np.array(ids), lm.tokenizer("Tom has 5 pens.")):
+        engine.add(prompt, gen_length=6)
+    engine.add([*ids, 0, 0], attention_mask=[1] * len(ids) + [0, 0], gen_length=6)
+    filled = engine.add([*ids[:2], mask, *ids[3:]], infill=True)
+    answers = finished(engine)
+    (text,) = dllm.generate(lm, "Tom has 5 pens.", "threshold", gen_length=6).texts
+    assert {answers[n].text for n in range(6)} == {text}
+    assert answers[filled].completion == dllm.infill(lm, [[*ids[:2], mask, *ids[3:]]], "threshold").sequences[0].tolist()
+    with pytest.raises(ValueError, match="prompt holds 2 prompts; add one at a time"):
+        engine.add(["Tom", "Ann"])
+
+
+def test_stop_strings_end_a_request() -> None:
+    lm = random_llada(tokenizer=True, seed=3)
+    prompt, options = [4, 5], {"gen_length": 18, "block_length": 6, "stop_at_eos": False}
+    engine = dllm.Engine(lm, max_length=24)
+    free = engine.add(prompt, **options)
+    whole = finished(engine)[free]
+    assert whole.text is not None
+    word = whole.text[4:8]
+    stopped = engine.add(prompt, stop=word, **options)
+    answer = finished(engine)[stopped]
+    assert answer.text == whole.text.partition(word)[0]
+    assert answer.nfe < whole.nfe == 18
+
+
+def test_a_request_may_take_so_many_forwards() -> None:
+    engine = dllm.Engine(random_llada(), max_length=16, batch_size=2)
+    short, long = engine.add([5], gen_length=8, max_forwards=3), engine.add([5], gen_length=8, max_forwards=8)
+    answers = finished(engine)
+    assert (answers[short].nfe, answers[short].text, answers[short].tokens) == (3, None, 0)
+    assert answers[short].error == "max_forwards=3 is spent, and 5 tokens are missing"
+    assert answers[short].completion.count(63) == 5
+    assert (answers[long].nfe, answers[long].error) == (8, None)
+    with pytest.raises(ValueError, match="max_forwards=0 is out of range"):
+        engine.add([5], max_forwards=0)
+
+
+def test_a_request_can_be_given_up_wherever_it_is() -> None:
+    engine = dllm.Engine(random_llada(), batch_size=2, max_length=16)
+    names_ = [engine.add([5 + n], gen_length=6) for n in range(4)]
+    engine.step()
+    engine.abort(names_[0])  # under way
+    engine.abort(names_[3])  # waiting
+    assert [event.id for event in engine.step()] == [1, 2] or {1, 2}
+    answers = finished(engine)
+    assert set(answers) == {1, 2}
+    engine.abort(1)  # finished
+    with pytest.raises(ValueError, match=r"id=4 is no request of this engine"):
+        engine.abort(4)
+    engine.add([5], gen_length=6)
+    engine.step()
+    engine.abort(4)
+    assert not engine.busy
+    assert list(engine.step()) == []
+
+
+def test_what_cannot_be_decoded_is_refused_when_it_is_added() -> None:
+    engine = dllm.Engine(random_llada(), dllm.samplers.Vanilla(steps=9), max_length=12)
+    with pytest.raises(ValueError, match="steps=9 is out of range"):
+        engine.add([5], gen_length=8, block_length=8)
+    with pytest.raises(ValueError, match=r"have 13 tokens, and max_length=12; shorten"):
+        engine.add([5] * 4, gen_length=9, block_length=3)
+    with pytest.raises(ValueError, match="batch_size is an option of the engine"):
+        engine.add([5], batch_size=3)
+    with pytest.raises(ValueError, match="unknown option 'gen_lenght'"):
+        engine.add([5], gen_lenght=3)
+    assert not engine.busy
+    with pytest.raises(ValueError, match="max_length=10000000 is out of range"):
+        dllm.Engine(random_llada(), max_length=10_000_000)
+
+
+def test_several_threads_add_and_one_steps() -> None:
+    lm, found = random_llada(), dict[int, int]()
+    engine = dllm.Engine(lm, "threshold", "dual", batch_size=3, max_length=16)
+
+    def add(token: int) -> None:
+        for _ in range(5):
+            found[engine.add([token], gen_length=6)] = token
+
+    threads = [Thread(target=add, args=(token,)) for token in (5, 6, 7, 8)]
+    for thread in threads:
+        thread.start()
+    answers = {}
+    while any(thread.is_alive() for thread in threads) or engine.busy:
+        answers |= {event.id: event.answer for event in engine.step() if event.answer is not None}
+    assert sorted(found) == list(range(20)) == sorted(answers)
+    expected = dllm.generate(lm, [[5], [6], [7], [8]], "threshold", "dual", gen_length=6).completions.tolist()
+    assert all(answers[name].completion == expected[token - 5] for name, token in found.items())
+
+
+@pytest.mark.parametrize("cache", ["none", "dual", "d2cache", "dllm_cache"])
+def test_nothing_grows_over_a_thousand_requests(cache: str) -> None:
+    lm = random_llada(layers=1)
+    engine = dllm.Engine(lm, dllm.samplers.Threshold(0.0), cache, batch_size=16, max_length=8)
+
+    def held() -> tuple[int, int]:
+        gc.collect()
+        tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor]
+        return len(tensors), sum(each.nbytes for each in tensors)
+
+    sizes = []
+    for _ in range(5):
+        for n in range(200):
+            engine.add([n % 60 + 1], gen_length=4, block_length=4, stop_at_eos=False)
+        assert len(finished(engine)) == 200
+        sizes.append(held())
+    assert len(set(sizes[1:])) == 1
+
+
+def test_what_is_kept_of_a_step_does_not_change() -> None:
+    engine = waiting_engine(random_llada(), PROMPTS, "threshold", "dual", gen_length=9, block_length=4, batch_size=3)
+    kept, seen = [], []
+    for step in engine.steps():
+        kept.append(step)
+        seen.append((step.tokens.copy(), step.nfe.copy(), step.change.committed.copy()))
+        if len(kept) % 2:  # half of them are looked at late
+            seen[-1] += (step.predicted.copy(), step.recomputed.copy())
+    for step, (tokens, nfe, committed, *more) in zip(kept, seen, strict=True):
+        assert np.array_equal(step.tokens, tokens)
+        assert np.array_equal(step.nfe, nfe)
+        assert np.array_equal(step.change.committed, committed)
+        wrote = step.change.committed & (step.tokens != step.predicted)
+        assert not wrote.any()
+        for expected, value in zip(more, (step.predicted, step.recomputed), strict=False):
+            assert np.array_equal(value, expected)
+
+
+def test_a_second_run_captures_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, lm = Device(), random_llada()
+    monkeypatch.setattr(
+        "dllm.memory.Forward", lambda backbone, wanted: graphs.Forward(backbone, True, device.capture)
+    )
+    options: dict[str, Any] = {"gen_length": 12, "block_length": 6, "stop_at_eos": False}
+    results = [dllm.generate(lm, PROMPTS[:3], "vanilla", "dual", **options) for _ in range(3)]
+    first = len(device.made)
+    assert first > 0
+    assert all(torch.equal(each.sequences, results[0].sequences) for each in results)
+    assert len(device.made) == first
+    lm.backbone.float().double()  # weights that are elsewhere now
+    again = dllm.generate(lm, PROMPTS[:3], "vanilla", "dual", **options)
+    assert len(device.made) > first
+    assert again.sequences.shape == results[0].sequences.shape
+
+
+def test_two_engines_at_a_time_do_not_share_memory() -> None:
+    lm = random_llada()
+    dllm.generate(lm, PROMPTS[:2], "threshold", "dual", gen_length=8)
+    engines = [waiting_engine(lm, PROMPTS[:2], "threshold", "dual", gen_length=8) for _ in range(2)]
+    answers: list[dict[int, dllm.Answer]] = [{}, {}]
+    while any(engine.busy for engine in engines):
+        for engine, found in zip(engines, answers, strict=True):
+            found |= {event.id: event.answer for event in engine.step() if event.answer is not None}
+    assert all(alike(answers[0][n], answers[1][n]) for n in range(2))
+
+
+@dataclass(frozen=True)
+class Polishing(Policy):
+    """Commits two tokens a step; when none is missing it rewrites the first position twice more."""
+
+    def start(self, run: Any) -> Tensor:
+        return torch.zeros(run.slots, dtype=torch.long, device=run.device)
+
+    def enter(self, state: Tensor, row: int, request: Any) -> None:
+        state[row] = 0
+
+    def step(self, window: Window, denoise: Denoise, state: Tensor) -> Edit:
+        prediction = denoise(decided=True)
+        done = ~((window.tokens == 63) & window.region).any(-1)
+        edit = commit(window, prediction, top(prediction.confidence, 2, window.masked))
+        state[window.rows] += done
+        start = window.start[:, None]
+        tokens = torch.cat((edit.tokens, state[window.rows, None] + 1), 1)
+        write = torch.cat((edit.write, done[:, None]), 1)
+        return Edit(torch.cat((window.columns, start), 1), tokens, write, finished=state[window.rows] == 2)
+
+
+@pytest.mark.parametrize("cache", ["none", "dual", "prefix", "freecache", "dkv"])
+@pytest.mark.parametrize("make", [random_llada, random_dream])
+def test_a_policy_may_go_on_after_the_last_mask(make: Callable[..., dllm.LanguageModel], cache: str) -> None:
+    together = dllm.generate(make(), PROMPTS, Polishing(), cache, gen_length=8, block_length=4, batch_size=3)
+    assert together.nfe.tolist() == [6] * len(PROMPTS)
+    assert (together.completions[:, 0] == 3).all()
+    for number, prompt in enumerate(PROMPTS[:3]):
+        alone = dllm.generate(make(), [prompt], Polishing(), cache, gen_length=8, block_length=4)
+        assert alone.completions[0].tolist() == together.completions[number].tolist()
+
+
+def test_a_policy_that_goes_on_for_ever_is_stopped() -> None:
+    with pytest.raises(RuntimeError, match="makes no progress in request 0"):
+        dllm.generate(random_llada(), [[5]], Stalling(), gen_length=4)
+
+    @dataclass(frozen=True)
+    class Restless(Polishing):
+        def step(self, window: Window, denoise: Denoise, state: Tensor) -> Edit:
+            edit = super().step(window, denoise, state)
+            return Edit(edit.columns, edit.tokens % 60, edit.write, finished=torch.zeros_like(edit.write[:, 0]))
+
+    with pytest.raises(RuntimeError, match="makes no progress in request 0"):
+        dllm.generate(random_llada(), [[5]], Restless(), gen_length=4)
