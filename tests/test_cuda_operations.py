@@ -92,7 +92,7 @@ def test_defaults_that_the_user_set_for_tensors_change_no_scores(make: Maker) ->
     _same_whatever_the_defaults(
         lambda: (
             [loglikelihood(lm, [5], [6, 7], each) for each in (estimate, replace(estimate, method="chain"))]
-            + [is_greedy(lm, [5], [6, 7])]
+            + [is_greedy(lm, [5], [6, 7]), lm.backbone.fingerprint()]
         )
     )
 
