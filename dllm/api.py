@@ -176,11 +176,11 @@ def _frame(recorder: Recorder, step: Step) -> Frame:
     committed, revoked = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
     committed[rows], revoked[rows] = step.change.committed, step.change.revoked
     return Frame(
-        tokens=torch.tensor(recorder.canvas.host),
+        tokens=torch.from_numpy(recorder.canvas.host.copy()),
         provisional=torch.from_numpy(provisional),
         committed=torch.from_numpy(committed),
         revoked=torch.from_numpy(revoked),
-        nfe=torch.tensor(recorder.nfe),
+        nfe=torch.from_numpy(recorder.nfe.copy()),
         drift=step.drift,
         errors=tuple(recorder.canvas.errors.get(row) for row in range(len(recorder.canvas.host))),
     )

@@ -383,9 +383,12 @@ class Canvas:
         counts = np.minimum(self.block_length, self.spans[rows])
 
         def draw() -> Tensor:
-            noise = torch.zeros(len(rows), self.block_length, device=self.device)
+            noise = torch.zeros(len(rows), self.block_length, dtype=torch.float32, device=self.device)
             for entry, (row, count) in enumerate(zip(rows, counts, strict=True)):
-                noise[entry, :count] = torch.rand(int(count), generator=self.generators[row], device=self.device)
+                generator = self.generators[row]
+                noise[entry, :count] = torch.rand(
+                    int(count), generator=generator, dtype=noise.dtype, device=self.device
+                )
             return noise
 
         return draw

@@ -64,7 +64,8 @@ def decode(
     run = facts(backbone, canvas, tokenizer, rehearse)
     meter = Meter(run.rows, cache.measure_every, cache.refresh_above, run.mask_token_id)
     with torch.inference_mode():
-        state = sampler.start(run)
+        with torch.device("cpu"):  # where tables are made before they are moved, whatever the user's default is
+            state = sampler.start(run)
         denoiser = Denoiser(backbone, canvas, cache.start(run), sampling, cfg_scale, meter, cuda_graphs)
     while canvas.rows.size:
         with torch.inference_mode():
