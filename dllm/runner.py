@@ -17,6 +17,7 @@ import numpy as np
 
 from dllm.cache import NoCache
 from dllm.cache.base import Cache
+from dllm.identity import check_weights
 from dllm.journal import Journal
 from dllm.likelihood import Estimate, is_greedy, loglikelihood
 from dllm.loading import LanguageModel
@@ -150,7 +151,7 @@ class Runner:
             setting = self.setting
             value = loglikelihood(setting.lm, prefix, target, setting.estimate)
             noted = [value, greedy and is_greedy(setting.lm, prefix, target, setting.estimate.cfg_scale)]
-            self.journal.add("likelihood", name, noted)
+            self._note("likelihood", name, noted)
             self._tell()
         return noted[0], noted[1]
 
@@ -204,7 +205,7 @@ class Runner:
         for record, frames in follow(plan, left, self._filmed):
             if frames is not None:
                 self._keep(record, frames)
-            self.journal.add("record", record.id, asdict(record))
+            self._note("record", record.id, asdict(record))
             self._tell()
 
     def _left(self, requests: Sequence[Request]) -> list[Request]:
@@ -215,7 +216,7 @@ class Runner:
         plan = self._plan(requests, Vanilla(), NoCache(), options)
         for record in [record for record, _ in follow(plan, requests, frozenset())]:
             row = Baseline(ids=[record.id], tokens=record.tokens, seconds=record.seconds, nfe=record.nfe)
-            self.journal.add("baseline", f"{name} {self._session} {record.id}", row)
+            self._note("baseline", f"{name} {self._session} {record.id}", row)
 
     def _plan(self, requests: Sequence[Request], sampler: Any, cache: Any, options: Mapping[str, Any]) -> Plan:
         seeded = parse_options({**options, "seed": [request.seed for request in requests]})
@@ -305,6 +306,11 @@ class Runner:
                 return "completion holds ids that are no tokens"
             return record.misfit()
         return None
+
+    def _note(self, kind: str, name: str, value: Any) -> None:
+        """Keep what the model gave, as long as it is the model that was loaded."""
+        check_weights(self.lm)
+        self.journal.add(kind, name, value)
 
     def _noted(self, name: str) -> Record:
         return Record(**self.journal.get("record", name))

@@ -109,8 +109,8 @@ def _results(cfg: DictConfig, fields: Mapping[str, Any], label: str) -> tuple[di
     others = {name: value for name, value in asked["model"].items() if name != "path"}
     read = identity.contents([asked["sampler"], asked["cache"], others])
     read |= identity.read_by(sampler) | identity.read_by(cache)
-    state = identity.checkpoint(Path(path)) if Path(path).is_dir() else {}
-    lm, weights = _load(json.dumps(fields["model"]), json.dumps([state, read]), app.option_of("model"))
+    state = [identity.checkpoint(Path(path)), identity.stamps(Path(path))] if Path(path).is_dir() else []
+    lm, weights = _load(json.dumps(fields["model"]), json.dumps([state, read], default=str), app.option_of("model"))
     folder = RunFolder(Path(fields["out"]), label, _identity(asked, weights, task, files, read))
     main = fields["task"].get("metric")
     if (found := folder.results(main)) is not None:

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 import dllm
-from dllm import compatibility
+from dllm import compatibility, identity
 from dllm.answer_manifest import AnswerManifest, describe, identify
 from dllm.cache.base import Cache
 from dllm.checks import SEEDS, choice, renamed, seed
@@ -172,6 +172,7 @@ class Runner:
                     why = renamed(answer.error, {"dtype": "model.dtype"})
                     print(f"{left[answer.index].place} has no answer: {why}", file=sys.stderr)
                     continue
+                identity.check_weights(self.lm)
                 answers.add(
                     {
                         "id": name,

@@ -176,6 +176,7 @@ def _collect(
                 del seeded["batch_size"]
                 records = collect(lm, ids[start : start + size], sampler, cache, **seeded)
                 records = replace(records, prompt=records.prompt + start)
+                identity.check_weights(lm)
                 check_kept(file, written, "; run the command again")
                 write_whole(part, save(vars(records)))
                 found = records
