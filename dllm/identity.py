@@ -103,14 +103,21 @@ def stamps(*folders: Path) -> tuple[Stamp, ...]:
     return tuple(filter(None, map(_stamp, files)))
 
 
-def check_weights(lm: LanguageModel) -> None:
+def check_weights(lm: LanguageModel, read: Iterable[Stamp] = ()) -> None:
     """Refuse a model whose weights somebody writes over: on a CPU they are not copied, but read from their files.
 
-    A file that was removed or replaced is still read as it was.
+    A file of its that was removed or replaced is still read as it was.
+
+    Args:
+        lm: the model.
+        read: what samplers and caches read whenever they start, and so again during a run.
 
     Raises:
-        OSError: another model is in its place by now.
+        OSError: another model, or another file, is in its place by now.
     """
+    for before in read:
+        if _stamp(before.path) != before:
+            raise disturbed(str(before.path), before.path, _AGAIN)
     for before in lm.stamps:
         now = _stamp(before.path)
         if now is None or now == before or now[:3] != before[:3] or not any(map(before.path.match, _TENSORS)):
@@ -166,17 +173,27 @@ def of_path(path: Path) -> str:
 
 def tree(folder: Path) -> str:
     """A hash of everything in a folder, links to other folders included."""
-    return _joint(folder, _within(folder))
+    return _joint(folder, within(folder))
 
 
 def read_by(value: Any) -> dict[str, str]:
     """A hash of every file that an object reads, and of those that objects in its fields read."""
-    read = value.files() if isinstance(value, Reader) and not isinstance(value, type) else ()
-    found = {str(path): digest(path) if path.is_file() else _short(checkpoint(path)) for path in read}
+    return {str(path): digest(path) if path.is_file() else _short(checkpoint(path)) for path in _read_by(value)}
+
+
+def _read_by(value: Any) -> Iterator[Path]:
+    if isinstance(value, Reader) and not isinstance(value, type):
+        yield from value.files()
     if is_dataclass(value):
         for field in fields(value):
-            found |= read_by(getattr(value, field.name))
-    return found
+            yield from _read_by(getattr(value, field.name))
+
+
+def stamps_read_by(*values: Any) -> tuple[Stamp, ...]:
+    """Those of every file that objects read, as `read_by` finds them."""
+    paths = [path for value in values for path in _read_by(value)]
+    files = tuple(filter(None, (_stamp(path) for path in paths if path.is_file())))
+    return files + stamps(*(path for path in paths if path.is_dir()))
 
 
 def checksum(tensors: Iterable[tuple[str, Any]], exact: bool = False) -> str:
@@ -241,7 +258,7 @@ def _plain(tensor: Any) -> Iterator[Tensor]:
         yield tensor.detach()
 
 
-def _within(folder: Path) -> Iterator[Path]:
+def within(folder: Path) -> Iterator[Path]:
     """All files below a folder; one that links lead to again, or in a circle, counts once."""
     seen = set()
     for place, folders, names in os.walk(folder, followlinks=True):

@@ -17,7 +17,7 @@ import numpy as np
 
 from dllm.cache import NoCache
 from dllm.cache.base import Cache
-from dllm.identity import check_weights
+from dllm.identity import Stamp, check_weights
 from dllm.journal import Journal
 from dllm.likelihood import Estimate, is_greedy, loglikelihood
 from dllm.loading import LanguageModel
@@ -76,6 +76,7 @@ class Runner:
         baselines: batches of the first requests that are also decoded one token per step, taking turns.
         filmed: answers, from the first on, whose steps are kept.
         progress: called with the number of answers that are there and of all that were asked for so far.
+        read: stamps of the files that sampler and cache read.
     """
 
     def __init__(
@@ -85,9 +86,10 @@ class Runner:
         baselines: int = 0,
         filmed: int = 0,
         progress: Callable[[int, int], object] = lambda done, total: None,
+        read: Sequence[Stamp] = (),
     ) -> None:
         self.setting, self.journal, self.baselines, self.filmed = setting, journal, baselines, filmed
-        self._progress, self._asked, self._session = progress, 0, ""
+        self._progress, self._asked, self._session, self._read = progress, 0, "", read
         self._ids: list[str] = []
         self._filmed: frozenset[str] = frozenset()
         self._films = None if journal.path is None else journal.path.parent / _FRAMES
@@ -309,7 +311,7 @@ class Runner:
 
     def _note(self, kind: str, name: str, value: Any) -> None:
         """Keep what the model gave, as long as it is the model that was loaded."""
-        check_weights(self.lm)
+        check_weights(self.lm, self._read)
         self.journal.add(kind, name, value)
 
     def _noted(self, name: str) -> Record:

@@ -107,6 +107,7 @@ def _results(cfg: DictConfig, fields: Mapping[str, Any], label: str) -> tuple[di
     files = task.check()
     path, asked = fields["model"]["path"], canonical(fields, KINDS)
     others = {name: value for name, value in asked["model"].items() if name != "path"}
+    stamps = identity.stamps_read_by(sampler, cache)
     read = identity.contents([asked["sampler"], asked["cache"], others])
     read |= identity.read_by(sampler) | identity.read_by(cache)
     state = [identity.checkpoint(Path(path)), identity.stamps(Path(path))] if Path(path).is_dir() else []
@@ -118,7 +119,7 @@ def _results(cfg: DictConfig, fields: Mapping[str, Any], label: str) -> tuple[di
     with _progress(label) as progress:
         journal = Journal(folder.journal)
         setting = Setting(lm, sampler, cache, options, estimate)
-        runner = Runner(setting, journal, fields["baselines"], fields["frames"], _unless_orphaned(progress))
+        runner = Runner(setting, journal, fields["baselines"], fields["frames"], _unless_orphaned(progress), stamps)
         try:
             if (found := folder.results(main)) is None:  # another process may have finished it meanwhile
                 folder.begin(lm, fields)

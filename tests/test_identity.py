@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save, save_file
 import dllm
 from commands import command
 from dllm import identity
+from dllm.filters import load_filter
 from dllm.journal import Journal
 from dllm.loading import BUNDLED
 from dllm.samplers import ARGuided, FreeDave, Learn2PD, Oracle
@@ -364,3 +365,33 @@ def test_weights_that_are_replaced_or_removed_during_a_run_are_still_those_that_
     (folder / "model.safetensors").unlink()
     identity.check_weights(lm)
     assert lm.backbone.fingerprint() == before
+
+
+def test_a_guide_that_is_replaced_during_a_run_judges_no_more_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guide, add = shutil.copytree(BUNDLED / "tiny-guide", tmp_path / "guide"), Journal.add
+    (tmp_path / "new").write_bytes(doubled(guide / "model.safetensors"))
+    words = ("evaluate", "sampler=ar_guided", f"sampler.guide={guide}", f"out={tmp_path / 'out'}", "task.limit=3")
+
+    def replaced(journal: Journal, kind: str, name: str, value: Any) -> None:
+        add(journal, kind, name, value)
+        if kind == "record" and (tmp_path / "new").exists():
+            (tmp_path / "new").replace(guide / "model.safetensors")
+
+    monkeypatch.setattr(Journal, "add", replaced)
+    outcome = command(*words, "batch_size=1", "baselines=0", "frames=0", *SHORT)
+    assert outcome.code == 2
+    assert f"{guide / 'model.safetensors'} was changed by something else during this run" in outcome.err
+    (journal,) = tmp_path.glob("out/*/journal.jsonl")
+    assert journal.read_text().count('"kind": "record"') == 1
+
+
+def test_a_filter_that_is_written_over_is_still_the_one_that_was_loaded(tmp_path: Path) -> None:
+    file = shutil.copy(BUNDLED / "tiny-llada" / "learn2pd.safetensors", tmp_path / "filter.safetensors")
+    loaded = load_filter(file).network.state_dict()
+    before = {name: tensor.clone() for name, tensor in loaded.items()}
+    content = doubled(file)
+    with file.open("r+b") as opened:
+        opened.write(content)
+    assert all(torch.equal(loaded[name], before[name]) for name in before)
