@@ -77,6 +77,7 @@ class Runner:
         filmed: answers, from the first on, whose steps are kept.
         progress: called with the number of answers that are there and of all that were asked for so far.
         read: stamps of the files that sampler and cache read.
+        asked: called when the questions are there, before the first one is answered.
     """
 
     def __init__(
@@ -87,9 +88,11 @@ class Runner:
         filmed: int = 0,
         progress: Callable[[int, int], object] = lambda done, total: None,
         read: Sequence[Stamp] = (),
+        asked: Callable[[], object] = lambda: None,
     ) -> None:
         self.setting, self.journal, self.baselines, self.filmed = setting, journal, baselines, filmed
         self._progress, self._asked, self._session, self._read = progress, 0, "", read
+        self._check_asked = asked
         self._ids: list[str] = []
         self._filmed: frozenset[str] = frozenset()
         self._films = None if journal.path is None else journal.path.parent / _FRAMES
@@ -123,7 +126,7 @@ class Runner:
         room = max(0, self.filmed - len(self._ids))
         self._filmed |= frozenset(request.id for request in requests[:room])
         first = not self._ids
-        self._asked += len(requests)
+        self._ask(len(requests))
         self._ids += [request.id for request in requests]
         options = {**self.setting.options, **options}
         size = parse_options(options).batch_size
@@ -148,7 +151,7 @@ class Runner:
             target: token ids.
             greedy: find out about greedy decoding; False is returned otherwise.
         """
-        self._asked += 1
+        self._ask(1)
         if (noted := self.journal.get("likelihood", name)) is None:
             setting = self.setting
             value = loglikelihood(setting.lm, prefix, target, setting.estimate)
@@ -308,6 +311,11 @@ class Runner:
                 return "completion holds ids that are no tokens"
             return record.misfit()
         return None
+
+    def _ask(self, count: int) -> None:
+        if not self._asked:
+            self._check_asked()
+        self._asked += count
 
     def _note(self, kind: str, name: str, value: Any) -> None:
         """Keep what the model gave, as long as it is the model that was loaded."""

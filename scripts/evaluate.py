@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -119,7 +119,9 @@ def _results(cfg: DictConfig, fields: Mapping[str, Any], label: str) -> tuple[di
     with _progress(label) as progress:
         journal = Journal(folder.journal)
         setting = Setting(lm, sampler, cache, options, estimate)
-        runner = Runner(setting, journal, fields["baselines"], fields["frames"], _unless_orphaned(progress), stamps)
+        told = _unless_orphaned(progress)
+        same = partial(_check_same, task, files)
+        runner = Runner(setting, journal, fields["baselines"], fields["frames"], told, stamps, same)
         try:
             if (found := folder.results(main)) is None:  # another process may have finished it meanwhile
                 folder.begin(lm, fields)
@@ -127,6 +129,15 @@ def _results(cfg: DictConfig, fields: Mapping[str, Any], label: str) -> tuple[di
             return found, folder.path
         finally:
             runner.close()
+
+
+def _check_same(task: Task, before: Mapping[str, str]) -> None:
+    """Refuse questions that were read from other data than was looked at: a model was loaded in between."""
+    if task.check() != before:
+        raise OSError(
+            f"the data or the definition of task={task.name} was changed by something else during this run; run the "
+            "command again"
+        )
 
 
 @lru_cache(maxsize=1)

@@ -20,6 +20,7 @@ from dllm.filters import load_filter
 from dllm.journal import Journal
 from dllm.loading import BUNDLED
 from dllm.samplers import ARGuided, FreeDave, Learn2PD, Oracle
+from dllm.tasks.arithmetic import WordProblems
 from models import random_dream, random_llada, save_folder
 
 
@@ -395,3 +396,17 @@ def test_a_filter_that_is_written_over_is_still_the_one_that_was_loaded(tmp_path
     with file.open("r+b") as opened:
         opened.write(content)
     assert all(torch.equal(loaded[name], before[name]) for name in before)
+
+
+def test_data_that_changes_before_it_is_asked_about_is_not_taken_for_what_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter([{"data": "a"}, {"data": "b"}, {"data": "a"}, {"data": "a"}])
+    monkeypatch.setattr(WordProblems, "check", lambda self: next(found))
+    words = ("evaluate", f"out={tmp_path}", "task.limit=1", "baselines=0", "frames=0", *SHORT)
+    outcome = command(*words)
+    assert outcome.code == 2
+    assert "task=word_problems was changed by something else during this run; run the command again" in outcome.err
+    (journal,) = tmp_path.glob("*/journal.jsonl")
+    assert not journal.read_text()
+    assert command(*words).code == 0
