@@ -204,7 +204,8 @@ def load_filter(name: str | Path) -> Filter:
     wrong = next((f"{key} is {stored.dtype}" for key, stored in header.items() if stored.dtype not in FLOATS), None)
     if wrong is not None:
         raise ValueError(f"filter={str(name)!r} is no filter: {wrong}, not floating-point numbers; make it again")
-    tensors = {key: tensor.float() for key, tensor in load_file(path).items()}
+    # Copies: what is loaded would change with its file.
+    tensors = {key: tensor.to(torch.float32, copy=True) for key, tensor in load_file(path).items()}
     wrong = next((key for key, tensor in tensors.items() if not tensor.isfinite().all()), None)
     if wrong is not None:
         raise ValueError(f"filter={str(name)!r} is no filter: {wrong} holds NaN or infinity; make it again")
