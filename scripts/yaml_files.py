@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.core_plugins import file_config_source
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.plugins import Plugins
 from omegaconf.errors import OmegaConfBaseException
@@ -16,10 +16,14 @@ from dllm.files import check_readable
 _MOST_BYTES, _MOST_NODES, _DEEPEST = 1 << 20, 10_000, 20
 
 
-class _Checked(FileConfigSource):
-    """Hydra's reader of folders, which would follow an alias, or a file, however much comes of it."""
+class FileConfigSource(file_config_source.FileConfigSource):
+    """Hydra's reader of folders, which would follow an alias, or a file, however much comes of it.
+
+    It has the name of Hydra's own: a worker of joblib registers that one once more, and by its name knows it is there.
+    """
 
     def load_config(self, config_path: str) -> Any:
+        """Read one file, once it is known to be plain."""
         path = Path(self.path, self._normalize_file_name(config_path))
         if not path.exists():
             return super().load_config(config_path)
@@ -38,7 +42,7 @@ class _Checked(FileConfigSource):
 def register() -> None:
     """Let Hydra read folders so."""
     Plugins.instance()  # which would put its own in that place
-    SourcesRegistry.instance().types[FileConfigSource.scheme()] = _Checked
+    SourcesRegistry.instance().types[FileConfigSource.scheme()] = FileConfigSource
 
 
 def _reason(error: Exception) -> str:
