@@ -17,6 +17,7 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -243,7 +244,7 @@ def _check_jobs(overrides: Sequence[str]) -> None:
     """Refuse a product of too many jobs: Hydra's own sweeper makes all of them before the first one runs."""
     count = 1
     for each in OverridesParser.create().parse_overrides(list(overrides)):
-        if each.is_choice_sweep() or each.is_range_sweep():
+        if (each.is_choice_sweep() and not isinstance(each.value(), Glob)) or each.is_range_sweep():
             count *= sum(1 for _ in islice(each.sweep_iterator(), _MOST_JOBS + 1))
     if count > _MOST_JOBS:
         raise ValueError(f"these are more than {_MOST_JOBS} jobs; sweep over fewer values")

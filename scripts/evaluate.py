@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import dllm
 from dllm import compatibility, identity
 from dllm.cache.base import Cache
-from dllm.checks import choice, naming, number, seed, threads
+from dllm.checks import choice, known, naming, number, seed, threads
 from dllm.escape import terminal
 from dllm.files import parse_json
 from dllm.journal import Journal
@@ -85,6 +85,9 @@ def evaluate(cfg: DictConfig) -> float | tuple[float, ...] | None:
 def _check(fields: Mapping[str, Any]) -> None:
     for name in fields["objective"]:
         choice("objective", name, ("accuracy", *COSTS))
+    if not fields["objective"]:
+        raise ValueError(f"objective=[] names no metric; use some of accuracy, {', '.join(COSTS)}")
+    known(fields["estimate"], ("method", "samples", "order", "batch_size"), "estimate.")
     seed("seed", fields["seed"])
     for name in ("baselines", "frames"):
         number(name, fields[name], "0 or more", low=0, whole=True)
