@@ -30,8 +30,7 @@ from dllm.checks import Notice, first_line, is_text, naming, renamed
 from dllm.escape import brief
 from dllm.files import parse_json
 from dllm.resolve import names
-from dllm.scripts import flags, usage
-from dllm.scripts import yaml_files as yaml_files  # which Hydra reads with from here on
+from dllm.scripts import flags, usage, yaml_files
 from dllm.scripts.ending import fail, leave_quietly, line
 from dllm.scripts.kinds import check_kinds
 
@@ -110,6 +109,7 @@ def run(task: Callable[[DictConfig], Any], config_name: str, kinds: Mapping[str,
     # Without this Hydra prints its own report of a wrong option and exits with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     setattr(JobReturn, "return_value", property(_returned, _return))  # noqa: B010  # mypy knows no such assignment
+    yaml_files.register()
     sys.set_int_max_str_digits(_DIGITS)
     try:
         arguments = rewrite(sys.argv[1:], config_name)

@@ -46,7 +46,7 @@ def test_a_job_of_a_sweep_that_fails_is_one_line(name: str) -> None:
     assert result.code == 2
     lines = result.err.splitlines()
     assert [line.split(" is out")[0] for line in lines] == [
-        f"dllm {name}: error: gen_length=0", f"dllm {name}: error: gen_length=-1"
+        f"dllm {name}: error: gen_length={each} seed=1: gen_length={each}" for each in (0, -1)
     ]  # fmt: skip
 
 
