@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from dllm.backbones.published import is_whole
 from dllm.files import read_json
 
 CONFIG = "adapter_config.json"
@@ -90,6 +91,8 @@ def _merge(backbone: PreTrainedModel, folder: Path, peft: Any) -> str | None:
     config = peft.PeftConfig.from_pretrained(folder)
     if config.is_prompt_learning:
         return f"{config.peft_type} changes no weights"
+    if getattr(config, "adapters", None):  # peft would fetch them
+        return f"{config.peft_type} is made of other adapters"
     begun = str(getattr(config, "init_lora_weights", None))
     if begun.startswith("pissa_niter"):  # drawn anew at each load
         return f"init_lora_weights={begun!r} takes a random decomposition off the weights; convert it to LoRA with peft"
@@ -98,6 +101,10 @@ def _merge(backbone: PreTrainedModel, folder: Path, peft: Any) -> str | None:
     wrong = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
     if wrong is not None:
         return f"tensor {wrong} holds NaN or infinity"
+    ranks = [getattr(config, "r", 0), *(getattr(config, "rank_pattern", None) or {}).values()]
+    widest = max((size for weight in weights.values() for size in weight.shape), default=0)
+    if config.peft_type == "LORA" and any(is_whole(rank) and rank > widest for rank in ranks):  # before room is made
+        return f"r={max(filter(is_whole, ranks))} is more than its tensors hold"
     model = peft.get_peft_model(backbone, config)
     # peft leaves out what it has no use for, and starts afresh what is missing. Embeddings may be there or not.
     least, most = (set(peft.get_peft_model_state_dict(model, save_embedding_layers=all_)) for all_ in (False, True))

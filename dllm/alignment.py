@@ -153,7 +153,7 @@ class ByText:
         # Read from the device: tokenizers work on one text at a time, on the host.
         host, begin, at, ids_of_ends = tokens.tolist(), first.tolist(), columns.tolist(), ends.tolist()
         rows = []
-        upto = torch.full(columns.shape, NEVER)
+        upto = torch.full(columns.shape, NEVER, device="cpu")
         for b, drafted in enumerate(masked.tolist()):
             wanted = [column for column, is_draft in zip(at[b], drafted, strict=True) if is_draft]
             low, end = min(wanted), max(wanted) + 1
@@ -167,9 +167,9 @@ class ByText:
                 if low <= column < low + len(row.upto):
                     upto[b, k] = row.upto[column - low]
             rows.append(row)
-        ids = torch.zeros((len(rows), max(1, *(len(row.ids) for row in rows))), dtype=torch.long)
+        ids = torch.zeros((len(rows), max(1, *(len(row.ids) for row in rows))), dtype=torch.long, device="cpu")
         for b, row in enumerate(rows):
-            ids[b, : len(row.ids)] = torch.tensor(row.ids)
+            ids[b, : len(row.ids)] = torch.tensor(row.ids, device="cpu")
         device = tokens.device
         lengths = torch.tensor([len(row.ids) for row in rows], device=device)
         start = torch.tensor([row.start for row in rows], device=device)

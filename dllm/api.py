@@ -218,11 +218,11 @@ def _frames(requests: Sequence[Request], engine: Engine) -> Iterator[Frame]:
             committed[step.ids], revoked[step.ids] = step.change.committed, step.change.revoked
             errors |= {name: answer.error for name, answer in step.answers.items()}
             yield Frame(
-                tokens=torch.tensor(tokens),
+                tokens=torch.from_numpy(tokens.copy()),
                 provisional=torch.from_numpy(provisional),
                 committed=torch.from_numpy(committed),
                 revoked=torch.from_numpy(revoked),
-                nfe=torch.tensor(nfe),
+                nfe=torch.from_numpy(nfe.copy()),
                 drift=step.drift,
                 errors=tuple(errors.values()),
             )

@@ -418,9 +418,9 @@ class Canvas:
         sources = [self.generators[row] for row in rows.tolist()]
 
         def draw() -> Tensor:
-            noise = torch.zeros(len(rows), width, device=self.device)
+            noise = torch.zeros(len(rows), width, dtype=torch.float32, device=self.device)
             for entry, (source, count) in enumerate(zip(sources, counts, strict=True)):
-                noise[entry, :count] = torch.rand(count, generator=source, device=self.device)
+                noise[entry, :count] = torch.rand(count, generator=source, dtype=noise.dtype, device=self.device)
             return noise
 
         return draw

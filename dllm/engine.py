@@ -107,7 +107,8 @@ class Engine:
             tensor=self._memory.tensor,
         )
         with torch.inference_mode():
-            self._state = self.sampler.start(self._run)
+            with torch.device("cpu"):  # where tables are made before they are moved, whatever the user's default is
+                self._state = self.sampler.start(self._run)
             cache_run, forward = self.cache.start(self._run), self._memory.forward(cuda_graphs)
             self.denoiser = Denoiser(forward, self._canvas, cache_run, cfg_scale, self._meter)
         self._stepping, self._lock = RLock(), Lock()
@@ -174,7 +175,8 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Refuse (ValueError) what the sampler cannot decode."""
-        self.sampler.check(self._state, request)
+        with torch.device("cpu"):
+            self.sampler.check(self._state, request)
 
     def abort(self, id: int) -> None:  # what `Event.id` is called
         """Give a request up, wherever it is; nothing happens if it is finished.
@@ -270,7 +272,8 @@ class Engine:
         self.denoiser.cache.exchange(exchange)
         for row, (_, request) in zip(exchange.rows.tolist(), entering, strict=True):
             try:
-                self.sampler.enter(self._state, row, request)
+                with torch.device("cpu"):
+                    self.sampler.enter(self._state, row, request)
             except ValueError as error:
                 self._canvas.doomed[row] = str(error)
         self._entering = []

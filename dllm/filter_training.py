@@ -154,7 +154,7 @@ class Training:
 def split(records: Records, how: Training) -> tuple[Records, Records]:
     """Records to learn from and records held out, no prompt in both."""
     prompts = records.prompt.unique()
-    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(how.seed))
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(how.seed), device="cpu")
     count = min(max(1, round(len(prompts) * how.held_out)), len(prompts) - 1)
     apart = torch.isin(records.prompt, prompts[order[:count]])
     return records.where(~apart), records.where(apart)
@@ -190,7 +190,7 @@ def fit(
     order = torch.Generator().manual_seed(how.seed)
     best, best_epoch, weights = float("inf"), 0, network.state_dict()
     for epoch in range(1, how.epochs + 1):
-        for batch in torch.randperm(len(learn.prompt), generator=order).split(how.batch_size):
+        for batch in torch.randperm(len(learn.prompt), generator=order, device="cpu").split(how.batch_size):
             loss = _loss(network, learn.where(batch))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -242,7 +242,7 @@ def measure(network: FilterNetwork, records: Records) -> tuple[dict[str, Any], l
 def _recall(probability: Tensor, final: Tensor) -> dict[str, float]:
     """Share of the final tokens that the surest predictions hold which together have a precision of 99 and 99.9%."""
     right = final[probability.argsort(descending=True, stable=True)].cumsum(0)
-    precision = right / torch.arange(1, len(right) + 1)
+    precision = right / torch.arange(1, len(right) + 1, device=right.device)
     return {
         f"recall_at_{share}": round((right / right[-1])[precision >= share].amax().item(), 4)
         if (precision >= share).any() else 0.0

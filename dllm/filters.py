@@ -82,7 +82,7 @@ class NeighbourFilter(nn.Module):
         """Logits that the predictions are final; positions a block does not have are like what lies beyond its ends."""
         # 16 is about -log of the smallest difference from 1 that float32 has, 32 the published block length.
         doubt = -(1 - confidence).clamp(min=1e-7).log() / 16
-        place = torch.arange(confidence.shape[1], device=confidence.device) / 32
+        place = torch.arange(confidence.shape[1], dtype=confidence.dtype, device=confidence.device) / 32
         features = torch.stack((confidence, doubt, masked.float(), place.expand_as(confidence)), dim=1)
         exists = inside[:, None]
         hidden = self.conv1(features.where(exists, 0.0)).relu()
@@ -204,7 +204,8 @@ def load_filter(name: str | Path) -> Filter:
     wrong = next((f"{key} is {stored.dtype}" for key, stored in header.items() if stored.dtype not in FLOATS), None)
     if wrong is not None:
         raise ValueError(f"filter={str(name)!r} is no filter: {wrong}, not floating-point numbers; make it again")
-    tensors = {key: tensor.float() for key, tensor in load_file(path).items()}
+    # Copies: what is loaded would change with its file.
+    tensors = {key: tensor.to(torch.float32, copy=True) for key, tensor in load_file(path).items()}
     wrong = next((key for key, tensor in tensors.items() if not tensor.isfinite().all()), None)
     if wrong is not None:
         raise ValueError(f"filter={str(name)!r} is no filter: {wrong} holds NaN or infinity; make it again")

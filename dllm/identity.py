@@ -15,12 +15,12 @@ from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from glob import glob
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from dllm.files import read_json, write_json
+from dllm.files import disturbed, read_json, write_json
 
 if TYPE_CHECKING:
     from dllm.loading import LanguageModel
@@ -30,10 +30,23 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors
 # What else decides what a checkpoint computes and how it reads and writes text.
 _SETTINGS = (
     "config.json", "generation_config.json", "adapter_config.json", "tokenizer*", "special_tokens_map.json",
-    "added_tokens.json", "chat_template*", "vocab*", "merges.txt", "*.model", "*.tiktoken",
+    "added_tokens.json", "chat_template*", "additional_chat_templates/*", "vocab*", "merges.txt", "*.model",
+    "*.tiktoken",
 )  # fmt: skip
+_TENSORS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
 _CONFIGS = ("config.json", "adapter_config.json")
+_AGAIN = "; run the command again once nobody writes it"
 _PIECE = 1 << 19  # values that are put into one checksum; none takes more than the 8 bytes of a word
+
+
+class Stamp(NamedTuple):
+    """What tells that a file was written again, without a look into it."""
+
+    path: Path
+    device: int
+    inode: int
+    size: int
+    modified: int
 
 
 @runtime_checkable
@@ -83,10 +96,48 @@ def checkpoint(folder: Path) -> dict[str, str]:
     return {"weights": _joint(folder, weights), "tokenizer_and_config": _joint(folder, settings)}
 
 
+def stamps(*folders: Path) -> tuple[Stamp, ...]:
+    """Those of the files that checkpoints are made of."""
+    patterns = (*_SETTINGS, *_TENSORS, "*.index.json")
+    files = sorted({file for folder in folders for pattern in patterns for file in folder.glob(pattern)})
+    return tuple(filter(None, map(_stamp, files)))
+
+
+def check_weights(lm: LanguageModel, read: Iterable[Stamp] = ()) -> None:
+    """Refuse a model whose weights somebody writes over: on a CPU they are not copied, but read from their files.
+
+    A file of its that was removed or replaced is still read as it was.
+
+    Args:
+        lm: the model.
+        read: what samplers and caches read whenever they start, and so again during a run.
+
+    Raises:
+        OSError: another model, or another file, is in its place by now.
+    """
+    for before in read:
+        if _stamp(before.path) != before:
+            raise disturbed(str(before.path), before.path, _AGAIN)
+    for before in lm.stamps:
+        now = _stamp(before.path)
+        if now is None or now == before or now[:3] != before[:3] or not any(map(before.path.match, _TENSORS)):
+            continue
+        if {weight.device.type for weight in lm.backbone.parameters()} & {"cpu", "meta"}:
+            raise disturbed(str(before.path), before.path, _AGAIN)
+
+
 def model(lm: LanguageModel) -> dict[str, str]:
-    """The same of a loaded model: of the folder it was loaded from, or of itself where it was made in memory."""
+    """The same of a loaded model: of the folder it was loaded from, or of itself where it was made in memory.
+
+    Raises:
+        OSError: its files are not those any more that it was loaded from.
+    """
     if lm.folder is not None:
-        return checkpoint(lm.folder) | ({} if lm.adapter is None else {"adapter": of_path(lm.adapter)})
+        found = checkpoint(lm.folder) | ({} if lm.adapter is None else {"adapter": of_path(lm.adapter)})
+        now = stamps(*filter(None, (lm.folder, lm.adapter)))
+        if lm.stamps and (other := set(lm.stamps) ^ set(now)):
+            raise disturbed(str(min(other).path), min(other).path, _AGAIN)
+        return found
     config = {name: value for name, value in lm.backbone.config.to_dict().items() if name != "_name_or_path"}
     tokenizer: Any = lm.tokenizer
     text = None if tokenizer is None else [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
@@ -122,17 +173,27 @@ def of_path(path: Path) -> str:
 
 def tree(folder: Path) -> str:
     """A hash of everything in a folder, links to other folders included."""
-    return _joint(folder, _within(folder))
+    return _joint(folder, within(folder))
 
 
 def read_by(value: Any) -> dict[str, str]:
     """A hash of every file that an object reads, and of those that objects in its fields read."""
-    read = value.files() if isinstance(value, Reader) and not isinstance(value, type) else ()
-    found = {str(path): digest(path) if path.is_file() else _short(checkpoint(path)) for path in read}
+    return {str(path): digest(path) if path.is_file() else _short(checkpoint(path)) for path in _read_by(value)}
+
+
+def _read_by(value: Any) -> Iterator[Path]:
+    if isinstance(value, Reader) and not isinstance(value, type):
+        yield from value.files()
     if is_dataclass(value):
         for field in fields(value):
-            found |= read_by(getattr(value, field.name))
-    return found
+            yield from _read_by(getattr(value, field.name))
+
+
+def stamps_read_by(*values: Any) -> tuple[Stamp, ...]:
+    """Those of every file that objects read, as `read_by` finds them."""
+    paths = [path for value in values for path in _read_by(value)]
+    files = tuple(filter(None, (_stamp(path) for path in paths if path.is_file())))
+    return files + stamps(*(path for path in paths if path.is_dir()))
 
 
 def checksum(tensors: Iterable[tuple[str, Any]], exact: bool = False) -> str:
@@ -197,7 +258,7 @@ def _plain(tensor: Any) -> Iterator[Tensor]:
         yield tensor.detach()
 
 
-def _within(folder: Path) -> Iterator[Path]:
+def within(folder: Path) -> Iterator[Path]:
     """All files below a folder; one that links lead to again, or in a circle, counts once."""
     seen = set()
     for place, folders, names in os.walk(folder, followlinks=True):
@@ -224,6 +285,14 @@ def _state(path: Path) -> dict[str, Any]:
         "path": str(path), "size": found.st_size, "modified": found.st_mtime_ns, "changed": found.st_ctime_ns,
         "inode": found.st_ino, "device": found.st_dev,
     }  # fmt: skip
+
+
+def _stamp(path: Path) -> Stamp | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return Stamp(path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def _hash(path: Path) -> str:

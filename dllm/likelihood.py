@@ -109,7 +109,7 @@ def loglikelihood(lm: LanguageModel, prefix: Sequence[int], target: Sequence[int
     if len(target) == 0:
         return 0.0
     length = len(target)
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.device("cpu"):  # whatever the user's default device is
         text = _Text(lm, prefix, target, estimate.cfg_scale)
         if estimate.order == "confidence":
             return float(_surest_first(text))
@@ -135,7 +135,7 @@ def is_greedy(lm: LanguageModel, prefix: Sequence[int], target: Sequence[int], c
     prefix, target = _check(lm, prefix, target)
     if len(target) == 0:
         return True
-    wanted = torch.tensor(list(target))
+    wanted = torch.tensor(list(target), device="cpu")
     steps = stream(
         lm, [list(prefix)], Vanilla(), gen_length=len(target), block_length=None, stop_at_eos=False,
         cfg_scale=cfg_scale, seed=0,

@@ -24,6 +24,7 @@ from dllm.backbones.checkpoint import ATTENTION, DTYPES, QUANTISED, check_values
 from dllm.backbones.packed import pack as pack_weights
 from dllm.checks import choice, first_line
 from dllm.files import read_json
+from dllm.identity import Stamp, stamps
 from dllm.memory import Memory
 from dllm.resolve import names
 from dllm.tokenizers import load_tokenizer
@@ -49,6 +50,7 @@ class LanguageModel:
         adapter: folder of the adapter that its weights were changed by; None without one.
         folder: where its files are; None for one that was made in memory.
         spare: memory that no engine works in.
+        stamps: of its files as they were before they were read, and of the adapter's; see `dllm.identity.stamps`.
     """
 
     backbone: MaskedDiffusionModel
@@ -56,6 +58,7 @@ class LanguageModel:
     name: str
     adapter: Path | None = None
     folder: Path | None = None
+    stamps: tuple[Stamp, ...] = ()
     spare: list[Memory] = field(default_factory=list, repr=False, compare=False)
 
     @property
@@ -103,6 +106,7 @@ def load(
     # The config comes first: it tells whether the gigabytes that follow are of use.
     family = _family(checkpoint_folder(base, revision, files=("config.json",)))
     folder = checkpoint_folder(base, revision)
+    before = stamps(*filter(None, (folder, adapter_folder)))
     with quiet():
         backbone = _load_weights(family, folder, options)
         tokenizer = load_tokenizer(folder)
@@ -117,7 +121,7 @@ def load(
         # The config decides; LLaDA's published tokenizer does not say which of its tokens is the mask.
         tokenizer.mask_token = tokenizer.convert_ids_to_tokens(backbone.mask_token_id)
     called = f"{name}{'' if adapter is None else f'+{adapter}'}"
-    return LanguageModel(backbone, tokenizer, called, adapter_folder, folder)
+    return LanguageModel(backbone, tokenizer, called, adapter_folder, folder, before)
 
 
 def _base_and_adapter(

@@ -20,6 +20,7 @@ from dllm.api import prepare
 from dllm.cache import NoCache
 from dllm.cache.base import Cache
 from dllm.engine import Engine
+from dllm.identity import Stamp, check_weights
 from dllm.journal import Journal
 from dllm.likelihood import Estimate, is_greedy, loglikelihood
 from dllm.loading import LanguageModel
@@ -78,6 +79,8 @@ class Runner:
         baselines: batches of the first requests that are also decoded one token per step, taking turns.
         filmed: answers, from the first on, whose steps are kept.
         progress: called with the number of answers that are there and of all that were asked for so far.
+        read: stamps of the files that sampler and cache read.
+        asked: called when the questions are there, before the first one is answered.
     """
 
     def __init__(
@@ -87,9 +90,12 @@ class Runner:
         baselines: int = 0,
         filmed: int = 0,
         progress: Callable[[int, int], object] = lambda done, total: None,
+        read: Sequence[Stamp] = (),
+        asked: Callable[[], object] = lambda: None,
     ) -> None:
         self.setting, self.journal, self.baselines, self.filmed = setting, journal, baselines, filmed
-        self._progress, self._asked, self._session = progress, 0, ""
+        self._progress, self._asked, self._session, self._read = progress, 0, "", read
+        self._check_asked = asked
         self._ids: list[str] = []
         self._filmed: frozenset[str] = frozenset()
         self._films = None if journal.path is None else journal.path.parent / _FRAMES
@@ -123,7 +129,7 @@ class Runner:
         room = max(0, self.filmed - len(self._ids))
         self._filmed |= frozenset(request.id for request in requests[:room])
         first = not self._ids
-        self._asked += len(requests)
+        self._ask(len(requests))
         self._ids += [request.id for request in requests]
         options = {**self.setting.options, **options}
         size = parse_options(options).batch_size
@@ -148,12 +154,12 @@ class Runner:
             target: token ids.
             greedy: find out about greedy decoding; False is returned otherwise.
         """
-        self._asked += 1
+        self._ask(1)
         if (noted := self.journal.get("likelihood", name)) is None:
             setting = self.setting
             value = loglikelihood(setting.lm, prefix, target, setting.estimate)
             noted = [value, greedy and is_greedy(setting.lm, prefix, target, setting.estimate.cfg_scale)]
-            self.journal.add("likelihood", name, noted)
+            self._note("likelihood", name, noted)
             self._tell()
         return noted[0], noted[1]
 
@@ -207,7 +213,7 @@ class Runner:
         for record, frames in follow(*made, left, self._filmed):
             if frames is not None:
                 self._keep(record, frames)
-            self.journal.add("record", record.id, asdict(record))
+            self._note("record", record.id, asdict(record))
             self._tell()
 
     def _left(self, requests: Sequence[Request]) -> list[Request]:
@@ -218,7 +224,7 @@ class Runner:
         made = self._prepare(requests, Vanilla(), NoCache(), options)
         for record in [record for record, _ in follow(*made, requests, frozenset())]:
             row = Baseline(ids=[record.id], tokens=record.tokens, seconds=record.seconds, nfe=record.nfe)
-            self.journal.add("baseline", f"{name} {self._session} {record.id}", row)
+            self._note("baseline", f"{name} {self._session} {record.id}", row)
 
     def _prepare(
         self, requests: Sequence[Request], sampler: Any, cache: Any, options: Mapping[str, Any]
@@ -311,6 +317,16 @@ class Runner:
                 return "completion holds ids that are no tokens"
             return record.misfit()
         return None
+
+    def _ask(self, count: int) -> None:
+        if not self._asked:
+            self._check_asked()
+        self._asked += count
+
+    def _note(self, kind: str, name: str, value: Any) -> None:
+        """Keep what the model gave, as long as it is the model that was loaded."""
+        check_weights(self.lm, self._read)
+        self.journal.add(kind, name, value)
 
     def _noted(self, name: str) -> Record:
         return Record(**self.journal.get("record", name))

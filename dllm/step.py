@@ -106,7 +106,7 @@ class Event:
             provisional=torch.from_numpy(step.provisional[own]),
             committed=torch.from_numpy(step.change.committed[own]),
             revoked=torch.from_numpy(step.change.revoked[own]),
-            nfe=torch.tensor(step.nfe[self.entry]),
+            nfe=torch.from_numpy(step.nfe)[self.entry],
             drift=tuple(mine for each in step.drift if (mine := each.where(each.ids == self.id)).ids.size),
             errors=(None if self.answer is None else self.answer.error,),
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 def put(device: torch.device, array: NDArray[np.generic]) -> Tensor:
     """An array as a tensor on a device."""
-    tensor = torch.as_tensor(array)
+    tensor = torch.as_tensor(array, device="cpu")
     # Memory that may be swapped out is copied only once all that is under way is done.
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 

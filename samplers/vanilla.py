@@ -162,7 +162,7 @@ class Vanilla(Policy):
 
 def _timestep_quotas(most: int, steps: int) -> Int[Tensor, "M S"]:
     # float32 like the reference, whose rounding decides int() at whole numbers.
-    times = torch.linspace(1, 1e-3, steps + 1)
+    times = torch.linspace(1, 1e-3, steps + 1, dtype=torch.float32)
     left = torch.arange(most + 1, dtype=torch.float32)
     quotas = []
     for i in range(steps):

@@ -17,6 +17,7 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -29,8 +30,7 @@ from dllm.checks import Notice, first_line, is_text, naming, renamed
 from dllm.escape import brief
 from dllm.files import parse_json
 from dllm.resolve import names
-from dllm.scripts import flags, usage
-from dllm.scripts import yaml_files as yaml_files  # which Hydra reads with from here on
+from dllm.scripts import flags, usage, yaml_files
 from dllm.scripts.ending import fail, leave_quietly, line
 from dllm.scripts.kinds import check_kinds
 
@@ -109,6 +109,7 @@ def run(task: Callable[[DictConfig], Any], config_name: str, kinds: Mapping[str,
     # Without this Hydra prints its own report of a wrong option and exits with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     setattr(JobReturn, "return_value", property(_returned, _return))  # noqa: B010  # mypy knows no such assignment
+    yaml_files.register()
     sys.set_int_max_str_digits(_DIGITS)
     try:
         arguments = rewrite(sys.argv[1:], config_name)
@@ -243,7 +244,7 @@ def _check_jobs(overrides: Sequence[str]) -> None:
     """Refuse a product of too many jobs: Hydra's own sweeper makes all of them before the first one runs."""
     count = 1
     for each in OverridesParser.create().parse_overrides(list(overrides)):
-        if each.is_choice_sweep() or each.is_range_sweep():
+        if (each.is_choice_sweep() and not isinstance(each.value(), Glob)) or each.is_range_sweep():
             count *= sum(1 for _ in islice(each.sweep_iterator(), _MOST_JOBS + 1))
     if count > _MOST_JOBS:
         raise ValueError(f"these are more than {_MOST_JOBS} jobs; sweep over fewer values")

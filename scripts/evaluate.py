@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import dllm
 from dllm import compatibility, identity
 from dllm.cache.base import Cache
-from dllm.checks import choice, naming, number, seed, threads
+from dllm.checks import choice, known, naming, number, seed, threads
 from dllm.escape import terminal
 from dllm.files import parse_json
 from dllm.journal import Journal
@@ -85,6 +85,9 @@ def evaluate(cfg: DictConfig) -> float | tuple[float, ...] | None:
 def _check(fields: Mapping[str, Any]) -> None:
     for name in fields["objective"]:
         choice("objective", name, ("accuracy", *COSTS))
+    if not fields["objective"]:
+        raise ValueError(f"objective=[] names no metric; use some of accuracy, {', '.join(COSTS)}")
+    known(fields["estimate"], ("method", "samples", "order", "batch_size"), "estimate.")
     seed("seed", fields["seed"])
     for name in ("baselines", "frames"):
         number(name, fields[name], "0 or more", low=0, whole=True)
@@ -107,10 +110,11 @@ def _results(cfg: DictConfig, fields: Mapping[str, Any], label: str) -> tuple[di
     files = task.check()
     path, asked = fields["model"]["path"], canonical(fields, KINDS)
     others = {name: value for name, value in asked["model"].items() if name != "path"}
+    stamps = identity.stamps_read_by(sampler, cache)
     read = identity.contents([asked["sampler"], asked["cache"], others])
     read |= identity.read_by(sampler) | identity.read_by(cache)
-    state = identity.checkpoint(Path(path)) if Path(path).is_dir() else {}
-    lm, weights = _load(json.dumps(fields["model"]), json.dumps([state, read]), app.option_of("model"))
+    state = [identity.checkpoint(Path(path)), identity.stamps(Path(path))] if Path(path).is_dir() else []
+    lm, weights = _load(json.dumps(fields["model"]), json.dumps([state, read], default=str), app.option_of("model"))
     folder = RunFolder(Path(fields["out"]), label, _identity(asked, weights, task, files, read))
     main = fields["task"].get("metric")
     if (found := folder.results(main)) is not None:
@@ -118,7 +122,9 @@ def _results(cfg: DictConfig, fields: Mapping[str, Any], label: str) -> tuple[di
     with _progress(label) as progress:
         journal = Journal(folder.journal)
         setting = Setting(lm, sampler, cache, options, estimate)
-        runner = Runner(setting, journal, fields["baselines"], fields["frames"], _unless_orphaned(progress))
+        told = _unless_orphaned(progress)
+        same = partial(_check_same, task, files)
+        runner = Runner(setting, journal, fields["baselines"], fields["frames"], told, stamps, same)
         try:
             if (found := folder.results(main)) is None:  # another process may have finished it meanwhile
                 folder.begin(lm, fields)
@@ -126,6 +132,15 @@ def _results(cfg: DictConfig, fields: Mapping[str, Any], label: str) -> tuple[di
             return found, folder.path
         finally:
             runner.close()
+
+
+def _check_same(task: Task, before: Mapping[str, str]) -> None:
+    """Refuse questions that were read from other data than was looked at: a model was loaded in between."""
+    if task.check() != before:
+        raise OSError(
+            f"the data or the definition of task={task.name} was changed by something else during this run; run the "
+            "command again"
+        )
 
 
 @lru_cache(maxsize=1)

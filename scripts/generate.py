@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 import dllm
-from dllm import compatibility
+from dllm import compatibility, identity
 from dllm.answer_manifest import AnswerManifest, describe, identify
 from dllm.cache.base import Cache
 from dllm.checks import SEEDS, choice, renamed, seed
@@ -75,6 +75,7 @@ def generate(cfg: DictConfig) -> None:
         if cfg.seed is None and manifest.seed is not None:  # any will do, so what is there need not be mixed
             options["seed"] = manifest.seed
         made = {"sampler": sampler, "cache": cache}
+        read = identity.stamps_read_by(sampler, cache)
         session = describe(fields | options, HydraConfig.get().runtime.choices, made)
         left = _left(questions, answers)
         manifest.check(questions, session)
@@ -84,7 +85,7 @@ def generate(cfg: DictConfig) -> None:
             manifest.check_model(session)
             if left:
                 answers.prepare = lambda: manifest.begin(questions, session)
-                runner.answer_file(questions, answers, cfg.show)
+                runner.answer_file(questions, answers, cfg.show, read)
                 manifest.verify()
         if manifest.note:
             print(manifest.note)
@@ -148,7 +149,9 @@ class Runner:
             own.check("picture", str(picture), {picture: own.PICTURE})
             save_picture(frames, f"{self.lm.name} · {prompt}", picture)
 
-    def answer_file(self, questions: Sequence[Question], answers: AnswerFile, show: str) -> None:
+    def answer_file(
+        self, questions: Sequence[Question], answers: AnswerFile, show: str, read: Sequence[identity.Stamp]
+    ) -> None:
         """Decode the questions that have no answer yet, writing each answer as it finishes."""
         left = _left(questions, answers)
         ids = self._encode([(question.place, question.prompt) for question in left])
@@ -172,6 +175,7 @@ class Runner:
                     why = renamed(answer.error, {"dtype": "model.dtype"})
                     print(f"{left[answer.index].place} has no answer: {why}", file=sys.stderr)
                     continue
+                identity.check_weights(self.lm, read)
                 answers.add(
                     {
                         "id": name,

@@ -37,6 +37,7 @@ def check_kinds(cfg: DictConfig, config_name: str, kinds: Mapping[str, Any]) -> 
     source = OmegaConf.create((resources.files("dllm.conf") / f"{config_name}.yaml").read_text(encoding="utf-8"))
     defaults: Any = OmegaConf.to_container(source)
     group_names = groups(config_name)
+    known(cfg, options(config_name))  # what a command does not read would have no effect
     for key, value in cfg.items():
         name = str(key)
         value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
@@ -44,13 +45,14 @@ def check_kinds(cfg: DictConfig, config_name: str, kinds: Mapping[str, Any]) -> 
             _check_group(name, value)
         elif name in kinds:
             _check(name, value, kinds[name])
-        elif name in defaults:
-            _check_like(name, value, defaults[name])
         else:
-            known([name], options(config_name))
+            _check_like(name, value, defaults[name])
     # A configuration of the user's own may lack some; `sweep` is null by default, and then not there.
     needed = (name for name in options(config_name) if group_names.get(name) != "null")
-    if missing := [name for name in needed if name not in cfg]:
+    missing = [name for name in needed if name not in cfg]
+    if "model" in group_names and not (OmegaConf.is_dict(cfg.get("model")) and "path" in cfg.model):
+        missing.append("model.path")
+    if missing:
         raise ValueError(f"{missing[0]} has no value; add it to the configuration")
 
 

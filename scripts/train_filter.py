@@ -154,6 +154,7 @@ def _collect(
     """Records of all prompts, batch by batch; what an earlier run of the same recipe left is taken over."""
     file = folder / "recipe.json"
     asked = sha256(json.dumps(ids).encode()).hexdigest()
+    stamps = identity.stamps_read_by(sampler, cache)
     read = identity.contents(recipe) | identity.read_by(sampler) | identity.read_by(cache)
     recipe = recipe | {"fingerprint": lm.backbone.fingerprint(), "checkpoint": identity.model(lm), "files": read}
     recipe |= {"prompts": asked}
@@ -176,6 +177,7 @@ def _collect(
                 del seeded["batch_size"]
                 records = collect(lm, ids[start : start + size], sampler, cache, **seeded)
                 records = replace(records, prompt=records.prompt + start)
+                identity.check_weights(lm, stamps)
                 check_kept(file, written, "; run the command again")
                 write_whole(part, save(vars(records)))
                 found = records

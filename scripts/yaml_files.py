@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.core_plugins import file_config_source
+from hydra._internal.sources_registry import SourcesRegistry
+from hydra.core.plugins import Plugins
 from omegaconf.errors import OmegaConfBaseException
 
 from dllm.files import check_readable
@@ -14,28 +16,33 @@ from dllm.files import check_readable
 _MOST_BYTES, _MOST_NODES, _DEEPEST = 1 << 20, 10_000, 20
 
 
-_load = FileConfigSource.load_config
+class FileConfigSource(file_config_source.FileConfigSource):
+    """Hydra's reader of folders, which would follow an alias, or a file, however much comes of it.
+
+    It has the name of Hydra's own: a worker of joblib registers that one once more, and by its name knows it is there.
+    """
+
+    def load_config(self, config_path: str) -> Any:
+        """Read one file, once it is known to be plain."""
+        path = Path(self.path, self._normalize_file_name(config_path))
+        if not path.exists():
+            return super().load_config(config_path)
+        check_readable("--config-dir", path)
+        if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"{path} is no file of at most {_MOST_BYTES} bytes; give a smaller one")
+        try:
+            _check_plain(yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader))
+            return super().load_config(config_path)
+        except RecursionError:
+            raise ValueError(f"{path} is nested too deep; give plainer values") from None
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+            raise ValueError(f"{path} cannot be read ({_reason(error)}); mend it") from None
 
 
-def load_config(source: FileConfigSource, config_path: str) -> Any:
-    """Hydra's reader of folders, which would follow an alias, or a file, however much comes of it."""
-    path = Path(source.path, source._normalize_file_name(config_path))
-    if not path.exists():
-        return _load(source, config_path)
-    check_readable("--config-dir", path)
-    if not path.is_file() or path.stat().st_size > _MOST_BYTES:
-        raise ValueError(f"{path} is no file of at most {_MOST_BYTES} bytes; give a smaller one")
-    try:
-        _check_plain(yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader))
-        return _load(source, config_path)
-    except RecursionError:
-        raise ValueError(f"{path} is nested too deep; give plainer values") from None
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({_reason(error)}); mend it") from None
-
-
-# Not a source of our own: the worker of a launcher, which gets the sources of its parent, would refuse a second one.
-FileConfigSource.load_config = load_config  # type: ignore[assignment,method-assign]
+def register() -> None:
+    """Let Hydra read folders so."""
+    Plugins.instance()  # which would put its own in that place
+    SourcesRegistry.instance().types[FileConfigSource.scheme()] = FileConfigSource
 
 
 def _reason(error: Exception) -> str:

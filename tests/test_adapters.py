@@ -208,6 +208,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config is no object": (lambda folder: (folder / "adapter_config.json").write_text("[1]"), "JSON list"),
     "unknown kind": (lambda folder: edit_config(folder, peft_type="MAGIC"), "MAGIC"),
     "prompts": (lambda folder: edit_config(folder, peft_type="PROMPT_TUNING", num_virtual_tokens=4), "PROMPT_TUNING"),
+    "other adapters": (
+        lambda folder: edit_config(folder, peft_type="XLORA", hidden_size=32, adapters={"0": "someone/adapter"}),
+        "made of other adapters",
+    ),
+    "rank that fills the memory": (lambda folder: edit_config(folder, r=10**9), "more than its tensors hold"),
+    "rank of one layer": (lambda folder: edit_config(folder, rank_pattern={"q_proj": 10**9}), "more than its tensors"),
     "other rank": (lambda folder: edit_config(folder, r=2), "size mismatch"),
     "other modules": (lambda folder: edit_config(folder, target_modules=["nothing"]), "nothing"),
     "fewer modules": (lambda folder: edit_config(folder, target_modules=["q_proj"]), "has no place"),

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.sources_registry import SourcesRegistry
 
 import dllm
 from commands import Outcome, command
+from dllm.scripts import yaml_files
 
 TARGET = "_target_: dllm.samplers.Vanilla\n"
 NINES = "9" * 5000
@@ -43,7 +46,7 @@ def test_a_job_of_a_sweep_that_fails_is_one_line(name: str) -> None:
     assert result.code == 2
     lines = result.err.splitlines()
     assert [line.split(" is out")[0] for line in lines] == [
-        f"dllm {name}: error: gen_length=0", f"dllm {name}: error: gen_length=-1"
+        f"dllm {name}: error: gen_length={each} seed=1: gen_length={each}" for each in (0, -1)
     ]  # fmt: skip
 
 
@@ -88,6 +91,27 @@ class TestLength:
     @pytest.mark.parametrize("values", ["range(1000000000)", "range(200)", f"range({NINES})"])
     def test_a_sweep_of_too_many_jobs_is_refused(self, values: str) -> None:
         refused(command("evaluate", "-m", f"seed={values}", "gen_length=range(1,200)"), "more than 10000 jobs")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["evaluate", "+stop=x"], "unknown option 'stop'"),
+        (["train-filter", "+cfg_scale=1"], "unknown option 'cfg_scale'"),
+        (["evaluate", "+estimate.x=1"], "unknown option 'estimate.x'"),
+        (["evaluate", "+estimate.seed=1"], "unknown option 'estimate.seed'"),
+        (["evaluate", "objective=[]"], "objective=[] names no metric"),
+        (["generate", "~model.path"], "model.path has no value"),
+        (["evaluate", "~model.path"], "model.path has no value"),
+    ],
+)
+def test_options_that_are_not_there_or_have_no_effect(arguments: list[str], said: str) -> None:
+    refused(command(*arguments), said)
+
+
+def test_a_sweep_over_all_names_of_a_pattern() -> None:
+    with pytest.raises(Reached):
+        command("evaluate", "-m", "sampler=glob(v*)")
 
 
 class TestFlags:
@@ -168,6 +192,14 @@ class TestYaml:
         file = tmp_path / "sampler" / "mine.yaml"
         file.symlink_to(file if kind == "loop" else kind)
         refused(command("generate", "--config-dir", str(tmp_path), "sampler=mine"), "mine")
+
+    def test_a_worker_of_a_sweep_may_register_hydras_own_reader_once_more(self) -> None:
+        yaml_files.register()
+        registry = SourcesRegistry.instance()
+        ours = registry.types["file"]
+        registry.register(FileConfigSource)
+        assert registry.types["file"] is ours
+        assert ours is not FileConfigSource
 
     def test_a_plain_one_is_read(self, tmp_path: Path) -> None:
         (tmp_path / "sampler").mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -74,6 +75,38 @@ def test_every_sampler_and_cache_asks_for_nothing_that_cuda_lacks(make: Maker, s
             for options in ({}, drawn) if cache in ("none", "dual") else ({},):
                 with OnCuda():
                     dllm.generate(lm, [[5], [6, 7, 8]], sampler, cache, gen_length=7, block_length=4, seed=0, **options)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+def test_defaults_that_the_user_set_for_tensors_change_no_tokens(sampler: Any) -> None:
+    lm = random_llada()
+    options: dict[str, Any] = {"gen_length": 7, "block_length": 4, "seed": 0, "temperature": 0.7}
+    _same_whatever_the_defaults(
+        lambda: [frame.tokens.tolist() for frame in dllm.stream(lm, [[5], [6, 7, 8]], sampler, **options)]
+    )
+
+
+@backbones
+def test_defaults_that_the_user_set_for_tensors_change_no_scores(make: Maker) -> None:
+    lm, estimate = make(), Estimate(samples=2)
+    _same_whatever_the_defaults(
+        lambda: (
+            [loglikelihood(lm, [5], [6, 7], each) for each in (estimate, replace(estimate, method="chain"))]
+            + [is_greedy(lm, [5], [6, 7]), lm.backbone.fingerprint()]
+        )
+    )
+
+
+def _same_whatever_the_defaults(results: Callable[[], list[Any]]) -> None:
+    expected, before = results(), torch.get_default_dtype()
+    try:
+        for dtype in (torch.bfloat16, torch.float64):
+            torch.set_default_dtype(dtype)
+            assert results() == expected, dtype
+    finally:
+        torch.set_default_dtype(before)
+    with torch.device("meta"):  # stands in for a GPU, whose values do not mix with those of the CPU
+        assert results() == expected
 
 
 @backbones

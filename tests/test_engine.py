@@ -103,11 +103,14 @@ def test_texts_chats_tensors_and_masks_are_requests() -> None:
     for prompt in ("Tom has 5 pens.", ids, torch.tensor(ids), np.array(ids), lm.tokenizer("Tom has 5 pens.")):
         engine.add(prompt, gen_length=6)
     engine.add([*ids, 0, 0], attention_mask=[1] * len(ids) + [0, 0], gen_length=6)
-    filled = engine.add([*ids[:2], mask, *ids[3:]], infill=True)
+    gapped = [*ids[:2], mask, *ids[3:]]
+    filled = engine.add(gapped, infill=True)
     answers = finished(engine)
     (text,) = dllm.generate(lm, "Tom has 5 pens.", "threshold", gen_length=6).texts
     assert {answers[n].text for n in range(6)} == {text}
-    assert answers[filled].completion == dllm.infill(lm, [[*ids[:2], mask, *ids[3:]]], "threshold").sequences[0].tolist()
+    assert (
+        answers[filled].completion == dllm.infill(lm, [gapped], "threshold").sequences[0].tolist()
+    )
     with pytest.raises(ValueError, match="prompt holds 2 prompts; add one at a time"):
         engine.add(["Tom", "Ann"])
 
@@ -230,9 +233,7 @@ def test_what_is_kept_of_a_step_does_not_change() -> None:
 
 def test_a_second_run_captures_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
     device, lm = Device(), random_llada()
-    monkeypatch.setattr(
-        "dllm.memory.Forward", lambda backbone, wanted: graphs.Forward(backbone, True, device.capture)
-    )
+    monkeypatch.setattr("dllm.memory.Forward", lambda backbone, wanted: graphs.Forward(backbone, True, device.capture))
     options: dict[str, Any] = {"gen_length": 12, "block_length": 6, "stop_at_eos": False}
     results = [dllm.generate(lm, PROMPTS[:3], "vanilla", "dual", **options) for _ in range(3)]
     first = len(device.made)

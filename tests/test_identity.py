@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 import dllm
 from commands import command
 from dllm import identity
+from dllm.filters import load_filter
+from dllm.journal import Journal
 from dllm.loading import BUNDLED
 from dllm.samplers import ARGuided, FreeDave, Learn2PD, Oracle
+from dllm.tasks.arithmetic import WordProblems
 from models import random_dream, random_llada, save_folder
 
 
@@ -43,10 +46,16 @@ def edit(name: str, old: str, new: str) -> Callable[[Path], None]:
     return change
 
 
+def template_apart(folder: Path) -> None:
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "default.jinja").write_text("{{ messages[0].content }}")
+
+
 CHANGES: dict[str, Callable[[Path], None]] = {
     "one value of one tensor": one_value,
     "a constant of the config": edit("config.json", '"rope_theta": 10000.0', '"rope_theta": 10001.0'),
     "the chat template": lambda folder: (folder / "chat_template.jinja").open("a").write(" ") and None,
+    "a chat template in a folder of its own": template_apart,
     "the tokenizer": edit("tokenizer.json", '"Tom"', '"Tim"'),
     "what ends a text": lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": 3}') and None,
 }
@@ -278,3 +287,126 @@ class TestTasks:
         before = module.definition(manager, "mine", None)
         monkeypatch.setattr(module, "version", lambda name: "99")
         assert module.definition(manager, "mine", None) != before
+
+
+def doubled(file: Path) -> bytes:
+    return save({name: 2 * tensor for name, tensor in load_file(file).items()}, {"format": "pt"})
+
+
+SHORT = ("gen_length=8", "block_length=8")
+
+
+@pytest.mark.parametrize("kind", ["evaluate", "generate"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_files_that_are_replaced_while_a_model_is_loaded_give_its_results_to_nobody(
+    name: str, kind: str, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, load = shutil.copytree(saved, tmp_path / "model"), dllm.load
+    replacing = [True]
+
+    def loaded(*arguments: Any, **options: Any) -> Any:
+        lm = load(*arguments, **options)
+        if replacing:
+            (tmp_path / "new").write_bytes((folder / name).read_bytes())
+            (tmp_path / "new").replace(folder / name)
+        return lm
+
+    monkeypatch.setattr(dllm, "load", loaded)
+    questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    questions.write_text('{"prompt": "Tom has 2 apples."}\n')
+    given = {
+        "evaluate": (f"out={tmp_path / 'out'}", "task.limit=1", "baselines=0"),
+        "generate": (f"input={questions}", f"output={answers}"),
+    }[kind]
+    words = (kind, "model=custom", f"model.path={folder}", *given, *SHORT)
+    outcome = command(*words)
+    assert outcome.code == 2
+    assert f"{folder / name} was changed by something else during this run; run the command again" in outcome.err
+    assert not answers.exists()
+    assert not list(tmp_path.glob("out/*/results.json"))
+    replacing.clear()
+    assert command(*words).code == 0
+
+
+def test_weights_that_are_written_over_during_a_run_give_no_more_answers(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, add = shutil.copytree(saved, tmp_path / "model"), Journal.add
+    weights = folder / "model.safetensors"
+    before, other = weights.read_bytes(), doubled(weights)
+    words = ("evaluate", "model=custom", f"model.path={folder}", f"out={tmp_path / 'out'}", "task.limit=3", *SHORT)
+
+    def written_over(journal: Journal, kind: str, name: str, value: Any) -> None:
+        add(journal, kind, name, value)
+        if kind == "record":
+            with weights.open("r+b") as file:
+                file.write(other)
+
+    with monkeypatch.context() as changing:
+        changing.setattr(Journal, "add", written_over)
+        outcome = command(*words, "batch_size=1", "baselines=0")
+    assert outcome.code == 2
+    assert f"{weights} was changed by something else during this run" in outcome.err
+    (journal,) = tmp_path.glob("out/*/journal.jsonl")
+    assert journal.read_text().count('"kind": "record"') == 1
+    weights.write_bytes(before)
+    assert command(*words, "batch_size=1", "baselines=0").code == 0
+    assert not journal.exists()
+
+
+def test_weights_that_are_replaced_or_removed_during_a_run_are_still_those_that_were_loaded(
+    saved: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(saved, tmp_path / "model")
+    lm = dllm.load(folder)
+    before = lm.backbone.fingerprint()
+    (tmp_path / "new").write_bytes(doubled(folder / "model.safetensors"))
+    (tmp_path / "new").replace(folder / "model.safetensors")
+    identity.check_weights(lm)
+    (folder / "model.safetensors").unlink()
+    identity.check_weights(lm)
+    assert lm.backbone.fingerprint() == before
+
+
+def test_a_guide_that_is_replaced_during_a_run_judges_no_more_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guide, add = shutil.copytree(BUNDLED / "tiny-guide", tmp_path / "guide"), Journal.add
+    (tmp_path / "new").write_bytes(doubled(guide / "model.safetensors"))
+    words = ("evaluate", "sampler=ar_guided", f"sampler.guide={guide}", f"out={tmp_path / 'out'}", "task.limit=3")
+
+    def replaced(journal: Journal, kind: str, name: str, value: Any) -> None:
+        add(journal, kind, name, value)
+        if kind == "record" and (tmp_path / "new").exists():
+            (tmp_path / "new").replace(guide / "model.safetensors")
+
+    monkeypatch.setattr(Journal, "add", replaced)
+    outcome = command(*words, "batch_size=1", "baselines=0", "frames=0", *SHORT)
+    assert outcome.code == 2
+    assert f"{guide / 'model.safetensors'} was changed by something else during this run" in outcome.err
+    (journal,) = tmp_path.glob("out/*/journal.jsonl")
+    assert journal.read_text().count('"kind": "record"') == 1
+
+
+def test_a_filter_that_is_written_over_is_still_the_one_that_was_loaded(tmp_path: Path) -> None:
+    file = shutil.copy(BUNDLED / "tiny-llada" / "learn2pd.safetensors", tmp_path / "filter.safetensors")
+    loaded = load_filter(file).network.state_dict()
+    before = {name: tensor.clone() for name, tensor in loaded.items()}
+    content = doubled(file)
+    with file.open("r+b") as opened:
+        opened.write(content)
+    assert all(torch.equal(loaded[name], before[name]) for name in before)
+
+
+def test_data_that_changes_before_it_is_asked_about_is_not_taken_for_what_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter([{"data": "a"}, {"data": "b"}, {"data": "a"}, {"data": "a"}])
+    monkeypatch.setattr(WordProblems, "check", lambda self: next(found))
+    words = ("evaluate", f"out={tmp_path}", "task.limit=1", "baselines=0", "frames=0", *SHORT)
+    outcome = command(*words)
+    assert outcome.code == 2
+    assert "task=word_problems was changed by something else during this run; run the command again" in outcome.err
+    (journal,) = tmp_path.glob("*/journal.jsonl")
+    assert not journal.read_text()
+    assert command(*words).code == 0

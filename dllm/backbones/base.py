@@ -138,7 +138,7 @@ class MaskedDiffusionModel(PreTrainedModel):
         constants = (*self.kv_shape, config.num_attention_heads, config.rope_theta, config.rms_norm_eps)
         settings = ",".join(str(float(value)) for value in (*constants, config.mask_token_id))
         weights = ((name, _at_hand(self, name, weight)) for name, weight in self.state_dict(keep_vars=True).items())
-        return checksum(chain([(settings, torch.empty(0))], weights))
+        return checksum(chain([(settings, torch.empty(0, device="cpu"))], weights))
 
     def forward(
         self,

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
 
+from dllm.identity import within
 from dllm.reports.runs import Failure, Group, Run, Sweep
 from dllm.stored import misfit, shallow, there
 
@@ -37,10 +38,10 @@ def load(folder: Path, quality: str | None = None) -> Sweep:
     """
     if not folder.is_dir():
         raise ValueError(f"folder={str(folder)!r} is no folder; give that of a sweep or of a run")
-    files = sorted(folder.rglob("results.json"))
+    files = _named("results.json", folder)
     failures = tuple(
         Failure(*(str(entry.get(name, "")) for name in ("label", "message")))
-        for path in sorted(folder.rglob("error.json"))
+        for path in _named("error.json", folder)
         if path.with_name("results.json") not in files and (entry := _read(path, "dllm-error"))
     )
     if not files:
@@ -59,6 +60,12 @@ def load(folder: Path, quality: str | None = None) -> Sweep:
     keys = sorted({(run.model, run.task) for run in runs})
     groups = tuple(Group(*key, _ranked([run for run in runs if (run.model, run.task) == key])) for key in keys)
     return Sweep(folder.resolve().name, groups, failures)
+
+
+def _named(name: str, folder: Path) -> list[Path]:
+    """The files of a name below a folder, those behind links as well; each once, by its own path where it has one."""
+    found = [*(path for path in within(folder) if path.name == name), *folder.rglob(name)]
+    return sorted({path.resolve(): path for path in found}.values())
 
 
 def _apart(runs: Sequence[Run]) -> list[Run]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,20 @@ class TestRuns:
 
     def test_a_folder_may_be_one_run(self, tmp_path: Path) -> None:
         assert labels(write_run(tmp_path / "run", "only")) == [["only"]]
+
+    def test_runs_and_failures_behind_links_are_read_once(self, tmp_path: Path) -> None:
+        for name in ("near", "far"):
+            write_run(tmp_path / name, name)
+        write_error(tmp_path / "failed", "failed", "why")
+        gathered = tmp_path / "gathered"
+        (gathered / "deep").mkdir(parents=True)
+        shutil.move(tmp_path / "near", gathered / "near")
+        for link, place in {"a": gathered / "near", "deep/far": tmp_path / "far", "deep/up": gathered}.items():
+            (gathered / link).symlink_to(place)
+        (gathered / "failed").symlink_to(tmp_path / "failed")
+        sweep = load(gathered)
+        assert sorted(run.place for group in sweep.groups for run in group.runs) == ["deep/far", "near"]
+        assert [each.label for each in sweep.failures] == ["failed"]
 
     def test_models_and_tasks_are_kept_apart(self, tmp_path: Path) -> None:
         for number, (model, task) in enumerate([("m2", "a"), ("m1", "b"), ("m1", "a"), ("m1", "a")]):
