@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -19,81 +18,10 @@ from torch import Tensor
 
 from dllm.cache.selection import Flags as Flags
 from dllm.cache.selection import Store
-from dllm.canvas import Canvas, Change, Exchange
+from dllm.canvas import Change, Exchange
 from dllm.checks import number
+from dllm.question import Question as Question
 from dllm.run import Run
-
-
-@dataclass(frozen=True)
-class Question:
-    """What a forward is asked, about A sequences.
-
-    Attributes:
-        canvas: the canvas as it is. Never write to it.
-        rows: (A,) number of the row of each sequence; a row with several drafts comes as often.
-        slots: (A,) the slot that row is in, ascending.
-        first: (A,) True where a sequence is the canvas as it is, which of a row's drafts the first may be. What
-            a cache remembers of a row between forwards changes with these alone.
-        places: what is asked, as (N,) sequences and (N,) columns whose hidden states are needed for it.
-        drafts: (A, L) tokens of the sequences, where they are drafts; not looked up unless somebody calls it.
-    """
-
-    canvas: Canvas
-    rows: NDArray[np.int64]
-    slots: NDArray[np.int64]
-    first: Flags
-    places: tuple[NDArray[np.int64], NDArray[np.int64]]
-    drafts: Callable[[], NDArray[np.int64]] | None = None
-
-    @cached_property
-    def drafted(self) -> Flags:
-        """(A, L) where a sequence is not the canvas as it is."""
-        if self.drafts is None:
-            return np.zeros((len(self.rows), self.canvas.length), dtype=bool)
-        return np.asarray(self.drafts() != self.canvas.host[self.rows])
-
-    @cached_property
-    def read(self) -> Flags:
-        """(A, L) columns whose hidden states the forward must produce."""
-        read = np.zeros((len(self.rows), self.canvas.length), dtype=bool)
-        read[self.places] = True
-        return read
-
-    def some(self, sequences: NDArray[np.int64]) -> Question:
-        """The same about some of the sequences, in ascending order, where nobody asks for the drafts' tokens."""
-        of, column = self.places
-        mine = np.isin(of, sequences)
-        return Question(
-            self.canvas,
-            self.rows[sequences],
-            self.slots[sequences],
-            self.first[sequences],
-            (np.searchsorted(sequences, of[mine]), column[mine]),
-        )
-
-    @property
-    def block(self) -> NDArray[np.int64]:
-        """(A,) number of the active block."""
-        return self.canvas.block[self.rows]
-
-    @property
-    def low(self) -> NDArray[np.int64]:
-        """(A,) first column of the active block."""
-        return self.canvas.low[self.rows]
-
-    @property
-    def high(self) -> NDArray[np.int64]:
-        """(A,) the column behind the active block."""
-        return np.asarray(np.minimum(self.low + self.canvas.block_length[self.rows], self.canvas.end[self.rows]))
-
-    @property
-    def masked(self) -> Flags:
-        """(A, L) positions still to be decoded."""
-        return (self.canvas.host[self.rows] == self.canvas.mask_token_id) & self.canvas.region[self.rows]
-
-    def since(self, column: NDArray[np.int64]) -> Flags:
-        """(A, L) the columns from one of each sequence on."""
-        return np.arange(self.canvas.length) >= column[:, None]
 
 
 @dataclass(frozen=True)

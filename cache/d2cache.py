@@ -34,9 +34,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dllm.backbones.transformer import KVStore
-from dllm.cache.base import Flags, Metered, Probe, Question
+from dllm.cache.base import Flags, Metered, Plan, Probe, Question
 from dllm.cache.selection import Selection
-from dllm.cache.store import Choice, KeyValues, PerRow, Reuse
+from dllm.cache.store import KeyValues, PerRow, Reuse
 from dllm.checks import number
 from dllm.run import Run
 
@@ -89,7 +89,7 @@ class _ByCertaintyAndRollout(PerRow):
         self.masked = self.per_row(False, run.length, dtype=bool)
         self.confidence = self.per_row(0, run.length, dtype=float)
 
-    def choose(self, question: Question, due: Flags, stale: Flags) -> Choice:
+    def plan(self, question: Question, due: Flags, stale: Flags) -> Plan:
         canvas, rows, masked = question.canvas, question.rows, question.masked
         # Where the prediction for each column is read.
         at = np.maximum(np.arange(canvas.length) - self.shift, canvas.padding[rows, None])
@@ -100,7 +100,7 @@ class _ByCertaintyAndRollout(PerRow):
         probe = _moved(masked, at) & (compute | due[:, None])
         self.masked[rows[question.first]] = masked[question.first]
         self.store.visible[rows] = canvas.visible(rows)
-        return Choice(compute, due, probe=Probe(probe, partial(self._learn, question, probe, at)))
+        return Plan(compute, probe=Probe(probe, partial(self._learn, question, probe, at)))
 
     def _certain(self, question: Question, masked: Flags) -> Flags:
         """The masked positions with the highest certainty prior."""

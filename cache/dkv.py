@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dllm.cache.base import Flags, Metered, Question
-from dllm.cache.store import Blocks, Choice, Reuse
+from dllm.cache.base import Flags, Metered, Plan, Question
+from dllm.cache.store import Blocks, Reuse
 from dllm.checks import number
 from dllm.run import Run
 
@@ -51,10 +51,10 @@ class _Delayed(Blocks):
         self.forwards = self.per_row(0)
         self.masked = self.per_row(True, run.length, dtype=bool)
 
-    def choose(self, question: Question, due: Flags, stale: Flags) -> Choice:
+    def plan(self, question: Question, due: Flags, stale: Flags) -> Plan:
         rows, masked = question.rows, question.masked
         step = np.where(self.entered(question), 0, self.forwards[rows] + 1)
         compute = masked | self.masked[rows]
         kept, first = rows[question.first], question.first
         self.forwards[kept], self.masked[kept] = step[first], masked[first]
-        return Choice(compute, due | (step <= 1) | (step % self.interval == 0))
+        return Plan(compute | ((step <= 1) | (step % self.interval == 0))[:, None])

@@ -35,9 +35,9 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dllm.cache.base import Flags, Metered, Question
+from dllm.cache.base import Flags, Metered, Plan, Question
 from dllm.cache.selection import Selection
-from dllm.cache.store import Choice, KeyValues, PerRow, Reuse
+from dllm.cache.store import KeyValues, PerRow, Reuse
 from dllm.checks import number
 from dllm.run import Run
 
@@ -84,7 +84,7 @@ class _ByChange(PerRow):
         self.options, self.run, self.store = options, run, store
         self.forwards = self.per_row(0)
 
-    def choose(self, question: Question, due: Flags, stale: Flags) -> Choice:
+    def plan(self, question: Question, due: Flags, stale: Flags) -> Plan:
         options, rows = self.options, question.rows
         step = self.forwards[rows]
         self.forwards[rows[question.first]] = step[question.first] + 1
@@ -98,7 +98,7 @@ class _ByChange(PerRow):
         length, layers = within.sum(1), self.run.kv_shape[0]
         part = (length + (layers - 1) * np.floor(options.ratio * length)) / layers
         cost = np.ceil(np.where(response, length, part)) + np.where(prompt, (visible & ~within).sum(1), 0)
-        return Choice(within | prompt[:, None], due, cost.astype(np.int64))
+        return Plan(within | prompt[:, None], cost=cost.astype(np.int64))
 
 
 class Features(KeyValues):

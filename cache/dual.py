@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dllm.cache.base import Flags, Metered, Question
-from dllm.cache.store import Blocks, Choice, Reuse
+from dllm.cache.base import Flags, Metered, Plan, Question
+from dllm.cache.store import Blocks, Reuse
 from dllm.run import Run
 
 
@@ -36,6 +36,6 @@ class _BlockAlone(Blocks):
         super().__init__(run)
         self.shift = run.logits_shift
 
-    def choose(self, question: Question, due: Flags, stale: Flags) -> Choice:
+    def plan(self, question: Question, due: Flags, stale: Flags) -> Plan:
         block = question.since(question.low - self.shift) & ~question.since(question.high - self.shift)
-        return Choice(block, due | self.entered(question))
+        return Plan(block | self.entered(question)[:, None])

@@ -30,8 +30,8 @@ from typing import Literal
 
 import numpy as np
 
-from dllm.cache.base import Flags, Metered, Question
-from dllm.cache.store import Choice, PerRow, Reuse
+from dllm.cache.base import Flags, Metered, Plan, Question
+from dllm.cache.store import PerRow, Reuse
 from dllm.checks import choice, number
 from dllm.run import Run
 
@@ -77,7 +77,7 @@ class _Frozen(PerRow):
         self.front = self.per_row(0)  # where the last forward of each row started to compute
         self.raw = self.per_row(True, dtype=bool)  # the prompt is as the first forward left it
 
-    def choose(self, question: Question, due: Flags, stale: Flags) -> Choice:
+    def plan(self, question: Question, due: Flags, stale: Flags) -> Plan:
         options, rows, start = self.options, question.rows, question.canvas.start[question.rows]
         match options.granularity:
             case "prompt":
@@ -98,4 +98,4 @@ class _Frozen(PerRow):
         compute = question.since(since)
         if options.window is not None:
             compute &= ~question.since(question.high + min(options.window, question.canvas.length))
-        return Choice(compute, due)
+        return Plan(compute)

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dllm.cache.base import Flags, Metered, Question
-from dllm.cache.store import Blocks, Choice, Reuse
+from dllm.cache.base import Flags, Metered, Plan, Question
+from dllm.cache.store import Blocks, Reuse
 from dllm.run import Run
 
 
@@ -37,8 +37,8 @@ class _FromBlockOn(Blocks):
         super().__init__(run)
         self.shift = run.logits_shift
 
-    def choose(self, question: Question, due: Flags, stale: Flags) -> Choice:
+    def plan(self, question: Question, due: Flags, stale: Flags) -> Plan:
         end = question.canvas.length - self.shift
         compute = question.since(question.low - self.shift)
         compute[:, end:] = False
-        return Choice(compute, due | self.entered(question))
+        return Plan(compute | self.entered(question)[:, None])

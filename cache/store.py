@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dllm.backbones.transformer import KVStore
-from dllm.cache.base import Plan, Probe, Question
+from dllm.cache.base import Plan, Question
 from dllm.cache.binding import bind
 from dllm.cache.selection import Flags, Selection, Store
 from dllm.canvas import Change, Exchange
@@ -63,23 +63,6 @@ class KeyValues:
         return self.keys, self.values
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Which columns a rule wants computed.
-
-    Attributes:
-        compute: (A, L) the columns, beside those that are read.
-        due: (A,) where all columns are, whatever `compute` says.
-        cost: (A,) columns computed through a whole layer, where that is fewer.
-        probe: what else the rule wants to know.
-    """
-
-    compute: Flags
-    due: Flags
-    cost: NDArray[np.int64] | None = None
-    probe: Probe | None = None
-
-
 class PerRow:
     """What is remembered of each row, under its number.
 
@@ -111,8 +94,8 @@ class Rule(Protocol):
         """Forget what was remembered of other rows with these numbers."""
         ...
 
-    def choose(self, question: Question, due: Flags, stale: Flags) -> Choice:
-        """Choose columns.
+    def plan(self, question: Question, due: Flags, stale: Flags) -> Plan:
+        """Choose the columns to compute beside those that are read.
 
         Args:
             question: what is asked.
@@ -157,12 +140,14 @@ class Reuse(PerRow):
     def plan(self, question: Question) -> Plan:
         """What the rule says, what is read, and what changed under the store."""
         rows, first = question.rows, question.first
-        chosen = self.rule.choose(question, self._due[rows], self._stale[rows])
-        compute = chosen.compute | question.read | self._stale[rows] | chosen.due[:, None]
+        due, stale = self._due[rows], self._stale[rows]
+        plan = self.rule.plan(question, due, stale)
+        assert plan.compute is not None
+        compute = plan.compute | question.read | stale | due[:, None]
         # What a draft changes behind or before the block; within the block the rule decides.
         compute |= question.drafted & (question.since(question.high) | ~question.since(question.low))
         self._due[rows[first]], self._stale[rows[first]] = False, False
-        return Plan(compute, self.store, chosen.cost, chosen.probe)
+        return replace(plan, compute=compute, store=self.store)
 
     def exchange(self, exchange: Exchange) -> None:
         """Begin rows that entered, and follow those that moved."""

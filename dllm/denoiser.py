@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dllm.backbones.transformer import KVStore
-from dllm.cache.base import CacheRun, Plan, Question
+from dllm.cache.base import CacheRun, Plan
 from dllm.cache.selection import Selection, Store
 from dllm.canvas import Canvas, Window
 from dllm.drift import Meter
 from dllm.flags import flagged
 from dllm.graphs import Forward
-from dllm.inquiry import Inquiry, about_window, read
 from dllm.layout import OVERHEAD, apart, pack, span
 from dllm.nonfinite import Broken, not_finite, reason
 from dllm.prediction import Part, Prediction, Sampling
+from dllm.question import Question, about_drafts, about_window
 from dllm.transfer import put, send
 from dllm.work import Work, tree_mask
 
@@ -83,48 +83,38 @@ class Denoiser:
     ) -> Prediction:
         """Predict tokens; see `dllm.samplers.base.Denoise`."""
         window = self.window
+        shift = self.backbone.logits_shift
         if asked is None and columns is None and tokens is None:
             asked, columns = window.inside if decided else window.masked, window.columns
-            inquiry, index = about_window(self.canvas, window, decided), None if decided else window.index
+            question = about_window(self.canvas, window, decided, shift)
         else:
             asked = window.masked if asked is None else asked
             columns = window.columns if columns is None else columns
             tokens = window.tokens[:, None] if tokens is None else tokens
-            inquiry, index = read(asked, columns, tokens, joined), None
-        self.forwards[np.unique(inquiry.slots)] += 1
-        logits = self._logits(inquiry)
-        index = self._put(inquiry.index) if index is None else index
-        prediction = self._predict(logits, asked, index, inquiry)
+            question = about_drafts(self.canvas, asked, columns, tokens, joined, shift)
+        self.forwards[np.unique(question.slots)] += 1
+        logits = self._logits(question)
+        # The indices of the window's own masks are on the device already.
+        index = window.index if asked is window.masked and columns is window.columns else self._put(question.index)
+        prediction = self._predict(logits, asked, index, question)
         self._broken = self._broken | prediction.broken.flatten(1).any(1)
         # Of several drafts the first is the canvas as it is.
         shown = prediction if asked.ndim == 2 else prediction.arranged(lambda values: values[:, 0])
         self.last = shown, columns if columns.ndim == 2 else columns[:, 0]
         return prediction
 
-    def _logits(self, inquiry: Inquiry) -> Float[Tensor, "N V"]:
+    def _logits(self, question: Question) -> Float[Tensor, "N V"]:
         """Logits of what is asked."""
-        canvas, slots, tokens = self.canvas, inquiry.slots, inquiry.tokens
-        rows = canvas.rows[slots]
-        # The prediction for a column is read `logits_shift` to its left, but never in the padding.
-        column = np.maximum(inquiry.column - self.backbone.logits_shift, canvas.padding[rows[inquiry.sequence]])
-        drafts = (lambda: tokens.cpu().numpy()) if inquiry.draft.any() else None
-        question = Question(canvas, rows, slots, inquiry.draft == 0, (inquiry.sequence, column), drafts)
-        plan = self.cache.plan(question)
-        visible = canvas.visible(rows)
+        plan, visible = self.cache.plan(question), question.visible
         if plan.compute is not None and plan.store is not None:
             compute = plan.compute & visible
-            self.looked.append((slots, compute))
-            plan = replace(plan, compute=compute)
-            return self._reusing(question, plan, visible, tokens, inquiry.joined)
+            self.looked.append((question.slots, compute))
+            return self._reusing(question, replace(plan, compute=compute))
         self.meter.trust(question, self.meter.due(question))
-        self.looked.append((slots, visible))
+        self.looked.append((question.slots, visible))
         cost = visible.sum(1)
-        np.add.at(self.computed, slots, cost)
-        return self._in_forwards(
-            question,
-            cost,
-            lambda some, group: self._whole(some, _those(tokens, group), visible[group], joined=inquiry.joined),
-        )
+        np.add.at(self.computed, question.slots, cost)
+        return self._in_forwards(question, cost, lambda some, group: self._whole(some))
 
     def _in_forwards(
         self,
@@ -140,15 +130,9 @@ class Denoiser:
         order = np.concatenate([np.flatnonzero(np.isin(question.places[0], group)) for group in groups])
         return torch.cat(parts)[self._put(np.argsort(order))]
 
-    def _whole(
-        self,
-        question: Question,
-        tokens: Int[Tensor, "A L"],
-        visible: NDArray[np.bool_],
-        store: KVStore | None = None,
-        joined: int = 1,
-    ) -> Float[Tensor, "N V"]:
-        """Logits of what is asked, with every column computed that some sequence looks at."""
+    def _whole(self, question: Question, store: KVStore | None = None) -> Float[Tensor, "N V"]:
+        """Logits of what is asked, with every column computed that some sequence attends to."""
+        tokens, visible = question.tokens, question.visible
         low, high = span(visible)
         sequence, column = question.places
         padding = self.canvas.padding[question.rows]
@@ -159,73 +143,54 @@ class Denoiser:
             given = ~self.window.region[self._put(question.slots), low:high]
         work = Work(
             tokens[:, low:high], positions.clamp(min=0), high - low, self._looks(visible[:, low:high]), given, store,
-            joined=joined,
+            joined=question.joined,
         )  # fmt: skip
         return self._forward(work, select)
 
-    def _reusing(
-        self, question: Question, plan: Plan, visible: NDArray[np.bool_], tokens: Int[Tensor, "A L"], joined: int
-    ) -> Float[Tensor, "N V"]:
+    def _reusing(self, question: Question, plan: Plan) -> Float[Tensor, "N V"]:
         """Logits of what is asked, computed in as many forwards as the plan's widths make worth while."""
         assert plan.compute is not None
         assert plan.store is not None
-        compute, store, asked = plan.compute, plan.store, len(question.places[0])
-        wanted = question
-        if plan.probe is not None:
-            (sequence, column), extra = question.places, np.nonzero(plan.probe.read)
-            both = np.concatenate((sequence, extra[0])), np.concatenate((column, extra[1]))
-            wanted = replace(question, places=both)
-        joined = joined if store.joinable else 1
-        whole = plan.whole(visible) & question.first
-        np.add.at(self.refreshes, question.slots[whole], 1)
-        compute = _together(compute, joined)
+        store, asked = plan.store, len(question.places[0])
+        question = question if store.joinable else replace(question, joined=1)
+        np.add.at(self.refreshes, question.slots[plan.whole(question.visible) & question.first], 1)
+        compute = _together(plan.compute, question.joined)
         cost = compute.sum(1) if plan.cost is None else plan.cost
         np.add.at(self.computed, question.slots, cost)
-        logits = self._in_forwards(
-            wanted,
-            cost,
-            lambda some, group: self._part(some, store, compute[group], visible[group], _those(tokens, group), joined),
-        )
+        wanted = question if plan.probe is None else question.and_about(plan.probe.read)
+        logits = self._in_forwards(wanted, cost, lambda some, group: self._part(some, store, compute[group]))
         if plan.probe is not None:
             plan.probe.tell(_surest(logits[asked:], plan.probe.read, self.canvas.mask_token_id))
             logits = logits[:asked].clone()  # what is kept of a prediction must not keep the rest
-        return self._measured(question, plan, logits, tokens)
+        return self._measured(question, plan, logits)
 
-    def _part(
-        self,
-        question: Question,
-        store: Store,
-        compute: NDArray[np.bool_],
-        visible: NDArray[np.bool_],
-        tokens: Int[Tensor, "A L"],
-        joined: int,
-    ) -> Float[Tensor, "N V"]:
+    def _part(self, question: Question, store: Store, compute: NDArray[np.bool_]) -> Float[Tensor, "N V"]:
         """Logits of what is asked, in one forward that computes some columns of each sequence."""
+        tokens, visible = question.tokens, question.visible
         low, high = span(visible)
         host, places = pack(compute)
         sequence, column = question.places
         select = sequence * host.shape[1] + places[sequence, column]
         columns, select_at, first = send(tokens.device, host, select, self.canvas.padding[question.rows])
-        selection = Selection(question.rows, question.slots, question.first, host, columns, (low, high), joined)
+        selection = Selection(
+            question.rows, question.slots, question.first, host, columns, (low, high), question.joined
+        )
         work = Work(
             tokens.gather(1, columns), (columns - first[:, None]).clamp(min=0), high - low,
-            self._looks(visible[:, low:high]), None, store.bind(selection), columns - low, joined,
+            self._looks(visible[:, low:high]), None, store.bind(selection), columns - low, question.joined,
         )  # fmt: skip
         return self._forward(work, select_at)
 
-    def _measured(
-        self, question: Question, plan: Plan, logits: Float[Tensor, "N V"], tokens: Int[Tensor, "A L"]
-    ) -> Float[Tensor, "N V"]:
+    def _measured(self, question: Question, plan: Plan, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
         """The logits, after comparing them with exact ones where that is due."""
-        meter, canvas = self.meter, self.canvas
+        meter = self.meter
 
         def exact(sequences: NDArray[np.int64], comparison: KVStore) -> Float[Tensor, "N V"]:
-            some = question.some(sequences)
-            visible = canvas.visible(some.rows)
+            some = replace(question, joined=1).some(sequences)
             if meter.above is not None:  # what may act on the result counts as part of it
                 self.forwards[some.slots] += 1
-                np.add.at(self.computed, some.slots, visible.sum(1))
-            logits = self._whole(some, _those(tokens, sequences), visible, comparison)
+                np.add.at(self.computed, some.slots, some.visible.sum(1))
+            logits = self._whole(some, comparison)
             asking = self._put(some.slots[some.places[0]])
             self._broken = flagged(self._broken[None], asking[None], not_finite(logits)[None])[0]
             return logits
@@ -252,10 +217,10 @@ class Denoiser:
         return unconditional + (self.cfg_scale + 1) * (conditional - unconditional)
 
     def _predict(
-        self, logits: Float[Tensor, "N V"], asked: Bool[Tensor, "*B K"], index: Int[Tensor, " N"], inquiry: Inquiry
+        self, logits: Float[Tensor, "N V"], asked: Bool[Tensor, "*B K"], index: Int[Tensor, " N"], question: Question
     ) -> Prediction:
         """Choose tokens, as each row's request wants them chosen."""
-        canvas, of = self.canvas, inquiry.slots[inquiry.sequence]
+        canvas, of = self.canvas, question.slots[question.places[0]]
         requests = [canvas.requests[row] for row in canvas.rows]
         samplings = [request.sampling for request in requests if request is not None]
         kinds = list(dict.fromkeys(samplings[slot] for slot in np.unique(of)))
@@ -280,11 +245,6 @@ class Denoiser:
 
     def _put(self, array: NDArray[np.generic]) -> Tensor:
         return put(self.canvas.device, array)
-
-
-def _those(tokens: Int[Tensor, "A L"], sequences: NDArray[np.int64]) -> Int[Tensor, "M L"]:
-    """Some of the sequences; all of them as they are."""
-    return tokens if len(sequences) == len(tokens) else tokens[put(tokens.device, sequences)]
 
 
 def _surest(logits: Float[Tensor, "N V"], read: NDArray[np.bool_], mask_token_id: int) -> Float[Tensor, "A L"]:
