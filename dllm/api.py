@@ -11,7 +11,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dllm.cache.base import Cache
-from dllm.engine import Engine
+from dllm.engine import Engine, check_model
 from dllm.generation import Generation, Tally, assemble, stack
 from dllm.loading import LanguageModel
 from dllm.options import Options, eos_ids, make_request, parse_options, seeds
@@ -169,6 +169,7 @@ def _prepare(
     together: bool = False,
 ) -> tuple[list[Request], Engine]:
     """As `prepare`, of what users give; with `together` all prompts in one batch."""
+    check_model(lm)
     for name in ("gen_length", "stop_at_eos", "stop"):
         if infill and name in options:
             raise ValueError(f"{name} has no effect on infill; leave it out")

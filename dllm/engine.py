@@ -73,6 +73,7 @@ class Engine:
         cfg_scale: float = 0.0,
         cuda_graphs: bool | None = None,
     ) -> None:
+        check_model(lm)
         number("batch_size", batch_size, "a whole number of at least 1", low=1, whole=True)
         context = lm.backbone.max_length
         if max_length is not None:
@@ -335,3 +336,9 @@ class Engine:
             last=denoiser.last,
             looked=denoiser.looked,
         )
+
+
+def check_model(lm: Any) -> None:
+    """Refuse (ValueError) a name where a loaded model is expected."""
+    if not isinstance(lm, LanguageModel):
+        raise ValueError(f"lm={lm!r} is no loaded model; give dllm.load({str(lm)!r})")

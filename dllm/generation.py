@@ -74,7 +74,7 @@ class Generation:
             final token; -1 where an early end of the text filled it.
         stats: what the run cost.
         attention_mask: (B, P + G) 1 at prompts and at generated tokens up to and including what ended the text, 0 at
-            the padding, after the end, and after the prompt of a row that failed:
+            the padding, after the end, and after the prompt (or where masks are left) of a row that failed:
             `generate(lm, out.sequences, attention_mask=out.attention_mask)` goes on.
         errors: why a row failed; None where it did not. A row that failed stands as far as it came, [MASK] elsewhere,
             and nothing of it counts as generated.
@@ -164,6 +164,8 @@ def assemble(requests: Sequence[Request], tally: Tally, measuring_seconds: float
     for request, answer, start, row in zip(requests, answers, starts, real, strict=True):
         if not request.infill:
             row[start + answer.tokens :] = 0
+        elif answer.error is not None:
+            row[np.array(answer.completion) == request.mask_token_id] = 0
     fill = requests[0].eos_token_ids[0]
     tokens, nfe = sum(answer.tokens for answer in answers), [answer.nfe for answer in answers]
     computed = sum(answer.positions for answer in answers)

@@ -61,7 +61,8 @@ def resolve(group: str, value: Any, protocol: type, parameter: str | None = None
     if not isinstance(value, str):
         if isinstance(value, type) or not isinstance(value, protocol):
             known = ", ".join(names(group) + variants(group))
-            raise ValueError(f"{called}={value!r} is no {group}; use one of {known}, or an object of one")
+            base = "; a class of one's own derives from dllm.samplers.base.Policy" if group == "sampler" else ""
+            raise ValueError(f"{called}={value!r} is no {group}; use one of {known}, or an object of one{base}")
         return value
     return build(called, options_of(group, value, called), protocol)
 

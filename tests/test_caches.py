@@ -17,9 +17,8 @@ from dllm.cache.base import Cache
 from dllm.canvas import Edit, Window
 from dllm.compatibility import unmet
 from dllm.resolve import names, resolve
-from dllm.run import Run
 from dllm.samplers import FreeDave, LocalLeap, Oracle, Threshold, Vanilla
-from dllm.samplers.base import Denoise
+from dllm.samplers.base import Denoise, Policy
 from engine_rig import observed
 from models import random_dream, random_llada
 from toys import Drafting, Editing, Leftmost, Remembering, Revoking, Spying
@@ -256,11 +255,8 @@ def test_forwards_about_drafts_alone_leave_what_is_remembered_of_a_row(make: Mak
 
 
 @dataclass(frozen=True)
-class Peeking:
+class Peeking(Policy):
     """Leftmost, two at a time, after a look at a draft without the canvas as it is."""
-
-    def start(self, run: Run) -> None:
-        return None
 
     def step(self, window: Window, denoise: Denoise, state: None) -> Edit:
         drafted = Edit(window.columns, torch.ones_like(window.columns), window.masked).on(window.tokens)

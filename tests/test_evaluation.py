@@ -47,19 +47,17 @@ def test_final_and_chain_are_counted_apart() -> None:
     assert result.interval == wilson(3, 4)
 
 
-class Perfect:
+class Perfect(dllm.samplers.base.Policy):
     """Commits the right answer at once, one block a step: what evaluate must score as 100%."""
 
     def __init__(self, lm: dllm.LanguageModel, asked: list[Problem], right: int) -> None:
         self.rows = [lm.tokenizer(p.solution if i < right else "Tom").input_ids for i, p in enumerate(asked)]
         self.eos = lm.backbone.eos_token_ids[0]
 
-    def start(self, run: dllm.samplers.base.Run) -> None:
-        self.length = max(run.spans)
-
     def step(self, window, denoise, state):  # type: ignore[no-untyped-def]
         denoise()
-        tokens = [(self.rows[row] + [self.eos] * self.length)[: self.length] for row in window.rows.tolist()]
+        length = window.columns.shape[1]
+        tokens = [(self.rows[row] + [self.eos] * length)[:length] for row in window.rows.tolist()]
         return dllm.canvas.Edit(window.columns, torch.tensor(tokens), window.masked)
 
 

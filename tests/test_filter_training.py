@@ -11,6 +11,7 @@ import dllm
 from dllm.filter_training import Records, Training, collect, fit, measure, split
 from dllm.filters import ConfidenceFilter, NeighbourFilter
 from dllm.samplers import Threshold
+from dllm.samplers.base import Policy
 from models import random_dream, random_llada
 
 OPTIONS: dict[str, Any] = {"gen_length": 14, "block_length": 6, "stop_at_eos": False}
@@ -64,13 +65,10 @@ def test_a_block_where_nothing_is_right_is_given_up_at_once() -> None:
     lm = random_llada()
     mask = lm.backbone.mask_token_id
 
-    class Wrong:
+    class Wrong(Policy):
         """A base whose result the model never predicts."""
 
         single_forward = True
-
-        def start(self, run: Any) -> None:
-            """Nothing to prepare."""
 
         def step(self, window: Any, denoise: Any, state: None) -> Any:
             """Write something else than what is predicted."""
