@@ -327,11 +327,6 @@ class Canvas:
         """(rows,) first column of each row's active block."""
         return np.asarray(self.start + self.block * self.block_length)
 
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """(rows,) columns of each row without its padding."""
-        return np.asarray(self.length - self.padding)
-
     def visible(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """(A, L) columns of some rows that are looked at: neither padding nor cut off."""
         return np.asarray(self.real[rows] & ~self.cut[rows])

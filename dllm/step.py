@@ -176,6 +176,11 @@ class Step(Sequence[Event]):
     def __iter__(self) -> Iterator[Event]:
         return (self[entry] for entry in range(len(self)))
 
+    @property
+    def finished(self) -> int:
+        """Number of requests that this step finished."""
+        return len(self.change.finished)
+
     @cached_property
     def provisional(self) -> NDArray[np.int64]:
         """(B, L) tokens predicted in this step where nothing is committed yet; [MASK] elsewhere."""

@@ -199,7 +199,7 @@ def test_the_presets_have_the_published_shapes(preset: str, parameters: float) -
 
 def test_forwards_that_are_replayed_are_timed_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device()
-    monkeypatch.setattr("dllm.engine.Forward", lambda backbone, wanted: Forward(backbone, True, device.capture))
+    monkeypatch.setattr("dllm.memory.Forward", lambda backbone, wanted: Forward(backbone, True, device.capture))
     bench = Bench(random_llada(), 40, 20, 1, 10)
     bench.bare.forward = Forward(bench.lm.backbone, True, Device().capture)
     costs = bench.run({"dual": (Vanilla(), Dual())}, None)

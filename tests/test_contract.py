@@ -249,12 +249,12 @@ def test_a_cache_may_refuse_a_run_before_the_first_forward() -> None:
 
 
 def test_a_sampler_that_makes_no_progress_is_stopped() -> None:
-    with pytest.raises(RuntimeError, match="no progress in row 0"):
+    with pytest.raises(RuntimeError, match="makes no progress in request 0"):
         run(random_llada(), PROMPTS, Stalling())
 
 
 def test_a_sampler_that_only_rewrites_is_stopped() -> None:
-    with pytest.raises(RuntimeError, match="no progress in row 0"):
+    with pytest.raises(RuntimeError, match="makes no progress in request 0"):
         run(random_llada(), [[1, 2]], Rewriting())
 
 

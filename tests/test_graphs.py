@@ -24,7 +24,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     def start(backbone: Any, wanted: Any = None) -> graphs.Forward:
         return graphs.Forward(backbone, True, found.capture)
 
-    monkeypatch.setattr("dllm.engine.Forward", start)
+    monkeypatch.setattr("dllm.memory.Forward", start)
     return found
 
 
@@ -37,7 +37,8 @@ def test_replayed_forwards_give_what_launched_ones_do(
     lm, options = make(), {"gen_length": 18, "block_length": 6, "batch_size": batch_size}
     replayed = dllm.generate(lm, PROMPTS, "threshold", cache, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dllm.engine.Forward", graphs.Forward)
+        patch.setattr("dllm.memory.Forward", graphs.Forward)
+        lm.spare.clear()
         launched = dllm.generate(lm, PROMPTS, "threshold", cache, **options)
     assert torch.equal(replayed.sequences, launched.sequences)
     assert torch.equal(replayed.nfe, launched.nfe)
@@ -51,7 +52,8 @@ def test_positions_that_share_a_column_are_all_answered(device: Device) -> None:
     options: dict[str, Any] = {"gen_length": 18, "block_length": 6, "stop_at_eos": False}
     replayed = dllm.generate(lm, [[]], filtered, "dual", **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dllm.engine.Forward", graphs.Forward)
+        patch.setattr("dllm.memory.Forward", graphs.Forward)
+        lm.spare.clear()
         launched = dllm.generate(lm, [[]], filtered, "dual", **options)
     assert device.made
     assert torch.equal(replayed.sequences, launched.sequences)

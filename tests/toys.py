@@ -163,7 +163,7 @@ class Rewriting(Policy):
     def step(self, window: Window, denoise: Denoise, state: None) -> Edit:
         first = torch.zeros_like(window.masked)
         first[:, 0] = True
-        return Edit(window.columns, window.step[:, None].expand_as(window.columns) + 1, first)
+        return Edit(window.columns, window.step[:, None].expand_as(window.columns) % 60, first)
 
 
 @dataclass(frozen=True)
