@@ -165,13 +165,14 @@ def _interval(value: Any) -> tuple[float, float] | None:
 
 
 def _ranked(runs: Sequence[Run]) -> tuple[Run, ...]:
-    """The best first, then the cheapest; each with a label of its own."""
+    """By score the best first, then the cheapest; each with a label of its own."""
     told = [replace(run, label=run.label + suffix) for run, suffix in zip(runs, _suffixes(runs), strict=True)]
     last = math.inf
     return tuple(
         sorted(
             told,
             key=lambda run: (
+                run.quality_name,
                 last if run.quality is None else -run.quality,
                 last if (nfe := run.number("nfe")) is None else nfe,
                 run.label,
