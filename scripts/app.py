@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
 import stat
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -63,6 +65,8 @@ _DIGITS = 1 << 18
 _SHARED = ("BasicLauncher", "JoblibLauncher")  # launchers whose jobs write to this process's own stderr
 _PIECE = re.compile(r"""(?:\s*'([^']*)'\s*|\s*"([^"]*)"\s*|([^,]*)),""")
 _QUOTED = re.compile(r"""\s*('[^']*'|"[^"]*")\s*(,\s*('[^']*'|"[^"]*")\s*)*""")
+# Of the environment, which the processes of a sweep's jobs share: when the command began.
+STARTED = "DLLM_STARTED"
 _LISTED = "--help lists them"
 # What bad input looks like when it surfaces; anything else is a bug and keeps its traceback.
 BAD_INPUT = (ValueError, OSError, HydraException, OmegaConfBaseException, YAMLError)
@@ -106,8 +110,8 @@ def run(task: Callable[[DictConfig], Any], config_name: str, kinds: Mapping[str,
             shared = hydra_cfg.launcher["_target_"].endswith(_SHARED)
             raise (_ToldError if shared else ValueError)(message) from None
 
-    # Without this Hydra prints its own report of a wrong option and exits with 1.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+    # Without the second Hydra prints its own report of a wrong option and exits with 1.
+    os.environ |= {STARTED: str(time.time()), "HYDRA_FULL_ERROR": "1"}
     setattr(JobReturn, "return_value", property(_returned, _return))  # noqa: B010  # mypy knows no such assignment
     yaml_files.register()
     sys.set_int_max_str_digits(_DIGITS)
@@ -379,7 +383,8 @@ def _qualified(error: Exception, fields: Mapping[str, Any]) -> str:
         text = renamed(text, {"dtype": "model.dtype"})
     if isinstance(error, OSError) and (option := _option_of_file(error.filename, fields)):
         given = _value(fields, option)
-        return f"{option}={given!r} cannot be used ({error.strerror}); give another path"
+        fix = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "give another path"
+        return f"{option}={given!r} cannot be used ({error.strerror}); {fix}"
     groups: dict[str, Mapping[str, Any]] = {group: fields.get(group) or {} for group in ("sampler", "cache")}
     for group, options in groups.items():
         for name, value in options.items():

@@ -206,7 +206,7 @@ def train(cfg: DictConfig) -> None:
         card = model_card(trainer.out, OmegaConf.create(read_recipe(trainer.out, cfg)), cfg, trainer.seconds / 60)
         write_card(trainer.out / "README.md", card)
     if cfg.publish:
-        _publish(trainer.out, Path(cfg.publish), cfg)
+        _publish(trainer.out, Path(cfg.publish))
     print(f"model and model card in {cfg.publish or cfg.out}")
 
 
@@ -222,10 +222,10 @@ def _claimed(option: str, folder: str) -> Iterator[None]:
         claim.release()
 
 
-def _publish(out: Path, folder: Path, cfg: DictConfig) -> None:
+def _publish(out: Path, folder: Path) -> None:
     """Copy a finished model, without what resuming needs."""
-    _check_folders(cfg)
-    with _claimed("publish", cfg.publish):
+    own.check_training("publish", folder, PUBLISHED)
+    with _claimed("publish", str(folder)):
         for name in PUBLISHED:
             if (out / name).exists() and name != "README.md":
                 write_whole(folder / name, (out / name).read_bytes())
