@@ -403,6 +403,15 @@ def test_data_that_changed_and_kept_its_time_is_read_again(tmp_path: Path) -> No
             assert answer in [row["reference"] for rows in tables for row in rows]
 
 
+def test_a_cache_of_answers_of_any_model_is_refused(tasks: Path, tmp_path: Path) -> None:
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    with pytest.raises(ValueError, match=r"^use_cache: .*answers_rank0\.db would give answers of other models"):
+        lm_eval.simple_evaluate(
+            model="dllm", model_args="pretrained=tiny-llada", tasks=["toy_choice"], task_manager=manager,
+            use_cache=str(tmp_path / "answers"),
+        )  # fmt: skip
+
+
 def test_a_metric_holds_for_the_command_that_names_it(tasks: Path, tmp_path: Path) -> None:
     (tmp_path / "tasks").mkdir()
     text = (tasks / "toy_choice.yaml").read_text()

@@ -27,7 +27,7 @@ def _measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 SWEEPS = {
     "tradeoff": ("out=t", ["seed=1,2"], "t.md"),
     "policies": ("", ["seed=1,2"], "outputs/policies-tiny-llada.md"),
-    "caches": ("out=x${problems}", ["seed=1,2"], "x500.md"),
+    "caches": ("out=x${problems}", ["seed=1,2"], "x300.md"),
     "generate": ("picture=p.svg", ["seed=1,2", "prompt=Tom", "gen_length=4"], "p.svg"),
     "bench": ("out=b", ["canvas=20,24", "gen_length=4", "caches=[none]", "steps=1"], "b.md"),
 }
