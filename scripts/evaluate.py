@@ -109,9 +109,9 @@ def _results(cfg: DictConfig, fields: Mapping[str, Any], label: str) -> tuple[di
         estimate = Estimate(**fields["estimate"], seed=seed, cfg_scale=fields["cfg_scale"])
     files = task.check()
     path, asked = fields["model"]["path"], canonical(fields, KINDS)
-    others = {name: value for name, value in asked["model"].items() if name != "path"}
     stamps = identity.stamps_read_by(sampler, cache)
-    read = identity.contents([asked["sampler"], asked["cache"], others])
+    read = identity.contents([asked["sampler"], asked["cache"]])
+    read |= identity.contents(asked["model"].get("adapter"), paths=True)
     read |= identity.read_by(sampler) | identity.read_by(cache)
     state = [identity.checkpoint(Path(path)), identity.stamps(Path(path))] if Path(path).is_dir() else []
     lm, weights = _load(json.dumps(fields["model"]), json.dumps([state, read], default=str), app.option_of("model"))

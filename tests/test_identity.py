@@ -410,3 +410,38 @@ def test_data_that_changes_before_it_is_asked_about_is_not_taken_for_what_it_was
     (journal,) = tmp_path.glob("*/journal.jsonl")
     assert not journal.read_text()
     assert command(*words).code == 0
+
+
+def test_a_word_is_no_file_whatever_lies_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clean").mkdir()
+    for name in ("auto", "rows.txt", "dllm.cache.FreeCache"):
+        (tmp_path / name).write_text("x")
+    assert identity.contents({"freeze": "clean", "dtype": ["auto"], "_target_": "dllm.cache.FreeCache"}) == {}
+    assert set(identity.contents(["rows.txt", {"a": "./auto"}, str(tmp_path / "clean")])) == {
+        "rows.txt", "./auto", str(tmp_path / "clean"),
+    }  # fmt: skip
+    assert set(identity.contents(["clean", "auto"], paths=True)) == {"clean", "auto"}
+
+
+@pytest.mark.parametrize("written", ["file://{}", "file:{}", "local://{}", "zip://a.jsonl::file://{}", "{}"])
+def test_a_url_of_a_file_is_known_by_its_content(written: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows"
+    found = []
+    for content in ("one", "two"):
+        file.write_text(content)
+        found.append(identity.contents({"test": written.format(file)}))
+    assert found[0] != found[1]
+    assert list(found[0]) == [str(file)]
+
+
+def test_what_lies_here_by_the_name_of_an_option_makes_no_other_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = ("evaluate", "out=out", "task.limit=1", "gen_length=8", "baselines=0", "frames=0", "cache=freecache")
+    for _ in range(2):
+        assert command(*asked, "cache.freeze=clean", "model.dtype=auto").code == 0
+        for name in ("clean", "auto"):
+            (tmp_path / name).write_text("x")
+    assert len(list((tmp_path / "out").glob("*/results.json"))) == 1
