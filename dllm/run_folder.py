@@ -129,7 +129,8 @@ class RunFolder:
                 return None
             raise
         if self.journal.exists():  # a kill came between the results and this
-            Runner.tidy(self.journal)
+            with suppress(OSError):  # it may only be read
+                Runner.tidy(self.journal)
         metrics = found["metrics"]
         own = metrics.setdefault("task_accuracy", metrics["accuracy_name"])
         if main is None and isinstance(own, str) and own in metrics["scores"]:

@@ -92,6 +92,11 @@ def _check(fields: Mapping[str, Any]) -> None:
     for name in ("baselines", "frames"):
         number(name, fields[name], "0 or more", low=0, whole=True)
     threads(fields["threads"])
+    if not Path(fields["out"]).is_dir():  # runs that are finished may lie where nothing can be written
+        _check_out(fields)
+
+
+def _check_out(fields: Mapping[str, Any]) -> None:
     app.check_writable("out", fields["out"], f"{fields['out']}/results.json")
 
 
@@ -119,6 +124,7 @@ def _results(cfg: DictConfig, fields: Mapping[str, Any], label: str) -> tuple[di
     main = fields["task"].get("metric")
     if (found := folder.results(main)) is not None:
         return found, folder.path
+    _check_out(fields)
     with _progress(label) as progress:
         journal = Journal(folder.journal)
         setting = Setting(lm, sampler, cache, options, estimate)
