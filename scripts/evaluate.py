@@ -116,11 +116,13 @@ def _results(cfg: DictConfig, fields: Mapping[str, Any], label: str) -> tuple[di
     path, asked = fields["model"]["path"], canonical(fields, KINDS)
     stamps = identity.stamps_read_by(sampler, cache)
     read = identity.contents([asked["sampler"], asked["cache"]])
-    read |= identity.contents(asked["model"].get("adapter"), paths=True)
     read |= identity.read_by(sampler) | identity.read_by(cache)
+    by_path = read | identity.contents(asked["model"].get("adapter"), paths=True)
     state = [identity.checkpoint(Path(path)), identity.stamps(Path(path))] if Path(path).is_dir() else []
-    lm, weights = _load(json.dumps(fields["model"]), json.dumps([state, read], default=str), app.option_of("model"))
-    folder = RunFolder(Path(fields["out"]), label, _identity(asked, weights, task, files, read))
+    lm, weights = _load(json.dumps(fields["model"]), json.dumps([state, by_path], default=str), app.option_of("model"))
+    folder = RunFolder(Path(fields["out"]), label, _identity(asked, weights, task, files, by_path))
+    if Path(path).is_dir() and not folder.path.exists():  # runs that are there keep the path that was typed
+        folder = RunFolder(Path(fields["out"]), label, _identity(_by_name(asked), weights, task, files, read))
     main = fields["task"].get("metric")
     if (found := folder.results(main)) is not None:
         return found, folder.path
@@ -138,6 +140,12 @@ def _results(cfg: DictConfig, fields: Mapping[str, Any], label: str) -> tuple[di
             return found, folder.path
         finally:
             runner.close()
+
+
+def _by_name(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A local model by its name, wherever it lies and however its path is written: its content tells which it is."""
+    name = Path(os.path.abspath(fields["model"]["path"])).name  # noqa: PTH100  # a link keeps its name
+    return {**fields, "model": fields["model"] | {"path": name}}
 
 
 def _check_same(task: Task, before: Mapping[str, str]) -> None:

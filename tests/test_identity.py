@@ -20,6 +20,7 @@ from dllm.filters import load_filter
 from dllm.journal import Journal
 from dllm.loading import BUNDLED
 from dllm.samplers import ARGuided, FreeDave, Learn2PD, Oracle
+from dllm.scripts import evaluate
 from dllm.tasks.arithmetic import WordProblems
 from models import random_dream, random_llada, save_folder
 
@@ -445,3 +446,28 @@ def test_what_lies_here_by_the_name_of_an_option_makes_no_other_run(
         for name in ("clean", "auto"):
             (tmp_path / name).write_text("x")
     assert len(list((tmp_path / "out").glob("*/results.json"))) == 1
+
+
+def test_the_same_weights_are_one_run_however_their_folder_is_written(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(saved, "model")
+    asked = ("evaluate", "out=out", "task.limit=1", "gen_length=8", "baselines=0", "frames=0")
+    for written in ("model", str(tmp_path / "model"), "./model/", "out/../model"):
+        outcome = command(*asked, f"model.path={written}")
+        assert outcome.code == 0, outcome.err
+    (file,) = (tmp_path / "out").glob("*/results.json")
+    assert json.loads(file.read_text())["loading"]["path"] == "model"
+
+
+def test_runs_from_before_keep_the_path_that_was_typed(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("evaluate", f"out={tmp_path}", "task.limit=1", "gen_length=8", "baselines=0", "frames=0")
+    monkeypatch.setattr(evaluate, "_by_name", lambda asked: asked)
+    assert command(*asked, f"model.path={saved}").code == 0
+    monkeypatch.undo()
+    assert command(*asked, f"model.path={saved}").code == 0
+    (file,) = tmp_path.glob("*/results.json")
+    assert json.loads(file.read_text())["loading"]["path"] == str(saved)
