@@ -174,9 +174,9 @@ class AnswerManifest:
         now = time.monotonic()
         if self._written is None or now - self._at < _COSTS * self._took:
             return
+        self._made = self._hashes()
         with suppress(OSError):  # what it holds is enough to go on
             if self.path.read_bytes() == self._written:  # otherwise `verify` tells who changed it
-                self._made = self._hashes()
                 self._write()
         self._at, self._took = time.monotonic(), time.monotonic() - now
 
