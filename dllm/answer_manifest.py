@@ -12,11 +12,10 @@ from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from dllm import adapters, identity
-from dllm.files import check_kept, read_json, write_json
+from dllm.files import check_kept, expanded, read_json, write_json
 from dllm.jsonl import MANIFEST, AnswerFile, Question
 from dllm.loading import LanguageModel
 from dllm.stored import misfit
@@ -260,11 +259,11 @@ def identify(lm: LanguageModel) -> dict[str, Any]:
 
 def _files(fields: Mapping[str, Any]) -> list[list[Any]]:
     """Name, size and times of the files of a local model and its adapter: while they stay, so does the model."""
-    folders = [Path(name).expanduser() for name in (fields["model"]["path"], fields["model"].get("adapter")) if name]
+    folders = [expanded(name) for name in (fields["model"]["path"], fields["model"].get("adapter")) if name]
     for folder in folders[:1]:
         with suppress(ValueError):
             if (folder / adapters.CONFIG).is_file() and not (folder / "config.json").is_file():
-                folders.append(Path(adapters.base_of(folder)[0]).expanduser())  # it is an adapter, and names its model
+                folders.append(expanded(adapters.base_of(folder)[0]))  # it is an adapter, and names its model
     files = [file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir())]
     found = [(file.name, file.stat()) for file in files if file.exists()]
     return [[name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in found]

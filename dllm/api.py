@@ -155,6 +155,8 @@ def _plan(
     together: bool = False,
 ) -> Plan:
     """What is to be decoded; with `together` all prompts in one batch."""
+    if not isinstance(lm, LanguageModel):
+        raise ValueError(f"lm={lm!r} is no loaded model; give dllm.load({str(lm)!r})")
     for name in ("gen_length", "stop_at_eos", "stop"):
         if infill and name in options:
             raise ValueError(f"{name} has no effect on infill; leave it out")

@@ -8,7 +8,7 @@ from typing import Any
 # What a terminal obeys or a reader cannot see: control characters, marks that turn the direction of writing, line
 # separators, the byte order mark, tags, and halves of surrogate pairs. Newline and tab are text.
 _OBEYED = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\U000e0000-\U000e007f\ud800-\udfff]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufffe\uffff\U000e0000-\U000e007f\ud800-\udfff]"
 )
 _LONGEST_WORD, _LONGEST_MESSAGE, _SHORT = 600, 2000, 150  # characters; paths are words, too
 _MEANT = re.compile(

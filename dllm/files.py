@@ -150,3 +150,17 @@ def read_json(path: Path, fix: str = "copy or download it again") -> dict[str, A
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}, not an object; {fix}")
     return content
+
+
+def expanded(name: str | Path) -> Path:
+    """A path whose ~ is a home; as it is where there is no such user."""
+    with suppress(RuntimeError):
+        return Path(name).expanduser()
+    return Path(name)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder; what is no possible name is none."""
+    with suppress(OSError, ValueError):
+        return path.is_dir()
+    return False

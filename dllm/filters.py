@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from dllm.backbones.checkpoint import FLOATS, read_header
-from dllm.files import parse_json, write_json, write_whole
+from dllm.files import expanded, parse_json, write_json, write_whole
 from dllm.stored import misfit, there
 
 BUNDLED = Path(__file__).parent / "checkpoints"
@@ -175,7 +175,8 @@ def find_filter(fingerprint: str, block_length: int) -> Filter:
         if found.card is not None and (found.card.fingerprint, found.card.block_length) == (fingerprint, block_length):
             return found
     raise ValueError(
-        f"filter=null finds no bundled filter for this model at block_length={block_length}; train one with "
+        "filter=null finds no bundled filter for this model, in the dtype it is loaded in, at "
+        f"block_length={block_length}; train one with "
         "`dllm train-filter model=... block_length=...` and give its file, or set "
         f"filter={bundled_filters()[0]} (of {', '.join(bundled_filters())}) and allow_mismatch=true"
     )
@@ -220,7 +221,7 @@ def load_filter(name: str | Path) -> Filter:
 
 
 def _path_of(name: str | Path) -> Path:
-    return BUNDLED / name / _FILE if str(name) in bundled_filters() else Path(name).expanduser()
+    return BUNDLED / name / _FILE if str(name) in bundled_filters() else expanded(name)
 
 
 def _build(shapes: dict[str, tuple[int, ...]], name: str) -> FilterNetwork:

@@ -23,7 +23,7 @@ from dllm.backbones.base import token_ids
 from dllm.backbones.checkpoint import ATTENTION, DTYPES, QUANTISED, check_values, read_config
 from dllm.backbones.packed import pack as pack_weights
 from dllm.checks import choice, first_line
-from dllm.files import read_json
+from dllm.files import expanded, is_folder, read_json
 from dllm.identity import Stamp, stamps
 from dllm.resolve import names
 from dllm.tokenizers import load_tokenizer
@@ -143,7 +143,7 @@ def _base_and_adapter(
         found = checkpoint_folder(base, files=("config.json",))
     except ValueError as error:
         raise ValueError(f"{folder} is an adapter, and its base model is not found: {error}") from None
-    downloaded = found.parent.name == "snapshots" and found != Path(base).expanduser()
+    downloaded = found.parent.name == "snapshots" and found != expanded(base)
     return base, of_base if downloaded else None, _adapter_folder(name, revision)
 
 
@@ -175,12 +175,14 @@ def checkpoint_folder(
     Raises:
         ValueError: no such model, or a `revision` of something that is not on the hub.
     """
+    if isinstance(name, Path) and is_folder(name):  # and not a model of that name
+        name = name.absolute()
     path = str(name)
     models = [model for model in names("model") if model != "custom"]
     if path in models:
         path = _path_of(path)
-    folder = BUNDLED / path if path in _bundled() else Path(path).expanduser()
-    if path and folder.is_dir():
+    folder = BUNDLED / path if path in _bundled() else expanded(path)
+    if path and is_folder(folder):
         if revision is not None:
             raise ValueError(f"revision={revision!r} has no effect on a local folder ({folder}); leave it out")
         return folder

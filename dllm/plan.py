@@ -48,7 +48,7 @@ class Options:
             0 is off); two forwards' work, counted as one.
         seed: row i draws from seed + i; a sequence gives each row its own; None draws the seed itself.
         stop_at_eos: finish a row once everything up to its first end-of-text is decoded; the text
-            up to there is the same either way.
+            up to there is the same either way (where `freedave` draws: of the same distribution).
         eos_token_id: id or ids that end a text; None for the backbone's.
         stop: string or strings that end a text, which then ends before them; a row is finished once everything up to
             one is decoded, and the text is the same as if decoding had gone on. Special tokens are written as the
@@ -316,6 +316,8 @@ def eos_ids(eos: int | Sequence[int] | None, lm: LanguageModel) -> tuple[int, ..
     for token in ids or (None,):
         use = f"ids from 0 to {most}, or null for the model's own"
         number("eos_token_id", token, use, low=0, high=most, whole=True)
+    if (mask := lm.backbone.mask_token_id) in ids:
+        raise ValueError(f"eos_token_id={mask} is the id of [MASK], which is never generated; leave it out")
     return tuple(map(int, ids))
 
 

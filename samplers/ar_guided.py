@@ -84,13 +84,15 @@ class ARGuided:
 
     single_forward: ClassVar[bool] = False
 
-    guide: str | Guide | PreTrainedModel = "tiny-guide"
+    guide: str | Path | Guide | PreTrainedModel = "tiny-guide"
     accept: Literal["argmax", "topk", "ratio"] = "argmax"
     top_k: int | None = None
     ratio: float | None = None
     on_reject: Literal["draft", "guide"] = "draft"
 
     def __post_init__(self) -> None:
+        if isinstance(self.guide, Path):
+            object.__setattr__(self, "guide", str(self.guide))
         if not isinstance(self.guide, (str, Guide, PreTrainedModel)):
             raise ValueError(
                 f"guide={self.guide!r} is no guide; use a name, a folder, a hub id or a loaded causal model"

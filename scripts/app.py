@@ -89,7 +89,7 @@ def run(task: Callable[[DictConfig], Any], config_name: str, kinds: Mapping[str,
         nonlocal composed
         composed, fields = True, dict[str, Any]()
         try:
-            fields |= OmegaConf.to_container(cfg, resolve=True)  # type: ignore[arg-type]  # a mapping at the top
+            fields |= _whole(OmegaConf.to_container(cfg, resolve=True))
             check_kinds(cfg, config_name, kinds or {})
             _refuse_empty(fields)
             result = task(cfg)
@@ -372,6 +372,17 @@ def _quote(value: str) -> str:
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
     escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
     return f"'{escaped}'"
+
+
+def _whole(fields: Any) -> dict[str, Any]:
+    """The configuration; refuses one in which a group is no more than a name."""
+    for group in flags.GROUPS:
+        if isinstance(value := fields.get(group), str):
+            raise ValueError(
+                f"{group}={value!r} is a name where options are expected; in a YAML of your own choose it by "
+                f"defaults: [{{override /{group}: {value}}}]"
+            )
+    return dict(fields)
 
 
 def _qualified(error: Exception, fields: Mapping[str, Any]) -> str:

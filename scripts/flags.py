@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 
 # What each takes: nothing, anything (None), or one of some words.
@@ -17,6 +18,7 @@ _SHORT = {
     "-h": "--help", "-c": "--cfg", "-p": "--package", "-r": "--run", "-m": "--multirun", "-i": "--info",
     "-sc": "--shell-completion", "-cp": "--config-path", "-cn": "--config-name", "-cd": "--config-dir",
 }  # fmt: skip
+GROUPS = ("sampler", "cache", "model", "task", "sweep")
 _FOLDERS = ("--config-path", "--config-dir")
 
 
@@ -64,5 +66,15 @@ def _checked(typed: str, flag: str, value: str, after: str) -> str:
     if flag in _FOLDERS and "://" not in value:
         if "\0" in value or not Path(value).is_dir():
             raise ValueError(f"{typed}={value!r} is no folder; give another path")
+        if flag == "--config-dir":
+            _check_names(Path(value))
         return str(Path(value).absolute())
     return value
+
+
+def _check_names(folder: Path) -> None:
+    """Refuse a YAML with the name of one of ours, which Hydra reads first and so instead."""
+    for group in GROUPS:
+        for file in sorted((folder / group).glob("*.yaml")):
+            if (resources.files("dllm.conf") / group / file.name).is_file():
+                raise ValueError(f"{file} has the name of a YAML of dllm, which is read instead; give it another name")
