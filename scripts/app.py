@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
+from inspect import signature
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import dllm
-from dllm.checks import Notice, first_line, is_text, naming, renamed
+from dllm.checks import Notice, first_line, is_text, known, naming, renamed
 from dllm.escape import brief
 from dllm.files import parse_json
 from dllm.resolve import names
@@ -336,6 +337,7 @@ def load_model(model: Mapping[str, Any], option: str | None = None) -> Any:
     options = {str(name): value for name, value in model.items() if name != "path"}
     if model["path"] == "???":
         raise ValueError("model.path has no value; set it with model.path=...")
+    known(options, signature(dllm.load).parameters, "model.")
     with naming({name: f"model.{name}" for name in options} | {"name": option or option_of("model")}):
         return dllm.load(model["path"], **options)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -65,7 +66,7 @@ def load(folder: Path, quality: str | None = None) -> Sweep:
 def _named(name: str, folder: Path) -> list[Path]:
     """The files of a name below a folder, those behind links as well; each once, by its own path where it has one."""
     found = [*(path for path in within(folder) if path.name == name), *folder.rglob(name)]
-    return sorted({path.resolve(): path for path in found}.values())
+    return sorted({os.path.realpath(path): path for path in found}.values())
 
 
 def _apart(runs: Sequence[Run]) -> list[Run]:
