@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -36,8 +37,13 @@ def is_torn(line: bytes) -> bool:
     return begins and any(_LINE.fullmatch(line + end) for end in _ENDS)
 
 
-def read_answers(content: bytes) -> tuple[set[str | int], int]:
-    """The ids of the answers in a file, and how many of its bytes stay: all but a torn last line.
+def hash_of(answer: Mapping[str, Any]) -> str:
+    """Tells an answer from others, however its line is written."""
+    return hashlib.sha256(json.dumps(answer, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_answers(content: bytes) -> tuple[dict[str | int, str], int]:
+    """The answers in a file, hashes by ids, and how many of its bytes stay: all but a torn last line.
 
     What an editor leaves is taken too: other order or spacing of fields, blank lines, CRLF, a byte order mark, no
     newline at the end.
@@ -49,7 +55,7 @@ def read_answers(content: bytes) -> tuple[set[str | int], int]:
     whole = len(content)
     if is_torn(lines[-1]):
         whole -= len(lines.pop())
-    ids: set[str | int] = set()
+    found: dict[str | int, str] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -59,10 +65,10 @@ def read_answers(content: bytes) -> tuple[set[str | int], int]:
             row = None
         if not isinstance(row, dict) or type(row.get("id")) not in (str, int) or "text" not in row:
             raise ValueError(f"line {number} is no answer")
-        if row["id"] in ids:
+        if row["id"] in found:
             raise ValueError(f"line {number} answers {row['id']!r} again")
-        ids.add(row["id"])
-    return ids, whole
+        found[row["id"]] = hash_of(row)
+    return found, whole
 
 
 def listed(ids: Sequence[str | int], most: int = 20) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import time
 from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import asdict
@@ -25,6 +26,7 @@ FORMAT, VERSION = "dllm-answers", 1
 # - how the work is divided: batch_size (a row does not depend on its batch mates), cuda_graphs
 # - where and with which kernels the model runs: what it is, its dtype too, is compared once it is loaded
 _FREE = {"input", "output", "picture", "prompt", "show", "resume", "batch_size", "cuda_graphs", "model"}
+_COSTS = 20  # times as long as writing the manifest takes, nothing is added to it
 # What is needed of a session; others of its fields are for people.
 _PARTS: dict[str, Any] = {"answers": 0, "options": {}, "names": {}, "named": {}, "model": {}}
 
@@ -33,7 +35,8 @@ class AnswerManifest:
     """What the answers of a file were made with, session by session.
 
     It is written before a session's first answer, so that whatever the answers file holds is accounted for. Of each
-    prompt it has a hash; of each session the options and the model, and how many answers there were when it began.
+    prompt and each answer it has a hash, of the answers as they come to the disk; of each session the options and the
+    model, and how many answers there were when it began.
 
     Args:
         answers: the file, kept from other writers.
@@ -50,12 +53,20 @@ class AnswerManifest:
         self.path = answers.file.with_name(answers.file.name + MANIFEST)
         self._answers, self._mixed = answers, mixed
         self._prompts: dict[str, str] = {}
+        self._made: dict[str, str] = {}
+        self._ended = False  # otherwise answers may be missing in the hashes
         self._sessions: list[dict[str, Any]] = []
         self._written: bytes | None = None
+        self._at = self._took = 0.0
         if self.path.exists():
             self._read()
         if not answers.ids:
-            self._prompts, self._sessions = {}, []  # of answers that somebody removed
+            self._prompts, self._made, self._ended, self._sessions = (
+                {},
+                {},
+                False,
+                [],
+            )  # of answers that somebody removed
         elif self._sessions and self._began_with(answers.ids):
             del self._sessions[-1]  # it ended before its first answer
         unknown = self._sessions[0]["answers"] if self._sessions else len(answers.ids)
@@ -86,8 +97,17 @@ class AnswerManifest:
                 f"{changed[0].place} is not the prompt that {called} answers{more}; give another output, or the "
                 "input that it was made from"
             )
-        for before in [] if self._mixed else self._sessions:
+        if self._mixed:
+            return
+        for before in self._sessions:
             self._refuse(_differences(before["options"], session["options"]), before, session)
+        found = self._hashes()
+        known = self._made if self._ended else found | self._made
+        if strange := [name for name, digest in found.items() if known.get(name) != digest]:
+            raise ValueError(
+                f"output={str(self._answers.path)!r} holds {len(strange)} answers (the first one: {strange[0]}) that "
+                f"{self.path.name} does not tell of; remove them, give another output, or resume=mixed to keep them"
+            )
 
     def fits(self, session: Mapping[str, Any]) -> bool:
         """Whether the model is the same by name, so that it need not be loaded to be compared."""
@@ -123,7 +143,14 @@ class AnswerManifest:
         }
         self._sessions.append(here | dict(session))
         self._prompts = {_key(question): _hash(question) for question in questions}
+        self._made, self._ended = self._hashes(), False
         self._write()
+        self._answers.synced = self._update
+
+    def end(self) -> None:
+        """Write down that the answers are all that this session made, unless something else wrote here."""
+        self._ended, self._took = True, 0.0
+        self._update()
 
     def verify(self) -> None:
         """Make sure that what was written is still there; what was removed is written again.
@@ -141,8 +168,23 @@ class AnswerManifest:
             if gone:
                 self._write()
 
+    def _update(self) -> None:
+        """Take the answers over that are on the disk by now, as often as that costs little of the time."""
+        now = time.monotonic()
+        if self._written is None or now - self._at < _COSTS * self._took:
+            return
+        self._made = self._hashes()
+        with suppress(OSError):  # what it holds is enough to go on
+            if self.path.read_bytes() == self._written:  # otherwise `verify` tells who changed it
+                self._write()
+        self._at, self._took = time.monotonic(), time.monotonic() - now
+
+    def _hashes(self) -> dict[str, str]:
+        return {json.dumps(name): digest for name, digest in self._answers.hashes.items()}
+
     def _write(self) -> None:
         content = {"format": FORMAT, "version": VERSION, "sessions": self._sessions, "prompts": self._prompts}
+        content |= {"answers": self._made, "ended": self._ended}
         try:
             write_json(self.path, content)
             self._written = self.path.read_bytes()
@@ -157,6 +199,8 @@ class AnswerManifest:
             raise ValueError(f"{self.path} is no manifest of answers that this version of dllm knows; {fix}")
         try:
             self._prompts = {str(name): str(value) for name, value in found["prompts"].items()}
+            self._made = {str(name): str(value) for name, value in found.get("answers", {}).items()}
+            self._ended = found.get("ended") is True
             self._sessions = [_PARTS | each for each in found["sessions"]]
             for each in self._sessions:
                 if any(type(each[name]) is not type(part) for name, part in _PARTS.items()):

@@ -104,6 +104,13 @@ class DLLM(TemplateLM):
         lm = self.runner.lm
         return f"{lm.name.replace('/', '__')}-{identity.model(lm)['tokenizer_and_config']}"
 
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Refuse `use_cache`, whose file gives the answers of whatever model and options it was made with."""
+        name = cache_hook.dbdict.filename
+        raise ValueError(
+            f"use_cache: {name} would give answers of other models and options as this one's; leave it out"
+        )
+
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The tokenizer's chat template; None where it is not to be used."""
         return None if chat_template is False else self.tokenizer.get_chat_template()

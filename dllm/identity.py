@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
@@ -147,13 +148,25 @@ def model(lm: LanguageModel) -> dict[str, str]:
     }
 
 
-def contents(options: Any) -> dict[str, str]:
-    """A hash of every file and folder that options name, at any depth."""
+def contents(options: Any, paths: bool = False) -> dict[str, str]:
+    """A hash of every file and folder that options name, at any depth.
+
+    Args:
+        options: values, or lists and dictionaries of them.
+        paths: all of them are paths; otherwise a word such as `clean` or `auto` is none, whatever lies here.
+    """
     match options:
         case Mapping():
-            return {name: found for value in options.values() for name, found in contents(value).items()}
+            given = [value for name, value in options.items() if name != "_target_"]
+            return contents(given, paths)
         case list() | tuple():
-            return {name: found for value in options for name, found in contents(value).items()}
+            return {name: found for value in options for name, found in contents(value, paths).items()}
+        case str() if "::" in options:  # a file within another one, as fsspec writes it
+            return contents(options.split("::"), paths)
+        case str() if (url := re.match(r"(file|local):(//)?", options)) is not None:
+            return contents(options[url.end() :], paths=True)
+        case str() if not paths and not set("/." + os.sep) & set(options):
+            return {}
         case str() if options and (Path(options).is_file() or Path(options).is_dir()):
             return {options: of_path(Path(options))}
         case str() if any(sign in options for sign in "*?["):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from errno import ENAMETOOLONG
@@ -14,7 +14,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from dllm.answer_lines import listed, read_answers, write_line
+from dllm.answer_lines import hash_of, listed, read_answers, write_line
 from dllm.claim import Claim
 from dllm.files import check_readable, disturbed, parse_json, state, sync_folder
 from dllm.prompts import is_chat
@@ -87,18 +87,20 @@ class AnswerFile:
 
     Attributes:
         file: where it is, links followed.
-        ids: of the answers that are there.
+        hashes: of the answers that are there, by their ids.
         prepare: called before the first answer is added.
+        synced: called whenever the answers so far are on the disk.
 
     Raises:
         ValueError: the file cannot be read or holds something else.
     """
 
     prepare: Callable[[], None] | None = None
+    synced: Callable[[], None] | None = None
 
     def __init__(self, path: Path) -> None:
         self.path, self.file = path, Path(os.path.realpath(path))
-        self.ids: set[str | int] = set()
+        self.hashes: dict[str | int, str] = {}
         self._called = f"output={str(path)!r}"
         self._claim = Claim(self.file, self._called, "another file")
         self._check_name()
@@ -106,6 +108,11 @@ class AnswerFile:
         self._out: FileIO | None = None
         self._synced = 0.0
         self._read()
+
+    @property
+    def ids(self) -> Set[str | int]:
+        """Of the answers that are there."""
+        return self.hashes.keys()
 
     def add(self, answer: Mapping[str, Any]) -> None:
         """Write one answer at once.
@@ -120,7 +127,7 @@ class AnswerFile:
                 self.prepare()
             self._open()
         self._write(write_line(answer))
-        self.ids.add(answer["id"])
+        self.hashes[answer["id"]] = hash_of(answer)
         if time.monotonic() - self._synced > _SYNC_SECONDS:
             self._sync()
 
@@ -182,7 +189,7 @@ class AnswerFile:
         except OSError as error:
             raise ValueError(f"{self._called} cannot be read ({error}); give another file") from None
         try:
-            self.ids, self._whole = read_answers(content)
+            self.hashes, self._whole = read_answers(content)
         except ValueError as error:
             raise ValueError(
                 f"{self._called} holds something other than answers; give another file ({error})"
@@ -217,6 +224,8 @@ class AnswerFile:
         except OSError as error:  # some disks say only now that they are full
             raise self._full(error) from None
         self._synced = time.monotonic()
+        if self.synced is not None:
+            self.synced()
 
     def _full(self, error: OSError) -> OSError:
         told = f"{self._called} cannot be written ({error.strerror or error}), {len(self.ids)} answers are in it"
@@ -227,8 +236,8 @@ class AnswerFile:
         try:
             found = read_answers(self.path.read_bytes())[0]
         except (OSError, ValueError):
-            found = set()
-        return sorted(self.ids - found, key=str)
+            found = {}
+        return sorted(self.ids - found.keys(), key=str)
 
     def _changed(self) -> OSError:
         lost = self._lost()

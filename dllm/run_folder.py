@@ -108,7 +108,7 @@ class RunFolder:
         """The results of a finished run; None before.
 
         Args:
-            main: the score that counts as the accuracy; None for the one it has.
+            main: the score that counts as the accuracy; None for the task's own.
 
         Raises:
             ValueError: there is something else, or no such score.
@@ -129,14 +129,19 @@ class RunFolder:
                 return None
             raise
         if self.journal.exists():  # a kill came between the results and this
-            Runner.tidy(self.journal)
+            with suppress(OSError):  # it may only be read
+                Runner.tidy(self.journal)
         metrics = found["metrics"]
+        own = metrics.setdefault("task_accuracy", metrics["accuracy_name"])
+        if main is None and isinstance(own, str) and own in metrics["scores"]:
+            main = own
         if main is not None and main != metrics["accuracy_name"]:
             if main not in metrics["scores"]:
                 raise ValueError(f"task.metric={main!r} is unknown; use one of {', '.join(metrics['scores'])}")
             score = metrics["scores"][main]
             metrics |= {"accuracy": score["value"], "accuracy_interval": score["interval"], "accuracy_name": main}
-            write_json(file, found)
+            with suppress(OSError):  # it may only be read, and what is asked for is told all the same
+                write_json(file, found)
         return found
 
     def begin(self, lm: LanguageModel, config: Mapping[str, Any]) -> None:
@@ -182,6 +187,7 @@ class RunFolder:
             "accuracy": main and main["value"],
             "accuracy_interval": main and main["interval"],
             "accuracy_name": graded.main,
+            "task_accuracy": graded.own or graded.main,
             "scores": scores,
             **cost(records),
             "speedup": speedup(records, {name: runner.baseline(name) for name in BASELINES}),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
 import stat
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
+from inspect import signature
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import dllm
-from dllm.checks import Notice, first_line, is_text, naming, renamed
+from dllm.checks import Notice, first_line, is_text, known, naming, renamed
 from dllm.escape import brief
 from dllm.files import parse_json
 from dllm.resolve import names
@@ -63,6 +66,8 @@ _DIGITS = 1 << 18
 _SHARED = ("BasicLauncher", "JoblibLauncher")  # launchers whose jobs write to this process's own stderr
 _PIECE = re.compile(r"""(?:\s*'([^']*)'\s*|\s*"([^"]*)"\s*|([^,]*)),""")
 _QUOTED = re.compile(r"""\s*('[^']*'|"[^"]*")\s*(,\s*('[^']*'|"[^"]*")\s*)*""")
+# Of the environment, which the processes of a sweep's jobs share: when the command began.
+STARTED = "DLLM_STARTED"
 _LISTED = "--help lists them"
 # What bad input looks like when it surfaces; anything else is a bug and keeps its traceback.
 BAD_INPUT = (ValueError, OSError, HydraException, OmegaConfBaseException, YAMLError)
@@ -106,8 +111,8 @@ def run(task: Callable[[DictConfig], Any], config_name: str, kinds: Mapping[str,
             shared = hydra_cfg.launcher["_target_"].endswith(_SHARED)
             raise (_ToldError if shared else ValueError)(message) from None
 
-    # Without this Hydra prints its own report of a wrong option and exits with 1.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+    # Without the second Hydra prints its own report of a wrong option and exits with 1.
+    os.environ |= {STARTED: str(time.time()), "HYDRA_FULL_ERROR": "1"}
     setattr(JobReturn, "return_value", property(_returned, _return))  # noqa: B010  # mypy knows no such assignment
     yaml_files.register()
     sys.set_int_max_str_digits(_DIGITS)
@@ -332,6 +337,7 @@ def load_model(model: Mapping[str, Any], option: str | None = None) -> Any:
     options = {str(name): value for name, value in model.items() if name != "path"}
     if model["path"] == "???":
         raise ValueError("model.path has no value; set it with model.path=...")
+    known(options, signature(dllm.load).parameters, "model.")
     with naming({name: f"model.{name}" for name in options} | {"name": option or option_of("model")}):
         return dllm.load(model["path"], **options)
 
@@ -390,7 +396,8 @@ def _qualified(error: Exception, fields: Mapping[str, Any]) -> str:
         text = renamed(text, {"dtype": "model.dtype"})
     if isinstance(error, OSError) and (option := _option_of_file(error.filename, fields)):
         given = _value(fields, option)
-        return f"{option}={given!r} cannot be used ({error.strerror}); give another path"
+        fix = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "give another path"
+        return f"{option}={given!r} cannot be used ({error.strerror}); {fix}"
     groups: dict[str, Mapping[str, Any]] = {group: fields.get(group) or {} for group in ("sampler", "cache")}
     for group, options in groups.items():
         for name, value in options.items():

@@ -92,6 +92,11 @@ def _check(fields: Mapping[str, Any]) -> None:
     for name in ("baselines", "frames"):
         number(name, fields[name], "0 or more", low=0, whole=True)
     threads(fields["threads"])
+    if not Path(fields["out"]).is_dir():  # runs that are finished may lie where nothing can be written
+        _check_out(fields)
+
+
+def _check_out(fields: Mapping[str, Any]) -> None:
     app.check_writable("out", fields["out"], f"{fields['out']}/results.json")
 
 
@@ -109,16 +114,19 @@ def _results(cfg: DictConfig, fields: Mapping[str, Any], label: str) -> tuple[di
         estimate = Estimate(**fields["estimate"], seed=seed, cfg_scale=fields["cfg_scale"])
     files = task.check()
     path, asked = fields["model"]["path"], canonical(fields, KINDS)
-    others = {name: value for name, value in asked["model"].items() if name != "path"}
     stamps = identity.stamps_read_by(sampler, cache)
-    read = identity.contents([asked["sampler"], asked["cache"], others])
+    read = identity.contents([asked["sampler"], asked["cache"]])
     read |= identity.read_by(sampler) | identity.read_by(cache)
+    by_path = read | identity.contents(asked["model"].get("adapter"), paths=True)
     state = [identity.checkpoint(Path(path)), identity.stamps(Path(path))] if Path(path).is_dir() else []
-    lm, weights = _load(json.dumps(fields["model"]), json.dumps([state, read], default=str), app.option_of("model"))
-    folder = RunFolder(Path(fields["out"]), label, _identity(asked, weights, task, files, read))
+    lm, weights = _load(json.dumps(fields["model"]), json.dumps([state, by_path], default=str), app.option_of("model"))
+    folder = RunFolder(Path(fields["out"]), label, _identity(asked, weights, task, files, by_path))
+    if Path(path).is_dir() and not folder.path.exists():  # runs that are there keep the path that was typed
+        folder = RunFolder(Path(fields["out"]), label, _identity(_by_name(asked), weights, task, files, read))
     main = fields["task"].get("metric")
     if (found := folder.results(main)) is not None:
         return found, folder.path
+    _check_out(fields)
     with _progress(label) as progress:
         journal = Journal(folder.journal)
         setting = Setting(lm, sampler, cache, options, estimate)
@@ -132,6 +140,12 @@ def _results(cfg: DictConfig, fields: Mapping[str, Any], label: str) -> tuple[di
             return found, folder.path
         finally:
             runner.close()
+
+
+def _by_name(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A local model by its name, wherever it lies and however its path is written: its content tells which it is."""
+    name = Path(os.path.abspath(fields["model"]["path"])).name  # noqa: PTH100  # a link keeps its name
+    return {**fields, "model": fields["model"] | {"path": name}}
 
 
 def _check_same(task: Task, before: Mapping[str, str]) -> None:

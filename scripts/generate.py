@@ -85,7 +85,10 @@ def generate(cfg: DictConfig) -> None:
             manifest.check_model(session)
             if left:
                 answers.prepare = lambda: manifest.begin(questions, session)
-                runner.answer_file(questions, answers, cfg.show, read)
+                try:
+                    runner.answer_file(questions, answers, cfg.show, read)
+                finally:
+                    manifest.end()
                 manifest.verify()
         if manifest.note:
             print(manifest.note)

@@ -50,7 +50,9 @@ def check_kinds(cfg: DictConfig, config_name: str, kinds: Mapping[str, Any]) -> 
     # A configuration of the user's own may lack some; `sweep` is null by default, and then not there.
     needed = (name for name in options(config_name) if group_names.get(name) != "null")
     missing = [name for name in needed if name not in cfg]
-    if "model" in group_names and not (OmegaConf.is_dict(cfg.get("model")) and "path" in cfg.model):
+    if "model" in group_names and not (
+        OmegaConf.is_dict(cfg.get("model")) and "path" in list(cfg.model)
+    ):  # where it may be "???"
         missing.append("model.path")
     if missing:
         raise ValueError(f"{missing[0]} has no value; add it to the configuration")

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import shlex
+from hashlib import sha256
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import track
 from safetensors import safe_open
 from transformers import Qwen2ForCausalLM
+from yaml import YAMLError
 
 import dllm
+from dllm.checks import first_line
 from dllm.evaluation import Score, evaluate, evaluate_causal
+from dllm.files import write_whole
 from dllm.samplers import Vanilla
+from dllm.stored import misfit, there
 from dllm.tasks import word_problems
 from dllm.tokenizers import load_tokenizer
 
@@ -27,21 +33,92 @@ _KINDS = {
 }
 # Where things lay and how they were measured is no part of how a model is trained.
 _NO_RECIPE = ("out", "publish", "init", "threads", "checkpoint_every", "log_every", "eval_problems", "eval_seed")
+RECIPE = "train_tiny.yaml"  # beside a model: the configuration it is trained with
+# Of it, what may change before a training goes on; what it starts from may not.
+_NO_IDENTITY = {*_NO_RECIPE, "device", "compile"} - {"init"}
 
 
-def model_card(folder: Path, recipe_file: Path, cfg: DictConfig, minutes: float) -> str:
+def read_recipe(folder: Path, cfg: DictConfig) -> dict[str, Any]:
+    """The configuration that a model was trained with, all options of this one.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = folder / RECIPE
+    try:
+        found: Any = OmegaConf.create(path.read_text(encoding="utf-8"))
+        fields: Any = OmegaConf.to_container(found, resolve=True)
+        if wrong := misfit(fields, dict[str, Any]) or misfit(fields.get("threads"), int | None, "threads"):
+            raise ValueError(wrong)
+        if missing := [str(name) for name in cfg if name not in fields]:
+            raise ValueError(f"it has no {missing[0]}")
+        torch.device(fields["device"])
+    except (OSError, ValueError, TypeError, RuntimeError, YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"{path} is damaged ({first_line(error)}); put it back, or give another out") from None
+    return fields
+
+
+def check_recipe(folder: Path, cfg: DictConfig, needed: bool) -> None:
+    """Refuse a folder where another model is trained, or was.
+
+    Args:
+        folder: of the model.
+        cfg: what is asked for.
+        needed: there is a training to go on with.
+
+    Raises:
+        ValueError: options differ that decide what is learned, or nothing says what they were.
+    """
+    path = folder / RECIPE
+    if not there(path, "put it back, or give another out"):
+        if needed:
+            raise ValueError(f"{path} is missing, which says how {folder} is trained; put it back, or give another out")
+        return
+    now: Any = OmegaConf.to_container(cfg, resolve=True)
+    before = read_recipe(folder, cfg)
+    names = [name for name in now if name not in _NO_IDENTITY and before[name] != now[name]]
+    if names:
+        then, this = (", ".join(f"{name}={each[name]}" for name in names) for each in (before, now))
+        raise ValueError(
+            f"out={str(folder)!r}: {path.name} says {then}, this run has {this}, so it holds the training of another "
+            "model; give another folder"
+        )
+
+
+def write_card(path: Path, card: str) -> None:
+    """Write a model card; one that was changed by hand is kept, and the new one lies beside it."""
+    text = card if _is_as_made(card) else _marked(card)
+    try:
+        before = path.read_text(encoding="utf-8") if there(path) else text
+    except UnicodeDecodeError:
+        before = ""
+    if before != text and not _is_as_made(before):
+        kept, path = path, path.with_name("README.new.md")
+        print(f"{kept} was changed by hand and is kept; the new model card is {path}")
+    write_whole(path, text)
+
+
+def _marked(card: str) -> str:
+    """A card with a line that tells whether it was changed since."""
+    return f"{card}\n<!-- made by dllm train-tiny, {sha256(card.encode()).hexdigest()[:16]} -->\n"
+
+
+def _is_as_made(text: str) -> bool:
+    return _marked(text.rpartition("\n<!-- made by")[0]) == text
+
+
+def model_card(folder: Path, recipe: Any, cfg: DictConfig, minutes: float) -> str:
     """Measure a trained model and describe it.
 
     Args:
         folder: where it lies.
-        recipe_file: the configuration it was trained with.
+        recipe: the configuration it was trained with.
         cfg: says how to measure: `eval_problems`, `eval_seed` and `device`.
         minutes: training time.
 
     Returns:
         Markdown with the YAML front matter that Hugging Face reads.
     """
-    recipe: Any = OmegaConf.create(recipe_file.read_text(encoding="utf-8"))
     with safe_open(folder / "model.safetensors", framework="pt") as weights:
         parameters = sum(torch.Size(weights.get_slice(key).get_shape()).numel() for key in weights.keys())  # noqa: SIM118
     start = f", starting from the weights of {Path(recipe.init).name}" if recipe.init else ""

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
 from dllm.escape import terminal
 from dllm.files import parse_json, write_whole
 from dllm.filters import FILTER_FORMAT, filter_layouts
@@ -45,10 +48,25 @@ def check(option: str, value: str, files: Mapping[Path, Kind]) -> None:
     """
     for path, kind in files.items():
         app.check_writable(option, value, str(path))
+        check_sweep(option, value, path)
         if not _is_own(path, kind):
             raise ValueError(
                 f"{option}={value!r}: {path} exists and is no {kind.name}; give another path, or remove that file"
             )
+
+
+def check_sweep(option: str, value: str, path: Path) -> None:
+    """Refuse to write over what another job of the same sweep wrote, in whatever process that was.
+
+    Raises:
+        ValueError: the file was written since the sweep began.
+    """
+    sweeping = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    if sweeping and path.is_file() and path.stat().st_mtime >= float(os.environ[app.STARTED]):
+        raise ValueError(
+            f"{option}={value!r}: {path} was written by another job of this sweep; put ${{NAME}} of what is swept into "
+            f"{option}"
+        )
 
 
 def write(option: str, value: str, contents: Mapping[Path, tuple[Kind, str | bytes]]) -> None:
@@ -187,6 +205,8 @@ def check_training(option: str, folder: Path, names: Iterable[str]) -> None:
     Raises:
         ValueError: it holds one of them, and neither a recipe nor a model card of ours.
     """
+    for name in names:
+        check_sweep(option, str(folder), folder / name)
     there = [folder / name for name in names if (folder / name).exists() or (folder / name).is_symlink()]
     card = b"It does one thing: solve the word problems"
     marks = {folder / "train_tiny.yaml": b"matrix_lr:", folder / "README.md": card}

@@ -55,9 +55,20 @@ def report(cfg: DictConfig) -> None:
     files["report.csv"] = table.raw(sweep)
     files["report.html"] = page.render(sweep, drawn, cfg.traces)
     kinds = {out / name: own.REPORT[Path(name).suffix] for name in files}
+    earlier = _pictures_of(out / "report.md") - files.keys()
     own.write("out", str(out), {out / name: (kinds[out / name], text) for name, text in files.items()})
+    for path in (out / name for name in earlier):
+        if path.is_file() and own.REPORT[".svg"].marks(path):
+            path.unlink()
     _show(sweep, files["report.md"])
     print(f"written to {terminal(out, one_line=True)}: {', '.join(sorted(files))}")
+
+
+def _pictures_of(file: Path) -> set[str]:
+    """The plots that an earlier report shows, if it is one."""
+    if not (file.is_file() and own.REPORT[".md"].marks(file)):
+        return set()
+    return set(re.findall(r"^!\[.*\]\((quality-[\w.-]+\.svg)\)$", file.read_text(encoding="utf-8"), re.MULTILINE))
 
 
 def _picture(sweep: Sweep, group: Group, cost: str) -> str:

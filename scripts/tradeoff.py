@@ -72,12 +72,12 @@ def tradeoff(cfg: DictConfig, command: str = "tradeoff", cost: str = "nfe") -> N
         Path(out + ".md"): (own.TRADEOFF, text),
         Path(out + ".svg"): (own.CHART, own.svg(figure)),
     }
-    own.write("out", out, files)
     console = Console()
     if console.is_terminal:
         console.print(Markdown(text))
     else:
-        print(text)
+        print(text, flush=True)
+    own.write("out", out, files)  # last, so that a full disk loses nothing that was measured
     print(f"written to {out}.md and {out}.svg")
 
 

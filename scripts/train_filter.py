@@ -46,6 +46,7 @@ _KINDS = get_type_hints(dllm.Options) | {
 # What decides which records there are; the rest may change between two runs over the same records.
 _RECIPE = """model sampler cache seed gen_length block_length temperature top_p top_k tempered_confidence stop_at_eos
 eos_token_id eos_suppression batch_size""".split()
+_TRAINING = "architecture hidden rate train_batch_size epochs patience held_out".split()
 
 
 def main() -> None:
@@ -68,8 +69,12 @@ def train_filter(cfg: DictConfig) -> None:
     out = _out(cfg)
     ids = encode(prompts, lm.tokenizer)
     prepare(lm, ids, sampler, cache, dllm.Options(**options))  # refuses what does not go together, or does not fit
+    trained = {name: fields[name] for name in _TRAINING}
+    made = trained | {name: fields[name] for name in ("block_length", "cache", "sampler", "seed")}
+    made |= {"fingerprint": lm.backbone.fingerprint(), "data": _data_name(cfg), "prompts": len(ids)}
+    _check_finished(out, made)
     records = _collect(
-        lm, ids, sampler, cache, options, out.with_suffix(".records"), {key: fields[key] for key in _RECIPE}
+        lm, ids, sampler, cache, options, _records(out), {key: fields[key] for key in _RECIPE} | {"training": trained}
     )
     learn, held_out = split(records, how)
     with _progress("training", how.epochs) as advance:
@@ -103,7 +108,28 @@ def _check_files(out: Path) -> None:
     """Refuse to write over what is no filter's."""
     kinds = {".safetensors": own.FILTER, ".json": own.CARD, ".svg": own.RELIABILITY}
     own.check("out", str(out), {out.with_suffix(suffix): kind for suffix, kind in kinds.items()})
-    own.check_records(str(out), out.with_suffix(".records"), ("fingerprint", "prompts", "sampler"))
+    own.check_records(str(out), _records(out), ("fingerprint", "prompts", "sampler"))
+
+
+def _records(out: Path) -> Path:
+    return out.with_suffix(".records")
+
+
+def _check_finished(out: Path, made: dict[str, Any]) -> None:
+    """Refuse to replace a finished filter by one of other options, as far as its card and its records tell them."""
+    card, recipe = out.with_suffix(".json"), _records(out) / "recipe.json"
+    if not (out.exists() and there(card)):
+        return
+    before = {name: value for name, value in read_json(card, "give another out").items() if name != "held_out"}
+    if recipe.exists():
+        training = read_json(recipe, "remove that folder").get("training")
+        before |= training if isinstance(training, dict) else {}
+    if other := [name for name in made if name in before and before[name] != made[name]]:
+        then, now = (", ".join(f"{name}={each[name]}" for name in other) for each in (before, made))
+        raise ValueError(
+            f"out={str(out)!r} is a finished filter of {then}, this run has {now}; give another out, or "
+            "remove that filter"
+        )
 
 
 def _prompts(cfg: DictConfig) -> list[Any]:
@@ -160,7 +186,8 @@ def _collect(
     recipe |= {"prompts": asked}
     if there(file, "remove that folder"):
         before = read_json(file, "remove that folder")
-        other = ", ".join(name for name in recipe if before.get(name) != recipe[name])
+        # How a filter is trained on them changes no records.
+        other = ", ".join(name for name in recipe if name != "training" and before.get(name) != recipe[name])
         if other:
             raise ValueError(
                 f"out: {folder} holds records of other settings ({other}); give another out, or remove that folder"

@@ -13,8 +13,11 @@ if __name__ == "__main__":
     dllm.scripts.cli.run_file(__file__)
 
 import io
+import os
 import pickle
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TextIO
@@ -28,17 +31,24 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from dllm.checks import first_line, number, seed, threads
+from dllm.claim import Claim
 from dllm.files import write_whole
 from dllm.scripts import app, own
-from dllm.scripts.model_card import model_card
+from dllm.scripts.model_card import RECIPE, check_recipe, model_card, read_recipe, write_card
 from dllm.scripts.tiny_data import BatchMaker, corrupt
 from dllm.scripts.tiny_models import build_model
+from dllm.stored import misfit, there
 from dllm.tasks import word_problems
 from dllm.tasks.tokenizer import build_tokenizer
 
 # What a published model consists of; the rest of the folder serves resuming.
 PUBLISHED = """README.md config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json
 special_tokens_map.json added_tokens.json chat_template.jinja""".split()
+
+
+# What an optimizer keeps of each parameter.
+_KEPT = (("momentum_buffer",), ("step", "exp_avg", "exp_avg_sq"))
+_DAMAGE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, LookupError, TypeError, AttributeError)
 
 
 class Trainer:
@@ -129,29 +139,44 @@ class Trainer:
         """Continue from `out/state.pt` where there is one.
 
         Raises:
-            ValueError: it belongs to another model.
+            ValueError: it is damaged, or was made by another recipe.
         """
-        path = self.out / "state.pt"
-        if not path.exists():
-            return
+        path, state = self.out / "state.pt", None
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            self._restore(state)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError, TypeError, AttributeError) as error:
+            if there(path):
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            check_recipe(self.out, self.cfg, state is not None)
+            if state is not None:
+                self._restore(state)
+        except _DAMAGE as error:
             raise ValueError(
                 f"{path} is damaged ({first_line(error)}); remove it to train from the beginning"
             ) from None
 
     def _restore(self, state: dict[str, Any]) -> None:
-        if [p.shape for p in state["model"]] != [p.shape for p in self.model.parameters()]:
-            raise ValueError(f"out={str(self.out)!r} holds the training of another model; give another folder")
+        shapes = [p.shape for p in self.model.parameters()]
+        if any([p.shape for p in state[name]] != shapes for name in ("model", "average")):
+            raise TypeError("weights of other sizes")
+        if misfit(state["step"], int) or not 0 < state["step"] <= self.cfg.steps or misfit(state["seconds"], float):
+            raise TypeError("no number of steps and seconds")
+        if len(state["optimizers"]) != len(self.optimizers):
+            raise TypeError("other optimizers")
         self._assign(state["model"])
         self.average = [p.to(self.cfg.device) for p in state["average"]]
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        for optimizer, saved, kept in zip(self.optimizers, state["optimizers"], _KEPT, strict=True):
+            # What else it holds is the recipe's.
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
+            for parameter in optimizer.param_groups[0]["params"]:
+                values = optimizer.state[parameter]
+                shapes = [values[name].shape for name in kept]
+                if any(shape not in (parameter.shape, ()) for shape in shapes):
+                    raise TypeError("optimizers of other sizes")
         self.step, self.seconds = state["step"], state["seconds"]
         self.rng.set_state(state["rng"])
-        self.batches.rng.setstate(state["problems"])
+        try:
+            self.batches.rng.setstate(state["problems"])
+        except ValueError as error:
+            raise TypeError(error) from None
 
     def _assign(self, values: list[Tensor]) -> None:
         with torch.no_grad():
@@ -172,21 +197,39 @@ def train(cfg: DictConfig) -> None:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     trainer = Trainer(cfg)
-    trainer.resume()
-    trainer.out.mkdir(parents=True, exist_ok=True)
-    recipe = trainer.out / "train_tiny.yaml"
-    if trainer.step < cfg.steps or not recipe.exists():
-        write_whole(recipe, OmegaConf.to_yaml(cfg))
-    _run(trainer)
-    trainer.export()
-    card = model_card(trainer.out, recipe, cfg, trainer.seconds / 60)
-    write_whole(trainer.out / "README.md", card)
+    with _claimed("out", cfg.out):
+        trainer.resume()
+        if trainer.step < cfg.steps:
+            write_whole(trainer.out / RECIPE, OmegaConf.to_yaml(cfg))
+        _run(trainer)
+        trainer.export()
+        card = model_card(trainer.out, OmegaConf.create(read_recipe(trainer.out, cfg)), cfg, trainer.seconds / 60)
+        write_card(trainer.out / "README.md", card)
     if cfg.publish:
-        _check_folders(cfg)
-        for name in PUBLISHED:
-            if (trainer.out / name).exists():
-                write_whole(Path(cfg.publish) / name, (trainer.out / name).read_bytes())
+        _publish(trainer.out, Path(cfg.publish))
     print(f"model and model card in {cfg.publish or cfg.out}")
+
+
+@contextmanager
+def _claimed(option: str, folder: str) -> Iterator[None]:
+    """Make a folder, and keep other trainings out of it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    claim = Claim(Path(os.path.realpath(folder)) / RECIPE, f"{option}={folder!r}", "another folder")
+    claim.take()
+    try:
+        yield
+    finally:
+        claim.release()
+
+
+def _publish(out: Path, folder: Path) -> None:
+    """Copy a finished model, without what resuming needs."""
+    own.check_training("publish", folder, PUBLISHED)
+    with _claimed("publish", str(folder)):
+        for name in PUBLISHED:
+            if (out / name).exists() and name != "README.md":
+                write_whole(folder / name, (out / name).read_bytes())
+        write_card(folder / "README.md", (out / "README.md").read_text(encoding="utf-8"))
 
 
 def _run(trainer: Trainer) -> None:
@@ -219,7 +262,10 @@ def _run(trainer: Trainer) -> None:
 def _open_log(trainer: Trainer) -> TextIO:
     """Open loss.csv without what a run wrote after the checkpoint that is resumed."""
     path = trainer.out / "loss.csv"
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if there(path) else []
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is damaged (it is no text); remove it, and the run goes on without it") from None
     kept = [f"{line}\n" for line in lines if (step := line.partition(",")[0]).isdecimal() and int(step) <= trainer.step]
     write_whole(path, "".join(kept))
     return path.open("a", encoding="utf-8")
@@ -227,7 +273,7 @@ def _open_log(trainer: Trainer) -> TextIO:
 
 def _check_folders(cfg: DictConfig) -> None:
     """Refuse to write over another model."""
-    own.check_training("out", Path(cfg.out), (*PUBLISHED, "state.pt", "loss.csv", "train_tiny.yaml"))
+    own.check_training("out", Path(cfg.out), (*PUBLISHED, "state.pt", "loss.csv", RECIPE))
     if cfg.publish:
         own.check_training("publish", Path(cfg.publish), PUBLISHED)
 

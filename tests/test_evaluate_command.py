@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from pyarrow import parquet
 
 import dllm
 from commands import Outcome, command, start
+from dllm import run_folder
 from dllm.evaluation import wilson
 from dllm.files import write_json
 from dllm.run_folder import RunFolder
@@ -361,3 +363,25 @@ def test_bad_input_is_one_line(arguments: tuple[str, ...], said: str, tmp_path: 
     assert outcome.code == 2
     assert said in outcome.err
     assert len(outcome.err.strip().splitlines()) == 1, outcome.err
+
+
+def test_a_finished_run_is_read_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ("task.limit=1", "gen_length=8")
+    first = run(tmp_path, *asked)
+    assert first.code == 0
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    again = run(tmp_path, *asked)
+    assert (again.code, again.out) == (0, first.out)
+    other = run(tmp_path, *asked, "seed=5")
+    assert (other.code, other.out) == (2, "")
+    assert f"out='{tmp_path}' cannot be written" in other.err
+
+
+def test_a_full_disk_is_no_matter_of_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(run_folder, "write_json", full)
+    outcome = run(tmp_path, "task.limit=1", "gen_length=8")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert f"out='{tmp_path}' cannot be used (No space left on device); make room\n" in outcome.err

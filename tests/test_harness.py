@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,7 @@ class TestLikelihood:
         assert value < 0
 
 
+TWO = ", ".join(f"{{metric: {name}, aggregation: mean, higher_is_better: true}}" for name in ("acc", "acc_norm"))
 ARGUMENTS = {
     "pretrained": "tiny-llada", "sampler": "localleap", "sampler.threshold": 0.999, "sampler.relaxed_threshold": 0.99,
     "cache": "freecache", "estimate.samples": 4, "batch_size": 4,
@@ -399,6 +401,30 @@ def test_data_that_changed_and_kept_its_time_is_read_again(tmp_path: Path) -> No
             tables = [parquet.read_table(file).to_pylist() for file in out.glob("*/samples.parquet")]
             assert len(tables) == count
             assert answer in [row["reference"] for rows in tables for row in rows]
+
+
+def test_a_cache_of_answers_of_any_model_is_refused(tasks: Path, tmp_path: Path) -> None:
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    with pytest.raises(ValueError, match=r"^use_cache: .*answers_rank0\.db would give answers of other models"):
+        lm_eval.simple_evaluate(
+            model="dllm", model_args="pretrained=tiny-llada", tasks=["toy_choice"], task_manager=manager,
+            use_cache=str(tmp_path / "answers"),
+        )  # fmt: skip
+
+
+def test_a_metric_holds_for_the_command_that_names_it(tasks: Path, tmp_path: Path) -> None:
+    (tmp_path / "tasks").mkdir()
+    text = (tasks / "toy_choice.yaml").read_text()
+    (tmp_path / "tasks" / "toy_choice.yaml").write_text(re.sub("metric_list:.*", f"metric_list: [{TWO}]", text))
+    asked = ("task=toy_choice", f"task.include_path={tmp_path / 'tasks'}", "estimate.samples=1", "baselines=0")
+    for first, second in (([], ["task.metric=acc_norm"]), (["task.metric=acc_norm"], [])):
+        out = tmp_path / f"out{len(first)}"
+        for more in (first, second, first):
+            outcome = command("evaluate", f"out={out}", *asked, *more)
+            assert outcome.code == 0, outcome.err
+            assert f": {'acc_norm' if more else 'acc'} " in outcome.out
+        (file,) = out.glob("*/results.json")
+        assert json.loads(file.read_text())["metrics"]["task_accuracy"] == "acc"
 
 
 class TestLocalFiles:

@@ -20,6 +20,7 @@ from dllm.filters import load_filter
 from dllm.journal import Journal
 from dllm.loading import BUNDLED
 from dllm.samplers import ARGuided, FreeDave, Learn2PD, Oracle
+from dllm.scripts import evaluate
 from dllm.tasks.arithmetic import WordProblems
 from models import random_dream, random_llada, save_folder
 
@@ -410,3 +411,63 @@ def test_data_that_changes_before_it_is_asked_about_is_not_taken_for_what_it_was
     (journal,) = tmp_path.glob("*/journal.jsonl")
     assert not journal.read_text()
     assert command(*words).code == 0
+
+
+def test_a_word_is_no_file_whatever_lies_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clean").mkdir()
+    for name in ("auto", "rows.txt", "dllm.cache.FreeCache"):
+        (tmp_path / name).write_text("x")
+    assert identity.contents({"freeze": "clean", "dtype": ["auto"], "_target_": "dllm.cache.FreeCache"}) == {}
+    assert set(identity.contents(["rows.txt", {"a": "./auto"}, str(tmp_path / "clean")])) == {
+        "rows.txt", "./auto", str(tmp_path / "clean"),
+    }  # fmt: skip
+    assert set(identity.contents(["clean", "auto"], paths=True)) == {"clean", "auto"}
+
+
+@pytest.mark.parametrize("written", ["file://{}", "file:{}", "local://{}", "zip://a.jsonl::file://{}", "{}"])
+def test_a_url_of_a_file_is_known_by_its_content(written: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows"
+    found = []
+    for content in ("one", "two"):
+        file.write_text(content)
+        found.append(identity.contents({"test": written.format(file)}))
+    assert found[0] != found[1]
+    assert list(found[0]) == [str(file)]
+
+
+def test_what_lies_here_by_the_name_of_an_option_makes_no_other_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = ("evaluate", "out=out", "task.limit=1", "gen_length=8", "baselines=0", "frames=0", "cache=freecache")
+    for _ in range(2):
+        assert command(*asked, "cache.freeze=clean", "model.dtype=auto").code == 0
+        for name in ("clean", "auto"):
+            (tmp_path / name).write_text("x")
+    assert len(list((tmp_path / "out").glob("*/results.json"))) == 1
+
+
+def test_the_same_weights_are_one_run_however_their_folder_is_written(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(saved, "model")
+    asked = ("evaluate", "out=out", "task.limit=1", "gen_length=8", "baselines=0", "frames=0")
+    for written in ("model", str(tmp_path / "model"), "./model/", "out/../model"):
+        outcome = command(*asked, f"model.path={written}")
+        assert outcome.code == 0, outcome.err
+    (file,) = (tmp_path / "out").glob("*/results.json")
+    assert json.loads(file.read_text())["loading"]["path"] == "model"
+
+
+def test_runs_from_before_keep_the_path_that_was_typed(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("evaluate", f"out={tmp_path}", "task.limit=1", "gen_length=8", "baselines=0", "frames=0")
+    monkeypatch.setattr(evaluate, "_by_name", lambda asked: asked)
+    assert command(*asked, f"model.path={saved}").code == 0
+    monkeypatch.undo()
+    assert command(*asked, f"model.path={saved}").code == 0
+    (file,) = tmp_path.glob("*/results.json")
+    assert json.loads(file.read_text())["loading"]["path"] == str(saved)

@@ -235,3 +235,16 @@ def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], named: str)
     assert result.err.count("\n") == 1
     assert named in result.err
     assert (tmp_path / "file").read_text() == "x"
+
+
+def test_the_plots_of_an_earlier_report_are_gone_and_those_of_others_stay(tmp_path: Path) -> None:
+    for task in ("one", "two"):
+        write_run(tmp_path / task, "a", task=task)
+    assert command("report", str(tmp_path)).code == 0
+    before = sorted(path.name for path in tmp_path.glob("*.svg"))
+    assert len(before) == 4
+    (tmp_path / "quality-nfe-mine.svg").write_bytes((tmp_path / before[0]).read_bytes())
+    (tmp_path / "two" / "results.json").unlink()
+    assert command("report", str(tmp_path)).code == 0
+    after = {path.name for path in tmp_path.glob("*.svg")}
+    assert after == {"quality-nfe.svg", "quality-speed.svg", "quality-nfe-mine.svg"}

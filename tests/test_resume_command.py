@@ -456,3 +456,48 @@ def test_the_manifest_lies_beside_the_file_and_not_beside_a_link(tmp_path: Path)
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "real.jsonl")
     with dllm.jsonl.AnswerFile(tmp_path / "link.jsonl") as answers:
         assert AnswerManifest(answers, mixed=False).path == tmp_path / "real.jsonl.manifest.json"
+
+
+class TestAnswersOfOthers:
+    @pytest.fixture
+    def both(self) -> dict[str, bytes]:
+        """Two finished runs, of other seeds, whose manifest is the second one's."""
+        found = {}
+        for seed in ("1", "2"):
+            ask(*ASKED)
+            Path("a.jsonl").unlink(missing_ok=True)
+            assert run(f"seed={seed}", "temperature=1").code == 0
+            found[seed] = Path("a.jsonl").read_bytes()
+        assert found["1"] != found["2"]
+        return found
+
+    def again(self, *more: str) -> Outcome:
+        return run("seed=2", "temperature=1", *more)
+
+    @pytest.mark.parametrize("left", [1, 3])
+    def test_the_file_of_another_run_is_refused(self, both: dict[str, bytes], left: int, unloaded: None) -> None:
+        Path("a.jsonl").write_bytes(both["1"])
+        keep(left)
+        refused(self.again(), f"holds {left} answers (the first one: 0)", "a.jsonl.manifest.json", "resume=mixed")
+        assert len(lines()) == left
+
+    def test_lines_added_from_another_run_are_refused(self, both: dict[str, bytes], unloaded: None) -> None:
+        row = json.loads(lines()[0]) | {"id": 3}
+        Path("a.jsonl").write_bytes(both["2"] + json.dumps(row).encode() + b"\n")
+        ask(*ASKED, "Mia")
+        refused(self.again(), "holds 1 answers (the first one: 3)")
+
+    def test_they_are_kept_where_that_is_asked_for(self, both: dict[str, bytes]) -> None:
+        Path("a.jsonl").write_bytes(both["1"])
+        assert self.again("resume=mixed").code == 0
+        assert Path("a.jsonl").read_bytes() == both["1"]
+
+    @pytest.mark.parametrize("left", [b"", b'{"id": 2, "te'])
+    def test_what_an_interrupted_run_left_goes_on(self, both: dict[str, bytes], left: bytes) -> None:
+        keep(2)
+        Path("a.jsonl").write_bytes(Path("a.jsonl").read_bytes() + left)
+        before = manifest() | {"answers": {}, "ended": False}  # as a run that was killed leaves it
+        Path("a.jsonl.manifest.json").write_text(json.dumps(before))
+        assert self.again().code == 0
+        assert sorted(lines()) == sorted(both["2"].splitlines(keepends=True))
+        assert (manifest()["ended"], len(manifest()["answers"])) == (True, 3)

@@ -170,6 +170,7 @@ class TestInterruption:
         assert train(model, out).code == 0
         assert sizes == [2]
         assert tensors(out) == tensors(trained[1])
+        out.unlink()
         assert train(model, out, "architecture=published").code == 0  # another filter over the same records
         assert sizes == [2]
 
@@ -205,6 +206,24 @@ class TestInterruption:
         result = train(model, out, data)
         assert result.code == 2
         assert "holds records of other settings (prompts)" in result.err
+
+    @pytest.mark.parametrize("change", ["rate=0.01", "architecture=published", "seed=5", "prompts=5"])
+    @pytest.mark.parametrize("records", [True, False])
+    def test_a_finished_filter_of_other_options_is_kept(
+        self, change: str, records: bool, model: Path, trained: tuple[Outcome, Path], tmp_path: Path
+    ) -> None:
+        out = shutil.copytree(trained[1].parent, tmp_path / "copy") / "mine.safetensors"
+        if not records:
+            if change == "rate=0.01":
+                pytest.skip("the card does not tell it")
+            shutil.rmtree(out.with_suffix(".records"))
+        before = out.read_bytes()
+        result = train(model, out, change)
+        assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
+        assert f"out='{out}' is a finished filter of " in result.err
+        assert change in result.err.partition(", this run has ")[2]
+        assert "; give another out, or remove that filter\n" in result.err
+        assert out.read_bytes() == before
 
     def test_records_of_other_settings_are_not_mixed_in(
         self, model: Path, trained: tuple[Outcome, Path], tmp_path: Path

@@ -20,6 +20,7 @@ from transformers import Qwen2ForCausalLM
 
 import dllm
 from commands import Outcome, command
+from dllm.claim import Claim
 from dllm.scripts import model_card, tiny_models
 from dllm.scripts import train_tiny as application
 from dllm.scripts.app import rewrite
@@ -172,7 +173,7 @@ class TestResuming:
         out = tmp_path / "copy"
         shutil.copytree(trained["dream"], out)
         (out / "model.safetensors").unlink()  # as if killed while writing it
-        succeed(out, "arch=dream", "matrix_lr=0.5")
+        succeed(out, "arch=dream")
         assert same(out, trained["dream"])
         assert losses(out) == losses(trained["dream"])
         assert "matrix_lr: 0.02\n" in (out / "README.md").read_text()
@@ -347,3 +348,70 @@ def test_a_warm_start_from_another_kind_or_size_is_refused(trained: dict[str, Pa
         result = train(tmp_path / "run", f"init={init}", more)
         assert result.code == 2
         assert named in result.err
+
+
+class TestOtherRuns:
+    @pytest.fixture
+    def out(self, trained: dict[str, Path], tmp_path: Path) -> Path:
+        return Path(shutil.copytree(trained["llada"], tmp_path / "copy"))
+
+    def refused(self, out: Path, *arguments: str) -> str:
+        before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+        result = train(out, "arch=llada", *arguments)
+        assert (result.code, result.out, result.err.count("\n")) == (2, "", 1), result.err
+        assert before == {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+        return result.err
+
+    @pytest.mark.parametrize("change", ["seed=2", "steps=9", "matrix_lr=0.5", "noise.full=0", "init=nowhere"])
+    def test_of_other_options_are_refused_by_name(self, out: Path, change: str, monkeypatch: Any) -> None:
+        monkeypatch.setattr(tiny_models, "_guide_weights", lambda _: load_file(out / "model.safetensors"))
+        monkeypatch.setattr(tiny_models, "_as_llada", lambda weights, _: weights)
+        said = self.refused(out, change)
+        assert change.partition("=")[0].partition(".")[0] + "=" in said
+        assert "holds the training of another model; give another folder" in said
+
+    def test_without_a_recipe_are_refused(self, out: Path) -> None:
+        (out / "train_tiny.yaml").unlink()
+        (out / "README.md").write_text("It does one thing: solve the word problems")
+        assert "train_tiny.yaml is missing" in self.refused(out)
+
+    @pytest.mark.parametrize(
+        "content", [b"arch: foo\nmatrix_lr: 0.02\n", b"- matrix_lr: 1\n", b"\xff\x00 matrix_lr:", b"matrix_lr: [", b""]
+    )
+    def test_a_damaged_recipe_is_named(self, out: Path, content: bytes) -> None:
+        (out / "train_tiny.yaml").write_bytes(content)
+        said = self.refused(out)
+        assert "train_tiny.yaml" in said
+
+    @pytest.mark.parametrize("name", ["optimizers", "step", "average", "rng", "problems", "seconds", "state", "model"])
+    def test_a_damaged_state_is_named(self, out: Path, name: str) -> None:
+        state = torch.load(out / "state.pt", weights_only=True)
+        if name == "state":
+            state["optimizers"][1]["state"].popitem()
+        else:
+            state[name] = state[name][:1] if isinstance(state[name], list) else "x"
+        torch.save(state, out / "state.pt")
+        assert "state.pt is damaged" in self.refused(out)
+
+    def test_a_damaged_log_is_named(self, out: Path) -> None:
+        (out / "loss.csv").write_bytes(b"\xff\xfe")
+        assert "loss.csv is damaged" in self.refused(out)
+
+    def test_at_the_same_time_are_refused(self, out: Path) -> None:
+        claim = Claim(out / "train_tiny.yaml", "it", "another")
+        claim.take()
+        try:
+            assert "is being written by process" in self.refused(out)
+        finally:
+            claim.release()
+
+    def test_a_card_changed_by_hand_is_kept(self, out: Path, tmp_path: Path) -> None:
+        readme = out / "README.md"
+        text = readme.read_text()
+        for changed in (f"{text}\nMy notes.\n", text.replace("one thing", "one thing well")):
+            readme.write_text(changed)
+            result = train(out, "arch=llada", "eval_problems=1", f"publish={tmp_path / 'published'}")
+            assert result.code == 0
+            assert f"{readme} was changed by hand and is kept; the new model card is {out}/README.new.md" in result.out
+            assert readme.read_text() == changed
+            assert "On 1 problems" in (out / "README.new.md").read_text()

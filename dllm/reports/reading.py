@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -65,7 +66,7 @@ def load(folder: Path, quality: str | None = None) -> Sweep:
 def _named(name: str, folder: Path) -> list[Path]:
     """The files of a name below a folder, those behind links as well; each once, by its own path where it has one."""
     found = [*(path for path in within(folder) if path.name == name), *folder.rglob(name)]
-    return sorted({path.resolve(): path for path in found}.values())
+    return sorted({os.path.realpath(path): path for path in found}.values())
 
 
 def _apart(runs: Sequence[Run]) -> list[Run]:
@@ -165,13 +166,14 @@ def _interval(value: Any) -> tuple[float, float] | None:
 
 
 def _ranked(runs: Sequence[Run]) -> tuple[Run, ...]:
-    """The best first, then the cheapest; each with a label of its own."""
+    """By score the best first, then the cheapest; each with a label of its own."""
     told = [replace(run, label=run.label + suffix) for run, suffix in zip(runs, _suffixes(runs), strict=True)]
     last = math.inf
     return tuple(
         sorted(
             told,
             key=lambda run: (
+                run.quality_name,
                 last if run.quality is None else -run.quality,
                 last if (nfe := run.number("nfe")) is None else nfe,
                 run.label,

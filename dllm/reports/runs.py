@@ -89,6 +89,11 @@ class Group:
         return f"{self.model}, {self.task}"
 
     @cached_property
+    def judged_by(self) -> list[str]:
+        """The names of its runs' scores: only those of one name are compared."""
+        return sorted({run.quality_name for run in self.runs})
+
+    @cached_property
     def nfe_front(self) -> list[Run]:
         """Methods that no other one beats in quality and forwards, by rising forwards."""
         return self._front("nfe", 1)
@@ -104,8 +109,11 @@ class Group:
         return [(run, value, quality) for run, value, quality in found if value is not None and quality is not None]
 
     def _front(self, cost: str, sign: int) -> list[Run]:
-        methods = [each for each in self.measured(cost) if not each[0].bound]
-        return [methods[index][0] for index in front([(sign * value, quality) for _, value, quality in methods])]
+        found = []
+        for name in self.judged_by:
+            methods = [each for each in self.measured(cost) if not each[0].bound and each[0].quality_name == name]
+            found += [methods[index][0] for index in front([(sign * value, quality) for _, value, quality in methods])]
+        return found
 
 
 @dataclass(frozen=True)

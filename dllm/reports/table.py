@@ -50,10 +50,14 @@ class Area:
 
 def columns(group: Group) -> list[Column]:
     """The columns, those that matter most first; without those that are empty for all runs."""
-    names = {run.quality_name for run in group.runs}
-    head = names.pop() if len(names) == 1 else "quality"
+    head = group.runs[0].quality_name if len(group.judged_by) == 1 else "quality"
     found = [
         Column("setting", lambda run: run.label, lambda run: f"{run.label} (bound)" if run.bound else run.label),
+        *(
+            []
+            if len(group.judged_by) == 1
+            else [Column("judged by", lambda run: run.quality_name, lambda run: run.quality_name)]
+        ),
         Column(head, lambda run: run.quality, lambda run: _share(run.quality), "right answers, or the score chosen"),
         Column("95% interval", lambda run: run.interval and run.interval[0], _interval),
         Column("n", lambda run: run.number("n"), lambda run: _text(run.number("n"), ",.0f"), "samples"),
@@ -112,7 +116,12 @@ def fronts(group: Group, run: Run) -> str:
 
 
 def areas(group: Group) -> list[Area]:
-    """AUP of all runs, and of each sampler and each cache with two or more of them; the oracle takes no part."""
+    """AUP of all runs, and of each sampler and each cache with two or more of them; the oracle takes no part.
+
+    Runs that are judged by different scores have none together.
+    """
+    if len(group.judged_by) > 1:
+        return []
     points = [(run, tpf, 100 * quality) for run, tpf, quality in group.measured("tpf") if not run.bound]
     best = max((quality for *_, quality in points), default=0.0)
     kinds = {

@@ -19,6 +19,7 @@ class Graded:
         rows: more about each sample for the table of samples, such as the question.
         details: what else there is to keep, such as the harness's own results.
         totals: scores that are no mean over samples, such as a perplexity.
+        own: the task's own main score, where the user chose another.
     """
 
     scores: Mapping[str, Mapping[str, float]]
@@ -26,6 +27,7 @@ class Graded:
     rows: Mapping[str, Mapping[str, Any]]
     details: Mapping[str, Any] = field(default_factory=dict)
     totals: Mapping[str, float] = field(default_factory=dict)
+    own: str | None = None
 
 
 @runtime_checkable

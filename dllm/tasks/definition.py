@@ -30,7 +30,7 @@ def definition(manager: Any, name: str, include_path: str | None) -> str:
     """
     found = {} if include_path is None else {include_path: identity.tree(Path(include_path))}
     for file in _sources(manager, name):
-        found |= {str(file): identity.digest(file)} | identity.contents(_data(file))
+        found |= {str(file): identity.digest(file)} | identity.contents(_data(file), paths=True)
     content = json.dumps([harness_version(), sorted(found.items())])
     return hashlib.sha256(content.encode()).hexdigest()
 
@@ -122,7 +122,12 @@ def _data_of(config: Any) -> Iterator[Any]:
             for each in config:
                 yield from _data_of(each)
         case dict():
-            yield from (config.get("dataset_path"), config.get("dataset_kwargs"))
+            given = config.get("dataset_kwargs")
+            given = given if isinstance(given, dict) else {}
+            # Of the others some are names.
+            others = {name: value for name, value in given.items() if name not in ("data_files", "data_dir")}
+            yield from (config.get("dataset_path"), given.get("data_files"), given.get("data_dir"))
+            yield from identity.contents(others)
             yield from _data_of(config.get("task"))
 
 

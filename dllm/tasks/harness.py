@@ -214,6 +214,7 @@ def evaluate(runner: Runner, task: Any, seed: int, metric: str | None, manager: 
         rows=rows,
         details={name: results[name] for name in kept if name in results} | {"truncated": lm.truncated},
         totals={name: value for name, value in _totals(results).items() if name not in shares},
+        own=next(iter(shares), None),
     )
 
 

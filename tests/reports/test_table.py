@@ -59,7 +59,14 @@ def test_scores_that_are_no_shares_are_numbers(tmp_path: Path) -> None:
 def test_runs_judged_by_different_scores_share_a_column(tmp_path: Path) -> None:
     write_run(tmp_path / "a", "a", 0.5)
     write_run(tmp_path / "b", "b", 0.25, accuracy_name="exact match")
-    assert {row["quality"] for row in shown(load(tmp_path).groups[0]).values()} == {"50.0%", "25.0%"}
+    write_run(tmp_path / "c", "c", 0.2, accuracy_name="exact match")
+    group = load(tmp_path).groups[0]
+    rows = shown(group)
+    assert [(row["judged by"], row["quality"]) for row in rows.values()] == [
+        ("exact match", "25.0%"), ("exact match", "20.0%"), ("final answer", "50.0%")
+    ]  # fmt: skip
+    assert [bool(row["front"]) for row in rows.values()] == [True, False, True]
+    assert table.areas(group) == []
 
 
 class TestFronts:

@@ -1,0 +1,68 @@
+"""The jobs of a sweep do not write over each other's files, and nothing measured is lost to a full disk."""
+
+from __future__ import annotations
+
+import errno
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dllm
+from commands import command
+from dllm.scripts import own, tradeoff
+from models import random_llada
+from test_tradeoff import score
+
+
+@pytest.fixture(autouse=True)
+def _measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lm = random_llada(tokenizer=True, max_length=96)
+    monkeypatch.setattr(dllm, "load", lambda *_, **__: lm)
+    monkeypatch.setattr(tradeoff, "_measure", lambda *_: {"a": score(0.5, 3.0)})
+
+
+SWEEPS = {
+    "tradeoff": ("out=t", ["seed=1,2"], "t.md"),
+    "policies": ("", ["seed=1,2"], "outputs/policies-tiny-llada.md"),
+    "caches": ("out=x${problems}", ["seed=1,2"], "x300.md"),
+    "generate": ("picture=p.svg", ["seed=1,2", "prompt=Tom", "gen_length=4"], "p.svg"),
+    "bench": ("out=b", ["canvas=20,24", "gen_length=4", "caches=[none]", "steps=1"], "b.md"),
+}
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_job_that_would_write_over_another_ones_file_is_refused(name: str) -> None:
+    option, swept, file = SWEEPS[name]
+    for path in (Path(file), Path(file).with_suffix(".svg")):
+        path.parent.mkdir(exist_ok=True)
+    result = command(name, "-m", *([option] if option else []), *swept)
+    assert result.code == 2
+    (line,) = [line for line in result.err.splitlines() if ": error: " in line]
+    assert f"{file} was written by another job of this sweep; put ${{NAME}} of what is swept into " in line
+    key = swept[0].partition("=")[0]
+    chosen = "picture=p${seed}.svg" if name == "generate" else f"out=x${{{key}}}"
+    time.sleep(0.02)
+    again = command(name, "-m", chosen, *swept)
+    assert again.code == 0, again.err
+
+
+def test_a_sweep_that_is_run_again_writes_its_files_again() -> None:
+    for _ in range(2):
+        assert command("tradeoff", "-m", "out=t${seed}", "seed=1,2").code == 0
+        time.sleep(0.02)
+    assert command("tradeoff", "out=t1").code == 0
+
+
+@pytest.mark.parametrize("name", ["tradeoff", "policies", "caches"])
+def test_a_full_disk_loses_nothing_that_was_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(own, "write_whole", full)
+    result = command(name, "out=t")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "| a | 50.0% |" in result.out
+    assert "out='t' cannot be used (No space left on device); make room" in result.err
