@@ -22,7 +22,8 @@ from dllm.run import Run
 class KeyValues:
     """Keys and values of all columns of the rows in all slots: (layers, slots, H, L, D) each.
 
-    They take 2 * layers * slots * H * L * D * (bytes of a number), from the first forward to the last.
+    They take 2 * layers * slots * H * L * D * (bytes of a number), from the first forward on; the next engine of the
+    same size takes them over.
     Keys are kept with their rotary embedding, since a column never changes its position.
     """
 

@@ -83,8 +83,8 @@ class Edit:
         write: where.
         end: column each row ends before: what lies from there on is filled with end-of-text, never decoded
             and no longer looked at. None for no change; only where nothing is given behind a mask.
-        finished: rows that are complete with this edit, for policies that may edit after the last mask is gone. None
-            for those without a mask.
+        finished: rows that are complete with this edit, for policies that may edit after the last mask is gone; what
+            ends a text early still does. None for those without a mask.
         drafted: tokens that were judged as drafts, accepted where they are written; [MASK] where there were none.
             None where the policy drafts nothing.
         guide_forwards: forwards of a guide model that each row took part in for this edit; None for none.
@@ -292,7 +292,7 @@ class Canvas:
             broken: rows for which the denoiser gave no numbers; None for none.
 
         Raises:
-            RuntimeError: the edit writes outside the region to be generated.
+            RuntimeError: the edit writes outside the region to be generated, or finishes a row that has masks.
         """
         rows = self.rows
         buffer = self._buffer[: len(rows)]
@@ -301,9 +301,12 @@ class Canvas:
         buffer[:, -1] = 0
         for number, each in enumerate(reports):
             buffer[:, -1] |= each.rows.long() << number
+        if edit.finished is not None:
+            buffer[:, -1] |= edit.finished.long() << len(reports)
         read = buffer.cpu().numpy()  # the one read of the step
         before, region = self.host[rows], self.region[rows]
-        failed = self._failed(rows, read[:, -1], [each.reason for each in reports])
+        finished, codes = np.divmod(read[:, -1], 1 << len(reports))
+        failed = self._failed(rows, codes, [each.reason for each in reports])
         after = np.where(failed[:, None], before, read[:, : self.length])
         changed = after != before
         if (changed & ~region).any():
@@ -312,11 +315,16 @@ class Canvas:
         self.host[rows] = after
         self.step[rows] += 1
         filled = self._cut(rows, edit.end, failed) if edit.end is not None else np.zeros_like(changed)
-        filled |= self._stop_at_eos(rows)
-        filled |= self._stop_at_strings(rows, changed & ~unset)
+        stopped = self._stop_at_eos(rows)
+        stopped |= self._stop_at_strings(rows, changed & ~unset)
+        filled |= stopped
         left = (self.host[rows] == self.mask_token_id) & self.region[rows]
         gained = unset.sum(1) - (self.host[rows] == self.mask_token_id).sum(1)
-        done = ~left.any(1) if edit.finished is None else edit.finished.cpu().numpy()
+        done = ~left.any(1)
+        if edit.finished is not None:
+            if (left.any(1) & (finished > 0) & ~failed).any():
+                raise RuntimeError("a sampler finished a row that has masks")
+            done &= (finished > 0) | stopped.any(1)
         done &= ~failed
         self._enter_blocks(rows[~done & ~failed])
         committed, revoked = changed & ~masked & ~filled, changed & masked & ~filled

@@ -119,7 +119,7 @@ class Engine:
         self._leaving: set[int] = set()  # rows whose request is finished
         self._aborted: set[int] = set()
         self._idle = np.zeros(batch_size, dtype=np.int64)
-        self._count = 0
+        self._count, self._closed = 0, False
         self.uncounted_seconds = 0.0
 
     def add(
@@ -161,13 +161,15 @@ class Engine:
         """Queue a request that is made already.
 
         Raises:
-            ValueError: it is longer than `max_length`, or the sampler refuses it.
+            ValueError: it is longer than `max_length`, the sampler refuses it, or the engine is closed.
         """
         if len(request.tokens) > self.max_length:
             raise ValueError(
                 f"prompt and generated region have {len(request.tokens)} tokens, and max_length={self.max_length}; "
                 "shorten one of them, or make an engine with a larger max_length"
             )
+        if self._closed:
+            raise ValueError("the engine is closed, and its memory another's; make a new one")
         self.check(request)
         with self._lock:
             self._waiting.append((self._count, request))
@@ -246,9 +248,11 @@ class Engine:
 
     def close(self) -> None:
         """Leave the device memory and the graphs to the next engine of the model; there are no more steps."""
-        with self._stepping:
-            self.lm.spare[:] = [self._memory]
-            self._canvas.rows, self._waiting = self._canvas.rows[:0], deque()
+        with self._stepping, self._lock:
+            if not self._closed:
+                self.lm.spare[:] = [self._memory]
+            self._closed, self._waiting = True, deque()
+            self._canvas.rows = self._canvas.rows[:0]
 
     def __enter__(self) -> Engine:
         return self

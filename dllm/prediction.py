@@ -107,11 +107,11 @@ class Prediction:
         """The same where not all positions have the same `sampling`.
 
         Args:
-            logits: as above, like `asked`, `index` and `mask_token_id`.
-            asked: as above.
-            index: as above.
-            mask_token_id: as above.
-            parts: positions that have the same; together all of them.
+            logits: (N, V) logits of the asked positions, row by row.
+            asked: (B, K) True at those N positions; (B, D, K) for D drafts a row.
+            index: (N,) their flat indices into `asked`.
+            mask_token_id: never predicted.
+            parts: positions that have the same sampling; together all of them.
         """
         chosen = [_choose(logits[part.at], mask_token_id, part.sampling, part.generators) for part in parts]
         order = torch.cat([part.at for part in parts]).argsort()
