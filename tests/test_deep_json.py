@@ -17,7 +17,7 @@ from dllm.jsonl import AnswerFile, read_questions
 from dllm.prompts import encode
 from dllm.reports import reading
 from dllm.run_folder import RunFolder
-from dllm.tasks.humaneval import _check_rows
+from dllm.tasks.humaneval import check_rows
 from dllm.tasks.tokenizer import build_tokenizer
 from dllm.trace import FORMAT, VERSION, Trace
 from models import random_filter
@@ -45,7 +45,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "questions": ("q.jsonl", read_questions),
     "answers": ("a.jsonl", AnswerFile),
     "a journal": ("j.jsonl", Journal),
-    "problems": ("p.jsonl", lambda file: _check_rows(str(file))),
+    "problems": ("p.jsonl", lambda file: check_rows(str(file))),
     "a trace": ("t.safetensors", _trace),
     "the card of a filter": ("f.json", _filter),
     "results that are reported": (f"{FOLDER}/results.json", lambda file: reading.load(file.parent)),
