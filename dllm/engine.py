@@ -33,9 +33,9 @@ from dllm.run import Run
 from dllm.samplers.base import Sampler
 from dllm.step import Event, Step
 
-# Steps in a row that may leave a request as it was, and forwards for each position to generate, before a sampler is
-# taken to be stuck.
-_IDLE, _FORWARDS = 8, 16
+# Steps in a row that may leave a request as it was, and steps and forwards for each position to generate, before a
+# sampler is taken to be stuck.
+_IDLE, _BUDGET = 8, 16
 
 
 class Engine:
@@ -118,7 +118,7 @@ class Engine:
         self._ids = np.zeros(batch_size, dtype=np.int64)  # the request of each row
         self._leaving: set[int] = set()  # rows whose request is finished
         self._aborted: set[int] = set()
-        self._idle = np.zeros(batch_size, dtype=np.int64)
+        self._idle, self._steps = np.zeros((2, batch_size), dtype=np.int64)
         self._count, self._closed = 0, False
         self.uncounted_seconds = 0.0
 
@@ -271,7 +271,7 @@ class Engine:
             exchange = self._canvas.exchange(leaving, self._entering)
             self._leaving, self._aborted = set(), set()
             self._ids[exchange.rows] = [name for name, _ in entering]
-        self._idle[exchange.rows] = 0
+        self._idle[exchange.rows] = self._steps[exchange.rows] = 0
         self._recorder.enter(exchange.rows)
         self._meter.enter(exchange.rows)
         self.denoiser.cache.exchange(exchange)
@@ -287,7 +287,8 @@ class Engine:
         """Refuse a sampler that goes on for ever."""
         rows = change.rows
         self._idle[rows] = np.where(change.idle, self._idle[rows] + 1, 0)
-        spent = self._recorder.nfe[rows] > _FORWARDS * (self._canvas.spans[rows] + 1)
+        self._steps[rows] += 1
+        spent = np.maximum(self._steps, self._recorder.nfe)[rows] > _BUDGET * (self._canvas.spans[rows] + 1)
         stuck = (self._idle[rows] >= _IDLE) | (spent & ~np.isin(rows, [*change.finished, *change.failed]))
         if stuck.any():
             number = self._ids[rows[stuck][0]]

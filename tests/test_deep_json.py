@@ -86,10 +86,19 @@ def test_a_chat_template_that_fails_is_one_line(template: str, why: str) -> None
 
 
 @pytest.mark.parametrize("value", ["{a:" * 5_000, "[" * 5_000 + "]" * 5_000, "{a:[" * 100 + "]}" * 100])
-@pytest.mark.parametrize("option", ["model.device_map", "+model.device_map", "seed", "cache"])
+@pytest.mark.parametrize("option", ["model.device_map", "+model.device_map", "seed"])
 def test_an_option_of_the_command_is_one_line(option: str, value: str) -> None:
     result = command("generate", f"{option}={value}", "prompt=" + "(" * 50)
     assert result.code == 2
     assert result.err.count("\n") == 1
     assert f"{option} is nested too deep" in result.err
     assert len(result.err) < 300
+
+
+@pytest.mark.parametrize("value", ["{a:" * 5_000, "[" * 5_000 + "]" * 5_000])
+def test_the_choice_of_a_group_is_one_line(value: str) -> None:
+    result = command("generate", f"cache={value}", "prompt=x")
+    assert result.code == 2
+    assert result.err.count("\n") == 1
+    assert "is unknown; use one of d2cache" in result.err
+    assert len(result.err) < 500
