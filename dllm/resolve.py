@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import is_dataclass
+from functools import cache
 from importlib import import_module, resources
 from typing import Any, TypeVar
 
@@ -143,5 +145,10 @@ def options_of(group: str, name: str, parameter: str | None = None) -> dict[str,
     if name not in known:
         raise ValueError(f"{parameter or group}={name!r} is unknown; use one of {', '.join(known)}")
     text = (resources.files("dllm.conf") / group / f"{name}.yaml").read_text()
+    return deepcopy(_parsed(text))
+
+
+@cache
+def _parsed(text: str) -> dict[str, Any]:
     found: Any = OmegaConf.to_container(OmegaConf.create(text))
     return dict(found)
