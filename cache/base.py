@@ -18,10 +18,10 @@ from torch import Tensor
 
 from dllm.cache.selection import Flags as Flags
 from dllm.cache.selection import Store
-from dllm.canvas import Change, Exchange
 from dllm.checks import number
-from dllm.question import Question as Question
-from dllm.run import Run
+from dllm.decoding.canvas import Change, Exchange
+from dllm.decoding.question import Question as Question
+from dllm.decoding.setup import Run
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Cache(Protocol):
 
     @property
     def refuses(self) -> Mapping[str, str]:
-        """What a sampler may need (the words of `dllm.compatibility`) that it cannot give, with the reason."""
+        """What a sampler may need (the words of `dllm.decoding.compatibility`) that it cannot give, with the reason."""
         ...
 
     def start(self, run: Run) -> CacheRun:

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dllm.backbones.transformer import KVStore
 from dllm.cache.selection import Selection
-from dllm.transfer import put
+from dllm.decoding.transfer import put
+from dllm.models.transformer import KVStore
 
 # Keys and values, (layers, slots, H, L, D) each.
 Kept: TypeAlias = tuple[Tensor, Tensor]

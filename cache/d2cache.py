@@ -33,12 +33,12 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dllm.backbones.transformer import KVStore
 from dllm.cache.base import Flags, Metered, Plan, Probe, Question
 from dllm.cache.selection import Selection
 from dllm.cache.store import KeyValues, PerRow, Reuse
 from dllm.checks import number
-from dllm.run import Run
+from dllm.decoding.setup import Run
+from dllm.models.transformer import KVStore
 
 
 @dataclass(frozen=True)

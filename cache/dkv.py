@@ -19,7 +19,7 @@ import numpy as np
 from dllm.cache.base import Flags, Metered, Plan, Question
 from dllm.cache.store import Blocks, Reuse
 from dllm.checks import number
-from dllm.run import Run
+from dllm.decoding.setup import Run
 
 
 @dataclass(frozen=True)

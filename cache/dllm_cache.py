@@ -39,7 +39,7 @@ from dllm.cache.base import Flags, Metered, Plan, Question
 from dllm.cache.selection import Selection
 from dllm.cache.store import KeyValues, PerRow, Reuse
 from dllm.checks import number
-from dllm.run import Run
+from dllm.decoding.setup import Run
 
 _ROUNDING = 16  # relative change, in units of the last place, up to which a column counts as unchanged
 

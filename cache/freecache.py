@@ -33,7 +33,7 @@ import numpy as np
 from dllm.cache.base import Flags, Metered, Plan, Question
 from dllm.cache.store import PerRow, Reuse
 from dllm.checks import choice, number
-from dllm.run import Run
+from dllm.decoding.setup import Run
 
 
 @dataclass(frozen=True)

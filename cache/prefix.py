@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from dllm.cache.base import Flags, Metered, Plan, Question
 from dllm.cache.store import Blocks, Reuse
-from dllm.run import Run
+from dllm.decoding.setup import Run
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dllm.backbones.transformer import KVStore
+from dllm.models.transformer import KVStore
 
 Flags: TypeAlias = NDArray[np.bool_]
 

@@ -11,12 +11,12 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dllm.backbones.transformer import KVStore
 from dllm.cache.base import Plan, Question
 from dllm.cache.binding import bind
 from dllm.cache.selection import Flags, Selection, Store
-from dllm.canvas import Change, Exchange
-from dllm.run import Run
+from dllm.decoding.canvas import Change, Exchange
+from dllm.decoding.setup import Run
+from dllm.models.transformer import KVStore
 
 
 class KeyValues:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dllm import cache, samplers
     from dllm.api import as_completed, generate, infill, stream
-    from dllm.engine import Engine
-    from dllm.generation import Generation, Stats
-    from dllm.loading import LanguageModel, load
-    from dllm.options import Options
+    from dllm.decoding.engine import Engine
+    from dllm.decoding.options import Options
+    from dllm.decoding.result import Generation, Stats
+    from dllm.decoding.step import Answer, Event, Frame, Step
+    from dllm.models.loading import LanguageModel, load
     from dllm.resolve import register
-    from dllm.step import Answer, Event, Frame, Step
 
 __all__ = [
     "Answer",
@@ -38,9 +38,10 @@ __all__ = [
     "stream",
 ]
 _MODULES = {
-    "Answer": "step", "Engine": "engine", "Event": "step", "Frame": "step", "Generation": "generation",
-    "LanguageModel": "loading", "Options": "options", "Stats": "generation", "Step": "step", "as_completed": "api",
-    "generate": "api", "infill": "api", "load": "loading", "register": "resolve", "stream": "api",
+    "Answer": "decoding.step", "Engine": "decoding.engine", "Event": "decoding.step", "Frame": "decoding.step",
+    "Generation": "decoding.result", "LanguageModel": "models.loading", "Options": "decoding.options",
+    "Stats": "decoding.result", "Step": "decoding.step", "as_completed": "api", "generate": "api", "infill": "api",
+    "load": "models.loading", "register": "resolve", "stream": "api",
 }  # fmt: skip
 
 

@@ -11,14 +11,14 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dllm.cache.base import Cache
-from dllm.engine import Engine, check_model
-from dllm.generation import Generation, Tally, assemble, stack
-from dllm.loading import LanguageModel
-from dllm.options import Options, eos_ids, make_request, parse_options, seeds
-from dllm.prompts import Mask, Prompts, encode
-from dllm.request import Request
+from dllm.decoding.engine import Engine, check_model
+from dllm.decoding.options import Options, eos_ids, make_request, parse_options, seeds
+from dllm.decoding.prompts import Mask, Prompts, encode
+from dllm.decoding.request import Request
+from dllm.decoding.result import Generation, Tally, assemble, stack
+from dllm.decoding.step import Answer, Frame, Step
+from dllm.models.loading import LanguageModel
 from dllm.samplers.base import Sampler
-from dllm.step import Answer, Frame, Step
 
 Callback: TypeAlias = Callable[[Step], None]
 
@@ -43,7 +43,7 @@ def generate(
         sampler: the policy that decides what is written when: a name of conf/sampler or an object.
         cache: what is reused between steps: a name of conf/cache or an object.
         attention_mask: of token ids: 1 at tokens, 0 at padding on either side. Left out where a tokenizer's own comes
-            with them. A tensor that seems padded is refused without one (`dllm.prompts.encode`).
+            with them. A tensor that seems padded is refused without one (`dllm.decoding.prompts.encode`).
         callback: called after every step of every batch.
         progress: draw a progress bar.
         **options: fields of `dllm.Options`.

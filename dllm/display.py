@@ -15,9 +15,9 @@ from rich.live import Live
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from dllm.decoding.step import Step
 from dllm.escape import terminal
 from dllm.files import write_whole
-from dllm.step import Step
 
 FRESH, SETTLED, PROVISIONAL, MASKED = "bold black on green", "default", "dim italic", "dim"
 

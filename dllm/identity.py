@@ -24,7 +24,7 @@ from torch import Tensor
 from dllm.files import disturbed, read_json, write_json
 
 if TYPE_CHECKING:
-    from dllm.loading import LanguageModel
+    from dllm.models.loading import LanguageModel
 
 _BIG = 1 << 26  # bytes; less is hashed again in a moment
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")

@@ -123,7 +123,7 @@ def find_class(place: str, fields: Any, protocol: type) -> type:
             found = vars(import_module(module)).get(last)
         except ModuleNotFoundError:
             found = None
-        # What a module only imports, such as dllm.loading.torch, is no part of this package.
+        # What a module only imports, such as dllm.models.loading.torch, is no part of this package.
         own = isinstance(found, type) and found.__module__.startswith("dllm.") and is_dataclass(found)
         found = found if own else None
     if found is None or not all(callable(getattr(found, each, None)) for each in _methods(protocol)):

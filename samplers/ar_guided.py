@@ -18,7 +18,7 @@ Differences from the reference:
   run in one forward, not in chunks.
 - The guide's cache keeps what the canvas still holds, row by row, in batches; the reference loses count
   after several whole chunks. A last draft alone is committed without asking the guide.
-- A guide with another vocabulary reads the text; see `dllm.alignment`. The reference keeps the first
+- A guide with another vocabulary reads the text; see `dllm.guide.alignment`. The reference keeps the first
   piece of each re-encoded token.
 """
 
@@ -35,15 +35,15 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dllm.alignment import Aligned, Aligner, SameVocabulary, align
-from dllm.canvas import Edit, Window
 from dllm.checks import choice, number
-from dllm.flags import flagged
+from dllm.decoding.canvas import Edit, Window
+from dllm.decoding.flags import flagged
+from dllm.decoding.nonfinite import Broken, not_finite, reason
+from dllm.decoding.prediction import Prediction
+from dllm.decoding.request import Request
+from dllm.decoding.setup import Run
 from dllm.guide import Guide, Judging, guide_folder, load_guide
-from dllm.nonfinite import Broken, not_finite, reason
-from dllm.prediction import Prediction
-from dllm.request import Request
-from dllm.run import Run
+from dllm.guide.alignment import Aligned, Aligner, SameVocabulary, align
 from dllm.samplers.base import Denoise, Policy, commit
 from dllm.samplers.selection import leftmost
 

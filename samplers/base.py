@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from dllm.canvas import Edit, Window
-from dllm.prediction import Prediction
-from dllm.request import Request
-from dllm.run import Run
+from dllm.decoding.canvas import Edit, Window
+from dllm.decoding.prediction import Prediction
+from dllm.decoding.request import Request
+from dllm.decoding.setup import Run
 
 
 @runtime_checkable
@@ -59,7 +59,7 @@ class Sampler(Protocol):
     Attributes:
         single_forward: a promise that a step calls `denoise` once, for the window's own columns and tokens, and leaves
             the state as it is: then others may run its step on drafts.
-        needs: what it relies on that a cache may not give, in the words of `dllm.compatibility`.
+        needs: what it relies on that a cache may not give, in the words of `dllm.decoding.compatibility`.
     """
 
     @property

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dllm.canvas import Edit, Window
 from dllm.checks import number
+from dllm.decoding.canvas import Edit, Window
 from dllm.samplers.base import Denoise, Policy, commit
 from dllm.samplers.selection import top
 

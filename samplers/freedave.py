@@ -39,12 +39,12 @@ from einops import rearrange
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from dllm.canvas import Edit, Window
 from dllm.checks import choice, number
-from dllm.prediction import Prediction
-from dllm.request import Request
+from dllm.decoding.canvas import Edit, Window
+from dllm.decoding.prediction import Prediction
+from dllm.decoding.request import Request
+from dllm.decoding.setup import Run
 from dllm.resolve import resolve
-from dllm.run import Run
 from dllm.samplers.base import Denoise, Policy, Sampler, become, told
 from dllm.samplers.selection import enter_next_blocks, stopped
 
@@ -112,7 +112,7 @@ class FreeDave(Policy):
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """What a cache must give (`dllm.compatibility`)."""
+        """What a cache must give (`dllm.decoding.compatibility`)."""
         own = ["repeatable", *["next_block"] * self.eager] if self.draft_steps > 1 else []  # one is the base itself
         return frozenset(own) | self._base.needs
 

@@ -36,13 +36,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllm.canvas import Edit, Window
 from dllm.checks import Notice, choice, number
+from dllm.decoding.canvas import Edit, Window
+from dllm.decoding.flags import flagged
+from dllm.decoding.prediction import Prediction
+from dllm.decoding.request import Request
+from dllm.decoding.setup import Run
 from dllm.filters import Filter, FilterNetwork, filter_files, find_filter, load_filter
-from dllm.flags import flagged
-from dllm.prediction import Prediction
-from dllm.request import Request
-from dllm.run import Run
 from dllm.samplers.base import Denoise, Policy, commit
 from dllm.samplers.selection import is_eos, leftmost, top
 

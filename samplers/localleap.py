@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
-from dllm.canvas import Edit, Window
 from dllm.checks import number
+from dllm.decoding.canvas import Edit, Window
 from dllm.samplers.base import Denoise, Policy, commit
 from dllm.samplers.selection import top
 

@@ -19,10 +19,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dllm.canvas import Edit, Window
-from dllm.request import Request
+from dllm.decoding.canvas import Edit, Window
+from dllm.decoding.request import Request
+from dllm.decoding.setup import Rehearsal, Run
 from dllm.resolve import resolve
-from dllm.run import Rehearsal, Run
 from dllm.samplers.base import Denoise, Policy, Sampler, become
 from dllm.samplers.selection import stopped, top
 
@@ -66,7 +66,7 @@ class Oracle(Policy):
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """What a cache must give (`dllm.compatibility`): what the base needs."""
+        """What a cache must give (`dllm.decoding.compatibility`): what the base needs."""
         return self._base.needs
 
     def files(self) -> Iterable[Path]:

@@ -13,9 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dllm.canvas import Edit, Window
 from dllm.checks import number
-from dllm.request import Request
+from dllm.decoding.canvas import Edit, Window
+from dllm.decoding.request import Request
 from dllm.samplers.base import Denoise, Policy, commit
 from dllm.samplers.schedule import check_steps, steps_of_block
 from dllm.samplers.selection import top

@@ -33,11 +33,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dllm.canvas import Edit, Window
 from dllm.checks import choice, number
-from dllm.prediction import Prediction
-from dllm.request import Request
-from dllm.run import Run
+from dllm.decoding.canvas import Edit, Window
+from dllm.decoding.prediction import Prediction
+from dllm.decoding.request import Request
+from dllm.decoding.setup import Run
 from dllm.samplers.base import Denoise, Policy, commit
 from dllm.samplers.schedule import check_steps, steps_of_block
 from dllm.samplers.selection import perturbed, top

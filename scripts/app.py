@@ -337,7 +337,7 @@ def load_model(model: Mapping[str, Any], option: str | None = None) -> Any:
     options = {str(name): value for name, value in model.items() if name != "path"}
     if model["path"] == "???":
         raise ValueError("model.path has no value; set it with model.path=...")
-    known(options, signature(dllm.loading.load).parameters, "model.")
+    known(options, signature(dllm.models.loading.load).parameters, "model.")
     with naming({name: f"model.{name}" for name in options} | {"name": option or option_of("model")}):
         return dllm.load(model["path"], **options)
 

@@ -21,17 +21,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import dllm
-from dllm import compatibility
-from dllm.backbones.checkpoint import DTYPES
-from dllm.backbones.packed import pack
 from dllm.bench import Bench, CommitsPerStep, Cost, random_model
 from dllm.bench.sections import SECTIONS
 from dllm.bench.timing import REFERENCES
 from dllm.cache.base import Cache
 from dllm.checks import choice, number, threads
 from dllm.checks import known as check_known
+from dllm.decoding import compatibility
 from dllm.escape import markdown
-from dllm.loading import find_device
+from dllm.models.checkpoint import DTYPES
+from dllm.models.loading import find_device
+from dllm.models.packed import pack
 from dllm.resolve import TARGET, build, options_of
 from dllm.samplers.base import Sampler
 from dllm.scripts import app, own

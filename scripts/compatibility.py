@@ -13,9 +13,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dllm.backbones import FAMILIES
 from dllm.cache.base import Cache
-from dllm.compatibility import NEEDS, unmet
+from dllm.decoding.compatibility import NEEDS, unmet
+from dllm.models import FAMILIES
 from dllm.resolve import build, names, resolve
 from dllm.samplers.base import Sampler
 from dllm.scripts import app, own

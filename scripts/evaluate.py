@@ -24,18 +24,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import dllm
-from dllm import compatibility, identity
+from dllm import identity
 from dllm.cache.base import Cache
 from dllm.checks import choice, known, naming, number, seed, threads
+from dllm.decoding import compatibility
+from dllm.decoding.options import parse_options
 from dllm.escape import terminal
+from dllm.evaluation.journal import Journal
+from dllm.evaluation.likelihood import Estimate
+from dllm.evaluation.metrics import COSTS
+from dllm.evaluation.run_folder import RunFolder, sessions
+from dllm.evaluation.runner import Runner, Setting
 from dllm.files import parse_json
-from dllm.journal import Journal
-from dllm.likelihood import Estimate
-from dllm.metrics import COSTS
-from dllm.options import parse_options
 from dllm.resolve import build, names, options_of, variants
-from dllm.run_folder import RunFolder, sessions
-from dllm.runner import Runner, Setting
 from dllm.samplers.base import Sampler
 from dllm.scripts import app
 from dllm.scripts.kinds import canonical

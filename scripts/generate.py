@@ -23,19 +23,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 import dllm
-from dllm import compatibility, identity
-from dllm.answer_manifest import AnswerManifest, describe, identify
+from dllm import identity
 from dllm.cache.base import Cache
 from dllm.checks import SEEDS, choice, renamed, seed
+from dllm.decoding import compatibility
+from dllm.decoding.drift import Drift, Measurement, summarise
+from dllm.decoding.prompts import encode
+from dllm.decoding.step import Step
 from dllm.display import CanvasView, live, plain, save_picture
-from dllm.drift import Drift, Measurement, summarise
 from dllm.escape import terminal
-from dllm.jsonl import AnswerFile, Question, read_questions
-from dllm.prompts import encode
+from dllm.evaluation.answer_manifest import AnswerManifest, describe, identify
+from dllm.evaluation.jsonl import AnswerFile, Question, read_questions
 from dllm.resolve import build
 from dllm.samplers.base import Sampler
 from dllm.scripts import app, own
-from dllm.step import Step
 from dllm.tasks import word_problems
 
 _KINDS = get_type_hints(dllm.Options) | {

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dllm.cache.base import Cache
 from dllm.checks import known
-from dllm.loading import load
+from dllm.models.loading import load
 from dllm.resolve import TARGET, find_class
 from dllm.samplers.base import Sampler
 from dllm.scripts.usage import groups, options

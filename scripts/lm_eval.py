@@ -29,7 +29,7 @@ def main() -> None:
         from lm_eval import evaluator
         from lm_eval.__main__ import cli_evaluate
 
-        import dllm.harness  # registers the class
+        import dllm.evaluation.lm_eval  # registers the class
         from dllm.tasks.harness import fault_of
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
@@ -38,7 +38,9 @@ def main() -> None:
     told = warnings.formatwarning
     # What has no effect is told in a line; warnings of libraries keep their place.
     warnings.formatwarning = lambda message, category, filename, *more: (
-        f"dllm lm-eval: {message}\n" if filename == dllm.harness.__file__ else told(message, category, filename, *more)
+        f"dllm lm-eval: {message}\n"
+        if filename == dllm.evaluation.lm_eval.__file__
+        else told(message, category, filename, *more)
     )
     evaluator.get_git_commit_hash = _commit
     try:

@@ -19,12 +19,12 @@ from yaml import YAMLError
 
 import dllm
 from dllm.checks import first_line
-from dllm.evaluation import Score, evaluate, evaluate_causal
+from dllm.evaluation.word_problems import Score, evaluate, evaluate_causal
 from dllm.files import write_whole
+from dllm.models.tokenizers import load_tokenizer
 from dllm.samplers import Vanilla
 from dllm.stored import misfit, there
 from dllm.tasks import word_problems
-from dllm.tokenizers import load_tokenizer
 
 _KINDS = {
     "llada": "A masked diffusion language model in the LLaDA architecture (bidirectional transformer)",

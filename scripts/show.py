@@ -22,11 +22,11 @@ from rich.live import Live
 from rich.text import Text
 
 from dllm.checks import choice, number
+from dllm.evaluation.trace import Trace
 from dllm.files import check_readable
 from dllm.reports.player import Colour, draw, line
 from dllm.scripts import app
 from dllm.scripts.ending import Stopped
-from dllm.trace import Trace
 
 try:
     import termios

@@ -9,8 +9,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from dllm.backbones.dream import DreamConfig, DreamModel
-from dllm.backbones.llada import LLaDAConfig, LLaDAModelLM
+from dllm.models.dream import DreamConfig, DreamModel
+from dllm.models.llada import LLaDAConfig, LLaDAModelLM
 
 
 def build_model(cfg: DictConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:

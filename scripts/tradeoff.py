@@ -20,12 +20,12 @@ from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import dllm
-from dllm import compatibility
 from dllm.cache.base import Cache
 from dllm.checks import naming, number, seed
+from dllm.decoding import compatibility
+from dllm.decoding.options import parse_options
 from dllm.escape import markdown, terminal
-from dllm.evaluation import Score, evaluate
-from dllm.options import parse_options
+from dllm.evaluation.word_problems import Score, evaluate
 from dllm.resolve import build
 from dllm.samplers.base import Sampler
 from dllm.scripts import app, own

@@ -29,11 +29,11 @@ from dllm import identity
 from dllm.api import prepare
 from dllm.cache.base import Cache
 from dllm.checks import choice, number, seed, threads
+from dllm.decoding.prompts import encode
+from dllm.evaluation.jsonl import read_questions
 from dllm.files import check_kept, read_json, write_json, write_whole
-from dllm.filter_training import Records, Training, collect, fit, measure, split
 from dllm.filters import Filter, FilterCard
-from dllm.jsonl import read_questions
-from dllm.prompts import encode
+from dllm.filters.training import Records, Training, collect, fit, measure, split
 from dllm.resolve import build
 from dllm.samplers.base import Sampler
 from dllm.scripts import app, own

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from dllm.checks import first_line, number, seed, threads
-from dllm.claim import Claim
+from dllm.evaluation.claim import Claim
 from dllm.files import write_whole
 from dllm.scripts import app, own
 from dllm.scripts.model_card import RECIPE, check_recipe, model_card, read_recipe, write_card

@@ -7,9 +7,9 @@ from typing import Any
 
 import dllm
 from dllm.api import prepare
-from dllm.engine import Engine
-from dllm.options import parse_options
-from dllm.step import Step
+from dllm.decoding.engine import Engine
+from dllm.decoding.options import parse_options
+from dllm.decoding.step import Step
 
 
 def waiting_engine(

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from dllm import LanguageModel
-from dllm.backbones import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM, MaskedDiffusionModel
 from dllm.filters import ConfidenceFilter, Filter, NeighbourFilter
+from dllm.models import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM, MaskedDiffusionModel
 from dllm.tasks.tokenizer import build_tokenizer
 
 

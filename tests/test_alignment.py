@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import dllm
-from dllm.alignment import NEVER, Aligned, ByText, SameVocabulary, align
 from dllm.guide import Guide, load_guide
+from dllm.guide.alignment import NEVER, Aligned, ByText, SameVocabulary, align
 from dllm.samplers import ARGuided
 from dllm.tasks import word_problems
 from models import random_guide, random_llada

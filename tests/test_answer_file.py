@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from dllm import claim, jsonl
-from dllm.answer_lines import is_torn, write_line
-from dllm.jsonl import AnswerFile
+from dllm.evaluation import claim, jsonl
+from dllm.evaluation.answer_lines import is_torn, write_line
+from dllm.evaluation.jsonl import AnswerFile
 
 ANSWER = {"id": "é", "text": 'größer "\\\n', "tokens": 3, "nfe": -1, "share": 1.5e-7, "done": True, "why": None}
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import dllm
-from dllm.likelihood import Estimate, loglikelihood
-from dllm.prompts import encode
+from dllm.decoding.prompts import encode
+from dllm.evaluation.likelihood import Estimate, loglikelihood
 from models import random_llada
 
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])

@@ -17,9 +17,9 @@ from commands import Outcome, command
 from dllm.bench import Bench, CommitsPerStep, random_model
 from dllm.bench.bare import Call
 from dllm.cache import DLLMCache, Dual, NoCache
-from dllm.denoiser import Denoiser
-from dllm.graphs import Forward
-from dllm.prediction import Prediction
+from dllm.decoding.denoiser import Denoiser
+from dllm.decoding.graphs import Forward
+from dllm.decoding.prediction import Prediction
 from dllm.samplers import Learn2PD, LocalLeap, Threshold, Vanilla
 from models import random_dream, random_llada
 from toys import Device
@@ -199,7 +199,9 @@ def test_the_presets_have_the_published_shapes(preset: str, parameters: float) -
 
 def test_forwards_that_are_replayed_are_timed_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device()
-    monkeypatch.setattr("dllm.memory.Forward", lambda backbone, wanted: Forward(backbone, True, device.capture))
+    monkeypatch.setattr(
+        "dllm.decoding.memory.Forward", lambda backbone, wanted: Forward(backbone, True, device.capture)
+    )
     bench = Bench(random_llada(), 40, 20, 1, 10)
     bench.bare.forward = Forward(bench.lm.backbone, True, Device().capture)
     costs = bench.run({"dual": (Vanilla(), Dual())}, None)

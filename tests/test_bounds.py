@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import dllm
-from dllm.likelihood import Estimate
+from dllm.evaluation.likelihood import Estimate
 from models import random_llada
 
 LM = random_llada()

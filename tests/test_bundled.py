@@ -10,12 +10,12 @@ import pytest
 from transformers import Qwen2ForCausalLM
 
 import dllm
-from dllm.evaluation import evaluate, evaluate_causal
-from dllm.loading import BUNDLED
+from dllm.evaluation.word_problems import evaluate, evaluate_causal
+from dllm.models.loading import BUNDLED
+from dllm.models.tokenizers import load_tokenizer
 from dllm.resolve import names
 from dllm.samplers import Vanilla
 from dllm.tasks import word_problems
-from dllm.tokenizers import load_tokenizer
 
 # Held out: training uses seeds below 1,000,000.
 PROBLEMS = word_problems.problems(100, seed=3_000_001)

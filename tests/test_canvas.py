@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from dllm.canvas import Canvas, Change, Edit
-from dllm.prediction import Sampling
-from dllm.request import Request
+from dllm.decoding.canvas import Canvas, Change, Edit
+from dllm.decoding.prediction import Sampling
+from dllm.decoding.request import Request
 
 MASK, EOS, FILL = 9, 7, 8
 

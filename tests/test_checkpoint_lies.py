@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, Qwen2Config, Qwen2ForCausalLM
 
-from dllm.backbones import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM
 from dllm.guide import load_guide
-from dllm.loading import load
+from dllm.models import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM
+from dllm.models.loading import load
 from models import random_dream, random_llada, save_folder
 
 Edit = Callable[[Path], Any]

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 import dllm
 from commands import command
 from dllm.cache.base import Cache
-from dllm.compatibility import NEEDS, check, unmet
+from dllm.decoding.compatibility import NEEDS, check, unmet
 from dllm.resolve import names, resolve
 from dllm.samplers import FreeDave, Oracle, Threshold
 from dllm.samplers.base import Sampler

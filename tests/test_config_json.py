@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import dllm
-from dllm.backbones import DreamConfig, LLaDAConfig
+from dllm.evaluation.likelihood import Estimate, loglikelihood
 from dllm.guide import Guide
-from dllm.likelihood import Estimate, loglikelihood
+from dllm.models import DreamConfig, LLaDAConfig
 from dllm.tasks.tokenizer import build_tokenizer
 from models import random_dream, random_guide, random_llada, save_folder
 

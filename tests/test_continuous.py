@@ -14,9 +14,9 @@ import torch
 
 import dllm
 from commands import command
-from dllm.canvas import Canvas, Edit
-from dllm.prediction import Sampling
-from dllm.request import Request
+from dllm.decoding.canvas import Canvas, Edit
+from dllm.decoding.prediction import Sampling
+from dllm.decoding.request import Request
 from dllm.resolve import names
 from dllm.tasks import word_problems
 from models import random_dream, random_guide, random_llada

@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dllm
 from contract_rig import BY_NAME, GUIDED, LEARNED, Maker, backbones
-from dllm.compatibility import unmet
-from dllm.filter_training import collect
+from dllm.decoding.compatibility import unmet
+from dllm.evaluation.likelihood import Estimate, is_greedy, loglikelihood
+from dllm.filters.training import collect
 from dllm.guide import Guide
-from dllm.likelihood import Estimate, is_greedy, loglikelihood
 from dllm.resolve import names, resolve
 from dllm.samplers import FreeDave, Vanilla
 from models import random_guide, random_llada

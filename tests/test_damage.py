@@ -18,14 +18,14 @@ from safetensors.numpy import save_file
 import dllm
 from commands import Outcome, command
 from dllm.cache import NoCache
+from dllm.evaluation.journal import Journal
+from dllm.evaluation.records import Request
+from dllm.evaluation.run_folder import RunFolder
+from dllm.evaluation.runner import Runner, Setting
+from dllm.evaluation.trace import Trace
 from dllm.filters import Filter, FilterCard, NeighbourFilter, load_filter
-from dllm.journal import Journal
-from dllm.records import Request
-from dllm.run_folder import RunFolder
-from dllm.runner import Runner, Setting
 from dllm.scripts import train_filter as application
 from dllm.tasks.base import Graded
-from dllm.trace import Trace
 from models import random_llada, save_folder
 from report_rig import results, trace, write_error, write_run
 

@@ -11,15 +11,15 @@ import pytest
 from safetensors.numpy import save_file
 
 from commands import command
+from dllm.decoding.prompts import encode
+from dllm.evaluation.journal import Journal
+from dllm.evaluation.jsonl import AnswerFile, read_questions
+from dllm.evaluation.run_folder import RunFolder
+from dllm.evaluation.trace import FORMAT, VERSION, Trace
 from dllm.filters import load_filter
-from dllm.journal import Journal
-from dllm.jsonl import AnswerFile, read_questions
-from dllm.prompts import encode
 from dllm.reports import reading
-from dllm.run_folder import RunFolder
 from dllm.tasks.humaneval import check_rows
 from dllm.tasks.tokenizer import build_tokenizer
-from dllm.trace import FORMAT, VERSION, Trace
 from models import random_filter
 
 DEEP = '{"a":' + "[" * 100_000

@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.text import Text
 
 import dllm
-from dllm.canvas import Edit, Window
+from dllm.decoding.canvas import Edit, Window
+from dllm.decoding.setup import Run
+from dllm.decoding.step import Step
 from dllm.display import FRESH, MASKED, PROVISIONAL, SETTLED, CanvasView, live, plain, save_picture
-from dllm.run import Run
 from dllm.samplers.base import Denoise, Policy
-from dllm.step import Step
 from models import random_llada
 
 LM = random_llada(tokenizer=True, layers=1)

@@ -14,7 +14,7 @@ import torch
 import dllm
 from dllm.cache import DLLMCache, Dual, FreeCache, NoCache
 from dllm.cache.base import Cache
-from dllm.drift import Comparison
+from dllm.decoding.drift import Comparison
 from dllm.resolve import names, resolve
 from engine_rig import observed
 from models import random_dream, random_llada

@@ -13,13 +13,13 @@ import dllm
 from byte_words import byte_tokenizer
 from contract_rig import BY_NAME, GUIDED, LEARNED
 from dllm.cache import NoCache
-from dllm.ending import StopStrings, cut
-from dllm.journal import Journal
-from dllm.options import Options
-from dllm.records import Request
+from dllm.decoding.ending import StopStrings, cut
+from dllm.decoding.options import Options
+from dllm.evaluation.journal import Journal
+from dllm.evaluation.records import Request
+from dllm.evaluation.run_folder import trace
+from dllm.evaluation.runner import Runner, Setting
 from dllm.resolve import names
-from dllm.run_folder import trace
-from dllm.runner import Runner, Setting
 from dllm.samplers import ARGuided, Learn2PD, Vanilla
 from engine_rig import waiting_engine
 from models import random_dream, random_filter, random_guide, random_llada

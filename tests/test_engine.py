@@ -16,9 +16,9 @@ from torch import Tensor
 
 import dllm
 from contract_rig import BY_NAME, PROMPTS, backbones
-from dllm import graphs
-from dllm.canvas import Edit, Window
-from dllm.compatibility import unmet
+from dllm.decoding import graphs
+from dllm.decoding.canvas import Edit, Window
+from dllm.decoding.compatibility import unmet
 from dllm.resolve import names
 from dllm.samplers import FreeDave
 from dllm.samplers.base import Denoise, Policy, commit
@@ -238,7 +238,9 @@ def test_what_is_kept_of_a_step_does_not_change() -> None:
 
 def test_a_second_run_captures_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
     device, lm = Device(), random_llada()
-    monkeypatch.setattr("dllm.memory.Forward", lambda backbone, wanted: graphs.Forward(backbone, True, device.capture))
+    monkeypatch.setattr(
+        "dllm.decoding.memory.Forward", lambda backbone, wanted: graphs.Forward(backbone, True, device.capture)
+    )
     options: dict[str, Any] = {"gen_length": 12, "block_length": 6, "stop_at_eos": False}
     results = [dllm.generate(lm, PROMPTS[:3], "vanilla", "dual", **options) for _ in range(3)]
     first = len(device.made)

@@ -18,13 +18,13 @@ from pyarrow import parquet
 
 import dllm
 from commands import Outcome, command, start
-from dllm import run_folder
-from dllm.evaluation import wilson
+from dllm.evaluation import run_folder
+from dllm.evaluation.run_folder import RunFolder
+from dllm.evaluation.trace import Trace
+from dllm.evaluation.word_problems import wilson
 from dllm.files import write_json
-from dllm.run_folder import RunFolder
 from dllm.scripts import evaluate as application
 from dllm.tasks import word_problems
-from dllm.trace import Trace
 from models import random_llada, save_folder
 
 FAST = ("task.limit=8", "batch_size=4", "baselines=0", "frames=2", "sampler=tiny/localleap")

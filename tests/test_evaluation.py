@@ -7,8 +7,8 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import dllm
-from dllm import evaluation
-from dllm.evaluation import evaluate, evaluate_causal, score, wilson
+from dllm.evaluation import word_problems as evaluation
+from dllm.evaluation.word_problems import evaluate, evaluate_causal, score, wilson
 from dllm.samplers import Vanilla
 from dllm.tasks.tokenizer import build_tokenizer
 from dllm.tasks.word_problems import Grade, Problem, grade, problems
@@ -58,7 +58,7 @@ class Perfect(dllm.samplers.base.Policy):
         denoise()
         length = window.columns.shape[1]
         tokens = [(self.rows[row] + [self.eos] * length)[:length] for row in window.rows.tolist()]
-        return dllm.canvas.Edit(window.columns, torch.tensor(tokens), window.masked)
+        return dllm.decoding.canvas.Edit(window.columns, torch.tensor(tokens), window.masked)
 
 
 def test_evaluate_grades_what_the_sampler_wrote() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dllm
-from dllm import graphs
+from dllm.decoding import graphs
 from engine_rig import waiting_engine
 from models import random_dream, random_llada
 from toys import Device
@@ -24,7 +24,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     def start(backbone: Any, wanted: Any = None) -> graphs.Forward:
         return graphs.Forward(backbone, True, found.capture)
 
-    monkeypatch.setattr("dllm.memory.Forward", start)
+    monkeypatch.setattr("dllm.decoding.memory.Forward", start)
     return found
 
 
@@ -37,7 +37,7 @@ def test_replayed_forwards_give_what_launched_ones_do(
     lm, options = make(), {"gen_length": 18, "block_length": 6, "batch_size": batch_size}
     replayed = dllm.generate(lm, PROMPTS, "threshold", cache, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dllm.memory.Forward", graphs.Forward)
+        patch.setattr("dllm.decoding.memory.Forward", graphs.Forward)
         lm.spare.clear()
         launched = dllm.generate(lm, PROMPTS, "threshold", cache, **options)
     assert torch.equal(replayed.sequences, launched.sequences)
@@ -52,7 +52,7 @@ def test_positions_that_share_a_column_are_all_answered(device: Device) -> None:
     options: dict[str, Any] = {"gen_length": 18, "block_length": 6, "stop_at_eos": False}
     replayed = dllm.generate(lm, [[]], filtered, "dual", **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dllm.memory.Forward", graphs.Forward)
+        patch.setattr("dllm.decoding.memory.Forward", graphs.Forward)
         lm.spare.clear()
         launched = dllm.generate(lm, [[]], filtered, "dual", **options)
     assert device.made

@@ -14,9 +14,9 @@ from pyarrow import parquet
 
 import dllm
 from commands import command, start
-from dllm.journal import Journal
-from dllm.likelihood import Estimate, is_greedy, loglikelihood
-from dllm.runner import Runner, Setting
+from dllm.evaluation.journal import Journal
+from dllm.evaluation.likelihood import Estimate, is_greedy, loglikelihood
+from dllm.evaluation.runner import Runner, Setting
 from dllm.tasks import word_problems
 from models import random_llada
 
@@ -26,7 +26,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from dllm import harness_options  # noqa: E402
-from dllm.harness import DLLM  # noqa: E402
+from dllm.evaluation.lm_eval import DLLM  # noqa: E402
 
 # One worker finds the harness's tasks once for all.
 pytestmark = pytest.mark.xdist_group("harness")

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save, save_file
 import dllm
 from commands import command
 from dllm import identity
+from dllm.evaluation.journal import Journal
 from dllm.filters import load_filter
-from dllm.journal import Journal
-from dllm.loading import BUNDLED
+from dllm.models.loading import BUNDLED
 from dllm.samplers import ARGuided, FreeDave, Learn2PD, Oracle
 from dllm.scripts import evaluate
 from dllm.tasks.arithmetic import WordProblems

@@ -13,18 +13,18 @@ import pytest
 
 import dllm
 from commands import Outcome, command
-from dllm import claim
 from dllm.cache import NoCache
+from dllm.evaluation import claim
+from dllm.evaluation.journal import Journal
+from dllm.evaluation.jsonl import AnswerFile
+from dllm.evaluation.metrics import speedup
+from dllm.evaluation.records import Request
+from dllm.evaluation.run_folder import RunFolder
+from dllm.evaluation.runner import BASELINES, Runner, Setting
+from dllm.evaluation.trace import Trace
 from dllm.files import write_whole
-from dllm.journal import Journal
-from dllm.jsonl import AnswerFile
-from dllm.metrics import speedup
-from dllm.records import Request
-from dllm.run_folder import RunFolder
-from dllm.runner import BASELINES, Runner, Setting
 from dllm.scripts import generate as generate_application
 from dllm.tasks.base import Graded
-from dllm.trace import Trace
 from models import random_llada, save_folder
 
 LM = random_llada(tokenizer=True, seed=3, max_length=96)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dllm.journal import Journal
+from dllm.evaluation.journal import Journal
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dllm.jsonl import AnswerFile, Question, read_questions
+from dllm.evaluation.jsonl import AnswerFile, Question, read_questions
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
 

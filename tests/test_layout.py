@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm.layout import apart, pack
+from dllm.decoding.layout import apart, pack
 
 rows_of_flags = st.integers(1, 12).flatmap(
     lambda length: st.lists(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import dllm
 from dllm import LanguageModel
-from dllm.likelihood import Asked, Estimate, along_orders, is_greedy, loglikelihood, stratified_masks
+from dllm.evaluation.likelihood import Asked, Estimate, along_orders, is_greedy, loglikelihood, stratified_masks
 from dllm.tasks.word_problems import problems
 from models import random_dream, random_llada
 
@@ -205,7 +205,7 @@ class TestEstimates:
         lm, estimate = random_dream(), Estimate("chain", order=order, batch_size=100)
         target = random.Random(3).choices(range(60), k=20)
         whole = loglikelihood(lm, PREFIX, target, estimate)
-        monkeypatch.setattr("dllm.likelihood._CHUNK", 3)
+        monkeypatch.setattr("dllm.evaluation.likelihood._CHUNK", 3)
         assert loglikelihood(lm, PREFIX, target, estimate) == pytest.approx(whole, abs=1e-10)
 
     def test_an_empty_target_is_certain(self, lm: LanguageModel) -> None:

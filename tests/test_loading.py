@@ -22,9 +22,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, TorchAoConfig
 from transformers.utils import logging
 
-from dllm import loading
-from dllm.backbones import DreamModel, LLaDAModelLM
-from dllm.loading import LanguageModel, checkpoint_folder, load
+from dllm.models import DreamModel, LLaDAModelLM, loading
+from dllm.models.loading import LanguageModel, checkpoint_folder, load
 from dllm.resolve import names
 from dllm.tasks.tokenizer import build_tokenizer
 from models import random_llada, save_folder
@@ -251,7 +250,7 @@ class TestNoForeignCode:
         self, trapped: tuple[Path, Path], trust: bool | None
     ) -> None:
         folder, trace = trapped
-        assert type(AutoConfig.from_pretrained(folder, trust_remote_code=trust)).__module__ == "dllm.backbones.llada"
+        assert type(AutoConfig.from_pretrained(folder, trust_remote_code=trust)).__module__ == "dllm.models.llada"
         for auto in (AutoModel, AutoModelForMaskedLM):
             assert type(auto.from_pretrained(folder, trust_remote_code=trust)) is LLaDAModelLM
         assert not trace.exists()

@@ -15,10 +15,10 @@ import dllm
 from commands import command
 from contract_rig import BY_NAME, GUIDED, LEARNED, Maker, backbones
 from dllm.cache import D2Cache, DKVCache, DLLMCache, Dual, FreeCache, NoCache, Prefix
-from dllm.compatibility import unmet
-from dllm.evaluation import evaluate
-from dllm.filter_training import collect
-from dllm.likelihood import Estimate, is_greedy, loglikelihood
+from dllm.decoding.compatibility import unmet
+from dllm.evaluation.likelihood import Estimate, is_greedy, loglikelihood
+from dllm.evaluation.word_problems import evaluate
+from dllm.filters.training import collect
 from dllm.resolve import names
 from dllm.samplers import FreeDave, Threshold, Vanilla
 from dllm.tasks.word_problems import problems

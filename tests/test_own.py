@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from commands import command
 from dllm.filters import Filter, FilterCard, NeighbourFilter
-from dllm.loading import BUNDLED
+from dllm.models.loading import BUNDLED
 from dllm.scripts import own
 from models import random_llada, save_folder
 from report_rig import write_run

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from commands import command
+from dllm.evaluation.trace import Trace
 from dllm.reports.player import RAMPS, moment, shade, word
-from dllm.trace import Trace
 from report_rig import SETTINGS, trace, write_sweep
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dllm.prediction import Prediction, Sampling
+from dllm.decoding.prediction import Prediction, Sampling
 
 MASK = 6
 

@@ -10,7 +10,7 @@ import torch
 
 import dllm
 from byte_words import byte_tokenizer
-from dllm.prompts import encode
+from dllm.decoding.prompts import encode
 from dllm.tasks.tokenizer import build_tokenizer
 from models import random_dream, random_llada
 

@@ -11,11 +11,11 @@ import pytest
 import dllm
 from dllm.api import prepare
 from dllm.cache import NoCache
-from dllm.journal import Journal
-from dllm.metrics import cost
-from dllm.options import parse_options
-from dllm.records import Request, cut, follow
-from dllm.runner import Runner, Setting
+from dllm.decoding.options import parse_options
+from dllm.evaluation.journal import Journal
+from dllm.evaluation.metrics import cost
+from dllm.evaluation.records import Request, cut, follow
+from dllm.evaluation.runner import Runner, Setting
 from dllm.tasks import word_problems
 from models import random_llada
 from toys import Spying

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import dllm
-from dllm.filter_training import collect
-from dllm.likelihood import Estimate, is_greedy, loglikelihood
+from dllm.evaluation.likelihood import Estimate, is_greedy, loglikelihood
+from dllm.filters.training import collect
 from models import random_dream, random_guide, random_llada
 
 CALLS: dict[str, Callable[[Any], Any]] = {

@@ -17,9 +17,9 @@ import torch
 
 import dllm
 from commands import Outcome, command
-from dllm import claim
-from dllm.answer_manifest import AnswerManifest
-from dllm.loading import BUNDLED
+from dllm.evaluation import claim
+from dllm.evaluation.answer_manifest import AnswerManifest
+from dllm.models.loading import BUNDLED
 from models import random_llada
 
 MODELS = {
@@ -312,14 +312,16 @@ class TestManifestFile:
             raise OSError("killed here")
 
         ask(*ASKED)
-        monkeypatch.setattr(dllm.jsonl.AnswerFile, "_open", die)
+        monkeypatch.setattr(dllm.evaluation.jsonl.AnswerFile, "_open", die)
         refused(run(), "killed here")
 
     def test_a_session_that_ended_before_its_first_answer_does_not_count(
         self, answered: bytes, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(dllm.jsonl.AnswerFile, "_open", lambda self: (_ for _ in ()).throw(OSError("killed")))
+            patch.setattr(
+                dllm.evaluation.jsonl.AnswerFile, "_open", lambda self: (_ for _ in ()).throw(OSError("killed"))
+            )
             refused(run("gen_length=4", "resume=mixed"), "killed")
         assert [each["options"]["gen_length"] for each in manifest()["sessions"]] == [8, 4]
         assert run().code == 0
@@ -335,7 +337,7 @@ class TestManifestFile:
             raise OSError("No space left on device")
 
         ask(*ASKED)
-        monkeypatch.setattr(dllm.answer_manifest, "write_json", refuse)
+        monkeypatch.setattr(dllm.evaluation.answer_manifest, "write_json", refuse)
         refused(run(), "output='a.jsonl': a.jsonl.manifest.json cannot be written beside it (No space left")
         assert not Path("a.jsonl").exists()
 
@@ -454,7 +456,7 @@ class TestFiles:
 
 def test_the_manifest_lies_beside_the_file_and_not_beside_a_link(tmp_path: Path) -> None:
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "real.jsonl")
-    with dllm.jsonl.AnswerFile(tmp_path / "link.jsonl") as answers:
+    with dllm.evaluation.jsonl.AnswerFile(tmp_path / "link.jsonl") as answers:
         assert AnswerManifest(answers, mixed=False).path == tmp_path / "real.jsonl.manifest.json"
 
 

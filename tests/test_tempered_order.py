@@ -10,7 +10,7 @@ from torch import Tensor
 
 import dllm
 from contract_rig import PROMPTS, Maker, backbones
-from dllm.prediction import Prediction, Sampling
+from dllm.decoding.prediction import Prediction, Sampling
 from dllm.samplers import FreeDave, Vanilla
 from dllm.samplers.selection import perturbed, ranks
 from models import random_dream, random_llada

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase
 
+from dllm.models.tokenizers import load_tokenizer
 from dllm.tasks.tokenizer import build_tokenizer
-from dllm.tokenizers import load_tokenizer
 
 LLADA_TOKENS = (
     "<|startoftext|> <|endoftext|> [gMASK] <|mdm_mask|> <|start_header_id|> <|end_header_id|> <|eot_id|>".split()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from dllm.trace import Frames, Trace
+from dllm.evaluation.trace import Frames, Trace
 
 MASK, EOS = 90_000, 7
 # What float16 holds exactly, so that it comes back as it was.

@@ -14,7 +14,7 @@ import pytest
 
 import dllm
 from commands import Outcome, command
-from dllm.evaluation import Score, evaluate, wilson
+from dllm.evaluation.word_problems import Score, evaluate, wilson
 from dllm.scripts import own
 from dllm.scripts import tradeoff as application
 from dllm.tasks import word_problems

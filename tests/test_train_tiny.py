@@ -20,7 +20,7 @@ from transformers import Qwen2ForCausalLM
 
 import dllm
 from commands import Outcome, command
-from dllm.claim import Claim
+from dllm.evaluation.claim import Claim
 from dllm.scripts import model_card, tiny_models
 from dllm.scripts import train_tiny as application
 from dllm.scripts.app import rewrite

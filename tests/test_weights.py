@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import dllm
-from dllm import loading
-from dllm.backbones.packed import pack
 from dllm.filters import FilterCard
+from dllm.models import loading
+from dllm.models.packed import pack
 from models import random_dream, random_filter, random_llada, save_folder
 
 Maker = Callable[..., dllm.LanguageModel]

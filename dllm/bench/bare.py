@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dllm.backbones import MaskedDiffusionModel
-from dllm.backbones.transformer import FeatureStore
-from dllm.graphs import Forward
+from dllm.decoding.graphs import Forward
+from dllm.models import MaskedDiffusionModel
+from dllm.models.transformer import FeatureStore
 
 _FIRST = 5  # calls of a shape before it is timed: with CUDA graphs it is captured by then
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from dllm.backbones import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM
-from dllm.backbones.base import MaskedDiffusionModel
-from dllm.loading import LanguageModel
+from dllm.models import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM
+from dllm.models.base import MaskedDiffusionModel
+from dllm.models.loading import LanguageModel
 
 
 @dataclass(frozen=True)

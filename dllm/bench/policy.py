@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dllm.canvas import Edit, Window
 from dllm.checks import number
-from dllm.prediction import Prediction
-from dllm.request import Request
-from dllm.run import Run
+from dllm.decoding.canvas import Edit, Window
+from dllm.decoding.prediction import Prediction
+from dllm.decoding.request import Request
+from dllm.decoding.setup import Run
 from dllm.samplers.base import Denoise, Policy, Sampler, commit
 from dllm.samplers.selection import top
 
@@ -41,7 +41,7 @@ class CommitsPerStep(Policy):
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """What a cache must give (`dllm.compatibility`): what the policy needs."""
+        """What a cache must give (`dllm.decoding.compatibility`): what the policy needs."""
         return self.base.needs
 
     def start(self, run: Run) -> Any:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from dllm.backbones.base import MaskedDiffusionModel
-from dllm.denoiser import Denoiser
-from dllm.prediction import Prediction
+from dllm.decoding.denoiser import Denoiser
+from dllm.decoding.prediction import Prediction
+from dllm.models.base import MaskedDiffusionModel
 
 SECTIONS = ("embedding", "layers", "projection", "selection", "cache", "python")
 _SERVED = ("update", "parts", "stale", "blend", "attended")

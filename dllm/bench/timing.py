@@ -17,15 +17,15 @@ import numpy as np
 import torch
 
 from dllm.api import prepare
-from dllm.backbones import MaskedDiffusionModel
 from dllm.bench import today
 from dllm.bench.bare import Bare, Call, in_part, listening
 from dllm.bench.cost import Cost, Timing, cost_of
 from dllm.bench.models import causal_model
 from dllm.bench.sections import Clock, watching
-from dllm.generation import Clock as Memory
-from dllm.loading import LanguageModel
-from dllm.options import Options
+from dllm.decoding.options import Options
+from dllm.decoding.result import Clock as Memory
+from dllm.models import MaskedDiffusionModel
+from dllm.models.loading import LanguageModel
 
 REFERENCES = {"straightforward": today.straightforward, "dual": today.dual}
 _WARM_UP, _LOOKED_INTO = 3, 10  # steps

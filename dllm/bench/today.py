@@ -20,8 +20,8 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dllm.backbones.base import MaskedDiffusionModel
-from dllm.backbones.transformer import Rotation, rotary_embedding
+from dllm.models.base import MaskedDiffusionModel
+from dllm.models.transformer import Rotation, rotary_embedding
 
 
 def straightforward(

@@ -19,10 +19,10 @@ from markupsafe import Markup
 
 from dllm.checks import Notice
 from dllm.escape import terminal
+from dllm.evaluation.trace import Frames, Trace
 from dllm.reports import plots, table
 from dllm.reports.player import RAMPS, word
 from dllm.reports.runs import Group, Run, Sweep
-from dllm.trace import Frames, Trace
 
 _MOST = 2_000_000  # characters of samples that a run brings to a page
 

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from dllm.escape import terminal
-from dllm.trace import Frames, Trace
+from dllm.evaluation.trace import Frames, Trace
 
 Colour = Literal["commit_step", "confidence"]
 # From the first step to the last, and from unsure to sure; distinct to colour-blind eyes, and in print.

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dllm.checks import seed
-from dllm.records import Request
-from dllm.runner import Runner
+from dllm.evaluation.records import Request
+from dllm.evaluation.runner import Runner
 from dllm.tasks import word_problems
 from dllm.tasks.base import Graded
 

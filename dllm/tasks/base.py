@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from dllm.runner import Runner
+from dllm.evaluation.runner import Runner
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, get_args
 
 from dllm.checks import choice, number
-from dllm.runner import Runner
+from dllm.evaluation.runner import Runner
 from dllm.tasks import humaneval, sandbox
 from dllm.tasks.base import Graded
 from dllm.tasks.definition import harness_version

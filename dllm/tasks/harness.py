@@ -19,10 +19,10 @@ from jinja2 import UndefinedError
 from omegaconf import OmegaConf
 
 from dllm.checks import number
+from dllm.evaluation.runner import Runner
 from dllm.files import check_readable
 from dllm.identity import digest, tree
-from dllm.loading import quiet
-from dllm.runner import Runner
+from dllm.models.loading import quiet
 from dllm.tasks.base import Graded
 from dllm.tasks.definition import definition, refused
 from dllm.tasks.rows import check_data
@@ -192,7 +192,7 @@ def evaluate(runner: Runner, task: Any, seed: int, metric: str | None, manager: 
     """
     from lm_eval import simple_evaluate
 
-    from dllm.harness import DLLM
+    from dllm.evaluation.lm_eval import DLLM
 
     lm = DLLM(runner, seed)
     with quiet(), _calm(), _naming(task), _read_anew():

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dllm.backbones import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM, MaskedDiffusionModel
+from dllm.models import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM, MaskedDiffusionModel
 
 BackboneMaker = Callable[..., MaskedDiffusionModel]
 

@@ -9,7 +9,7 @@ import torch
 
 import dllm
 from commands import command
-from dllm.backbones.packed import PackedLinear, pack
+from dllm.models.packed import PackedLinear, pack
 from models import random_dream, random_llada
 
 PROMPTS = ["Tom has 3 apples and buys 4.", "Ann has 20 pens. She gives 6 away. Then she"]

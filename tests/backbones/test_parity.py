@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dllm.backbones import FAMILIES, MaskedDiffusionModel
-from dllm.loading import load
+from dllm.models import FAMILIES, MaskedDiffusionModel
+from dllm.models.loading import load
 
 ATTENTION = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 CHECKPOINTS = pytest.mark.parametrize("checkpoint", ["llada-rand-a", "dream-rand-a"])

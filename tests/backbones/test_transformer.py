@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dllm.backbones import MaskedDiffusionModel
-from dllm.backbones.base import check_config
+from dllm.models import MaskedDiffusionModel
+from dllm.models.base import check_config
 
 BackboneMaker = Callable[..., MaskedDiffusionModel]
 

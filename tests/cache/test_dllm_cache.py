@@ -11,9 +11,9 @@ from einops import rearrange
 
 import dllm
 from cache_rig import planned, selected
-from dllm.backbones.transformer import rotary_embedding
 from dllm.cache import DLLMCache
 from dllm.cache.dllm_cache import Features
+from dllm.models.transformer import rotary_embedding
 from models import random_dream, random_llada
 from sampler_rig import facts
 from toys import Leftmost

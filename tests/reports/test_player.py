@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.segment import Segment
 from rich.style import Style
 
+from dllm.evaluation.trace import Frames, Trace
 from dllm.reports.player import OPEN, RAMPS, UNKNOWN, draw, line, moment, shade, word
-from dllm.trace import Frames, Trace
 from report_rig import EOS, MASK, trace
 
 HE, HAS, STOP = 2, 3, 4

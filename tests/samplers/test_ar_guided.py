@@ -12,7 +12,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import dllm
-from dllm.evaluation import evaluate
+from dllm.evaluation.word_problems import evaluate
 from dllm.guide import Guide, load_guide
 from dllm.samplers import ARGuided
 from dllm.tasks import word_problems

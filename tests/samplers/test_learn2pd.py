@@ -15,9 +15,9 @@ from torch import Tensor
 
 import dllm
 from dllm.checks import Notice
-from dllm.evaluation import evaluate
+from dllm.decoding.prediction import Prediction, Sampling
+from dllm.evaluation.word_problems import evaluate
 from dllm.filters import ConfidenceFilter, Filter, FilterCard, NeighbourFilter
-from dllm.prediction import Prediction, Sampling
 from dllm.samplers import Learn2PD
 from dllm.tasks import word_problems
 from models import random_dream, random_filter, random_llada

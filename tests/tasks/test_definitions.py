@@ -100,7 +100,7 @@ def test_a_fault_of_this_package_keeps_its_traceback(evaluate: Evaluate, monkeyp
     def fail(self: Any, *arguments: Any, **options: Any) -> None:
         return self.nothing
 
-    monkeypatch.setattr("dllm.runner.Runner.answer", fail)
+    monkeypatch.setattr("dllm.evaluation.runner.Runner.answer", fail)
     with pytest.raises(AttributeError, match="nothing"):
         evaluate({"mine.yaml": "BASE"})
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from dllm.models.tokenizers import load_tokenizer
 from dllm.tasks.tokenizer import EOS, MASK, UNK, build_tokenizer
 from dllm.tasks.word_problems import problems
-from dllm.tokenizers import load_tokenizer
 
 TEXTS = [text for problem in problems(2000, seed=1_000_002) for text in (problem.question, problem.solution)]
 

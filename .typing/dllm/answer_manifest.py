@@ -1,1 +1,0 @@
-../../dllm/answer_manifest.py

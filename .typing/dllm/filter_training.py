@@ -1,1 +1,0 @@
-../../dllm/filter_training.py

@@ -1,1 +1,0 @@
-../../dllm/generation.py

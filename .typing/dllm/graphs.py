@@ -1,1 +1,0 @@
-../../dllm/graphs.py

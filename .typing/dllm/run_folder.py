@@ -1,1 +1,0 @@
-../../dllm/run_folder.py

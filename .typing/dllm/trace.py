@@ -1,1 +1,0 @@
-../../dllm/trace.py

@@ -1,0 +1,432 @@
+"""The canvas being decoded, and the two things that pass between it and a sampler: Window and Edit.
+
+Tokens live on the device. A copy on the host is refreshed once a step, and everything that decides
+what happens next (blocks, finished rows, end-of-text) is worked out there with NumPy, for all rows
+at once: one read of the device per step, however many rows there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dllm.decoding.ending import StopStrings
+from dllm.decoding.nonfinite import Broken
+from dllm.decoding.request import Request
+from dllm.decoding.transfer import put, send
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a sampler sees in one step: the rows still being decoded, each at its own block.
+
+    Attributes:
+        rows: number of the row of each of the B entries; index state kept per row with it.
+        tokens: the whole canvas of these rows. Never write to it.
+        first: column of each row's first token, behind the padding.
+        region: True at all positions of these rows to generate, decoded or not, in any block.
+        start: column of the first position to generate.
+        span: columns from there to the last position to generate.
+        columns: canvas columns of each row's active block; past the end they repeat the last column.
+        inside: True at positions to generate, decoded or not; False past the end of a short block and
+            where a token was given.
+        masked: True where a token may be committed now.
+        index: flat indices of `masked`, worked out on the host.
+        block: number of each row's active block.
+        entry_masks: masked positions the row had when it entered this block.
+        step: steps the row has spent in this block.
+        block_length: columns of a block of this row, at most K.
+        ends: (B, E) ids that end a row's text, the one that fills canvases first; -1 where a row has fewer.
+        stop_at_eos: True where a row is finished once everything up to its first end-of-text is decoded.
+        uniform: draws (B, K) numbers in [0, 1), each row from its own generator.
+    """
+
+    rows: Int[Tensor, " B"]
+    tokens: Int[Tensor, "B L"]
+    first: Int[Tensor, " B"]
+    region: Bool[Tensor, "B L"]
+    start: Int[Tensor, " B"]
+    span: Int[Tensor, " B"]
+    columns: Int[Tensor, "B K"]
+    inside: Bool[Tensor, "B K"]
+    masked: Bool[Tensor, "B K"]
+    index: Int[Tensor, " N"]
+    block: Int[Tensor, " B"]
+    entry_masks: Int[Tensor, " B"]
+    step: Int[Tensor, " B"]
+    block_length: Int[Tensor, " B"]
+    ends: Int[Tensor, "B E"]
+    stop_at_eos: Bool[Tensor, " B"]
+    uniform: Callable[[], Tensor]
+
+    def taken(self, entries: Int[Tensor, " N"]) -> Window:
+        """Some entries in this order, repeats allowed; `index` and `uniform` stay those of all."""
+        whole = {"index", "uniform"}
+        return replace(self, **{name: each[entries] for name, each in vars(self).items() if name not in whole})
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What a sampler wants written: `tokens` at `columns` where `write`; writing [MASK] revokes a token.
+
+    `columns` need not be those of the window, so that a policy can edit anywhere it may.
+
+    Attributes:
+        columns: canvas columns the edit is about.
+        tokens: what to write there.
+        write: where.
+        end: column each row ends before: what lies from there on is filled with end-of-text, never decoded
+            and no longer looked at. None for no change; only where nothing is given behind a mask.
+        finished: rows that are complete with this edit, for policies that may edit after the last mask is gone; what
+            ends a text early still does. None for those without a mask.
+        drafted: tokens that were judged as drafts, accepted where they are written; [MASK] where there were none.
+            None where the policy drafts nothing.
+        guide_forwards: forwards of a guide model that each row took part in for this edit; None for none.
+        guide_seconds: wall time of those.
+        broken: rows for which a model that the policy asked gave no numbers; None for none.
+    """
+
+    columns: Int[Tensor, "B K"]
+    tokens: Int[Tensor, "B K"]
+    write: Bool[Tensor, "B K"]
+    end: Int[Tensor, " B"] | None = None
+    finished: Bool[Tensor, " B"] | None = None
+    drafted: Int[Tensor, "B K"] | None = None
+    guide_forwards: NDArray[np.int64] | None = None
+    guide_seconds: float = 0.0
+    broken: Broken | None = None
+
+    def on(self, tokens: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
+        """What these canvases would be with the edit; they themselves are left alone."""
+        length = tokens.shape[1]
+        spare = torch.cat((tokens, tokens[:, :1]), dim=1)  # takes the writes that are not wanted
+        return spare.scatter(1, self.columns.where(self.write, length), self.tokens)[:, :length]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an edit did, on the host, for the rows of the window it belongs to.
+
+    Attributes:
+        rows: numbers of the rows of the B entries.
+        committed: positions whose token changed to something other than [MASK].
+        edited: positions among those that held another token before.
+        revoked: positions that became [MASK] again.
+        filled: positions that an early end of the row filled, whatever stood there.
+        gained: (B,) how many masks fewer each row has.
+        finished: rows that are complete now.
+        failed: rows that are given up.
+    """
+
+    rows: NDArray[np.int64]
+    committed: NDArray[np.bool_]
+    edited: NDArray[np.bool_]
+    revoked: NDArray[np.bool_]
+    filled: NDArray[np.bool_]
+    gained: NDArray[np.int64]
+    finished: NDArray[np.int64]
+    failed: NDArray[np.int64]
+
+    @property
+    def idle(self) -> NDArray[np.bool_]:
+        """(B,) rows in which nothing changed and that go on."""
+        touched = (self.committed | self.revoked | self.filled).any(1)
+        return ~touched & ~np.isin(self.rows, [*self.finished, *self.failed])
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Rows that entered, and where the others are now.
+
+    Attributes:
+        rows: numbers of those that entered.
+        slots: theirs.
+        moved: (M, 2) slots whose row went to another slot, and that one.
+    """
+
+    rows: NDArray[np.int64]
+    slots: NDArray[np.int64]
+    moved: NDArray[np.int64]
+
+
+class Canvas:
+    """Rows being decoded, each in a slot, left-padded to one length.
+
+    A row has a number from the moment it enters to the moment it leaves; samplers and caches keep what they remember
+    under it. The busy slots are always the first ones: a row that enters takes the slot of one that leaves, and where
+    nobody enters, the last row moves to the slot that became free.
+
+    Args:
+        slots: rows decoded at a time.
+        length: columns L.
+        mask_token_id: id of [MASK].
+        device: where the tokens live.
+
+    Attributes:
+        rows: number of the row in each busy slot.
+        requests: what each row decodes; None where a number is free.
+        errors: why rows failed.
+        doomed: rows that are to fail in their first step, and why.
+        ends: (slots, E) ids that end each row's text, the one that fills first; -1 where a row has fewer.
+        active: columns, inside and masked of the latest window.
+    """
+
+    def __init__(self, slots: int, length: int, mask_token_id: int, device: torch.device) -> None:
+        self.slots, self.length, self.mask_token_id, self.device = slots, length, mask_token_id, device
+        self.rows: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        self.requests: list[Request | None] = [None] * slots
+        self.generators: list[torch.Generator | None] = [None] * slots
+        self.errors: dict[int, str] = {}
+        self.doomed: dict[int, str] = {}
+        self._stops: dict[int, StopStrings] = {}
+        self.host: NDArray[np.int64] = np.full((slots, length), mask_token_id, dtype=np.int64)
+        # Which columns are no padding, which an early end of the row gave up, and which are generated.
+        self.real, self.cut, self.region = np.zeros((3, slots, length), dtype=bool)
+        self.padding, self.start, self.end, self.block_length = np.zeros((4, slots), dtype=np.int64)
+        self.block, self.step, self.entry_masks = np.zeros((3, slots), dtype=np.int64)
+        self.ends: NDArray[np.int64] = np.full((slots, 1), -1)
+        # One spare column takes the writes that are not wanted, so that an edit is a single scatter; in another one
+        # travels what makes a row fail, so that it costs no read of its own.
+        self._buffer = torch.zeros((slots, length + 2), dtype=torch.long, device=device)
+        self._region = torch.zeros((slots, length), dtype=torch.bool, device=device)
+
+    def exchange(self, leaving: Collection[int], entering: Sequence[Request]) -> Exchange:
+        """Let rows leave and others take their place.
+
+        Args:
+            leaving: numbers of rows.
+            entering: what is decoded next; not more than there is room for.
+        """
+        stay = ~np.isin(self.rows, list(leaving))
+        for row in self.rows[~stay].tolist():
+            self.requests[row] = self.generators[row] = None
+            for notes in (self.errors, self.doomed, self._stops):
+                notes.pop(row, None)
+        numbers = [row for row in range(self.slots) if self.requests[row] is None][: len(entering)]
+        for row, request in zip(numbers, entering, strict=True):
+            self._lay_out(row, request)
+        entered, gaps = np.split(np.flatnonzero(~stay), [len(numbers)])
+        added = np.arange(len(self.rows), len(self.rows) + len(numbers) - len(entered))
+        entered = np.concatenate((entered, added))
+        rows = np.concatenate((self.rows, np.zeros_like(added)))
+        rows[entered] = numbers
+        busy = len(rows) - len(gaps)
+        source, target = np.setdiff1d(np.arange(busy, len(rows)), gaps), gaps[gaps < busy]
+        rows[target] = rows[source]
+        self.rows = rows[:busy]
+        self._send(np.concatenate((entered, target)))
+        new = np.asarray(numbers, dtype=np.int64)
+        self._enter_blocks(new)
+        return Exchange(new, entered, np.stack((source, target), axis=1))
+
+    def _lay_out(self, row: int, request: Request) -> None:
+        padding = self.padding[row] = self.length - len(request.tokens)
+        self.requests[row] = request
+        self.generators[row] = torch.Generator(self.device).manual_seed(request.seed)
+        if request.stops and request.tokenizer is not None:
+            self._stops[row] = StopStrings(request.tokenizer, request.stops, request.eos_token_ids)
+        self.host[row], self.host[row, padding:] = request.eos_token_ids[0], request.tokens
+        self.real[row], self.cut[row] = np.arange(self.length) >= padding, False
+        self.region[row] = (self.host[row] == self.mask_token_id) & self.real[row]
+        self.start[row], self.end[row] = padding + request.start, padding + request.end
+        self.block_length[row], self.block[row] = request.block_length, -1
+        more = len(request.eos_token_ids) - self.ends.shape[1]
+        self.ends = np.pad(self.ends, ((0, 0), (0, max(more, 0))), constant_values=-1)
+        self.ends[row] = -1
+        self.ends[row, : len(request.eos_token_ids)] = request.eos_token_ids
+
+    @property
+    def spans(self) -> NDArray[np.int64]:
+        """Columns of each row from its first to its last position to generate."""
+        return np.asarray(self.end - self.start)
+
+    def window(self) -> Window:
+        """The active block of every row."""
+        rows, length = self.rows, self.block_length[self.rows]
+        offset = np.arange(int(length.max()))
+        columns = self.low[rows, None] + offset
+        inside = (columns < self.end[rows, None]) & (offset < length[:, None])
+        columns = np.minimum(columns, self.length - 1)
+        at = rows[:, None], columns
+        inside &= self.region[at]
+        masked = inside & (self.host[at] == self.mask_token_id)
+        self.active = columns, inside, masked
+        stop = np.array([request.stop_at_eos for request in self._requests(rows)])
+        each = self.padding, self.start, self.spans, self.block, self.entry_masks, self.step, self.block_length
+        sent = send(
+            self.device, rows, *[values[rows] for values in each], self.ends[rows], stop, *self.active,
+            np.flatnonzero(masked),
+        )  # fmt: skip
+        return Window(
+            rows=sent[0],
+            tokens=self._buffer[: len(rows), : self.length],
+            first=sent[1],
+            region=self._region[: len(rows)],
+            start=sent[2],
+            span=sent[3],
+            columns=sent[10],
+            inside=sent[11].bool(),
+            masked=sent[12].bool(),
+            index=sent[13],
+            block=sent[4],
+            entry_masks=sent[5],
+            step=sent[6],
+            block_length=sent[7],
+            ends=sent[8],
+            stop_at_eos=sent[9].bool(),
+            uniform=self._uniform(rows, columns.shape[1]),
+        )
+
+    def apply(self, window: Window, edit: Edit, broken: Broken | None = None) -> Change:
+        """Write an edit, refresh the host's copy, advance blocks, say which rows are finished or fail.
+
+        Args:
+            window: the rows; those that were finished before must have left.
+            edit: what to write.
+            broken: rows for which the denoiser gave no numbers; None for none.
+
+        Raises:
+            RuntimeError: the edit writes outside the region to be generated, or finishes a row that has masks.
+        """
+        rows = self.rows
+        buffer = self._buffer[: len(rows)]
+        buffer.scatter_(1, edit.columns.where(edit.write, self.length), edit.tokens)
+        reports = [each for each in (broken, edit.broken) if each is not None]
+        buffer[:, -1] = 0
+        for number, each in enumerate(reports):
+            buffer[:, -1] |= each.rows.long() << number
+        if edit.finished is not None:
+            buffer[:, -1] |= edit.finished.long() << len(reports)
+        read = buffer.cpu().numpy()  # the one read of the step
+        before, region = self.host[rows], self.region[rows]
+        finished, codes = np.divmod(read[:, -1], 1 << len(reports))
+        failed = self._failed(rows, codes, [each.reason for each in reports])
+        after = np.where(failed[:, None], before, read[:, : self.length])
+        changed = after != before
+        if (changed & ~region).any():
+            raise RuntimeError("a sampler wrote outside the positions to be generated")
+        masked, unset = after == self.mask_token_id, before == self.mask_token_id
+        self.host[rows] = after
+        self.step[rows] += 1
+        filled = self._cut(rows, edit.end, failed) if edit.end is not None else np.zeros_like(changed)
+        stopped = self._stop_at_eos(rows)
+        stopped |= self._stop_at_strings(rows, changed & ~unset)
+        filled |= stopped
+        left = (self.host[rows] == self.mask_token_id) & self.region[rows]
+        gained = unset.sum(1) - (self.host[rows] == self.mask_token_id).sum(1)
+        done = ~left.any(1)
+        if edit.finished is not None:
+            if (left.any(1) & (finished > 0) & ~failed).any():
+                raise RuntimeError("a sampler finished a row that has masks")
+            done &= (finished > 0) | stopped.any(1)
+        done &= ~failed
+        self._enter_blocks(rows[~done & ~failed])
+        committed, revoked = changed & ~masked & ~filled, changed & masked & ~filled
+        return Change(rows, committed, committed & ~unset, revoked, filled, gained, rows[done], rows[failed])
+
+    @property
+    def low(self) -> NDArray[np.int64]:
+        """(rows,) first column of each row's active block."""
+        return np.asarray(self.start + self.block * self.block_length)
+
+    def visible(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """(A, L) columns of some rows that are looked at: neither padding nor cut off."""
+        return np.asarray(self.real[rows] & ~self.cut[rows])
+
+    def _failed(self, rows: NDArray[np.int64], codes: NDArray[np.int64], reasons: Sequence[str]) -> NDArray[np.bool_]:
+        """Which rows are given up; notes why. Bit n of a code stands for the n-th reason."""
+        failed = (codes > 0) | np.isin(rows, list(self.doomed))
+        for row, code in zip(rows[failed].tolist(), codes[failed].tolist(), strict=True):
+            own = [why for number, why in enumerate(reasons) if code >> number & 1]
+            self.errors[row] = own[0] if own else self.doomed[row]
+        return np.asarray(failed)
+
+    def _requests(self, rows: NDArray[np.int64]) -> list[Request]:
+        return [request for row in rows.tolist() if (request := self.requests[row]) is not None]
+
+    def _send(self, slots: NDArray[np.int64]) -> None:
+        """Bring what the host knows of the rows in some slots to the device."""
+        if slots.size:
+            at, rows = self._put(slots), self.rows[slots]
+            self._buffer[at, : self.length] = self._put(self.host[rows])
+            self._region[at] = self._put(self.region[rows])
+
+    def _cut(self, rows: NDArray[np.int64], end: Tensor, failed: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Let rows end before a column, those that failed excepted."""
+        # Another read of the device: what was cut off decides which rows and blocks are left.
+        beyond = (np.arange(self.length) >= end.cpu().numpy()[:, None]) & self.region[rows] & ~failed[:, None]
+        if beyond.any():
+            self.region[rows] &= ~beyond
+            self.cut[rows] |= beyond
+            self._fill(rows, beyond)
+            self._send(np.flatnonzero(beyond.any(1)))
+        return beyond
+
+    def _stop_at_eos(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Fill the masks behind each first end-of-text that has no mask before it, in the rows that stop there."""
+        region, tokens = self.region[rows], self.host[rows]
+        stop = np.array([request.stop_at_eos for request in self._requests(rows)])
+        masked = (tokens == self.mask_token_id) & region
+        ended = (tokens[..., None] == self.ends[rows, None]).any(-1) & region
+        first_masked = np.where(masked.any(1), masked.argmax(1), self.length)
+        done = stop & ended.any(1) & (ended.argmax(1) < first_masked)
+        filled = masked & done[:, None]
+        if filled.any():
+            self._fill(rows, filled)
+            self._send(np.flatnonzero(filled.any(1)))
+        return filled
+
+    def _stop_at_strings(self, rows: NDArray[np.int64], rewritten: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Let rows end after the token that completes a stop string, once no mask is before it."""
+        end = np.full(len(rows), self.length)
+        for entry, row in enumerate(rows.tolist()):
+            if (stops := self._stops.get(row)) is None:
+                continue
+            start, tokens = self.start[row], self.host[row]
+            masked = (tokens == self.mask_token_id) & self.region[row]
+            upto = masked.argmax() if masked.any() else self.length
+            if rewritten[entry, start : start + stops.read].any():
+                stops.read = 0
+            if upto - start > stops.read and (count := stops.find(tokens[start:upto])) is not None:
+                end[entry] = start + count
+        # These rows are finished, so the device need not know.
+        beyond = (np.arange(self.length) >= end[:, None]) & self.region[rows]
+        self._fill(rows, beyond)
+        return beyond
+
+    def _fill(self, rows: NDArray[np.int64], where: NDArray[np.bool_]) -> None:
+        """Write end-of-text."""
+        self.host[rows] = np.where(where, self.ends[rows, :1], self.host[rows])
+
+    def _enter_blocks(self, rows: NDArray[np.int64]) -> None:
+        """Point rows at the block of their first mask; one without masks stays where it is."""
+        masked = (self.host[rows] == self.mask_token_id) & self.region[rows]
+        block = (masked.argmax(1) - self.start[rows]) // self.block_length[rows]
+        new = (block != self.block[rows]) & masked.any(1)
+        rows, masked = rows[new], masked[new]
+        self.block[rows], self.step[rows] = block[new], 0
+        low, column = self.low[rows, None], np.arange(self.length)
+        within = (column >= low) & (column < low + self.block_length[rows, None])
+        self.entry_masks[rows] = (masked & within).sum(1)
+
+    def _uniform(self, rows: NDArray[np.int64], width: int) -> Callable[[], Tensor]:
+        # A loop over rows on purpose: a row's draws must not depend on its batch mates, nor on their spans.
+        counts = np.minimum(self.block_length, self.spans)[rows].tolist()
+        sources = [self.generators[row] for row in rows.tolist()]
+
+        def draw() -> Tensor:
+            noise = torch.zeros(len(rows), width, dtype=torch.float32, device=self.device)
+            for entry, (source, count) in enumerate(zip(sources, counts, strict=True)):
+                noise[entry, :count] = torch.rand(count, generator=source, dtype=noise.dtype, device=self.device)
+            return noise
+
+        return draw
+
+    def _put(self, array: NDArray[np.generic]) -> Tensor:
+        return put(self.device, array)

@@ -1,0 +1,349 @@
+"""The decode loop: rows enter and leave, the sampler asks the denoiser and says what to write, the canvas is edited.
+
+This is the only loop there is. It knows no sampler, no cache and no option of either.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from threading import Lock, RLock
+from typing import Any
+
+import numpy as np
+import torch
+
+from dllm.cache.base import Cache
+from dllm.checks import number
+from dllm.decoding import compatibility
+from dllm.decoding.canvas import Canvas, Change
+from dllm.decoding.denoiser import Denoiser
+from dllm.decoding.drift import Meter
+from dllm.decoding.memory import Memory
+from dllm.decoding.options import make_request, parse_options, seeds
+from dllm.decoding.prompts import Mask, encode_one
+from dllm.decoding.recorder import Recorder
+from dllm.decoding.rehearsal import Rehearsal
+from dllm.decoding.request import Request
+from dllm.decoding.setup import Run
+from dllm.decoding.step import Event, Step
+from dllm.models.loading import LanguageModel
+from dllm.resolve import resolve
+from dllm.samplers.base import Sampler
+
+# Steps in a row that may leave a request as it was, and steps and forwards for each position to generate, before a
+# sampler is taken to be stuck.
+_IDLE, _BUDGET = 8, 16
+
+
+class Engine:
+    """Decodes requests that may come at any time, `batch_size` of them at once.
+
+    What comes of a request depends on nothing but the request: not on when it came, nor on who was decoded beside it.
+    Several threads may add and abort; steps are taken one after another.
+
+    Keys and values of the cache take a fixed number of slots of `max_length` columns from the start to the end (see
+    `dllm.cache.store.KeyValues`); nothing grows with the number of requests.
+
+    Args:
+        lm: a loaded model.
+        sampler: the policy that decides what is written when: a name of conf/sampler or an object.
+        cache: what is reused between steps: a name of conf/cache or an object.
+        batch_size: rows decoded at once; a row that is finished is replaced by a request that waits.
+        max_length: columns of the longest request, prompt and generated region; None for the context of the model.
+        cfg_scale: classifier-free guidance against the masked prompt (LLaDA's convention: 0 is off); two forwards'
+            work, counted as one.
+        cuda_graphs: replay forwards over few columns from CUDA graphs, which spares launching their kernels one
+            by one; None does so wherever there is a CUDA device.
+
+    Raises:
+        ValueError: an unknown name, a value out of range, or a sampler and cache that do not go together.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        sampler: str | Sampler = "vanilla",
+        cache: str | Cache = "none",
+        *,
+        batch_size: int = 8,
+        max_length: int | None = None,
+        cfg_scale: float = 0.0,
+        cuda_graphs: bool | None = None,
+    ) -> None:
+        check_model(lm)
+        number("batch_size", batch_size, "a whole number of at least 1", low=1, whole=True)
+        context = lm.backbone.max_length
+        if max_length is not None:
+            use = f"a whole number from 1 to the model's context of {context}, or null for all of it"
+            number("max_length", max_length, use, low=1, high=context, whole=True)
+        self.lm, self.batch_size, self.max_length = lm, batch_size, max_length or context
+        self.sampler: Sampler = resolve("sampler", sampler, Sampler)
+        self.cache: Cache = resolve("cache", cache, Cache)
+        self.cfg_scale, self.cuda_graphs = cfg_scale, cuda_graphs
+        compatibility.check(self.sampler, self.cache, cfg_scale, lm.backbone, cuda_graphs)
+        if cuda_graphs and lm.device.type != "cuda":
+            raise ValueError(f"cuda_graphs=true needs a CUDA device, and the model is on {lm.device}; use null")
+        backbone = lm.backbone
+        spare = lm.spare.pop() if lm.spare else None
+        self._memory = spare if spare is not None and spare.fits else Memory(backbone)
+        self._canvas = Canvas(batch_size, self.max_length, backbone.mask_token_id, lm.device)
+        self._recorder = Recorder(self._canvas, lm.tokenizer)
+        self._meter = Meter(batch_size, self.cache.measure_every, self.cache.refresh_above, backbone.mask_token_id)
+        self._run = Run(
+            slots=batch_size,
+            length=self.max_length,
+            mask_token_id=backbone.mask_token_id,
+            logits_shift=backbone.logits_shift,
+            kv_shape=backbone.kv_shape,
+            hidden_size=backbone.config.hidden_size,
+            dtype=backbone.dtype,
+            device=lm.device,
+            tokenizer=lm.tokenizer,
+            vocab_size=backbone.config.vocab_size,
+            fingerprint=backbone.fingerprint,
+            rehearsal=lambda other: Rehearsal(self, other),
+            tensor=self._memory.tensor,
+        )
+        with torch.inference_mode():
+            with torch.device("cpu"):  # where tables are made before they are moved, whatever the user's default is
+                self._state = self.sampler.start(self._run)
+            cache_run, forward = self.cache.start(self._run), self._memory.forward(cuda_graphs)
+            self.denoiser = Denoiser(forward, self._canvas, cache_run, cfg_scale, self._meter)
+        self._stepping, self._lock = RLock(), Lock()
+        self._waiting: deque[tuple[int, Request]] = deque()
+        self._entering: list[Request] = []
+        self._ids = np.zeros(batch_size, dtype=np.int64)  # the request of each row
+        self._leaving: set[int] = set()  # rows whose request is finished
+        self._aborted: set[int] = set()
+        self._idle, self._steps = np.zeros((2, batch_size), dtype=np.int64)
+        self._count, self._closed = 0, False
+        self.uncounted_seconds = 0.0
+
+    def add(
+        self,
+        prompt: Any,
+        *,
+        attention_mask: Mask | None = None,
+        infill: bool = False,
+        max_forwards: int | None = None,
+        **options: Any,
+    ) -> int:
+        """Queue a request.
+
+        Args:
+            prompt: a text, chat messages or token ids; with `infill` one whose masks are filled.
+            attention_mask: of token ids: 1 at tokens, 0 at padding on either side.
+            infill: fill the masks in the prompt, as `dllm.infill` does, instead of generating after it.
+            max_forwards: denoiser forwards after which the request fails if it is not finished; None for no limit.
+            **options: fields of `dllm.Options` but `batch_size`, `cfg_scale` and `cuda_graphs`, which are the engine's.
+
+        Returns:
+            The number of the request: 0, 1, 2, ...
+
+        Raises:
+            ValueError: an unknown option, a value out of range, or a prompt that does not fit.
+        """
+        for name in ("batch_size", "cfg_scale", "cuda_graphs"):
+            if name in options:
+                raise ValueError(f"{name} is an option of the engine, not of a request; give it to Engine")
+        if max_forwards is not None:
+            number("max_forwards", max_forwards, "a whole number of at least 1, or null", low=1, whole=True)
+        own = parse_options(options)
+        ids = encode_one(prompt, self.lm.tokenizer, attention_mask)
+        (seed,) = seeds(own.seed, 1)
+        request = make_request(self.lm, ids, own, seed, infill, "prompt")
+        return self.submit(replace(request, max_forwards=max_forwards))
+
+    def submit(self, request: Request) -> int:
+        """Queue a request that is made already.
+
+        Raises:
+            ValueError: it is longer than `max_length`, the sampler refuses it, or the engine is closed.
+        """
+        if len(request.tokens) > self.max_length:
+            raise ValueError(
+                f"prompt and generated region have {len(request.tokens)} tokens, and max_length={self.max_length}; "
+                "shorten one of them, or make an engine with a larger max_length"
+            )
+        if self._closed:
+            raise ValueError("the engine is closed, and its memory another's; make a new one")
+        self.check(request)
+        with self._lock:
+            self._waiting.append((self._count, request))
+            self._count += 1
+            return self._count - 1
+
+    def check(self, request: Request) -> None:
+        """Refuse (ValueError) what the sampler cannot decode."""
+        with torch.device("cpu"):
+            self.sampler.check(self._state, request)
+
+    def abort(self, id: int) -> None:  # what `Event.id` is called
+        """Give a request up, wherever it is; nothing happens if it is finished.
+
+        Raises:
+            ValueError: there never was such a request.
+        """
+        with self._lock:
+            if not 0 <= id < self._count:
+                raise ValueError(f"id={id!r} is no request of this engine; give a number that `add` returned")
+            left = [(number, request) for number, request in self._waiting if number != id]
+            if len(left) == len(self._waiting):
+                self._aborted |= {id} & set(self._ids[self._canvas.rows].tolist())
+            self._waiting = deque(left)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is something left to decode."""
+        with self._lock:
+            rows = self._canvas.rows.tolist()
+            running = (row for row in rows if row not in self._leaving and self._ids[row] not in self._aborted)
+            return bool(self._waiting) or bool(self._entering) or any(True for _ in running)
+
+    @property
+    def upcoming(self) -> list[Request]:
+        """The requests that are about to enter, and those that wait behind them."""
+        with self._lock:
+            return [*self._entering, *(request for _, request in self._waiting)]
+
+    def step(self) -> Sequence[Event]:
+        """Take one denoising step.
+
+        Returns:
+            An event for each request that took part, in no particular order; a `Step`, or nothing if nobody is left.
+
+        Raises:
+            RuntimeError: a sampler broke its contract: it wrote outside what is to be generated, or leaves a request
+                as it is for ever.
+        """
+        with self._stepping, torch.inference_mode():
+            started, uncounted = time.perf_counter(), self._uncounted()
+            self._exchange()
+            if not self._canvas.rows.size:
+                return ()
+            window = self._canvas.window()
+            edit = self.sampler.step(window, self.denoiser.bind(window), self._state)
+            change = self._canvas.apply(window, edit, self.denoiser.broken)
+            self.denoiser.cache.observe(change)
+            self._check_progress(change)
+            return self._record(change, edit, started, uncounted)
+
+    def steps(self) -> Iterator[Step]:
+        """Take steps until nothing is left."""
+        while self.busy:
+            if isinstance(step := self.step(), Step):
+                yield step
+
+    @property
+    def measuring_seconds(self) -> float:
+        """Wall time of measuring the cache's drift so far."""
+        return self._meter.seconds
+
+    def _uncounted(self) -> float:
+        """Wall time so far of what is no part of decoding."""
+        return self.uncounted_seconds + (self._meter.seconds if self._meter.above is None else 0.0)
+
+    def close(self) -> None:
+        """Leave the device memory and the graphs to the next engine of the model; there are no more steps."""
+        with self._stepping, self._lock:
+            if not self._closed:
+                self.lm.spare[:] = [self._memory]
+            self._closed, self._waiting = True, deque()
+            self._canvas.rows = self._canvas.rows[:0]
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _exchange(self) -> None:
+        """Let rows leave that are finished or given up, and those that wait take their place."""
+        with self._lock:
+            rows = self._canvas.rows.tolist()
+            leaving = self._leaving | {row for row in rows if int(self._ids[row]) in self._aborted}
+            room = self.batch_size - len(rows) + len(leaving)
+            entering = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+            self._entering = [request for _, request in entering]
+            exchange = self._canvas.exchange(leaving, self._entering)
+            self._leaving, self._aborted = set(), set()
+            self._ids[exchange.rows] = [name for name, _ in entering]
+        self._idle[exchange.rows] = self._steps[exchange.rows] = 0
+        self._recorder.enter(exchange.rows)
+        self._meter.enter(exchange.rows)
+        self.denoiser.cache.exchange(exchange)
+        for row, (_, request) in zip(exchange.rows.tolist(), entering, strict=True):
+            try:
+                with torch.device("cpu"):
+                    self.sampler.enter(self._state, row, request)
+            except ValueError as error:
+                self._canvas.doomed[row] = str(error)
+        self._entering = []
+
+    def _check_progress(self, change: Change) -> None:
+        """Refuse a sampler that goes on for ever."""
+        rows = change.rows
+        self._idle[rows] = np.where(change.idle, self._idle[rows] + 1, 0)
+        self._steps[rows] += 1
+        spent = np.maximum(self._steps, self._recorder.nfe)[rows] > _BUDGET * (self._canvas.spans[rows] + 1)
+        stuck = (self._idle[rows] >= _IDLE) | (spent & ~np.isin(rows, [*change.finished, *change.failed]))
+        if stuck.any():
+            number = self._ids[rows[stuck][0]]
+            raise RuntimeError(f"{self.sampler!r} makes no progress in request {number}: it must finish it")
+
+    def _over_limit(self, change: Change) -> Change:
+        """Let requests fail that have spent the forwards they may take."""
+        over = []
+        for row in set(change.rows.tolist()) - {*change.finished.tolist(), *change.failed.tolist()}:
+            request = self._canvas.requests[row]
+            if (
+                request is not None
+                and request.max_forwards is not None
+                and self._recorder.nfe[row] >= request.max_forwards
+            ):
+                left = int((self._canvas.host[row] == self._canvas.mask_token_id).sum())
+                self._canvas.errors[row] = (
+                    f"max_forwards={request.max_forwards} is spent, and {left} tokens are missing"
+                )
+                over.append(row)
+        return replace(change, failed=np.concatenate((change.failed, np.array(sorted(over), dtype=np.int64))))
+
+    def _record(self, change: Change, edit: Any, started: float, uncounted: float) -> Step:
+        canvas, denoiser, rows = self._canvas, self.denoiser, change.rows
+        self._recorder.count(change, edit, denoiser)
+        change = self._over_limit(change)
+        # The device was read, so that nothing of the step is under way.
+        uncounted = self._uncounted() - uncounted
+        seconds = time.perf_counter() - started - uncounted
+        self._recorder.charge(rows, seconds, edit.guide_seconds)
+        ended: list[int] = [*change.finished.tolist(), *change.failed.tolist()]
+        self._leaving = set(ended)
+        return Step(
+            ids=self._ids[rows],
+            tokens=canvas.host[rows],
+            padding=canvas.padding[rows],
+            ends=canvas.ends[rows],
+            mask_token_id=canvas.mask_token_id,
+            change=change,
+            edit=edit,
+            forwards=denoiser.forwards,
+            nfe=self._recorder.nfe[rows],
+            computed=denoiser.computed,
+            refreshes=denoiser.refreshes,
+            drift=self._meter.take(change.failed, self._ids),
+            answers={int(self._ids[row]): self._recorder.answer(row, int(self._ids[row])) for row in ended},
+            slots=self.batch_size,
+            seconds=seconds,
+            uncounted_seconds=uncounted,
+            last=denoiser.last,
+            looked=denoiser.looked,
+        )
+
+
+def check_model(lm: Any) -> None:
+    """Refuse (ValueError) a name where a loaded model is expected."""
+    if not isinstance(lm, LanguageModel):
+        raise ValueError(f"lm={lm!r} is no loaded model; give dllm.load({str(lm)!r})")

@@ -1,0 +1,215 @@
+"""The options of requests and engines, and a request made of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from dllm.checks import choice, is_text, known, number, seed
+from dllm.decoding.prediction import Sampling
+from dllm.decoding.prompts import entries
+from dllm.decoding.request import Request
+from dllm.models.loading import LanguageModel
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything about a run but its model, prompts, sampler and cache.
+
+    Attributes:
+        gen_length: positions G to generate per prompt; unused by `infill`.
+        block_length: columns K decoded at a time, left to right; None for all at once. The last
+            block is shorter where K does not divide G.
+        temperature: 0 is greedy; above, Gumbel-max sampling.
+        top_p: nucleus; None for all tokens.
+        top_k: tokens considered; None for all.
+        tempered_confidence: above temperature 0, take confidence, margin and entropy from the distribution that tokens
+            are drawn from, softmax(logits / temperature), instead of softmax(logits); None for what the published
+            sampler of the model does: Dream's the former, LLaDA's the latter.
+        cfg_scale: classifier-free guidance against the masked prompt (LLaDA's convention:
+            0 is off); two forwards' work, counted as one.
+        seed: row i draws from seed + i; a sequence gives each row its own; None draws the seed itself.
+        stop_at_eos: finish a row once everything up to its first end-of-text is decoded; the text
+            up to there is the same either way (where `freedave` draws: of the same distribution).
+        eos_token_id: id or ids that end a text; None for the backbone's.
+        stop: string or strings that end a text, which then ends before them; a row is finished once everything up to
+            one is decoded, and the text is the same as if decoding had gone on. Special tokens are written as the
+            tokenizer writes them. None for none.
+        eos_suppression: None, "logits" (never predict the token that fills canvases), "confidence"
+            (commit what ends a text last) or "both".
+        batch_size: rows decoded together; a row that is finished is replaced at once by one that waits.
+        cuda_graphs: replay forwards over few columns from CUDA graphs, which spares launching their kernels one
+            by one; None does so wherever there is a CUDA device.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    gen_length: int = 128
+    block_length: int | None = 32
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    tempered_confidence: bool | None = None
+    cfg_scale: float = 0.0
+    seed: int | Sequence[int] | None = None
+    stop_at_eos: bool = True
+    eos_token_id: int | Sequence[int] | None = None
+    stop: str | Sequence[str] | None = None
+    eos_suppression: str | None = None
+    batch_size: int = 8
+    cuda_graphs: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, _plain(name, value))
+        number("gen_length", self.gen_length, "a whole number of at least 1", low=1, whole=True)
+        if self.block_length is not None:
+            number("block_length", self.block_length, "a whole number of at least 1, or null", low=1, whole=True)
+        number("cfg_scale", self.cfg_scale, "0 (off) or a positive number", low=0, high=1e6)
+        number("batch_size", self.batch_size, "a whole number of at least 1", low=1, whole=True)
+        if self.seed is not None:
+            if isinstance(self.seed, (int, float, str)):
+                seed("seed", self.seed, use=", or null")
+            elif not isinstance(self.seed, (Sequence, np.ndarray)):
+                raise ValueError(f"seed={self.seed!r} is of the wrong kind; give a whole number, a list, or null")
+            else:
+                for each in self.seed:
+                    use = "a whole number from 0 to 2**63 - 1, or null"
+                    number("seed", each, use, low=0, high=2**63 - 1, whole=True)
+        choice("stop_at_eos", self.stop_at_eos, (True, False))
+        choice("tempered_confidence", self.tempered_confidence, (True, False, None))
+        choice("cuda_graphs", self.cuda_graphs, (True, False, None))
+        _stop_strings(self.stop)
+        # The rest is checked where it is used; this refuses bad values before a model is there.
+        Sampling(self.temperature, self.top_p, self.top_k, self.eos_suppression)
+
+
+def make_request(
+    lm: LanguageModel, ids: Sequence[int], options: Options, seed: int, infill: bool, name: str
+) -> Request:
+    """What is decoded for one prompt.
+
+    Args:
+        lm: a loaded model.
+        ids: token ids of the prompt, or of a text with masks.
+        options: of the request; its seeds are not looked at.
+        seed: of this request.
+        infill: masks stand in `ids` already.
+        name: what errors call the prompt.
+
+    Raises:
+        ValueError: an option that does not go with the model, or a prompt that does not fit it.
+    """
+    backbone = lm.backbone
+    stops, tempered = _stop_strings(options.stop), options.tempered_confidence
+    if stops and lm.tokenizer is None:
+        raise ValueError(f"stop={options.stop!r} needs a tokenizer, and this model has none; use eos_token_id")
+    if tempered is not None and options.temperature == 0:
+        told = f"tempered_confidence={str(tempered).lower()} has no effect at temperature=0"
+        raise ValueError(f"{told}; set temperature, or leave it out")
+    eos = eos_ids(options.eos_token_id, lm)
+    sampling = Sampling(
+        options.temperature, options.top_p, options.top_k, options.eos_suppression, eos,
+        backbone.tempered_confidence if tempered is None else tempered,
+    )  # fmt: skip
+    _check_prompt(lm, ids, options.gen_length, infill, name)
+    tokens = np.asarray([*ids, *[backbone.mask_token_id] * (0 if infill else options.gen_length)], dtype=np.int64)
+    return Request(
+        tokens=tokens,
+        mask_token_id=backbone.mask_token_id,
+        eos_token_ids=eos,
+        blocks=options.block_length and min(options.block_length, backbone.max_length),
+        sampling=sampling,
+        seed=seed,
+        stop_at_eos=options.stop_at_eos and not infill,
+        stops=() if infill else stops,
+        tokenizer=lm.tokenizer,
+        infill=infill,
+    )
+
+
+def _check_prompt(lm: LanguageModel, row: Sequence[int], gen_length: int, infill: bool, name: str) -> None:
+    backbone, vocabulary = lm.backbone, lm.backbone.config.vocab_size
+    mask = backbone.mask_token_id
+    wrong = next((token for token in row if not 0 <= token < vocabulary), None)
+    if wrong is not None:
+        raise ValueError(f"{name} has token id {wrong}; this model's ids are 0 to {vocabulary - 1}")
+    if not infill and mask in row:
+        raise ValueError(f"{name} contains [MASK]; use infill (infill=true) to fill masks within a text")
+    if infill and mask not in row:
+        written = None if lm.tokenizer is None else lm.tokenizer.mask_token
+        put = f"id {mask}" if written is None else written
+        raise ValueError(f"{name} has no [MASK]; put one ({put}) for each token to fill in")
+    room = backbone.max_length - (0 if infill else gen_length)
+    if len(row) > room:
+        beside = "" if infill else f" beside gen_length={gen_length}"
+        raise ValueError(
+            f"{name} has {len(row)} tokens; the model's context of {backbone.max_length} leaves "
+            f"room for {max(0, room)}{beside}: shorten one of them"
+        )
+
+
+def eos_ids(eos: int | Sequence[int] | None, lm: LanguageModel) -> tuple[int, ...]:
+    """The ids that end a text: those given, or the backbone's.
+
+    Raises:
+        ValueError: one that the model does not have.
+    """
+    if eos is None:
+        return lm.backbone.eos_token_ids
+    eos = _plain("eos_token_id", eos)
+    ids = tuple(eos) if isinstance(eos, Sequence) and not isinstance(eos, str) else (eos,)
+    most = lm.backbone.config.vocab_size - 1
+    for token in ids or (None,):
+        use = f"ids from 0 to {most}, or null for the model's own"
+        number("eos_token_id", token, use, low=0, high=most, whole=True)
+    if (mask := lm.backbone.mask_token_id) in ids:
+        raise ValueError(f"eos_token_id={mask} is the id of [MASK], which is never generated; leave it out")
+    return tuple(map(int, ids))
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Arrays, tensors and their numbers as Python's own, which go into lists and JSON; the rest as it is."""
+    return entries(name, value) if isinstance(value, (np.generic, np.ndarray, Tensor)) else value
+
+
+def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    given: Any = () if stop is None else (stop,) if isinstance(stop, str) else stop
+    if not isinstance(given, Sequence) or not all(isinstance(each, str) for each in given):
+        raise ValueError(f"stop={stop!r} is of the wrong kind; give a string or a list of strings, or null for none")
+    if not all(map(is_text, given)):
+        raise ValueError(f"stop={stop!r} holds bytes that are no text; give UTF-8")
+    if "" in given:
+        raise ValueError(f"stop={stop!r} holds an empty string, which would end every text; leave it out")
+    return tuple(given)
+
+
+def seeds(seed: int | Sequence[int] | None, rows: int) -> Sequence[int]:
+    """A seed for each row.
+
+    Raises:
+        ValueError: another number of seeds than rows.
+    """
+    if seed is None:
+        seed = random.randrange(2**31)
+    if isinstance(seed, int):
+        return range(seed, seed + rows)
+    if len(seed) != rows:
+        raise ValueError(f"seed has {len(seed)} entries for {rows} prompts; give one a prompt, or a single number")
+    return [int(each) for each in seed]
+
+
+def parse_options(options: dict[str, Any]) -> Options:
+    """Make options of keyword arguments.
+
+    Raises:
+        ValueError: an unknown name, or a value out of range.
+    """
+    known(options, Options.__dataclass_fields__)
+    return Options(**options)

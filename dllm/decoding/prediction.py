@@ -1,0 +1,284 @@
+"""What the denoiser says about the positions it was asked for: a token each and how sure it is.
+
+Only the asked positions are ever projected to the vocabulary; everything here is computed from
+their N rows of logits, and handed out aligned to the window: (B, K), with neutral values where
+nothing was asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dllm.checks import choice, number
+from dllm.decoding.nonfinite import not_finite
+
+_ALIGNED = ("tokens", "confidence", "margin", "entropy", "broken")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How logits become tokens.
+
+    Attributes:
+        temperature: 0 takes the most probable token; above, Gumbel-max over logits / temperature.
+        top_p: keep the smallest set of tokens with this much probability; None keeps all.
+        top_k: keep this many tokens; None keeps all.
+        eos_suppression: LLaDA's logits_eos_inf and confidence_eos_eot_inf. None; "logits": never predict
+            the first of `eos_token_ids`; "confidence": leave all of them out of the probabilities after
+            choosing, and give one that was chosen confidence 0 (margin -inf, entropy inf), so that every
+            order but a random one commits it last; "both".
+        eos_token_ids: what counts as end-of-text; the first one is the one that fills canvases.
+        tempered_confidence: confidence, margin and entropy are those of softmax(logits / temperature), from which
+            tokens are drawn (Dream), instead of softmax(logits) (LLaDA); the same at temperature 0.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    eos_suppression: str | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    tempered_confidence: bool = False
+
+    def __post_init__(self) -> None:
+        number("temperature", self.temperature, "0 (greedy) or a positive number", low=0, high=1e6)
+        if self.top_p is not None:
+            number("top_p", self.top_p, "a number in (0, 1], or null for all tokens", above=0, high=1)
+        if self.top_k is not None:
+            number("top_k", self.top_k, "a whole number of at least 1, or null for all tokens", low=1, whole=True)
+        choice("eos_suppression", self.eos_suppression, (None, "logits", "confidence", "both"))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Positions that share a sampling.
+
+    Attributes:
+        sampling: theirs.
+        at: (M,) which of the N positions, ascending.
+        generators: the random sources of these M.
+    """
+
+    sampling: Sampling
+    at: Int[Tensor, " M"]
+    generators: Sequence[tuple[torch.Generator, int]]
+
+
+class Prediction:
+    """Predicted tokens and confidences of one forward, aligned to the (B, K) positions asked about.
+
+    Args:
+        logits: (N, V) logits of the asked positions, row by row.
+        asked: (B, K) True at those N positions; (B, D, K) for D drafts a row.
+        index: (N,) their flat indices into `asked`.
+        mask_token_id: never predicted, though it keeps its share of the probability.
+        sampling: how to choose tokens.
+        generators: the N positions' random sources as (generator, count) runs; used above temperature 0.
+    """
+
+    def __init__(
+        self,
+        logits: Float[Tensor, "N V"],
+        asked: Bool[Tensor, "*B K"],
+        index: Int[Tensor, " N"],
+        mask_token_id: int,
+        sampling: Sampling,
+        generators: Sequence[tuple[torch.Generator, int]] = (),
+    ) -> None:
+        self._set(_choose(logits, mask_token_id, sampling, generators), asked, index)
+
+    @classmethod
+    def mixed(
+        cls,
+        logits: Float[Tensor, "N V"],
+        asked: Bool[Tensor, "*B K"],
+        index: Int[Tensor, " N"],
+        mask_token_id: int,
+        parts: Sequence[Part],
+    ) -> Prediction:
+        """The same where not all positions have the same `sampling`.
+
+        Args:
+            logits: (N, V) logits of the asked positions, row by row.
+            asked: (B, K) True at those N positions; (B, D, K) for D drafts a row.
+            index: (N,) their flat indices into `asked`.
+            mask_token_id: never predicted.
+            parts: positions that have the same sampling; together all of them.
+        """
+        chosen = [_choose(logits[part.at], mask_token_id, part.sampling, part.generators) for part in parts]
+        order = torch.cat([part.at for part in parts]).argsort()
+        joined = _Chosen(*(torch.cat([getattr(each, name) for each in chosen])[order] for name in _Chosen.__slots__))
+        prediction = object.__new__(cls)
+        prediction._set(joined, asked, index)
+        return prediction
+
+    def _set(self, chosen: _Chosen, asked: Bool[Tensor, "*B K"], index: Int[Tensor, " N"]) -> None:
+        self.asked, self._shape, self._index = asked, asked.shape, index
+        self._arrange: Callable[[Tensor], Tensor] = lambda values: values
+        self.logits, self._chosen, self._broken, self._last = chosen.logits, chosen.tokens, chosen.broken, chosen.last
+
+    def arranged(self, arrange: Callable[[Tensor], Tensor]) -> Prediction:
+        """The same predictions, with everything aligned to the asked positions passed through `arrange`.
+
+        Args:
+            arrange: reshapes or selects; given tensors shaped as this prediction's own.
+        """
+        other, inner = object.__new__(Prediction), self._arrange
+        # What is worked out already is in the old arrangement.
+        vars(other).update({name: value for name, value in vars(self).items() if name not in _ALIGNED})
+        other.asked, other._arrange = arrange(self.asked), lambda values: arrange(inner(values))
+        return other
+
+    def kept(self, arrange: Callable[[Tensor], Tensor]) -> Prediction:
+        """What was looked at of this prediction, passed through `arrange`, without the logits behind it."""
+        other = object.__new__(Prediction)
+        vars(other).update({name: arrange(value) for name, value in vars(self).items() if name in _ALIGNED})
+        return other
+
+    @cached_property
+    def tokens(self) -> Int[Tensor, "*B K"]:
+        """The predicted token of each asked position, 0 elsewhere."""
+        return self._spread(self._chosen, 0)
+
+    @cached_property
+    def confidence(self) -> Float[Tensor, "*B K"]:
+        """Probability of the predicted token, in float64; -inf where nothing was asked."""
+        own, others = _weights(self.logits, self._chosen)
+        probability = own / (own + others.sum(-1).double())
+        return self._spread(probability.masked_fill(self._last, 0.0), -torch.inf)
+
+    @cached_property
+    def margin(self) -> Float[Tensor, "*B K"]:
+        """Probability of the most probable token minus that of the second, in float64; -inf where nothing was asked."""
+        own, others = _weights(self.logits, self.logits.argmax(-1))
+        margin = (own - others.amax(-1).double()) / (own + others.sum(-1).double())
+        return self._spread(margin.masked_fill(self._last, -torch.inf), -torch.inf)
+
+    @cached_property
+    def entropy(self) -> Float[Tensor, "*B K"]:
+        """Entropy in nats, in float64; +inf where nothing was asked."""
+        own, others = _weights(self.logits, self.logits.argmax(-1))
+        rest = others.sum(-1).double()
+        entropy = rest.log1p() + torch.special.entr(others).sum(-1).double() / (own + rest)
+        return self._spread(entropy.masked_fill(self._last, torch.inf), torch.inf)
+
+    @cached_property
+    def broken(self) -> Bool[Tensor, "*B K"]:
+        """Where the logits are no numbers, so that all the rest means nothing; False where nothing was asked."""
+        return self._spread(self._broken, False)
+
+    def _spread(self, values: Tensor, fill: float) -> Tensor:
+        out = values.new_full((self._shape.numel(),), fill)
+        return self._arrange(out.index_copy_(0, self._index, values).view(self._shape))
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """What was made of logits.
+
+    Attributes:
+        logits: of which confidence, margin and entropy are taken.
+        tokens: that were chosen.
+        broken: where the logits are no numbers.
+        last: where the confidence is 0 whatever the logits say.
+    """
+
+    logits: Float[Tensor, "N V"]
+    tokens: Int[Tensor, " N"]
+    broken: Bool[Tensor, " N"]
+    last: Bool[Tensor, " N"]
+
+
+def _choose(
+    logits: Float[Tensor, "N V"],
+    mask_token_id: int,
+    sampling: Sampling,
+    generators: Sequence[tuple[torch.Generator, int]],
+) -> _Chosen:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    broken = not_finite(logits)
+    if sampling.eos_suppression in ("logits", "both"):
+        logits = _without(logits, sampling.eos_token_ids[:1])
+    best = _argmax(logits, mask_token_id)
+    # Where [MASK] and what is suppressed were all there was, nothing is left to predict.
+    broken |= logits.gather(-1, best[:, None])[:, 0] == -torch.inf
+    logits = _filter(logits, sampling)
+    tokens = best
+    if sampling.temperature > 0:
+        drawn = _gumbel_max(logits, mask_token_id, sampling.temperature, generators)
+        tokens = drawn.where(drawn >= 0, best)
+        if sampling.tempered_confidence:
+            logits = _tempered(logits, sampling.temperature)
+    last = torch.zeros_like(tokens, dtype=torch.bool)
+    if sampling.eos_suppression in ("confidence", "both"):
+        logits = _without(logits, sampling.eos_token_ids)
+        last = torch.isin(tokens, torch.tensor(sampling.eos_token_ids, device=logits.device))
+    return _Chosen(logits, tokens, broken, last)
+
+
+def _weights(
+    logits: Float[Tensor, "N V"], token: Int[Tensor, " N"]
+) -> tuple[Float[Tensor, " N"], Float[Tensor, "N V"]]:
+    """Probability over that of the most probable token: of one token, in float64, and of all others, 0 for itself.
+
+    The others summed by themselves keep apart probabilities that are all 1 in float32, as those of a trained model
+    often are, and which the published samplers rank by a softmax in float64.
+    """
+    weights = (logits - logits.amax(-1, keepdim=True)).exp_()
+    own = weights.gather(-1, token[:, None])[:, 0].double()
+    return own, weights.scatter_(-1, token[:, None], 0)
+
+
+def _without(logits: Tensor, tokens: Sequence[int]) -> Tensor:
+    return logits.index_fill(-1, torch.tensor(tokens, device=logits.device), -torch.inf)
+
+
+def _filter(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Exclude tokens by nucleus, then top-k, in Dream's order."""
+    if sampling.top_p is not None and sampling.top_p < 1:
+        ranked, order = _tempered(logits, sampling.temperature or 1.0).sort(dim=-1, descending=True, stable=True)
+        probabilities = ranked.softmax(-1)
+        # A token stays while the probability before it has not passed top_p: the first always does.
+        beyond = probabilities.cumsum(-1) - probabilities > sampling.top_p
+        logits = logits.masked_fill(torch.empty_like(beyond).scatter_(-1, order, beyond), -torch.inf)
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    return logits
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Logits over the temperature, up to a constant; below 1e-30, where float32 ends, a temperature acts as that."""
+    return (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
+
+
+def _argmax(logits: Tensor, mask_token_id: int) -> Tensor:
+    """The most probable token other than [MASK]; the logits are left as they were."""
+    kept = logits[:, mask_token_id].clone()
+    logits[:, mask_token_id] = -torch.inf
+    best = logits.argmax(-1)
+    logits[:, mask_token_id] = kept
+    return best
+
+
+def _gumbel_max(
+    logits: Tensor, mask_token_id: int, temperature: float, generators: Sequence[tuple[torch.Generator, int]]
+) -> Tensor:
+    """Draw tokens in float64: argmax of logits - temperature * log(-log u); -1 where only [MASK] is left."""
+    chosen = []
+    # Row by row on purpose: each has its own generator, and float64 noise exists for one row at a time.
+    for part, (generator, count) in zip(logits.split([n for _, n in generators]), generators, strict=True):
+        u = torch.rand((count, logits.shape[-1]), generator=generator, dtype=torch.float64, device=logits.device)
+        noisy = part.double() - temperature * (-u.log()).log()
+        noisy[:, mask_token_id] = -torch.inf
+        best = noisy.max(-1)
+        chosen.append(best.indices.where(best.values > -torch.inf, -1))
+    return torch.cat(chosen)

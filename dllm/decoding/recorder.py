@@ -1,0 +1,84 @@
+"""What the requests being decoded have cost so far."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from dllm.decoding.canvas import Canvas, Change, Edit
+from dllm.decoding.denoiser import Denoiser
+from dllm.decoding.ending import cut
+from dllm.decoding.step import Answer
+
+
+class Recorder:
+    """Counts what each row costs, and the forward that settled each position.
+
+    Args:
+        canvas: the rows.
+        tokenizer: decodes what they generated.
+
+    Attributes:
+        nfe: (slots,) denoiser forwards of each row.
+    """
+
+    def __init__(self, canvas: Canvas, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self._canvas, self._tokenizer = canvas, tokenizer
+        self.nfe, self._guide_nfe, self._positions, self._refreshes = np.zeros((4, canvas.slots), dtype=np.int64)
+        self._commit_step = np.full((canvas.slots, canvas.length), -1, dtype=np.int64)
+        self._seconds, self._guide_seconds, self._started = np.zeros((3, canvas.slots))
+        self._elapsed = 0.0
+
+    def enter(self, rows: NDArray[np.int64]) -> None:
+        """Begin rows."""
+        for counts in (self.nfe, self._guide_nfe, self._positions, self._refreshes):
+            counts[rows] = 0
+        self._commit_step[rows] = -1
+        self._seconds[rows], self._guide_seconds[rows], self._started[rows] = 0, 0, self._elapsed
+
+    def count(self, change: Change, edit: Edit, denoiser: Denoiser) -> None:
+        """Count one step."""
+        rows = change.rows
+        self.nfe[rows] += denoiser.forwards
+        self._positions[rows] += denoiser.computed
+        self._refreshes[rows] += denoiser.refreshes
+        if edit.guide_forwards is not None:
+            self._guide_nfe[rows] += edit.guide_forwards
+        settled = self._commit_step[rows]
+        settled[change.revoked | change.filled] = -1
+        self._commit_step[rows] = np.where(change.committed, self.nfe[rows, None] - 1, settled)
+
+    def charge(self, rows: NDArray[np.int64], seconds: float, guide_seconds: float) -> None:
+        """Share the time of one step out among its rows."""
+        self._elapsed += seconds
+        self._seconds[rows] += seconds / len(rows)
+        self._guide_seconds[rows] += guide_seconds / len(rows)
+
+    def answer(self, row: int, index: int) -> Answer:
+        """What came of a row."""
+        canvas, request = self._canvas, self._canvas.requests[row]
+        assert request is not None
+        error = canvas.errors.get(row)
+        first = canvas.padding[row] if request.infill else canvas.start[row]
+        completion = canvas.host[row, first:]
+        if request.infill:
+            text, tokens = cut(self._tokenizer, completion)[0], int(canvas.region[row].sum())
+        else:
+            text, tokens = cut(self._tokenizer, completion, request.stops, request.eos_token_ids)
+        return Answer(
+            index=index,
+            text=text if error is None else None,
+            completion=completion.tolist(),
+            tokens=tokens if error is None else 0,
+            nfe=int(self.nfe[row]),
+            guide_nfe=int(self._guide_nfe[row]),
+            error=error,
+            commit_step=self._commit_step[row, first:].tolist(),
+            seconds=float(self._seconds[row]),
+            latency=self._elapsed - float(self._started[row]),
+            guide_seconds=float(self._guide_seconds[row]),
+            positions=int(self._positions[row]),
+            canvas=len(request.tokens),
+            refreshes=int(self._refreshes[row]),
+        )

@@ -1,0 +1,73 @@
+"""One text to decode, as the engine sees it: tokens, and the options that are its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Bool, Int
+from transformers import PreTrainedTokenizerBase
+
+from dllm.decoding.prediction import Sampling
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What is decoded in one row.
+
+    Attributes:
+        tokens: prompt and masks; [MASK] stands for what is to be generated.
+        mask_token_id: id of [MASK].
+        eos_token_ids: ids that end the text; the first one fills.
+        blocks: positions of a block, counted from the first mask; None for one block.
+        sampling: how logits become tokens.
+        seed: of what is drawn.
+        stop_at_eos: the row is finished once everything up to its first end-of-text is decoded.
+        stops: strings that end the text.
+        tokenizer: reads it; None where nothing depends on what it reads as.
+        infill: the whole text is what is asked for, not what comes after the prompt.
+        max_forwards: denoiser forwards after which the request fails; None for no limit.
+    """
+
+    tokens: Int[np.ndarray, " n"]
+    mask_token_id: int
+    eos_token_ids: tuple[int, ...]
+    blocks: int | None
+    sampling: Sampling
+    seed: int
+    stop_at_eos: bool = True
+    stops: tuple[str, ...] = ()
+    tokenizer: PreTrainedTokenizerBase | None = None
+    infill: bool = False
+    max_forwards: int | None = None
+
+    @cached_property
+    def region(self) -> Bool[np.ndarray, " n"]:
+        """Where something is to be generated."""
+        return np.asarray(self.tokens == self.mask_token_id)
+
+    @cached_property
+    def start(self) -> int:
+        """The first position to generate."""
+        return int(self.region.argmax())
+
+    @cached_property
+    def end(self) -> int:
+        """The position after the last one to generate."""
+        return len(self.region) - int(self.region[::-1].argmax())
+
+    @property
+    def span(self) -> int:
+        """Positions from the first to the last to generate."""
+        return self.end - self.start
+
+    @property
+    def block_length(self) -> int:
+        """Positions of a block."""
+        return self.blocks or self.span
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether tokens are given after the first mask."""
+        return not bool(self.region[self.start :].all())

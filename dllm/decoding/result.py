@@ -1,0 +1,203 @@
+"""The result of a run, and the recorder that counts it honestly."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dllm.decoding.drift import Drift, Measurement, summarise
+from dllm.decoding.request import Request
+from dllm.decoding.step import Answer, Step
+
+_STATUS, _FORGET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a run cost.
+
+    Attributes:
+        seconds: wall time of decoding; without what a policy such as the oracle decodes beforehand, and
+            without measuring a cache's drift, unless it may refresh the cache.
+        tokens: generated tokens up to and including what ends each row's text: its first end-of-text, or the token
+            that completes a stop string. Prompt tokens and what stands after it are not counted.
+        tokens_per_second: `tokens` over `seconds`.
+        tpf: `tokens` over the forwards of all rows.
+        computed_share: columns computed, over those that computing everything each time would take.
+        computed_columns: columns computed by the denoiser, over all rows and drafts.
+        extra_columns: those beyond one canvas per forward, for drafts; negative where a cache saved some.
+        guide_seconds: wall time of the guide's forwards, part of `seconds`.
+        cache_refreshes: times a cache recomputed everything, over all rows.
+        drift: how far the cache was off, where that was measured (`measure_every`); None elsewhere.
+        slots_busy: share of the row slots that held a row, over all steps; there are `batch_size` of them, or as many
+            as prompts where these are fewer.
+        peak_memory: bytes; of the device on CUDA, of the process elsewhere, during the run where the system can tell.
+    """
+
+    seconds: float
+    tokens: int
+    tokens_per_second: float
+    tpf: float
+    computed_share: float
+    computed_columns: int
+    extra_columns: int
+    guide_seconds: float
+    cache_refreshes: int
+    drift: Drift | None
+    slots_busy: float
+    peak_memory: int
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The result for a batch of B prompts, P prompt columns and G generated ones.
+
+    Attributes:
+        sequences: (B, P + G) prompts, left-padded, and what was generated.
+        completions: (B, G) the generated region.
+        texts: decoded completions before end-of-text or a stop string, of `infill` the whole; None without a
+            tokenizer, and of rows that failed.
+        nfe: (B,) denoiser forwards each row took part in.
+        guide_nfe: (B,) forwards of a guide model, for policies that have one.
+        commit_step: (B, G) the row's own forward, counted from 0, after which a position had its
+            final token; -1 where an early end of the text filled it.
+        stats: what the run cost.
+        attention_mask: (B, P + G) 1 at prompts and at generated tokens up to and including what ended the text, 0 at
+            the padding, after the end, and after the prompt (or where masks are left) of a row that failed:
+            `generate(lm, out.sequences, attention_mask=out.attention_mask)` goes on.
+        errors: why a row failed; None where it did not. A row that failed stands as far as it came, [MASK] elsewhere,
+            and nothing of it counts as generated.
+    """
+
+    sequences: Int[Tensor, "B L"]
+    completions: Int[Tensor, "B G"]
+    texts: list[str | None]
+    nfe: Int[Tensor, " B"]
+    guide_nfe: Int[Tensor, " B"]
+    commit_step: Int[Tensor, "B G"]
+    stats: Stats
+    attention_mask: Int[Tensor, "B L"]
+    errors: tuple[str | None, ...] = ()
+
+
+class Clock:
+    """Wall time and peak memory of a run."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            with suppress(OSError):  # Linux alone can forget the peak of what ran before
+                _FORGET_PEAK.write_text("5")
+        self._started = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Seconds since the start, the device's pending work included."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter() - self._started
+
+    def peak_memory(self) -> int:
+        """Bytes at the peak."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        with suppress(OSError, ValueError, StopIteration):
+            peak = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+            return int(peak.split()[1]) * 1024
+        # The peak of the process's whole life. Linux counts in KiB, macOS in bytes.
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Tally:
+    """Adds up what the steps of a run cost; to be made when it starts.
+
+    Args:
+        device: where it runs.
+
+    Attributes:
+        answers: by number of request.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.answers: dict[int, Answer] = {}
+        self.measurements: list[Measurement] = []
+        self.clock, self.uncounted_seconds, self.guide_seconds = Clock(device), 0.0, 0.0
+        self.rows = self.slots = 0
+
+    def update(self, step: Step) -> None:
+        """Add one step."""
+        self.answers |= step.answers
+        self.measurements += step.drift
+        self.uncounted_seconds += step.uncounted_seconds
+        self.guide_seconds += step.edit.guide_seconds
+        self.rows, self.slots = self.rows + len(step), self.slots + step.slots
+
+
+def assemble(requests: Sequence[Request], tally: Tally, measuring_seconds: float) -> Generation:
+    """Join the answers to all requests into one result.
+
+    Args:
+        requests: all of one kind, numbered from 0.
+        tally: of the whole run.
+        measuring_seconds: wall time of measuring a cache's drift.
+    """
+    seconds, peak = tally.clock.seconds() - tally.uncounted_seconds, tally.clock.peak_memory()
+    answers = [tally.answers[number] for number in range(len(requests))]
+    completions = [np.array(answer.completion) for answer in answers]
+    starts = [answer.canvas - len(answer.completion) for answer in answers]
+    texts = zip(requests, completions, starts, strict=True)
+    sequences = [np.concatenate((request.tokens[:start], row)) for request, row, start in texts]
+    real = [np.ones(answer.canvas, dtype=np.int64) for answer in answers]
+    for request, answer, start, row in zip(requests, answers, starts, real, strict=True):
+        if not request.infill:
+            row[start + answer.tokens :] = 0
+        elif answer.error is not None:
+            row[np.array(answer.completion) == request.mask_token_id] = 0
+    fill = requests[0].eos_token_ids[0]
+    tokens, nfe = sum(answer.tokens for answer in answers), [answer.nfe for answer in answers]
+    computed = sum(answer.positions for answer in answers)
+    full = sum(answer.nfe * answer.canvas for answer in answers)
+    stats = Stats(
+        seconds=seconds,
+        tokens=tokens,
+        tokens_per_second=tokens / seconds,
+        tpf=tokens / max(1, sum(nfe)),
+        computed_columns=computed,
+        extra_columns=computed - full,
+        guide_seconds=tally.guide_seconds,
+        computed_share=computed / max(1, full),
+        cache_refreshes=sum(answer.refreshes for answer in answers),
+        drift=summarise(tally.measurements, measuring_seconds),
+        slots_busy=tally.rows / max(1, tally.slots),
+        peak_memory=peak,
+    )
+    return Generation(
+        sequences=torch.from_numpy(stack(sequences, fill)),
+        completions=torch.from_numpy(stack(completions, fill)),
+        texts=[answer.text for answer in answers],
+        nfe=torch.from_numpy(np.array(nfe)),
+        guide_nfe=torch.from_numpy(np.array([answer.guide_nfe for answer in answers])),
+        commit_step=torch.from_numpy(stack([np.array(answer.commit_step) for answer in answers], -1)),
+        stats=stats,
+        attention_mask=torch.from_numpy(stack(real, 0)),
+        errors=tuple(answer.error for answer in answers),
+    )
+
+
+def stack(rows: Sequence[NDArray[np.int64]], fill: int) -> NDArray[np.int64]:
+    """Stack rows of unequal length, padded on the left."""
+    width = max(len(row) for row in rows)
+    return np.stack([np.pad(row, (width - len(row), 0), constant_values=fill) for row in rows])

@@ -1,0 +1,66 @@
+"""The facts of an engine, fixed before its first forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dllm.decoding.request import Request
+
+
+@runtime_checkable
+class Rehearsal(Protocol):
+    """Decodes requests with another sampler, uncounted, towards whose result the first one decodes."""
+
+    def check(self, request: Request) -> None:
+        """Refuse what the other sampler refuses (ValueError)."""
+        ...
+
+    def __call__(self, request: Request) -> Int[Tensor, " n"]:
+        """The whole text.
+
+        Raises:
+            ValueError: there is none, with the reason.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """What samplers and caches may depend on.
+
+    Attributes:
+        slots: rows decoded at a time; their numbers are below.
+        length: canvas columns L.
+        mask_token_id: id of [MASK].
+        logits_shift: the prediction for column i is read at column i - logits_shift.
+        kv_shape: layers, key-value heads and head dimension of the backbone.
+        hidden_size: width of the backbone.
+        dtype: of the backbone's keys and values.
+        device: where the tensors live.
+        tokenizer: of the denoiser; None where it has none.
+        vocab_size: entries V of the logits.
+        fingerprint: tells which denoiser this is, by its weights.
+        rehearsal: makes what decodes requests with another sampler.
+        tensor: zeros of a name and shape, in the backbone's dtype, that may outlive the engine.
+    """
+
+    slots: int
+    length: int
+    mask_token_id: int
+    logits_shift: int
+    kv_shape: tuple[int, int, int]
+    hidden_size: int
+    dtype: torch.dtype
+    device: torch.device
+    tokenizer: PreTrainedTokenizerBase | None
+    vocab_size: int
+    fingerprint: Callable[[], str]
+    rehearsal: Callable[[Any], Rehearsal]
+    tensor: Callable[[str, Sequence[int]], Tensor]

@@ -1,0 +1,222 @@
+"""What one denoising step did: the only thing that recorders, displays and traces look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, overload
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dllm.decoding.canvas import Change, Edit
+from dllm.decoding.drift import Measurement
+from dllm.decoding.prediction import Prediction
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of one request, and what it cost.
+
+    Attributes:
+        index: number of its prompt, or what `Engine.add` returned.
+        text: decoded completion before end-of-text or a stop string, of infilling the whole; None without a
+            tokenizer, and of a request that failed.
+        completion: (G,) the generated region, of infilling the whole row; of a request that failed as far as it came,
+            [MASK] elsewhere.
+        tokens: generated tokens up to and including what ends the text; of infilling the former masks.
+        nfe: denoiser forwards.
+        guide_nfe: guide forwards, for policies that have one.
+        error: why the request failed; None where it did not.
+        commit_step: (G,) the row's own forward, counted from 0, after which a position had its final token; -1 where
+            an early end of the text filled it, or nothing did.
+        seconds: its share of the wall time: that of each step, divided by the rows that took part.
+        latency: wall time from its first step to its last.
+        guide_seconds: its share of the guide's wall time, part of `seconds`.
+        positions: columns computed.
+        canvas: columns of prompt and generated region.
+        refreshes: forwards in which a cache had everything computed anew.
+    """
+
+    index: int
+    text: str | None
+    completion: list[int]
+    tokens: int
+    nfe: int
+    guide_nfe: int
+    error: str | None
+    commit_step: list[int]
+    seconds: float
+    latency: float
+    guide_seconds: float
+    positions: int
+    canvas: int
+    refreshes: int
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A request after one step, or with a leading dimension all B of `dllm.stream`.
+
+    Attributes:
+        tokens: (L,) the prompt, and what is decoded so far; [MASK] elsewhere. Of several left-padded.
+        provisional: (L,) the tokens this step predicted but did not commit; [MASK] elsewhere.
+        committed: (L,) True where this step committed a token.
+        revoked: (L,) True where this step took a token back.
+        nfe: forwards so far.
+        drift: how far the cache was off in forwards of this step that were compared with exact ones.
+        errors: why a request failed so far; None where it did not.
+    """
+
+    tokens: Int[Tensor, "*B L"]
+    provisional: Int[Tensor, "*B L"]
+    committed: Bool[Tensor, "*B L"]
+    revoked: Bool[Tensor, "*B L"]
+    nfe: Int[Tensor, "*B"]
+    drift: tuple[Measurement, ...] = ()
+    errors: tuple[str | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class Event:
+    """What one step did to one request.
+
+    Attributes:
+        id: the request's.
+        answer: once it is finished; None before.
+        step: the whole step.
+        entry: which of its entries this is.
+    """
+
+    id: int
+    answer: Answer | None
+    step: Step
+    entry: int
+
+    @property
+    def frame(self) -> Frame:
+        """The request after the step, without padding."""
+        step, own = self.step, (self.entry, slice(int(self.step.padding[self.entry]), None))
+        return Frame(
+            tokens=torch.from_numpy(step.tokens[own]),
+            provisional=torch.from_numpy(step.provisional[own]),
+            committed=torch.from_numpy(step.change.committed[own]),
+            revoked=torch.from_numpy(step.change.revoked[own]),
+            nfe=torch.from_numpy(step.nfe)[self.entry],
+            drift=tuple(mine for each in step.drift if (mine := each.where(each.ids == self.id)).ids.size),
+            errors=(None if self.answer is None else self.answer.error,),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Step(Sequence[Event]):
+    """One denoising step: an event for each of the B requests that took part, and what concerns them all.
+
+    It is a value: what is kept of it does not change when decoding goes on.
+
+    Attributes:
+        ids: (B,) the requests.
+        tokens: (B, L) the canvas after the step, left-padded.
+        padding: (B,) columns of it that are padding.
+        ends: (B, E) ids that end a request's text; -1 where it has fewer.
+        mask_token_id: id of [MASK].
+        change: what was committed, revoked and filled.
+        edit: what the sampler asked for.
+        forwards: (B,) denoiser forwards in this step.
+        nfe: (B,) denoiser forwards so far.
+        computed: (B,) columns computed in this step.
+        refreshes: (B,) forwards in which a cache had everything computed anew.
+        drift: how far the cache was off in forwards of this step that were compared with exact ones.
+        answers: of the requests that are finished with this step, by id.
+        slots: rows that the engine can decode at a time.
+        seconds: wall time of the step.
+        uncounted_seconds: wall time of what the sampler had decoded beforehand and of measuring a cache that it does
+            not act on; no part of `seconds`.
+        last: the step's latest prediction, and the columns it is about; None without one.
+        looked: the entries and columns, (A, L), that each forward computed.
+    """
+
+    ids: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    padding: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    mask_token_id: int
+    change: Change
+    edit: Edit
+    forwards: NDArray[np.int64]
+    nfe: NDArray[np.int64]
+    computed: NDArray[np.int64]
+    refreshes: NDArray[np.int64]
+    drift: tuple[Measurement, ...]
+    answers: dict[int, Answer]
+    slots: int
+    seconds: float
+    uncounted_seconds: float
+    last: tuple[Prediction, Tensor] | None
+    looked: Sequence[tuple[NDArray[np.int64], NDArray[np.bool_]]]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, entry: int) -> Event: ...
+    @overload
+    def __getitem__(self, entry: slice) -> list[Event]: ...
+    def __getitem__(self, entry: int | slice) -> Event | list[Event]:
+        if isinstance(entry, slice):
+            return [self[each] for each in range(*entry.indices(len(self)))]
+        entry = range(len(self))[entry]
+        name = int(self.ids[entry])
+        return Event(name, self.answers.get(name), self, entry)
+
+    def __iter__(self) -> Iterator[Event]:
+        return (self[entry] for entry in range(len(self)))
+
+    @property
+    def finished(self) -> int:
+        """Number of requests that this step finished."""
+        return len(self.change.finished)
+
+    @cached_property
+    def provisional(self) -> NDArray[np.int64]:
+        """(B, L) tokens predicted in this step where nothing is committed yet; [MASK] elsewhere."""
+        return np.where(self.tokens == self.mask_token_id, self.predicted, self.mask_token_id)
+
+    @cached_property
+    def predicted(self) -> NDArray[np.int64]:
+        """(B, L) tokens of the latest prediction; [MASK] where nothing was asked."""
+        return self._spread(lambda prediction: prediction.tokens, self.mask_token_id)
+
+    @cached_property
+    def confidence(self) -> NDArray[np.float64]:
+        """(B, L) probability of the predicted tokens; NaN where nothing was asked."""
+        return self._spread(lambda prediction: prediction.confidence, np.nan)
+
+    @cached_property
+    def drafted(self) -> NDArray[np.int64]:
+        """(B, L) tokens the sampler had judged as drafts; [MASK] elsewhere."""
+        drafted = np.full_like(self.tokens, self.mask_token_id)
+        if self.edit.drafted is not None:
+            np.put_along_axis(drafted, self.edit.columns.cpu().numpy(), self.edit.drafted.cpu().numpy(), 1)
+        return drafted
+
+    @cached_property
+    def recomputed(self) -> NDArray[np.bool_]:
+        """(B, L) columns that some forward of this step computed; the others were read from the cache."""
+        computed = np.zeros(self.tokens.shape, dtype=bool)
+        for entries, columns in self.looked:
+            np.logical_or.at(computed, entries, columns)
+        return computed
+
+    def _spread(self, values: Callable[[Prediction], Tensor], fill: float) -> NDArray[Any]:
+        """Values of the latest prediction at the columns it is about."""
+        out = np.full(self.tokens.shape, fill, dtype=type(fill))
+        if self.last is not None:
+            prediction, columns = self.last
+            entry, k = np.nonzero(prediction.asked.cpu().numpy())
+            out[entry, columns.cpu().numpy()[entry, k]] = values(prediction).cpu().numpy()[entry, k]
+        return out

@@ -1,0 +1,58 @@
+"""One call of the backbone, and what the drafts of a row see of each other when they are computed as one sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from dllm.models.transformer import KVStore
+
+
+@dataclass(frozen=True)
+class Work:
+    """One call of the backbone.
+
+    Attributes:
+        tokens: of the computed columns.
+        positions: of these.
+        attended: S, columns attended to.
+        real: which of these may be looked at; None for all.
+        given: True where a guided forward masks the tokens; None without guidance.
+        store: keys and values of the other columns.
+        columns: which of these are computed; None for all.
+        joined: sequences of a row that become one.
+    """
+
+    tokens: Int[Tensor, "A C"]
+    positions: Int[Tensor, "A C"]
+    attended: int
+    real: Bool[Tensor, "A S"] | None
+    given: Bool[Tensor, "A C"] | None = None
+    store: KVStore | None = None
+    columns: Int[Tensor, "A C"] | None = None
+    joined: int = 1
+
+
+def tree_mask(work: Work) -> Bool[Tensor, "B 1 Q S"]:
+    """Which columns each column of a row's joined drafts may look at: stored ones, and those of its own draft."""
+    width, device = work.tokens.shape[1], work.tokens.device
+    branch = torch.arange(work.joined, device=device).repeat_interleave(width)
+    own = (branch[:, None] == branch)[None, None]
+    split = {"d": work.joined}
+    if work.columns is None:
+        if work.real is None:
+            return own.expand(len(work.tokens) // work.joined, -1, -1, -1)
+        return own & rearrange(work.real, "(a d) s -> a 1 1 (d s)", **split)
+    # A column is seen once: fresh where the draft computes it, stored elsewhere; what fills up a short draft is not.
+    fresh = torch.ones_like(work.columns, dtype=torch.bool)
+    fresh[:, 1:] = work.columns[:, 1:] != work.columns[:, :-1]
+    shape = len(work.tokens), work.attended
+    real = torch.ones(shape, dtype=torch.bool, device=device) if work.real is None else work.real
+    stored = real.scatter(1, work.columns, False)
+    own = own & rearrange(fresh & real.gather(1, work.columns), "(a d) c -> a 1 1 (d c)", **split)
+    stored = repeat(stored, "(a d) s -> a 1 (d c) s", c=width, **split)
+    return torch.cat((stored, own), dim=-1)

@@ -1,0 +1,316 @@
+"""Beside a file of answers, `NAME.manifest.json`: the prompts, options and models that made them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence, Set
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+from dllm import identity
+from dllm.evaluation.jsonl import MANIFEST, AnswerFile, Question
+from dllm.files import check_kept, expanded, read_json, write_json
+from dllm.models import adapters
+from dllm.models.loading import LanguageModel
+from dllm.stored import misfit
+
+FORMAT, VERSION = "dllm-answers", 1
+# Options that change no answer, or only as rounding does. All others count, those that are added later too.
+# - where answers and progress go: input (its prompts count one by one), output, picture, prompt, show, resume
+# - how the work is divided: batch_size (a row does not depend on its batch mates), cuda_graphs
+# - where and with which kernels the model runs: what it is, its dtype too, is compared once it is loaded
+_FREE = {"input", "output", "picture", "prompt", "show", "resume", "batch_size", "cuda_graphs", "model"}
+_COSTS = 20  # times as long as writing the manifest takes, nothing is added to it
+# What is needed of a session; others of its fields are for people.
+_PARTS: dict[str, Any] = {"answers": 0, "options": {}, "names": {}, "named": {}, "model": {}}
+
+
+class AnswerManifest:
+    """What the answers of a file were made with, session by session.
+
+    It is written before a session's first answer, so that whatever the answers file holds is accounted for. Of each
+    prompt and each answer it has a hash, of the answers as they come to the disk; of each session the options and the
+    model, and how many answers there were when it began.
+
+    Args:
+        answers: the file, kept from other writers.
+        mixed: keep answers that other options or models made.
+
+    Attributes:
+        note: what the user should know about answers from elsewhere, such as another version of dllm, if any.
+
+    Raises:
+        ValueError: something else is at its place.
+    """
+
+    def __init__(self, answers: AnswerFile, mixed: bool) -> None:
+        self.path = answers.file.with_name(answers.file.name + MANIFEST)
+        self._answers, self._mixed = answers, mixed
+        self._prompts: dict[str, str] = {}
+        self._made: dict[str, str] = {}
+        self._ended = False  # otherwise answers may be missing in the hashes
+        self._sessions: list[dict[str, Any]] = []
+        self._written: bytes | None = None
+        self._at = self._took = 0.0
+        if self.path.exists():
+            self._read()
+        if not answers.ids:
+            self._prompts, self._made, self._ended, self._sessions = (
+                {},
+                {},
+                False,
+                [],
+            )  # of answers that somebody removed
+        elif self._sessions and self._began_with(answers.ids):
+            del self._sessions[-1]  # it ended before its first answer
+        unknown = self._sessions[0]["answers"] if self._sessions else len(answers.ids)
+        told = f"{unknown} answers were there before {self.path.name}: what prompts and options made them is unknown"
+        self.note = told if unknown and not mixed else None
+
+    @property
+    def seed(self) -> int | None:
+        """Of the last session, for one that goes on with any seed."""
+        return self._sessions[-1]["options"].get("seed") if self._sessions else None
+
+    def check(self, questions: Sequence[Question], session: Mapping[str, Any]) -> None:
+        """Refuse answers of other prompts or options.
+
+        Args:
+            questions: the input.
+            session: as `describe` gives it.
+
+        Raises:
+            ValueError: a prompt has changed since it was answered, or options have and shall not be mixed.
+        """
+        answered = [question for question in questions if question.id in self._answers.ids]
+        changed = [each for each in answered if self._prompts.get(_key(each), _hash(each)) != _hash(each)]
+        if changed:
+            called = f"output={str(self._answers.path)!r}"
+            more = f", nor are those of {len(changed) - 1} other lines" if len(changed) > 1 else ""
+            raise ValueError(
+                f"{changed[0].place} is not the prompt that {called} answers{more}; give another output, or the "
+                "input that it was made from"
+            )
+        if self._mixed:
+            return
+        for before in self._sessions:
+            self._refuse(_differences(before["options"], session["options"]), before, session)
+        found = self._hashes()
+        known = self._made if self._ended else found | self._made
+        if strange := [name for name, digest in found.items() if known.get(name) != digest]:
+            raise ValueError(
+                f"output={str(self._answers.path)!r} holds {len(strange)} answers (the first one: {strange[0]}) that "
+                f"{self.path.name} does not tell of; remove them, give another output, or resume=mixed to keep them"
+            )
+
+    def fits(self, session: Mapping[str, Any]) -> bool:
+        """Whether the model is the same by name, so that it need not be loaded to be compared."""
+        return self._mixed or all(before["named"] == session["named"] for before in self._sessions)
+
+    def check_model(self, session: Mapping[str, Any]) -> None:
+        """Refuse answers of another model, unless they shall be mixed.
+
+        Args:
+            session: as `describe` gives it, with `model` as `identify` does.
+
+        Raises:
+            ValueError: weights, tokenizer or precision are others.
+        """
+        for before in [] if self._mixed else self._sessions:
+            differing = _differences(before["model"], session["model"])
+            if before["named"].get("path") != session["named"]["path"]:
+                differing = ["model" if name != "model.dtype" else name for name in differing]
+            self._refuse(list(dict.fromkeys(differing)), before, session)
+
+    def begin(self, questions: Sequence[Question], session: Mapping[str, Any]) -> None:
+        """Write down what makes the answers that follow.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        here = {
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "host": platform.node(),
+            "dllm": version("dllm-samplers"),
+            "answers": len(self._answers.ids),
+            "ids": _hash_of(self._answers.ids),
+        }
+        self._sessions.append(here | dict(session))
+        self._prompts = {_key(question): _hash(question) for question in questions}
+        self._made, self._ended = self._hashes(), False
+        self._write()
+        self._answers.synced = self._update
+
+    def end(self) -> None:
+        """Write down that the answers are all that this session made, unless something else wrote here."""
+        self._ended, self._took = True, 0.0
+        self._update()
+
+    def verify(self) -> None:
+        """Make sure that what was written is still there; what was removed is written again.
+
+        Raises:
+            OSError: something else removed or changed it during this run.
+        """
+        if self._written is None:
+            return
+        gone = not os.path.lexists(self.path)
+        try:
+            fix = "it is written again, and all answers are kept" if gone else "put it back, or give another output"
+            check_kept(self.path, self._written, f"; {fix}")
+        finally:
+            if gone:
+                self._write()
+
+    def _update(self) -> None:
+        """Take the answers over that are on the disk by now, as often as that costs little of the time."""
+        now = time.monotonic()
+        if self._written is None or now - self._at < _COSTS * self._took:
+            return
+        self._made = self._hashes()
+        with suppress(OSError):  # what it holds is enough to go on
+            if self.path.read_bytes() == self._written:  # otherwise `verify` tells who changed it
+                self._write()
+        self._at, self._took = time.monotonic(), time.monotonic() - now
+
+    def _hashes(self) -> dict[str, str]:
+        return {json.dumps(name): digest for name, digest in self._answers.hashes.items()}
+
+    def _write(self) -> None:
+        content = {"format": FORMAT, "version": VERSION, "sessions": self._sessions, "prompts": self._prompts}
+        content |= {"answers": self._made, "ended": self._ended}
+        try:
+            write_json(self.path, content)
+            self._written = self.path.read_bytes()
+        except OSError as error:
+            called = f"output={str(self._answers.path)!r}"
+            raise OSError(f"{called}: {self.path.name} cannot be written beside it ({error}); make room") from None
+
+    def _read(self) -> None:
+        fix = "give another output, or remove it"
+        found = read_json(self.path, fix)
+        if (found.get("format"), found.get("version")) != (FORMAT, VERSION):
+            raise ValueError(f"{self.path} is no manifest of answers that this version of dllm knows; {fix}")
+        try:
+            self._prompts = {str(name): str(value) for name, value in found["prompts"].items()}
+            self._made = {str(name): str(value) for name, value in found.get("answers", {}).items()}
+            self._ended = found.get("ended") is True
+            self._sessions = [_PARTS | each for each in found["sessions"]]
+            for each in self._sessions:
+                if any(type(each[name]) is not type(part) for name, part in _PARTS.items()):
+                    raise TypeError
+                if misfit(each["options"].get("seed"), int | None):
+                    raise TypeError
+        except (AttributeError, KeyError, TypeError):
+            raise ValueError(f"{self.path} is damaged; {fix}") from None
+
+    def _began_with(self, ids: Set[str | int]) -> bool:
+        """Whether these are the answers that there were when the last session began; their number alone is no proof."""
+        last = self._sessions[-1]
+        return bool(last["answers"] == len(ids) and last.get("ids", _hash_of(ids)) == _hash_of(ids))
+
+    def _refuse(self, differing: Sequence[str], before: Mapping[str, Any], session: Mapping[str, Any]) -> None:
+        if differing:
+            then, now = (", ".join(_told(name, each) for name in differing) for each in (before, session))
+            raise ValueError(
+                f"output={str(self._answers.path)!r} was made with {then}; this run has {now}: give another output, "
+                "or resume=mixed to keep those answers"
+            )
+
+
+def describe(fields: Mapping[str, Any], choices: Mapping[str, str], made: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of a session before the model is loaded.
+
+    Args:
+        fields: the composed configuration, with the seed that is used.
+        choices: names of the sampler and the cache.
+        made: the sampler and the cache.
+    """
+    options = {name: value for name, value in _flat(fields).items() if name.partition(".")[0] not in _FREE}
+    if fields["cache"].get("refresh_above") is None:
+        options.pop("cache.measure_every", None)  # comparing alone changes nothing
+    named = identity.contents([fields["sampler"], fields["cache"]])
+    options |= {f"content of {name}": digest for name, digest in named.items()}
+    for group, value in made.items():
+        # Where they lie is another place on another machine.
+        if read := sorted(digest for name, digest in identity.read_by(value).items() if name not in named):
+            options[f"files of {group}"] = hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]
+    return {
+        "options": options,
+        "names": {group: choices[group] for group in ("sampler", "cache")},
+        "named": {name: fields["model"].get(name) for name in ("path", "revision", "dtype", "adapter")}
+        | {"files": _files(fields)},
+    }
+
+
+def identify(lm: LanguageModel) -> dict[str, Any]:
+    """What tells a loaded model from others, wherever it lies and runs."""
+    return identity.model(lm) | {
+        "model.dtype": str(lm.backbone.dtype).removeprefix("torch."),
+        "eos": list(lm.backbone.eos_token_ids),
+    }
+
+
+def _files(fields: Mapping[str, Any]) -> list[list[Any]]:
+    """Name, size and times of the files of a local model and its adapter: while they stay, so does the model."""
+    folders = [expanded(name) for name in (fields["model"]["path"], fields["model"].get("adapter")) if name]
+    for folder in folders[:1]:
+        with suppress(ValueError):
+            if (folder / adapters.CONFIG).is_file() and not (folder / "config.json").is_file():
+                folders.append(expanded(adapters.base_of(folder)[0]))  # it is an adapter, and names its model
+    files = [file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir())]
+    found = [(file.name, file.stat()) for file in files if file.exists()]
+    return [[name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in found]
+
+
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Options as they are typed: name.name of nested ones."""
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Names whose values differ; an option that one side does not have is null there."""
+    names = [name for name in dict.fromkeys([*now, *before]) if before.get(name) != now.get(name)]
+    # Where the sampler is another, its options are others too.
+    others = [name for name in names if name in ("sampler._target_", "cache._target_")]
+    groups = tuple(name.removesuffix("_target_") for name in others)
+    return [name for name in names if name in others or not name.startswith(groups)]
+
+
+def _told(name: str, session: Mapping[str, Any]) -> str:
+    group = name.removesuffix("._target_")
+    if group in session["names"]:
+        return f"{group}={session['names'][group]}"
+    if name == "model":
+        return f"model={session['named'].get('path')}"
+    value = (session["options"] | session.get("model", {})).get(name)
+    return f"{name}={value if isinstance(value, str) else json.dumps(value)}"
+
+
+def _key(question: Question) -> str:
+    """An id as JSON has it: the number 1 and the text "1" are two."""
+    return json.dumps(question.id, ensure_ascii=False)
+
+
+def _hash_of(ids: Set[str | int]) -> str:
+    """Which answers there are."""
+    names = sorted(json.dumps(name) for name in ids)
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
+
+
+def _hash(question: Question) -> str:
+    """Of what is asked, whatever the line's place and id."""
+    asked = {name: value for name, value in asdict(question).items() if value is not None}
+    for name in ("id", "number", "place"):
+        del asked[name]
+    return hashlib.sha256(json.dumps(asked, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

@@ -1,0 +1,134 @@
+"""What an unfinished run has done so far: one JSON object a line, written as soon as it is known."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from io import FileIO
+from pathlib import Path
+from typing import Any, TypedDict
+
+from dllm.evaluation.claim import Claim
+from dllm.files import disturbed, parse_json, state
+from dllm.stored import folder_there, misfit, there
+
+
+class _Entry(TypedDict):
+    """One line."""
+
+    kind: str
+    id: str
+    value: Any
+
+
+class Journal:
+    """Entries by kind and id, kept in a file by one process at a time.
+
+    A last line that an interruption cut off is dropped; everything before it holds.
+
+    Args:
+        path: the file; made with its folder where it is missing. None keeps everything in memory.
+        patience: seconds to wait for a process that writes it; one that lost its parent ends with its next answer.
+
+    Raises:
+        ValueError: another process writes it, or it holds something else.
+    """
+
+    def __init__(self, path: Path | None, patience: float = 20.0) -> None:
+        self.path = path
+        self._entries: dict[tuple[str, str], Any] = {}
+        self._lines: dict[tuple[str, str], int] = {}
+        self._file: FileIO | None = None
+        if path is None:
+            return
+        fix = f"remove it to start the run in {path.parent} again"
+        folder_there(path.parent, fix)
+        there(path, fix)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._claim = Claim(path, str(path.parent), "another out", patience)
+        self._claim.take()
+        try:
+            content = path.read_bytes() if there(path, fix) else b""
+            whole = content.rfind(b"\n") + 1
+            self._read(content[:whole])
+            self._file = FileIO(path, "a")  # nothing is left to be written when it is closed
+            self._file.truncate(whole)
+            self._state = state(self._file.fileno())
+        except (ValueError, OSError):
+            self._claim.release()
+            raise
+
+    def _read(self, content: bytes) -> None:
+        for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+            try:
+                row = parse_json(line)
+            except ValueError as error:
+                raise self._damage(number, str(error)) from None
+            if wrong := misfit(row, _Entry):
+                raise self._damage(number, wrong)
+            key = row["kind"], row["id"]
+            if key in self._entries:
+                raise self._damage(number, f"it repeats line {self._lines[key]}")
+            self._entries[key], self._lines[key] = row["value"], number
+
+    def _damage(self, line: int, reason: str) -> ValueError:
+        return ValueError(
+            f"{self.path} is no journal of a run, or damaged, in line {line} ({reason}); remove that line to do that "
+            "part of the run again, or the file to do all of it again"
+        )
+
+    def damage(self, kind: str, name: str, reason: str) -> ValueError:
+        """The error about an entry that is not what its reader needs."""
+        return self._damage(self._lines.get((kind, name), len(self._entries)), reason)
+
+    @property
+    def keys(self) -> list[tuple[str, str]]:
+        """Kinds and ids of all entries."""
+        return list(self._entries)
+
+    def get(self, kind: str, name: str) -> Any:
+        """What was noted; None where nothing was."""
+        return self._entries.get((kind, name))
+
+    def of(self, kind: str) -> Mapping[str, Any]:
+        """Everything of a kind by id, in the order it was noted."""
+        return {name: value for (each, name), value in self._entries.items() if each == kind}
+
+    def add(self, kind: str, name: str, value: Any) -> None:
+        """Note something at once.
+
+        Raises:
+            RuntimeError: it was noted before; nothing is done twice.
+            OSError: it cannot be written, or something else removed or changed the file.
+        """
+        self.verify()
+        if (kind, name) in self._entries:
+            raise RuntimeError(f"{kind} {name!r} is in {self.path} already")
+        self._entries[kind, name] = value
+        if self._file is not None:
+            line = json.dumps({"kind": kind, "id": name, "value": value}, ensure_ascii=False)
+            rest = memoryview(line.encode("utf-8", "replace") + b"\n")
+            try:
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+            except OSError as error:
+                error.filename = str(self.path)  # a full disk names none
+                raise
+            self._state = state(self._file.fileno())
+
+    def verify(self) -> None:
+        """Make sure that what was noted is there for the next process.
+
+        Raises:
+            OSError: something else removed or changed the file.
+        """
+        if self._file is not None and self.path is not None and state(self.path) != self._state:
+            raise disturbed(str(self.path), self.path, "; run the command again")
+
+    def close(self) -> None:
+        """Let others write."""
+        if self._file is None or self.path is None:
+            return
+        self._file.close()
+        self._file = None
+        self._claim.release()

@@ -1,0 +1,244 @@
+"""lm-evaluation-harness: the model class `dllm`, for `lm_eval.simple_evaluate` and the harness's command line.
+
+    dllm lm-eval --model dllm --model_args pretrained=tiny-llada,sampler=localleap,cache=freecache --tasks gsm8k
+
+Importing this module registers it. lm-eval after 0.4.13 finds it by itself, through the package's entry point.
+Options of a sampler, a cache and of the likelihood estimate are written sampler.threshold=0.95, cache.interval=8,
+estimate.samples=32; everything of `dllm.Options` and of `dllm.load` by its name. What is not given is the task's.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
+
+from dllm import identity
+from dllm.cache.base import Cache
+from dllm.checks import known
+from dllm.decoding import compatibility
+from dllm.decoding.options import parse_options
+from dllm.decoding.prompts import write_chat
+from dllm.escape import terminal
+from dllm.evaluation import lm_eval_options as harness_options
+from dllm.evaluation.journal import Journal
+from dllm.evaluation.likelihood import Estimate
+from dllm.evaluation.records import Request
+from dllm.evaluation.runner import Runner, Setting
+from dllm.models.loading import load
+from dllm.resolve import TARGET, build, options_of, resolve
+from dllm.samplers.base import Sampler
+
+_LOADING = ("device", "dtype", "device_map", "attn_implementation", "revision", "pack", "adapter")
+
+
+@register_model("dllm")
+class DLLM(TemplateLM):
+    """A diffusion language model, decoded by any sampler with any cache.
+
+    Args:
+        runner: answers the requests.
+        seed: request i draws from seed + i.
+        greedy: find out whether greedy decoding gives a scored continuation, as metrics such as LAMBADA's ask.
+
+    Attributes:
+        truncated: prompts of which the beginning was cut off so that they fit the model.
+    """
+
+    def __init__(self, runner: Runner, seed: int = 0, greedy: bool = True) -> None:
+        super().__init__()
+        if runner.lm.tokenizer is None:
+            raise ValueError(f"{runner.lm.name} has no tokenizer, and the harness's tasks are texts; add one")
+        self.runner, self.tokenizer, self.truncated = runner, runner.lm.tokenizer, 0
+        self._seed, self._greedy, self._chat, self._count = seed, greedy, False, 0
+        self._seen: dict[str, int] = {}
+        self._told: set[str] = set()
+        self._device = runner.lm.device
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> DLLM:
+        """Make one of `--model_args`; see `create_from_arg_obj`."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> DLLM:
+        """Make one of a dictionary of arguments.
+
+        Args:
+            arg_dict: `pretrained`, `sampler`, `cache`, their options with a prefix, `estimate.*`, fields of
+                `dllm.Options`, arguments of `dllm.load`, and `greedy`; `dllm.evaluation.lm_eval_options` says what
+                is taken of other models' arguments.
+            additional_config: what the command line has outside of it: batch_size, max_batch_size and device.
+
+        Raises:
+            ValueError: an unknown name, or a value out of range.
+        """
+        given = harness_options.model_arguments(arg_dict, additional_config or {}, _tell)
+        greedy, seed = given.pop("greedy", True), given.pop("seed", 0)
+        sampler = _from_parts("sampler", given, "vanilla", Sampler)
+        cache = _from_parts("cache", given, "none", Cache)
+        shared = {"cfg_scale": given.get("cfg_scale", 0.0)} | _parts("estimate", given)
+        draws = shared.get("order", "random") == "random"
+        estimate = Estimate(**({"seed": seed} if draws else {}) | shared)
+        loading = {name: given.pop(name) for name in _LOADING if name in given}
+        pretrained = given.pop("pretrained", "tiny-llada")
+        compatibility.check(sampler, cache, parse_options(given).cfg_scale)
+        runner = Runner(Setting(load(pretrained, **loading), sampler, cache, given, estimate), Journal(None))
+        return cls(runner, seed, greedy)
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends texts, and stands before those without a context."""
+        return self.runner.lm.backbone.eos_token_ids[0]
+
+    @property
+    def max_length(self) -> int:
+        """Columns that the model can look at."""
+        return self.runner.lm.backbone.max_length
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What requests are cached by."""
+        lm = self.runner.lm
+        return f"{lm.name.replace('/', '__')}-{identity.model(lm)['tokenizer_and_config']}"
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Refuse `use_cache`, whose file gives the answers of whatever model and options it was made with."""
+        name = cache_hook.dbdict.filename
+        raise ValueError(
+            f"use_cache: {name} would give answers of other models and options as this one's; leave it out"
+        )
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The tokenizer's chat template; None where it is not to be used."""
+        return None if chat_template is False else self.tokenizer.get_chat_template()
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A chat as the model reads it.
+
+        Raises:
+            ValueError: the tokenizer has no chat template.
+        """
+        if self.tokenizer.chat_template is None:
+            raise ValueError(f"{self.runner.lm.name} has no chat template; leave it out")
+        self._chat = True
+        return write_chat(
+            self.tokenizer,
+            chat_history,
+            "a chat of the task",
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids; a chat template has written its special tokens itself."""
+        special = not self._chat if add_special_tokens is None else add_special_tokens
+        return list(self.tokenizer(string, add_special_tokens=special, verbose=False).input_ids)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answer each request up to its first stop string."""
+        asked = [self._request(instance) for instance in requests]
+        groups: dict[tuple[tuple[str, Any], ...], list[Request]] = {}
+        for request, options in asked:
+            groups.setdefault(tuple(sorted(options.items())), []).append(request)
+        texts = {}
+        for shared, group in groups.items():
+            for record in self.runner.answer(group, **dict(shared)):
+                texts[record.id] = record.text or ""
+        return [texts[request.id] for request, _ in asked]
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation behind its context, in nats, and whether it is the greedy one."""
+        found = []
+        for instance in requests:
+            context, continuation = instance.args
+            if context:
+                prefix, target = self._encode_pair(context, continuation)
+            else:
+                prefix, target = [self.eot_token_id], self.tok_encode(continuation, add_special_tokens=False)
+            found.append(self._score(self._name(instance), prefix, target, self._greedy))
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, in windows as long as the model allows, each token scored once."""
+        found = []
+        for instance in requests:
+            name, tokens = self._name(instance), self.tok_encode(instance.args[0], add_special_tokens=False)
+            windows = get_rolling_token_windows(tokens, self.eot_token_id, self.max_length - 1, context_len=1)
+            disjoint = map(make_disjoint_window, windows)
+            scores = [
+                self._score(f"{name}/{number}", prefix, target, greedy=False)[0]
+                for number, (prefix, target) in enumerate(disjoint)
+            ]
+            found.append(sum(scores))
+        return found
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """As `loglikelihood`, of token ids."""
+        return [self._score(f"tokens/{self._next()}", prefix, target, self._greedy) for _, prefix, target in requests]
+
+    def _score(self, name: str, prefix: list[int], target: list[int], greedy: bool) -> tuple[float, bool]:
+        room = max(0, self.max_length - len(target))
+        self._note_cut(len(prefix) > room)
+        return self.runner.score(name, prefix[len(prefix) - room :] if len(prefix) > room else prefix, target, greedy)
+
+    def _request(self, instance: Instance) -> tuple[Request, dict[str, Any]]:
+        """What to answer, and the task's options that the user did not set."""
+        context, asked = instance.args
+        mine = self.runner.setting.options
+        prompt = self.tok_encode(context)
+        options, stops = harness_options.generation(asked, len(prompt), self._warn)
+        options["gen_length"] = min(options["gen_length"], self.max_length // 2)
+        options = {name: value for name, value in options.items() if name not in mine}
+        room = self.max_length - int((options | dict(mine))["gen_length"])
+        self._note_cut(len(prompt) > room > 0)
+        prompt = prompt[-room:] if room > 0 else prompt
+        return Request(self._name(instance), prompt, stops, self._seed + self._next()), options
+
+    def _note_cut(self, was: bool) -> None:
+        if was:
+            self._warn(f"some prompts do not fit the model's context of {self.max_length}; their beginning is cut off")
+        self.truncated += was
+
+    def _warn(self, message: str) -> None:
+        """Say something once."""
+        if message not in self._told:
+            self._told.add(message)
+            _tell(message)
+
+    def _next(self) -> int:
+        self._count += 1
+        return self._count - 1
+
+    def _name(self, instance: Instance) -> str:
+        """Unique among the requests of a run: repeats of one document come one behind another."""
+        name = f"{instance.task_name}/{instance.doc_id}#{instance.idx}"
+        number = self._seen[name] = self._seen.get(name, -1) + 1
+        return f"{name}.{number}" if number else name
+
+
+def _tell(message: str) -> None:
+    warnings.warn(terminal(message, one_line=True), stacklevel=1)
+
+
+def _parts(group: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Take the options that have a group's prefix."""
+    names = [name for name in given if name.startswith(f"{group}.")]
+    return {name.removeprefix(f"{group}."): given.pop(name) for name in names}
+
+
+def _from_parts(group: str, given: dict[str, Any], default: str, protocol: type) -> Any:
+    name = given.pop(group, default)
+    own = _parts(group, given)
+    if not own:
+        return resolve(group, name, protocol)
+    defaults = options_of(group, name)
+    named, choices = ([each for each in part if each != TARGET] for part in (own, defaults))
+    known(named, choices, f"{group}.")
+    return build(group, defaults | own, protocol)

@@ -1,0 +1,110 @@
+"""From answered requests to the figures of a run: quality with its interval, cost, and speed beside the baselines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from dllm.decoding.drift import Measurement, summarise
+from dllm.evaluation.records import Record
+from dllm.evaluation.word_problems import wilson
+
+
+def quality(values: Sequence[float]) -> dict[str, Any]:
+    """A score's mean with a 95% interval.
+
+    Args:
+        values: one a sample. Where all are 0 or 1 the interval is Wilson's, elsewhere the mean and 1.96 standard
+            errors, or none of a single sample.
+    """
+    mean = float(np.mean(values))
+    interval = None  # of a single one nothing is known
+    if set(values) <= {0, 1}:
+        interval = [*wilson(int(sum(values)), len(values))]
+    elif len(values) > 1:
+        error = 1.959964 * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+        interval = [mean - error, mean + error]
+    return {"value": mean, "interval": interval, "n": len(values)}
+
+
+def cost(records: Sequence[Record]) -> dict[str, Any]:
+    """What answering took; every entry is None where nothing was generated.
+
+    Means are over samples; `tokens` and `seconds` are sums, prompt tokens and what stands behind end-of-text or a
+    stop string not counted. `tokens_per_second` is over the wall time of decoding, latencies run from
+    a sample's first step to its last. Of a run that was interrupted, all times are those of its sessions together.
+    """
+    if not records:
+        return dict.fromkeys(COSTS)
+    nfe = np.array([record.nfe for record in records], dtype=float)
+    tokens, seconds = sum(record.tokens for record in records), sum(record.seconds for record in records)
+    computed, full = sum(r.positions for r in records), sum(r.nfe * r.canvas for r in records)
+    latency = np.percentile([record.latency for record in records], [50, 95])
+    count = len(records)
+    return {
+        "nfe": float(nfe.mean()),
+        "nfe_error": float(nfe.std(ddof=1) / math.sqrt(count)) if count > 1 else None,
+        "tpf": tokens / max(1.0, float(nfe.sum())),
+        "tokens": tokens,
+        "tokens_per_sample": tokens / count,
+        "tokens_per_second": tokens / seconds,
+        "seconds": seconds,
+        "latency_p50": float(latency[0]),
+        "latency_p95": float(latency[1]),
+        "guide_nfe": sum(record.guide_nfe for record in records) / count,
+        "guide_seconds": sum(record.guide_seconds for record in records),
+        "positions": computed / count,
+        "computed_share": computed / max(1, full),
+        "refreshes": sum(record.refreshes for record in records) / count,
+        "drift": _drift(records),
+        "peak_memory": max(record.peak_memory for record in records),
+    }
+
+
+def speedup(records: Sequence[Record], baselines: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any] | None:
+    """How much faster than each baseline the same samples were answered, and in how many times fewer forwards.
+
+    Args:
+        records: of the run.
+        baselines: what each took, session by session: ids, tokens, seconds and nfe.
+
+    Returns:
+        None where one has nothing to compare. `time` compares tokens per second, `forwards` tokens per forward, so
+        that an answer is not fast for being short.
+    """
+    if not (baselines and all(baselines.values())):
+        return None
+    names = {name for rows in baselines.values() for row in rows for name in row["ids"]}
+    mine = [record for record in records if record.id in names]
+    tokens, seconds, nfe = (sum(getattr(r, name) for r in mine) for name in ("tokens", "seconds", "nfe"))
+    found: dict[str, Any] = {"samples": len(mine)}
+    for name, rows in baselines.items():
+        theirs = {key: sum(row[key] for row in rows) for key in ("tokens", "seconds", "nfe")}
+        found[name] = {
+            "tokens_per_second": theirs["tokens"] / theirs["seconds"],
+            "nfe": theirs["nfe"] / len(mine),
+            "time": (tokens / seconds) / (theirs["tokens"] / theirs["seconds"]),
+            "forwards": (tokens / nfe) / (theirs["tokens"] / theirs["nfe"]),
+        }
+    return found
+
+
+COSTS = (
+    "nfe", "nfe_error", "tpf", "tokens", "tokens_per_sample", "tokens_per_second", "seconds", "latency_p50",
+    "latency_p95", "guide_nfe", "guide_seconds", "positions", "computed_share", "refreshes", "drift", "peak_memory",
+)  # fmt: skip
+
+
+def _drift(records: Sequence[Record]) -> dict[str, Any] | None:
+    forwards = np.array([forward for record in records for forward in record.drift])
+    if not forwards.size:
+        return None
+    kv_error, kl, flips, asked = forwards.T
+    rows = np.zeros(len(forwards), dtype=np.int64)  # whose they are makes no difference
+    drift = summarise([Measurement(rows, kv_error, kl, flips.astype(np.int64), asked.astype(np.int64))], seconds=0.0)
+    assert drift is not None
+    return {name: value for name, value in asdict(drift).items() if name != "seconds"}

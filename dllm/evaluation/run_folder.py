@@ -1,0 +1,341 @@
+"""The folder of one run: who it is, what it gave, and nothing of it twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import pyarrow
+import torch
+from numpy.typing import NDArray
+from pyarrow import parquet
+
+from dllm.evaluation.metrics import COSTS, cost, quality, speedup
+from dllm.evaluation.records import Record
+from dllm.evaluation.runner import BASELINES, Runner
+from dllm.evaluation.trace import Trace
+from dllm.files import check_kept, read_json, write_json, write_whole
+from dllm.models.loading import LanguageModel
+from dllm.stored import folder_there, misfit, shallow, there
+from dllm.tasks.base import Graded
+
+RESULTS, RESULTS_VERSION = "dllm-results", 1
+_MEMBERS = ("results.json", "manifest.json", "samples.parquet", "trace.safetensors")
+_PACKAGES = ("dllm-samplers", "torch", "transformers", "tokenizers", "datasets", "numpy", "hydra-core", "lm-eval")
+
+
+class Score(TypedDict):
+    """One score."""
+
+    value: float
+    interval: list[float | None] | None
+
+
+class Metrics(TypedDict):
+    """What is read again of a run's metrics."""
+
+    n: int
+    accuracy: float | None
+    accuracy_interval: tuple[float | None, float | None] | None
+    accuracy_name: str | None
+    scores: dict[str, Score]
+    nfe: float | None
+    tpf: float | None
+    tokens_per_second: float | None
+    speedup: Speedups | None
+
+
+class Factor(TypedDict):
+    """How much faster a run was than a baseline."""
+
+    time: float
+
+
+class Speedups(TypedDict):
+    """Over both baselines."""
+
+    naive: Factor
+    eos_aware: Factor
+
+
+class Results(TypedDict):
+    """What is read again of results.json."""
+
+    label: str
+    task: str
+    metrics: Metrics
+    details: dict[str, Any]
+
+
+class RunFolder:
+    """Where a run's files are: manifest.json, results.json, samples.parquet, trace.safetensors.
+
+    While it is unfinished there is a journal instead of results.
+
+    Args:
+        out: holds the folders of many runs.
+        label: names the run for people.
+        identity: everything that its results depend on; the same gives the same folder, whatever its label.
+    """
+
+    def __init__(self, out: Path, label: str, identity: Mapping[str, Any]) -> None:
+        self.label, self.identity = label, dict(identity)
+        text = _text(self.identity)
+        words = re.sub(r"[^A-Za-z0-9.=_-]+", "-", label).strip("-")[:80]
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        there_already = [each for each in sorted(out.glob(f"*-{digest}")) if each.is_dir()]
+        there_already.sort(key=lambda each: not (each / "results.json").exists())  # the finished one, if any
+        self.path = next(iter(there_already), out / f"{words}-{digest}")
+        self._manifest: bytes | None = None
+
+    @property
+    def journal(self) -> Path:
+        """What an unfinished run has done."""
+        return self.path / "journal.jsonl"
+
+    def results(self, main: str | None = None) -> dict[str, Any] | None:
+        """The results of a finished run; None before.
+
+        Args:
+            main: the score that counts as the accuracy; None for the task's own.
+
+        Raises:
+            ValueError: there is something else, or no such score.
+        """
+        fix = "remove it to run that setting again"
+        folder_there(self.path, fix)
+        for name in (*_MEMBERS, self.journal.name):
+            there(self.path / name, fix)
+        file = self.path / "results.json"
+        if not there(file):
+            return None
+        try:
+            found = _read_results(file, fix)
+            if _text({name: found.get(name) for name in self.identity}) != _text(self.identity):
+                raise ValueError(f"{file} holds the results of another run; {fix}")
+        except ValueError:
+            if self.journal.exists():  # all that they are made of is there
+                return None
+            raise
+        if self.journal.exists():  # a kill came between the results and this
+            with suppress(OSError):  # it may only be read
+                Runner.tidy(self.journal)
+        metrics = found["metrics"]
+        own = metrics.setdefault("task_accuracy", metrics["accuracy_name"])
+        if main is None and isinstance(own, str) and own in metrics["scores"]:
+            main = own
+        if main is not None and main != metrics["accuracy_name"]:
+            if main not in metrics["scores"]:
+                raise ValueError(f"task.metric={main!r} is unknown; use one of {', '.join(metrics['scores'])}")
+            score = metrics["scores"][main]
+            metrics |= {"accuracy": score["value"], "accuracy_interval": score["interval"], "accuracy_name": main}
+            with suppress(OSError):  # it may only be read, and what is asked for is told all the same
+                write_json(file, found)
+        return found
+
+    def begin(self, lm: LanguageModel, config: Mapping[str, Any]) -> None:
+        """Write down what runs here, and on what; a run that goes on adds to it."""
+        file = self.path / "manifest.json"
+        before = sessions(self.path) if there(file) else []  # a damaged one is made again
+        manifest = {"format": "dllm-manifest", "version": 1, "label": self.label, "config": config}
+        write_json(file, manifest | {"sessions": [*before, _session(lm)]})
+        self._manifest = file.read_bytes()
+
+    def fail(self, message: str) -> None:
+        """Leave word of a run that could not be made."""
+        error = {"format": "dllm-error", "version": 1, "label": self.label, "message": message}
+        file = self.path / "error.json"
+        if file.is_file() or not os.path.lexists(file):
+            write_json(file, error)
+
+    def forgive(self) -> None:
+        """Take that word back: the run was made after all."""
+        with suppress(OSError):  # not there, or no file
+            (self.path / "error.json").unlink()
+        with suppress(OSError):  # not there, or with other files in it
+            self.path.rmdir()
+
+    def finish(self, runner: Runner, graded: Graded) -> dict[str, Any]:
+        """Write everything, the results last, and remove the journal.
+
+        Raises:
+            OSError: something else removed or changed what this run wrote before, or nothing can be written.
+        """
+        runner.journal.verify()
+        if self._manifest is not None:
+            check_kept(self.path / "manifest.json", self._manifest, "; run the command again, which keeps all answers")
+        records = runner.records()
+        trace(runner, records).save(self.path / "trace.safetensors")
+        _parquet(self.path / "samples.parquet", samples(records, graded))
+        scores = {name: quality(list(values.values())) for name, values in graded.scores.items()} | {
+            name: {"value": value, "interval": None, "n": len(graded.rows)} for name, value in graded.totals.items()
+        }
+        main = None if graded.main is None else scores[graded.main]
+        metrics = {
+            "n": len(graded.rows) if main is None else main["n"],
+            "accuracy": main and main["value"],
+            "accuracy_interval": main and main["interval"],
+            "accuracy_name": graded.main,
+            "task_accuracy": graded.own or graded.main,
+            "scores": scores,
+            **cost(records),
+            "speedup": speedup(records, {name: runner.baseline(name) for name in BASELINES}),
+        }
+        found = {
+            "format": RESULTS, "version": RESULTS_VERSION, "label": self.label,
+            **self.identity,
+            "metrics": metrics, "details": graded.details,
+        }  # fmt: skip
+        write_json(self.path / "results.json", found)
+        runner.close(remove=True)
+        return found
+
+
+def _text(identity: Mapping[str, Any]) -> str:
+    """The same before and after it was written to a file."""
+    return json.dumps(identity, sort_keys=True, default=str)
+
+
+def _read_results(file: Path, fix: str) -> dict[str, Any]:
+    """The content of results.json.
+
+    Raises:
+        ValueError: it is damaged, or something else.
+    """
+    found = read_json(file, fix)
+    if found.get("format") != RESULTS or found.get("version") != RESULTS_VERSION:
+        raise ValueError(f"{file} is no results of this version of dllm; {fix}")
+    wrong = misfit(found, Results)
+    metrics = found["metrics"] if wrong is None else {}
+    if wrong is None and metrics["nfe"] is not None and None in (metrics["tpf"], metrics["tokens_per_second"]):
+        wrong = "metrics has no speed"
+    strange = [name for name in COSTS if not isinstance(metrics.get(name), (int, float, dict, type(None)))]
+    if wrong or strange:
+        raise ValueError(f"{file} is damaged ({wrong or f'metrics.{strange[0]}'}); {fix}")
+    return found
+
+
+def sessions(folder: Path) -> list[dict[str, Any]]:
+    """What a run's manifest says of the processes it took; nothing where it is gone or damaged."""
+    try:
+        manifest = read_json(folder / "manifest.json")
+    except ValueError:
+        return []
+    found = manifest.get("sessions")
+    known = manifest.get("format") == "dllm-manifest" and isinstance(found, list) and shallow(found)
+    return [each for each in found if isinstance(each, dict)] if known and isinstance(found, list) else []
+
+
+def samples(records: Sequence[Record], graded: Graded) -> list[dict[str, Any]]:
+    """One row a sample: what was asked, answered and graded, and what it cost.
+
+    Where a sample has several answers, or answers without grades, each has a row of its own.
+    """
+    rows = []
+    answered = set()
+    for record in records:
+        sample = record.id.partition("#")[0]
+        answered.add(sample)
+        rows.append(
+            {
+                "id": record.id,
+                **graded.rows.get(sample, {}),
+                "text": record.text,
+                **{name: values.get(sample) for name, values in graded.scores.items()},
+                **{name: getattr(record, name) for name in _COSTS},
+            }
+        )
+    for sample, row in graded.rows.items():
+        if sample not in answered:  # scored by likelihood, nothing generated
+            rows.append({"id": sample, **row, **{name: values.get(sample) for name, values in graded.scores.items()}})
+    return rows
+
+
+def trace(runner: Runner, records: Sequence[Record]) -> Trace:
+    """What was decoded when, of all answers, and step by step of the first."""
+    backbone, tokenizer = runner.lm.backbone, runner.lm.tokenizer
+    eos = runner.eos_token_ids
+    frames = tuple(runner.frames(records))
+    used = {token for record in records for token in record.completion} | {backbone.mask_token_id}
+    for each in frames:
+        for tokens in (each.prompt, each.canvas, each.predicted, each.drafted):
+            used |= set(np.unique(tokens).tolist())
+    lengths = tuple(len(record.completion) for record in records)
+    return Trace(
+        ids=tuple(record.id for record in records),
+        tokens=_stack([record.completion for record in records], eos[0], np.int64),
+        commit_step=_stack([record.commit_step for record in records], -1, np.int64),
+        confidence=_stack([record.confidence for record in records], np.nan, np.float32),
+        frames=frames,
+        words={} if tokenizer is None else {token: str(tokenizer.decode([token])) for token in sorted(used)},
+        mask_token_id=backbone.mask_token_id,
+        eos_token_ids=eos,
+        lengths=lengths if len(set(lengths)) > 1 else (),
+    )
+
+
+_COSTS = (
+    "tokens", "nfe", "guide_nfe", "seconds", "latency", "guide_seconds", "positions", "canvas", "refreshes",
+    "peak_memory", "completion", "commit_step",
+)  # fmt: skip
+
+
+def _stack(rows: Sequence[Sequence[Any]], fill: float, kind: Any) -> NDArray[Any]:
+    out = np.full((len(rows), max(map(len, rows), default=0)), fill, dtype=kind)
+    for row, values in zip(out, rows, strict=True):
+        row[: len(values)] = np.array(values, dtype=kind)
+    return out
+
+
+def _session(lm: LanguageModel) -> dict[str, Any]:
+    device = lm.device
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {platform.machine()}"
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: found for name in _PACKAGES if (found := _version(name))},
+        "git": _git(),
+        "device": where,
+        "threads": torch.get_num_threads(),
+        "dtype": str(lm.backbone.dtype).removeprefix("torch."),
+        "weights": lm.backbone.fingerprint(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git() -> str | None:
+    """The commit this code is at, marked where it was changed since; None for an installed package."""
+    here = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        tracked, found = (
+            subprocess.run([*here, *command], check=True, capture_output=True, text=True, timeout=5).stdout.strip()
+            for command in (("ls-files", __file__), ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"))
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found if tracked else None
+
+
+def _parquet(file: Path, rows: list[dict[str, Any]]) -> None:
+    buffer = pyarrow.BufferOutputStream()
+    names = dict.fromkeys(name for row in rows for name in row)
+    parquet.write_table(pyarrow.Table.from_pylist([dict.fromkeys(names) | row for row in rows]), buffer)
+    write_whole(file, buffer.getvalue().to_pybytes())

@@ -1,0 +1,344 @@
+"""Answering requests with one setting, noting each answer as it is finished, beside the baselines."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import count, islice
+from pathlib import Path
+from secrets import token_hex
+from typing import Any, TypedDict
+
+import numpy as np
+
+from dllm.api import prepare
+from dllm.cache import NoCache
+from dllm.cache.base import Cache
+from dllm.decoding import request as decoding
+from dllm.decoding.engine import Engine
+from dllm.decoding.options import eos_ids, parse_options
+from dllm.evaluation.journal import Journal
+from dllm.evaluation.likelihood import Estimate, is_greedy, loglikelihood
+from dllm.evaluation.records import Record, Request, follow
+from dllm.evaluation.trace import Frames, Trace
+from dllm.identity import Stamp, check_weights
+from dllm.models.loading import LanguageModel
+from dllm.samplers import Vanilla
+from dllm.samplers.base import Sampler
+from dllm.stored import folder_there, misfit, there
+
+
+class Baseline(TypedDict):
+    """What requests took one token per step."""
+
+    ids: list[str]
+    tokens: int
+    seconds: float
+    nfe: int
+
+
+# One token per step, as the methods' papers count their speed-ups, and as it is when end-of-text stops it.
+BASELINES = {"naive": False, "eos_aware": True}
+_FRAMES = "frames"  # folder
+# What the journal's entries are, by kind.
+_SHAPES = {"record": Record, "film": str, "baseline": Baseline, "likelihood": tuple[float, bool], "session": str}
+_WARM_UP = 2  # steps before anything is timed
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured.
+
+    Attributes:
+        lm: a loaded model.
+        sampler: the policy.
+        cache: what is reused between steps.
+        options: fields of `dllm.Options` but the seed, which each request has for itself.
+        estimate: how log-likelihoods are found.
+    """
+
+    lm: LanguageModel
+    sampler: Sampler
+    cache: Cache
+    options: Mapping[str, Any]
+    estimate: Estimate = Estimate()  # noqa: RUF009  # frozen
+
+
+class Runner:
+    """Answers requests with a setting, and goes on where an earlier process stopped.
+
+    Times of two processes are never compared: the baselines of requests are timed by the one that answers them.
+
+    Args:
+        setting: how.
+        journal: notes every answer.
+        baselines: batches of the first requests that are also decoded one token per step, taking turns.
+        filmed: answers, from the first on, whose steps are kept.
+        progress: called with the number of answers that are there and of all that were asked for so far.
+        read: stamps of the files that sampler and cache read.
+        asked: called when the questions are there, before the first one is answered.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        journal: Journal,
+        baselines: int = 0,
+        filmed: int = 0,
+        progress: Callable[[int, int], object] = lambda done, total: None,
+        read: Sequence[Stamp] = (),
+        asked: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.setting, self.journal, self.baselines, self.filmed = setting, journal, baselines, filmed
+        self._progress, self._asked, self._session, self._read = progress, 0, "", read
+        self._check_asked = asked
+        self._ids: list[str] = []
+        self._filmed: frozenset[str] = frozenset()
+        self._films = None if journal.path is None else journal.path.parent / _FRAMES
+        try:
+            if self._films is not None:
+                folder_there(self._films)
+            for kind, name in journal.keys:
+                if wrong := self._misfit(kind, name, journal.get(kind, name)):
+                    raise journal.damage(kind, name, wrong)
+        except ValueError:
+            journal.close()
+            raise
+
+    @property
+    def lm(self) -> LanguageModel:
+        """The model."""
+        return self.setting.lm
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """What ends a text."""
+        return eos_ids(self.setting.options.get("eos_token_id"), self.lm)
+
+    def answer(self, requests: Sequence[Request], **options: Any) -> list[Record]:
+        """Answer requests; those noted already are not decoded again.
+
+        Args:
+            requests: with ids that occur once in the run.
+            **options: fields of `dllm.Options` that go before the setting's.
+        """
+        room = max(0, self.filmed - len(self._ids))
+        self._filmed |= frozenset(request.id for request in requests[:room])
+        first = not self._ids
+        self._ask(len(requests))
+        self._ids += [request.id for request in requests]
+        options = {**self.setting.options, **options}
+        size = parse_options(options).batch_size
+        # The first batches of a run are those that the baselines decode as well, and by themselves, as they do.
+        shared = min(self.baselines * size, len(requests)) if first else 0
+        for start in range(0, shared, size):
+            batch = requests[start : start + size]
+            if left := self._left(batch):
+                self._begin_session(left[:1], options)
+                for name, stop in BASELINES.items():
+                    self._baseline(name, left, {**options, "stop_at_eos": stop})
+            self._decode(batch, options)
+        self._decode(requests[shared:], options)
+        return [self._noted(request.id) for request in requests]
+
+    def score(self, name: str, prefix: Sequence[int], target: Sequence[int], greedy: bool) -> tuple[float, bool]:
+        """Log-likelihood of a target behind a prefix, in nats, and whether it is what greedy decoding gives.
+
+        Args:
+            name: unique within the run.
+            prefix: token ids.
+            target: token ids.
+            greedy: find out about greedy decoding; False is returned otherwise.
+        """
+        self._ask(1)
+        if (noted := self.journal.get("likelihood", name)) is None:
+            setting = self.setting
+            value = loglikelihood(setting.lm, prefix, target, setting.estimate)
+            noted = [value, greedy and is_greedy(setting.lm, prefix, target, setting.estimate.cfg_scale)]
+            self._note("likelihood", name, noted)
+            self._tell()
+        return noted[0], noted[1]
+
+    def records(self) -> list[Record]:
+        """All answers, in the order they were asked for."""
+        return [self._noted(name) for name in self._ids]
+
+    def baseline(self, name: str) -> list[Baseline]:
+        """What a baseline took, session by session, of the requests that the same session answered."""
+        made, session = {}, ""
+        for kind, key in self.journal.keys:
+            session = key if kind == "session" else session
+            made[kind, key] = session
+        found: dict[str, Baseline] = {}
+        for key, row in self.journal.of("baseline").items():
+            session = made["baseline", key]
+            if key.split()[0] == name and all(made.get(("record", each)) == session for each in row["ids"]):
+                total = found.get(session) or Baseline(ids=[], tokens=0, seconds=0, nfe=0)
+                found[session] = _added(total, row)
+        return list(found.values())
+
+    def frames(self, records: Sequence[Record]) -> list[Frames]:
+        """The steps that were kept of some answers."""
+        if self._films is None:
+            return []
+        files = self.journal.of("film")
+        found = [self._film(record) for record in records if record.id in files]
+        return [each for each in found if each is not None]
+
+    def close(self, remove: bool = False) -> None:
+        """Let others go on with the run; with `remove` nothing is left of what only an unfinished run needs."""
+        self.journal.close()
+        if remove and self.journal.path is not None:
+            self.tidy(self.journal.path)
+
+    @staticmethod
+    def tidy(journal: Path) -> None:
+        """Remove what only an unfinished run needs: its journal and the steps kept beside it."""
+        shutil.rmtree(journal.parent / _FRAMES, ignore_errors=True)
+        journal.unlink(missing_ok=True)
+
+    def _decode(self, requests: Sequence[Request], options: Mapping[str, Any]) -> None:
+        """Answer what has no answer yet."""
+        left = self._left(requests)
+        again = [request for request in requests if request.id in self._filmed and self._lost_film(request)]
+        self._film_again(again, options)
+        if not left:
+            return
+        self._begin_session(left[:1], options)
+        made = self._prepare(left, self.setting.sampler, self.setting.cache, options)
+        for record, frames in follow(*made, left, self._filmed):
+            if frames is not None:
+                self._keep(record, frames)
+            self._note("record", record.id, asdict(record))
+            self._tell()
+
+    def _left(self, requests: Sequence[Request]) -> list[Request]:
+        """Those without an answer."""
+        return [request for request in requests if self.journal.get("record", request.id) is None]
+
+    def _baseline(self, name: str, requests: Sequence[Request], options: Mapping[str, Any]) -> None:
+        made = self._prepare(requests, Vanilla(), NoCache(), options)
+        for record in [record for record, _ in follow(*made, requests, frozenset())]:
+            row = Baseline(ids=[record.id], tokens=record.tokens, seconds=record.seconds, nfe=record.nfe)
+            self._note("baseline", f"{name} {self._session} {record.id}", row)
+
+    def _prepare(
+        self, requests: Sequence[Request], sampler: Any, cache: Any, options: Mapping[str, Any]
+    ) -> tuple[list[decoding.Request], Engine]:
+        """What is decoded, and an engine in which it waits."""
+        seeded = parse_options({**options, "seed": [request.seed for request in requests]})
+        return prepare(self.lm, [request.prompt for request in requests], sampler, cache, seeded)
+
+    def _begin_session(self, requests: Sequence[Request], options: Mapping[str, Any]) -> None:
+        """The first forwards of a process, and what a policy loads for them, belong to no request.
+
+        All answers and baselines in the journal after it, up to the next session, were timed in this one.
+        """
+        if not self._session:
+            _, engine = self._prepare(requests, self.setting.sampler, self.setting.cache, options)
+            deque(islice(engine.steps(), _WARM_UP), maxlen=0)
+            self._session = token_hex(4)
+            self.journal.add("session", self._session, platform.node())
+
+    def _keep(self, record: Record, frames: Frames) -> None:
+        if self._films is None:
+            return
+        noted = self.journal.get("film", record.id)  # where an interruption came between the steps and the record
+        taken = set(self.journal.of("film").values())
+        free = (f"{number}.safetensors" for number in count())
+        name = noted or next(each for each in free if each not in taken)
+        self._save_film(name, record, frames)
+        if noted is None:
+            self.journal.add("film", record.id, name)
+
+    def _save_film(self, name: str, record: Record, frames: Frames) -> None:
+        assert self._films is not None
+        trace = Trace(
+            ids=(record.id,),
+            tokens=np.array([record.completion]),
+            commit_step=np.array([record.commit_step]),
+            confidence=np.array([record.confidence], dtype=np.float32),
+            frames=(frames,),
+            words={},
+            mask_token_id=self.lm.backbone.mask_token_id,
+            eos_token_ids=self.eos_token_ids,
+        )
+        trace.save(self._films / name)
+
+    def _film(self, record: Record) -> Frames | None:
+        """The steps that were kept of an answer; None where their file is gone or damaged."""
+        assert self._films is not None
+        file = self._films / self.journal.get("film", record.id)
+        there(file)
+        try:
+            (frames,) = Trace.load(file).frames
+        except ValueError:
+            return None
+        tokens = [frames.canvas, frames.predicted, frames.drafted, frames.prompt]
+        known = all(self._are_tokens(values.ravel().tolist()) for values in tokens)
+        fits = frames.id == record.id and frames.canvas.shape[1] == len(record.completion)
+        return frames if known and fits else None
+
+    def _film_again(self, requests: Sequence[Request], options: Mapping[str, Any]) -> None:
+        """Keep the steps of answers once more; the answers stay as they are noted."""
+        if requests:
+            made = self._prepare(requests, self.setting.sampler, self.setting.cache, options)
+            for record, frames in follow(*made, requests, self._filmed):
+                assert frames is not None
+                self._keep(self._noted(record.id), frames)
+
+    def _lost_film(self, request: Request) -> bool:
+        """Whether an answer is there and the steps that belong to it are not, or cannot be read any more."""
+        film, record = (self.journal.get(kind, request.id) for kind in ("film", "record"))
+        return self._films is not None and record is not None and (film is None or self._film(Record(**record)) is None)
+
+    def _are_tokens(self, ids: Sequence[int]) -> bool:
+        return not ids or 0 <= min(ids) <= max(ids) < self.lm.backbone.config.vocab_size
+
+    def _misfit(self, kind: str, name: str, value: Any) -> str | None:
+        """What is wrong with an entry of the journal."""
+        if kind not in _SHAPES:
+            return f"{kind!r} is no kind of entry"
+        if wrong := misfit(value, _SHAPES[kind], "value"):
+            return wrong
+        if kind == "film" and not re.fullmatch(r"\d+\.safetensors", value):
+            return f"{value!r} is no file of steps"
+        if kind == "baseline" and not (min(value["seconds"], value["nfe"], value["tokens"]) > 0 and len(value["ids"])):
+            return "a baseline that took nothing"
+        if kind == "record":
+            record = Record(**value)
+            if record.id != name:
+                return f"it is about {record.id!r}"
+            if not self._are_tokens(record.completion):
+                return "completion holds ids that are no tokens"
+            return record.misfit()
+        return None
+
+    def _ask(self, count: int) -> None:
+        if not self._asked:
+            self._check_asked()
+        self._asked += count
+
+    def _note(self, kind: str, name: str, value: Any) -> None:
+        """Keep what the model gave, as long as it is the model that was loaded."""
+        check_weights(self.lm, self._read)
+        self.journal.add(kind, name, value)
+
+    def _noted(self, name: str) -> Record:
+        return Record(**self.journal.get("record", name))
+
+    def _tell(self) -> None:
+        self._progress(len(self.journal.of("record")) + len(self.journal.of("likelihood")), self._asked)
+
+
+def _added(one: Baseline, other: Baseline) -> Baseline:
+    return Baseline(
+        ids=one["ids"] + other["ids"],
+        tokens=one["tokens"] + other["tokens"],
+        seconds=one["seconds"] + other["seconds"],
+        nfe=one["nfe"] + other["nfe"],
+    )

@@ -1,0 +1,125 @@
+"""How well and how fast a model answers the bundled word problems."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dllm.api import generate
+from dllm.decoding.drift import Drift
+from dllm.models.loading import LanguageModel
+from dllm.tasks.word_problems import Grade, Problem, grade
+
+
+@dataclass(frozen=True)
+class Score:
+    """Results over n problems.
+
+    Attributes:
+        n: problems.
+        final: share of right final answers.
+        chain: share with every equation right as well.
+        interval: 95% Wilson interval of `final`.
+        nfe: mean denoiser forwards per problem.
+        tpf: generated tokens up to end-of-text over forwards.
+        tokens_per_second: generated tokens up to end-of-text over wall time.
+        positions: mean columns the denoiser computed per problem.
+        extra_positions: those beyond one canvas per forward; negative where a cache saved some.
+        guide_nfe: mean guide forwards per problem.
+        refreshes: mean times per problem that a cache computed everything anew.
+        drift: how far the cache was off; None where it was not measured.
+    """
+
+    n: int
+    final: float
+    chain: float
+    interval: tuple[float, float]
+    nfe: float
+    tpf: float
+    tokens_per_second: float
+    positions: float = 0.0
+    extra_positions: float = 0.0
+    guide_nfe: float = 0.0
+    refreshes: float = 0.0
+    drift: Drift | None = None
+
+
+def evaluate(
+    lm: LanguageModel, problems: Sequence[Problem], sampler: Any, cache: Any = "none", **options: Any
+) -> Score:
+    """Answer problems with a denoiser and grade the answers.
+
+    Args:
+        lm: a loaded model that knows the task.
+        problems: what to ask.
+        sampler: as for `dllm.generate`.
+        cache: as for `dllm.generate`.
+        **options: fields of `dllm.Options`, and `callback`.
+
+    Raises:
+        ValueError: as `dllm.generate`, or a problem without an answer, which is no wrong one.
+    """
+    result = generate(lm, [problem.question for problem in problems], sampler, cache, **options)
+    if error := next(filter(None, result.errors), None):
+        raise ValueError(f"a problem has no answer: {error}")
+    grades = [grade(text or "", problem) for text, problem in zip(result.texts, problems, strict=True)]
+    stats, nfe = result.stats, float(result.nfe.double().mean())
+    return replace(
+        score(grades, nfe, stats.tpf, stats.tokens_per_second),
+        positions=stats.computed_columns / len(problems),
+        extra_positions=stats.extra_columns / len(problems),
+        guide_nfe=float(result.guide_nfe.double().mean()),
+        refreshes=stats.cache_refreshes / len(problems),
+        drift=stats.drift,
+    )
+
+
+def evaluate_causal(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    batch_size: int = 100,
+    progress: Callable[[int], object] = lambda done: None,
+) -> Score:
+    """Answer problems greedily with a causal model and grade the answers; one forward is one token."""
+    grades: list[Grade] = []
+    for start in range(0, len(problems), batch_size):
+        batch = problems[start : start + batch_size]
+        questions = [problem.question for problem in batch]
+        inputs = tokenizer(questions, padding=True, padding_side="left", return_tensors="pt").to(model.device)
+        with torch.inference_mode():
+            out = model.generate(
+                input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=64, do_sample=False
+            )
+        texts = tokenizer.batch_decode(out[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+        grades += [grade(text, problem) for text, problem in zip(texts, batch, strict=True)]
+        progress(len(grades))
+    return score(grades, nfe=math.nan, tpf=1.0, tokens_per_second=math.nan)
+
+
+def score(grades: Sequence[Grade], nfe: float, tpf: float, tokens_per_second: float) -> Score:
+    """Put graded answers into one score."""
+    right = sum(g.final for g in grades)
+    return Score(
+        n=len(grades),
+        final=right / len(grades),
+        chain=sum(g.chain for g in grades) / len(grades),
+        interval=wilson(right, len(grades)),
+        nfe=nfe,
+        tpf=tpf,
+        tokens_per_second=tokens_per_second,
+    )
+
+
+def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95% Wilson score interval of a share (Wilson 1927)."""
+    share = right / n
+    centre = share + z * z / (2 * n)
+    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)

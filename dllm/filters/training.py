@@ -1,0 +1,268 @@
+"""How a Learn2PD filter is made (arXiv 2509.25188, section 3.3): replay, records, training, measuring.
+
+The truth is what the base policy decodes. The replay decodes the same canvas extremely greedily: at
+each step it records the block's confidences and which predictions equal the truth, and commits exactly
+those. Where none does, the whole block is given the truth, and the replay goes on with the next one.
+The published replay calls the model once more before it gives up; the canvas being what it was, that
+call repeats the last record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+import dllm
+from dllm.checks import number
+from dllm.decoding.canvas import Edit, Window
+from dllm.decoding.request import Request
+from dllm.decoding.setup import Rehearsal, Run
+from dllm.filters.filter import ConfidenceFilter, FilterNetwork, NeighbourFilter
+from dllm.resolve import resolve
+from dllm.samplers.base import Denoise, Policy, Sampler
+
+THRESHOLDS = (0.5, 0.7, 0.9, 0.96, 0.99, 0.999)
+
+
+@dataclass
+class Records:
+    """R steps of replayed blocks.
+
+    Attributes:
+        confidence: of every position of the block; 1 where it has none.
+        inside: True where it has one.
+        final: True where the predicted token was the final one.
+        masked: True where a token could be committed.
+        prompt: number of the prompt a record is from.
+    """
+
+    confidence: Float[Tensor, "R K"]
+    inside: Bool[Tensor, "R K"]
+    final: Bool[Tensor, "R K"]
+    masked: Bool[Tensor, "R K"]
+    prompt: Int[Tensor, " R"]
+
+    @classmethod
+    def join(cls, parts: Sequence[Records]) -> Records:
+        """All records of several collections."""
+        return cls(**{name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])})
+
+    def where(self, keep: Bool[Tensor, " R"] | Int[Tensor, " N"]) -> Records:
+        """Some of the records."""
+        return Records(**{name: values[keep] for name, values in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a replay works with: the result of the base for every row, (rows, L), and what decodes it."""
+
+    result: Int[Tensor, "rows L"]
+    rehearsal: Rehearsal
+
+
+@dataclass(frozen=True)
+class Replay(Policy):
+    """A sampler that decodes extremely greedily towards the result of another, and records what it saw.
+
+    Attributes:
+        base: the policy whose result is the truth.
+        records: one entry a step, for the rows of one batch.
+    """
+
+    base: Any
+    records: list[Records] = field(default_factory=list)
+
+    def start(self, run: Run) -> Truth:
+        """Make room for the truth."""
+        result = torch.zeros((run.slots, run.length), dtype=torch.long, device=run.device)
+        return Truth(result, run.rehearsal(self.base))
+
+    def enter(self, state: Truth, row: int, request: Request) -> None:
+        """Decode the truth."""
+        state.result[row, -len(request.tokens) :] = state.rehearsal(request)
+
+    def step(self, window: Window, denoise: Denoise, state: Truth) -> Edit:
+        """Record, and commit what is right."""
+        prediction = denoise(window.inside)
+        final = state.result[window.rows].gather(1, window.columns)
+        equal = (prediction.tokens == final) | ~window.inside
+        seen = prediction.confidence.float().masked_fill(~window.inside, 1.0)
+        self.records.append(Records(*(each.cpu() for each in (seen, window.inside, equal, window.masked, window.rows))))
+        right = equal & window.masked
+        return Edit(window.columns, final, torch.where(right.any(-1, keepdim=True), right, window.masked))
+
+
+def collect(lm: dllm.LanguageModel, prompts: Sequence[Sequence[int]], base: Any, cache: Any, **options: Any) -> Records:
+    """Replay one batch of prompts.
+
+    Args:
+        lm: the denoiser.
+        prompts: token ids of each.
+        base: the policy whose results are the truth.
+        cache: as for `dllm.generate`.
+        **options: fields of `dllm.Options`.
+
+    Raises:
+        ValueError: as `dllm.generate`, or a prompt without an answer.
+    """
+    replay = Replay(resolve("sampler", base, Sampler))
+    result = dllm.generate(lm, [list(ids) for ids in prompts], replay, cache, **options, batch_size=len(prompts))
+    if error := next(filter(None, result.errors), None):
+        raise ValueError(f"a prompt has no answer: {error}")
+    return Records.join(replay.records)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a filter is fitted.
+
+    Attributes:
+        architecture: "neighbours", or "published".
+        hidden: width of its hidden layers; None for 24, or for the block length in the published form.
+        rate: of AdamW, 0.003 as published.
+        batch_size: records a step.
+        epochs: at most.
+        patience: epochs without a better held-out loss before it stops.
+        held_out: share of the prompts that are held out.
+        seed: of weights, split and order.
+
+    Raises:
+        ValueError: a rate or a share out of range.
+    """
+
+    architecture: str = "neighbours"
+    hidden: int | None = None
+    rate: float = 3e-3
+    batch_size: int = 256
+    epochs: int = 300
+    patience: int = 15
+    held_out: float = 0.2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        number("rate", self.rate, "a number above 0 and at most 1 (0.003 is published)", above=0, high=1)
+        number("held_out", self.held_out, "a share above 0 and below 1", above=0, high=0.99)
+
+
+def split(records: Records, how: Training) -> tuple[Records, Records]:
+    """Records to learn from and records held out, no prompt in both."""
+    prompts = records.prompt.unique()
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(how.seed), device="cpu")
+    count = min(max(1, round(len(prompts) * how.held_out)), len(prompts) - 1)
+    apart = torch.isin(records.prompt, prompts[order[:count]])
+    return records.where(~apart), records.where(apart)
+
+
+def fit(
+    learn: Records, held_out: Records, how: Training, progress: Callable[[int, float], object] = lambda *_: None
+) -> tuple[FilterNetwork, int]:
+    """Train a filter by binary cross-entropy, keeping the weights of the best held-out loss.
+
+    The published form learns from all positions, as published; the other from the masked ones, where it decides.
+
+    Args:
+        learn: records to learn from.
+        held_out: records that tell when to stop.
+        how: the settings.
+        progress: told the number of every finished epoch and its held-out loss.
+
+    Returns:
+        The filter, and the number of the epoch it is from.
+
+    Raises:
+        ValueError: the training diverges.
+    """
+    network: FilterNetwork
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(how.seed)  # layers draw their weights from the global generator
+        if how.architecture == "published":
+            network = ConfidenceFilter(learn.confidence.shape[1], how.hidden)
+        else:
+            network = NeighbourFilter(how.hidden or 24)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=how.rate)
+    order = torch.Generator().manual_seed(how.seed)
+    best, best_epoch, weights = float("inf"), 0, network.state_dict()
+    for epoch in range(1, how.epochs + 1):
+        for batch in torch.randperm(len(learn.prompt), generator=order, device="cpu").split(how.batch_size):
+            loss = _loss(network, learn.where(batch))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            now = _loss(network, held_out).item()
+        progress(epoch, now)
+        if not isfinite(now):
+            break  # it does not come back from there
+        if now < best:
+            best, best_epoch = now, epoch
+            weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        elif epoch - best_epoch >= how.patience:
+            break
+    if best_epoch == 0:
+        raise ValueError(f"rate={how.rate} makes the loss of the filter infinite or NaN; use a lower one")
+    network.load_state_dict(weights)
+    return network.eval(), best_epoch
+
+
+@torch.no_grad()
+def measure(network: FilterNetwork, records: Records) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """How well a filter does at masked positions, which are those it decides about.
+
+    Returns:
+        Loss, per threshold the precision (share of what it accepts that is final) and recall (share of
+        what is final that it accepts), and the recall at fixed precisions; and the calibration table.
+    """
+    logits = network(records.confidence, records.masked, records.inside)
+    probability, final = logits.sigmoid()[records.masked], records.final[records.masked]
+    at = []
+    for threshold in THRESHOLDS:
+        accepted = probability > threshold
+        right = int((accepted & final).sum())
+        at.append(
+            {
+                "threshold": threshold,
+                "precision": round(right / max(1, int(accepted.sum())), 4),
+                "recall": round(right / max(1, int(final.sum())), 4),
+            }
+        )
+    return {
+        "loss": round(_loss(network, records).item(), 5),
+        "thresholds": at,
+        **_recall(probability, final),
+    }, _calibration(probability, final)
+
+
+def _recall(probability: Tensor, final: Tensor) -> dict[str, float]:
+    """Share of the final tokens that the surest predictions hold which together have a precision of 99 and 99.9%."""
+    right = final[probability.argsort(descending=True, stable=True)].cumsum(0)
+    precision = right / torch.arange(1, len(right) + 1, device=right.device)
+    return {
+        f"recall_at_{share}": round((right / right[-1])[precision >= share].amax().item(), 4)
+        if (precision >= share).any() else 0.0
+        for share in (0.99, 0.999)
+    }  # fmt: skip
+
+
+def _calibration(probability: Tensor, final: Tensor, bins: int = 10) -> list[dict[str, float]]:
+    """Mean prediction and share that was final, per bin of the prediction."""
+    place = (probability * bins).long().clamp(max=bins - 1)
+    table = []
+    for bin_number in place.unique().tolist():
+        here = place == bin_number
+        predicted, share = probability[here].mean().item(), final[here].float().mean().item()
+        table.append({"predicted": round(predicted, 4), "final": round(share, 4), "count": int(here.sum())})
+    return table
+
+
+def _loss(network: FilterNetwork, records: Records) -> Tensor:
+    logits, final = network(records.confidence, records.masked, records.inside), records.final.float()
+    if network.architecture == "neighbours":
+        logits, final = logits[records.masked], final[records.masked]
+    return F.binary_cross_entropy_with_logits(logits, final)

@@ -1,0 +1,339 @@
+"""From a denoiser's canvas to the tokens a guide reads, and back to the columns a verdict is about.
+
+Where both models share a vocabulary, tokens are passed on as they are. Else the text between special
+tokens is tokenized anew for the guide, and the two tokenizations are compared by the characters they
+cover: a column is accepted when all guide tokens are that lie within the shortest stretch of text that
+holds the column and that both tokenizations begin and end with a whole token. Text that one of them
+cannot represent exactly is never accepted on a guess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dllm.decoding.flags import flagged
+from dllm.guide import Guide
+
+NEVER = 2**31
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """What a guide reads of some rows.
+
+    Attributes:
+        ids: its tokens, left-aligned.
+        lengths: of each row.
+        start: index of the first token that is judged.
+        free: tokens that need no judgement, because all their columns are decided.
+        upto: how many leading tokens must be accepted for a column of the window to be; NEVER where
+            none are enough.
+    """
+
+    ids: Int[Tensor, "B T"]
+    lengths: Int[Tensor, " B"]
+    start: Int[Tensor, " B"]
+    free: Bool[Tensor, "B T"]
+    upto: Int[Tensor, "B K"]
+
+
+@runtime_checkable
+class Aligner(Protocol):
+    """Prepares drafted canvases for a guide."""
+
+    def check(self, prompt: Sequence[int], ends: Container[int]) -> None:
+        """Refuse a prompt that the guide cannot read as it is.
+
+        Args:
+            prompt: token ids.
+            ends: ids that end its text.
+
+        Raises:
+            ValueError: the prompt holds a token that the guide does not have, or text that its tokenizer changes.
+        """
+        ...
+
+    def __call__(
+        self,
+        tokens: Int[Tensor, "B L"],
+        first: Int[Tensor, " B"],
+        columns: Int[Tensor, "B K"],
+        masked: Bool[Tensor, "B K"],
+        ends: Int[Tensor, "B E"],
+    ) -> Aligned:
+        """Align rows whose masks in the window hold drafts.
+
+        A row in which something is decided that the guide cannot read asks nothing: its length is its start.
+
+        Args:
+            tokens: canvases with the drafts written.
+            first: column of each row's first token.
+            columns: of the window.
+            masked: where the drafts are.
+            ends: ids that end each row's text.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class SameVocabulary:
+    """The guide reads the denoiser's token ids.
+
+    Attributes:
+        name: of the guide.
+        readable: which of the denoiser's ids stand for the same in the guide.
+    """
+
+    name: str
+    readable: Bool[Tensor, " V"]
+
+    def check(self, prompt: Sequence[int], ends: Container[int]) -> None:
+        """See `Aligner`."""
+        readable = self.readable.tolist()
+        unknown = next((token for token in prompt if not readable[token]), None)
+        if unknown is not None:
+            raise ValueError(
+                f"guide={self.name!r} does not have token {unknown}, which a prompt holds; "
+                "use a guide that has it, or a prompt without"
+            )
+
+    def __call__(
+        self,
+        tokens: Int[Tensor, "B L"],
+        first: Int[Tensor, " B"],
+        columns: Int[Tensor, "B K"],
+        masked: Bool[Tensor, "B K"],
+        ends: Int[Tensor, "B E"],
+    ) -> Aligned:
+        """See `Aligner`."""
+        length = tokens.shape[1]
+        end = columns.masked_fill(~masked, -1).amax(-1) + 1
+        start = columns.masked_fill(~masked, length).amin(-1) - first
+        index = torch.arange(int((end - first).amax()), device=tokens.device)  # read: it is how wide the guide reads
+        column = (first[:, None] + index).clamp(max=length - 1)
+        ids = tokens.gather(1, column)
+        ids = ids.where(self.readable[ids], -1)
+        drafted = flagged(torch.zeros_like(tokens, dtype=torch.bool), columns, masked)
+        unreadable = ((ids < 0) & (index < start[:, None])).any(-1)
+        free = ~drafted.gather(1, column) & (ids >= 0)
+        return Aligned(ids, torch.where(unreadable, start, end - first), start, free, columns - first[:, None] + 1)
+
+
+@dataclass(frozen=True)
+class ByText:
+    """The guide has another tokenizer and reads the same text.
+
+    Attributes:
+        name: of the guide.
+        ours: the denoiser's tokenizer.
+        theirs: the guide's, a fast one.
+    """
+
+    name: str
+    ours: PreTrainedTokenizerBase
+    theirs: PreTrainedTokenizerBase
+
+    def __call__(
+        self,
+        tokens: Int[Tensor, "B L"],
+        first: Int[Tensor, " B"],
+        columns: Int[Tensor, "B K"],
+        masked: Bool[Tensor, "B K"],
+        ends: Int[Tensor, "B E"],
+    ) -> Aligned:
+        """See `Aligner`."""
+        # Read from the device: tokenizers work on one text at a time, on the host.
+        host, begin, at, ids_of_ends = tokens.tolist(), first.tolist(), columns.tolist(), ends.tolist()
+        rows = []
+        upto = torch.full(columns.shape, NEVER, device="cpu")
+        for b, drafted in enumerate(masked.tolist()):
+            wanted = [column for column, is_draft in zip(at[b], drafted, strict=True) if is_draft]
+            low, end = min(wanted), max(wanted) + 1
+            try:
+                row = self._row(
+                    host[b][begin[b] : end], low - begin[b], {column - low for column in wanted}, ids_of_ends[b]
+                )
+            except _UnreadableError:
+                row = _Row([], 0, [], [])
+            for k, column in enumerate(at[b]):
+                if low <= column < low + len(row.upto):
+                    upto[b, k] = row.upto[column - low]
+            rows.append(row)
+        ids = torch.zeros((len(rows), max(1, *(len(row.ids) for row in rows))), dtype=torch.long, device="cpu")
+        for b, row in enumerate(rows):
+            ids[b, : len(row.ids)] = torch.tensor(row.ids, device="cpu")
+        device = tokens.device
+        lengths = torch.tensor([len(row.ids) for row in rows], device=device)
+        start = torch.tensor([row.start for row in rows], device=device)
+        free = torch.zeros_like(ids, dtype=torch.bool)
+        for b, row in enumerate(rows):
+            free[b, row.free] = True
+        return Aligned(ids.to(device), lengths, start, free.to(device), upto.to(device))
+
+    def check(self, prompt: Sequence[int], ends: Container[int]) -> None:
+        """See `Aligner`."""
+        self._decided(list(prompt), ends)
+
+    def _decided(self, ids: list[int], ends: Container[int]) -> tuple[list[int], int]:
+        """The guide's tokens up to the last special one of ours, and how many of ours those are."""
+        out, at = self._opening(), 0
+        for i, token in enumerate(ids):
+            if token in self._special or token in ends:
+                out += self._encode_decided(ids[at:i])
+                out.append(self._counterpart(token, ends))
+                at = i + 1
+        self._encode_decided(ids[at:])
+        return out, at
+
+    def _row(self, ids: list[int], drafted: int, drafts: set[int], ends: Container[int]) -> _Row:
+        """One row whose tokens from `drafted` on are in question, of which `drafts`, counted from there, are drafts."""
+        out, at = self._decided(ids[:drafted], ends)
+        end = next((i for i in range(drafted, len(ids)) if ids[i] in self._special or ids[i] in ends), len(ids))
+        text = self._text(ids[at:end])
+        theirs, borders = self._encode(text)
+        ours = [self._border(ids[at:i], text) for i in range(drafted, end + 1)]
+        # A character of which a part is decided only is judged with its other parts.
+        decided = len(self._text(ids[at:drafted]).rstrip("\ufffd"))
+        start = max(count for border, count in borders.items() if border <= decided)
+        upto = []
+        for i in range(1, len(ours)):
+            behind = [borders[border] for border in ours[i:] if border is not None and border in borders]
+            upto.append(len(out) + behind[0] if behind else NEVER)
+        stretches = {count: border for border, count in borders.items()}
+        free = [
+            len(out) + number
+            for number in range(start, len(theirs))
+            if not _touches(stretches.get(number), stretches.get(number + 1), ours, drafts)
+        ]
+        row = _Row(out + theirs, len(out) + start, upto, free)
+        if end < len(ids) and ids[end] in ends and ours[-1] in borders:
+            eos = self.theirs.eos_token_id
+            if isinstance(eos, int):
+                return _Row([*row.ids, eos], row.start, [*upto, len(row.ids) + 1], free)
+        return row
+
+    @cached_property
+    def _special(self) -> set[int]:
+        return set(self.ours.all_special_ids)
+
+    def _opening(self) -> list[int]:
+        bos = self.theirs.bos_token_id
+        return [bos] if bos is not None and bos in self.theirs("").input_ids else []
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self.ours.decode(ids, clean_up_tokenization_spaces=False))
+
+    def _border(self, ids: list[int], text: str) -> int | None:
+        """Where in a text these leading tokens of it end; None within a character."""
+        part = self._text(ids)
+        return len(part) if text.startswith(part) and not part.endswith("\ufffd") else None
+
+    def _encode(self, text: str) -> tuple[list[int], dict[int, int]]:
+        """The guide's tokens of a text, and how many of them end at or before each whole border, as far as exact."""
+        encoded = self.theirs(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+        back = str(self.theirs.decode(ids, clean_up_tokenization_spaces=False))
+        exact = next(
+            (i for i, (one, other) in enumerate(zip(text, back, strict=False)) if one != other),
+            min(len(text), len(back)),
+        )
+        borders = {0: 0}
+        for number, (_, end) in enumerate(offsets):
+            if end <= exact and (number + 1 == len(offsets) or offsets[number + 1][0] >= end):
+                borders[end] = number + 1
+        return ids, borders
+
+    def _encode_decided(self, ids: list[int]) -> list[int]:
+        text = self._text(ids)
+        theirs, borders = self._encode(text)
+        if len(text) not in borders:
+            raise _UnreadableError(
+                f"guide={self.name!r} has a tokenizer that changes the text {text[-40:]!r}; "
+                "use a guide that represents it exactly"
+            )
+        return theirs
+
+    def _counterpart(self, token: int, ends: Container[int]) -> int:
+        """The guide's special token of the same name or meaning."""
+        name = str(self.ours.convert_ids_to_tokens(token))
+        found = self.theirs.get_vocab().get(name)
+        if found is None and token in ends:
+            found = self.theirs.eos_token_id
+        if found is None:
+            raise _UnreadableError(
+                f"guide={self.name!r} has no token {name!r}, which the prompt holds; "
+                "use a guide that has it, or plain text"
+            )
+        return int(found)
+
+
+class _UnreadableError(ValueError):
+    """Decided text that the guide cannot read as it is."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """`Aligned` for one row; `upto` from the first drafted column on, `free` as indices."""
+
+    ids: list[int]
+    start: int
+    upto: list[int]
+    free: list[int]
+
+
+def _touches(low: int | None, high: int | None, borders: list[int | None], drafts: set[int]) -> bool:
+    """Whether the text between two characters holds a part of a draft; where a border is unknown it may."""
+    if low is None or high is None:
+        return True
+    for number in drafts & set(range(len(borders) - 1)):
+        begin, end = borders[number], borders[number + 1]
+        if (begin is None or begin < high) and (end is None or end > low):
+            return True
+    return False
+
+
+def align(guide: Guide, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> Aligner:
+    """How a guide can read a denoiser's canvas.
+
+    Args:
+        guide: the guide.
+        tokenizer: the denoiser's.
+        vocab_size: entries of the denoiser's logits.
+
+    Raises:
+        ValueError: the vocabularies differ and there is no text to go by.
+    """
+    device = guide.model.device
+    if guide.tokenizer is None or tokenizer is None:
+        if guide.tokenizer is tokenizer and guide.vocab_size == vocab_size:
+            return SameVocabulary(guide.name, torch.ones(vocab_size, dtype=torch.bool, device=device))
+        raise ValueError(
+            f"guide={guide.name!r} and the model cannot be aligned: without a tokenizer for both, their vocabularies "
+            f"({guide.vocab_size} and {vocab_size} entries) must be one and have no tokenizer; use another guide"
+        )
+    if guide.tokenizer is tokenizer and guide.vocab_size != vocab_size:
+        raise ValueError(
+            f"guide={guide.name!r} has {guide.vocab_size} tokens and the model {vocab_size}: without a tokenizer "
+            "of its own it must take the model's; give dllm.guide.Guide(model, tokenizer)"
+        )
+    theirs, ours, special = guide.tokenizer.get_vocab(), tokenizer.get_vocab(), tokenizer.get_added_vocab()
+    # Either may know special tokens more, such as [MASK]; all others must be the same.
+    taken = set(ours.values())
+    shared = {token: number for token, number in ours.items() if theirs.get(token) == number}
+    if all(token in shared or token in special for token in ours) and all(
+        token in shared or (token not in ours and number not in taken) for token, number in theirs.items()
+    ):
+        readable = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+        readable[[number for number in shared.values() if number < vocab_size]] = True
+        return SameVocabulary(guide.name, readable)
+    if not guide.tokenizer.is_fast:
+        raise ValueError(f"guide={guide.name!r} has a tokenizer without offsets; use a guide with a fast tokenizer")
+    return ByText(guide.name, tokenizer, guide.tokenizer)

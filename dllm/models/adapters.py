@@ -1,0 +1,116 @@
+"""Adapters in PEFT's layout, such as LoRA: a folder that changes the weights of a model it names.
+
+They are merged into the weights, W + scaling * B A for LoRA, so that the model computes, saves and packs as any other.
+The result differs from that of an adapter kept apart by rounding, in the precision of the weights.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from dllm.files import read_json
+from dllm.models.published import is_whole
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def base_of(folder: Path) -> tuple[str, str | None]:
+    """The model that an adapter changes, and the revision of it.
+
+    Raises:
+        ValueError: the adapter does not say.
+    """
+    config = read_json(folder / CONFIG)
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(base, str) or not base:
+        raise ValueError(
+            f"{folder / CONFIG}: base_model_name_or_path={base!r} names no model; load the adapter's base model with "
+            f"adapter={str(folder)!r}"
+        )
+    return base, revision if isinstance(revision, str) and revision else None
+
+
+@contextmanager
+def hidden(folder: Path) -> Iterator[Path]:
+    """A checkpoint folder without the adapter that may lie in it, which transformers would apply by itself."""
+    if not (folder / CONFIG).is_file():
+        yield folder
+        return
+    with TemporaryDirectory() as links:
+        for file in folder.iterdir():
+            if file.name != CONFIG:
+                (Path(links) / file.name).symlink_to(file.absolute())
+        yield Path(links)
+
+
+def merge(backbone: PreTrainedModel, folder: Path) -> None:
+    """Add an adapter to the weights of a model, in place.
+
+    Args:
+        backbone: the model.
+        folder: the adapter's.
+
+    Raises:
+        ValueError: peft is not installed, or the adapter is incomplete, damaged, of another model, or of a kind that is
+            no change of weights.
+    """
+    called = f"adapter={str(folder)!r}"
+    read_json(folder / CONFIG)
+    if not any((folder / file).is_file() for file in WEIGHTS):
+        raise ValueError(f"{called} has no {' or '.join(WEIGHTS)}; give the folder of a whole adapter")
+    if getattr(backbone, "hf_quantizer", None) is not None:
+        raise ValueError(f"{called} cannot be merged into quantised weights; give the model it was quantised from")
+    if any(weight.is_meta for weight in backbone.parameters()):
+        raise ValueError(f"{called} cannot be merged into weights that are left on disk; use another device_map")
+    try:
+        import peft
+    except ImportError:
+        raise ValueError(f"{called} needs peft, which is not installed; pip install peft") from None
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            problem = _merge(backbone, folder, peft)
+    except Exception as error:  # noqa: BLE001  # peft raises what it likes for bad files
+        problem = " ".join(str(error).split()) or type(error).__name__
+    if problem:
+        raise ValueError(
+            f"{called} cannot be merged into this model: {problem}; give an adapter of this model, such as LoRA"
+        )
+    backbone.requires_grad_(True)
+
+
+def _merge(backbone: PreTrainedModel, folder: Path, peft: Any) -> str | None:
+    """Merge, or say what is wrong."""
+    config = peft.PeftConfig.from_pretrained(folder)
+    if config.is_prompt_learning:
+        return f"{config.peft_type} changes no weights"
+    if getattr(config, "adapters", None):  # peft would fetch them
+        return f"{config.peft_type} is made of other adapters"
+    begun = str(getattr(config, "init_lora_weights", None))
+    if begun.startswith("pissa_niter"):  # drawn anew at each load
+        return f"init_lora_weights={begun!r} takes a random decomposition off the weights; convert it to LoRA with peft"
+    config.inference_mode, config.base_model_name_or_path = True, None
+    weights = peft.load_peft_weights(folder, device="cpu")
+    wrong = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
+    if wrong is not None:
+        return f"tensor {wrong} holds NaN or infinity"
+    ranks = [getattr(config, "r", 0), *(getattr(config, "rank_pattern", None) or {}).values()]
+    widest = max((size for weight in weights.values() for size in weight.shape), default=0)
+    if config.peft_type == "LORA" and any(is_whole(rank) and rank > widest for rank in ranks):  # before room is made
+        return f"r={max(filter(is_whole, ranks))} is more than its tensors hold"
+    model = peft.get_peft_model(backbone, config)
+    # peft leaves out what it has no use for, and starts afresh what is missing. Embeddings may be there or not.
+    least, most = (set(peft.get_peft_model_state_dict(model, save_embedding_layers=all_)) for all_ in (False, True))
+    for names, what in ((set(weights) - most, "has no place in it"), (least - set(weights), "is missing")):
+        if names:
+            return f"tensor {min(names)} {what}"
+    peft.set_peft_model_state_dict(model, weights)
+    model.merge_and_unload(safe_merge=True)
+    return None

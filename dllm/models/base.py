@@ -1,0 +1,257 @@
+"""What every denoiser backbone offers the decode engine, as a Hugging Face `PreTrainedModel`."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import MaskedLMOutput
+
+from dllm.identity import checksum
+from dllm.models.checkpoint import ATTENTION, check_folder
+from dllm.models.published import is_positive, is_whole
+from dllm.models.transformer import (
+    AttentionStore,
+    BlockInputs,
+    FeatureStore,
+    KVStore,
+    PartedStore,
+    rotary_embedding,
+)
+
+
+class MaskedDiffusionModel(PreTrainedModel):
+    """A bidirectional transformer that predicts the tokens behind [MASK].
+
+    A family gives its modules the names of its published tensors and answers the abstract methods;
+    mask id, end-of-text ids and the shift of the logits are read here and nowhere else.
+
+    Attributes:
+        logits_shift: the prediction for column i is read at column i - logits_shift.
+        tempered_confidence: the published sampler takes confidences from softmax(logits / temperature).
+        end_of_turn: tokens that end a chat turn and count as end of text where the tokenizer has them.
+        remembered_fingerprint: of weights that are packed.
+        extra_eos_token_ids: ids that end a text beside the config's; `dllm.load` sets those of `end_of_turn`.
+    """
+
+    logits_shift: ClassVar[int] = 0
+    tempered_confidence: ClassVar[bool] = False
+    end_of_turn: ClassVar[tuple[str, ...]] = ()
+    extra_eos_token_ids: tuple[int, ...] = ()
+    remembered_fingerprint: str | None = None
+    _supports_sdpa = True
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        _check_attention(config._attn_implementation)
+        super().__init__(config)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, once a local folder is known to be what it says and to lead nowhere else.
+
+        Raises:
+            ValueError: it is not.
+        """
+        folder = Path(str(pretrained_model_name_or_path))
+        if folder.is_dir():
+            check_folder(cls, folder)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        _check_attention(attn_implementation)
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
+    @property
+    @abstractmethod
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks, each called as ``block(layer, hidden, BlockInputs)``."""
+
+    @property
+    @abstractmethod
+    def final_norm(self) -> nn.Module:
+        """The norm before the vocabulary projection."""
+
+    @property
+    def mask_token_id(self) -> int:
+        """Id of [MASK].
+
+        Raises:
+            ValueError: the model does not have it, as after its embeddings were resized.
+        """
+        return self._own("mask_token_id", self.config.mask_token_id)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end a text; the first one fills what follows.
+
+        Raises:
+            ValueError: there are none, or the model does not have one of them.
+        """
+        ids = dict.fromkeys((*token_ids(self.config.eos_token_id), *self.extra_eos_token_ids))
+        return tuple(self._own("eos_token_id", token) for token in ids or (None,))
+
+    def _own(self, name: str, token: int | None) -> int:
+        vocabulary = self.config.vocab_size
+        rows = min(vocabulary, getattr(self.get_input_embeddings(), "num_embeddings", vocabulary))
+        if token is None or not 0 <= token < rows:
+            raise ValueError(
+                f"{name}={token!r} is no id of this model, which has 0 to {rows - 1}; give its config another, or "
+                "resize its embeddings to hold it"
+            )
+        return token
+
+    @property
+    def max_length(self) -> int:
+        """Longest canvas, in tokens, the positions were made for."""
+        return self.config.max_position_embeddings
+
+    @property
+    def kv_shape(self) -> tuple[int, int, int]:
+        """Layers, key-value heads and head dimension: what a cache must make room for."""
+        config = self.config
+        return config.num_hidden_layers, config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Whether transformers' `generate` works: it decodes from left to right, so no."""
+        return False
+
+    def prepare_inputs_for_generation(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuse; PEFT wants to find this method on what an adapter calls a causal language model."""
+        raise TypeError(f"{type(self).__name__} does not decode from left to right; use dllm.generate")
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that tell this model from others: the same in any precision from bfloat16 up.
+
+        Made of every weight, rounded to bfloat16, and of what the config adds to them: heads, constants, [MASK].
+        """
+        if self.remembered_fingerprint is not None:
+            return self.remembered_fingerprint
+        config = self.config
+        constants = (*self.kv_shape, config.num_attention_heads, config.rope_theta, config.rms_norm_eps)
+        settings = ",".join(str(float(value)) for value in (*constants, config.mask_token_id))
+        weights = ((name, _at_hand(self, name, weight)) for name, weight in self.state_dict(keep_vars=True).items())
+        return checksum(chain([(settings, torch.empty(0, device="cpu"))], weights))
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B C"],
+        attention_mask: Int[Tensor, "B S"] | Bool[Tensor, "B S"] | Bool[Tensor, "B 1 C S"] | None = None,
+        position_ids: Int[Tensor, "B C"] | None = None,
+        store: KVStore | None = None,
+        select: Int[Tensor, " N"] | None = None,
+        **others: Any,
+    ) -> MaskedLMOutput:
+        """Run the columns given and project the selected ones to the vocabulary.
+
+        Args:
+            input_ids: tokens of the computed columns.
+            attention_mask: over the S columns attended to (S = C without a store): nonzero where a
+                column is real, or a boolean mask per query, True where it may look.
+            position_ids: positions of the computed columns; by default counted over the real ones.
+            store: keys and values of columns that are not computed now.
+            select: flat indices into B * C of the slots whose logits are wanted; None for all.
+            **others: what wrappers such as PEFT's hand to every language model; nothing but `return_dict` may be set.
+
+        Returns:
+            `logits`, unshifted: (B, C, V), or (N, V) with `select`. Rows of the projection beyond the vocabulary
+            are no tokens, and get none.
+
+        Raises:
+            TypeError: something is asked for that is not computed here.
+        """
+        for name, value in others.items():
+            if value is not None and value is not False and name != "return_dict":
+                raise TypeError(f"{type(self).__name__}.forward takes no {name}; leave it out")
+        if position_ids is None:
+            position_ids = _default_positions(input_ids, attention_mask)
+        config = self.config
+        head_dim = config.hidden_size // config.num_attention_heads
+        hidden = self.get_input_embeddings()(input_ids)
+        inputs = BlockInputs(
+            head_dim,
+            rotary_embedding(position_ids, head_dim, config.rope_theta, hidden.dtype),
+            _per_query(attention_mask),
+            store,
+            eager=config._attn_implementation == "eager",
+            features=store if isinstance(store, FeatureStore) else None,
+            watch=store if isinstance(store, AttentionStore) else None,
+            parted=store if isinstance(store, PartedStore) else None,
+        )
+        for layer, block in enumerate(self.blocks):
+            hidden = block(layer, hidden, inputs)
+        if select is not None:
+            hidden = hidden.flatten(0, 1)[select]
+        logits = self.get_output_embeddings()(self.final_norm(hidden))
+        return MaskedLMOutput(logits=logits[..., : config.vocab_size])
+
+
+def _at_hand(model: nn.Module, name: str, weight: Tensor) -> Tensor:
+    """A weight, read from where accelerate keeps it if it is not in memory."""
+    module, _, own = name.rpartition(".")
+    kept = getattr(getattr(model.get_submodule(module), "_hf_hook", None), "weights_map", None)
+    return weight if not weight.is_meta or kept is None else kept[own]
+
+
+def token_ids(ids: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The ids of a config entry that may be one id, a list of them or nothing."""
+    if ids is None:
+        return ()
+    return (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def _check_attention(implementation: Any) -> None:
+    # Any other name would have transformers fetch and import compiled code of that name.
+    if implementation not in (None, *ATTENTION):
+        raise ValueError(f"attn_implementation={implementation!r} is unknown; use {' or '.join(ATTENTION)}")
+
+
+def check_config(config: PretrainedConfig) -> None:
+    """Refuse a config no model can be built from.
+
+    Raises:
+        ValueError: a size or a constant is not a positive number, or the heads do not divide what they share.
+    """
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "max_position_embeddings")  # fmt: skip
+    kind, names = config.model_type, {size: config.attribute_map.get(size, size) for size in sizes}
+    for size, name in names.items():
+        value = getattr(config, size)
+        if not is_whole(value) or value < 1:
+            raise ValueError(f"{kind} config: {name}={value!r} is no size; give an integer of at least 1")
+    for name in ("rope_theta", "rms_norm_eps"):
+        value = getattr(config, name)
+        if not is_positive(value):
+            raise ValueError(f"{kind} config: {name}={value!r} is out of range; give a positive number")
+    for whole, part in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")):
+        if getattr(config, whole) % getattr(config, part):
+            raise ValueError(
+                f"{kind} config: {names[whole]}={getattr(config, whole)} is not divisible by "
+                f"{names[part]}={getattr(config, part)}; give a multiple of it"
+            )
+    head_dim = config.hidden_size // config.num_attention_heads
+    if head_dim % 2:
+        raise ValueError(
+            f"{kind} config: {names['hidden_size']}={config.hidden_size} gives heads of {head_dim}, and the rotary "
+            "embedding turns pairs; make it even"
+        )
+
+
+def _default_positions(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+
+
+def _per_query(attention_mask: Tensor | None) -> Tensor | None:
+    # Padded queries may look at the real columns: a row that sees nothing would turn into NaN and spread.
+    if attention_mask is None or attention_mask.ndim == 4:
+        return attention_mask
+    return attention_mask.bool()[:, None, None, :]

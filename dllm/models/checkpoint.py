@@ -1,0 +1,393 @@
+"""A checkpoint folder is read before transformers sees it: `config.json` as data, of the weights the headers alone.
+
+Nothing in a folder is trusted. Transformers acts on keys of a config: it fetches and imports compiled attention
+kernels, reads other files than those that were checked, makes room for whatever sizes are declared. So only
+published keys reach a config (`published`), and a folder whose config, index and headers do not agree is refused in
+one line (`check_folder`, `check_causal_folder`) before anything is computed or allocated.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Collection, Iterator, Mapping
+from copy import deepcopy
+from math import isfinite, prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PretrainedConfig
+
+from dllm.checks import number
+from dllm.files import read_json
+from dllm.models.published import is_whole
+
+ATTENTION = ("sdpa", "eager")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# Quantised by packages that are installed, these; what else transformers knows fetches kernels when it is used.
+QUANTISED = {
+    "awq": "gptqmodel",
+    "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed-tensors",
+    "gptq": "optimum and gptqmodel",
+    "hqq": "hqq",
+    "quanto": "optimum-quanto",
+    "torchao": "torchao",
+}
+
+_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+FLOATS = set(_NAMES.values())
+_AGAIN = "copy config.json and weights of one model again"
+# Keys of transformers' own that published configs have.
+_COMMON = {
+    "architectures", "attention_dropout", "attn_implementation", "auto_map", "bos_token_id", "dtype", "eos_token_id",
+    "name_or_path", "pad_token_id", "quantization_config", "tie_word_embeddings", "torch_dtype", "use_cache",
+}  # fmt: skip
+# Keys that make transformers read other files, change the modules or import kernels.
+_ACTED_ON = ("configuration_files", "transformers_weights", "fusion_config", "kernel_config", "use_kernels",
+             "experts_implementation", "_experts_implementation", "distributed_config", "per_layer_config")  # fmt: skip
+_ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+_OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how files begin that torch wrote before 1.6
+_CONFIG_BYTES, _HEADER_BYTES, _DEPTH = 10**7, 3 * 10**7, 32
+_LARGEST = 2**24  # a size beyond this is a mistake, and its tensors would not fit any machine
+_LABELS = 10**5
+_OPTIONAL = ("num_key_value_heads", "embedding_size")
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+          "max_position_embeddings", *_OPTIONAL)  # fmt: skip
+
+
+class Stored(NamedTuple):
+    """A tensor as its file describes it."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def published(kwargs: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """What a config may hand on to transformers: of the keys it was given, those that published configs have.
+
+    Args:
+        kwargs: keys a config does not take itself.
+        names: those that the family's published configs have beside transformers' own.
+
+    Raises:
+        ValueError: a value that would make transformers fetch or import something, or that it cannot use.
+    """
+    _check_choices(kwargs)
+    for name in ("pad_token_id", "bos_token_id"):
+        if kwargs.get(name) is not None and not is_whole(kwargs[name]):
+            raise ValueError(f"{name}={kwargs[name]!r} is no token id; use a whole number or null")
+    dropout = kwargs.get("attention_dropout")
+    if dropout is not None and (isinstance(dropout, bool) or not isinstance(dropout, (int, float))):
+        raise ValueError(f"attention_dropout={dropout!r} is no number; use 0.0")
+    return {name: value for name, value in kwargs.items() if name in _COMMON or name in names}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a folder, once it is known to be harmless.
+
+    Raises:
+        ValueError: there is none, or it is no config.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no config.json; give the folder of a whole checkpoint")
+    return _read(path)
+
+
+def check_folder(family: Any, folder: Path) -> None:
+    """Refuse a folder that does not hold one whole checkpoint of a family.
+
+    Args:
+        family: the class of the model.
+        folder: where `config.json` and the weights are.
+
+    Raises:
+        ValueError: in one line, what is wrong and how to mend it.
+    """
+    path = folder / "config.json"
+    content = read_config(folder)
+    try:
+        check_values(family.config_class, content)
+        config = family.config_class(**content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be used ({error}); copy it again from the published model") from None
+    stored = read_headers(folder)
+    if stored is not None:
+        _compare(family, config, stored, folder)
+    _check_ids(config, folder)
+
+
+def check_values(config_class: Any, content: Mapping[str, Any]) -> None:
+    """Refuse sizes and constants that no model has, before a config is made of them.
+
+    Raises:
+        ValueError: one is.
+    """
+    for size in _SIZES:
+        name = config_class.attribute_map.get(size, size)
+        if name in content and not (content[name] is None and size in _OPTIONAL):
+            _check_size(name, content[name])
+    for name in ("rms_norm_eps", "rope_theta"):
+        if content.get(name) is not None:
+            number(name, content[name], "a positive number", above=0, high=1e15)
+
+
+def check_causal_folder(folder: Path) -> None:
+    """Refuse a folder whose files would make transformers' own causal models fetch, import or allocate anything.
+
+    Raises:
+        ValueError: in one line, what is wrong and how to mend it.
+    """
+    config = read_config(folder)
+    if (folder / "generation_config.json").is_file():
+        _read(folder / "generation_config.json")
+    stored = read_headers(folder)
+    if stored is None or config.get("quantization_config"):
+        return
+    for name, tensor in stored.items():
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{tensor.file}: tensor {name} is {tensor.dtype}; weights are floating-point numbers")
+    values = sum(prod(tensor.shape) for tensor in stored.values())
+    for names in (("num_hidden_layers",), ("vocab_size", "hidden_size"), ("intermediate_size", "hidden_size")):
+        sizes = [config.get(name, 1) for name in names]
+        for name, size in zip(names, sizes, strict=True):
+            _check_size(f"{folder / 'config.json'}: {name}", size)
+        if prod(sizes) > values:
+            said = ", ".join(f"{name}={size}" for name, size in zip(names, sizes, strict=True))
+            raise ValueError(f"{folder / 'config.json'}: {said} asks for more weights than there are; {_AGAIN}")
+
+
+def read_headers(folder: Path) -> dict[str, Stored] | None:
+    """What the weights of a folder are, by name, without a look at their values; None where only loading them tells.
+
+    Raises:
+        ValueError: a file that is missing, damaged, elsewhere, or at odds with the index.
+    """
+    files, index = _weight_files(folder)
+    stored: dict[str, Stored] = {}
+    for path in files:
+        if not path.is_file():
+            raise ValueError(f"{path} is missing; copy or download this shard again")
+        if path.suffix == ".bin" and _is_old(path):
+            return None
+        for name, tensor in (read_header if path.suffix == ".safetensors" else _pickled)(path):
+            if name in stored:
+                raise ValueError(f"{path}: tensor {name} is in {stored[name].file.name} as well; {_AGAIN}")
+            stored[name] = tensor
+    if index is None:
+        return stored
+    for name in sorted(index.keys() | stored.keys()):
+        said = index.get(name, "no shard")
+        found = stored[name].file.name if name in stored else "no shard"
+        if said != found:
+            raise ValueError(
+                f"{folder}: the index says that tensor {name} is in {said}, and it is in {found}; copy the index and "
+                "the shards of one model again"
+            )
+    return stored
+
+
+def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The files that transformers is going to read, and the index where it reads one."""
+    apart = next(folder.glob("shard-?????-model-*.safetensors"), None)
+    if apart is not None:
+        raise ValueError(f"{apart} is of a distributed checkpoint; save the model with save_pretrained, and give that")
+    for weights in WEIGHTS:
+        index = folder / f"{weights}.index.json"
+        if (folder / weights).is_file():
+            return [folder / weights], None
+        if index.is_file():
+            listed = _weight_map(index, Path(weights).suffix)
+            return [folder / file for file in sorted(set(listed.values()))], listed
+    wanted = f"{' or '.join(WEIGHTS)} or shards with their index"
+    if folder.parent.name == "snapshots":  # the hub's cache is not for hands
+        raise ValueError(f"the hub has no weights for {folder} ({wanted}); use another repository or revision")
+    raise ValueError(f"{folder} has no weights; put {wanted} there")
+
+
+def _weight_map(index: Path, suffix: str) -> dict[str, str]:
+    content = read_json(index)
+    listed = content.get("weight_map")
+    for key, value in (("weight_map", listed), ("metadata", content.get("metadata"))):
+        if not isinstance(value, dict) or (key == "weight_map" and not value):
+            raise ValueError(f"{index}: {key}={value!r} is no table; copy or download it again")
+    for name, file in listed.items():  # type: ignore[union-attr]  # a table, as checked
+        if not isinstance(file, str) or not re.fullmatch(rf"[^/\\\0]+{re.escape(suffix)}", file):
+            raise ValueError(f"{index}: tensor {name} is said to be in {file!r}; shards are {suffix} files beside it")
+    return listed  # type: ignore[return-value]  # texts, as checked
+
+
+def read_header(path: Path) -> Iterator[tuple[str, Stored]]:
+    """Names, types and shapes of the tensors of a safetensors file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > _HEADER_BYTES:
+            raise ValueError("its header is too long")
+        with safe_open(path, framework="pt") as weights:
+            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118  # no mapping
+            found = [(name, Stored(path, part.get_dtype(), tuple(part.get_shape()))) for name, part in slices.items()]
+    except (SafetensorError, OSError, ValueError, OverflowError):
+        raise ValueError(f"{path} is damaged or incomplete; copy or download it again") from None
+    yield from found
+
+
+def _is_old(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_OLD)) == _OLD
+
+
+def _pickled(path: Path) -> Iterator[tuple[str, Stored]]:
+    """As `read_header`, of a pickled file: mapped, so that no value is read, and unpickled to nothing but tensors."""
+    try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("no archive")
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError):
+        raise ValueError(
+            f"{path} is damaged, incomplete, or holds more than tensors; copy or download it again, or convert it to "
+            "safetensors where it was made"
+        ) from None
+    if not isinstance(found, dict) or not all(isinstance(part, torch.Tensor) for part in found.values()):
+        raise ValueError(f"{path} is no table of tensors; give the state_dict of a model")
+    yield from ((str(name), Stored(path, _NAMES.get(part.dtype, str(part.dtype)), tuple(part.shape)))
+                for name, part in found.items())  # fmt: skip
+
+
+def _compare(family: Any, config: PretrainedConfig, stored: Mapping[str, Stored], folder: Path) -> None:
+    """Refuse weights that are not those the config describes: names, shapes and types."""
+    quantised = getattr(config, "quantization_config", None) is not None
+    seen, owners = set(), {name.rpartition(".")[0] for name in stored}
+    for name, shape in _expected(family, config):
+        tensor = stored.get(name)
+        if tensor is None:
+            owner = name.rpartition(".")[0]
+            if not (quantised and (owner in owners or name in owners)):
+                raise ValueError(f"{folder}: tensor {name} is missing; {_AGAIN}")
+            continue
+        seen.add(name)
+        if quantised and tensor.dtype not in FLOATS:
+            continue
+        if tensor.dtype not in FLOATS:
+            raise ValueError(
+                f"{tensor.file}: tensor {name} is {tensor.dtype}, and weights are floating-point numbers; {_AGAIN}"
+            )
+        if tensor.shape != shape and not quantised:
+            raise ValueError(
+                f"{folder}: tensor {name} has another shape than config.json asks for, {list(tensor.shape)} "
+                f"and not {list(shape)}; {_AGAIN}"
+            )
+    more = min(stored.keys() - seen, default=None)
+    if more is not None and not quantised:
+        raise ValueError(f"{folder}: tensor {more} is no part of {family.__name__}; {_AGAIN}")
+
+
+def _expected(family: Any, config: PretrainedConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a model, layer by layer; a model of one layer tells those of all."""
+    single = deepcopy(config)
+    single.num_hidden_layers = 1
+    single.quantization_config = None
+    with torch.device("meta"):
+        model: nn.Module = family(single)
+    place = next(name for name, module in model.named_modules() if module is model.blocks)
+    first = f"{place}.0."
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    yield from ((name, shape) for name, shape in shapes.items() if not name.startswith(first))
+    for layer in range(config.num_hidden_layers):
+        for name, shape in shapes.items():
+            if name.startswith(first):
+                yield f"{place}.{layer}.{name.removeprefix(first)}", shape
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _CONFIG_BYTES:
+        raise ValueError(f"{path} is of {path.stat().st_size} bytes, too long for a config; copy it again")
+    content = read_json(path)
+    waiting: list[tuple[str, Any, int]] = [("", content, 0)]
+    while waiting:  # without recursion: it is depth, too, that is checked
+        key, value, depth = waiting.pop()
+        if depth > _DEPTH:
+            raise ValueError(f"{path} is nested too deep; copy it again from the published model")
+        if isinstance(value, float) and not isfinite(value):
+            raise ValueError(f"{path}: {key}={value} is no number of a config; give a finite one")
+        if isinstance(value, dict):
+            try:
+                _check_keys(value)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+            # A quantiser's settings are its own.
+            waiting += [(name, part, depth + 1) for name, part in value.items() if name != "quantization_config"]
+        elif isinstance(value, list):
+            waiting += [(key, part, depth + 1) for part in value]
+    return content
+
+
+def _check_keys(content: Mapping[str, Any]) -> None:
+    for name in _ACTED_ON:
+        if content.get(name) not in (None, False, {}, []):
+            raise ValueError(f"{name}={content[name]!r} is not supported; remove it")
+    labels = content.get("num_labels")
+    if labels is not None and not (is_whole(labels) and 0 <= labels <= _LABELS):
+        raise ValueError(f"num_labels={labels!r} is out of range; remove it")
+    for name, kind in (("auto_map", dict), ("architectures", list), ("id2label", dict)):
+        if content.get(name) is not None and not isinstance(content[name], kind):
+            raise ValueError(f"{name}={content[name]!r} is no {kind.__name__}; remove it")
+    if not all(isinstance(name, str) for name in content.get("architectures") or ()):
+        raise ValueError(f"architectures={content['architectures']!r} holds no names; remove it")
+    _check_choices(content)
+
+
+def _check_choices(content: Mapping[str, Any]) -> None:
+    for name in _ATTENTION_KEYS:
+        if content.get(name) not in (None, *ATTENTION):
+            raise ValueError(f"{name}={content[name]!r} is not supported; use {' or '.join(ATTENTION)}, or remove it")
+    for name in ("dtype", "torch_dtype"):
+        value = content.get(name)
+        known = value.is_floating_point if isinstance(value, torch.dtype) else value in (None, *DTYPES)
+        if not known:
+            raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(DTYPES)}")
+    quantised = content.get("quantization_config")
+    if isinstance(quantised, (dict, str, list, int, float)):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        if method not in QUANTISED:
+            said = f"quantization_config={quantised!r}" if method is None else f"quant_method={method!r}"
+            raise ValueError(f"{said} is not supported; use weights quantised with one of {', '.join(QUANTISED)}")
+
+
+def _check_size(name: str, value: Any) -> None:
+    if not is_whole(value) or not 1 <= value <= _LARGEST:
+        raise ValueError(f"{name}={value!r} is no size; give an integer of at least 1 and at most {_LARGEST}")
+
+
+def _check_ids(config: Any, folder: Path) -> None:
+    """Refuse special ids that are no ids of the vocabulary, or are the mask."""
+    rows, mask = config.vocab_size, config.mask_token_id
+    named = [("config.json", "mask_token_id", mask), ("config.json", "eos_token_id", config.eos_token_id)]
+    if config.eos_token_id in (None, []):
+        raise ValueError(f"{folder}/config.json has no eos_token_id; add the id that ends a text")
+    if (folder / "generation_config.json").is_file():
+        more = _read(folder / "generation_config.json").get("eos_token_id")
+        named.append(("generation_config.json", "eos_token_id", [] if more is None else more))
+    for file, name, ids in named:
+        for token in ids if isinstance(ids, list) else [ids]:
+            if not is_whole(token) or not 0 <= token < rows:
+                raise ValueError(
+                    f"{folder}/{file}: {name}={token!r} is no id of this model; use one from 0 to {rows - 1}"
+                )
+            if name == "eos_token_id" and token == mask:
+                raise ValueError(
+                    f"{folder}/{file}: eos_token_id={token} is the mask_token_id as well; give the id that ends a text"
+                )

@@ -1,0 +1,394 @@
+"""`load`: from a name to a backbone and its tokenizer, without running any code of the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from omegaconf import OmegaConf
+from transformers import PreTrainedTokenizerBase
+from transformers.quantizers.auto import AutoQuantizationConfig
+from transformers.utils import logging
+
+from dllm.checks import choice, first_line
+from dllm.decoding.memory import Memory
+from dllm.files import expanded, is_folder, read_json
+from dllm.identity import Stamp, stamps
+from dllm.models import FAMILIES, MaskedDiffusionModel, adapters
+from dllm.models.base import token_ids
+from dllm.models.checkpoint import ATTENTION, DTYPES, QUANTISED, check_values, read_config
+from dllm.models.packed import pack as pack_weights
+from dllm.models.tokenizers import load_tokenizer
+from dllm.resolve import names
+
+BUNDLED = Path(__file__).parent / "checkpoints"
+# What a checkpoint is made of; code that lies beside it is not even downloaded.
+_TEXTS = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
+_FILES = (*_TEXTS, "*.safetensors")
+# Pickled weights are downloaded where what a config describes has no others.
+_PICKLES = (("config.json", "model*.safetensors", "pytorch_model*.bin"),
+            (adapters.CONFIG, "adapter_model.safetensors", "adapter_model.bin"))  # fmt: skip
+_SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A loaded model.
+
+    Attributes:
+        backbone: the denoiser, in evaluation mode.
+        tokenizer: None where the checkpoint has none; token ids are taken then.
+        name: what it was loaded by, and the adapter where one was given.
+        adapter: folder of the adapter that its weights were changed by; None without one.
+        folder: where its files are; None for one that was made in memory.
+        spare: memory that no engine works in.
+        stamps: of its files as they were before they were read, and of the adapter's; see `dllm.identity.stamps`.
+    """
+
+    backbone: MaskedDiffusionModel
+    tokenizer: PreTrainedTokenizerBase | None
+    name: str
+    adapter: Path | None = None
+    folder: Path | None = None
+    stamps: tuple[Stamp, ...] = ()
+    spare: list[Memory] = field(default_factory=list, repr=False, compare=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.backbone.device
+
+
+def load(
+    name: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    device_map: str | dict[str, Any] | None = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    pack: bool = False,
+    adapter: str | Path | None = None,
+) -> LanguageModel:
+    """Load a denoiser and its tokenizer.
+
+    The architecture is chosen by ``model_type`` in ``config.json`` and is always this package's own:
+    code in the checkpoint, named by ``auto_map``, is never executed. Tokens that end a turn or are
+    listed in ``generation_config.json`` count as end of text beside the config's.
+
+    Args:
+        name: a model of conf/model such as "tiny-llada" or "llada-8b-instruct", a local folder, or a hub id.
+        device: where the weights go; None for the first GPU, or the CPU without one.
+        dtype: "auto" for the checkpoint's, or "float16", "bfloat16", "float32", "float64" or a `torch.dtype`.
+        device_map: how to spread the model over devices, as in transformers; instead of `device`.
+        attn_implementation: "sdpa" (the default) or "eager".
+        revision: branch, tag or commit of a hub id.
+        pack: lay the weights out for the CPU's narrow forwards, in float32: faster there with the same results up
+            to rounding, but such a model cannot be saved, moved or trained.
+        adapter: folder or hub id of a LoRA, or of another adapter that peft can merge into the weights. Its tokenizer,
+            where it has one, replaces the model's. A `name` that is an adapter loads the base model that it names.
+
+    Raises:
+        ValueError: an unknown name or option, or a checkpoint that is incomplete, damaged, of another
+            architecture, or holds NaN or infinite weights.
+    """
+    options = _options(device, dtype, device_map, attn_implementation)
+    choice("pack", pack, (True, False))
+    base, revision, adapter_folder = _base_and_adapter(name, revision, adapter)
+    # The config comes first: it tells whether the gigabytes that follow are of use.
+    family = _family(checkpoint_folder(base, revision, files=("config.json",)))
+    folder = checkpoint_folder(base, revision)
+    before = stamps(*filter(None, (folder, adapter_folder)))
+    with quiet():
+        backbone = _load_weights(family, folder, options)
+        tokenizer = load_tokenizer(folder)
+        if adapter_folder is not None:
+            adapters.merge(backbone, adapter_folder)
+            tokenizer = load_tokenizer(adapter_folder) or tokenizer
+    if pack:
+        pack_weights(backbone)
+    backbone.extra_eos_token_ids = _extra_eos(backbone, tokenizer, folder)
+    _check_vocabulary(backbone, tokenizer, folder)
+    if tokenizer is not None and tokenizer.mask_token_id != backbone.mask_token_id:
+        # The config decides; LLaDA's published tokenizer does not say which of its tokens is the mask.
+        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(backbone.mask_token_id)
+    called = f"{name}{'' if adapter is None else f'+{adapter}'}"
+    return LanguageModel(backbone, tokenizer, called, adapter_folder, folder, before)
+
+
+def _base_and_adapter(
+    name: str | Path, revision: str | None, adapter: str | Path | None
+) -> tuple[str | Path, str | None, Path | None]:
+    """The model to load with its revision, and the folder of the adapter to change it with."""
+    given = None if adapter is None else _adapter_folder(adapter)
+    folder = checkpoint_folder(name, revision, files=("config.json", adapters.CONFIG))
+    if not (folder / adapters.CONFIG).is_file():
+        return name, revision, given
+    if (folder / "config.json").is_file():
+        if given is None:
+            raise ValueError(
+                f"{folder} holds a model and {adapters.CONFIG}; give adapter={str(name)!r} to apply the adapter, or "
+                f"remove {adapters.CONFIG}"
+            )
+        return name, revision, given
+    base, of_base = adapters.base_of(folder)
+    if given is not None:
+        raise ValueError(f"name={str(name)!r} is an adapter itself; give its base model ({base!r}) to apply another")
+    try:
+        found = checkpoint_folder(base, files=("config.json",))
+    except ValueError as error:
+        raise ValueError(f"{folder} is an adapter, and its base model is not found: {error}") from None
+    downloaded = found.parent.name == "snapshots" and found != expanded(base)
+    return base, of_base if downloaded else None, _adapter_folder(name, revision)
+
+
+def _adapter_folder(adapter: str | Path, revision: str | None = None) -> Path:
+    folder = checkpoint_folder(adapter, revision, (adapters.CONFIG,), "adapter", ())
+    if (folder / adapters.CONFIG).is_file():
+        return checkpoint_folder(adapter, revision, (*_TEXTS, adapters.WEIGHTS[0]), "adapter", ())
+    raise ValueError(
+        f"adapter={str(adapter)!r} has no {adapters.CONFIG}; give the folder of an adapter, as peft saves it"
+    )
+
+
+def checkpoint_folder(
+    name: str | Path,
+    revision: str | None = None,
+    files: Sequence[str] = _FILES,
+    option: str = "name",
+    known: Sequence[str] | None = None,
+) -> Path:
+    """Find the folder a name stands for; a hub id is downloaded into the Hugging Face cache.
+
+    Args:
+        name: as for `load`; bundled models that are no denoisers, such as "tiny-guide", are found too.
+        revision: branch, tag or commit of a hub id.
+        files: patterns of the files to download.
+        option: what errors call the name.
+        known: names that errors suggest; None for those of conf/model.
+
+    Raises:
+        ValueError: no such model, or a `revision` of something that is not on the hub.
+    """
+    if isinstance(name, Path) and is_folder(name):  # and not a model of that name
+        name = name.absolute()
+    path = str(name)
+    models = [model for model in names("model") if model != "custom"]
+    if path in models:
+        path = _path_of(path)
+    folder = BUNDLED / path if path in _bundled() else expanded(path)
+    if path and is_folder(folder):
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} has no effect on a local folder ({folder}); leave it out")
+        return folder
+    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+        suggested = ", ".join(models if known is None else known)
+        kind = f", hub id or known model; known are {suggested}" if suggested else " or hub id; check the spelling"
+        raise ValueError(f"{option}={str(name)!r} is no folder{kind}")
+    try:
+        return _download(path, revision, files)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{option}={str(name)!r} is no folder, and {path!r} cannot be fetched from the hub ({first_line(error)}); "
+            "check the spelling and the connection, or give the folder of a downloaded copy"
+        ) from None
+
+
+def _download(path: str, revision: str | None, files: Sequence[str]) -> Path:
+    """Fetch files of a hub repository; its pickled weights where weights are wanted and there are no others."""
+    folder = Path(snapshot_download(path, revision=revision, allow_patterns=list(files), ignore_patterns="*/*"))
+    for config, usual, pickles in _PICKLES:
+        wanted = {usual, "*.safetensors"}.intersection(files) and (folder / config).is_file()
+        if wanted and not any(folder.glob(usual)):
+            snapshot_download(path, revision=revision, allow_patterns=[pickles], ignore_patterns="*/*")
+    return folder
+
+
+def _bundled() -> list[str]:
+    return [folder.name for folder in BUNDLED.iterdir()] if BUNDLED.is_dir() else []
+
+
+def _path_of(model: str) -> str:
+    text = (resources.files("dllm.conf") / "model" / f"{model}.yaml").read_text()
+    return str(OmegaConf.select(OmegaConf.create(text), "path"))
+
+
+def _options(
+    device: str | torch.device | None,
+    dtype: str | torch.dtype,
+    device_map: str | dict[str, Any] | None,
+    attn_implementation: str | None,
+) -> dict[str, Any]:
+    """Check what the user chose and turn it into arguments of `from_pretrained`."""
+    if isinstance(dtype, str) and dtype != "auto":
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r} is unknown; use auto, {', '.join(DTYPES)} or a torch.dtype")
+        dtype = getattr(torch, dtype)
+    if isinstance(dtype, torch.dtype) and str(dtype).removeprefix("torch.") not in DTYPES:
+        raise ValueError(f"dtype={dtype} holds no weights; use {', '.join(DTYPES)}")
+    if attn_implementation not in (None, *ATTENTION):
+        raise ValueError(f"attn_implementation={attn_implementation!r} is unknown; use {' or '.join(ATTENTION)}")
+    if device_map is not None and device is not None:
+        raise ValueError(f"device={device!r} has no effect beside device_map={device_map!r}; give one of them")
+    placement: Any = device_map
+    if device_map is None or (isinstance(device_map, str) and device_map not in _SPREADS):
+        placement = {"": find_device(device) if device_map is None else find_device(device_map, "device_map")}
+    elif not isinstance(device_map, str):
+        placement = _placement(device_map)
+    options = {"dtype": dtype, "device_map": placement}
+    return options if attn_implementation is None else options | {"attn_implementation": attn_implementation}
+
+
+def _placement(device_map: Any) -> dict[str, Any]:
+    """A device for each part, of which one at least computes; those that are "disk" are read when they are needed."""
+    placement: dict[str, Any] = dict(device_map) if isinstance(device_map, Mapping) else {}
+    devices = [each for each in placement.values() if each != "disk"]
+    if not all(isinstance(part, str) for part in placement) or not devices:
+        raise ValueError(f"device_map={device_map!r} gives no part a device; give {{part: device}}")
+    for each in devices:
+        if not isinstance(each, (str, int, torch.device)):
+            raise ValueError(f"device_map={placement!r} holds more than devices; give {{part: device}}")
+        find_device(each, "device_map")  # type: ignore[arg-type]  # torch takes numbers of devices as well
+    return placement
+
+
+def find_device(device: str | torch.device | None, parameter: str = "device") -> torch.device:
+    """The device of a name; the GPU where torch finds one, for None.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.empty(0, device=device).device
+        if place.type == "meta":
+            raise RuntimeError("holds no weights")
+        return place
+    except (RuntimeError, AssertionError, TypeError):
+        raise ValueError(f"{parameter}={str(device)!r} is not available here; use cpu or a device torch sees") from None
+
+
+def _family(folder: Path) -> type[MaskedDiffusionModel]:
+    """The class that computes what `config.json` describes."""
+    path, config = folder / "config.json", read_config(folder)
+    model_type = str(config.get("model_type"))
+    if model_type not in FAMILIES:
+        raise ValueError(f"{path}: model_type={model_type!r} is not supported; use one of {', '.join(FAMILIES)}")
+    family = FAMILIES[model_type]
+    for key, what in (("mask_token_id", "the id of [MASK]"), ("eos_token_id", "the id that ends a text")):
+        if key not in config:
+            raise ValueError(f"{path} has no {key}; add {what}")
+    config_class: Any = family.config_class
+    try:
+        with quiet():
+            check_values(config_class, config)
+            config_class.from_dict(config)
+            if config.get("quantization_config") is not None:
+                AutoQuantizationConfig.from_dict(dict(config["quantization_config"]))
+    except ImportError as error:
+        raise _missing_library(folder, error) from None
+    except Exception as error:  # noqa: BLE001  # transformers checks the rest, and has many ways to stumble
+        raise ValueError(f"{path} cannot be used: {' '.join(str(error).split())}") from None
+    return family
+
+
+def _missing_library(folder: Path, error: ImportError) -> ValueError:
+    method = _quantised(folder)
+    return ValueError(
+        f"{folder} has weights quantised with {method}, and a library for them is not installed ({first_line(error)}); "
+        f"install {QUANTISED.get(str(method), error.name or 'it')}, or use the model it was quantised from"
+    )
+
+
+def _quantised(folder: Path) -> str | None:
+    """The method that the weights are quantised with; None where they are not."""
+    return (read_json(folder / "config.json").get("quantization_config") or {}).get("quant_method")
+
+
+def _load_weights(family: type[MaskedDiffusionModel], folder: Path, options: dict[str, Any]) -> MaskedDiffusionModel:
+    """Load every tensor of the architecture, and no other."""
+    options = options | {"output_loading_info": True, "ignore_mismatched_sizes": True, "local_files_only": True}
+    try:
+        with adapters.hidden(folder) as bare:
+            loaded: Any = family.from_pretrained(bare, **options)
+    except ImportError as error:
+        raise _missing_library(folder, error) from None
+    except Exception as error:  # an unpickler may raise any at a file that was cut off
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        if isinstance(error, RuntimeError) and (method := _quantised(folder)) is not None:  # as without a GPU
+            raise ValueError(
+                f"{folder} has weights quantised with {method}, which cannot be used here ({first_line(error)}); "
+                "use the model it was quantised from"
+            ) from None
+        if any(folder.glob("*.safetensors")):
+            raise
+        # torch would go on to say how to run the code that such a file holds.
+        reason = "it holds more than tensors" if "Weights only load failed" in str(error) else first_line(error)
+        raise ValueError(
+            f"{folder}: pytorch_model*.bin cannot be read ({reason}); copy or download the weights again"
+        ) from None
+    backbone, info = loaded
+    backbone.name_or_path = backbone.config.name_or_path = str(folder)
+    problems = {
+        # Compared before where headers tell. Newer transformers report the two shapes beside the name.
+        "has another shape than config.json asks for": [
+            entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]
+        ],
+        "is missing": info["missing_keys"],
+        f"is no part of {family.__name__}": info["unexpected_keys"],
+        "holds NaN or infinity": [name for name, weight in backbone.named_parameters() if not _is_finite(weight)],
+    }
+    for problem, tensors in problems.items():
+        if tensors:
+            raise ValueError(
+                f"{folder}: tensor {min(tensors)} {problem}; copy config.json and weights of one model again"
+            )
+    return backbone
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    # Quantised weights are finite by their format, and weights left on disk are not here to look at.
+    ordinary = weight.is_floating_point() and type(weight.data) is torch.Tensor and not weight.is_meta
+    return not ordinary or bool(weight.isfinite().all())
+
+
+def _extra_eos(
+    backbone: MaskedDiffusionModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path
+) -> tuple[int, ...]:
+    path = folder / "generation_config.json"
+    listed = read_json(path).get("eos_token_id") if path.is_file() else None
+    added = {} if tokenizer is None else tokenizer.get_added_vocab()
+    return (*token_ids(listed), *(added[token] for token in backbone.end_of_turn if token in added))
+
+
+def _check_vocabulary(backbone: MaskedDiffusionModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Refuse a tokenizer with tokens that the model does not have."""
+    ids, rows = {} if tokenizer is None else tokenizer.get_vocab(), backbone.config.vocab_size
+    token = max(ids, key=ids.__getitem__, default=None)
+    if token is not None and ids[token] >= rows:
+        raise ValueError(
+            f"{folder}: the tokenizer gives {token!r} the id {ids[token]}, and this model's ids are 0 to {rows - 1}; "
+            "copy the tokenizer files of this model"
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and load reports of transformers: what is wrong is raised instead."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
