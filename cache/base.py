@@ -21,7 +21,7 @@ from dllm.cache.selection import Store
 from dllm.checks import number
 from dllm.decoding.canvas import Change, Exchange
 from dllm.decoding.question import Question as Question
-from dllm.decoding.setup import Run
+from dllm.decoding.setup import Setup
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,6 @@ class Cache(Protocol):
         """What a sampler may need (the words of `dllm.decoding.compatibility`) that it cannot give, with the reason."""
         ...
 
-    def start(self, run: Run) -> CacheRun:
+    def start(self, setup: Setup) -> CacheRun:
         """Refuse what cannot work (ValueError, before any forward) and make room for one engine."""
         ...

@@ -37,7 +37,7 @@ from dllm.cache.base import Flags, Metered, Plan, Probe, Question
 from dllm.cache.selection import Selection
 from dllm.cache.store import KeyValues, PerRow, Reuse
 from dllm.checks import number
-from dllm.decoding.setup import Run
+from dllm.decoding.setup import Setup
 from dllm.models.transformer import KVStore
 
 
@@ -76,18 +76,18 @@ class D2Cache(Metered):
             "graphs": "it looks at the attention of other columns each time",
         }
 
-    def start(self, run: Run) -> Reuse:
+    def start(self, setup: Setup) -> Reuse:
         """Make room for every column."""
-        store = Watched(run)
-        return Reuse(run, _ByCertaintyAndRollout(self, run, store), store)
+        store = Watched(setup)
+        return Reuse(setup, _ByCertaintyAndRollout(self, setup, store), store)
 
 
 class _ByCertaintyAndRollout(PerRow):
-    def __init__(self, options: D2Cache, run: Run, store: Watched) -> None:
-        super().__init__(run)
-        self.options, self.shift, self.store = options, run.logits_shift, store
-        self.masked = self.per_row(False, run.length, dtype=bool)
-        self.confidence = self.per_row(0, run.length, dtype=float)
+    def __init__(self, options: D2Cache, setup: Setup, store: Watched) -> None:
+        super().__init__(setup)
+        self.options, self.shift, self.store = options, setup.logits_shift, store
+        self.masked = self.per_row(False, setup.length, dtype=bool)
+        self.confidence = self.per_row(0, setup.length, dtype=float)
 
     def plan(self, question: Question, due: Flags, stale: Flags) -> Plan:
         canvas, rows, masked = question.canvas, question.rows, question.masked
@@ -190,11 +190,11 @@ class Watched(KeyValues):
 
     joinable = False
 
-    def __init__(self, run: Run) -> None:
-        super().__init__(run)
-        self.layers = run.kv_shape[0]
-        self.influence = np.zeros((run.slots, run.length))
-        self.visible = np.ones((run.slots, run.length), dtype=bool)
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self.layers = setup.kv_shape[0]
+        self.influence = np.zeros((setup.slots, setup.length))
+        self.visible = np.ones((setup.slots, setup.length), dtype=bool)
 
     def bind(self, selection: Selection) -> KVStore:
         """Serve a forward and watch its attention."""

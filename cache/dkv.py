@@ -19,7 +19,7 @@ import numpy as np
 from dllm.cache.base import Flags, Metered, Plan, Question
 from dllm.cache.store import Blocks, Reuse
 from dllm.checks import number
-from dllm.decoding.setup import Run
+from dllm.decoding.setup import Setup
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,17 @@ class DKVCache(Metered):
         super().__post_init__()
         number("interval", self.interval, "a whole number of at least 1", low=1, whole=True)
 
-    def start(self, run: Run) -> Reuse:
+    def start(self, setup: Setup) -> Reuse:
         """Make room for every column."""
-        return Reuse(run, _Delayed(self.interval, run))
+        return Reuse(setup, _Delayed(self.interval, setup))
 
 
 class _Delayed(Blocks):
-    def __init__(self, interval: int, run: Run) -> None:
-        super().__init__(run)
+    def __init__(self, interval: int, setup: Setup) -> None:
+        super().__init__(setup)
         self.interval = interval
         self.forwards = self.per_row(0)
-        self.masked = self.per_row(True, run.length, dtype=bool)
+        self.masked = self.per_row(True, setup.length, dtype=bool)
 
     def plan(self, question: Question, due: Flags, stale: Flags) -> Plan:
         rows, masked = question.rows, question.masked

@@ -39,7 +39,7 @@ from dllm.cache.base import Flags, Metered, Plan, Question
 from dllm.cache.selection import Selection
 from dllm.cache.store import KeyValues, PerRow, Reuse
 from dllm.checks import number
-from dllm.decoding.setup import Run
+from dllm.decoding.setup import Setup
 
 _ROUNDING = 16  # relative change, in units of the last place, up to which a column counts as unchanged
 
@@ -72,16 +72,16 @@ class DLLMCache(Metered):
         """What a sampler may need that this cache cannot give, with the reason."""
         return {**super().refuses, "graphs": "each layer chooses its columns anew"}
 
-    def start(self, run: Run) -> Reuse:
+    def start(self, setup: Setup) -> Reuse:
         """Make room for keys, values and what the layers add, of every column."""
-        store = Features(self.ratio, run)
-        return Reuse(run, _ByChange(self, run, store), store)
+        store = Features(self.ratio, setup)
+        return Reuse(setup, _ByChange(self, setup, store), store)
 
 
 class _ByChange(PerRow):
-    def __init__(self, options: DLLMCache, run: Run, store: Features) -> None:
-        super().__init__(run)
-        self.options, self.run, self.store = options, run, store
+    def __init__(self, options: DLLMCache, setup: Setup, store: Features) -> None:
+        super().__init__(setup)
+        self.options, self.setup, self.store = options, setup, store
         self.forwards = self.per_row(0)
 
     def plan(self, question: Question, due: Flags, stale: Flags) -> Plan:
@@ -91,11 +91,11 @@ class _ByChange(PerRow):
         prompt = due | (step % options.prompt_interval == 0)
         response = due | (step % options.response_interval == 0)
         visible = question.canvas.visible(rows)
-        within = question.since(question.canvas.start[rows] - self.run.logits_shift) & visible
+        within = question.since(question.canvas.start[rows] - self.setup.logits_shift) & visible
         self.store.response[rows] = within
         self.store.needed[rows] = np.where(within, response[:, None], prompt[:, None]) | stale
         # The first layer computes the whole response, the others a part of it.
-        length, layers = within.sum(1), self.run.kv_shape[0]
+        length, layers = within.sum(1), self.setup.kv_shape[0]
         part = (length + (layers - 1) * np.floor(options.ratio * length)) / layers
         cost = np.ceil(np.where(response, length, part)) + np.where(prompt, (visible & ~within).sum(1), 0)
         return Plan(within | prompt[:, None], cost=cost.astype(np.int64))
@@ -113,13 +113,13 @@ class Features(KeyValues):
 
     joinable = False
 
-    def __init__(self, ratio: float, run: Run) -> None:
-        super().__init__(run)
+    def __init__(self, ratio: float, setup: Setup) -> None:
+        super().__init__(setup)
         self.ratio = ratio
-        shape = run.kv_shape[0], run.slots, run.length, run.hidden_size
-        self.added = {part: run.tensor(part, shape) for part in ("attention", "mlp")}
-        self.response = np.zeros((run.slots, run.length), dtype=bool)
-        self.needed = np.zeros((run.slots, run.length), dtype=bool)
+        shape = setup.kv_shape[0], setup.slots, setup.length, setup.hidden_size
+        self.added = {part: setup.tensor(part, shape) for part in ("attention", "mlp")}
+        self.response = np.zeros((setup.slots, setup.length), dtype=bool)
+        self.needed = np.zeros((setup.slots, setup.length), dtype=bool)
 
     def tensors(self) -> Sequence[Tensor]:
         """Everything kept, (layers, slots, ...) each."""

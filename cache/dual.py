@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from dllm.cache.base import Flags, Metered, Plan, Question
 from dllm.cache.store import Blocks, Reuse
-from dllm.decoding.setup import Run
+from dllm.decoding.setup import Setup
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,15 @@ class Dual(Metered):
         """A block is always entered with a full computation."""
         return True
 
-    def start(self, run: Run) -> Reuse:
+    def start(self, setup: Setup) -> Reuse:
         """Make room for every column."""
-        return Reuse(run, _BlockAlone(run))
+        return Reuse(setup, _BlockAlone(setup))
 
 
 class _BlockAlone(Blocks):
-    def __init__(self, run: Run) -> None:
-        super().__init__(run)
-        self.shift = run.logits_shift
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self.shift = setup.logits_shift
 
     def plan(self, question: Question, due: Flags, stale: Flags) -> Plan:
         block = question.since(question.low - self.shift) & ~question.since(question.high - self.shift)

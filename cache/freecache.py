@@ -33,7 +33,7 @@ import numpy as np
 from dllm.cache.base import Flags, Metered, Plan, Question
 from dllm.cache.store import PerRow, Reuse
 from dllm.checks import choice, number
-from dllm.decoding.setup import Run
+from dllm.decoding.setup import Setup
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,15 @@ class FreeCache(Metered):
         """Finished blocks are kept as they are in the end, not as some step left them."""
         return self.freeze == "clean" and self.granularity == "block"
 
-    def start(self, run: Run) -> Reuse:
+    def start(self, setup: Setup) -> Reuse:
         """Make room for every column."""
-        return Reuse(run, _Frozen(self, run))
+        return Reuse(setup, _Frozen(self, setup))
 
 
 class _Frozen(PerRow):
-    def __init__(self, options: FreeCache, run: Run) -> None:
-        super().__init__(run)
-        self.options, self.shift = options, run.logits_shift
+    def __init__(self, options: FreeCache, setup: Setup) -> None:
+        super().__init__(setup)
+        self.options, self.shift = options, setup.logits_shift
         self.front = self.per_row(0)  # where the last forward of each row started to compute
         self.raw = self.per_row(True, dtype=bool)  # the prompt is as the first forward left it
 

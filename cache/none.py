@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dllm.cache.base import Metered, Plan, Question
 from dllm.decoding.canvas import Change, Exchange
-from dllm.decoding.setup import Run
+from dllm.decoding.setup import Setup
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class NoCache(Metered):
         """What has no effect without it."""
         return {"graphs": "it computes everything, which takes longer than being launched"}
 
-    def start(self, run: Run) -> NoCache:
+    def start(self, setup: Setup) -> NoCache:
         """Nothing to make room for: the run is the cache itself."""
         return self
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from dllm.cache.base import Flags, Metered, Plan, Question
 from dllm.cache.store import Blocks, Reuse
-from dllm.decoding.setup import Run
+from dllm.decoding.setup import Setup
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,15 @@ class Prefix(Metered):
         """A block is always entered with a full computation."""
         return True
 
-    def start(self, run: Run) -> Reuse:
+    def start(self, setup: Setup) -> Reuse:
         """Make room for every column."""
-        return Reuse(run, _FromBlockOn(run))
+        return Reuse(setup, _FromBlockOn(setup))
 
 
 class _FromBlockOn(Blocks):
-    def __init__(self, run: Run) -> None:
-        super().__init__(run)
-        self.shift = run.logits_shift
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self.shift = setup.logits_shift
 
     def plan(self, question: Question, due: Flags, stale: Flags) -> Plan:
         end = question.canvas.length - self.shift

@@ -15,7 +15,7 @@ from dllm.cache.base import Plan, Question
 from dllm.cache.binding import bind
 from dllm.cache.selection import Flags, Selection, Store
 from dllm.decoding.canvas import Change, Exchange
-from dllm.decoding.setup import Run
+from dllm.decoding.setup import Setup
 from dllm.models.transformer import KVStore
 
 
@@ -29,10 +29,10 @@ class KeyValues:
 
     joinable = True
 
-    def __init__(self, run: Run) -> None:
-        layers, heads, size = run.kv_shape
-        shape = layers, run.slots, heads, run.length, size
-        self.keys, self.values = run.tensor("keys", shape), run.tensor("values", shape)
+    def __init__(self, setup: Setup) -> None:
+        layers, heads, size = setup.kv_shape
+        shape = layers, setup.slots, heads, setup.length, size
+        self.keys, self.values = setup.tensor("keys", shape), setup.tensor("values", shape)
 
     @property
     def nbytes(self) -> int:
@@ -68,16 +68,16 @@ class PerRow:
     """What is remembered of each row, under its number.
 
     Args:
-        run: the facts.
+        setup: the facts.
     """
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
         self._kept: list[tuple[NDArray[Any], float]] = []
 
     def per_row(self, initial: float, *shape: int, dtype: type = np.int64) -> NDArray[Any]:
         """An array with an entry for each row, which is set to `initial` when a row enters."""
-        array: NDArray[Any] = np.full((self._run.slots, *shape), initial, dtype=dtype)
+        array: NDArray[Any] = np.full((self._setup.slots, *shape), initial, dtype=dtype)
         self._kept.append((array, initial))
         return array
 
@@ -109,8 +109,8 @@ class Rule(Protocol):
 class Blocks(PerRow):
     """Remembers the active block of each row."""
 
-    def __init__(self, run: Run) -> None:
-        super().__init__(run)
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
         self._last = self.per_row(-1)
 
     def entered(self, question: Question) -> Flags:
@@ -127,16 +127,16 @@ class Reuse(PerRow):
     followed here for all caches alike.
 
     Args:
-        run: the facts of the engine.
+        setup: the facts of the engine.
         rule: which columns are computed when.
         store: what keeps the keys and values; None for `KeyValues`.
     """
 
-    def __init__(self, run: Run, rule: Rule, store: Store | None = None) -> None:
-        super().__init__(run)
-        self.rule, self.store = rule, store or KeyValues(run)
+    def __init__(self, setup: Setup, rule: Rule, store: Store | None = None) -> None:
+        super().__init__(setup)
+        self.rule, self.store = rule, store or KeyValues(setup)
         self._due = self.per_row(True, dtype=bool)
-        self._stale = self.per_row(False, run.length, dtype=bool)
+        self._stale = self.per_row(False, setup.length, dtype=bool)
 
     def plan(self, question: Question) -> Plan:
         """What the rule says, what is read, and what changed under the store."""

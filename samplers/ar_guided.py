@@ -41,7 +41,7 @@ from dllm.decoding.flags import flagged
 from dllm.decoding.nonfinite import Broken, not_finite, reason
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.request import Request
-from dllm.decoding.setup import Run
+from dllm.decoding.setup import Setup
 from dllm.guide import Guide, Judging, guide_folder, load_guide
 from dllm.guide.alignment import Aligned, Aligner, SameVocabulary, align
 from dllm.samplers.base import Denoise, Policy, commit
@@ -49,7 +49,7 @@ from dllm.samplers.selection import leftmost
 
 
 @dataclass
-class Ready:
+class GuideState:
     """What a run works with.
 
     Attributes:
@@ -110,34 +110,34 @@ class ARGuided(Policy):
         """The folder of the guide."""
         return [guide_folder(self.guide)] if isinstance(self.guide, str) else ()
 
-    def start(self, run: Run) -> Ready:
+    def start(self, setup: Setup) -> GuideState:
         """Load the guide and find out how it can read the canvas."""
         match self.guide:
             case str():
-                guide = load_guide(self.guide, run.device)
+                guide = load_guide(self.guide, setup.device)
             case Guide():
                 guide = self.guide
             case PreTrainedModel():
-                guide = Guide(self.guide, run.tokenizer)
-        aligner = align(guide, run.tokenizer, run.vocab_size)
+                guide = Guide(self.guide, setup.tokenizer)
+        aligner = align(guide, setup.tokenizer, setup.vocab_size)
         writable = None
         if isinstance(aligner, SameVocabulary):
-            shared = min(guide.vocab_size, run.vocab_size)
+            shared = min(guide.vocab_size, setup.vocab_size)
             writable = F.pad(aligner.readable[:shared], (0, guide.vocab_size - shared))
-            writable[run.mask_token_id : run.mask_token_id + 1] = False
+            writable[setup.mask_token_id : setup.mask_token_id + 1] = False
         elif self.on_reject == "guide":
             raise ValueError("on_reject=guide needs a guide with the model's own vocabulary; use on_reject=draft")
-        return Ready(Judging(guide), aligner, writable, run.mask_token_id)
+        return GuideState(Judging(guide), aligner, writable, setup.mask_token_id)
 
-    def check(self, state: Ready, request: Request) -> None:
+    def check(self, state: GuideState, request: Request) -> None:
         """Refuse a prompt that the guide cannot read."""
         state.aligner.check(request.tokens[: request.start].tolist(), request.eos_token_ids)
 
-    def enter(self, state: Ready, row: int, request: Request) -> None:
+    def enter(self, state: GuideState, row: int, request: Request) -> None:
         """Nothing was read of the row yet."""
         state.judging.forget(row)
 
-    def step(self, window: Window, denoise: Denoise, state: Ready) -> Edit:
+    def step(self, window: Window, denoise: Denoise, state: GuideState) -> Edit:
         """Draft the block, let the guide read it, commit what holds."""
         prediction = denoise()
         drafted = commit(window, prediction, window.masked).on(window.tokens)

@@ -19,7 +19,7 @@ from torch import Tensor
 from dllm.decoding.canvas import Edit, Window
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.request import Request
-from dllm.decoding.setup import Run
+from dllm.decoding.setup import Setup
 
 
 @runtime_checkable
@@ -72,7 +72,7 @@ class Sampler(Protocol):
         """The files that its result depends on."""
         ...
 
-    def start(self, run: Run) -> Any:
+    def start(self, setup: Setup) -> Any:
         """Load what is needed, refuse (ValueError) what cannot work, and return an engine's state."""
         ...
 
@@ -99,7 +99,7 @@ class Policy:
         """None."""
         return ()
 
-    def start(self, run: Run) -> Any:
+    def start(self, setup: Setup) -> Any:
         """Nothing to prepare."""
 
     def check(self, state: Any, request: Request) -> None:

@@ -43,14 +43,14 @@ from dllm.checks import choice, number
 from dllm.decoding.canvas import Edit, Window
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.request import Request
-from dllm.decoding.setup import Run
+from dllm.decoding.setup import Setup
 from dllm.resolve import resolve
 from dllm.samplers.base import Denoise, Policy, Sampler, become, told
 from dllm.samplers.selection import enter_next_blocks, stopped
 
 
 @dataclass
-class Memory:
+class DraftState:
     """What an engine remembers: the base, and of every row where the base is.
 
     Attributes:
@@ -78,7 +78,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class FreeDave(Policy):
-    """Run several steps of another policy in one forward, without changing what they do.
+    """Setup several steps of another policy in one forward, without changing what they do.
 
     Args:
         draft_steps: canvases D judged per forward, the current one among them; 1 is the base itself.
@@ -120,24 +120,24 @@ class FreeDave(Policy):
         """What the base reads."""
         return self._base.files()
 
-    def start(self, run: Run) -> Memory:
+    def start(self, setup: Setup) -> DraftState:
         """Start the base."""
         base = self._base
-        block, *zeros = torch.zeros((4, run.slots), dtype=torch.long, device=run.device)
-        return Memory(base, base.start(run), run.mask_token_id, block - 1, *zeros)
+        block, *zeros = torch.zeros((4, setup.slots), dtype=torch.long, device=setup.device)
+        return DraftState(base, base.start(setup), setup.mask_token_id, block - 1, *zeros)
 
-    def check(self, state: Memory, request: Request) -> None:
+    def check(self, state: DraftState, request: Request) -> None:
         """Refuse what the base refuses."""
         state.base.check(state.state, request)
 
-    def enter(self, state: Memory, row: int, request: Request) -> None:
+    def enter(self, state: DraftState, row: int, request: Request) -> None:
         """Nothing is known about the row yet."""
         state.base.enter(state.state, row, request)
         state.block[row] = -1
         # Each draft that differs from the one before holds at least one token more.
         state.deepest = max(state.deepest, request.span + 1)
 
-    def step(self, window: Window, denoise: Denoise, state: Memory) -> Edit:
+    def step(self, window: Window, denoise: Denoise, state: DraftState) -> Edit:
         """Draft, judge all drafts in one forward, follow the chain."""
         known = state.block[window.rows] == window.block
         # The engine counts its own steps; the base has spent more.
@@ -172,7 +172,7 @@ class FreeDave(Policy):
         # Of the drafts the deepest holds what all the others do.
         return replace(become(window, final), drafted=drafts[:, -1].where(window.tokens == mask, mask))
 
-    def _draft(self, window: Window, known: Bool[Tensor, " B"], state: Memory) -> Int[Tensor, "B D L"]:
+    def _draft(self, window: Window, known: Bool[Tensor, " B"], state: DraftState) -> Int[Tensor, "B D L"]:
         """The canvas and what the base would make of it, step by step, if what was predicted still held."""
         drafts = [window.tokens] * min(self.draft_steps, state.deepest)
         if state.kept is not None:
@@ -193,7 +193,7 @@ class FreeDave(Policy):
         views: Window,
         judged: Prediction,
         target: Int[Tensor, "B L"],
-        state: Memory,
+        state: DraftState,
     ) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"], Int[Tensor, "B L"]]:
         """Go from draft to draft.
 

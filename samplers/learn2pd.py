@@ -41,18 +41,18 @@ from dllm.decoding.canvas import Edit, Window
 from dllm.decoding.flags import flagged
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.request import Request
-from dllm.decoding.setup import Run
+from dllm.decoding.setup import Setup
 from dllm.filters import Filter, FilterNetwork, filter_files, find_filter, load_filter
 from dllm.samplers.base import Denoise, Policy, commit
 from dllm.samplers.selection import is_eos, leftmost, top
 
 
 @dataclass(frozen=True)
-class Ready:
+class FilterState:
     """What an engine works with: the filter for each length of block, and the facts."""
 
     networks: dict[int, FilterNetwork]
-    run: Run
+    setup: Setup
 
 
 @dataclass(frozen=True)
@@ -94,29 +94,29 @@ class Learn2PD(Policy):
         """What the filter is read from."""
         return () if isinstance(self.filter, Filter) else filter_files(self.filter)
 
-    def start(self, run: Run) -> Ready:
+    def start(self, setup: Setup) -> FilterState:
         """Filters are loaded when the first block of their length is asked for."""
-        return Ready({}, run)
+        return FilterState({}, setup)
 
-    def check(self, state: Ready, request: Request) -> None:
+    def check(self, state: FilterState, request: Request) -> None:
         """Load the filter, and refuse one that is for something else."""
         if request.has_gaps and self.eotp != "off":
             raise ValueError(f"eotp={self.eotp} would cut off text that is given; use eotp=off to infill")
-        run, length = state.run, request.block_length
+        setup, length = state.setup, request.block_length
         if length in state.networks:
             return
         if self.filter is None:
-            found = find_filter(run.fingerprint(), length)
+            found = find_filter(setup.fingerprint(), length)
         else:
             found = self.filter if isinstance(self.filter, Filter) else load_filter(self.filter)
-        _check(found, run.fingerprint, length, self.allow_mismatch)
-        state.networks[length] = found.network.to(run.device)
+        _check(found, setup.fingerprint, length, self.allow_mismatch)
+        state.networks[length] = found.network.to(setup.device)
 
-    def step(self, window: Window, denoise: Denoise, state: Ready) -> Edit:
+    def step(self, window: Window, denoise: Denoise, state: FilterState) -> Edit:
         """Commit what is accepted, the best in any case, and cut behind a predicted end-of-text."""
         everywhere = None
         if self.eotp == "published":
-            everywhere = _ask_everywhere(window, denoise, state.run.mask_token_id)
+            everywhere = _ask_everywhere(window, denoise, state.setup.mask_token_id)
             prediction = everywhere.arranged(lambda values: values.gather(1, window.columns))
         else:
             prediction = denoise(decided=True)
@@ -124,16 +124,16 @@ class Learn2PD(Policy):
         edit = commit(window, prediction, accepted | top(prediction.confidence, self.at_least, window.masked))
         if self.eotp == "off":
             return edit
-        ends, none = is_eos(prediction.tokens, window), state.run.length
+        ends, none = is_eos(prediction.tokens, window), state.setup.length
         if self.eotp == "safe":
             cut = _first(leftmost(window.masked & ~edit.write) & ends, window, none)
         else:
             cut = _first(accepted & ends, window, none)
         if everywhere is not None:
-            cut = torch.where(cut < none, cut, _surest_end(window, everywhere, state.run.mask_token_id))
+            cut = torch.where(cut < none, cut, _surest_end(window, everywhere, state.setup.mask_token_id))
         return replace(edit, end=(cut + 1).clamp(max=none))
 
-    def _surety(self, window: Window, prediction: Prediction, state: Ready) -> Float[Tensor, "B K"]:
+    def _surety(self, window: Window, prediction: Prediction, state: FilterState) -> Float[Tensor, "B K"]:
         """What the filters for the rows' lengths of block say."""
         confidence = prediction.confidence.float()
         surety = torch.zeros_like(confidence)

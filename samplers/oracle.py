@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dllm.decoding.canvas import Edit, Window
 from dllm.decoding.request import Request
-from dllm.decoding.setup import Rehearsal, Run
+from dllm.decoding.setup import Rehearsal, Setup
 from dllm.resolve import resolve
 from dllm.samplers.base import Denoise, Policy, Sampler, become
 from dllm.samplers.selection import stopped, top
@@ -73,10 +73,10 @@ class Oracle(Policy):
         """What the base reads."""
         return self._base.files()
 
-    def start(self, run: Run) -> Known:
+    def start(self, setup: Setup) -> Known:
         """Make room for the results."""
-        result = torch.zeros((run.slots, run.length), dtype=torch.long, device=run.device)
-        return Known(result, run.rehearsal(self._base), run.mask_token_id)
+        result = torch.zeros((setup.slots, setup.length), dtype=torch.long, device=setup.device)
+        return Known(result, setup.rehearsal(self._base), setup.mask_token_id)
 
     def check(self, state: Known, request: Request) -> None:
         """Refuse what the base refuses."""

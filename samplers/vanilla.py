@@ -37,7 +37,7 @@ from dllm.checks import choice, number
 from dllm.decoding.canvas import Edit, Window
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.request import Request
-from dllm.decoding.setup import Run
+from dllm.decoding.setup import Setup
 from dllm.samplers.base import Denoise, Policy, commit
 from dllm.samplers.schedule import check_steps, steps_of_block
 from dllm.samplers.selection import perturbed, top
@@ -114,9 +114,9 @@ class Vanilla(Policy):
         if self.alg_temp > 0 and self.order == "random":
             raise ValueError(f"alg_temp={self.alg_temp} has no effect with order=random; use another order, or 0")
 
-    def start(self, run: Run) -> Timetables:
+    def start(self, setup: Setup) -> Timetables:
         """Make room for what is tabulated."""
-        return Timetables(torch.zeros((0, 0, 0), dtype=torch.long, device=run.device))
+        return Timetables(torch.zeros((0, 0, 0), dtype=torch.long, device=setup.device))
 
     def check(self, state: Timetables, request: Request) -> None:
         """Refuse steps that the blocks cannot share."""

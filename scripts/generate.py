@@ -33,7 +33,7 @@ from dllm.decoding.step import Step
 from dllm.display import CanvasView, live, plain, save_picture
 from dllm.escape import terminal
 from dllm.evaluation.answer_manifest import AnswerManifest, describe, identify
-from dllm.evaluation.jsonl import AnswerFile, Question, read_questions
+from dllm.evaluation.jsonl import AnswerFile, PromptLine, read_questions
 from dllm.resolve import build
 from dllm.samplers.base import Sampler
 from dllm.scripts import app, own
@@ -64,8 +64,8 @@ def generate(cfg: DictConfig) -> None:
     # Bad values are refused before the model loads.
     compatibility.check(sampler, cache, dllm.Options(**options).cfg_scale)
 
-    def load() -> Runner:
-        return Runner(app.load_model(fields["model"]), sampler, cache, options, cfg.chat, cfg.infill)
+    def load() -> Session:
+        return Session(app.load_model(fields["model"]), sampler, cache, options, cfg.chat, cfg.infill)
 
     if answers is None:
         prompt = word_problems.problems(1, seed=options["seed"])[0].question if cfg.prompt is None else cfg.prompt
@@ -98,7 +98,7 @@ def generate(cfg: DictConfig) -> None:
             raise ValueError(f"{failed} of {len(left)} prompts have no answer, as told above; the same command retries")
 
 
-class Runner:
+class Session:
     """A loaded model and how to decode with it.
 
     Args:
@@ -154,7 +154,7 @@ class Runner:
             save_picture(frames, f"{self.lm.name} · {prompt}", picture)
 
     def answer_file(
-        self, questions: Sequence[Question], answers: AnswerFile, show: str, read: Sequence[identity.Stamp]
+        self, questions: Sequence[PromptLine], answers: AnswerFile, show: str, read: Sequence[identity.Stamp]
     ) -> None:
         """Decode the questions that have no answer yet, writing each answer as it finishes."""
         left = _left(questions, answers)
@@ -236,7 +236,7 @@ def _check(cfg: DictConfig) -> None:
         seed("seed", cfg.seed, use=", or null for any")
 
 
-def _left(questions: Sequence[Question], answers: AnswerFile) -> list[Question]:
+def _left(questions: Sequence[PromptLine], answers: AnswerFile) -> list[PromptLine]:
     """The questions without an answer."""
     if strange := answers.ids - {question.id for question in questions}:
         name = min(strange, key=str)
@@ -250,7 +250,7 @@ def _told(drift: Drift) -> str:
     )
 
 
-def _done(questions: Sequence[Question], answers: AnswerFile) -> str:
+def _done(questions: Sequence[PromptLine], answers: AnswerFile) -> str:
     return f"{len(answers.ids)} of {len(questions)} answers are in {answers.path}"
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from dllm.decoding.canvas import Edit, Window
 from dllm.decoding.prediction import Prediction, Sampling
 from dllm.decoding.request import Request
-from dllm.decoding.setup import Run
+from dllm.decoding.setup import Setup
 
 # What a block may look like: nan stands for a position that is decoded already.
 confidences = st.lists(st.one_of(st.just(nan), st.floats(0.02, 0.999)), min_size=1, max_size=12).filter(
@@ -24,9 +24,9 @@ MASK = 99
 GUESSES = 100
 
 
-def facts() -> Run:
+def facts() -> Setup:
     """Those of an engine for one row of 20 columns."""
-    return Run(
+    return Setup(
         slots=1, length=20, mask_token_id=MASK, logits_shift=0, kv_shape=(2, 1, 4), hidden_size=8,
         dtype=torch.float64, device=torch.device("cpu"), tokenizer=None, vocab_size=GUESSES + 2, fingerprint=str,
         rehearsal=lambda other: pytest.fail("there is nothing to decode with"),

@@ -19,7 +19,7 @@ import dllm
 from commands import Outcome, command
 from dllm.cache import NoCache
 from dllm.evaluation.journal import Journal
-from dllm.evaluation.records import Request
+from dllm.evaluation.records import Query
 from dllm.evaluation.run_folder import RunFolder
 from dllm.evaluation.runner import Runner, Setting
 from dllm.evaluation.trace import Trace
@@ -118,7 +118,7 @@ def answered(outcome: Outcome, file: Path) -> None:
 
 # Journals -------------------------------------------------------------------------------------------------------------
 
-REQUESTS = [Request(str(number), [5 + number, 6, 7], seed=number) for number in range(3)]
+REQUESTS = [Query(str(number), [5 + number, 6, 7], seed=number) for number in range(3)]
 
 
 def runner(journal: Path) -> Runner:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 import dllm
 from dllm.decoding.canvas import Edit, Window
-from dllm.decoding.setup import Run
+from dllm.decoding.setup import Setup
 from dllm.decoding.step import Step
 from dllm.display import FRESH, MASKED, PROVISIONAL, SETTLED, CanvasView, live, plain, save_picture
 from dllm.samplers.base import Denoise, Policy
@@ -35,7 +35,7 @@ class Script(Policy):
     def token(word: str) -> int:
         return int(LM.tokenizer.convert_tokens_to_ids(word))
 
-    def start(self, run: Run) -> list[dict[int, int]]:
+    def start(self, setup: Setup) -> list[dict[int, int]]:
         return list(self.steps)
 
     def step(self, window: Window, denoise: Denoise, state: list[dict[int, int]]) -> Edit:

@@ -16,7 +16,7 @@ from dllm.cache import NoCache
 from dllm.decoding.ending import StopStrings, cut
 from dllm.decoding.options import Options
 from dllm.evaluation.journal import Journal
-from dllm.evaluation.records import Request
+from dllm.evaluation.records import Query
 from dllm.evaluation.run_folder import trace
 from dllm.evaluation.runner import Runner, Setting
 from dllm.resolve import names
@@ -235,8 +235,8 @@ class TestStopping:
         free = dllm.generate(LM, PROMPTS[:1], **SHORT).texts
         (stop,), options = stops_of(free), {"gen_length": 18, "block_length": 8}
         settings = [Setting(LM, Vanilla(), NoCache(), options | more) for more in ({}, {"stop": stop})]
-        until = Runner(settings[0], Journal(None)).answer([Request("a", PROMPTS[0], (stop,))])[0]
-        stopped = Runner(settings[1], Journal(None)).answer([Request("a", PROMPTS[0])])[0]
+        until = Runner(settings[0], Journal(None)).answer([Query("a", PROMPTS[0], (stop,))])[0]
+        stopped = Runner(settings[1], Journal(None)).answer([Query("a", PROMPTS[0])])[0]
         assert stopped.text == until.text != free[0]
         assert stopped.tokens == until.tokens
         assert stopped.nfe <= until.nfe
@@ -244,7 +244,7 @@ class TestStopping:
     def test_what_is_kept_of_an_evaluation_knows_what_ended_its_texts(self) -> None:
         options = {"gen_length": 6, "eos_token_id": [20, 21]}
         runner = Runner(Setting(LM, Vanilla(), NoCache(), options), Journal(None))
-        assert trace(runner, runner.answer([Request("a", PROMPTS[0])])).eos_token_ids == (20, 21)
+        assert trace(runner, runner.answer([Query("a", PROMPTS[0])])).eos_token_ids == (20, 21)
 
 
 class TestRefusals:

@@ -18,7 +18,7 @@ from dllm.evaluation import claim
 from dllm.evaluation.journal import Journal
 from dllm.evaluation.jsonl import AnswerFile
 from dllm.evaluation.metrics import speedup
-from dllm.evaluation.records import Request
+from dllm.evaluation.records import Query
 from dllm.evaluation.run_folder import RunFolder
 from dllm.evaluation.runner import BASELINES, Runner, Setting
 from dllm.evaluation.trace import Trace
@@ -28,7 +28,7 @@ from dllm.tasks.base import Graded
 from models import random_llada, save_folder
 
 LM = random_llada(tokenizer=True, seed=3, max_length=96)
-REQUESTS = [Request(str(number), [5 + number, 6, 7], seed=number) for number in range(5)]
+REQUESTS = [Query(str(number), [5 + number, 6, 7], seed=number) for number in range(5)]
 GRADED = Graded({"right": {"0": 1.0}}, "right", {"0": {}})
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dllm.evaluation.jsonl import AnswerFile, Question, read_questions
+from dllm.evaluation.jsonl import AnswerFile, PromptLine, read_questions
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
 
@@ -192,7 +192,7 @@ class TestAnswers:
 def test_questions_read_their_own_ids_back_from_answers(tmp_path: Path) -> None:
     source, path = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
     source.write_text('{"id": "1", "prompt": "x"}\n{"id": 1, "prompt": "y"}\n{"prompt": "z"}\n')
-    questions: list[Question] = read_questions(source)
+    questions: list[PromptLine] = read_questions(source)
     written(path, [{"id": questions[1].id, "text": ""}, {"id": questions[2].id, "text": ""}])
     assert [q.prompt for q in questions if q.id not in AnswerFile(path).ids] == ["x"]
 

@@ -14,7 +14,7 @@ from dllm.cache import NoCache
 from dllm.decoding.options import parse_options
 from dllm.evaluation.journal import Journal
 from dllm.evaluation.metrics import cost
-from dllm.evaluation.records import Request, cut, follow
+from dllm.evaluation.records import Query, cut, follow
 from dllm.evaluation.runner import Runner, Setting
 from dllm.tasks import word_problems
 from models import random_llada
@@ -22,7 +22,7 @@ from toys import Spying
 
 TINY = dllm.load("tiny-llada")
 QUESTIONS = [problem.question for problem in word_problems.problems(5, seed=1_000_001)]
-REQUESTS = [Request(str(n), TINY.tokenizer(text).input_ids, seed=n) for n, text in enumerate(QUESTIONS)]
+REQUESTS = [Query(str(n), TINY.tokenizer(text).input_ids, seed=n) for n, text in enumerate(QUESTIONS)]
 OPTIONS: dict[str, Any] = {"gen_length": 64, "batch_size": 2}
 
 

@@ -14,7 +14,7 @@ from dllm.cache.base import Plan, Question
 from dllm.cache.store import KeyValues
 from dllm.decoding.canvas import Change, Edit, Exchange, Window
 from dllm.decoding.request import Request
-from dllm.decoding.setup import Run
+from dllm.decoding.setup import Setup
 from dllm.samplers.base import Denoise, Policy, commit
 from dllm.samplers.selection import top
 
@@ -23,8 +23,8 @@ from dllm.samplers.selection import top
 class Revoking(Policy):
     """Commits the three best, then takes back the least sure token of an earlier step of the block."""
 
-    def start(self, run: Run) -> int:
-        return run.mask_token_id
+    def start(self, setup: Setup) -> int:
+        return setup.mask_token_id
 
     def step(self, window: Window, denoise: Denoise, state: int) -> Edit:
         settled = window.inside & ~window.masked
@@ -55,8 +55,8 @@ class Editing(Policy):
 
     revoke: bool = True
 
-    def start(self, run: Run) -> dict[str, Tensor]:
-        return {"done": torch.zeros(run.slots, dtype=torch.bool), "mask": torch.tensor(run.mask_token_id)}
+    def start(self, setup: Setup) -> dict[str, Tensor]:
+        return {"done": torch.zeros(setup.slots, dtype=torch.bool), "mask": torch.tensor(setup.mask_token_id)}
 
     def enter(self, state: dict[str, Tensor], row: int, request: Request) -> None:
         state["done"][row] = False
@@ -109,8 +109,8 @@ def _written(window: Window, tokens: Tensor, where: Tensor) -> Tensor:
 class Remembering(Policy):
     """Asks at every other step only, and in between commits what it remembers, without a forward."""
 
-    def start(self, run: Run) -> dict[str, Tensor]:
-        shape = run.slots, 64
+    def start(self, setup: Setup) -> dict[str, Tensor]:
+        shape = setup.slots, 64
         return {"tokens": torch.zeros(shape, dtype=torch.long), "score": torch.zeros(shape, dtype=torch.float64)}
 
     def step(self, window: Window, denoise: Denoise, state: dict[str, Tensor]) -> Edit:
@@ -130,8 +130,8 @@ class Watching(Policy):
 
     inner: Any
 
-    def start(self, run: Run) -> Any:
-        return self.inner.start(run)
+    def start(self, setup: Setup) -> Any:
+        return self.inner.start(setup)
 
     def check(self, state: Any, request: Request) -> None:
         self.inner.check(state, request)
@@ -228,15 +228,15 @@ class Spying:
     def refresh_above(self) -> Any:
         return self.inner.refresh_above
 
-    def start(self, run: Run) -> SpyingRun:
-        return SpyingRun(self.inner.start(run), self.log, self.expiring)
+    def start(self, setup: Setup) -> SpyingRun:
+        return SpyingRun(self.inner.start(setup), self.log, self.expiring)
 
 
 @dataclass
 class RefreshingRun:
     """Computes the planned columns through a store that holds nonsense at first."""
 
-    run: Run
+    setup: Setup
     store: KeyValues
     narrow: bool
     short: bool
@@ -276,8 +276,8 @@ class Refreshing:
     narrow: bool = False
     short: bool = False
 
-    def start(self, run: Run) -> RefreshingRun:
-        return RefreshingRun(run, KeyValues(run), self.narrow, self.short)
+    def start(self, setup: Setup) -> RefreshingRun:
+        return RefreshingRun(setup, KeyValues(setup), self.narrow, self.short)
 
 
 @dataclass

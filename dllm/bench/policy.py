@@ -9,7 +9,7 @@ from dllm.checks import number
 from dllm.decoding.canvas import Edit, Window
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.request import Request
-from dllm.decoding.setup import Run
+from dllm.decoding.setup import Setup
 from dllm.samplers.base import Denoise, Policy, Sampler, commit
 from dllm.samplers.selection import top
 
@@ -44,9 +44,9 @@ class CommitsPerStep(Policy):
         """What a cache must give (`dllm.decoding.compatibility`): what the policy needs."""
         return self.base.needs
 
-    def start(self, run: Run) -> Any:
+    def start(self, setup: Setup) -> Any:
         """Start the policy."""
-        return self.base.start(run)
+        return self.base.start(setup)
 
     def check(self, state: Any, request: Request) -> None:
         """Refuse what the policy refuses."""

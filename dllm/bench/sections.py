@@ -18,7 +18,7 @@ SECTIONS = ("embedding", "layers", "projection", "selection", "cache", "python")
 _SERVED = ("update", "parts", "stale", "blend", "attended")
 
 
-class Clock:
+class SectionTimer:
     """Seconds of each section, without those of the sections within it."""
 
     def __init__(self, device: torch.device) -> None:
@@ -65,7 +65,7 @@ class Clock:
 
 
 @contextmanager
-def watching(clock: Clock, backbone: MaskedDiffusionModel, sampler: Any, denoiser: Denoiser) -> Iterator[None]:
+def watching(clock: SectionTimer, backbone: MaskedDiffusionModel, sampler: Any, denoiser: Denoiser) -> Iterator[None]:
     """Count a run that goes on meanwhile.
 
     Args:
@@ -103,7 +103,7 @@ def watching(clock: Clock, backbone: MaskedDiffusionModel, sampler: Any, denoise
 class _Patches:
     """Attributes that are replaced for a while."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: SectionTimer) -> None:
         self._clock = clock
         self._undo: list[Callable[[], None]] = []
 

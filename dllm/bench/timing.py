@@ -21,9 +21,9 @@ from dllm.bench import today
 from dllm.bench.bare import Bare, Call, in_part, listening
 from dllm.bench.cost import Cost, Timing, cost_of
 from dllm.bench.models import causal_model
-from dllm.bench.sections import Clock, watching
+from dllm.bench.sections import SectionTimer, watching
 from dllm.decoding.options import Options
-from dllm.decoding.result import Clock as Memory
+from dllm.decoding.result import Clock
 from dllm.models import MaskedDiffusionModel
 from dllm.models.loading import LanguageModel
 
@@ -119,7 +119,7 @@ class Bench:
         To be asked before anything is timed: a process that gave memory back counts what it takes again.
         """
         for measured in (False, True):  # at first, code is read in as well
-            before, memory = _resident(self.lm.device), Memory(self.lm.device)
+            before, memory = _resident(self.lm.device), Clock(self.lm.device)
             _, engine = prepare(self.lm, self.prompts, sampler, cache, self.options)
             for _ in islice(engine.steps(), _LOOKED_INTO if measured else _WARM_UP):
                 pass
@@ -136,7 +136,7 @@ class Bench:
         _, engine = prepare(self.lm, self.prompts, sampler, cache, launched)
         steps = engine.steps()
         deque(islice(steps, _WARM_UP), maxlen=0)
-        clock = Clock(self.lm.device)
+        clock = SectionTimer(self.lm.device)
         with watching(clock, self.lm.backbone, engine.sampler, engine.denoiser):
             clock.reset()
             looked = sum(1 for _ in islice(steps, _LOOKED_INTO))
@@ -230,4 +230,4 @@ def _resident(device: torch.device) -> int:
         return torch.cuda.memory_allocated(device)
     with suppress(OSError, AttributeError):  # glibc alone can do so
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return Memory(device).peak_memory()
+    return Clock(device).peak_memory()

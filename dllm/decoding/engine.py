@@ -25,9 +25,9 @@ from dllm.decoding.memory import Memory
 from dllm.decoding.options import make_request, parse_options, seeds
 from dllm.decoding.prompts import Mask, encode_one
 from dllm.decoding.recorder import Recorder
-from dllm.decoding.rehearsal import Rehearsal
+from dllm.decoding.rehearsal import EngineRehearsal
 from dllm.decoding.request import Request
-from dllm.decoding.setup import Run
+from dllm.decoding.setup import Setup
 from dllm.decoding.step import Event, Step
 from dllm.models.loading import LanguageModel
 from dllm.resolve import resolve
@@ -92,7 +92,7 @@ class Engine:
         self._canvas = Canvas(batch_size, self.max_length, backbone.mask_token_id, lm.device)
         self._recorder = Recorder(self._canvas, lm.tokenizer)
         self._meter = Meter(batch_size, self.cache.measure_every, self.cache.refresh_above, backbone.mask_token_id)
-        self._run = Run(
+        self._setup = Setup(
             slots=batch_size,
             length=self.max_length,
             mask_token_id=backbone.mask_token_id,
@@ -104,13 +104,13 @@ class Engine:
             tokenizer=lm.tokenizer,
             vocab_size=backbone.config.vocab_size,
             fingerprint=backbone.fingerprint,
-            rehearsal=lambda other: Rehearsal(self, other),
+            rehearsal=lambda other: EngineRehearsal(self, other),
             tensor=self._memory.tensor,
         )
         with torch.inference_mode():
             with torch.device("cpu"):  # where tables are made before they are moved, whatever the user's default is
-                self._state = self.sampler.start(self._run)
-            cache_run, forward = self.cache.start(self._run), self._memory.forward(cuda_graphs)
+                self._state = self.sampler.start(self._setup)
+            cache_run, forward = self.cache.start(self._setup), self._memory.forward(cuda_graphs)
             self.denoiser = Denoiser(forward, self._canvas, cache_run, cfg_scale, self._meter)
         self._stepping, self._lock = RLock(), Lock()
         self._waiting: deque[tuple[int, Request]] = deque()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dllm.decoding.engine import Engine
 
 
-class Rehearsal:
+class EngineRehearsal:
     """Decodes the requests of an engine with another sampler, uncounted.
 
     Args:

@@ -32,7 +32,7 @@ class Rehearsal(Protocol):
 
 
 @dataclass(frozen=True)
-class Run:
+class Setup:
     """What samplers and caches may depend on.
 
     Attributes:

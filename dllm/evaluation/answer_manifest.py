@@ -15,7 +15,7 @@ from importlib.metadata import version
 from typing import Any
 
 from dllm import identity
-from dllm.evaluation.jsonl import MANIFEST, AnswerFile, Question
+from dllm.evaluation.jsonl import MANIFEST, AnswerFile, PromptLine
 from dllm.files import check_kept, expanded, read_json, write_json
 from dllm.models import adapters
 from dllm.models.loading import LanguageModel
@@ -79,7 +79,7 @@ class AnswerManifest:
         """Of the last session, for one that goes on with any seed."""
         return self._sessions[-1]["options"].get("seed") if self._sessions else None
 
-    def check(self, questions: Sequence[Question], session: Mapping[str, Any]) -> None:
+    def check(self, questions: Sequence[PromptLine], session: Mapping[str, Any]) -> None:
         """Refuse answers of other prompts or options.
 
         Args:
@@ -129,7 +129,7 @@ class AnswerManifest:
                 differing = ["model" if name != "model.dtype" else name for name in differing]
             self._refuse(list(dict.fromkeys(differing)), before, session)
 
-    def begin(self, questions: Sequence[Question], session: Mapping[str, Any]) -> None:
+    def begin(self, questions: Sequence[PromptLine], session: Mapping[str, Any]) -> None:
         """Write down what makes the answers that follow.
 
         Raises:
@@ -297,7 +297,7 @@ def _told(name: str, session: Mapping[str, Any]) -> str:
     return f"{name}={value if isinstance(value, str) else json.dumps(value)}"
 
 
-def _key(question: Question) -> str:
+def _key(question: PromptLine) -> str:
     """An id as JSON has it: the number 1 and the text "1" are two."""
     return json.dumps(question.id, ensure_ascii=False)
 
@@ -308,7 +308,7 @@ def _hash_of(ids: Set[str | int]) -> str:
     return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
 
 
-def _hash(question: Question) -> str:
+def _hash(question: PromptLine) -> str:
     """Of what is asked, whatever the line's place and id."""
     asked = {name: value for name, value in asdict(question).items() if value is not None}
     for name in ("id", "number", "place"):

@@ -23,7 +23,7 @@ MANIFEST = ".manifest.json"  # what the name of a file of answers goes on with b
 
 
 @dataclass(frozen=True)
-class Question:
+class PromptLine:
     """One line of the input.
 
     Attributes:
@@ -46,7 +46,7 @@ class Question:
         return int.from_bytes(hashlib.sha256(self.id.encode()).digest()[:8]) % 2**61
 
 
-def read_questions(path: Path, option: str = "input") -> list[Question]:
+def read_questions(path: Path, option: str = "input") -> list[PromptLine]:
     """Read lines of ``{"id": ..., "prompt": "..."}`` or ``{"id": ..., "messages": [...]}``.
 
     A chat whose last message is the assistant's holds the beginning of the answer.
@@ -63,7 +63,7 @@ def read_questions(path: Path, option: str = "input") -> list[Question]:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{option}={str(path)!r} cannot be read ({error}); give a JSONL file in UTF-8") from None
-    questions: dict[str | int, Question] = {}
+    questions: dict[str | int, PromptLine] = {}
     for number, line in enumerate(lines):
         if not line.strip():
             continue
@@ -256,7 +256,7 @@ def _is_printed_to(file: Path) -> bool:
     return False
 
 
-def _question(where: str, number: int, line: str) -> Question:
+def _question(where: str, number: int, line: str) -> PromptLine:
     try:
         row: Any = parse_json(line, once=True)
         json.dumps(row, ensure_ascii=False).encode()
@@ -272,4 +272,4 @@ def _question(where: str, number: int, line: str) -> Question:
     name = row.get("id", number)
     if not isinstance(name, (str, int)) or isinstance(name, bool):
         raise ValueError(f"{where} has id {name!r}; use text or a whole number")
-    return Question(name, number, prompt, f"{where} (id {name!r})" if "id" in row else where)
+    return PromptLine(name, number, prompt, f"{where} (id {name!r})" if "id" in row else where)

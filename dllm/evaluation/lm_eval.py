@@ -27,7 +27,7 @@ from dllm.escape import terminal
 from dllm.evaluation import lm_eval_options as harness_options
 from dllm.evaluation.journal import Journal
 from dllm.evaluation.likelihood import Estimate
-from dllm.evaluation.records import Request
+from dllm.evaluation.records import Query
 from dllm.evaluation.runner import Runner, Setting
 from dllm.models.loading import load
 from dllm.resolve import TARGET, build, options_of, resolve
@@ -142,7 +142,7 @@ class DLLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answer each request up to its first stop string."""
         asked = [self._request(instance) for instance in requests]
-        groups: dict[tuple[tuple[str, Any], ...], list[Request]] = {}
+        groups: dict[tuple[tuple[str, Any], ...], list[Query]] = {}
         for request, options in asked:
             groups.setdefault(tuple(sorted(options.items())), []).append(request)
         texts = {}
@@ -188,7 +188,7 @@ class DLLM(TemplateLM):
         self._note_cut(len(prefix) > room)
         return self.runner.score(name, prefix[len(prefix) - room :] if len(prefix) > room else prefix, target, greedy)
 
-    def _request(self, instance: Instance) -> tuple[Request, dict[str, Any]]:
+    def _request(self, instance: Instance) -> tuple[Query, dict[str, Any]]:
         """What to answer, and the task's options that the user did not set."""
         context, asked = instance.args
         mine = self.runner.setting.options
@@ -199,7 +199,7 @@ class DLLM(TemplateLM):
         room = self.max_length - int((options | dict(mine))["gen_length"])
         self._note_cut(len(prompt) > room > 0)
         prompt = prompt[-room:] if room > 0 else prompt
-        return Request(self._name(instance), prompt, stops, self._seed + self._next()), options
+        return Query(self._name(instance), prompt, stops, self._seed + self._next()), options
 
     def _note_cut(self, was: bool) -> None:
         if was:

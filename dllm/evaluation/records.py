@@ -18,7 +18,7 @@ from dllm.evaluation.trace import Frames
 
 
 @dataclass(frozen=True)
-class Request:
+class Query:
     """Something to answer.
 
     Attributes:
@@ -94,7 +94,7 @@ class Record:
 
 
 def follow(
-    prepared: Sequence[decoding.Request], engine: Engine, requests: Sequence[Request], filmed: frozenset[str]
+    prepared: Sequence[decoding.Request], engine: Engine, requests: Sequence[Query], filmed: frozenset[str]
 ) -> Iterator[tuple[Record, Frames | None]]:
     """Decode, yielding each request's record as soon as it is finished.
 
@@ -161,7 +161,7 @@ class _Notes:
             }
         )
 
-    def record(self, answer: Answer, request: Request, decoded: decoding.Request, clock: Clock) -> Record:
+    def record(self, answer: Answer, request: Query, decoded: decoding.Request, clock: Clock) -> Record:
         """What a finished request gave and cost."""
         stops, ends = (*request.until, *decoded.stops), decoded.eos_token_ids
         text, tokens = cut(decoded.tokenizer, np.array(answer.completion), stops, ends)
@@ -176,7 +176,7 @@ class _Notes:
             drift=self._drift,
         )
 
-    def frames(self, request: Request) -> Frames | None:
+    def frames(self, request: Query) -> Frames | None:
         """The steps that were kept; None where they were not."""
         if not self._film:
             return None

@@ -35,7 +35,7 @@ _MEMBERS = ("results.json", "manifest.json", "samples.parquet", "trace.safetenso
 _PACKAGES = ("dllm-samplers", "torch", "transformers", "tokenizers", "datasets", "numpy", "hydra-core", "lm-eval")
 
 
-class Score(TypedDict):
+class ScoreValue(TypedDict):
     """One score."""
 
     value: float
@@ -49,14 +49,14 @@ class Metrics(TypedDict):
     accuracy: float | None
     accuracy_interval: tuple[float | None, float | None] | None
     accuracy_name: str | None
-    scores: dict[str, Score]
+    scores: dict[str, ScoreValue]
     nfe: float | None
     tpf: float | None
     tokens_per_second: float | None
     speedup: Speedups | None
 
 
-class Factor(TypedDict):
+class SpeedupFactor(TypedDict):
     """How much faster a run was than a baseline."""
 
     time: float
@@ -65,8 +65,8 @@ class Factor(TypedDict):
 class Speedups(TypedDict):
     """Over both baselines."""
 
-    naive: Factor
-    eos_aware: Factor
+    naive: SpeedupFactor
+    eos_aware: SpeedupFactor
 
 
 class Results(TypedDict):

@@ -23,7 +23,7 @@ from dllm.decoding.engine import Engine
 from dllm.decoding.options import eos_ids, parse_options
 from dllm.evaluation.journal import Journal
 from dllm.evaluation.likelihood import Estimate, is_greedy, loglikelihood
-from dllm.evaluation.records import Record, Request, follow
+from dllm.evaluation.records import Query, Record, follow
 from dllm.evaluation.trace import Frames, Trace
 from dllm.identity import Stamp, check_weights
 from dllm.models.loading import LanguageModel
@@ -119,7 +119,7 @@ class Runner:
         """What ends a text."""
         return eos_ids(self.setting.options.get("eos_token_id"), self.lm)
 
-    def answer(self, requests: Sequence[Request], **options: Any) -> list[Record]:
+    def answer(self, requests: Sequence[Query], **options: Any) -> list[Record]:
         """Answer requests; those noted already are not decoded again.
 
         Args:
@@ -201,7 +201,7 @@ class Runner:
         shutil.rmtree(journal.parent / _FRAMES, ignore_errors=True)
         journal.unlink(missing_ok=True)
 
-    def _decode(self, requests: Sequence[Request], options: Mapping[str, Any]) -> None:
+    def _decode(self, requests: Sequence[Query], options: Mapping[str, Any]) -> None:
         """Answer what has no answer yet."""
         left = self._left(requests)
         again = [request for request in requests if request.id in self._filmed and self._lost_film(request)]
@@ -216,24 +216,24 @@ class Runner:
             self._note("record", record.id, asdict(record))
             self._tell()
 
-    def _left(self, requests: Sequence[Request]) -> list[Request]:
+    def _left(self, requests: Sequence[Query]) -> list[Query]:
         """Those without an answer."""
         return [request for request in requests if self.journal.get("record", request.id) is None]
 
-    def _baseline(self, name: str, requests: Sequence[Request], options: Mapping[str, Any]) -> None:
+    def _baseline(self, name: str, requests: Sequence[Query], options: Mapping[str, Any]) -> None:
         made = self._prepare(requests, Vanilla(), NoCache(), options)
         for record in [record for record, _ in follow(*made, requests, frozenset())]:
             row = Baseline(ids=[record.id], tokens=record.tokens, seconds=record.seconds, nfe=record.nfe)
             self._note("baseline", f"{name} {self._session} {record.id}", row)
 
     def _prepare(
-        self, requests: Sequence[Request], sampler: Any, cache: Any, options: Mapping[str, Any]
+        self, requests: Sequence[Query], sampler: Any, cache: Any, options: Mapping[str, Any]
     ) -> tuple[list[decoding.Request], Engine]:
         """What is decoded, and an engine in which it waits."""
         seeded = parse_options({**options, "seed": [request.seed for request in requests]})
         return prepare(self.lm, [request.prompt for request in requests], sampler, cache, seeded)
 
-    def _begin_session(self, requests: Sequence[Request], options: Mapping[str, Any]) -> None:
+    def _begin_session(self, requests: Sequence[Query], options: Mapping[str, Any]) -> None:
         """The first forwards of a process, and what a policy loads for them, belong to no request.
 
         All answers and baselines in the journal after it, up to the next session, were timed in this one.
@@ -283,7 +283,7 @@ class Runner:
         fits = frames.id == record.id and frames.canvas.shape[1] == len(record.completion)
         return frames if known and fits else None
 
-    def _film_again(self, requests: Sequence[Request], options: Mapping[str, Any]) -> None:
+    def _film_again(self, requests: Sequence[Query], options: Mapping[str, Any]) -> None:
         """Keep the steps of answers once more; the answers stay as they are noted."""
         if requests:
             made = self._prepare(requests, self.setting.sampler, self.setting.cache, options)
@@ -291,7 +291,7 @@ class Runner:
                 assert frames is not None
                 self._keep(self._noted(record.id), frames)
 
-    def _lost_film(self, request: Request) -> bool:
+    def _lost_film(self, request: Query) -> bool:
         """Whether an answer is there and the steps that belong to it are not, or cannot be read any more."""
         film, record = (self.journal.get(kind, request.id) for kind in ("film", "record"))
         return self._films is not None and record is not None and (film is None or self._film(Record(**record)) is None)

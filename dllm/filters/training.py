@@ -23,7 +23,7 @@ import dllm
 from dllm.checks import number
 from dllm.decoding.canvas import Edit, Window
 from dllm.decoding.request import Request
-from dllm.decoding.setup import Rehearsal, Run
+from dllm.decoding.setup import Rehearsal, Setup
 from dllm.filters.filter import ConfidenceFilter, FilterNetwork, NeighbourFilter
 from dllm.resolve import resolve
 from dllm.samplers.base import Denoise, Policy, Sampler
@@ -79,10 +79,10 @@ class Replay(Policy):
     base: Any
     records: list[Records] = field(default_factory=list)
 
-    def start(self, run: Run) -> Truth:
+    def start(self, setup: Setup) -> Truth:
         """Make room for the truth."""
-        result = torch.zeros((run.slots, run.length), dtype=torch.long, device=run.device)
-        return Truth(result, run.rehearsal(self.base))
+        result = torch.zeros((setup.slots, setup.length), dtype=torch.long, device=setup.device)
+        return Truth(result, setup.rehearsal(self.base))
 
     def enter(self, state: Truth, row: int, request: Request) -> None:
         """Decode the truth."""

@@ -22,7 +22,7 @@ from dllm.escape import terminal
 from dllm.evaluation.trace import Frames, Trace
 from dllm.reports import plots, table
 from dllm.reports.player import RAMPS, word
-from dllm.reports.runs import Group, Run, Sweep
+from dllm.reports.runs import Group, MeasuredRun, Sweep
 
 _MOST = 2_000_000  # characters of samples that a run brings to a page
 
@@ -57,7 +57,7 @@ def render(sweep: Sweep, drawn: Mapping[str, Mapping[str, str]], traces: int) ->
     return terminal(rendered)
 
 
-def chosen(sweep: Sweep, most: int) -> list[Run]:
+def chosen(sweep: Sweep, most: int) -> list[MeasuredRun]:
     """The runs whose traces are worth showing.
 
     Of each group those on its front, spread out; then the best of each sampler; then others, spread out.

@@ -11,7 +11,7 @@ from typing import Any
 from dllm.escape import terminal
 from dllm.reports.frontier import front
 from dllm.reports.labels import Labels
-from dllm.reports.runs import Group, Run, Sweep
+from dllm.reports.runs import Group, MeasuredRun, Sweep
 
 # Legible on white and on black, where the page turns ink and grid.
 INK, GRID = "#333333", "#dddddd"
@@ -41,7 +41,7 @@ class Look:
         self.colours = {name: _COLOURS[place % len(_COLOURS)] for place, name in enumerate(samplers)}
         self.markers = {name: _MARKERS[place % len(_MARKERS)] for place, name in enumerate(caches)}
 
-    def of(self, run: Run) -> dict[str, Any]:
+    def of(self, run: MeasuredRun) -> dict[str, Any]:
         """How a run is drawn."""
         if run.bound:
             return {"color": INK, "marker": "*", "markersize": 10, "markerfacecolor": "none"}
@@ -109,7 +109,7 @@ def spread(values: Sequence[Any], most: int) -> list[Any]:
     return [values[round(place * (len(values) - 1) / max(1, most - 1))] for place in range(most)]
 
 
-def _axes(axes: Any, group: Group, cost: str, points: Sequence[tuple[Run, float, float]]) -> None:
+def _axes(axes: Any, group: Group, cost: str, points: Sequence[tuple[MeasuredRun, float, float]]) -> None:
     names = {run.quality_name for run, *_ in points}
     quality_name = terminal(names.pop(), one_line=True) if len(names) == 1 else "quality"
     axes.set(xlabel=COSTS[cost], ylabel=quality_name, title=terminal(group.title, one_line=True))
@@ -140,7 +140,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:g}%" if -1e-9 <= share <= 1 + 1e-9 else ""
 
 
-def _point(axes: Any, run: Run, value: float, quality: float, cost: str, look: Look) -> None:
+def _point(axes: Any, run: MeasuredRun, value: float, quality: float, cost: str, look: Look) -> None:
     # At 0% and 100% rounding may put the interval's end beyond the share itself.
     low, high = run.interval or (quality, quality)
     errors: dict[str, Any] = {"yerr": [[max(0.0, quality - low)], [max(0.0, high - quality)]]} if run.interval else {}
@@ -170,7 +170,7 @@ def steps(points: Sequence[tuple[float, float]], cost: str, limits: tuple[float,
     return [*corners, (limits[1 if cost == "nfe" else 0], ordered[-1][1])]
 
 
-def _legend(figure: Any, points: Sequence[tuple[Run, float, float]], look: Look) -> None:
+def _legend(figure: Any, points: Sequence[tuple[MeasuredRun, float, float]], look: Look) -> None:
     from matplotlib.lines import Line2D
 
     runs = [run for run, *_ in points if not run.bound]

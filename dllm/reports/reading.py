@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from dllm.identity import within
-from dllm.reports.runs import Failure, Group, Run, Sweep
+from dllm.reports.runs import Failure, Group, MeasuredRun, Sweep
 from dllm.stored import misfit, shallow, there
 
 VERSION = 1
@@ -69,7 +69,7 @@ def _named(name: str, folder: Path) -> list[Path]:
     return sorted({os.path.realpath(path): path for path in found}.values())
 
 
-def _apart(runs: Sequence[Run]) -> list[Run]:
+def _apart(runs: Sequence[MeasuredRun]) -> list[MeasuredRun]:
     """Runs that were asked other things of one task, or loaded otherwise, are not compared: the task's name says so."""
     named = []
     for run in runs:
@@ -81,7 +81,7 @@ def _apart(runs: Sequence[Run]) -> list[Run]:
     return named
 
 
-def _shares(runs: Sequence[Run]) -> str:
+def _shares(runs: Sequence[MeasuredRun]) -> str:
     """The scores that can stand for quality: those from 0 to 1."""
     values: dict[str, list[float]] = {}
     for run in runs:
@@ -121,7 +121,7 @@ def _read(path: Path, kind: str) -> dict[str, Any]:
     return content
 
 
-def _run(path: Path, folder: Path, quality: str | None) -> Run:
+def _run(path: Path, folder: Path, quality: str | None) -> MeasuredRun:
     content = _read(path, "dllm-results")
     try:
         metrics = dict(content["metrics"])
@@ -129,7 +129,7 @@ def _run(path: Path, folder: Path, quality: str | None) -> Run:
         settings = dict(flat("", {name: content[name] for name in ("sampler", "cache")}))
         for part in ("options", "asked", "loading"):
             settings |= dict(flat(part, content.get(part) or {}))
-        run = Run(
+        run = MeasuredRun(
             folder=path.parent,
             place=path.parent.relative_to(folder).as_posix(),
             **{name: str(content[name]) for name in ("label", "model", "task")},
@@ -165,7 +165,7 @@ def _interval(value: Any) -> tuple[float, float] | None:
     return None if low is None or high is None else (low, high)
 
 
-def _ranked(runs: Sequence[Run]) -> tuple[Run, ...]:
+def _ranked(runs: Sequence[MeasuredRun]) -> tuple[MeasuredRun, ...]:
     """By score the best first, then the cheapest; each with a label of its own."""
     told = [replace(run, label=run.label + suffix) for run, suffix in zip(runs, _suffixes(runs), strict=True)]
     last = math.inf
@@ -182,7 +182,7 @@ def _ranked(runs: Sequence[Run]) -> tuple[Run, ...]:
     )
 
 
-def _suffixes(runs: Sequence[Run]) -> list[str]:
+def _suffixes(runs: Sequence[MeasuredRun]) -> list[str]:
     """What tells runs of one label apart: the settings that differ, else their folders."""
     suffixes = []
     for run in runs:

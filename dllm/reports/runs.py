@@ -12,7 +12,7 @@ from dllm.reports.frontier import front
 
 
 @dataclass(frozen=True)
-class Run:
+class MeasuredRun:
     """One setting, measured.
 
     Attributes:
@@ -81,7 +81,7 @@ class Group:
 
     model: str
     task: str
-    runs: tuple[Run, ...]
+    runs: tuple[MeasuredRun, ...]
 
     @property
     def title(self) -> str:
@@ -94,21 +94,21 @@ class Group:
         return sorted({run.quality_name for run in self.runs})
 
     @cached_property
-    def nfe_front(self) -> list[Run]:
+    def nfe_front(self) -> list[MeasuredRun]:
         """Methods that no other one beats in quality and forwards, by rising forwards."""
         return self._front("nfe", 1)
 
     @cached_property
-    def speed_front(self) -> list[Run]:
+    def speed_front(self) -> list[MeasuredRun]:
         """Methods that no other one beats in quality and tokens per second, by falling speed."""
         return self._front("tokens_per_second", -1)
 
-    def measured(self, cost: str) -> list[tuple[Run, float, float]]:
+    def measured(self, cost: str) -> list[tuple[MeasuredRun, float, float]]:
         """Runs that have both, with this metric and their quality."""
         found = ((run, run.number(cost), run.quality) for run in self.runs)
         return [(run, value, quality) for run, value, quality in found if value is not None and quality is not None]
 
-    def _front(self, cost: str, sign: int) -> list[Run]:
+    def _front(self, cost: str, sign: int) -> list[MeasuredRun]:
         found = []
         for name in self.judged_by:
             methods = [each for each in self.measured(cost) if not each[0].bound and each[0].quality_name == name]

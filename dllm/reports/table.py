@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from dllm.escape import cell
 from dllm.reports.frontier import aup
 from dllm.reports.reading import flat
-from dllm.reports.runs import Group, Run, Sweep
+from dllm.reports.runs import Group, MeasuredRun, Sweep
 
 Value = float | str | None
 _BASELINES = {"eos_aware": "EOS-aware", "naive": "naive"}
@@ -28,8 +28,8 @@ class Column:
     """
 
     head: str
-    value: Callable[[Run], Value]
-    text: Callable[[Run], str]
+    value: Callable[[MeasuredRun], Value]
+    text: Callable[[MeasuredRun], str]
     about: str = ""
 
 
@@ -107,7 +107,7 @@ def columns(group: Group) -> list[Column]:
     return [each for each in found if not all(empty(each.value(run), each.head) for run in group.runs)]
 
 
-def fronts(group: Group, run: Run) -> str:
+def fronts(group: Group, run: MeasuredRun) -> str:
     """On which fronts a run is."""
     if run.bound:
         return "bound"
@@ -163,7 +163,7 @@ def cells(group: Group, shown: Sequence[Column]) -> list[list[str]]:
 
 
 def _number(head: str, form: str, *path: str, scale: float = 1, about: str = "") -> Column:
-    def text(run: Run) -> str:
+    def text(run: MeasuredRun) -> str:
         value = run.number(*path)
         return "" if value is None else _text(value * scale, form)
 
@@ -188,7 +188,7 @@ def _scores(group: Group, head: str) -> list[Column]:
 
 
 def _score(group: Group, name: str) -> Column:
-    def value(run: Run) -> float | None:
+    def value(run: MeasuredRun) -> float | None:
         return run.number("scores", name, "value")
 
     # Perplexities and likelihoods are scores too.
@@ -196,12 +196,12 @@ def _score(group: Group, name: str) -> Column:
     return Column(name, value, lambda run: _share(value(run)) if share else _text(value(run), ",.3f"))
 
 
-def _nfe(run: Run) -> str:
+def _nfe(run: MeasuredRun) -> str:
     error = run.number("nfe_error")
     return _text(run.number("nfe"), ".1f") + ("" if error is None else f" ± {error:.1f}")
 
 
-def _interval(run: Run) -> str:
+def _interval(run: MeasuredRun) -> str:
     return f"{run.interval[0]:.1%} to {run.interval[1]:.1%}" if run.interval else ""
 
 

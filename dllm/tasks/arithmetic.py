@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dllm.checks import seed
-from dllm.evaluation.records import Request
+from dllm.evaluation.records import Query
 from dllm.evaluation.runner import Runner
 from dllm.tasks import word_problems
 from dllm.tasks.base import Graded
@@ -47,7 +47,7 @@ class WordProblems:
         asked = word_problems.problems(self.limit, self.seed)
         problems = {f"{self.name}/{place}": problem for place, problem in enumerate(asked)}
         requests = [
-            Request(name, tokenizer(problem.question).input_ids, seed=seed + place)
+            Query(name, tokenizer(problem.question).input_ids, seed=seed + place)
             for place, (name, problem) in enumerate(problems.items())
         ]
         records = {record.id: record for record in runner.answer(requests)}

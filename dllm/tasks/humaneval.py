@@ -43,7 +43,7 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Grade:
+class ProgramGrader:
     """Runs a whole function against its tests; see `task`."""
 
     execute: bool
@@ -96,7 +96,7 @@ def task(
         "test_split": "test",
         "doc_to_text": f"{_REQUEST}```python\n{{{{ prompt }}}}\n```\n" if instruct else "{{prompt}}",
         "doc_to_target": "{{test}}\ncheck({{entry_point}})",
-        "process_results": Grade(execute, timeout, memory, confined),
+        "process_results": ProgramGrader(execute, timeout, memory, confined),
         "metric_list": [metric],
         "generation_kwargs": {"until": list(STOPS), "max_gen_toks": 1024, "do_sample": False},
         "repeats": 1,

@@ -30,7 +30,7 @@ _ANSWER = re.compile(r"answer is (\d+)")
 
 
 @dataclass(frozen=True)
-class Step:
+class ChainStep:
     """One operation: ``left op right = result``, all values in 0..99."""
 
     left: int
@@ -47,7 +47,7 @@ class Problem:
     """A question, its chain of operations, and one way (of three) to write the solution."""
 
     question: str
-    steps: tuple[Step, ...]
+    steps: tuple[ChainStep, ...]
     solution: str
 
     @property
@@ -110,7 +110,7 @@ def grade(text: str, problem: Problem) -> Grade:
     return Grade(final, final and written == [str(step) for step in problem.steps])
 
 
-def _sample_steps(rng: random.Random, n_steps: int) -> tuple[Step, ...]:
+def _sample_steps(rng: random.Random, n_steps: int) -> tuple[ChainStep, ...]:
     value = rng.randint(5, 95)
     steps = []
     for _ in range(n_steps):
@@ -118,12 +118,12 @@ def _sample_steps(rng: random.Random, n_steps: int) -> tuple[Step, ...]:
         gain = value < 2 or (value < 98 and rng.random() < 0.5)
         right = rng.randint(1, 99 - value) if gain else rng.randint(1, value)
         result = value + right if gain else value - right
-        steps.append(Step(value, "+" if gain else "-", right, result))
+        steps.append(ChainStep(value, "+" if gain else "-", right, result))
         value = result
     return tuple(steps)
 
 
-def _question(rng: random.Random, name: str, pronoun: str, thing: str, steps: tuple[Step, ...]) -> str:
+def _question(rng: random.Random, name: str, pronoun: str, thing: str, steps: tuple[ChainStep, ...]) -> str:
     text = f"{name} has {steps[0].left} {thing}."
     joined = False
     for i, step in enumerate(steps):
@@ -140,7 +140,7 @@ def _question(rng: random.Random, name: str, pronoun: str, thing: str, steps: tu
     return f"{text} How many {thing} does {pronoun} have?"
 
 
-def _solution(rng: random.Random, pronoun: str, thing: str, steps: tuple[Step, ...]) -> str:
+def _solution(rng: random.Random, pronoun: str, thing: str, steps: tuple[ChainStep, ...]) -> str:
     style = rng.choice(STYLES)
     answer = steps[-1].result
     if style == "start":

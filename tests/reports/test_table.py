@@ -11,7 +11,7 @@ import pytest
 from dllm.reports import table
 from dllm.reports.frontier import aup
 from dllm.reports.reading import load
-from dllm.reports.runs import Group, Run
+from dllm.reports.runs import Group, MeasuredRun
 from report_rig import SETTINGS, speedup, write_run, write_sweep
 
 
@@ -127,6 +127,6 @@ class TestCsv:
 
 def test_columns_sort_by_their_numbers(group: Group) -> None:
     by_head = {column.head: column for column in table.columns(group)}
-    run: Run = group.runs[1]
+    run: MeasuredRun = group.runs[1]
     assert by_head["NFE"].value(run) == 12.6
     assert by_head["final answer"].value(run) == 0.98
