@@ -19,9 +19,9 @@ from torch import Tensor
 from dllm.cache.selection import Flags as Flags
 from dllm.cache.selection import Store
 from dllm.checks import number
-from dllm.decoding.canvas import Change, Exchange
 from dllm.decoding.question import Question as Question
 from dllm.decoding.setup import Setup
+from dllm.decoding.window import Change, Exchange
 
 
 @dataclass(frozen=True)

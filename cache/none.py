@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dllm.cache.base import Metered, Plan, Question
-from dllm.decoding.canvas import Change, Exchange
 from dllm.decoding.setup import Setup
+from dllm.decoding.window import Change, Exchange
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from torch import Tensor
 from dllm.cache.base import Plan, Question
 from dllm.cache.binding import bind
 from dllm.cache.selection import Flags, Selection, Store
-from dllm.decoding.canvas import Change, Exchange
 from dllm.decoding.setup import Setup
+from dllm.decoding.window import Change, Exchange
 from dllm.models.transformer import KVStore
 
 

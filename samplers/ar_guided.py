@@ -36,12 +36,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dllm.checks import choice, number
-from dllm.decoding.canvas import Edit, Window
 from dllm.decoding.flags import flagged
 from dllm.decoding.nonfinite import Broken, not_finite, reason
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
+from dllm.decoding.window import Edit, Window
 from dllm.guide import Guide, Judging, guide_folder, load_guide
 from dllm.guide.alignment import Aligned, Aligner, SameVocabulary, align
 from dllm.samplers.base import Denoise, Policy, commit

@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from dllm.decoding.canvas import Edit, Window
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
+from dllm.decoding.window import Edit, Window
 
 
 @runtime_checkable

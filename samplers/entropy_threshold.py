@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dllm.checks import number
-from dllm.decoding.canvas import Edit, Window
+from dllm.decoding.window import Edit, Window
 from dllm.samplers.base import Denoise, Policy, commit
 from dllm.samplers.selection import top
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from dllm.checks import number
-from dllm.decoding.canvas import Edit, Window
+from dllm.decoding.window import Edit, Window
 from dllm.samplers.base import Denoise, Policy, commit
 from dllm.samplers.selection import ranks, top
 

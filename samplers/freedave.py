@@ -40,10 +40,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dllm.checks import choice, number
-from dllm.decoding.canvas import Edit, Window
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
+from dllm.decoding.window import Edit, Window
 from dllm.resolve import resolve
 from dllm.samplers.base import Denoise, Policy, Sampler, become, told
 from dllm.samplers.selection import enter_next_blocks, stopped

@@ -37,11 +37,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm.checks import Notice, choice, number
-from dllm.decoding.canvas import Edit, Window
 from dllm.decoding.flags import flagged
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
+from dllm.decoding.window import Edit, Window
 from dllm.filters import Filter, FilterNetwork, filter_files, find_filter, load_filter
 from dllm.samplers.base import Denoise, Policy, commit
 from dllm.samplers.selection import is_eos, leftmost, top

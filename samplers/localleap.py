@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 
 from dllm.checks import number
-from dllm.decoding.canvas import Edit, Window
+from dllm.decoding.window import Edit, Window
 from dllm.samplers.base import Denoise, Policy, commit
 from dllm.samplers.selection import top
 

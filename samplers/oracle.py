@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dllm.decoding.canvas import Edit, Window
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Rehearsal, Setup
+from dllm.decoding.window import Edit, Window
 from dllm.resolve import resolve
 from dllm.samplers.base import Denoise, Policy, Sampler, become
 from dllm.samplers.selection import stopped, top

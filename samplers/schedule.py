@@ -5,8 +5,8 @@ from __future__ import annotations
 from jaxtyping import Int
 from torch import Tensor
 
-from dllm.decoding.canvas import Window
 from dllm.decoding.request import Request
+from dllm.decoding.window import Window
 
 
 def check_steps(steps: int, request: Request) -> None:

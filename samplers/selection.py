@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllm.decoding.canvas import Window
+from dllm.decoding.window import Window
 
 
 def ranks(score: Float[Tensor, "B K"]) -> Int[Tensor, "B K"]:

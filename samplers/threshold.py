@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dllm.checks import number
-from dllm.decoding.canvas import Edit, Window
 from dllm.decoding.request import Request
+from dllm.decoding.window import Edit, Window
 from dllm.samplers.base import Denoise, Policy, commit
 from dllm.samplers.schedule import check_steps, steps_of_block
 from dllm.samplers.selection import top

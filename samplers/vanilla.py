@@ -34,10 +34,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm.checks import choice, number
-from dllm.decoding.canvas import Edit, Window
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
+from dllm.decoding.window import Edit, Window
 from dllm.samplers.base import Denoise, Policy, commit
 from dllm.samplers.schedule import check_steps, steps_of_block
 from dllm.samplers.selection import perturbed, top

@@ -11,10 +11,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dllm.decoding.canvas import Edit, Window
 from dllm.decoding.prediction import Prediction, Sampling
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
+from dllm.decoding.window import Edit, Window
 
 # What a block may look like: nan stands for a position that is decoded already.
 confidences = st.lists(st.one_of(st.just(nan), st.floats(0.02, 0.999)), min_size=1, max_size=12).filter(

@@ -14,8 +14,8 @@ import dllm
 from contract_rig import BACKBONES, BY_NAME, LEARNED, PROMPTS, Maker, backbones, common_token
 from dllm.cache import D2Cache, DKVCache, DLLMCache, Dual, FreeCache, Prefix
 from dllm.cache.base import Cache
-from dllm.decoding.canvas import Edit, Window
 from dllm.decoding.compatibility import unmet
+from dllm.decoding.window import Edit, Window
 from dllm.resolve import names, resolve
 from dllm.samplers import FreeDave, LocalLeap, Oracle, Threshold, Vanilla
 from dllm.samplers.base import Denoise, Policy

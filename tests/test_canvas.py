@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from dllm.decoding.canvas import Canvas, Change, Edit
+from dllm.decoding.canvas import Canvas
 from dllm.decoding.prediction import Sampling
 from dllm.decoding.request import Request
+from dllm.decoding.window import Change, Edit
 
 MASK, EOS, FILL = 9, 7, 8
 

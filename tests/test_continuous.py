@@ -14,9 +14,10 @@ import torch
 
 import dllm
 from commands import command
-from dllm.decoding.canvas import Canvas, Edit
+from dllm.decoding.canvas import Canvas
 from dllm.decoding.prediction import Sampling
 from dllm.decoding.request import Request
+from dllm.decoding.window import Edit
 from dllm.resolve import names
 from dllm.tasks import word_problems
 from models import random_dream, random_guide, random_llada

@@ -17,8 +17,8 @@ from torch import Tensor
 import dllm
 from contract_rig import BY_NAME, PROMPTS, backbones
 from dllm.decoding import graphs
-from dllm.decoding.canvas import Edit, Window
 from dllm.decoding.compatibility import unmet
+from dllm.decoding.window import Edit, Window
 from dllm.resolve import names
 from dllm.samplers import FreeDave
 from dllm.samplers.base import Denoise, Policy, commit

@@ -58,7 +58,7 @@ class Perfect(dllm.samplers.base.Policy):
         denoise()
         length = window.columns.shape[1]
         tokens = [(self.rows[row] + [self.eos] * length)[:length] for row in window.rows.tolist()]
-        return dllm.decoding.canvas.Edit(window.columns, torch.tensor(tokens), window.masked)
+        return dllm.decoding.window.Edit(window.columns, torch.tensor(tokens), window.masked)
 
 
 def test_evaluate_grades_what_the_sampler_wrote() -> None:

@@ -74,7 +74,7 @@ def test_a_block_where_nothing_is_right_is_given_up_at_once() -> None:
             """Write something else than what is predicted."""
             prediction = denoise()
             other = (prediction.tokens + 7) % (mask - 1)
-            return dllm.decoding.canvas.Edit(window.columns, other, window.masked)
+            return dllm.decoding.window.Edit(window.columns, other, window.masked)
 
     records = collect(lm, [[3, 4]], Wrong(), "none", **OPTIONS)
     assert records.masked.sum(-1).tolist() == [6, 6, 2]

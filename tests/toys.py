@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dllm.cache.base import Plan, Question
 from dllm.cache.store import KeyValues
-from dllm.decoding.canvas import Change, Edit, Exchange, Window
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
+from dllm.decoding.window import Change, Edit, Exchange, Window
 from dllm.samplers.base import Denoise, Policy, commit
 from dllm.samplers.selection import top
 

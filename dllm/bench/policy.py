@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dllm.checks import number
-from dllm.decoding.canvas import Edit, Window
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
+from dllm.decoding.window import Edit, Window
 from dllm.samplers.base import Denoise, Policy, Sampler, commit
 from dllm.samplers.selection import top
 

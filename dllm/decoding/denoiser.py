@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dllm.cache.base import CacheRun, Plan
 from dllm.cache.selection import Selection, Store
-from dllm.decoding.canvas import Canvas, Window
+from dllm.decoding.canvas import Canvas
 from dllm.decoding.drift import Meter
 from dllm.decoding.flags import flagged
 from dllm.decoding.graphs import Forward
@@ -23,6 +23,7 @@ from dllm.decoding.nonfinite import Broken, not_finite, reason
 from dllm.decoding.prediction import Part, Prediction, Sampling
 from dllm.decoding.question import Question, about_drafts, about_window
 from dllm.decoding.transfer import put, send
+from dllm.decoding.window import Window
 from dllm.decoding.work import Work, tree_mask
 from dllm.models.transformer import KVStore
 

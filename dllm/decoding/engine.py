@@ -18,7 +18,7 @@ import torch
 from dllm.cache.base import Cache
 from dllm.checks import number
 from dllm.decoding import compatibility
-from dllm.decoding.canvas import Canvas, Change
+from dllm.decoding.canvas import Canvas
 from dllm.decoding.denoiser import Denoiser
 from dllm.decoding.drift import Meter
 from dllm.decoding.memory import Memory
@@ -29,6 +29,7 @@ from dllm.decoding.rehearsal import EngineRehearsal
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
 from dllm.decoding.step import Event, Step
+from dllm.decoding.window import Change
 from dllm.models.loading import LanguageModel
 from dllm.resolve import resolve
 from dllm.samplers.base import Sampler

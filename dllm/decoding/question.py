@@ -12,8 +12,9 @@ from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dllm.decoding.canvas import Canvas, Window
+from dllm.decoding.canvas import Canvas
 from dllm.decoding.transfer import put
+from dllm.decoding.window import Window
 
 Places = tuple[NDArray[np.int64], NDArray[np.int64]]
 

@@ -6,10 +6,11 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from dllm.decoding.canvas import Canvas, Change, Edit
+from dllm.decoding.canvas import Canvas
 from dllm.decoding.denoiser import Denoiser
 from dllm.decoding.ending import cut
 from dllm.decoding.step import Answer
+from dllm.decoding.window import Change, Edit
 
 
 class Recorder:

@@ -13,9 +13,9 @@ from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dllm.decoding.canvas import Change, Edit
 from dllm.decoding.drift import Measurement
 from dllm.decoding.prediction import Prediction
+from dllm.decoding.window import Change, Edit
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from torch import Tensor
 
 import dllm
 from dllm.checks import number
-from dllm.decoding.canvas import Edit, Window
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Rehearsal, Setup
+from dllm.decoding.window import Edit, Window
 from dllm.filters.filter import ConfidenceFilter, FilterNetwork, NeighbourFilter
 from dllm.resolve import resolve
 from dllm.samplers.base import Denoise, Policy, Sampler
