@@ -17,7 +17,6 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import logging
 
 from dllm.checks import choice, first_line
-from dllm.decoding.memory import Memory
 from dllm.files import expanded, is_folder, read_json
 from dllm.identity import Stamp, stamps
 from dllm.models import FAMILIES, MaskedDiffusionModel, adapters
@@ -47,7 +46,7 @@ class LanguageModel:
         name: what it was loaded by, and the adapter where one was given.
         adapter: folder of the adapter that its weights were changed by; None without one.
         folder: where its files are; None for one that was made in memory.
-        spare: memory that no engine works in.
+        spare: memory that no engine works in (`dllm.decoding.memory.Memory`).
         stamps: of its files as they were before they were read, and of the adapter's; see `dllm.identity.stamps`.
     """
 
@@ -57,7 +56,7 @@ class LanguageModel:
     adapter: Path | None = None
     folder: Path | None = None
     stamps: tuple[Stamp, ...] = ()
-    spare: list[Memory] = field(default_factory=list, repr=False, compare=False)
+    spare: list[Any] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def device(self) -> torch.device:
