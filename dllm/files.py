@@ -13,6 +13,8 @@ from typing import Any
 
 from dllm.checks import first_line
 
+BUNDLED = Path(__file__).parent / "checkpoints"
+
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file beside its place, on the disk, and move it there: whoever reads sees the old or the new one.

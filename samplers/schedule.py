@@ -19,7 +19,7 @@ def check_steps(steps: int, request: Request) -> None:
     Raises:
         ValueError: fewer steps than there are blocks, or more than positions to generate.
     """
-    blocks = -(-request.span // request.block_length)
+    blocks = request.block_count
     if not blocks <= steps <= request.span:
         raise ValueError(
             f"steps={steps} is out of range; use between {blocks} (one per block) "
@@ -28,7 +28,8 @@ def check_steps(steps: int, request: Request) -> None:
 
 
 def steps_of_block(steps: int, window: Window) -> Int[Tensor, " B"]:
-    """Steps of each row's active block, in proportion to its length."""
-    before = window.columns[:, 0] - window.start
-    through = (before + window.block_length).minimum(window.span)
-    return through * steps // window.span - before * steps // window.span
+    """Steps of each row's active block, in proportion to its length, and at least one."""
+    own, first = window.block_length, window.columns[:, 0] - window.start  # negative where the prompt shares the block
+    before, through = first.clamp(min=0), (first + own).minimum(window.span)
+    blocks = (first + 2 * own - 1) // own  # with this one
+    return (through * steps // window.span).maximum(blocks) - (before * steps // window.span).maximum(blocks - 1)

@@ -11,7 +11,7 @@ from transformers import Qwen2ForCausalLM
 
 import dllm
 from dllm.evaluation.word_problems import evaluate, evaluate_causal
-from dllm.models.loading import BUNDLED
+from dllm.files import BUNDLED
 from dllm.models.tokenizers import load_tokenizer
 from dllm.resolve import names
 from dllm.samplers import Vanilla

@@ -17,8 +17,8 @@ import dllm
 from commands import command
 from dllm import identity
 from dllm.evaluation.journal import Journal
+from dllm.files import BUNDLED
 from dllm.filters import load_filter
-from dllm.models.loading import BUNDLED
 from dllm.samplers import ARGuided, FreeDave, Learn2PD, Oracle
 from dllm.scripts import evaluate
 from dllm.tasks.arithmetic import WordProblems

@@ -11,8 +11,8 @@ import pytest
 from safetensors.torch import save_file
 
 from commands import command
+from dllm.files import BUNDLED
 from dllm.filters import Filter, FilterCard, NeighbourFilter
-from dllm.models.loading import BUNDLED
 from dllm.scripts import own
 from models import random_llada, save_folder
 from report_rig import write_run

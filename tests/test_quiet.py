@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import dllm
-from dllm.models.loading import BUNDLED
+from dllm.files import BUNDLED
 from models import random_llada, save_folder
 
 

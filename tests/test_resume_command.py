@@ -19,7 +19,7 @@ import dllm
 from commands import Outcome, command
 from dllm.evaluation import claim
 from dllm.evaluation.answer_manifest import AnswerManifest
-from dllm.models.loading import BUNDLED
+from dllm.files import BUNDLED
 from models import random_llada
 
 MODELS = {

@@ -107,6 +107,5 @@ class _Rerotating:
                 k, v = keys, values
             attended = F.scaled_dot_product_attention(own(q), self.rotation(k), v, enable_gqa=q.shape[1] != k.shape[1])
             hidden = hidden + parts.output(rearrange(attended, "b h c d -> b c (h d)"))
-            h = parts.mlp_norm(hidden)
-            hidden = hidden + parts.down(F.silu(parts.gate(h)) * parts.up(h))
+            hidden = hidden + parts.feed_forward(parts.feed_forward_norm(hidden))
         return backbone.get_output_embeddings()(backbone.final_norm(hidden))

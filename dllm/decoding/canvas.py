@@ -54,7 +54,7 @@ class Canvas:
         self.host: NDArray[np.int64] = np.full((slots, length), mask_token_id, dtype=np.int64)
         # Which columns are no padding, which an early end of the row gave up, and which are generated.
         self.real, self.cut, self.region = np.zeros((3, slots, length), dtype=bool)
-        self.padding, self.start, self.end, self.block_length = np.zeros((4, slots), dtype=np.int64)
+        self.padding, self.origin, self.start, self.end, self.block_length = np.zeros((5, slots), dtype=np.int64)
         self.block, self.step, self.entry_masks = np.zeros((3, slots), dtype=np.int64)
         self.ends: NDArray[np.int64] = np.full((slots, 1), -1)
         # One spare column takes the writes that are not wanted, so that an edit is a single scatter; in another one
@@ -101,6 +101,7 @@ class Canvas:
         self.real[row], self.cut[row] = np.arange(self.length) >= padding, False
         self.region[row] = (self.host[row] == self.mask_token_id) & self.real[row]
         self.start[row], self.end[row] = padding + request.start, padding + request.end
+        self.origin[row] = padding + request.origin
         self.block_length[row], self.block[row] = request.block_length, -1
         more = len(request.eos_token_ids) - self.ends.shape[1]
         self.ends = np.pad(self.ends, ((0, 0), (0, max(more, 0))), constant_values=-1)
@@ -199,7 +200,7 @@ class Canvas:
     @property
     def low(self) -> NDArray[np.int64]:
         """(rows,) first column of each row's active block."""
-        return np.asarray(self.start + self.block * self.block_length)
+        return np.asarray(self.origin + self.block * self.block_length)
 
     def visible(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """(A, L) columns of some rows that are looked at: neither padding nor cut off."""
@@ -273,7 +274,7 @@ class Canvas:
     def _enter_blocks(self, rows: NDArray[np.int64]) -> None:
         """Point rows at the block of their first mask; one without masks stays where it is."""
         masked = (self.host[rows] == self.mask_token_id) & self.region[rows]
-        block = (masked.argmax(1) - self.start[rows]) // self.block_length[rows]
+        block = (masked.argmax(1) - self.origin[rows]) // self.block_length[rows]
         new = (block != self.block[rows]) & masked.any(1)
         rows, masked = rows[new], masked[new]
         self.block[rows], self.step[rows] = block[new], 0
@@ -283,7 +284,7 @@ class Canvas:
 
     def _uniform(self, rows: NDArray[np.int64], width: int) -> Callable[[], Tensor]:
         # A loop over rows on purpose: a row's draws must not depend on its batch mates, nor on their spans.
-        counts = np.minimum(self.block_length, self.spans)[rows].tolist()
+        counts = np.minimum(self.block_length, self.end - self.origin)[rows].tolist()
         sources = [self.generators[row] for row in rows.tolist()]
 
         def draw() -> Tensor:

@@ -24,7 +24,7 @@ from dllm.decoding.prediction import Part, Prediction, Sampling
 from dllm.decoding.question import Question, about_drafts, about_window
 from dllm.decoding.transfer import put, send
 from dllm.decoding.window import Window
-from dllm.decoding.work import Work, tree_mask
+from dllm.decoding.work import Work
 from dllm.models.transformer import KVStore
 
 
@@ -138,13 +138,13 @@ class Denoiser:
         sequence, column = question.places
         padding = self.canvas.padding[question.rows]
         select, first = send(tokens.device, sequence * (high - low) + column - low, padding)
-        positions = torch.arange(low, high, device=tokens.device) - first[:, None]
+        positions = (torch.arange(low, high, device=tokens.device) - first[:, None]).clamp(min=0)
         given = None
         if self.cfg_scale > 0:
             given = ~self.window.region[self._put(question.slots), low:high]
         work = Work(
-            tokens[:, low:high], positions.clamp(min=0), high - low, self._looks(visible[:, low:high]), given, store,
-            joined=question.joined,
+            tokens[:, low:high], positions, high - low, self._looks(visible[:, low:high]), given, store,
+            joined=question.joined, keys=positions,
         )  # fmt: skip
         return self._forward(work, select)
 
@@ -179,6 +179,7 @@ class Denoiser:
         work = Work(
             tokens.gather(1, columns), (columns - first[:, None]).clamp(min=0), high - low,
             self._looks(visible[:, low:high]), None, store.bind(selection), columns - low, question.joined,
+            None if self.backbone.pattern is None else torch.arange(low, high, device=tokens.device) - first[:, None],
         )  # fmt: skip
         return self._forward(work, select_at)
 
@@ -203,9 +204,8 @@ class Denoiser:
 
     def _forward(self, work: Work, select: Tensor) -> Float[Tensor, "N V"]:
         """Run the backbone and project the selected places; two passes under guidance."""
-        tokens, positions, mask, given = work.tokens, work.positions, work.real, work.given
+        tokens, positions, given, mask = work.tokens, work.positions, work.given, work.mask(self.backbone.pattern)
         if work.joined > 1:
-            mask = tree_mask(work)
             tokens, positions = (rearrange(each, "(a d) c -> a (d c)", d=work.joined) for each in (tokens, positions))
             given = None if given is None else rearrange(given, "(a d) c -> a (d c)", d=work.joined)
         if given is None:

@@ -131,6 +131,7 @@ def make_request(
         stops=() if infill else stops,
         tokenizer=lm.tokenizer,
         infill=infill,
+        from_start=backbone.blocks_from_start,
     )
 
 

@@ -20,7 +20,7 @@ class Request:
         tokens: prompt and masks; [MASK] stands for what is to be generated.
         mask_token_id: id of [MASK].
         eos_token_ids: ids that end the text; the first one fills.
-        blocks: positions of a block, counted from the first mask; None for one block.
+        blocks: positions of a block; None for one block.
         sampling: how logits become tokens.
         seed: of what is drawn.
         stop_at_eos: the row is finished once everything up to its first end-of-text is decoded.
@@ -28,6 +28,7 @@ class Request:
         tokenizer: reads it; None where nothing depends on what it reads as.
         infill: the whole text is what is asked for, not what comes after the prompt.
         max_forwards: denoiser forwards after which the request fails; None for no limit.
+        from_start: blocks are counted from the first token, and not from the first position to generate.
     """
 
     tokens: Int[np.ndarray, " n"]
@@ -41,6 +42,7 @@ class Request:
     tokenizer: PreTrainedTokenizerBase | None = None
     infill: bool = False
     max_forwards: int | None = None
+    from_start: bool = False
 
     @cached_property
     def region(self) -> Bool[np.ndarray, " n"]:
@@ -63,9 +65,20 @@ class Request:
         return self.end - self.start
 
     @property
+    def origin(self) -> int:
+        """Where the first block begins."""
+        return 0 if self.from_start else self.start
+
+    @property
     def block_length(self) -> int:
         """Positions of a block."""
-        return self.blocks or self.span
+        return self.blocks or self.end - self.origin
+
+    @property
+    def block_count(self) -> int:
+        """Blocks from the one of the first position to generate on."""
+        first, last = ((at - self.origin) // self.block_length for at in (self.start, self.end - 1))
+        return last - first + 1
 
     @property
     def has_gaps(self) -> bool:

@@ -1,4 +1,4 @@
-"""One call of the backbone, and what the drafts of a row see of each other when they are computed as one sequence."""
+"""One call of the backbone, and which positions may look at which in it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from dllm.models.attention import BlockCausal
 from dllm.models.transformer import KVStore
 
 
@@ -25,6 +26,7 @@ class Work:
         store: keys and values of the other columns.
         columns: which of these are computed; None for all.
         joined: sequences of a row that become one.
+        keys: positions of the columns attended to.
     """
 
     tokens: Int[Tensor, "A C"]
@@ -35,6 +37,19 @@ class Work:
     store: KVStore | None = None
     columns: Int[Tensor, "A C"] | None = None
     joined: int = 1
+    keys: Int[Tensor, "A S"] | None = None
+
+    def mask(self, pattern: BlockCausal | None) -> Bool[Tensor, "A S"] | Bool[Tensor, "B 1 Q S"] | None:
+        """What may be looked at in a model with this pattern, by all alike or by each position; None for everything."""
+        tree = tree_mask(self) if self.joined > 1 else None
+        if pattern is None or self.keys is None:
+            return self.real if tree is None else tree
+        if tree is None:
+            own = pattern(self.positions, self.keys)
+            return own if self.real is None else own & self.real[:, None, None]
+        queries = rearrange(self.positions, "(a d) c -> a (d c)", d=self.joined)
+        stored = self.keys[:: self.joined]
+        return tree & pattern(queries, queries if self.columns is None else torch.cat((stored, queries), dim=1))
 
 
 def tree_mask(work: Work) -> Bool[Tensor, "B 1 Q S"]:

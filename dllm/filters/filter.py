@@ -26,11 +26,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from dllm.files import expanded, parse_json, write_json, write_whole
+from dllm.files import BUNDLED, expanded, parse_json, write_json, write_whole
 from dllm.models.checkpoint import FLOATS, read_header
 from dllm.stored import misfit, there
 
-BUNDLED = Path(__file__).parent / "checkpoints"
 _FILE = "learn2pd.safetensors"
 FILTER_FORMAT = "dllm-filter"  # in the metadata of the files
 

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
 from dllm.identity import checksum
+from dllm.models.attention import BlockCausal
 from dllm.models.checkpoint import ATTENTION, check_folder
 from dllm.models.published import is_positive, is_whole
 from dllm.models.transformer import (
@@ -115,8 +116,27 @@ class MaskedDiffusionModel(PreTrainedModel):
     @property
     def kv_shape(self) -> tuple[int, int, int]:
         """Layers, key-value heads and head dimension: what a cache must make room for."""
-        config = self.config
-        return config.num_hidden_layers, config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+        return self.config.num_hidden_layers, self.config.num_key_value_heads, self.head_dim
+
+    @property
+    def head_dim(self) -> int:
+        """Size D of an attention head."""
+        return self.config.hidden_size // self.config.num_attention_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that the rotary embedding turns, the first ones."""
+        return self.head_dim
+
+    @property
+    def pattern(self) -> BlockCausal | None:
+        """Who attends to whom; None where every position attends to every other."""
+        return None
+
+    @property
+    def blocks_from_start(self) -> bool:
+        """Whether blocks are counted from a row's first token, and not from the first position to generate."""
+        return self.pattern is not None
 
     @classmethod
     def can_generate(cls) -> bool:
@@ -154,7 +174,8 @@ class MaskedDiffusionModel(PreTrainedModel):
         Args:
             input_ids: tokens of the computed columns.
             attention_mask: over the S columns attended to (S = C without a store): nonzero where a
-                column is real, or a boolean mask per query, True where it may look.
+                column is real, or a boolean mask per query, True where it may look, which then is all that is
+                excluded from attention: the model's own pattern is part of it.
             position_ids: positions of the computed columns; by default counted over the real ones.
             store: keys and values of columns that are not computed now.
             select: flat indices into B * C of the slots whose logits are wanted; None for all.
@@ -173,12 +194,15 @@ class MaskedDiffusionModel(PreTrainedModel):
         if position_ids is None:
             position_ids = _default_positions(input_ids, attention_mask)
         config = self.config
-        head_dim = config.hidden_size // config.num_attention_heads
         hidden = self.get_input_embeddings()(input_ids)
+        mask = _per_query(attention_mask)
+        if self.pattern is not None and (mask is None or mask.shape[2] == 1):
+            own = self.pattern(position_ids, position_ids)
+            mask = own if mask is None else _seeing_themselves(own & mask)
         inputs = BlockInputs(
-            head_dim,
-            rotary_embedding(position_ids, head_dim, config.rope_theta, hidden.dtype),
-            _per_query(attention_mask),
+            self.head_dim,
+            rotary_embedding(position_ids, self.rotary_dim, config.rope_theta, hidden.dtype),
+            mask,
             store,
             eager=config._attn_implementation == "eager",
             features=store if isinstance(store, FeatureStore) else None,
@@ -248,6 +272,11 @@ def _default_positions(input_ids: Tensor, attention_mask: Tensor | None) -> Tens
     if attention_mask is not None and attention_mask.ndim == 2:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+
+
+def _seeing_themselves(mask: Bool[Tensor, "B 1 C C"]) -> Bool[Tensor, "B 1 C C"]:
+    """The same, and padding attends to itself: a row that sees nothing would turn into NaN and spread."""
+    return mask | torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
 
 
 def _per_query(attention_mask: Tensor | None) -> Tensor | None:

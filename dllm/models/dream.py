@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from dllm.models.base import MaskedDiffusionModel, check_config
 from dllm.models.checkpoint import published
 from dllm.models.published import check_fixed, check_special_ids, check_synonyms, take_rope_theta
-from dllm.models.transformer import BlockInputs, BlockParts, RMSNorm, block_forward
+from dllm.models.transformer import BlockInputs, BlockParts, RMSNorm, SwiGLU, block_forward
 
 # What the published config could say and this implementation does not compute otherwise; null means false.
 _FIXED = {
@@ -132,7 +132,7 @@ class DreamBlock(nn.Module):
         attention, mlp = self.self_attn, self.mlp
         return BlockParts(
             self.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
-            self.post_attention_layernorm, mlp.gate_proj, mlp.up_proj, mlp.down_proj,
+            self.post_attention_layernorm, SwiGLU(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
         )  # fmt: skip
 
     def forward(self, layer: int, hidden: Tensor, inputs: BlockInputs) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from dllm.models.base import MaskedDiffusionModel, check_config
 from dllm.models.checkpoint import published
 from dllm.models.published import check_fixed, check_special_ids, check_synonyms, is_whole, take_rope_theta
-from dllm.models.transformer import BlockInputs, BlockParts, RMSNorm, block_forward
+from dllm.models.transformer import BlockInputs, BlockParts, RMSNorm, SwiGLU, block_forward
 
 # What the published config could say and this implementation does not compute otherwise; null means false.
 _FIXED = {
@@ -148,7 +148,7 @@ class LLaDABlock(nn.Module):
         """The modules under the names that all families share."""
         return BlockParts(
             self.attn_norm, self.q_proj, self.k_proj, self.v_proj, self.attn_out,
-            self.ff_norm, self.ff_proj, self.up_proj, self.ff_out,
+            self.ff_norm, SwiGLU(self.ff_proj, self.up_proj, self.ff_out),
         )  # fmt: skip
 
     def forward(self, layer: int, hidden: Tensor, inputs: BlockInputs) -> Tensor:

@@ -17,7 +17,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import logging
 
 from dllm.checks import choice, first_line
-from dllm.files import expanded, is_folder, read_json
+from dllm.files import BUNDLED, expanded, is_folder, read_json
 from dllm.identity import Stamp, stamps
 from dllm.models import FAMILIES, MaskedDiffusionModel, adapters
 from dllm.models.base import token_ids
@@ -26,7 +26,6 @@ from dllm.models.packed import pack as pack_weights
 from dllm.models.tokenizers import load_tokenizer
 from dllm.resolve import names
 
-BUNDLED = Path(__file__).parent / "checkpoints"
 # What a checkpoint is made of; code that lies beside it is not even downloaded.
 _TEXTS = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
 _FILES = (*_TEXTS, "*.safetensors")

@@ -1,4 +1,4 @@
-"""The bidirectional transformer that LLaDA and Dream share: RMSNorm, RoPE, SwiGLU, grouped-query attention.
+"""The transformer that all families share: pre-norm blocks, RoPE, grouped-query attention, any feed-forward part.
 
 A family names its modules after its published tensors and hands them over as `BlockParts`; the
 computation is written once, here. Nothing in this folder knows a policy or a cache.
@@ -6,6 +6,7 @@ computation is written once, here. Nothing in this folder knows a policy or a ca
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -64,26 +65,57 @@ class AttentionStore(KVStore, Protocol):
 
 
 @dataclass(frozen=True)
+class SwiGLU:
+    """The dense feed-forward part: down(silu(gate) * up) (arXiv 2002.05202)."""
+
+    gate: nn.Module
+    up: nn.Module
+    down: nn.Module
+
+    def __call__(self, x: Float[Tensor, "B C d"]) -> Float[Tensor, "B C d"]:
+        gate, up = self.gate(x), self.up(x)
+        if torch.is_grad_enabled():
+            return self.down(F.silu(gate) * up)
+        # The widest tensors there are: in place they take half the memory.
+        return self.down(F.silu(gate, inplace=True).mul_(up))
+
+
+@dataclass(frozen=True)
 class BlockParts:
-    """The modules of one transformer block, whatever the family calls them."""
+    """The modules of one transformer block, whatever the family calls them.
+
+    Attributes:
+        attention_norm: before attention.
+        query: projects to H heads.
+        key: projects to the key-value heads.
+        value: as `key`.
+        output: joins the heads.
+        feed_forward_norm: before the feed-forward part.
+        feed_forward: (B, C, d) to the same, each position by itself: dense or a mixture of experts.
+        query_norm: of each head, before the rotary embedding; None for none.
+        key_norm: as `query_norm`.
+    """
 
     attention_norm: nn.Module
     query: nn.Module
     key: nn.Module
     value: nn.Module
     output: nn.Module
-    mlp_norm: nn.Module
-    gate: nn.Module
-    up: nn.Module
-    down: nn.Module
+    feed_forward_norm: nn.Module
+    feed_forward: Callable[[Tensor], Tensor]
+    query_norm: nn.Module | None = None
+    key_norm: nn.Module | None = None
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """Cosines and sines of the rotary embedding of the computed columns, in float32 or wider."""
+    """Cosines and sines of the rotary embedding of the computed columns, in float32 or wider.
 
-    cos: Float[Tensor, "B 1 C D"]
-    sin: Float[Tensor, "B 1 C D"]
+    It turns the first R dimensions of a head and leaves the others.
+    """
+
+    cos: Float[Tensor, "B 1 C R"]
+    sin: Float[Tensor, "B 1 C R"]
 
     def at(self, slots: Int[Tensor, "B U"]) -> Rotation:
         """The rotation of some of the columns."""
@@ -91,9 +123,13 @@ class Rotation:
         return Rotation(self.cos.gather(2, index), self.sin.gather(2, index))
 
     def __call__(self, x: Float[Tensor, "B H C D"]) -> Float[Tensor, "B H C D"]:
-        wide = x.to(self.cos.dtype)
+        turned, size = x, self.cos.shape[-1]
+        if size < x.shape[-1]:
+            turned, rest = x[..., :size], x[..., size:]
+        wide = turned.to(self.cos.dtype)
         left, right = wide.chunk(2, dim=-1)
-        return (wide * self.cos + torch.cat((-right, left), dim=-1) * self.sin).to(x.dtype)
+        turned = (wide * self.cos + torch.cat((-right, left), dim=-1) * self.sin).to(x.dtype)
+        return turned if size == x.shape[-1] else torch.cat((turned, rest), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -135,10 +171,10 @@ class RMSNorm(nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
-def rotary_embedding(position_ids: Int[Tensor, "B C"], head_dim: int, theta: float, dtype: torch.dtype) -> Rotation:
-    """Rotary embedding (arXiv 2104.09864) of the given positions, computed in float32 or wider."""
+def rotary_embedding(position_ids: Int[Tensor, "B C"], size: int, theta: float, dtype: torch.dtype) -> Rotation:
+    """Rotary embedding (arXiv 2104.09864) of the given positions over `size` dimensions, in float32 or wider."""
     dtype = torch.promote_types(dtype, torch.float32)
-    exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=dtype) / head_dim
+    exponents = torch.arange(0, size, 2, device=position_ids.device, dtype=dtype) / size
     angles = position_ids[:, None, :, None].to(dtype) * (1.0 / theta**exponents)
     angles = torch.cat((angles, angles), dim=-1)
     return Rotation(angles.cos(), angles.sin())
@@ -147,14 +183,15 @@ def rotary_embedding(position_ids: Int[Tensor, "B C"], head_dim: int, theta: flo
 def block_forward(
     parts: BlockParts, layer: int, x: Float[Tensor, "B C d"], inputs: BlockInputs
 ) -> Float[Tensor, "B C d"]:
-    """One pre-norm block: x + attention(norm(x)), then + down(silu(gate) * up) of its norm."""
+    """One pre-norm block: x + attention(norm(x)), then + feed_forward of its norm."""
     features, rotation = inputs.features, inputs.rotation
     h = parts.attention_norm(x)
     v = _heads(parts.value(h), inputs.head_dim)
     slots = None if features is None else features.stale(layer, v)
     if slots is not None:
         h, rotation = _take(h, slots), rotation.at(slots)
-    q, k = (rotation(_heads(project(h), inputs.head_dim)) for project in (parts.query, parts.key))
+    q = _projected(h, parts.query, parts.query_norm, rotation, inputs.head_dim)
+    k = _projected(h, parts.key, parts.key_norm, rotation, inputs.head_dim)
     if inputs.parted is not None and not inputs.eager:
         attended = _attention_in_parts(q, inputs.parted.parts(layer, k, v), inputs.mask)
     else:
@@ -163,15 +200,15 @@ def block_forward(
         attended = _attention(q, k, v, layer, inputs)
     added = parts.output(rearrange(attended, "b h c d -> b c (h d)"))
     x = x + (added if features is None else features.blend("attention", layer, added))
-    h = parts.mlp_norm(x if slots is None else _take(x, slots))
-    added = parts.down(_gated(parts.gate(h), parts.up(h)))
+    added = parts.feed_forward(parts.feed_forward_norm(x if slots is None else _take(x, slots)))
     return x + (added if features is None else features.blend("mlp", layer, added))
 
 
-def _gated(gate: Float[Tensor, "B C m"], up: Float[Tensor, "B C m"]) -> Float[Tensor, "B C m"]:
-    if torch.is_grad_enabled():
-        return F.silu(gate) * up
-    return F.silu(gate, inplace=True).mul_(up)  # the widest tensors there are: in place they take half the memory
+def _projected(
+    x: Float[Tensor, "B C d"], project: nn.Module, norm: nn.Module | None, rotation: Rotation, head_dim: int
+) -> Float[Tensor, "B H C D"]:
+    heads = _heads(project(x), head_dim)
+    return rotation(heads if norm is None else norm(heads))
 
 
 def _heads(x: Float[Tensor, "B C d"], head_dim: int) -> Float[Tensor, "B H C D"]:

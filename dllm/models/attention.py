@@ -1,0 +1,26 @@
+"""Which positions attend to which, where that is not all to all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BlockCausal:
+    """A position attends to its own block and to those before it (arXiv 2503.09573, section 3).
+
+    Once a block and all before it hold their final tokens, its keys and values do not change any more.
+
+    Attributes:
+        length: positions of a block, counted from the row's first token.
+    """
+
+    length: int
+
+    def __call__(self, queries: Int[Tensor, "B C"], keys: Int[Tensor, "B S"]) -> Bool[Tensor, "B 1 C S"]:
+        """Where the queries at some positions may look at the keys at others."""
+        ends = (queries // self.length + 1) * self.length
+        return (keys[:, None, :] < ends[:, :, None])[:, None]

@@ -1,0 +1,117 @@
+"""Models whose attention is causal over blocks: the decode loop follows the pattern that the backbone states."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+import dllm
+from dllm.cache import FreeCache
+from dllm.models import LLaDAModelLM
+from dllm.models.attention import BlockCausal
+from dllm.samplers import FreeDave, Threshold
+from models import random_llada
+
+PROMPTS = [[5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [50], [11, 12, 13, 14, 15]]
+K = 4
+FROZEN = FreeCache(freeze="clean", granularity="block", window=0)
+OPTIONS: dict[str, Any] = {"gen_length": 14, "block_length": K, "stop_at_eos": False, "seed": 3}
+
+
+class BlockLLaDA(LLaDAModelLM):
+    """LLaDA's weights under a pattern that is causal over blocks of four."""
+
+    @property
+    def pattern(self) -> BlockCausal:
+        return BlockCausal(K)
+
+
+@cache
+def block_llada(layers: int = 2) -> dllm.LanguageModel:
+    lm = random_llada(layers=layers)
+    backbone = BlockLLaDA(lm.backbone.config).to(lm.backbone.dtype).eval()
+    backbone.load_state_dict(lm.backbone.state_dict())
+    return dllm.LanguageModel(backbone, None, "block-llada")
+
+
+def logits(tokens: list[int], **inputs: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        found: torch.Tensor = block_llada().backbone(torch.tensor([tokens]), **inputs).logits[0]
+    return found
+
+
+def test_a_block_sees_itself_and_what_is_before_it() -> None:
+    tokens = [5, 9, 3, 63, 7, 63, 8, 1, 2, 63]
+    for i in range(len(tokens)):
+        other = [*tokens]
+        other[i] = 40
+        same = (logits(tokens) == logits(other)).all(-1).tolist()
+        first = i // K * K
+        assert same[:first] == [True] * first
+        assert not any(same[first:])
+
+
+def test_padding_changes_nothing() -> None:
+    tokens = [5, 9, 3, 63, 7, 63, 8]
+    for left, right in ((3, 0), (0, 3)):
+        mask = torch.tensor([[0] * left + [1] * len(tokens) + [0] * right])
+        padded = logits([62] * left + tokens + [62] * right, attention_mask=mask)
+        torch.testing.assert_close(padded[left : left + len(tokens)], logits(tokens))
+
+
+def test_blocks_are_counted_from_the_first_token() -> None:
+    steps: list[dllm.Step] = []
+    dllm.generate(block_llada(), [[5, 9, 3]], "vanilla", callback=steps.append, **OPTIONS | {"gen_length": 6})
+    committed = [int(step.change.committed[0].argmax()) for step in steps]
+    assert committed[0] == 3  # shares its block with the prompt
+    assert sorted(committed[1:5]) == [4, 5, 6, 7]
+    assert committed[5] == 8
+
+
+@pytest.mark.parametrize("sampler", ["vanilla", "threshold", "localleap", "factor"])
+def test_a_row_ignores_its_batchmates(sampler: str) -> None:
+    for reuse in ("none", FROZEN, "dual", "prefix", "d2cache"):
+        batch = dllm.generate(block_llada(), PROMPTS, sampler, reuse, batch_size=3, **OPTIONS)
+        for row, prompt in enumerate(PROMPTS):
+            alone = dllm.generate(block_llada(), [prompt], sampler, reuse, **OPTIONS)
+            assert batch.completions[row].tolist() == alone.completions[0].tolist()
+            assert batch.nfe[row] == alone.nfe[0]
+
+
+def test_it_is_not_what_the_bidirectional_model_writes() -> None:
+    causal, bidirectional = (dllm.generate(lm, PROMPTS, "vanilla", **OPTIONS) for lm in (block_llada(), random_llada()))
+    assert not torch.equal(causal.sequences, bidirectional.sequences)
+
+
+@pytest.mark.parametrize("sampler", ["vanilla", Threshold(0.3), "localleap"], ids=repr)
+def test_finished_blocks_that_are_frozen_are_exact(sampler: Any) -> None:
+    exact, frozen = (dllm.generate(block_llada(), PROMPTS, sampler, each, **OPTIONS) for each in ("none", FROZEN))
+    assert torch.equal(exact.sequences, frozen.sequences)
+    assert torch.equal(exact.commit_step, frozen.commit_step)
+    assert frozen.stats.computed_share < 0.9
+    # Over the bidirectional model the same cache is an approximation.
+    exact, frozen = (dllm.generate(random_llada(), PROMPTS, sampler, each, **OPTIONS) for each in ("none", FROZEN))
+    assert not torch.equal(exact.commit_step, frozen.commit_step)
+
+
+@pytest.mark.parametrize("draft_mode", ["batch", "tree"])
+@pytest.mark.parametrize("reuse", ["none", "prefix"])
+def test_drafts_are_lossless(draft_mode: Any, reuse: str) -> None:
+    for base in ("vanilla", Threshold(0.3)):
+        plain = dllm.generate(block_llada(), PROMPTS, base, **OPTIONS)
+        drafted = dllm.generate(block_llada(), PROMPTS, FreeDave(3, base, draft_mode), **OPTIONS)
+        assert torch.equal(plain.sequences, drafted.sequences)
+        assert (drafted.nfe <= plain.nfe).all()
+        assert (drafted.nfe < plain.nfe).any()
+
+
+def test_steps_are_shared_by_the_blocks_that_are_generated() -> None:
+    for prompt in PROMPTS:
+        out = dllm.generate(block_llada(), [prompt], "vanilla", **OPTIONS)
+        assert int(out.nfe[0]) == 14
+        paced = dllm.generate(block_llada(), [prompt], dllm.samplers.Vanilla(steps=7), **OPTIONS)
+        assert int(paced.nfe[0]) <= 7
+        assert not (paced.completions == 63).any()
