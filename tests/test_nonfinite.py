@@ -44,8 +44,8 @@ def overflowing(make: Maker = random_llada, **options: Any) -> dllm.LanguageMode
     lm = make(dtype=torch.float16, **options)
     with torch.no_grad():
         for block in lm.backbone.blocks:
-            block.parts.up.weight.mul_(2000)
-            block.parts.down.weight.mul_(2000)
+            block.parts.feed_forward.up.weight.mul_(2000)
+            block.parts.feed_forward.down.weight.mul_(2000)
     return lm
 
 

@@ -117,8 +117,8 @@ def spelt_out(lm: dllm.LanguageModel, prompt: list[int], cache: DLLMCache, gener
             q, k, v = (rearrange(each, "c (h d) -> 1 h c d", d=head) for each in (q, k, v))
             seen = torch.nn.functional.scaled_dot_product_attention(rotate(q)[:, :, index], rotate(k), v)
             x = x + keep("attention", layer, index, parts.output(rearrange(seen, "1 h c d -> c (h d)")))
-            h = parts.mlp_norm(x[index])
-            x = x + keep("mlp", layer, index, parts.down(torch.nn.functional.silu(parts.gate(h)) * parts.up(h)))
+            h = parts.feed_forward_norm(x[index])
+            x = x + keep("mlp", layer, index, parts.feed_forward(h))
         probabilities = backbone.get_output_embeddings()(backbone.final_norm(x)).softmax(-1)
         probabilities[:, mask] = 0
         best = probabilities.max(-1)
