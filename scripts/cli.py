@@ -15,10 +15,7 @@ COMMANDS = (
     "report",
     "show",
     "bench",
-    "caches",
     "compatibility",
-    "policies",
-    "tradeoff",
     "train-filter",
     "train-tiny",
 )

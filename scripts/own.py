@@ -128,8 +128,6 @@ def _has_filter_layout(path: Path) -> bool:
 
 
 _ROWS = r"\|[-|]+\n(?:\|[^\n]*\n)*"
-TRADEOFF = _text("table of this command", r"(?!#)[^\n]+\n\n\| setting \| right answers \|[^\n]*\n" + _ROWS + r"\Z")
-CHART = _text("chart of this command", r"<\?xml.*Matplotlib v.*[> ]right answers[< ]")
 BENCH = _text(
     "table of dllm bench",
     r"(?!#)[^\n]+\n\n\| setting \| steps \|[^\n]*\n" + _ROWS

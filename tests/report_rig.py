@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from dllm.evaluation.metrics import wilson
 from dllm.evaluation.trace import Frames, Trace
-from dllm.evaluation.word_problems import wilson
 
 MASK, EOS = 1, 0
 _TEXTS = ["Tom", " has", " 2", "3", " apples", ".", " We", " compute", " +", " 1", "2", " =", " 35", "\n", "<b>&"]

@@ -201,8 +201,7 @@ def test_errors_name_options_of_a_sampler_as_the_command_line_does(arguments: li
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["tradeoff", "settings=null"], "settings=None is of the wrong kind; give a group of options"),
-        (["policies", "settings=5"], "settings=5 is of the wrong kind"),
+        (["compatibility", "variants=null"], "variants=None is of the wrong kind; give a group of options"),
         (["compatibility", "variants=abc"], "variants='abc' is of the wrong kind"),
         (["generate", "picture=${cache}"], "picture={'_target_'"),
         (["generate", "input=${cache}", "output=x"], "input={'_target_'"),

@@ -56,7 +56,7 @@ class TestLength:
         [
             ("generate", "seed"), ("generate", "gen_length"), ("generate", "temperature"), ("generate", "model.device"),
             ("evaluate", "estimate.samples"), ("evaluate", "task.limit"), ("bench", "canvas"), ("train-tiny", "steps"),
-            ("tradeoff", "problems"), ("generate", "+x"),
+            ("generate", "+x"),
         ],
     )  # fmt: skip
     @pytest.mark.parametrize("value", [NINES, f"-{NINES}", f"[{NINES}]"])

@@ -19,9 +19,9 @@ from pyarrow import parquet
 import dllm
 from commands import Outcome, command, start
 from dllm.evaluation import run_folder
+from dllm.evaluation.metrics import wilson
 from dllm.evaluation.run_folder import RunFolder
 from dllm.evaluation.trace import Trace
-from dllm.evaluation.word_problems import wilson
 from dllm.files import write_json
 from dllm.scripts import evaluate as application
 from dllm.tasks import word_problems

@@ -8,7 +8,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import dllm
 from dllm.evaluation import word_problems as evaluation
-from dllm.evaluation.word_problems import evaluate, evaluate_causal, score, wilson
+from dllm.evaluation.metrics import wilson
+from dllm.evaluation.word_problems import evaluate, evaluate_causal, score
 from dllm.samplers import Vanilla
 from dllm.tasks.tokenizer import build_tokenizer
 from dllm.tasks.word_problems import Grade, Problem, grade, problems

@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from dllm.evaluation.metrics import cost, quality, speedup
+from dllm.evaluation.metrics import cost, quality, speedup, wilson
 from dllm.evaluation.records import Record
-from dllm.evaluation.word_problems import wilson
 
 ONE = Record(
     id="a", text="x", completion=[1, 2], commit_step=[0, 1], confidence=[0.5, None], tokens=10, nfe=5, guide_nfe=2,

@@ -22,7 +22,7 @@ from models import random_llada, save_folder
 
 WORK = {
     "generate": "generate", "evaluate": "evaluate", "report": "report", "show": "show", "bench": "bench",
-    "compatibility": "compatibility", "train-filter": "train_filter", "train-tiny": "train", "tradeoff": "tradeoff",
+    "compatibility": "compatibility", "train-filter": "train_filter", "train-tiny": "train",
 }  # fmt: skip
 BAD = [
     "abc", "nan", "inf", "-1", "1e400", "[]", "{}", "[[1]]", "true", "", "x" * 5000, "${oc.env:HOME}", "${nope}", "???",
@@ -105,7 +105,6 @@ class TestNames:
             (["generate", "model=nope"], "error: model='nope' is no folder"),
             (["generate", "model=custom", "model.path=nope"], "error: model.path='nope' is no folder"),
             (["evaluate", "model=nope", "out=x"], "error: model='nope' is no folder"),
-            (["tradeoff", "model=nope", "out=x"], "error: model='nope' is no folder"),
             (["bench", "model=nope"], "error: model='nope' is no folder"),
             (["train-filter", "model.path=nope", "prompts=2"], "error: model.path='nope' is no folder"),
             (["generate", "model.device=nope"], "error: model.device='nope' is not available"),
@@ -115,7 +114,6 @@ class TestNames:
             (["generate", "seed=-1"], "seed=-1 is out of range; use a whole number from 0 to 2**62 - 1, or"),
             (["evaluate", "seed=-1"], "seed=-1 is out of range; use a whole number from 0 to 2**62 - 1"),
             (["evaluate", "task.seed=1"], "error: task.seed=1 is out of range"),
-            (["tradeoff", "seed=-1"], "error: seed=-1 is out of range"),
             (["generate", "gen_length=${oc.env:HOME}"], "gen_length='${oc.env:HOME}' holds ${oc.env:HOME}, which is"),
             (["generate", "gen_length=${nope}"], "gen_length refers to the unknown option 'nope'"),
             (["generate", "++gen_length=abc"], "gen_length='abc' is of the wrong kind"),

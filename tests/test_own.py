@@ -23,9 +23,6 @@ MINE = "Mine, and not to be lost.\n"
 # By command: the option, what it is given in a folder, and the files that are written then.
 WRITERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "bench": ("out", "package", ("package.md", "package.json")),
-    "tradeoff": ("out", "README", ("README.md", "README.svg")),
-    "policies": ("out", "README", ("README.md", "README.svg")),
-    "caches": ("out", "README", ("README.md", "README.svg")),
     "compatibility": ("out", "README.md", ("README.md",)),
     "generate": ("picture", "drawing.svg", ("drawing.svg",)),
     "train-filter": ("out", "model.safetensors", ("model.safetensors", "model.json", "model.svg")),
@@ -57,7 +54,7 @@ def test_a_table_within_another_text_is_no_table_of_a_command(tmp_path: Path) ->
         copy = tmp_path / table.name
         for text in (f"# My notes\n\n{table.read_text()}", f"{table.read_text()}\nMy notes.\n"):
             copy.write_text(text)
-            for kind in (own.BENCH, own.TRADEOFF, own.MATRIX, own.REPORT[".md"]):
+            for kind in (own.BENCH, own.MATRIX, own.REPORT[".md"]):
                 with pytest.raises(ValueError, match="exists and is no"):
                     own.check("out", "x", {copy: kind})
 
@@ -82,24 +79,20 @@ def test_notes_in_a_report_are_not_written_over(file: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("pattern", "kind"),
     [
-        ("bench-*.md", own.BENCH), ("bench-*.json", own.BENCH_RECORD), ("tradeoff.md", own.TRADEOFF),
-        ("tradeoff.svg", own.CHART), ("policies-*.md", own.TRADEOFF), ("policies-*.svg", own.CHART),
-        ("caches-*.md", own.TRADEOFF), ("caches-*.svg", own.CHART), ("compatibility.md", own.MATRIX),
-        ("canvas.svg", own.PICTURE), *((f"frontier/*{end}", kind) for end, kind in own.REPORT.items()),
+        ("bench-*.md", own.BENCH), ("bench-*.json", own.BENCH_RECORD),
+        ("compatibility.md", own.MATRIX), ("canvas.svg", own.PICTURE),
+        *((f"*/**/*{end}", kind) for end, kind in own.REPORT.items()),
         ("../dllm/checkpoints/*/learn2pd.safetensors", own.FILTER), ("../dllm/checkpoints/*/learn2pd.json", own.CARD),
         ("../dllm/checkpoints/*/learn2pd.svg", own.RELIABILITY),
     ],
 )  # fmt: skip
 def test_what_is_committed_can_be_made_again_and_nothing_else_passes_for_it(pattern: str, kind: own.Kind) -> None:
     files = list(DOCS.glob(pattern))
-    assert files or pattern == "frontier/*.html"
+    assert files or pattern == "*/**/*.html"
     own.check("out", "x", dict.fromkeys(files, kind))
     every = [*DOCS.rglob("*.*"), *BUNDLED.rglob("*.*"), *DOCS.parent.glob("*.md")]
     others = [file for file in every if file.is_file() and file.resolve() not in {each.resolve() for each in files}]
-    family = {own.TRADEOFF: own.TRADEOFF, own.CHART: own.CHART}  # of three commands
     for file in others:
-        if kind in family and any(part in file.name for part in ("tradeoff", "policies", "caches-tiny")):
-            continue
         with pytest.raises(ValueError, match="exists and is no"):
             own.check("out", "x", {file: kind})
 
@@ -164,19 +157,19 @@ def test_what_came_while_a_command_worked_is_seen_before_it_writes(tmp_path: Pat
     assert (tmp_path / "b.json").read_text() == MINE
 
 
-@pytest.mark.parametrize("suffix", [".md", ".svg"])
+@pytest.mark.parametrize("suffix", [".md", ".json"])
 def test_a_full_disk_leaves_the_old_file(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for end in (".md", ".svg"):
-        shutil.copy(DOCS / f"tradeoff{end}", tmp_path / f"x{end}")
+    for end in (".md", ".json"):
+        shutil.copy(DOCS / f"bench-100m-cpu{end}", tmp_path / f"x{end}")
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("dllm.files.os.fsync", full)
     with pytest.raises(OSError, match="No space"):
-        own.write("out", "x", {tmp_path / f"x{suffix}": (own.TRADEOFF if suffix == ".md" else own.CHART, "new")})
+        own.write("out", "x", {tmp_path / f"x{suffix}": (own.BENCH if suffix == ".md" else own.BENCH_RECORD, "new")})
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {
-        f"x{end}": (DOCS / f"tradeoff{end}").read_bytes() for end in (".md", ".svg")
+        f"x{end}": (DOCS / f"bench-100m-cpu{end}").read_bytes() for end in (".md", ".json")
     }
 
 

@@ -17,8 +17,7 @@ HUGE = 10**9
 @pytest.mark.parametrize(
     ("name", "option"),
     [
-        ("bench", f"canvas={HUGE}"), ("bench", f"batch_size={HUGE}"), ("tradeoff", f"problems={HUGE}"),
-        ("tradeoff", f"repeats={HUGE}"), ("caches", f"problems={HUGE}"), ("policies", f"problems={HUGE}"),
+        ("bench", f"canvas={HUGE}"), ("bench", f"batch_size={HUGE}"),
         ("evaluate", f"task.limit={HUGE}"), ("train-filter", f"prompts={HUGE}"), ("train-tiny", f"batch_size={HUGE}"),
         ("train-tiny", f"eval_problems={HUGE}"), ("train-tiny", f"prompt_length={HUGE}"),
         ("train-tiny", "model.num_layers=1000000"),

@@ -11,9 +11,8 @@ import pytest
 
 import dllm
 from commands import command
-from dllm.scripts import own, tradeoff
+from dllm.scripts import own
 from models import random_llada
-from test_tradeoff import score
 
 
 @pytest.fixture(autouse=True)
@@ -21,13 +20,9 @@ def _measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     lm = random_llada(tokenizer=True, max_length=96)
     monkeypatch.setattr(dllm, "load", lambda *_, **__: lm)
-    monkeypatch.setattr(tradeoff, "_measure", lambda *_: {"a": score(0.5, 3.0)})
 
 
 SWEEPS = {
-    "tradeoff": ("out=t", ["seed=1,2"], "t.md"),
-    "policies": ("", ["seed=1,2"], "outputs/policies-tiny-llada.md"),
-    "caches": ("out=x${problems}", ["seed=1,2"], "x300.md"),
     "generate": ("picture=p.svg", ["seed=1,2", "prompt=Tom", "gen_length=4"], "p.svg"),
     "bench": ("out=b", ["canvas=20,24", "gen_length=4", "caches=[none]", "steps=1"], "b.md"),
 }
@@ -50,19 +45,19 @@ def test_a_job_that_would_write_over_another_ones_file_is_refused(name: str) -> 
 
 
 def test_a_sweep_that_is_run_again_writes_its_files_again() -> None:
+    swept = ["gen_length=4", "caches=[none]", "steps=1"]
     for _ in range(2):
-        assert command("tradeoff", "-m", "out=t${seed}", "seed=1,2").code == 0
+        assert command("bench", "-m", "out=t${canvas}", "canvas=20,24", *swept).code == 0
         time.sleep(0.02)
-    assert command("tradeoff", "out=t1").code == 0
+    assert command("bench", "out=t20", "canvas=20", *swept).code == 0
 
 
-@pytest.mark.parametrize("name", ["tradeoff", "policies", "caches"])
-def test_a_full_disk_loses_nothing_that_was_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_loses_nothing_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, content: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     monkeypatch.setattr(own, "write_whole", full)
-    result = command(name, "out=t")
+    result = command("bench", "out=t", "canvas=20", "gen_length=4", "caches=[none]", "steps=1")
     assert (result.code, result.err.count("\n")) == (2, 1)
-    assert "| a | 50.0% |" in result.out
+    assert "| threshold + none |" in result.out
     assert "out='t' cannot be used (No space left on device); make room" in result.err

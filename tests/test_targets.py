@@ -108,16 +108,13 @@ def test_a_class_of_ones_own_is_named_once_it_is_registered(monkeypatch: pytest.
         (["evaluate", "-m", "hydra.launcher._target_=os.system"], "hydra.launcher._target_=os.system"),
         (["generate", "+hydra.callbacks={a: {_target_: os.system}}"], "+hydra.callbacks={a: {_target_: os.system}}"),
         (["train-filter", "sampler._target_=os.system"], "sampler._target_='os.system'"),
-        (["tradeoff", "+settings.a={_target_: os.system}"], "settings.a._target_='os.system'"),
-        (["policies", "+settings.a.cache={_target_: os.system}", "+settings.a._target_=dllm.samplers.Vanilla"], ".a"),
-        (["caches", "+caches.a={_target_: os.system}"], "os.system"),
         (["compatibility", "+variants.a={_target_: os.system}"], "variants.a._target_='os.system'"),
         (["bench", "samplers=[{freedave:{base:{_target_: os.system}}}]"], "samplers[0].base._target_='os.system'"),
         (["bench", "samplers=[{vanilla:{_target_: os.system}}]"], "samplers[0]._target_='os.system'"),
     ],
 )
 def test_no_command_makes_anything_else(arguments: list[str], option: str, tmp_path: Path) -> None:
-    if arguments[0] in ("evaluate", "tradeoff", "policies", "caches"):
+    if arguments[0] == "evaluate":
         arguments = [*arguments, f"out={tmp_path}/out"]
     result = command(*arguments)
     assert (result.code, result.err.count("\n")) == (2, 1), result

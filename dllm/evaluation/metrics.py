@@ -11,7 +11,6 @@ import numpy as np
 
 from dllm.decoding.drift import Measurement, summarise
 from dllm.evaluation.records import Record
-from dllm.evaluation.word_problems import wilson
 
 
 def quality(values: Sequence[float]) -> dict[str, Any]:
@@ -91,6 +90,15 @@ def speedup(records: Sequence[Record], baselines: Mapping[str, Sequence[Mapping[
             "forwards": (tokens / nfe) / (theirs["tokens"] / theirs["nfe"]),
         }
     return found
+
+
+def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95% Wilson score interval of a share (Wilson 1927)."""
+    share = right / n
+    centre = share + z * z / (2 * n)
+    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
 COSTS = (

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dllm.api import generate
 from dllm.decoding.drift import Drift
+from dllm.evaluation.metrics import wilson
 from dllm.models.loading import LanguageModel
 from dllm.tasks.word_problems import Grade, Problem, grade
 
@@ -114,12 +115,3 @@ def score(grades: Sequence[Grade], nfe: float, tpf: float, tokens_per_second: fl
         tpf=tpf,
         tokens_per_second=tokens_per_second,
     )
-
-
-def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """95% Wilson score interval of a share (Wilson 1927)."""
-    share = right / n
-    centre = share + z * z / (2 * n)
-    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)

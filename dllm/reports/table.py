@@ -85,6 +85,7 @@ def columns(group: Group) -> list[Column]:
         ),
         _number("p95 s", ".2f", "latency_p95", about="the same, 95th percentile"),
         _number("guide NFE", ".1f", "guide_nfe", about="forwards of the guide per sample"),
+        _number("positions", ",.0f", "positions", about="positions computed per sample"),
         _number(
             "computed",
             ".0%",
@@ -93,6 +94,7 @@ def columns(group: Group) -> list[Column]:
         ),
         _number("refreshes", ".1f", "refreshes", about="times per sample that the cache computed everything anew"),
         _number("KV error", ".1%", "drift", "kv_error", about="relative error of cached keys and values"),
+        _number("KL", ".3f", "drift", "kl", about="divergence from the exact predictions, in nats per position"),
         _number("flips", ".1%", "drift", "flips", about="share of predictions that the cache changed"),
         _number(
             "peak MiB",

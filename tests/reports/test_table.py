@@ -33,7 +33,8 @@ def test_every_number_is_shown(group: Group) -> None:
         "n": "100", "front": "", "NFE": "11.0 ± 0.6", "TPF": "3.64", "tokens/s": "818",
         "faster (EOS-aware)": "4.7x", "TPF gain (EOS-aware)": "3.5x",
         "faster (naive)": "7.0x", "TPF gain (naive)": "3.5x", "whole chain": "48.0%", "p50 s": "1.10", "p95 s": "1.40",
-        "computed": "50%", "refreshes": "2.0", "KV error": "6.0%", "flips": "2.0%", "peak MiB": "775",
+        "positions": "1,075", "computed": "50%", "refreshes": "2.0", "KV error": "6.0%", "KL": "0.010",
+        "flips": "2.0%", "peak MiB": "775",
     }  # fmt: skip
 
 
@@ -43,7 +44,7 @@ def test_what_was_not_measured_is_empty(group: Group) -> None:
 
 
 def test_columns_that_are_empty_for_all_are_left_out(tmp_path: Path) -> None:
-    write_run(tmp_path / "a", "a", None, None, peak_memory=None, computed_share=None)
+    write_run(tmp_path / "a", "a", None, None, peak_memory=None, computed_share=None, positions=None)
     heads = {column.head for column in table.columns(load(tmp_path).groups[0])}
     assert heads == {"setting", "n", "p50 s", "p95 s"}
     write_run(tmp_path / "b", "b", guide_nfe=3.0, speedup=speedup(2.0))
