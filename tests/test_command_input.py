@@ -109,9 +109,9 @@ def test_options_that_are_not_there_or_have_no_effect(arguments: list[str], said
     refused(command(*arguments), said)
 
 
-def test_a_sweep_over_all_names_of_a_pattern() -> None:
+def test_a_sweep_over_all_names_of_a_pattern(tmp_path: Path) -> None:
     with pytest.raises(Reached):
-        command("evaluate", "-m", "sampler=glob(v*)")
+        command("evaluate", "-m", "sampler=glob(v*)", f"out={tmp_path}/out")
 
 
 class TestFlags:
