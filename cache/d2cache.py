@@ -74,6 +74,7 @@ class D2Cache(Metered):
         return {
             **super().refuses,
             "graphs": "it looks at the attention of other columns each time",
+            "shadows": "it counts what attends to a position",
         }
 
     def start(self, setup: Setup) -> Reuse:

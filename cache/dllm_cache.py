@@ -70,7 +70,8 @@ class DLLMCache(Metered):
     @property
     def refuses(self) -> Mapping[str, str]:
         """What a sampler may need that this cache cannot give, with the reason."""
-        return {**super().refuses, "graphs": "each layer chooses its columns anew"}
+        reasons = {"graphs": "each layer chooses its columns anew", "shadows": "each layer computes other columns"}
+        return {**super().refuses, **reasons}
 
     def start(self, setup: Setup) -> Reuse:
         """Make room for keys, values and what the layers add, of every column."""

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from dllm.decoding.branches import Attention
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
@@ -31,7 +32,7 @@ class Denoise(Protocol):
         asked: Bool[Tensor, "*B K"] | None = None,
         columns: Int[Tensor, "*B K"] | None = None,
         tokens: Int[Tensor, "B D L"] | None = None,
-        joined: bool = False,
+        attention: Attention = "apart",
         decided: bool = False,
     ) -> Prediction:
         """Predict tokens.
@@ -45,8 +46,10 @@ class Denoise(Protocol):
             tokens: D drafts a row to look at instead of the current canvas, which count as one forward of
                 that row; `asked` then is (B, D, K), and `columns` may be. The first draft is the canvas as
                 it is. A draft that asks nothing is not computed.
-            joined: compute the drafts of a row as one sequence, each seeing itself only, instead of as
-                D sequences.
+            attention: how the drafts of a row are computed: "apart" as D sequences; "tree" as one, in which each
+                attends to itself only; "shadow" as one, in which the first is the canvas and, of the others, the
+                columns asked about are added to it: each attends to itself and to the canvas, but not to the token it
+                predicts, nor to the one in its own place; and nothing attends to it.
             decided: ask about all positions of the window to be generated, the decided ones as well.
         """
         ...
@@ -116,7 +119,7 @@ def told(prediction: Prediction) -> Denoise:
         asked: Tensor | None = None,
         columns: Tensor | None = None,
         tokens: Tensor | None = None,
-        joined: bool = False,
+        attention: Attention = "apart",
         decided: bool = False,
     ) -> Prediction:
         return prediction

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dllm.decoding.branches import Attention
 from dllm.decoding.canvas import Canvas
 from dllm.decoding.transfer import put
 from dllm.decoding.window import Window
@@ -33,6 +34,7 @@ class Question:
         places: what is asked, as (N,) sequences and (N,) columns whose hidden states are needed for it.
         horizon: (A,) column from which on nothing is attended to.
         joined: sequences of a row that are computed as one.
+        attention: who looks at whom in it.
     """
 
     canvas: Canvas
@@ -43,6 +45,7 @@ class Question:
     places: Places
     horizon: NDArray[np.int64]
     joined: int = 1
+    attention: Attention = "apart"
 
     @cached_property
     def rows(self) -> NDArray[np.int64]:
@@ -73,6 +76,18 @@ class Question:
         """(A, L) columns that are attended to, by way of others too, by what is asked."""
         visible = self.canvas.visible(self.rows)
         return visible & ~self.since(self.horizon)
+
+    def together(self, compute: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """(A, L) what is computed of sequences that are joined, where these columns of each are to be."""
+        if self.joined == 1:
+            return compute
+        if self.attention == "tree":  # each draft the same columns
+            every = rearrange(compute, "(a d) l -> a d l", d=self.joined).any(1)
+            return np.repeat(every, self.joined, axis=0)
+        canvas = compute[self.first]
+        least = canvas & (canvas.cumsum(1) == 1)  # a draft that asks nothing has a column nevertheless
+        shadows = np.where(self.read.any(1, keepdims=True), self.read, np.repeat(least, self.joined, axis=0))
+        return np.where(self.first[:, None], compute, shadows)
 
     def some(self, sequences: NDArray[np.int64]) -> Question:
         """The same about some of the sequences, in ascending order."""
@@ -141,7 +156,7 @@ def about_drafts(
     asked: Bool[Tensor, "*B K"],
     columns: Int[Tensor, "*C K"],
     tokens: Int[Tensor, "B D L"],
-    joined: bool,
+    attention: Attention,
     shift: int,
 ) -> Question:
     """What a policy asks for that asks for something special, which only the device knows."""
@@ -150,7 +165,7 @@ def about_drafts(
     grid = flat[: asked.numel()].astype(bool).reshape(rows, drafts, -1)
     where = np.broadcast_to(flat[asked.numel() :].reshape(rows, -1, grid.shape[2]), grid.shape)
     wanted: NDArray[np.bool_] = np.any(grid, axis=2)
-    joined = joined and bool(wanted[:, 1:].any())
+    joined = attention != "apart" and bool(wanted[:, 1:].any())
     if joined:  # a row's drafts are computed together or not at all
         wanted = np.broadcast_to(wanted.any(1, keepdims=True), wanted.shape)
     slots, draft = np.nonzero(wanted)
@@ -163,7 +178,7 @@ def about_drafts(
     horizon, together = _horizon(canvas, slots, places), drafts if joined else 1
     if joined:  # they are computed over the same columns
         horizon = np.repeat(horizon.reshape(-1, drafts).max(1), drafts)
-    return Question(canvas, slots, draft, flat_tokens, np.flatnonzero(grid), places, horizon, together)
+    return Question(canvas, slots, draft, flat_tokens, np.flatnonzero(grid), places, horizon, together, attention)
 
 
 def _read_at(
