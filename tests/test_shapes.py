@@ -10,7 +10,7 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from dllm.samplers.base import told
+from dllm.samplers.base import constant_denoiser
 from dllm.samplers.selection import top
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +25,7 @@ def test_a_wrong_shape_is_an_error_in_the_tests() -> None:
 def test_a_function_within_another_is_checked_whenever_it_is_made() -> None:
     for wrong in (5, "all"):
         with pytest.raises(TypeCheckError, match=f"Actual value: {wrong!r}"):
-            told(None)(wrong)
+            constant_denoiser(None)(wrong)
 
 
 def test_the_backbones_keep_the_shapes_they_state() -> None:
