@@ -134,7 +134,7 @@ def test_a_request_may_take_so_many_forwards() -> None:
     short, long = engine.add([5], gen_length=8, max_forwards=3), engine.add([5], gen_length=8, max_forwards=8)
     answers = finished(engine)
     assert (answers[short].nfe, answers[short].text, answers[short].tokens) == (3, None, 0)
-    assert answers[short].error == "max_forwards=3 is spent, and 5 tokens are missing"
+    assert answers[short].error == "max_forwards=3 is reached with 5 tokens missing"
     assert answers[short].completion.count(63) == 5
     assert (answers[long].nfe, answers[long].error) == (8, None)
     with pytest.raises(ValueError, match="max_forwards=0 is out of range"):

@@ -288,8 +288,7 @@ def test_a_bare_filter_in_the_published_form_is_told_of_in_one_line(model: Path,
     assert result.code == 0
     told = [line for line in result.err.splitlines() if "no card" in line]
     assert told == [
-        f"dllm generate: warning: filter={str(bare)!r} has no card: it fits block_length=8, and for which model is "
-        "not known"
+        f"dllm generate: warning: filter={str(bare)!r} has no card: it fits block_length=8, its model is unknown"
     ]
     assert "UserWarning" not in result.err
     result = command("generate", *asked, "block_length=4")

@@ -1,4 +1,4 @@
-"""One call of the backbone, and which positions may look at which in it."""
+"""One call of the backbone, and its attention mask."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Work:
         tokens: of the computed columns.
         positions: of these.
         attended: S, columns attended to.
-        real: which of these may be looked at; None for all.
-        given: True where a guided forward masks the tokens; None without guidance.
+        real: attention mask over these; None for all.
+        given: True at tokens that classifier-free guidance masks; None without guidance.
         store: keys and values of the other columns.
-        columns: which of these are computed; None for all.
-        joined: sequences of a row that become one.
+        columns: indices of the computed columns among those attended to; None for all.
+        joined: sequences of a row that are joined into one.
         keys: positions of the columns attended to.
     """
 
@@ -40,7 +40,7 @@ class Work:
     keys: Int[Tensor, "A S"] | None = None
 
     def mask(self, pattern: BlockCausal | None) -> Bool[Tensor, "A S"] | Bool[Tensor, "B 1 Q S"] | None:
-        """What may be looked at in a model with this pattern, by all alike or by each position; None for everything."""
+        """The attention mask for a model with this pattern, shared or per query; None for full attention."""
         tree = tree_mask(self) if self.joined > 1 else None
         if pattern is None or self.keys is None:
             return self.real if tree is None else tree
@@ -53,7 +53,7 @@ class Work:
 
 
 def tree_mask(work: Work) -> Bool[Tensor, "B 1 Q S"]:
-    """Which columns each column of a row's joined drafts may look at: stored ones, and those of its own draft."""
+    """The attention mask of a row's joined drafts: each attends to stored columns and those of its own draft."""
     width, device = work.tokens.shape[1], work.tokens.device
     branch = torch.arange(work.joined, device=device).repeat_interleave(width)
     own = (branch[:, None] == branch)[None, None]
@@ -62,7 +62,7 @@ def tree_mask(work: Work) -> Bool[Tensor, "B 1 Q S"]:
         if work.real is None:
             return own.expand(len(work.tokens) // work.joined, -1, -1, -1)
         return own & rearrange(work.real, "(a d) s -> a 1 1 (d s)", **split)
-    # A column is seen once: fresh where the draft computes it, stored elsewhere; what fills up a short draft is not.
+    # Each column is attended to once: fresh where the draft computes it, stored elsewhere; padding is excluded.
     fresh = torch.ones_like(work.columns, dtype=torch.bool)
     fresh[:, 1:] = work.columns[:, 1:] != work.columns[:, :-1]
     shape = len(work.tokens), work.attended
