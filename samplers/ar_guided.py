@@ -93,7 +93,7 @@ class ARGuided(Policy):
             object.__setattr__(self, "guide", str(self.guide))
         if not isinstance(self.guide, (str, Guide, PreTrainedModel)):
             raise ValueError(
-                f"guide={self.guide!r} is no guide; use a name, a folder, a hub id or a loaded causal model"
+                f"guide={self.guide!r} is not a guide; use a name, a folder, a hub id or a loaded causal model"
             )
         choice("accept", self.accept, ("argmax", "topk", "ratio"))
         if self.top_k is not None:

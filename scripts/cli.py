@@ -64,7 +64,7 @@ def _dispatch(command: str, given: list[str]) -> None:
 
         print(f"dllm {version('dllm-samplers')}")
     elif command not in (*COMMANDS, *OTHERS):
-        fail("dllm", f"{command!r} is no command; use one of {', '.join((*COMMANDS, *OTHERS))}")
+        fail("dllm", f"unknown command {command!r}; expected one of {', '.join((*COMMANDS, *OTHERS))}")
     else:
         sys.argv = [f"dllm {command}", *given]
         application = importlib.import_module(f"dllm.scripts.{_module(command)}")

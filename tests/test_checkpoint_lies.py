@@ -510,8 +510,8 @@ class TestGuides:
         "index elsewhere": (_point("../x.safetensors"), INDEX),
         "no config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
         "an unknown architecture": (lambda folder: config(folder, model_type="evil"), "evil"),
-        "heads as text": (lambda folder: config(folder, num_attention_heads="a"), "is no causal language model"),
-        "no eps": (lambda folder: config(folder, rms_norm_eps=None), "is no causal language model"),
+        "heads as text": (lambda folder: config(folder, num_attention_heads="a"), "is not a causal language model"),
+        "no eps": (lambda folder: config(folder, rms_norm_eps=None), "is not a causal language model"),
     }
 
     @pytest.mark.parametrize("lie", LIES)

@@ -151,7 +151,7 @@ def test_a_request_can_be_given_up_wherever_it_is() -> None:
     answers = finished(engine)
     assert set(answers) == {1, 2}
     engine.abort(1)  # finished
-    with pytest.raises(ValueError, match=r"id=4 is no request of this engine"):
+    with pytest.raises(ValueError, match=r"id=4 is not a request of this engine"):
         engine.abort(4)
     engine.add([5], gen_length=6)
     engine.step()

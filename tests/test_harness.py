@@ -362,7 +362,7 @@ class TestWordsOfOthers:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("pretrained=tiny-llada,sampler=guess", "sampler='guess' is unknown"),
+        ("pretrained=tiny-llada,sampler=guess", "unknown sampler='guess'"),
         ("pretrained=tiny-llada,sampler=localleap,sampler.reach=3", "unknown option 'sampler.reach'; expected"),
         ("pretrained=tiny-llada,gen_lenght=3", "unknown option 'gen_lenght'"),
         ("pretrained=tiny-llada,sampler=freedave,cache=dkv", "depends on the way a block is decoded"),

@@ -270,8 +270,8 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            ({"method": "exact"}, "method='exact' is unknown; use one of monte_carlo, chain"),
-            ({"order": "sideways"}, "order='sideways' is unknown"),
+            ({"method": "exact"}, "unknown method='exact'; expected one of monte_carlo, chain"),
+            ({"order": "sideways"}, "unknown order='sideways'"),
             ({"samples": 0}, "samples=0 is out of range"),
             ({"seed": -1}, "seed=-1 is out of range"),
             ({"batch_size": 0}, "batch_size=0 is out of range"),

@@ -190,7 +190,7 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("arguments", "named"),
         [
-            (["resume=all"], "resume='all' is unknown; use one of null, mixed"),
+            (["resume=all"], "unknown resume='all'; expected one of null, mixed"),
             (["resume=5"], "resume=5"),
             (["input=null", "output=null", "resume=mixed"], "resume=mixed is for input and output"),
         ],
@@ -361,7 +361,7 @@ class TestFiles:
 
     @pytest.mark.parametrize(
         ("output", "why"),
-        [("/dev/null", "is no ordinary file"), ("/dev/stdout", "is no ordinary file"),
+        [("/dev/null", "is not an ordinary file"), ("/dev/stdout", "is not an ordinary file"),
          ("fifo", "cannot be written (it is a pipe)"), ("loop", "cannot be written (Too many levels")],
     )  # fmt: skip
     def test_an_output_that_cannot_be_read_again_is_refused(self, unloaded: None, output: str, why: str) -> None:

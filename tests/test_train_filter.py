@@ -251,7 +251,7 @@ class TestInterruption:
         (["gen_length=0"], "gen_length=0"),
         (["temperature=-1"], "temperature=-1"),
         (["sampler=best"], "sampler"),
-        (["out=x.pt"], "out='x.pt' is no filter file; give a name that ends in .safetensors"),
+        (["out=x.pt"], "out='x.pt' is not a filter file; give a name that ends in .safetensors"),
         (["out=/dev/null/f.safetensors"], "out='/dev/null/f.safetensors' cannot be written"),
         (["data=/no/such.jsonl"], "data='/no/such.jsonl' cannot be read"),
         (["data=/no/such/set"], "data='/no/such/set' with split='train' cannot be read"),

@@ -190,7 +190,7 @@ class Engine:
         """
         with self._lock:
             if not 0 <= id < self._count:
-                raise ValueError(f"id={id!r} is no request of this engine; give a number that `add` returned")
+                raise ValueError(f"id={id!r} is not a request of this engine; give a number that `add` returned")
             left = [(number, request) for number, request in self._waiting if number != id]
             if len(left) == len(self._waiting):
                 self._aborted |= {id} & set(self._ids[self._canvas.rows].tolist())
@@ -344,4 +344,4 @@ class Engine:
 def check_model(lm: Any) -> None:
     """Reject (ValueError) a name where a loaded model is expected."""
     if not isinstance(lm, LanguageModel):
-        raise ValueError(f"lm={lm!r} is no loaded model; give dllm.load({str(lm)!r})")
+        raise ValueError(f"lm={lm!r} is not a loaded model; give dllm.load({str(lm)!r})")

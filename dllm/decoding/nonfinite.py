@@ -33,7 +33,7 @@ def not_finite(logits: Float[Tensor, "*N V"]) -> Bool[Tensor, "*N"]:
 
 
 def reason(whose: str, dtype: torch.dtype, option: str = "") -> str:
-    """Why there is no answer.
+    """Why a row has no answer.
 
     Args:
         whose: name of the model in messages.

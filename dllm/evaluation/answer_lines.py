@@ -49,7 +49,7 @@ def read_answers(content: bytes) -> tuple[dict[str | int, str], int]:
     newline at the end.
 
     Raises:
-        ValueError: naming the line that is no answer.
+        ValueError: naming the line that is not an answer.
     """
     lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
     whole = len(content)
@@ -64,7 +64,7 @@ def read_answers(content: bytes) -> tuple[dict[str | int, str], int]:
         except ValueError:
             row = None
         if not isinstance(row, dict) or type(row.get("id")) not in (str, int) or "text" not in row:
-            raise ValueError(f"line {number} is no answer")
+            raise ValueError(f"line {number} is not an answer")
         if row["id"] in found:
             raise ValueError(f"line {number} answers {row['id']!r} again")
         found[row["id"]] = hash_of(row)

@@ -197,7 +197,7 @@ class AnswerManifest:
         fix = "give another output, or remove it"
         found = read_json(self.path, fix)
         if (found.get("format"), found.get("version")) != (FORMAT, VERSION):
-            raise ValueError(f"{self.path} is no manifest of answers that this version of dllm knows; {fix}")
+            raise ValueError(f"{self.path} is not a manifest of answers that this version of dllm knows; {fix}")
         try:
             self._prompts = {str(name): str(value) for name, value in found["prompts"].items()}
             self._made = {str(name): str(value) for name, value in found.get("answers", {}).items()}

@@ -18,7 +18,7 @@ from dllm.files import parse_json, state
 from dllm.stored import misfit, there
 
 _COMMAND = 200  # characters of a command that an error shows
-_LARGEST = 1 << 14  # bytes; what is larger is no lock
+_LARGEST = 1 << 14  # bytes; what is larger is not a lock
 
 
 class _Holder(TypedDict):
@@ -54,7 +54,7 @@ class Claim:
         """Keep others out.
 
         Raises:
-            ValueError: somebody else has it, or a file there cannot be locked, or is no lock.
+            ValueError: somebody else has it, or a file there cannot be locked, or is not a lock.
         """
         there(self.path, f"rename that, or give {self._give}")
         before, self._note = state(self.path), None
@@ -107,7 +107,7 @@ class Claim:
 
 
 def _holder(content: bytes) -> _Holder | None:
-    """Who says that they hold it; None where it is no lock."""
+    """Who says that they hold it; None where it is not a lock."""
     try:
         found: _Holder = parse_json(content)
     except ValueError:

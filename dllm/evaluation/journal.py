@@ -73,8 +73,8 @@ class Journal:
 
     def _damage(self, line: int, reason: str) -> ValueError:
         return ValueError(
-            f"{self.path} is no journal of a run, or damaged, in line {line} ({reason}); remove that line to do that "
-            "part of the run again, or the file to do all of it again"
+            f"{self.path} is not a journal of a run, or damaged, in line {line} ({reason}); remove that line to repeat "
+            "that part of the run, or the file to repeat all of it"
         )
 
     def damage(self, kind: str, name: str, reason: str) -> ValueError:

@@ -182,7 +182,7 @@ class AnswerFile:
         there = self.path.exists()
         stray = (not self.file.is_file()) if there else self.file.is_symlink()  # pipes, folders; links to themselves
         if stray or _is_printed_to(self.path):
-            raise ValueError(f"{self._called} is no ordinary file; give the name of one, which can be read again")
+            raise ValueError(f"{self._called} is not an ordinary file; give the name of one, which can be read again")
         try:
             self._state = state(self.path)
             content = b"" if self._state is None else self.file.read_bytes()

@@ -102,8 +102,8 @@ def loglikelihood(lm: LanguageModel, prefix: Sequence[int], target: Sequence[int
         Nats. The same for the same pair and estimate, whatever else is scored.
 
     Raises:
-        ValueError: a token that is no id of the model or [MASK], more tokens than the model's context, or logits that
-            are no numbers.
+        ValueError: a token that is not an id of the model or is [MASK], more tokens than the model's context, or
+            non-finite logits.
     """
     prefix, target = _check(lm, prefix, target)
     if len(target) == 0:

@@ -121,7 +121,7 @@ def _batch_size(value: Any, most: Any, tell: Tell) -> int:
         tell(f"batch_size={text!r} is not searched for; {size} rows are decoded together")
         return size
     if text and not text.isdigit():
-        raise ValueError(f"batch_size={value!r} is unknown; use a whole number, or auto")
+        raise ValueError(f"unknown batch_size={value!r}; expected a whole number or auto")
     return int(text or BATCH_SIZE)
 
 
@@ -143,7 +143,7 @@ def _number(name: str, value: Any) -> float | None:
             raise ValueError
         return float(value)
     except (TypeError, ValueError):
-        raise ValueError(f"{name}={value!r} is no number; give one, or null") from None
+        raise ValueError(f"{name}={value!r} is not a number; give one, or null") from None
 
 
 def _top_p(value: Any) -> float | None:

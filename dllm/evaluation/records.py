@@ -94,7 +94,7 @@ class Record:
 
 
 def follow(
-    prepared: Sequence[decoding.Request], engine: Engine, requests: Sequence[Query], filmed: frozenset[str]
+    prepared: Sequence[decoding.Request], engine: Engine, requests: Sequence[Query], traced: frozenset[str]
 ) -> Iterator[tuple[Record, Frames | None]]:
     """Decode, yielding each request's record as soon as it is finished.
 
@@ -102,7 +102,7 @@ def follow(
         prepared: what is decoded.
         engine: in which that waits, as 0, 1, 2, ...
         requests: what is answered.
-        filmed: ids of those whose steps are kept.
+        traced: ids of those whose steps are kept.
 
     Raises:
         ValueError: the model has no answer for a request.
@@ -114,8 +114,8 @@ def follow(
         for event in step:
             request, note, own = requests[event.id], notes[event.id], slice(int(step.padding[event.entry]), None)
             note.confidence(step, event.entry, own, sure)
-            if request.id in filmed:
-                note.film(step, event.entry, own, len(request.prompt))
+            if request.id in traced:
+                note.trace(step, event.entry, own, len(request.prompt))
             if event.answer is None:
                 continue
             if event.answer.error is not None:
@@ -135,7 +135,7 @@ class _Notes:
     def __init__(self) -> None:
         self._confidence: NDArray[np.float64] | None = None
         self._drift: list[list[float]] = []
-        self._film: list[dict[str, Any]] = []
+        self._trace: list[dict[str, Any]] = []
 
     def confidence(self, step: Step, entry: int, own: slice, sure: NDArray[np.float64]) -> None:
         """Note how sure the model was of what was committed, and how far the cache was off."""
@@ -147,10 +147,10 @@ class _Notes:
                 if name == step.ids[entry]:
                     self._drift.append([float(value) for value in values])
 
-    def film(self, step: Step, entry: int, own: slice, prompt: int) -> None:
+    def trace(self, step: Step, entry: int, own: slice, prompt: int) -> None:
         """Keep a step."""
         generated = slice(own.start + prompt, None)
-        self._film.append(
+        self._trace.append(
             {
                 "canvas": step.tokens[entry, generated],
                 "predicted": step.predicted[entry, generated],
@@ -178,7 +178,7 @@ class _Notes:
 
     def frames(self, request: Query) -> Frames | None:
         """The steps that were kept; None where they were not."""
-        if not self._film:
+        if not self._trace:
             return None
-        stacked = {name: np.stack([each[name] for each in self._film]) for name in self._film[0]}
+        stacked = {name: np.stack([each[name] for each in self._trace]) for name in self._trace[0]}
         return Frames(id=request.id, prompt=np.asarray(request.prompt, dtype=np.int64), **stacked)

@@ -137,7 +137,7 @@ class RunFolder:
             main = own
         if main is not None and main != metrics["accuracy_name"]:
             if main not in metrics["scores"]:
-                raise ValueError(f"task.metric={main!r} is unknown; use one of {', '.join(metrics['scores'])}")
+                raise ValueError(f"unknown task.metric={main!r}; expected one of {', '.join(metrics['scores'])}")
             score = metrics["scores"][main]
             metrics |= {"accuracy": score["value"], "accuracy_interval": score["interval"], "accuracy_name": main}
             with suppress(OSError):  # it may only be read, and what is asked for is told all the same
@@ -159,7 +159,7 @@ class RunFolder:
         if file.is_file() or not os.path.lexists(file):
             write_json(file, error)
 
-    def forgive(self) -> None:
+    def clear_error(self) -> None:
         """Take that word back: the run was made after all."""
         with suppress(OSError):  # not there, or no file
             (self.path / "error.json").unlink()
@@ -215,7 +215,7 @@ def _read_results(file: Path, fix: str) -> dict[str, Any]:
     """
     found = read_json(file, fix)
     if found.get("format") != RESULTS or found.get("version") != RESULTS_VERSION:
-        raise ValueError(f"{file} is no results of this version of dllm; {fix}")
+        raise ValueError(f"{file} is not a results file of this version of dllm; {fix}")
     wrong = misfit(found, Results)
     metrics = found["metrics"] if wrong is None else {}
     if wrong is None and metrics["nfe"] is not None and None in (metrics["tpf"], metrics["tokens_per_second"]):

@@ -77,7 +77,7 @@ class Runner:
         setting: how.
         journal: notes every answer.
         baselines: batches of the first requests that are also decoded one token per step, taking turns.
-        filmed: answers, from the first on, whose steps are kept.
+        traced: answers, from the first on, whose steps are kept.
         progress: called with the number of answers that are there and of all that were asked for so far.
         read: stamps of the files that sampler and cache read.
         asked: called when the questions are there, before the first one is answered.
@@ -88,20 +88,20 @@ class Runner:
         setting: Setting,
         journal: Journal,
         baselines: int = 0,
-        filmed: int = 0,
+        traced: int = 0,
         progress: Callable[[int, int], object] = lambda done, total: None,
         read: Sequence[Stamp] = (),
         asked: Callable[[], object] = lambda: None,
     ) -> None:
-        self.setting, self.journal, self.baselines, self.filmed = setting, journal, baselines, filmed
+        self.setting, self.journal, self.baselines, self.traced = setting, journal, baselines, traced
         self._progress, self._asked, self._session, self._read = progress, 0, "", read
         self._check_asked = asked
         self._ids: list[str] = []
-        self._filmed: frozenset[str] = frozenset()
-        self._films = None if journal.path is None else journal.path.parent / _FRAMES
+        self._traced: frozenset[str] = frozenset()
+        self._traces = None if journal.path is None else journal.path.parent / _FRAMES
         try:
-            if self._films is not None:
-                folder_there(self._films)
+            if self._traces is not None:
+                folder_there(self._traces)
             for kind, name in journal.keys:
                 if wrong := self._misfit(kind, name, journal.get(kind, name)):
                     raise journal.damage(kind, name, wrong)
@@ -126,8 +126,8 @@ class Runner:
             requests: with ids that occur once in the run.
             **options: fields of `dllm.Options` that go before the setting's.
         """
-        room = max(0, self.filmed - len(self._ids))
-        self._filmed |= frozenset(request.id for request in requests[:room])
+        room = max(0, self.traced - len(self._ids))
+        self._traced |= frozenset(request.id for request in requests[:room])
         first = not self._ids
         self._ask(len(requests))
         self._ids += [request.id for request in requests]
@@ -183,10 +183,10 @@ class Runner:
 
     def frames(self, records: Sequence[Record]) -> list[Frames]:
         """The steps that were kept of some answers."""
-        if self._films is None:
+        if self._traces is None:
             return []
         files = self.journal.of("film")
-        found = [self._film(record) for record in records if record.id in files]
+        found = [self._load_trace(record) for record in records if record.id in files]
         return [each for each in found if each is not None]
 
     def close(self, remove: bool = False) -> None:
@@ -204,13 +204,13 @@ class Runner:
     def _decode(self, requests: Sequence[Query], options: Mapping[str, Any]) -> None:
         """Answer what has no answer yet."""
         left = self._left(requests)
-        again = [request for request in requests if request.id in self._filmed and self._lost_film(request)]
-        self._film_again(again, options)
+        again = [request for request in requests if request.id in self._traced and self._lost_trace(request)]
+        self._trace_again(again, options)
         if not left:
             return
         self._begin_session(left[:1], options)
         made = self._prepare(left, self.setting.sampler, self.setting.cache, options)
-        for record, frames in follow(*made, left, self._filmed):
+        for record, frames in follow(*made, left, self._traced):
             if frames is not None:
                 self._keep(record, frames)
             self._note("record", record.id, asdict(record))
@@ -245,18 +245,18 @@ class Runner:
             self.journal.add("session", self._session, platform.node())
 
     def _keep(self, record: Record, frames: Frames) -> None:
-        if self._films is None:
+        if self._traces is None:
             return
         noted = self.journal.get("film", record.id)  # where an interruption came between the steps and the record
         taken = set(self.journal.of("film").values())
         free = (f"{number}.safetensors" for number in count())
         name = noted or next(each for each in free if each not in taken)
-        self._save_film(name, record, frames)
+        self._save_trace(name, record, frames)
         if noted is None:
             self.journal.add("film", record.id, name)
 
-    def _save_film(self, name: str, record: Record, frames: Frames) -> None:
-        assert self._films is not None
+    def _save_trace(self, name: str, record: Record, frames: Frames) -> None:
+        assert self._traces is not None
         trace = Trace(
             ids=(record.id,),
             tokens=np.array([record.completion]),
@@ -267,12 +267,12 @@ class Runner:
             mask_token_id=self.lm.backbone.mask_token_id,
             eos_token_ids=self.eos_token_ids,
         )
-        trace.save(self._films / name)
+        trace.save(self._traces / name)
 
-    def _film(self, record: Record) -> Frames | None:
+    def _load_trace(self, record: Record) -> Frames | None:
         """The steps that were kept of an answer; None where their file is gone or damaged."""
-        assert self._films is not None
-        file = self._films / self.journal.get("film", record.id)
+        assert self._traces is not None
+        file = self._traces / self.journal.get("film", record.id)
         there(file)
         try:
             (frames,) = Trace.load(file).frames
@@ -283,18 +283,22 @@ class Runner:
         fits = frames.id == record.id and frames.canvas.shape[1] == len(record.completion)
         return frames if known and fits else None
 
-    def _film_again(self, requests: Sequence[Query], options: Mapping[str, Any]) -> None:
+    def _trace_again(self, requests: Sequence[Query], options: Mapping[str, Any]) -> None:
         """Keep the steps of answers once more; the answers stay as they are noted."""
         if requests:
             made = self._prepare(requests, self.setting.sampler, self.setting.cache, options)
-            for record, frames in follow(*made, requests, self._filmed):
+            for record, frames in follow(*made, requests, self._traced):
                 assert frames is not None
                 self._keep(self._noted(record.id), frames)
 
-    def _lost_film(self, request: Query) -> bool:
+    def _lost_trace(self, request: Query) -> bool:
         """Whether an answer is there and the steps that belong to it are not, or cannot be read any more."""
-        film, record = (self.journal.get(kind, request.id) for kind in ("film", "record"))
-        return self._films is not None and record is not None and (film is None or self._film(Record(**record)) is None)
+        trace, record = (self.journal.get(kind, request.id) for kind in ("film", "record"))
+        return (
+            self._traces is not None
+            and record is not None
+            and (trace is None or self._load_trace(Record(**record)) is None)
+        )
 
     def _are_tokens(self, ids: Sequence[int]) -> bool:
         return not ids or 0 <= min(ids) <= max(ids) < self.lm.backbone.config.vocab_size
@@ -302,11 +306,11 @@ class Runner:
     def _misfit(self, kind: str, name: str, value: Any) -> str | None:
         """What is wrong with an entry of the journal."""
         if kind not in _SHAPES:
-            return f"{kind!r} is no kind of entry"
+            return f"{kind!r} is not a kind of entry"
         if wrong := misfit(value, _SHAPES[kind], "value"):
             return wrong
         if kind == "film" and not re.fullmatch(r"\d+\.safetensors", value):
-            return f"{value!r} is no file of steps"
+            return f"{value!r} is not a file of steps"
         if kind == "baseline" and not (min(value["seconds"], value["nfe"], value["tokens"]) > 0 and len(value["ids"])):
             return "a baseline that took nothing"
         if kind == "record":
@@ -314,7 +318,7 @@ class Runner:
             if record.id != name:
                 return f"it is about {record.id!r}"
             if not self._are_tokens(record.completion):
-                return "completion holds ids that are no tokens"
+                return "completion holds ids that are not tokens"
             return record.misfit()
         return None
 

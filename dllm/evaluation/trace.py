@@ -133,9 +133,9 @@ class Trace:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} is no trace or damaged ({error}); {again}") from None
+            raise ValueError(f"{path} is not a trace or damaged ({error}); {again}") from None
         if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} is no trace; {again}, or give the trace.safetensors of a run")
+            raise ValueError(f"{path} is not a trace; {again}, or give the trace.safetensors of a run")
         if metadata.get("version") != str(VERSION):
             raise ValueError(
                 f"{path} is a trace of version {metadata.get('version')}, this dllm reads version {VERSION}; "
