@@ -396,7 +396,7 @@ def _qualified(error: Exception, fields: Mapping[str, Any]) -> str:
         text = renamed(text, {"dtype": "model.dtype"})
     if isinstance(error, OSError) and (option := _option_of_file(error.filename, fields)):
         given = _value(fields, option)
-        fix = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "give another path"
+        fix = "free disk space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "give another path"
         return f"{option}={given!r} cannot be used ({error.strerror}); {fix}"
     groups: dict[str, Mapping[str, Any]] = {group: fields.get(group) or {} for group in ("sampler", "cache")}
     for group, options in groups.items():

@@ -47,7 +47,7 @@ def main(command: str | None = None) -> None:
         except OSError as error:
             if error.errno is None or error.filename is not None:  # not about the output: no network, a file not there
                 fail(called, str(error))
-            fail(called, f"{error.strerror or error}; make room, or send the output elsewhere")
+            fail(called, f"{error.strerror or error}; free disk space, or send the output elsewhere")
 
 
 def run_file(file: str) -> NoReturn:

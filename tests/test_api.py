@@ -251,7 +251,13 @@ def test_values_of_another_type_are_named_too() -> None:
         cwd=Path(__file__).parent,
         check=True,
     )
-    expected = ["prompts[1] is a int", "gen_length=2.5", "temperature='hot'", "stop_at_eos='maybe'", "top_k=True"]
+    expected = [
+        "prompts[1] is a int",
+        "gen_length=2.5",
+        "temperature='hot'",
+        "unknown stop_at_eos='maybe'",
+        "top_k=True",
+    ]
     expected += ["prompts", "seed=1.5"]
     lines = done.stdout.splitlines()
     assert [line.startswith(start) for line, start in zip(lines, expected, strict=True)] == [True] * 7, lines

@@ -203,8 +203,8 @@ def test_errors_name_options_of_a_sampler_as_the_command_line_does(arguments: li
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["compatibility", "variants=null"], "variants=None is of the wrong kind; give a group of options"),
-        (["compatibility", "variants=abc"], "variants='abc' is of the wrong kind"),
+        (["compatibility", "variants=null"], "variants=None is of the wrong type; give a group of options"),
+        (["compatibility", "variants=abc"], "variants='abc' is of the wrong type"),
         (["generate", "picture=${cache}"], "picture={'_target_'"),
         (["generate", "input=${cache}", "output=x"], "input={'_target_'"),
         (["generate", "model.device_map={a:{b:c}}"], "model.device_map={'a': {'b': 'c'}} holds more than devices"),

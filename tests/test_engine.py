@@ -111,7 +111,7 @@ def test_texts_chats_tensors_and_masks_are_requests() -> None:
     (text,) = dllm.generate(lm, "Tom has 5 pens.", "threshold", gen_length=6).texts
     assert {answers[n].text for n in range(6)} == {text}
     assert answers[filled].completion == dllm.infill(lm, [gapped], "threshold").sequences[0].tolist()
-    with pytest.raises(ValueError, match="prompt holds 2 prompts; add one at a time"):
+    with pytest.raises(ValueError, match="prompt contains 2 prompts; add one at a time"):
         engine.add(["Tom", "Ann"])
 
 

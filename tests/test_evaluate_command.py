@@ -342,7 +342,7 @@ def test_sweeping_may_be_asked_for_anywhere(tmp_path: Path) -> None:
         (("task.limit=0",), "task.limit=0 is out of range"),
         (("task.seed=5",), "task.seed=5 is out of range"),
         (("baselines=-1",), "baselines=-1 is out of range"),
-        (("frames=x",), "frames='x' is of the wrong kind"),
+        (("frames=x",), "frames='x' is of the wrong type"),
         (("sampler=freedave", "cache=dkv"), "depends on the way a block is decoded"),
         (("estimate.method=guess",), "unknown estimate.method='guess'"),
         (("objective=[speed]",), "unknown objective='speed'"),
@@ -384,4 +384,4 @@ def test_a_full_disk_is_no_matter_of_the_path(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(run_folder, "write_json", full)
     outcome = run(tmp_path, "task.limit=1", "gen_length=8")
     assert (outcome.code, outcome.out) == (2, "")
-    assert f"out='{tmp_path}' cannot be used (No space left on device); make room\n" in outcome.err
+    assert f"out='{tmp_path}' cannot be used (No space left on device); free disk space\n" in outcome.err

@@ -241,7 +241,7 @@ class TestNeighbours:
             mine.write_text(content)
             before = mine.stat()
             if content:
-                with pytest.raises(ValueError, match=r"cannot be locked, because .*\.lock is a file of something else"):
+                with pytest.raises(ValueError, match=r"cannot be locked, because .*\.lock is not a lock of dllm"):
                     write(tmp_path / file)
             else:
                 held = write(tmp_path / file)

@@ -318,7 +318,7 @@ class TestErrors:
 @pytest.mark.parametrize("wrong", ["text", [5.5], [[5]], None, [True], torch.tensor([5.0])], ids=repr)
 def test_what_is_no_token_ids_is_refused(wrong: Any) -> None:
     for pair in ((wrong, [5]), ([5], wrong)):
-        with pytest.raises(ValueError, match=r"^(prefix|target) is a \w+ and no token ids; give a list"):
+        with pytest.raises(ValueError, match=r"^(prefix|target) is a \w+, not token ids; give a list"):
             loglikelihood(random_llada(), *pair, Estimate(samples=2))
 
 

@@ -295,7 +295,7 @@ DAMAGE: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "missing tensor": (edit_weights(lambda weights: weights.pop(TENSOR)), (TENSOR, "is missing")),
     "extra tensor": (
         edit_weights(lambda weights: weights.update(extra=torch.zeros(2))),
-        ("tensor extra", "no part of LLaDAModelLM"),
+        ("tensor extra", "not part of LLaDAModelLM"),
     ),
     "misshaped tensor": (
         edit_weights(lambda weights: weights.update({TENSOR: torch.zeros(2, 3)})),

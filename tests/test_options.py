@@ -116,7 +116,7 @@ class TestNames:
             (["evaluate", "task.seed=1"], "error: task.seed=1 is out of range"),
             (["generate", "gen_length=${oc.env:HOME}"], "gen_length='${oc.env:HOME}' holds ${oc.env:HOME}, which is"),
             (["generate", "gen_length=${nope}"], "gen_length refers to the unknown option 'nope'"),
-            (["generate", "++gen_length=abc"], "gen_length='abc' is of the wrong kind"),
+            (["generate", "++gen_length=abc"], "gen_length='abc' is of the wrong type"),
             (["generate", "picture="], "picture='' is empty"),
             (["generate", "sampler=freedave", "sampler.base={_target_: dllm.samplers.Threshold, threshold: -1}"],
              "error: sampler.base.threshold=-1 is out of range"),
@@ -228,5 +228,5 @@ def test_a_seed_says_its_range(seed: Any) -> None:
 
 @pytest.mark.parametrize("seed", [{1}, {1: 2}, object(), iter([1])], ids=lambda seed: type(seed).__name__)
 def test_seeds_without_an_order_are_refused(seed: Any) -> None:
-    with pytest.raises(ValueError, match=r"^seed=.* is of the wrong kind; give a whole number, a list"):
+    with pytest.raises(ValueError, match=r"^seed=.* is of the wrong type; give a whole number, a list"):
         dllm.Options(seed=seed)

@@ -190,7 +190,7 @@ class TestChats:
         ("chat", "template", "named"),
         [
             ([USER, {"role": "assistant", "content": "The pens"}], TURNS.replace("m['content']", "m['content']|upper"),
-             "does not suit the chat template: .*beginning of an answer"),
+             "does not suit the chat template: .*partial answer"),
             ([USER], "{{ raise_exception('no\nusers') }}", "does not suit the chat template: no users"),
             ([USER], "{{ 'a' + 5 }}", "does not suit the chat template: "),
             ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], TURNS,

@@ -447,7 +447,9 @@ class TestFiles:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert (done.code, done.out) == (2, "")
-        assert re.search(r"error: output='a.jsonl' cannot be written \(.*\), 2 answers are in it; make room", done.err)
+        assert re.search(
+            r"error: output='a.jsonl' cannot be written \(.*\), 2 answers are in it; free disk space", done.err
+        )
         assert len(lines()) == 2
         monkeypatch.setattr(dllm, "as_completed", decode)
         assert run().code == 0

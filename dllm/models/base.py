@@ -115,7 +115,7 @@ class MaskedDiffusionModel(PreTrainedModel):
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
-        """Layers, key-value heads and head dimension: what a cache must make room for."""
+        """Layers, key-value heads and head dimension: what a cache must free disk space for."""
         return self.config.num_hidden_layers, self.config.num_key_value_heads, self.head_dim
 
     @property

@@ -77,7 +77,7 @@ def evaluate(tmp_path: Path) -> Evaluate:
         ({"mine.yaml": "BASEtest_split: absent\n"}, "task=mine cannot be used: absent (KeyError"),
         ({"mine.yaml": "BASEdoc_to_text: '{{question'\n"}, "unexpected end of template"),
         ({"mine.yaml": "BASEnum_fewshot: 5\nfewshot_split: test\n"}, "fewer examples than task.num_fewshot asks for"),
-        ({"mine.yaml": "BASEgeneration_kwargs: {until: 5}\n"}, "until=5 is of the wrong kind"),
+        ({"mine.yaml": "BASEgeneration_kwargs: {until: 5}\n"}, "until=5 is of the wrong type"),
         ({"mine.yaml": "BASEdataset_kwargs: {data_files: {test: /no.jsonl}}\n"}, "Unable to find '/no.jsonl'"),
     ],
 )
@@ -126,7 +126,7 @@ def test_a_run_outside_of_a_repository_is_quiet(
         (ROW * 5, "[]", "task.data.test='{}/test.jsonl' has no rows"),
         (ROW * 5, "hello\n", "task.data.test='{}/test.jsonl' line 1 is not JSON"),
         (ROW * 5, ROW + '{"question', "task.data.test='{}/test.jsonl' line 2 is not JSON"),
-        (ROW * 5, ROW + "[1]\n", "task.data.test='{}/test.jsonl' line 2 is no row"),
+        (ROW * 5, ROW + "[1]\n", "task.data.test='{}/test.jsonl' line 2 is not a JSON object"),
         (ROW * 5, ROW + '{"question": "?"}\n', "task.data.test='{}/test.jsonl' line 2 has no 'answer'"),
         (ROW * 5, '{"question": null, "answer": "2"}\n', "task.data.test='{}/test.jsonl' line 1 has no 'question'"),
         ('{"q": "?", "answer": "2"}\n' * 5, ROW, "task.data.train='{}/train.jsonl' line 1 has no 'question'"),
