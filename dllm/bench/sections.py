@@ -1,4 +1,4 @@
-"""Where the time of a step goes: embedding, layers, projection, selection, cache, and Python for the rest."""
+"""Profile of a step: embedding, layers, projection, selection, cache, and Python for the rest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SERVED = ("update", "parts", "stale", "blend", "attended")
 
 
 class SectionTimer:
-    """Seconds of each section, without those of the sections within it."""
+    """Seconds of each section, excluding nested sections."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -28,7 +28,7 @@ class SectionTimer:
         self._since = self._now()
 
     def timed(self, section: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, its time counted for a section."""
+        """The function, with its time attributed to a section."""
 
         @wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -43,12 +43,12 @@ class SectionTimer:
         return wrapper
 
     def reset(self) -> None:
-        """Forget what was counted."""
+        """Reset all times."""
         self._turn()
         self.seconds = dict.fromkeys(SECTIONS, 0.0)
 
     def shares(self) -> dict[str, float]:
-        """What each section took of everything so far."""
+        """Share of each section of the total time so far."""
         self._turn()
         total = sum(self.seconds.values())
         return {section: seconds / total for section, seconds in self.seconds.items()}
@@ -66,10 +66,10 @@ class SectionTimer:
 
 @contextmanager
 def watching(clock: SectionTimer, backbone: MaskedDiffusionModel, sampler: Any, denoiser: Denoiser) -> Iterator[None]:
-    """Count a run that goes on meanwhile.
+    """Profile a run within this context.
 
     Args:
-        clock: counts.
+        clock: the timer.
         backbone: the denoiser.
         sampler: the policy.
         denoiser: of the run.
@@ -101,7 +101,7 @@ def watching(clock: SectionTimer, backbone: MaskedDiffusionModel, sampler: Any, 
 
 
 class _Patches:
-    """Attributes that are replaced for a while."""
+    """Temporarily replaced attributes."""
 
     def __init__(self, clock: SectionTimer) -> None:
         self._clock = clock
@@ -115,7 +115,7 @@ class _Patches:
             undo()
 
     def put(self, owner: Any, name: str, section: str) -> None:
-        """Count what a method takes for a section."""
+        """Attribute the time of a method to a section."""
         self.set(owner, name, self._clock.timed(section, getattr(owner, name)))
 
     def set(self, owner: Any, name: str, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Drafts of a row in one sequence: their columns one after the other, and who looks at whom among them."""
+"""The attention mask of a row whose drafts are concatenated to one sequence."""
 
 from __future__ import annotations
 
@@ -9,24 +9,22 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-# How the drafts of a row attend to each other: each in a sequence of its own; in one sequence, each to itself; or the
-# first one is the canvas, and each column of the others to all of it but the column that it predicts and the one in its
-# own place, and to itself.
+# How the drafts of a row attend to each other; see `dllm.samplers.base.Denoise`.
 Attention: TypeAlias = Literal["apart", "tree", "shadow"]
 
 
 @dataclass(frozen=True)
 class Branches:
-    """The columns of R rows whose drafts lie one after the other.
+    """The computed columns of R rows, draft after draft.
 
     Attributes:
-        attention: who looks at whom.
+        attention: "tree" or "shadow".
         columns: canvas column of each of the Q computed ones.
         branch: the draft each belongs to.
-        fresh: False where a draft with fewer columns than another row's repeats its last.
+        fresh: False where a draft with fewer columns than that of another row repeats its last.
         span: the first canvas column attended to, and the one after the last.
-        real: which of these may be looked at.
-        stored: those that a draft does not compute are attended to, from a store.
+        real: False at padding.
+        stored: whether a store holds the keys and values of columns that are not computed.
         shift: a column predicts the token that many to its right.
     """
 
@@ -40,7 +38,7 @@ class Branches:
     shift: int
 
     def mask(self) -> Bool[Tensor, "R 1 Q K"]:
-        """What each computed column may look at: stored columns, where there are any, and then the computed ones."""
+        """The mask over the stored columns, where there is a store, and then the computed ones."""
         low, high = self.span
         shadow = (self.branch > 0) if self.attention == "shadow" else torch.zeros_like(self.branch, dtype=torch.bool)
         hidden = self._hides(self.columns[:, None, :])
@@ -52,13 +50,13 @@ class Branches:
         among = (own & readable[:, None]).expand(len(self.columns), -1, -1)
         if not self.stored:
             return among[:, None]
-        # A column is seen once: fresh where the draft computes it, stored elsewhere.
+        # Each column is attended to once: fresh where the draft computes it, stored elsewhere.
         first = self.columns[:, self.branch == 0] - low
         kept = self.real.scatter(1, first, False)[:, None].expand(-1, len(self.branch), -1)
         kept = kept & ~(shadow[None, :, None] & self._hides(torch.arange(low, high, device=self.branch.device)))
         return torch.cat((kept, among), dim=-1)[:, None]
 
     def _hides(self, columns: Int[Tensor, "*R #Q K"]) -> Bool[Tensor, "R Q K"]:
-        """Which columns of the canvas a shadow does not look at."""
+        """Columns of the canvas that a shadow does not attend to."""
         own = self.columns[..., None]
         return (columns == own) | (columns == own + self.shift)
