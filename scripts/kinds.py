@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -14,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from dllm.cache.base import Cache
 from dllm.checks import known
 from dllm.models.loading import load
-from dllm.resolve import TARGET, find_class
+from dllm.resolve import TARGET, find_class, merged
 from dllm.samplers.base import Sampler
 from dllm.scripts.usage import groups, options
 from dllm.tasks.base import Task
@@ -34,9 +33,7 @@ def check_kinds(cfg: DictConfig, config_name: str, kinds: Mapping[str, Any]) -> 
     Raises:
         ValueError: naming the option, its value and what it takes.
     """
-    source = OmegaConf.create((resources.files("dllm.conf") / f"{config_name}.yaml").read_text(encoding="utf-8"))
-    defaults: Any = OmegaConf.to_container(source)
-    group_names = groups(config_name)
+    defaults, group_names = merged(config_name), groups(config_name)
     known(cfg, options(config_name))  # what a command does not read would have no effect
     for key, value in cfg.items():
         name = str(key)
