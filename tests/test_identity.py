@@ -220,7 +220,7 @@ class TestFingerprint:
         lm = dllm.load("tiny-llada", device="cpu", dtype="float32")
         dllm.generate(lm, "Tom has 3 pens.", Learn2PD(), gen_length=32)
         next(lm.backbone.parameters()).data.view(-1)[1] += 1
-        with pytest.raises(ValueError, match="filter=null finds no bundled filter"):
+        with pytest.raises(ValueError, match="filter=null: there is no bundled filter"):
             dllm.generate(lm, "Tom has 3 pens.", Learn2PD(), gen_length=32)
 
     def test_what_is_made_in_memory_is_known_by_all_it_holds(self) -> None:
