@@ -70,7 +70,8 @@ class DLLMCache(Metered):
     @property
     def refuses(self) -> Mapping[str, str]:
         """Requirements of samplers that this cache does not meet, with the reason."""
-        return {**super().refuses, "graphs": "each layer selects its own positions"}
+        reasons = {"graphs": "each layer selects its own positions", "shadows": "each layer selects its own positions"}
+        return {**super().refuses, **reasons}
 
     def start(self, setup: Setup) -> Reuse:
         """Allocate keys, values and sublayer outputs of every position."""
@@ -90,7 +91,7 @@ class _ByChange(PerRow):
         self.forwards[rows[question.first]] = step[question.first] + 1
         prompt = due | (step % options.prompt_interval == 0)
         response = due | (step % options.response_interval == 0)
-        visible = question.canvas.visible(rows)
+        visible = question.visible
         within = question.since(question.canvas.start[rows] - self.setup.logits_shift) & visible
         self.store.response[rows] = within
         self.store.needed[rows] = np.where(within, response[:, None], prompt[:, None]) | stale

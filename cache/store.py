@@ -124,7 +124,9 @@ class Reuse(PerRow):
     """A running cache: a rule and a store.
 
     Tracks, for all caches, the rows due for a full refresh and the positions whose cached keys and values are
-    stale because their token was revoked or rewritten.
+    stale because their token was revoked or rewritten. In models whose attention is causal over blocks it also tracks
+    the positions that are exact, computed when neither their block nor any before it had a mask; these are not
+    recomputed.
 
     Args:
         setup: of the engine.
@@ -137,6 +139,8 @@ class Reuse(PerRow):
         self.rule, self.store = rule, store or KeyValues(setup)
         self._due = self.per_row(True, dtype=bool)
         self._stale = self.per_row(False, setup.length, dtype=bool)
+        self._exact = self.per_row(False, setup.length, dtype=bool)
+        self._block_length = 0 if setup.pattern is None else setup.pattern.length  # 0: nothing is ever exact
 
     def plan(self, question: Question) -> Plan:
         """The columns that the rule selects, those that are read, and stale ones."""
@@ -147,8 +151,23 @@ class Reuse(PerRow):
         compute = plan.compute | question.read | stale | due[:, None]
         # Tokens that a draft changes outside the block; within the block the rule decides.
         compute |= question.drafted & (question.since(question.high) | ~question.since(question.low))
-        self._due[rows[first]], self._stale[rows[first]] = False, False
+        # Positions to compute that nothing attends to yet are computed once something does.
+        self._due[rows[first]], self._stale[rows[first]] = False, (compute & question.since(question.horizon))[first]
+        if self._block_length and plan.cost is None:
+            compute = self._without_exact(question, compute)
         return replace(plan, compute=compute, store=self.store)
+
+    def _without_exact(self, question: Question, compute: Flags) -> Flags:
+        """The positions to compute without the exact ones; marks those that become exact."""
+        rows, first = question.rows, question.first
+        exact, visible = self._exact[rows], question.visible
+        compute = (compute & visible & ~exact) | question.read
+        padding = question.canvas.padding[rows]
+        position = question.masked.argmax(1) - padding
+        open_block = padding + position // self._block_length * self._block_length
+        settled = np.logical_and.accumulate(exact | compute | ~visible, axis=1) & ~question.since(open_block)
+        self._exact[rows[first]] |= (compute & settled)[first]
+        return compute
 
     def exchange(self, exchange: Exchange) -> None:
         """Reset rows that entered, and move those that changed slots."""
@@ -160,7 +179,11 @@ class Reuse(PerRow):
 
     def observe(self, change: Change) -> None:
         """Mark positions with stale keys and values."""
-        self._stale[change.rows] |= change.revoked | change.edited
+        changed = change.revoked | change.edited
+        self._stale[change.rows] |= changed
+        if self._block_length and changed.any():
+            first = np.where(changed.any(1), changed.argmax(1), changed.shape[1]) - self._block_length
+            self._exact[change.rows] &= np.arange(changed.shape[1]) <= first[:, None]
 
     def expire(self, rows: NDArray[np.int64]) -> None:
         """Recompute every position in the next forward of these rows."""

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from dllm.decoding.branches import Attention
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
@@ -30,7 +31,7 @@ class Denoise(Protocol):
         asked: Bool[Tensor, "*B K"] | None = None,
         columns: Int[Tensor, "*B K"] | None = None,
         tokens: Int[Tensor, "B D L"] | None = None,
-        joined: bool = False,
+        attention: Attention = "apart",
         decided: bool = False,
     ) -> Prediction:
         """Predict tokens.
@@ -38,15 +39,17 @@ class Denoise(Protocol):
         A call about the window's own columns and tokens needs no device synchronization.
 
         Args:
-            asked: where predictions are requested; the window's masked positions by default. A row
-                without any is not part of the forward.
-            columns: canvas columns that `asked` refers to; the window's by default.
-            tokens: D drafts per row instead of the current canvas, which count as one forward of
-                that row; `asked` then is (B, D, K), and `columns` may be. The first draft is the current
-                canvas. A draft without requested positions is not computed.
-            joined: compute the drafts of a row as one sequence, each attending only to itself, instead of
-                as D sequences.
-            decided: request predictions for all generated positions of the window, masked or not.
+            asked: requested positions; the window's masked positions by default. A row without any is left out
+                of the forward.
+            columns: canvas columns of `asked`; the window's by default.
+            tokens: D drafts a row in place of the current canvas, counted as one forward of that row; `asked`
+                then is (B, D, K), and `columns` may be. The first draft is the current canvas. A draft without
+                requested positions is not computed.
+            attention: how the drafts of a row are computed. "apart": as D sequences. "tree": as one sequence, in
+                which each draft attends to itself only. "shadow": as one sequence of the canvas and the requested
+                positions of the other drafts; each of these attends to itself and to the canvas except the position
+                it predicts and its own, and nothing attends to it.
+            decided: request all positions of the window to be generated, decided ones included.
         """
         ...
 
@@ -115,7 +118,7 @@ def constant_denoiser(prediction: Prediction) -> Denoise:
         asked: Tensor | None = None,
         columns: Tensor | None = None,
         tokens: Tensor | None = None,
-        joined: bool = False,
+        attention: Attention = "apart",
         decided: bool = False,
     ) -> Prediction:
         return prediction

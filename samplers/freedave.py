@@ -158,7 +158,7 @@ class FreeDave(Policy):
             split = "(b d) k -> b d k"
             wanted = rearrange(views.inside if decided else views.masked, split, d=drafts.shape[1])
             about = rearrange(views.columns, split, d=drafts.shape[1])
-            prediction = denoise(wanted, about, drafts, self.draft_mode == "tree")
+            prediction = denoise(wanted, about, drafts, "tree" if self.draft_mode == "tree" else "apart")
             judged.append(prediction.arranged(lambda values: values.flatten(0, 1)))
             return judged[0]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dllm.cache.base import CacheRun, Plan
 from dllm.cache.selection import Selection, Store
+from dllm.decoding.branches import Attention, Branches
 from dllm.decoding.canvas import Canvas
 from dllm.decoding.drift import Meter
 from dllm.decoding.flags import flagged
@@ -24,7 +25,6 @@ from dllm.decoding.prediction import Part, Prediction, Sampling
 from dllm.decoding.question import Question, about_drafts, about_window
 from dllm.decoding.transfer import put, send
 from dllm.decoding.window import Window
-from dllm.decoding.work import Work
 from dllm.models.transformer import KVStore
 
 
@@ -78,7 +78,7 @@ class Denoiser:
         asked: Bool[Tensor, "*B K"] | None = None,
         columns: Int[Tensor, "*B K"] | None = None,
         tokens: Int[Tensor, "B D L"] | None = None,
-        joined: bool = False,
+        attention: Attention = "apart",
         decided: bool = False,
     ) -> Prediction:
         """Predict tokens; see `dllm.samplers.base.Denoise`."""
@@ -91,7 +91,7 @@ class Denoiser:
             asked = window.masked if asked is None else asked
             columns = window.columns if columns is None else columns
             tokens = window.tokens[:, None] if tokens is None else tokens
-            question = about_drafts(self.canvas, asked, columns, tokens, joined, shift)
+            question = about_drafts(self.canvas, asked, columns, tokens, attention, shift)
         self.forwards[np.unique(question.slots)] += 1
         logits = self._logits(question)
         # The indices of the window's masks are on the device already.
@@ -111,9 +111,12 @@ class Denoiser:
             self.looked.append((question.slots, compute))
             return self._reusing(question, replace(plan, compute=compute))
         self.meter.trust(question, self.meter.due(question))
-        self.looked.append((question.slots, visible))
-        cost = visible.sum(1)
+        compute = question.together(visible)
+        self.looked.append((question.slots, compute))
+        cost = compute.sum(1)
         np.add.at(self.computed, question.slots, cost)
+        if question.joined > 1:
+            return self._in_forwards(question, cost, lambda some, group: self._joined(some, None, compute[group]))
         return self._in_forwards(question, cost, lambda some, group: self._whole(some))
 
     def _in_forwards(
@@ -135,17 +138,11 @@ class Denoiser:
         tokens, visible = question.tokens, question.visible
         low, high = span(visible)
         sequence, column = question.places
-        padding = self.canvas.padding[question.rows]
-        select, first = send(tokens.device, sequence * (high - low) + column - low, padding)
+        select, first = send(tokens.device, sequence * (high - low) + column - low, self.canvas.padding[question.rows])
         positions = (torch.arange(low, high, device=tokens.device) - first[:, None]).clamp(min=0)
-        given = None
-        if self.cfg_scale > 0:
-            given = ~self.window.region[self._put(question.slots), low:high]
-        work = Work(
-            tokens[:, low:high], positions, high - low, self._attention_mask(visible[:, low:high]), given, store,
-            joined=question.joined, keys=positions,
-        )  # fmt: skip
-        return self._forward(work, select)
+        mask = self._mask(self._attention_mask(visible[:, low:high]), positions, positions)
+        given = ~self.window.region[self._put(question.slots), low:high] if self.cfg_scale > 0 else None
+        return self._forward(tokens[:, low:high], positions, mask, store, select, given)
 
     def _reusing(self, question: Question, plan: Plan) -> Float[Tensor, "N V"]:
         """Logits of the requested positions by the plan of the cache, split into forwards by width."""
@@ -154,7 +151,7 @@ class Denoiser:
         store, asked = plan.store, len(question.places[0])
         question = question if store.joinable else replace(question, joined=1)
         np.add.at(self.refreshes, question.slots[plan.whole(question.visible) & question.first], 1)
-        compute = _together(plan.compute, question.joined)
+        compute = question.together(plan.compute)
         cost = compute.sum(1) if plan.cost is None else plan.cost
         np.add.at(self.computed, question.slots, cost)
         wanted = question if plan.probe is None else question.and_about(plan.probe.read)
@@ -166,21 +163,69 @@ class Denoiser:
 
     def _part(self, question: Question, store: Store, compute: NDArray[np.bool_]) -> Float[Tensor, "N V"]:
         """Logits of the requested positions, in one forward that computes some columns of each sequence."""
+        if question.joined > 1:
+            return self._joined(question, store, compute)
         tokens, visible = question.tokens, question.visible
         low, high = span(visible)
         host, places = pack(compute)
         sequence, column = question.places
         select = sequence * host.shape[1] + places[sequence, column]
         columns, select_at, first = send(tokens.device, host, select, self.canvas.padding[question.rows])
-        selection = Selection(
-            question.rows, question.slots, question.first, host, columns, (low, high), question.joined
-        )
-        work = Work(
-            tokens.gather(1, columns), (columns - first[:, None]).clamp(min=0), high - low,
-            self._attention_mask(visible[:, low:high]), None, store.bind(selection), columns - low, question.joined,
-            None if self.backbone.pattern is None else torch.arange(low, high, device=tokens.device) - first[:, None],
+        selection = Selection(question.rows, question.slots, question.first, host, columns, (low, high))
+        positions = (columns - first[:, None]).clamp(min=0)
+        keys = torch.arange(low, high, device=tokens.device) - first[:, None]
+        mask = self._mask(self._attention_mask(visible[:, low:high]), positions, keys)
+        return self._forward(tokens.gather(1, columns), positions, mask, store.bind(selection), select_at)
+
+    def _joined(self, question: Question, store: Store | None, compute: NDArray[np.bool_]) -> Float[Tensor, "N V"]:
+        """Logits of the requested positions, with the drafts of each row concatenated to one sequence."""
+        tokens, drafts, visible = question.tokens, question.joined, question.visible[question.first]
+        low, high = span(visible)
+        packed = [pack(compute[draft::drafts]) for draft in range(drafts)]
+        widths = np.array([host.shape[1] for host, _ in packed])
+        host = np.concatenate([host for host, _ in packed], axis=1)
+        fresh = np.concatenate([np.diff(host, axis=1, prepend=-1) != 0 for host, _ in packed], axis=1)
+        sequence, column = question.places
+        row, draft = np.divmod(sequence, drafts)
+        slot = np.stack([slots for _, slots in packed])[draft, row, column] + (widths.cumsum() - widths)[draft]
+        columns, branch, select, first, fresh_at, real = send(
+            tokens.device, host, np.repeat(np.arange(drafts), widths), row * host.shape[1] + slot,
+            self.canvas.padding[question.rows[question.first]], fresh, visible[:, low:high],
         )  # fmt: skip
-        return self._forward(work, select_at)
+        positions = (columns - first[:, None]).clamp(min=0)
+        branches = Branches(
+            question.attention,
+            columns,
+            branch,
+            fresh_at.bool(),
+            (low, high),
+            real.bool(),
+            store is not None,
+            self.backbone.logits_shift,
+        )
+        keys, bound = positions, None
+        if store is not None:
+            keys = torch.cat((torch.arange(low, high, device=tokens.device) - first[:, None], positions), dim=1)
+            own = question.rows[question.first], question.slots[question.first], np.ones(len(host), dtype=bool)
+            width = int(widths[0])
+            bound = store.bind(Selection(*own, host[:, :width], columns[:, :width], (low, high), drafts))
+        given = None
+        if self.cfg_scale > 0:
+            given = ~self.window.region[self._put(question.slots[question.first])].gather(1, columns)
+        tokens = rearrange(tokens, "(a d) l -> a (d l)", d=drafts).gather(1, branch * tokens.shape[1] + columns)
+        return self._forward(tokens, positions, self._mask(branches.mask(), positions, keys), bound, select, given)
+
+    def _mask(
+        self,
+        mask: Bool[Tensor, "A S"] | Bool[Tensor, "A 1 C S"] | None,
+        positions: Int[Tensor, "A C"],
+        keys: Int[Tensor, "A S"],
+    ) -> Bool[Tensor, "A S"] | Bool[Tensor, "A 1 C S"] | None:
+        """The attention mask with the pattern of the model."""
+        if self.backbone.pattern is None:
+            return mask
+        own = self.backbone.pattern(positions, keys)
+        return own if mask is None else own & (mask if mask.ndim == 4 else mask[:, None, None])
 
     def _measured(self, question: Question, plan: Plan, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
         """The logits, after comparing them with exact ones where a measurement is due."""
@@ -201,14 +246,18 @@ class Denoiser:
             self.cache.expire(off)
         return logits
 
-    def _forward(self, work: Work, select: Tensor) -> Float[Tensor, "N V"]:
+    def _forward(
+        self,
+        tokens: Int[Tensor, "A C"],
+        positions: Int[Tensor, "A C"],
+        mask: Tensor | None,
+        store: KVStore | None,
+        select: Int[Tensor, " N"],
+        given: Bool[Tensor, "A C"] | None = None,
+    ) -> Float[Tensor, "N V"]:
         """Run the backbone and project the selected positions; two passes with guidance."""
-        tokens, positions, given, mask = work.tokens, work.positions, work.given, work.mask(self.backbone.pattern)
-        if work.joined > 1:
-            tokens, positions = (rearrange(each, "(a d) c -> a (d c)", d=work.joined) for each in (tokens, positions))
-            given = None if given is None else rearrange(given, "(a d) c -> a (d c)", d=work.joined)
         if given is None:
-            return self._run(tokens, mask, positions, work.store, select)
+            return self._run(tokens, mask, positions, store, select)
         both = torch.cat((select, select + tokens.numel()))
         mask = None if mask is None else torch.cat((mask, mask))
         blind = tokens.masked_fill(given, self.canvas.mask_token_id)
@@ -254,10 +303,3 @@ def _top_probability(logits: Float[Tensor, "N V"], read: NDArray[np.bool_], mask
     confidence = torch.zeros(read.shape, dtype=logits.dtype, device=logits.device)
     confidence[put(logits.device, read)] = (best - logits.logsumexp(-1)).exp()
     return confidence
-
-
-def _together(compute: NDArray[np.bool_], joined: int) -> NDArray[np.bool_]:
-    """The columns to compute; joined drafts compute the same ones."""
-    if joined == 1:
-        return compute
-    return np.repeat(rearrange(compute, "(a d) l -> a d l", d=joined).any(1), joined, axis=0)

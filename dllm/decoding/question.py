@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dllm.decoding.branches import Attention
 from dllm.decoding.canvas import Canvas
 from dllm.decoding.transfer import put
 from dllm.decoding.window import Window
@@ -29,9 +30,11 @@ class Question:
         draft: (A,) index of the sequence among the drafts of its row. The first one is the current canvas; only
             these update the state of a cache.
         tokens: of the sequences.
-        index: (N,) flat indices of the requested positions, into `asked`.
-        places: the requested positions, as (N,) sequences and (N,) columns at which their logits are read.
+        index: (N,) flat indices of the requested positions, into the `asked` tensor.
+        places: the requested hidden states, as (N,) sequences and (N,) columns.
+        horizon: (A,) first column that no requested position attends to, directly or through others.
         joined: sequences of a row that are computed as one.
+        attention: how these attend to each other.
     """
 
     canvas: Canvas
@@ -40,7 +43,9 @@ class Question:
     tokens: Int[Tensor, "A L"]
     index: NDArray[np.int64]
     places: Places
+    horizon: NDArray[np.int64]
     joined: int = 1
+    attention: Attention = "apart"
 
     @cached_property
     def rows(self) -> NDArray[np.int64]:
@@ -66,10 +71,23 @@ class Question:
         read[self.places] = True
         return read
 
-    @property
+    @cached_property
     def visible(self) -> NDArray[np.bool_]:
-        """(A, L) columns that are attended to."""
-        return self.canvas.visible(self.rows)
+        """(A, L) columns that are attended to, by way of others too, by what is asked."""
+        visible = self.canvas.visible(self.rows)
+        return visible & ~self.since(self.horizon)
+
+    def together(self, compute: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """(A, L) what is computed of sequences that are joined, where these columns of each are to be."""
+        if self.joined == 1:
+            return compute
+        if self.attention == "tree":  # each draft the same columns
+            every = rearrange(compute, "(a d) l -> a d l", d=self.joined).any(1)
+            return np.repeat(every, self.joined, axis=0)
+        canvas = compute[self.first]
+        least = canvas & (canvas.cumsum(1) == 1)  # a draft that asks nothing has a column nevertheless
+        shadows = np.where(self.read.any(1, keepdims=True), self.read, np.repeat(least, self.joined, axis=0))
+        return np.where(self.first[:, None], compute, shadows)
 
     def some(self, sequences: NDArray[np.int64]) -> Question:
         """The same for some of the sequences, in ascending order."""
@@ -83,6 +101,7 @@ class Question:
             draft=self.draft[sequences],
             tokens=self.tokens[put(self.tokens.device, sequences)],
             places=(np.searchsorted(sequences, of[mine]), column[mine]),
+            horizon=self.horizon[sequences],
         )
 
     def and_about(self, read: NDArray[np.bool_]) -> Question:
@@ -128,7 +147,8 @@ def about_window(canvas: Canvas, window: Window, decided: bool, shift: int) -> Q
     grid, slots = inside if decided else masked, np.arange(len(columns))
     sequence, k = np.nonzero(grid)
     places = _read_at(canvas, slots, sequence, columns[sequence, k], shift)
-    return Question(canvas, slots, np.zeros_like(slots), window.tokens, sequence * grid.shape[1] + k, places)
+    index, horizon = sequence * grid.shape[1] + k, _horizon(canvas, slots, places)
+    return Question(canvas, slots, np.zeros_like(slots), window.tokens, index, places, horizon)
 
 
 def about_drafts(
@@ -136,7 +156,7 @@ def about_drafts(
     asked: Bool[Tensor, "*B K"],
     columns: Int[Tensor, "*C K"],
     tokens: Int[Tensor, "B D L"],
-    joined: bool,
+    attention: Attention,
     shift: int,
 ) -> Question:
     """A request with positions or tokens of the policy's own, which are on the device."""
@@ -145,8 +165,8 @@ def about_drafts(
     grid = flat[: asked.numel()].astype(bool).reshape(rows, drafts, -1)
     where = np.broadcast_to(flat[asked.numel() :].reshape(rows, -1, grid.shape[2]), grid.shape)
     wanted: NDArray[np.bool_] = np.any(grid, axis=2)
-    joined = joined and bool(wanted[:, 1:].any())
-    if joined:  # either all drafts of a row are computed or none
+    joined = attention != "apart" and bool(wanted[:, 1:].any())
+    if joined:  # a row's drafts are computed together or not at all
         wanted = np.broadcast_to(wanted.any(1, keepdims=True), wanted.shape)
     slots, draft = np.nonzero(wanted)
     number = (wanted.ravel().cumsum() - 1).reshape(wanted.shape)
@@ -155,7 +175,10 @@ def about_drafts(
     if len(slots) < len(flat_tokens):
         flat_tokens = flat_tokens[put(tokens.device, slots * drafts + draft)]
     places = _read_at(canvas, slots, number[row, d], where[row, d, k], shift)
-    return Question(canvas, slots, draft, flat_tokens, np.flatnonzero(grid), places, drafts if joined else 1)
+    horizon, together = _horizon(canvas, slots, places), drafts if joined else 1
+    if joined:  # they are computed over the same columns
+        horizon = np.repeat(horizon.reshape(-1, drafts).max(1), drafts)
+    return Question(canvas, slots, draft, flat_tokens, np.flatnonzero(grid), places, horizon, together, attention)
 
 
 def _read_at(
@@ -163,3 +186,11 @@ def _read_at(
 ) -> Places:
     """The columns at which predictions are read: `shift` to the left, but never in the padding."""
     return sequence, np.maximum(column - shift, canvas.padding[canvas.rows[slots[sequence]]])
+
+
+def _horizon(canvas: Canvas, slots: NDArray[np.int64], places: Places) -> NDArray[np.int64]:
+    """(A,) the column from which on nothing is attended to by what is read of each sequence."""
+    sequence, column = places
+    last = np.zeros(len(slots), dtype=np.int64)
+    np.maximum.at(last, sequence, column)
+    return canvas.horizon(canvas.rows[slots], last)
