@@ -20,7 +20,7 @@ NEEDS = {
         "lossless drafting (freedave)",
         "prefix, dual or freecache with freeze=clean, granularity=block and refresh_above=null",
     ),
-    "shadows": ("positions that only look at the canvas", "a cache that keeps the keys and values of whole layers"),
+    "shadows": ("positions that only attend to the canvas", "a cache that keeps the keys and values of whole layers"),
     "graphs": ("CUDA graphs (cuda_graphs=true)", "cuda_graphs=null"),
     "several_devices": ("a model spread over several devices", "a model on one"),
 }

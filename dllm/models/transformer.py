@@ -221,7 +221,7 @@ def _take(x: Float[Tensor, "B C d"], slots: Int[Tensor, "B U"]) -> Float[Tensor,
 
 
 def _of_queries(mask: Bool[Tensor, "B 1 C S"] | None, slots: Int[Tensor, "B U"]) -> Bool[Tensor, "B 1 U S"] | None:
-    """What some of the queries may look at; the same for all of them where the mask says so."""
+    """The attention mask of some of the queries; a mask shared by all queries is unchanged."""
     if mask is None or mask.shape[2] == 1:
         return mask
     return mask.gather(2, slots[:, None, :, None].expand(-1, -1, -1, mask.shape[3]))

@@ -1,6 +1,6 @@
 "use strict";
 
-// The trace player. Its data are the changes of each step; `unpack` makes whole steps of them.
+// The trace player. Its data are the changes of each step; `unpack` reconstructs complete steps.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const part = Object.fromEntries(
@@ -9,7 +9,7 @@ const part = Object.fromEntries(
 );
 const state = { run: 0, sample: 0, step: 0, colour: "commit_step", steps: [], timer: null };
 
-// What one position shows after one step.
+// Display of one position after one step.
 function unpack(sample, mask) {
   let tokens = Array(sample.length).fill(mask);
   let since = Array(sample.length).fill(null);

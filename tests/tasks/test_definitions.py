@@ -54,7 +54,7 @@ def evaluate(tmp_path: Path) -> Evaluate:
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ({"mine.yaml": "- a\n- b\n"}, "tasks/mine.yaml holds a list, not names and values"),
+        ({"mine.yaml": "- a\n- b\n"}, "tasks/mine.yaml is a list, not a mapping"),
         ({"mine.yaml": "include: no.yaml\nBASE"}, "tasks/no.yaml cannot be read ([Errno 2] No such file"),
         ({"mine.yaml": "include: b.yaml\nBASE", "b.yaml": "include: mine.yaml\n"}, "tasks/b.yaml includes itself"),
         ({"mine.yaml": "include: mine.yaml\nBASE"}, "tasks/mine.yaml includes itself"),
@@ -63,10 +63,10 @@ def evaluate(tmp_path: Path) -> Evaluate:
         ({"mine.yaml": "BASE{a: [\n"}, "tasks/mine.yaml cannot be read (while"),
         ({"mine.yaml": ""}, "tasks/mine.yaml holds a NoneType"),
         ({"mine.yaml": "BASE", "b.yaml": "task: 5\n"}, "tasks/b.yaml: the name of a task or group=5 is not text"),
-        ({"g.yaml": "group: mine\ntask: [absent]\n"}, "tasks/g.yaml names the task 'absent', which is unknown"),
-        ({"g.yaml": "group: mine\ntask: [a]\n", "a.yaml": "- a\n"}, "tasks/a.yaml is left out: "),
+        ({"g.yaml": "group: mine\ntask: [absent]\n"}, "tasks/g.yaml names the unknown task 'absent'"),
+        ({"g.yaml": "group: mine\ntask: [a]\n", "a.yaml": "- a\n"}, "tasks/a.yaml is ignored: "),
         ({"g.yaml": "group: mine\ntask: [{include: no.yaml, task: x}]\n"}, "unexpected keyword argument 'include'"),
-        ({"g.yaml": "group: mine\ntask: [mine]\n"}, "its members go round in a circle"),
+        ({"g.yaml": "group: mine\ntask: [mine]\n"}, "its members are cyclic"),
         ({"g.yaml": "group: mine\ntask: []\n"}, "task=mine asks nothing"),
         ({"mine.yaml": "BASEprocess_results: !function utils.f\n"}, "Cannot import module 'utils'"),
         (
