@@ -1,4 +1,4 @@
-"""`dllm compatibility`: which sampler goes with which cache, as a table made from what the code says."""
+"""`dllm compatibility`: the compatibility table of samplers and caches, generated from their declarations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def compatibility(cfg: DictConfig) -> None:
-    """Print the table, and write it to `out` where that is given."""
+    """Print the table, and write it to `out` if given."""
     if cfg.out:
         own.check("out", cfg.out, {Path(cfg.out): own.MATRIX})
     variants = {str(label): build(f"variants.{label}", entry, Sampler) for label, entry in cfg.variants.items()}
@@ -43,7 +43,7 @@ def compatibility(cfg: DictConfig) -> None:
 
 
 def matrix(samplers: dict[str, Any], caches: dict[str, Any]) -> str:
-    """What goes together, as Markdown; samplers and caches by label."""
+    """The compatibility table as Markdown; samplers and caches by label."""
     reasons: dict[str, int] = {}
 
     def cell(cache: Any, needs: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Options of the right kind: what the command line turned into values, held against type hints and defaults."""
+"""Validation of the types of options against type hints and defaults."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def check_kinds(cfg: DictConfig, config_name: str, kinds: Mapping[str, Any]) -> None:
-    """Refuse options that do not exist and values of the wrong type.
+    """Reject unknown options and values of the wrong type.
 
     Args:
         cfg: the composed configuration.
-        config_name: its YAML in conf/; a default other than null tells an option's kind.
-        kinds: type hints that go before the defaults.
+        config_name: its YAML in conf/; a default other than null defines an option's type.
+        kinds: type hints that override the defaults.
 
     Raises:
-        ValueError: naming the option, its value and what it takes.
+        ValueError: naming the option, its value and the expected type.
     """
     source = OmegaConf.create((resources.files("dllm.conf") / f"{config_name}.yaml").read_text(encoding="utf-8"))
     defaults: Any = OmegaConf.to_container(source)
     group_names = groups(config_name)
-    known(cfg, options(config_name))  # what a command does not read would have no effect
+    known(cfg, options(config_name))  # other options would have no effect
     for key, value in cfg.items():
         name = str(key)
         value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
@@ -47,7 +47,7 @@ def check_kinds(cfg: DictConfig, config_name: str, kinds: Mapping[str, Any]) -> 
             _check(name, value, kinds[name])
         else:
             _check_like(name, value, defaults[name])
-    # A configuration of the user's own may lack some; `sweep` is null by default, and then not there.
+    # A custom configuration may lack some; `sweep` is null by default, and then missing.
     needed = (name for name in options(config_name) if group_names.get(name) != "null")
     missing = [name for name in needed if name not in cfg]
     if "model" in group_names and not (
@@ -59,7 +59,7 @@ def check_kinds(cfg: DictConfig, config_name: str, kinds: Mapping[str, Any]) -> 
 
 
 def canonical(fields: Mapping[str, Any], kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """Checked options, so that those that mean the same are the same: 1.0 for 1 where fractions may stand, a for ./a/.
+    """Normalized options, so that equivalent values are equal: 1.0 for 1 in floats, a for ./a/.
 
     Args:
         fields: the options, groups as dictionaries.
@@ -83,7 +83,7 @@ def _spelt(value: Any, hint: Any) -> Any:
 
 
 def _check_group(group: str, values: Any) -> None:
-    """Hold a group's options against the constructor they go to."""
+    """Validate a group's options against the constructor."""
     if not isinstance(values, Mapping):
         return  # `sweep`, whose choices set options of the command itself
     made = group in _PROTOCOLS
@@ -98,7 +98,7 @@ def _check_group(group: str, values: Any) -> None:
 
 
 def _check_like(name: str, value: Any, default: Any) -> None:
-    """Hold a value against its default; null says nothing about what is allowed."""
+    """Validate a value by the type of its default; null allows anything."""
     if isinstance(default, dict) and isinstance(value, dict):
         for key in set(value) & set(default):
             _check_like(f"{name}.{key}", value[key], default[key])
@@ -127,7 +127,7 @@ def _fits(value: Any, hint: Any) -> bool:
         case kind if kind in (bool, str, NoneType):
             return isinstance(value, kind)
         case kind:
-            # An object to be made from a group of options: its own constructor looks at them.
+            # An object built from a group of options, validated by its constructor.
             return kind is Any or isinstance(value, dict)
 
 

@@ -1,4 +1,4 @@
-"""The bundled architectures in the sizes of a configuration, fresh or from the weights of a guide."""
+"""The bundled architectures in configured sizes, initialized randomly or from the weights of a guide."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dllm.models.llada import LLaDAConfig, LLaDAModelLM
 
 
 def build_model(cfg: DictConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """Make the model of `cfg.arch`, from the blocks of `cfg.init` where given."""
+    """Build the model of `cfg.arch`, with the blocks of `cfg.init` if given."""
     size, eos, mask = cfg.model, tokenizer.eos_token_id, tokenizer.mask_token_id
     common = {"vocab_size": len(tokenizer), "eos_token_id": eos, "pad_token_id": eos, "rope_theta": 10000.0}
     if cfg.arch == "llada":

@@ -1,4 +1,4 @@
-"""Help texts, read from the YAML files themselves: a comment there is what --help shows."""
+"""Help texts, generated from the comments in the YAML files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from dllm.resolve import names, variants
 
-_PACKAGE = "# @package _global_\n"  # what stands first in a YAML that sets options of the command itself
+_PACKAGE = "# @package _global_\n"  # first line of a YAML that sets options of the command itself
 
 
 def summary(config_name: str) -> str:
@@ -20,7 +20,7 @@ def summary(config_name: str) -> str:
 
 
 def groups(config_name: str) -> dict[str, str]:
-    """The config groups of a command and what each is by default."""
+    """The config groups of a command and their defaults."""
     text = (resources.files("dllm.conf") / f"{config_name}.yaml").read_text(encoding="utf-8")
     source: Any = OmegaConf.to_container(OmegaConf.create(text))
     pairs = [pair for entry in source.get("defaults", []) if isinstance(entry, dict) for pair in entry.items()]
@@ -28,21 +28,21 @@ def groups(config_name: str) -> dict[str, str]:
 
 
 def options(config_name: str) -> list[str]:
-    """What a command takes: its own options and its groups."""
+    """The options and groups of a command."""
     text = (resources.files("dllm.conf") / f"{config_name}.yaml").read_text(encoding="utf-8")
     own: Any = OmegaConf.to_container(OmegaConf.create(text))
     return [name for name in own if name not in ("defaults", "hydra")] + list(groups(config_name))
 
 
 def describe(config_name: str, arguments: Sequence[str] = ()) -> str:
-    """What a command does, its options and groups with their defaults.
+    """The help text of a command: summary, options and groups with defaults.
 
     Args:
         config_name: its YAML in conf/.
-        arguments: of the command line; a group chosen there is the one explained.
+        arguments: of the command line; the choices of groups there are explained.
 
     Raises:
-        ValueError: a group has no such choice.
+        ValueError: an unknown choice of a group.
     """
     head, body = _split(f"{config_name}.yaml")
     defaults = groups(config_name)
@@ -75,7 +75,7 @@ def _describe_group(group: str, choice: str, default: str) -> list[str]:
 
 
 def _split(file: str) -> tuple[list[str], list[str]]:
-    """The comment that opens a YAML, and its options with their comments, without what only Hydra reads."""
+    """The leading comment of a YAML, and its options with comments, without Hydra's own keys."""
     text = (resources.files("dllm.conf") / file).read_text(encoding="utf-8")
     text = text.removeprefix(_PACKAGE)
     lines = re.sub(r"^(defaults|hydra):\n(?:[ -].*\n|\n)*", "", text, flags=re.MULTILINE).splitlines()
