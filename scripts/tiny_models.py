@@ -47,7 +47,7 @@ def _guide_weights(folder: str) -> dict[str, Tensor]:
     try:
         kind = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["model_type"]
         if kind != "qwen2":
-            raise ValueError(f"it holds a model of type {kind}")
+            raise ValueError(f"it has a model of type {kind}")
         return dict(Qwen2ForCausalLM.from_pretrained(folder).state_dict())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"init={folder!r} cannot be used ({error}); give the folder of a trained tiny-guide") from None

@@ -491,12 +491,12 @@ class TestRefusals:
         refused(command("generate", f"model={bare}", "prompt=Tom", "chat=true"), "no chat template")
         (bare / "chat_template.jinja").write_text("{{ raise_exception('no system messages') }}")
         told = command("generate", f"model={bare}", "prompt=Tom", "chat=true")
-        refused(told, "prompt does not suit the chat template: no system messages")
+        refused(told, "prompt does not fit the chat template: no system messages")
         (tmp_path / "q.jsonl").write_text(
             json.dumps({"prompt": "Tom"}) + "\n" + json.dumps({"id": "c", "messages": CHAT})
         )
         told = command("generate", f"model={bare}", "input=q.jsonl", "output=a.jsonl")
-        refused(told, "line 2 (id 'c') does not suit the chat template")
+        refused(told, "line 2 (id 'c') does not fit the chat template")
 
     def test_a_broken_model_folder_is_named(self, model: Path, tmp_path: Path) -> None:
         shutil.copytree(model, tmp_path / "broken")

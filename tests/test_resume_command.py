@@ -271,7 +271,7 @@ class TestModels:
 class TestManifestFile:
     def test_answers_from_before_there_were_manifests_are_kept_and_it_is_told(self, answered: bytes) -> None:
         Path("a.jsonl.manifest.json").unlink()
-        told = "2 answers were there before a.jsonl.manifest.json: what prompts and options made them is unknown"
+        told = "2 answers are older than a.jsonl.manifest.json: their prompts and options are unknown"
         done = run()
         assert done.code == 0
         assert done.out.splitlines()[1:] == [told, "3 of 3 answers are in a.jsonl"]

@@ -43,7 +43,7 @@ def check(
         reasons = "; nor with ".join(f"{NEEDS[need][0]}: {cache.refuses[need]}" for need in needs)
         ways = " and ".join(NEEDS[need][1] for need in needs)
         exact = "" if "graphs" in needs else "cache=none, or "
-        raise ValueError(f"{_named(cache)} does not go with {reasons}; use {exact}{ways}")
+        raise ValueError(f"{_named(cache)} is not compatible with {reasons}; use {exact}{ways}")
 
 
 def unmet(

@@ -65,7 +65,7 @@ def merge(backbone: PreTrainedModel, folder: Path) -> None:
     called = f"adapter={str(folder)!r}"
     read_json(folder / CONFIG)
     if not any((folder / file).is_file() for file in WEIGHTS):
-        raise ValueError(f"{called} has no {' or '.join(WEIGHTS)}; give the folder of a whole adapter")
+        raise ValueError(f"{called} has no {' or '.join(WEIGHTS)}; give the folder of a complete adapter")
     if getattr(backbone, "hf_quantizer", None) is not None:
         raise ValueError(f"{called} cannot be merged into quantised weights; give the model it was quantised from")
     if any(weight.is_meta for weight in backbone.parameters()):

@@ -163,7 +163,7 @@ def check_causal_folder(folder: Path) -> None:
             _check_size(f"{folder / 'config.json'}: {name}", size)
         if prod(sizes) > values:
             said = ", ".join(f"{name}={size}" for name, size in zip(names, sizes, strict=True))
-            raise ValueError(f"{folder / 'config.json'}: {said} asks for more weights than there are; {_AGAIN}")
+            raise ValueError(f"{folder / 'config.json'}: {said} needs more weights than there are; {_AGAIN}")
 
 
 def read_headers(folder: Path) -> dict[str, Stored] | None:

@@ -113,7 +113,7 @@ def _loaded(file: Path, place: str) -> dict[str, Any]:
     try:
         return _trace(Trace.load(file), place)
     except ValueError as error:
-        warnings.warn(f"{terminal(error, one_line=True)}; the page goes without that trace", Notice, stacklevel=2)
+        warnings.warn(f"{terminal(error, one_line=True)}; the page omits this trace", Notice, stacklevel=2)
         return {"note": f"Its trace cannot be read: {place}/{file.name} is damaged or of another version of dllm."}
 
 

@@ -61,7 +61,7 @@ def _sources(manager: Any, name: str) -> set[Path]:
             files += _included(file, config)
             for each in _listed(config["task"]) if {"group", "task"} <= config.keys() else ():
                 if isinstance(each, str) and each not in manager.task_index:
-                    reason = next(refused(file.parent), "mend its list of tasks")
+                    reason = next(refused(file.parent), "fix its list of tasks")
                     raise ValueError(f"{file} names the unknown task {each!r}; {reason}")
             left += sorted(set(_named(config.get("task"))) - names)
     return found

@@ -111,13 +111,13 @@ class Harness:
         try:
             yield
         except Exception as error:
-            if (told := fault_of(error, f"task={self.name}", __file__)) is None:
+            if (fault := fault_of(error, f"task={self.name}", __file__)) is None:
                 raise
             if self.data and isinstance(error, (KeyError, UndefinedError)):
                 missing = error.args[0] if isinstance(error, KeyError) else None
-                told = f"add {missing}: FILE" if missing in _SPLITS else f"its rows need what the task reads ({error})"
-                told = f"task.data={dict(self.data)!r} does not suit {self.name}: {told}"
-            raise ValueError(told) from None
+                fix = f"add {missing}: FILE" if missing in _SPLITS else f"its rows lack what the task reads ({error})"
+                fault = f"task.data={dict(self.data)!r} does not fit {self.name}: {fix}"
+            raise ValueError(fault) from None
 
 
 def fault_of(error: Exception, task: str, caller: str) -> str | None:
@@ -285,8 +285,8 @@ def _manager(include_path: str | None, state: str) -> Any:
     except Exception as error:
         if fault_of(error, "", __file__) is None or include_path is None:
             raise
-        told = next(refused(Path(include_path)), _reason(error))
-        raise ValueError(f"task.include_path={include_path!r} cannot be used: {told}") from None
+        fault = next(refused(Path(include_path)), _reason(error))
+        raise ValueError(f"task.include_path={include_path!r} cannot be used: {fault}") from None
 
 
 @cache
