@@ -1,4 +1,4 @@
-"""Options of the right kind: what the command line turned into values, held against type hints and defaults."""
+"""Validation of the types of options against type hints and defaults."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_kinds(fields: Mapping[str, Any], config_name: str, kinds: Mapping[str,
         kinds: type hints that go before the defaults.
 
     Raises:
-        ValueError: naming the option, its value and what it takes.
+        ValueError: naming the option, its value and the expected type.
     """
     defaults, chosen = merged(config_name), groups(config_name)
     known(fields, options(config_name))  # what a command does not read would have no effect
@@ -47,7 +47,7 @@ def check_kinds(fields: Mapping[str, Any], config_name: str, kinds: Mapping[str,
 
 
 def canonical(fields: Mapping[str, Any], kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """Checked options, so that those that mean the same are the same: 1.0 for 1 where fractions may stand, a for ./a/.
+    """Normalized options, so that equivalent values are equal: 1.0 for 1 in floats, a for ./a/.
 
     Args:
         fields: the options, groups as dictionaries.
@@ -88,7 +88,7 @@ def _check_group(group: str, values: Any) -> None:
 
 
 def _check_like(name: str, value: Any, default: Any) -> None:
-    """Hold a value against its default; null says nothing about what is allowed."""
+    """Validate a value by the type of its default; null allows anything."""
     if isinstance(default, dict) and isinstance(value, dict):
         for key in set(value) & set(default):
             _check_like(f"{name}.{key}", value[key], default[key])
@@ -117,7 +117,7 @@ def _fits(value: Any, hint: Any) -> bool:
         case kind if kind in (bool, str, NoneType):
             return isinstance(value, kind)
         case kind:
-            # An object to be made from a group of options: its own constructor looks at them.
+            # An object built from a group of options, validated by its constructor.
             return kind is Any or isinstance(value, dict)
 
 

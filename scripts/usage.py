@@ -1,4 +1,4 @@
-"""Help texts, read from the YAML files themselves: a comment there is what --help shows."""
+"""Help texts, generated from the comments in the YAML files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from dllm.resolve import TARGET, defaults_list, names, sources, text, variants
 
-_PACKAGE = "# @package _global_\n"  # what stands first in a YAML that sets options of the command itself
+_PACKAGE = "# @package _global_\n"  # first line of a YAML that sets options of the command itself
 
 
 def summary(config_name: str) -> str:
@@ -27,14 +27,14 @@ def options(config_name: str) -> list[str]:
 
 
 def describe(config_name: str, arguments: Sequence[str] = ()) -> str:
-    """What a command does, its options and groups with their defaults.
+    """The help text of a command: summary, options and groups with defaults.
 
     Args:
         config_name: its YAML in conf/.
-        arguments: of the command line; a group chosen there is the one explained.
+        arguments: of the command line; the choices of groups there are explained.
 
     Raises:
-        ValueError: a group has no such choice.
+        ValueError: an unknown choice of a group.
     """
     defaults = groups(config_name)
     chosen = defaults | {key: value for key, _, value in (a.partition("=") for a in arguments) if key in defaults}

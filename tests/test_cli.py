@@ -189,7 +189,7 @@ def test_multirun_sweeps_over_settings_and_models(tmp_path: Path, monkeypatch: p
         (["sampler=threshold", "sampler.threshold=-1"], "error: sampler.threshold=-1 is out of range; use "),
         (
             ["sampler=learn2pd", "block_length=16"],
-            "sampler.filter=null finds no bundled filter for this model",
+            "sampler.filter=null: there is no bundled filter for this model",
         ),
         (
             ["sampler=learn2pd", "block_length=16"],
@@ -213,7 +213,10 @@ def test_errors_name_options_of_a_sampler_as_the_command_line_does(arguments: li
         (["compatibility", "variants=abc"], "variants='abc' is of the wrong type"),
         (["generate", "picture=${cache}"], "picture={'_target_'"),
         (["generate", "input=${cache}", "output=x"], "input={'_target_'"),
-        (["generate", "model.device_map={a:{b:c}}"], "model.device_map={'a': {'b': 'c'}} holds more than devices"),
+        (
+            ["generate", "model.device_map={a:{b:c}}"],
+            "model.device_map={'a': {'b': 'c'}} has values that are not devices",
+        ),
         (["generate", "sampler=threshold", f"sampler.threshold={10**400}"], "sampler.threshold=1000"),
     ],
 )

@@ -1,6 +1,6 @@
 """The denoisers, registered with `AutoConfig`, `AutoModel` and `AutoModelForMaskedLM` under their published types.
 
-A registered type wins over a checkpoint's ``auto_map``, so nobody is asked to trust the code beside the weights.
+A registered type takes precedence over a checkpoint's ``auto_map``, so remote code is never needed.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM

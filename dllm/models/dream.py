@@ -1,7 +1,7 @@
 """Dream (arXiv 2508.15487): a Qwen2 decoder without causal mask, whose logits are shifted by one.
 
-The prediction for column i is read at column i - 1, as in the autoregressive model Dream was made
-from. Tensor names are the published ones.
+The prediction for position i is read at position i - 1, as in the autoregressive model that Dream was
+initialized from. Tensor names are the published ones.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from dllm.models.checkpoint import published
 from dllm.models.published import check_fixed, check_special_ids, check_synonyms, take_rope_theta
 from dllm.models.qwen import TP_PLAN, QwenDenoiser
 
-# What the published config could say and this implementation does not compute otherwise; null means false.
+# Config keys with a single supported value; null means false.
 _FIXED = {
     "hidden_act": "silu",
     "use_mrope": False,
     "use_sliding_window": False,
     "tie_word_embeddings": False,
 }
-# What the published config says beside that, and nothing here reads.
+# Keys of the published config that are not read.
 _UNUSED = ("max_window_layers", "sliding_window")
 
 
 class DreamConfig(PretrainedConfig):
-    """Configuration in the published layout; published keys it does not read are kept and written back, others dropped.
+    """Configuration in the published layout; unread published keys are preserved, others dropped.
 
     Args:
         vocab_size: entries V of the logits.
@@ -38,13 +38,13 @@ class DreamConfig(PretrainedConfig):
         num_key_value_heads: key-value heads; `num_attention_heads` when None.
         max_position_embeddings: longest canvas.
         rms_norm_eps: added to the mean square.
-        initializer_range: standard deviation of fresh weights.
+        initializer_range: standard deviation of the initial weights.
         mask_token_id: id of [MASK].
-        eos_token_id: id or ids that end a text; the first one fills what follows.
-        **kwargs: what else is published, such as `rope_theta`, the base of the rotary embedding (1000000 by default).
+        eos_token_id: end-of-text id or ids; the first one fills the rest of the canvas.
+        **kwargs: other published keys, such as `rope_theta`, the base of the rotary embedding (1000000 by default).
 
     Raises:
-        ValueError: the config asks for something other than Dream's published architecture.
+        ValueError: the config differs from Dream's published architecture.
     """
 
     model_type = "Dream"
