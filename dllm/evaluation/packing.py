@@ -31,14 +31,6 @@ def split(values: NDArray[Any], counts: Sequence[int]) -> list[NDArray[Any]]:
     return [values[start:end] for start, end in pairwise(ends)]
 
 
-def padded(values: NDArray[Any], lengths: Sequence[int], width: int, fill: float, kind: Any) -> NDArray[Any]:
-    """Joined rows as a table, filled up at the right."""
-    table = np.full((len(lengths), width), fill, dtype=kind)
-    for row, part in enumerate(split(values, lengths)):
-        table[row, : len(part)] = part
-    return table
-
-
 def small(values: NDArray[Any]) -> NDArray[Any]:
     """Whole numbers as int16 where that holds all of them, else as int32."""
     fits = values.size == 0 or (values.min() >= -(2**15) and values.max() < 2**15)

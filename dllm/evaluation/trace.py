@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialise
 
+from dllm.decoding.result import padded
 from dllm.evaluation.packing import (
     bits,
     compact_json,
     flags,
     held,
     joined,
-    padded,
     small,
     split,
     spread,
@@ -211,9 +211,9 @@ def _trace(metadata: Mapping[str, str], tensors: Mapping[str, NDArray[Any]]) -> 
             raise ValueError(f"{name} holds {tensors[name].dtype}")
     return Trace(
         ids=tuple(map(str, fields["ids"])),
-        tokens=padded(tensors["tokens"], lengths, width, eos[0] if eos else mask, np.int64),
-        commit_step=padded(tensors["commit_step"], lengths, width, -1, np.int64),
-        confidence=padded(tensors["confidence"], lengths, width, np.nan, np.float32),
+        tokens=padded(split(tensors["tokens"], lengths), eos[0] if eos else mask, width=width),
+        commit_step=padded(split(tensors["commit_step"], lengths), -1, width=width),
+        confidence=padded(split(tensors["confidence"], lengths), np.nan, np.float32, width),
         frames=_frames(fields["frames"], tensors, mask),
         words={int(token): str(text) for token, text in fields["words"].items()},
         mask_token_id=mask,
