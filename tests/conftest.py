@@ -33,3 +33,8 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs {folder}")
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with what takes longest, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: "test_shapes" not in item.nodeid)

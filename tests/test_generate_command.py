@@ -165,7 +165,7 @@ class TestPrompt:
     def test_any_text_survives_the_command_line(self, run: Any, prompt: str, monkeypatch: pytest.MonkeyPatch) -> None:
         received = []
         monkeypatch.setattr(dllm, "load", lambda path, **options: LM)
-        monkeypatch.setattr(application.Runner, "answer_prompt", lambda self, text, *rest: received.append(text))
+        monkeypatch.setattr(application.Session, "answer_prompt", lambda self, text, *rest: received.append(text))
         assert run(f"prompt={prompt}") == Outcome(0, "", "")
         assert received == [prompt]
 
