@@ -23,6 +23,7 @@ from dllm.decoding.flags import flagged
 from dllm.guide import Guide
 
 NEVER = 2**31
+_CONTEXT = 16  # decided tokens that are decoded again for each border; how a token reads depends on few before it
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ class ByText:
         end = next((i for i in range(drafted, len(ids)) if ids[i] in self._special or ids[i] in ends), len(ids))
         text = self._text(ids[at:end])
         theirs, borders = self._encode(text)
-        ours = [self._border(ids[at:i], text) for i in range(drafted, end + 1)]
+        ours = self._borders(ids[at:end], drafted - at, text)
         # A character of which a part is decided only is judged with its other parts.
         decided = len(self._text(ids[at:drafted]).rstrip("\ufffd"))
         start = max(count for border, count in borders.items() if border <= decided)
@@ -231,10 +232,16 @@ class ByText:
     def _text(self, ids: list[int]) -> str:
         return str(self.ours.decode(ids, clean_up_tokenization_spaces=False))
 
-    def _border(self, ids: list[int], text: str) -> int | None:
-        """Where in a text these leading tokens of it end; None within a character."""
-        part = self._text(ids)
-        return len(part) if text.startswith(part) and not part.endswith("\ufffd") else None
+    def _borders(self, ids: list[int], first: int, text: str) -> list[int | None]:
+        """Where in their text the leading tokens end, from `first` of them on; None within a character."""
+        near = max(0, first - _CONTEXT)
+        whole = self._text(ids[near:])
+        if not text.endswith(whole):  # they read otherwise behind the others
+            near, whole = 0, text
+        parts = [self._text(ids[near:i]) for i in range(first, len(ids) + 1)]
+        before = len(text) - len(whole)
+        exact = [whole.startswith(part) and not part.endswith("\ufffd") for part in parts]
+        return [before + len(part) if good else None for part, good in zip(parts, exact, strict=True)]
 
     def _encode(self, text: str) -> tuple[list[int], dict[int, int]]:
         """The guide's tokens of a text, and how many of them end at or before each whole border, as far as exact."""
