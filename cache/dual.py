@@ -32,10 +32,7 @@ class Dual(Metered):
 
 
 class _BlockAlone(Blocks):
-    def __init__(self, setup: Setup) -> None:
-        super().__init__(setup)
-        self.shift = setup.logits_shift
-
     def plan(self, question: Question, due: Flags, stale: Flags) -> Plan:
-        block = question.since(question.low - self.shift) & ~question.since(question.high - self.shift)
+        shift = self.setup.logits_shift
+        block = question.since(question.low - shift) & ~question.since(question.high - shift)
         return Plan(block | self.entered(question)[:, None])

@@ -33,12 +33,8 @@ class Prefix(Metered):
 
 
 class _FromBlockOn(Blocks):
-    def __init__(self, setup: Setup) -> None:
-        super().__init__(setup)
-        self.shift = setup.logits_shift
-
     def plan(self, question: Question, due: Flags, stale: Flags) -> Plan:
-        end = question.canvas.length - self.shift
-        compute = question.since(question.low - self.shift)
-        compute[:, end:] = False
+        shift = self.setup.logits_shift
+        compute = question.since(question.low - shift)
+        compute[:, question.canvas.length - shift :] = False
         return Plan(compute | self.entered(question)[:, None])

@@ -92,6 +92,13 @@ class Generation:
     errors: tuple[str | None, ...] = ()
 
 
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once the device's pending work is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class Clock:
     """Wall time and peak memory of a run."""
 
@@ -106,9 +113,7 @@ class Clock:
 
     def seconds(self) -> float:
         """Seconds since the start, the device's pending work included."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter() - self._started
+        return now(self._device) - self._started
 
     def peak_memory(self) -> int:
         """Bytes at the peak."""

@@ -37,13 +37,8 @@ def small(values: NDArray[Any]) -> NDArray[Any]:
     return values.astype(np.int16 if fits else np.int32)
 
 
-def bits(flags: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """Eight flags a byte."""
-    return np.packbits(flags)
-
-
 def flags(packed: NDArray[np.uint8], shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """What `bits` packed."""
+    """What `np.packbits` packed."""
     return np.unpackbits(packed, count=shape[0] * shape[1]).reshape(shape).astype(bool)
 
 

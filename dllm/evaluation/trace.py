@@ -19,7 +19,6 @@ from safetensors.numpy import save as serialise
 
 from dllm.decoding.result import padded
 from dllm.evaluation.packing import (
-    bits,
     compact_json,
     flags,
     held,
@@ -186,10 +185,10 @@ def _pack(frames: Frames, mask: int) -> dict[str, NDArray[Any]]:
     changed, drafts = frames.canvas != before, frames.drafted != mask
     asked = (frames.predicted != mask) | ~np.isnan(frames.confidence)
     return {
-        "prompt": frames.prompt, "nfe": frames.nfe, "computed": bits(frames.computed),
-        "canvas": frames.canvas[changed], "changed": bits(changed),
-        "predicted": frames.predicted[asked], "confidence": frames.confidence[asked], "asked": bits(asked),
-        "drafted": frames.drafted[drafts], "drafts": bits(drafts),
+        "prompt": frames.prompt, "nfe": frames.nfe, "computed": np.packbits(frames.computed),
+        "canvas": frames.canvas[changed], "changed": np.packbits(changed),
+        "predicted": frames.predicted[asked], "confidence": frames.confidence[asked], "asked": np.packbits(asked),
+        "drafted": frames.drafted[drafts], "drafts": np.packbits(drafts),
     }  # fmt: skip
 
 
