@@ -95,11 +95,11 @@ class _ByCertaintyAndRollout(PerRow):
         at = np.maximum(np.arange(canvas.length) - self.setup.logits_shift, canvas.padding[rows, None])
         compute = _moved(self._certain(question, masked), at) | (self.masked[rows] & ~masked)
         compute |= question.drafted
-        compute |= nucleus(self.store.influence[rows], self.options.rollout_p, ~compute & canvas.visible(rows))
+        compute |= nucleus(self.store.influence[rows], self.options.rollout_p, ~compute & question.visible)
         compute = inflate(compute, self.options.inflate_w) | question.read
-        probe = _moved(masked, at) & (compute | due[:, None])
+        probe = _moved(masked, at) & (compute | due[:, None]) & question.visible
         self.masked[rows[question.first]] = masked[question.first]
-        self.store.visible[rows] = canvas.visible(rows)
+        self.store.visible[rows] = question.visible
         return Plan(compute, probe=Probe(probe, partial(self._learn, question, probe, at)))
 
     def _certain(self, question: Question, masked: Flags) -> Flags:

@@ -90,7 +90,7 @@ class _ByChange(PerRow):
         self.forwards[rows[question.first]] = step[question.first] + 1
         prompt = due | (step % options.prompt_interval == 0)
         response = due | (step % options.response_interval == 0)
-        visible = question.canvas.visible(rows)
+        visible = question.visible
         within = question.since(question.canvas.start[rows] - self.setup.logits_shift) & visible
         self.store.response[rows] = within
         self.store.needed[rows] = np.where(within, response[:, None], prompt[:, None]) | stale

@@ -124,7 +124,8 @@ class Reuse(PerRow):
     """A cache at work: a rule over a store.
 
     What is due for a full computation, and what was revoked or rewritten under kept keys and values, is
-    followed here for all caches alike.
+    followed here for all caches alike; and in models whose attention is causal over blocks, what is exact: the keys and
+    values of a block that was computed when neither it nor any before it had a mask. That is not computed again.
 
     Args:
         setup: the facts of the engine.
@@ -137,6 +138,8 @@ class Reuse(PerRow):
         self.rule, self.store = rule, store or KeyValues(setup)
         self._due = self.per_row(True, dtype=bool)
         self._stale = self.per_row(False, setup.length, dtype=bool)
+        self._exact = self.per_row(False, setup.length, dtype=bool)
+        self._block_length = 0 if setup.pattern is None else setup.pattern.length  # 0: nothing is ever exact
 
     def plan(self, question: Question) -> Plan:
         """What the rule says, what is read, and what changed under the store."""
@@ -147,8 +150,23 @@ class Reuse(PerRow):
         compute = plan.compute | question.read | stale | due[:, None]
         # What a draft changes behind or before the block; within the block the rule decides.
         compute |= question.drafted & (question.since(question.high) | ~question.since(question.low))
-        self._due[rows[first]], self._stale[rows[first]] = False, False
+        # What was to be computed and is beyond what is attended to now is computed once it is.
+        self._due[rows[first]], self._stale[rows[first]] = False, (compute & question.since(question.horizon))[first]
+        if self._block_length and plan.cost is None:
+            compute = self._without_exact(question, compute)
         return replace(plan, compute=compute, store=self.store)
+
+    def _without_exact(self, question: Question, compute: Flags) -> Flags:
+        """What is left to compute, once it is noted what this forward makes exact."""
+        rows, first = question.rows, question.first
+        exact, visible = self._exact[rows], question.visible
+        compute = (compute & visible & ~exact) | question.read
+        padding = question.canvas.padding[rows]
+        position = question.masked.argmax(1) - padding
+        open_block = padding + position // self._block_length * self._block_length
+        settled = np.logical_and.accumulate(exact | compute | ~visible, axis=1) & ~question.since(open_block)
+        self._exact[rows[first]] |= (compute & settled)[first]
+        return compute
 
     def exchange(self, exchange: Exchange) -> None:
         """Begin rows that entered, and follow those that moved."""
@@ -160,7 +178,11 @@ class Reuse(PerRow):
 
     def observe(self, change: Change) -> None:
         """Remember what lost its keys and values."""
-        self._stale[change.rows] |= change.revoked | change.edited
+        changed = change.revoked | change.edited
+        self._stale[change.rows] |= changed
+        if self._block_length and changed.any():
+            first = np.where(changed.any(1), changed.argmax(1), changed.shape[1]) - self._block_length
+            self._exact[change.rows] &= np.arange(changed.shape[1]) <= first[:, None]
 
     def expire(self, rows: NDArray[np.int64]) -> None:
         """Compute everything anew in the next forward of these rows."""

@@ -27,7 +27,7 @@ GUESSES = 100
 def facts() -> Setup:
     """Those of an engine for one row of 20 columns."""
     return Setup(
-        slots=1, length=20, mask_token_id=MASK, logits_shift=0, kv_shape=(2, 1, 4), hidden_size=8,
+        slots=1, length=20, mask_token_id=MASK, logits_shift=0, kv_shape=(2, 1, 4), pattern=None, hidden_size=8,
         dtype=torch.float64, device=torch.device("cpu"), tokenizer=None, vocab_size=GUESSES + 2, fingerprint=str,
         rehearsal=lambda other: pytest.fail("there is nothing to decode with"),
         tensor=lambda name, shape: torch.zeros(tuple(shape), dtype=torch.float64),

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import dllm
 from dllm.cache import FreeCache
+from dllm.cache.base import Flags, Metered, Plan, Question
+from dllm.cache.store import PerRow, Reuse
+from dllm.decoding.setup import Setup
 from dllm.models import LLaDAModelLM
 from dllm.models.attention import BlockCausal
 from dllm.samplers import FreeDave, Threshold
 from models import random_llada
+from toys import Editing, Revoking, Spying
 
 PROMPTS = [[5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [50], [11, 12, 13, 14, 15]]
 K = 4
 FROZEN = FreeCache(freeze="clean", granularity="block", window=0)
 OPTIONS: dict[str, Any] = {"gen_length": 14, "block_length": K, "stop_at_eos": False, "seed": 3}
+
+
+@dataclass(frozen=True)
+class Everything(Metered):
+    """Asks for every column at every forward: what is exact need not be computed again."""
+
+    def start(self, setup: Setup) -> Reuse:
+        return Reuse(setup, _Everything(setup))
+
+
+class _Everything(PerRow):
+    def plan(self, question: Question, due: Flags, stale: Flags) -> Plan:
+        return Plan(np.ones_like(question.read))
 
 
 class BlockLLaDA(LLaDAModelLM):
@@ -115,3 +134,28 @@ def test_steps_are_shared_by_the_blocks_that_are_generated() -> None:
         paced = dllm.generate(block_llada(), [prompt], dllm.samplers.Vanilla(steps=7), **OPTIONS)
         assert int(paced.nfe[0]) <= 7
         assert not (paced.completions == 63).any()
+
+
+@pytest.mark.parametrize("sampler", ["vanilla", Threshold(0.3), "localleap", Revoking(), Editing()], ids=repr)
+def test_what_is_exact_is_computed_once(sampler: Any) -> None:
+    exact, reused = (dllm.generate(block_llada(), PROMPTS, sampler, each, **OPTIONS) for each in ("none", Everything()))
+    assert torch.equal(exact.sequences, reused.sequences)
+    assert torch.equal(exact.commit_step, reused.commit_step)
+    assert reused.stats.computed_columns < exact.stats.computed_columns
+
+
+def test_nothing_after_the_active_block_is_computed_nor_what_is_exact() -> None:
+    spy, prompt = Spying(Everything()), [*range(1, 10)]
+    dllm.generate(block_llada(), [prompt], "vanilla", spy, **OPTIONS | {"gen_length": 9})
+    computed = [(min(forward[0]), max(forward[0])) for forward in spy.log]
+    # The prompt fills two blocks and begins a third; a finished block is computed once more, with the next one.
+    assert computed == [(0, 11), (8, 11), (8, 11), (8, 15), *[(12, 15)] * 3, (12, 17), (16, 17)]
+
+
+@pytest.mark.parametrize("name", ["prefix", "dual", "freecache", "dkv", "dllm_cache", "d2cache"])
+def test_every_cache_fills_what_is_masked(name: str) -> None:
+    batch = dllm.generate(block_llada(), PROMPTS, "threshold", name, batch_size=3, **OPTIONS)
+    assert not (batch.completions == 63).any()
+    for row, prompt in enumerate(PROMPTS):
+        alone = dllm.generate(block_llada(), [prompt], "threshold", name, **OPTIONS)
+        assert batch.completions[row].tolist() == alone.completions[0].tolist()

@@ -19,6 +19,7 @@ from dllm.decoding.nonfinite import Broken
 from dllm.decoding.request import Request
 from dllm.decoding.transfer import put, send
 from dllm.decoding.window import Change, Edit, Exchange, Window
+from dllm.models.attention import BlockCausal
 
 
 class Canvas:
@@ -33,6 +34,7 @@ class Canvas:
         length: columns L.
         mask_token_id: id of [MASK].
         device: where the tokens live.
+        pattern: who attends to whom; None where every position attends to every other.
 
     Attributes:
         rows: number of the row in each busy slot.
@@ -43,8 +45,11 @@ class Canvas:
         active: columns, inside and masked of the latest window.
     """
 
-    def __init__(self, slots: int, length: int, mask_token_id: int, device: torch.device) -> None:
+    def __init__(
+        self, slots: int, length: int, mask_token_id: int, device: torch.device, pattern: BlockCausal | None = None
+    ) -> None:
         self.slots, self.length, self.mask_token_id, self.device = slots, length, mask_token_id, device
+        self.pattern = pattern
         self.rows: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         self.requests: list[Request | None] = [None] * slots
         self.generators: list[torch.Generator | None] = [None] * slots
@@ -205,6 +210,13 @@ class Canvas:
     def visible(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """(A, L) columns of some rows that are looked at: neither padding nor cut off."""
         return np.asarray(self.real[rows] & ~self.cut[rows])
+
+    def horizon(self, rows: NDArray[np.int64], column: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(A,) the column from which on nothing is attended to by a column of each row."""
+        if self.pattern is None:
+            return np.full(len(rows), self.length)
+        first = self.padding[rows]
+        return np.asarray(np.minimum(first + self.pattern.end(column - first), self.length))
 
     def _failed(self, rows: NDArray[np.int64], codes: NDArray[np.int64], reasons: Sequence[str]) -> NDArray[np.bool_]:
         """Which rows are given up; notes why. Bit n of a code stands for the n-th reason."""

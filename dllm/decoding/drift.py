@@ -154,7 +154,7 @@ class Meter:
         """
         assert plan.store is not None
         sequences = self.due(question)
-        whole = plan.whole(question.canvas.visible(question.rows))[sequences]
+        whole = plan.whole(question.visible)[sequences]
         self.trust(question, sequences[whole])
         sequences = sequences[~whole]
         if not sequences.size:
@@ -163,7 +163,7 @@ class Meter:
             torch.cuda.synchronize(logits.device)  # what is still under way is not measuring
         started = time.perf_counter()
         rows = question.rows[sequences]
-        comparison = Comparison(plan.store, question.slots[sequences], question.canvas.visible(rows), logits.device)
+        comparison = Comparison(plan.store, question.slots[sequences], question.visible[sequences], logits.device)
         true = exact(sequences, comparison)
         of = question.places[0]
         mine = np.flatnonzero(np.isin(of, sequences))

@@ -90,7 +90,7 @@ class Engine:
         backbone = lm.backbone
         spare = lm.spare.pop() if lm.spare else None
         self._memory = spare if spare is not None and spare.fits else Memory(backbone)
-        self._canvas = Canvas(batch_size, self.max_length, backbone.mask_token_id, lm.device)
+        self._canvas = Canvas(batch_size, self.max_length, backbone.mask_token_id, lm.device, backbone.pattern)
         self._recorder = Recorder(self._canvas, lm.tokenizer)
         self._meter = Meter(batch_size, self.cache.measure_every, self.cache.refresh_above, backbone.mask_token_id)
         self._setup = Setup(
@@ -99,6 +99,7 @@ class Engine:
             mask_token_id=backbone.mask_token_id,
             logits_shift=backbone.logits_shift,
             kv_shape=backbone.kv_shape,
+            pattern=backbone.pattern,
             hidden_size=backbone.config.hidden_size,
             dtype=backbone.dtype,
             device=lm.device,
@@ -268,6 +269,8 @@ class Engine:
             leaving = self._leaving | {row for row in rows if int(self._ids[row]) in self._aborted}
             room = self.batch_size - len(rows) + len(leaving)
             entering = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+            if not leaving and not entering:
+                return
             self._entering = [request for _, request in entering]
             exchange = self._canvas.exchange(leaving, self._entering)
             self._leaving, self._aborted = set(), set()

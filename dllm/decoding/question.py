@@ -31,6 +31,7 @@ class Question:
         tokens: of the sequences.
         index: (N,) flat indices of what is asked, into the tensor that asks.
         places: what is asked, as (N,) sequences and (N,) columns whose hidden states are needed for it.
+        horizon: (A,) column from which on nothing is attended to.
         joined: sequences of a row that are computed as one.
     """
 
@@ -40,6 +41,7 @@ class Question:
     tokens: Int[Tensor, "A L"]
     index: NDArray[np.int64]
     places: Places
+    horizon: NDArray[np.int64]
     joined: int = 1
 
     @cached_property
@@ -66,10 +68,11 @@ class Question:
         read[self.places] = True
         return read
 
-    @property
+    @cached_property
     def visible(self) -> NDArray[np.bool_]:
-        """(A, L) columns that are attended to."""
-        return self.canvas.visible(self.rows)
+        """(A, L) columns that are attended to, by way of others too, by what is asked."""
+        visible = self.canvas.visible(self.rows)
+        return visible & ~self.since(self.horizon)
 
     def some(self, sequences: NDArray[np.int64]) -> Question:
         """The same about some of the sequences, in ascending order."""
@@ -83,6 +86,7 @@ class Question:
             draft=self.draft[sequences],
             tokens=self.tokens[put(self.tokens.device, sequences)],
             places=(np.searchsorted(sequences, of[mine]), column[mine]),
+            horizon=self.horizon[sequences],
         )
 
     def and_about(self, read: NDArray[np.bool_]) -> Question:
@@ -128,7 +132,8 @@ def about_window(canvas: Canvas, window: Window, decided: bool, shift: int) -> Q
     grid, slots = inside if decided else masked, np.arange(len(columns))
     sequence, k = np.nonzero(grid)
     places = _read_at(canvas, slots, sequence, columns[sequence, k], shift)
-    return Question(canvas, slots, np.zeros_like(slots), window.tokens, sequence * grid.shape[1] + k, places)
+    index, horizon = sequence * grid.shape[1] + k, _horizon(canvas, slots, places)
+    return Question(canvas, slots, np.zeros_like(slots), window.tokens, index, places, horizon)
 
 
 def about_drafts(
@@ -155,7 +160,10 @@ def about_drafts(
     if len(slots) < len(flat_tokens):
         flat_tokens = flat_tokens[put(tokens.device, slots * drafts + draft)]
     places = _read_at(canvas, slots, number[row, d], where[row, d, k], shift)
-    return Question(canvas, slots, draft, flat_tokens, np.flatnonzero(grid), places, drafts if joined else 1)
+    horizon, together = _horizon(canvas, slots, places), drafts if joined else 1
+    if joined:  # they are computed over the same columns
+        horizon = np.repeat(horizon.reshape(-1, drafts).max(1), drafts)
+    return Question(canvas, slots, draft, flat_tokens, np.flatnonzero(grid), places, horizon, together)
 
 
 def _read_at(
@@ -163,3 +171,11 @@ def _read_at(
 ) -> Places:
     """Where the predictions for some columns are read: `shift` to their left, but never in the padding."""
     return sequence, np.maximum(column - shift, canvas.padding[canvas.rows[slots[sequence]]])
+
+
+def _horizon(canvas: Canvas, slots: NDArray[np.int64], places: Places) -> NDArray[np.int64]:
+    """(A,) the column from which on nothing is attended to by what is read of each sequence."""
+    sequence, column = places
+    last = np.zeros(len(slots), dtype=np.int64)
+    np.maximum.at(last, sequence, column)
+    return canvas.horizon(canvas.rows[slots], last)

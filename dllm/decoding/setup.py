@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dllm.decoding.request import Request
+from dllm.models.attention import BlockCausal
 
 
 @runtime_checkable
@@ -41,6 +42,7 @@ class Setup:
         mask_token_id: id of [MASK].
         logits_shift: the prediction for column i is read at column i - logits_shift.
         kv_shape: layers, key-value heads and head dimension of the backbone.
+        pattern: who attends to whom; None where every position attends to every other.
         hidden_size: width of the backbone.
         dtype: of the backbone's keys and values.
         device: where the tensors live.
@@ -56,6 +58,7 @@ class Setup:
     mask_token_id: int
     logits_shift: int
     kv_shape: tuple[int, int, int]
+    pattern: BlockCausal | None
     hidden_size: int
     dtype: torch.dtype
     device: torch.device

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
 from jaxtyping import Bool, Int
+from numpy.typing import NDArray
 from torch import Tensor
+
+_Positions = TypeVar("_Positions", Tensor, NDArray[np.int64])
 
 
 @dataclass(frozen=True)
@@ -22,5 +27,8 @@ class BlockCausal:
 
     def __call__(self, queries: Int[Tensor, "B C"], keys: Int[Tensor, "B S"]) -> Bool[Tensor, "B 1 C S"]:
         """Where the queries at some positions may look at the keys at others."""
-        ends = (queries // self.length + 1) * self.length
-        return (keys[:, None, :] < ends[:, :, None])[:, None]
+        return (keys[:, None, :] < self.end(queries)[:, :, None])[:, None]
+
+    def end(self, positions: _Positions) -> _Positions:
+        """The position after the block of each position."""
+        return (positions // self.length + 1) * self.length

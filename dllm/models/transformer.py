@@ -7,7 +7,7 @@ computation is written once, here. Nothing in this folder knows a policy or a ca
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -190,6 +190,7 @@ def block_forward(
     slots = None if features is None else features.stale(layer, v)
     if slots is not None:
         h, rotation = _take(h, slots), rotation.at(slots)
+        inputs = replace(inputs, mask=_of_queries(inputs.mask, slots))
     q = _projected(h, parts.query, parts.query_norm, rotation, inputs.head_dim)
     k = _projected(h, parts.key, parts.key_norm, rotation, inputs.head_dim)
     if inputs.parted is not None and not inputs.eager:
@@ -217,6 +218,13 @@ def _heads(x: Float[Tensor, "B C d"], head_dim: int) -> Float[Tensor, "B H C D"]
 
 def _take(x: Float[Tensor, "B C d"], slots: Int[Tensor, "B U"]) -> Float[Tensor, "B U d"]:
     return x.gather(1, slots[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def _of_queries(mask: Bool[Tensor, "B 1 C S"] | None, slots: Int[Tensor, "B U"]) -> Bool[Tensor, "B 1 U S"] | None:
+    """What some of the queries may look at; the same for all of them where the mask says so."""
+    if mask is None or mask.shape[2] == 1:
+        return mask
+    return mask.gather(2, slots[:, None, :, None].expand(-1, -1, -1, mask.shape[3]))
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, layer: int, inputs: BlockInputs) -> Float[Tensor, "B H C D"]:
