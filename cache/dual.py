@@ -21,10 +21,7 @@ from dllm.decoding.setup import Setup
 class Dual(Metered):
     """Keep what lies before the block and behind it."""
 
-    @property
-    def repeatable(self) -> bool:
-        """A block is always entered with a full computation."""
-        return True
+    repeatable = True  # a block is always entered with a full computation
 
     def start(self, setup: Setup) -> Reuse:
         """Make room for every column."""

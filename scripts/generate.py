@@ -180,15 +180,8 @@ class Session:
                     print(f"{left[answer.index].place} has no answer: {why}", file=sys.stderr)
                     continue
                 identity.check_weights(self.lm, read)
-                answers.add(
-                    {
-                        "id": name,
-                        "text": answer.text,
-                        "tokens": answer.tokens,
-                        "nfe": answer.nfe,
-                        "guide_nfe": answer.guide_nfe,
-                    }
-                )
+                shown = ("text", "tokens", "nfe", "guide_nfe")
+                answers.add({"id": name, **{field: getattr(answer, field) for field in shown}})
                 advance(name)
         answers.verify()
         if (drift := summarise(measured, seconds=0.0)) is not None:

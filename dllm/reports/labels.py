@@ -11,7 +11,6 @@ _DISTANCES = (7, 14, 24, 36, 50, 66, 84)  # points
 _NEAR = 14  # a label farther away has a line to its point
 _LINE = 4  # how much worse it is to cover a piece of a line than as much of a label: lines are thin
 
-Place = tuple[float, float]
 Box = tuple[float, float, float, float]
 
 
