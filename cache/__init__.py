@@ -1,4 +1,4 @@
-"""Caches, one a file. Adding one is a module here, a YAML in conf/cache/ and a test."""
+"""Caches, one per file. A new one is a module here, a YAML in conf/cache/ and a test."""
 
 from dllm.cache.d2cache import D2Cache
 from dllm.cache.dkv import DKVCache

@@ -1,8 +1,8 @@
-"""What a cache is: a plan of which columns the next forward computes, and where the others come from.
+"""The cache protocol: a plan of which positions the next forward computes, and which are read from a store.
 
 A cache is a frozen dataclass of its options; `start` returns the object that holds one engine's keys
-and values. It knows the canvas and what changed, never the sampler that changed it. Plans are made
-on the host, from what the host knows; only a cache that chooses by what came out (d2cache) reads the device.
+and values. It sees the canvas and its changes, never the sampler. Plans are made on the host, from the
+host's copy of the canvas; only a cache that selects by model outputs (d2cache) reads the device.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from dllm.decoding.window import Change, Exchange
 
 @dataclass(frozen=True)
 class Probe:
-    """Columns whose predictions a cache wants to know about beside those that the sampler asks for.
+    """Positions whose confidences a cache needs beside those that the sampler requests.
 
     Attributes:
-        read: (A, L) columns whose hidden states are projected for it.
-        tell: called with the probability of the most probable token there, (A, L).
+        read: (A, L) columns whose hidden states are projected to the vocabulary.
+        tell: callback that gets the probability of the most probable token there, (A, L).
     """
 
     read: Flags
@@ -42,10 +42,10 @@ class Plan:
     """How to compute the next forward.
 
     Attributes:
-        compute: (A, L) canvas columns to compute, as far as they are looked at; None for all of them, without a store.
-        store: takes their keys and values and gives those of all L columns.
-        cost: (A,) columns computed through a whole layer, where that is fewer than `compute` says.
-        probe: what else the cache wants to know.
+        compute: (A, L) canvas columns to compute, where they are attended to; None for all of them, without a store.
+        store: takes their keys and values and returns those of all L columns.
+        cost: (A,) columns computed through a whole layer, where that is fewer than in `compute`.
+        probe: confidences that the cache needs.
     """
 
     compute: Flags | None = None
@@ -54,7 +54,7 @@ class Plan:
     probe: Probe | None = None
 
     def whole(self, visible: Flags) -> Flags:
-        """(A,) where every column that is looked at is computed, through all layers."""
+        """(A,) where every column that is attended to is computed, through all layers."""
         assert self.compute is not None
         every = (self.compute | ~visible).all(1)
         return np.asarray(every if self.cost is None else every & (self.cost >= self.compute.sum(1)))
@@ -69,27 +69,27 @@ class CacheRun(Protocol):
         ...
 
     def exchange(self, exchange: Exchange) -> None:
-        """Learn which rows entered, and which are in another slot now."""
+        """Update for rows that entered, and rows that moved to another slot."""
         ...
 
     def observe(self, change: Change) -> None:
-        """Learn what a step committed and revoked."""
+        """Update for what a step committed and revoked."""
         ...
 
     def expire(self, rows: NDArray[np.int64]) -> None:
-        """Compute everything anew in the next forward of these rows."""
+        """Recompute every position in the next forward of these rows."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metered:
-    """The options that all caches have.
+    """Options shared by all caches.
 
     Args:
-        measure_every: a row's forwards from one that is compared with an exact one to the next; None never
-            measures.
-        refresh_above: where the relative error of keys and values is larger than this, the exact predictions are
-            used and everything is computed anew in the next forward; None only measures.
+        measure_every: measure the approximation error, against an exact forward, every this many forwards of a
+            row; None for never.
+        refresh_above: where the relative error of keys and values exceeds this, the exact predictions are used
+            and every position is recomputed in the next forward; None only measures.
 
     Raises:
         ValueError: an option out of range or without effect.
@@ -104,36 +104,36 @@ class Metered:
         if self.refresh_above is not None:
             number("refresh_above", self.refresh_above, "a number from 0 to 1e6, or null", low=0, high=1e6)
             if self.measure_every is None:
-                told = f"refresh_above={self.refresh_above} has no effect without measuring"
-                raise ValueError(f"{told}; set measure_every too")
+                problem = f"refresh_above={self.refresh_above} has no effect without measuring"
+                raise ValueError(f"{problem}; set measure_every too")
 
     @property
     def repeatable(self) -> bool:
-        """Whether what is kept is the same for every way in which a block may have been decoded."""
+        """Whether cached keys and values do not depend on the order a block was decoded in (for lossless drafting)."""
         return False
 
     @property
     def refuses(self) -> Mapping[str, str]:
-        """What a sampler may need that this cache cannot give, with the reason."""
+        """Requirements of samplers that this cache does not meet, with the reason."""
         reasons = {
-            "guidance": "it keeps one set of keys and values a row, and guidance computes every row twice",
-            "next_block": "a block is computed anew when it is entered; drafts for it from before would not hold",
-            "several_devices": "it keeps keys and values on one",
+            "guidance": "it keeps one set of keys and values per row, and guidance computes every row twice",
+            "next_block": "entering a block recomputes every position, which invalidates earlier drafts for it",
+            "several_devices": "it keeps keys and values on one device",
         }
         if self.refresh_above is not None:
-            reasons["repeatable"] = "when it refreshes (refresh_above) depends on the way a block is decoded"
+            reasons["repeatable"] = "when it refreshes (refresh_above) depends on the order a block is decoded in"
         elif not self.repeatable:
-            reasons["repeatable"] = "what it keeps depends on the way a block is decoded"
+            reasons["repeatable"] = "its keys and values depend on the order a block is decoded in"
         return reasons
 
 
 @runtime_checkable
 class Cache(Protocol):
-    """A way to reuse computation between denoising steps.
+    """Reuse of computation between denoising steps.
 
     Attributes:
-        measure_every: forwards of a row from one comparison with an exact one to the next; None for never.
-        refresh_above: relative error of keys and values above which everything is computed anew.
+        measure_every: measure the approximation error every this many forwards of a row; None for never.
+        refresh_above: relative error of keys and values above which every position is recomputed.
     """
 
     measure_every: int | None
@@ -141,9 +141,9 @@ class Cache(Protocol):
 
     @property
     def refuses(self) -> Mapping[str, str]:
-        """What a sampler may need (the words of `dllm.decoding.compatibility`) that it cannot give, with the reason."""
+        """Requirements (names in `dllm.decoding.compatibility`) that it does not meet, with the reason."""
         ...
 
     def start(self, setup: Setup) -> CacheRun:
-        """Refuse what cannot work (ValueError, before any forward) and make room for one engine."""
+        """Reject invalid setups (ValueError, before any forward) and allocate memory for one engine."""
         ...

@@ -1,4 +1,4 @@
-"""Serving one forward from kept keys and values, in the cheapest way that its columns and rows allow."""
+"""Access of one forward to cached keys and values, by the cheapest indexing that its columns and rows allow."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Kept: TypeAlias = tuple[Tensor, Tensor]
 
 
 def bind(kept: Kept, selection: Selection) -> KVStore:
-    """Serve a forward that computes these columns."""
+    """Access for a forward that computes these columns."""
     if selection.drafts > 1:
         return Joined(kept, selection)
     if not selection.first.all():
@@ -27,7 +27,7 @@ def bind(kept: Kept, selection: Selection) -> KVStore:
     if selection.neighbours is None:
         runs = selection.runs()
         return Runs([bind(kept, run) for run in runs], [len(run.slots) for run in runs])
-    # Neighbouring rows, each once: what is kept is attended to where it is, and nothing but fresh columns copied.
+    # Contiguous rows, one sequence each: attention reads the store in place, and only fresh columns are copied.
     host = selection.host
     if (host == host[0, 0] + np.arange(host.shape[1])).all():
         return Slice(kept, selection)
@@ -35,7 +35,7 @@ def bind(kept: Kept, selection: Selection) -> KVStore:
 
 
 class Slice:
-    """Neighbouring columns, the same in every row."""
+    """Contiguous columns, the same in every row."""
 
     def __init__(self, kept: Kept, selection: Selection) -> None:
         (low, high), slots = selection.span, selection.neighbours
@@ -46,7 +46,7 @@ class Slice:
         self.memory, self.index = _memory(selection), selection.columns - low
 
     def through(self, index: Int[Tensor, "A C"]) -> Scattered:
-        """The same, with the columns read from a tensor."""
+        """The same, with the columns given by a tensor."""
         return Scattered(self.stored, index, self.memory)
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +73,7 @@ class Scattered:
         return cls(stored, selection.columns - low, _memory(selection))
 
     def through(self, index: Int[Tensor, "A C"]) -> Scattered:
-        """The same, with the columns read from a tensor."""
+        """The same, with the columns given by a tensor."""
         return Scattered(self.stored, index, self.memory)
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,7 +91,7 @@ def _memory(selection: Selection) -> Hashable:
 
 
 class Runs:
-    """Rows of which some are neighbours: each run of these is served where it is."""
+    """Rows in several contiguous runs of slots, each accessed in place."""
 
     def __init__(self, bound: Sequence[KVStore], sizes: Sequence[int]) -> None:
         self.bound, self.sizes = bound, sizes
@@ -102,13 +102,13 @@ class Runs:
         return [each.update(layer, k, v) for each, k, v in fresh]
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write in place; join copies."""
+        """Write in place; concatenate copies."""
         k, v = zip(*self.parts(layer, keys, values), strict=True)
         return torch.cat(k), torch.cat(v)
 
 
 class Gathered:
-    """Several drafts of a row: each sequence gets a copy of what its row has."""
+    """Several drafts of a row: each sequence gets a copy of its row's keys and values."""
 
     def __init__(self, kept: Kept, selection: Selection) -> None:
         self.kept, self.columns, self.span = kept, selection.columns, slice(*selection.span)
@@ -116,7 +116,7 @@ class Gathered:
         self.first = put(self.columns.device, np.flatnonzero(selection.first))
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put the fresh columns over the copies; of several drafts, what the first wrote is kept."""
+        """Write the fresh columns into the copies; only those of a row's first draft go to the store."""
         return self._merge(self.kept[0][layer], keys), self._merge(self.kept[1][layer], values)
 
     def _merge(self, stored: Tensor, fresh: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class Gathered:
 
 
 class Joined:
-    """Drafts in one sequence: what is stored is shared, and the fresh columns of all drafts come after it."""
+    """Drafts in one sequence: stored columns are shared, followed by the fresh columns of all drafts."""
 
     def __init__(self, kept: Kept, selection: Selection) -> None:
         first = put(selection.columns.device, np.flatnonzero(selection.first))
@@ -135,7 +135,7 @@ class Joined:
         self.rows = put(self.columns.device, selection.slots[selection.first])
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Show every draft everything; the mask says which columns are its own."""
+        """Return all columns; the attention mask restricts each draft to its own."""
         return self._merge(self.kept[0][layer], keys), self._merge(self.kept[1][layer], values)
 
     def _merge(self, stored: Tensor, fresh: Tensor) -> Tensor:
@@ -145,5 +145,5 @@ class Joined:
 
 
 def _write(stored: Tensor, rows: Tensor, columns: Tensor, fresh: Tensor) -> None:
-    """Keep fresh columns of some rows."""
+    """Store fresh columns of some rows."""
     stored.transpose(1, 2)[rows[:, None], columns] = fresh.transpose(1, 2)

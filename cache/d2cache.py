@@ -1,24 +1,24 @@
-"""d2Cache: computed are the masks about to be decoded and the tokens most looked at (arXiv 2509.23094, section 4).
+"""d2Cache: computes the masks about to be decoded and the most attended tokens (arXiv 2509.23094, section 4).
 
-The first forward computes every column. From then on three kinds of columns are computed:
+The first forward computes every position. From then on three kinds of positions are computed:
 
     masks    the `current_k` masked positions j with the highest certainty prior
                  confidence_j * density_j,   density_j = sum_(known i) exp(-(i - j)^2 / (2 sigma^2)) / sum_(all i) ...
-             those of the active block first, then those up to the end of the block that holds the
-             current_k-th mask; the tokens left of the generated ones count as known, those right of them
-             if the last one is
-    new      what was a mask at the last forward and is none now
-    looked   of the others the most looked at, which together have a share `rollout_p` of the attention
-             rollout's influence: column sums of the product over layers of (A + I) / 2, where A are the
-             attention weights averaged over the heads, and identity where a column was not computed
+             those of the active block first, then those up to the end of the block that contains the
+             current_k-th mask; tokens to the left of the generated region count as known, those to the
+             right if its last token is
+    new      masks at the last forward that have been decoded since
+    attended of the others the most attended ones, which together have a share `rollout_p` of the attention
+             rollout: column sums of the product over layers of (A + I) / 2, where A are the attention
+             weights averaged over the heads, and the identity where a position was not computed
 
-A gap between two chosen columns that are at most `inflate_w` apart is computed as well. Families with
-shifted logits compute, in place of a mask, the column in which its prediction is read.
+A gap between two selected positions that are at most `inflate_w` apart is computed as well. Families with
+shifted logits compute, instead of a mask, the position at which its prediction is read.
 
-Differences from the reference: confidences are renewed with every forward that computes them, as the
-paper says (the reference keeps the first ones); rows of a batch are not topped up to a common number.
-It needs the confidences of masks outside the block, and so their logits; and the attention weights,
-and so attention that is spelled out.
+Differences from the reference: confidences are updated by every forward that computes them, as in the
+paper (the reference keeps the first ones); rows of a batch are not padded to a common number.
+It needs the confidences of masks outside the block, hence their logits; and the attention weights,
+hence eager attention.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from dllm.models.transformer import KVStore
 
 @dataclass(frozen=True)
 class D2Cache(Metered):
-    """Compute the masks about to be decoded and the tokens most looked at.
+    """Compute the masks about to be decoded and the most attended tokens.
 
     Args:
-        current_k: masked positions chosen per forward, those of the active block first; what is asked for is
-            computed in any case.
-        sigma: reach of the certainty density, in columns.
-        rollout_p: share of the attention's influence whose columns are computed.
-        inflate_w: widest distance of two chosen columns between which all are computed; 0 for none.
+        current_k: masked positions selected per forward, those of the active block first; requested positions
+            are always computed.
+        sigma: standard deviation of the Gaussian of the certainty density, in positions.
+        rollout_p: share of the attention rollout whose positions are computed.
+        inflate_w: maximum distance of two selected positions between which all are computed; 0 for none.
 
     Raises:
         ValueError: an option out of range.
@@ -70,14 +70,15 @@ class D2Cache(Metered):
 
     @property
     def refuses(self) -> Mapping[str, str]:
-        """What a sampler may need that this cache cannot give, with the reason."""
+        """Requirements of samplers that this cache does not meet, with the reason."""
         return {
             **super().refuses,
-            "graphs": "it looks at the attention of other columns each time",
+            "graphs": "it reads the attention weights of other positions in each forward",
+            "shadows": "it accumulates the attention that a position receives",
         }
 
     def start(self, setup: Setup) -> Reuse:
-        """Make room for every column."""
+        """Allocate keys and values for every position."""
         store = Watched(setup)
         return Reuse(setup, _ByCertaintyAndRollout(self, setup, store), store)
 
@@ -91,7 +92,7 @@ class _ByCertaintyAndRollout(PerRow):
 
     def plan(self, question: Question, due: Flags, stale: Flags) -> Plan:
         canvas, rows, masked = question.canvas, question.rows, question.masked
-        # Where the prediction for each column is read.
+        # The column at which the prediction for each column is read.
         at = np.maximum(np.arange(canvas.length) - self.setup.logits_shift, canvas.padding[rows, None])
         compute = _moved(self._certain(question, masked), at) | (self.masked[rows] & ~masked)
         compute |= question.drafted
@@ -118,8 +119,8 @@ class _ByCertaintyAndRollout(PerRow):
         return chosen & (score >= 0)
 
     def _learn(self, question: Question, probe: Flags, at: NDArray[np.int64], confidence: Tensor) -> None:
-        """Take up how sure the model is of what a forward computed, as far as it looked at the canvas as it is."""
-        # Read from the device: what is computed next depends on it.
+        """Update the confidences that a forward computed on the current canvas (not on drafts)."""
+        # Synchronizes: the next plan depends on it.
         first, fresh = question.first, confidence.double().cpu().numpy()
         rows, at = question.rows[first], at[first]
         known, fresh = (np.take_along_axis(each[first], at, axis=1) for each in (probe, fresh))
@@ -127,12 +128,12 @@ class _ByCertaintyAndRollout(PerRow):
 
 
 def density(known: Flags, end: NDArray[np.int64], sigma: float) -> NDArray[np.float64]:
-    """How much is known around each column, as a mean weighted with a Gaussian.
+    """Share of known tokens around each column, as a Gaussian-weighted mean.
 
     Args:
-        known: (A, L) what is decoded, given or padding; all that lies to the left counts as known.
-        end: (A,) the column behind the last generated one; what lies from there on counts as that one does.
-        sigma: of the Gaussian, in columns.
+        known: (A, L) decoded, given or padding; everything to the left of the canvas counts as known.
+        end: (A,) the column after the last generated one; columns from there on count like that one.
+        sigma: of the Gaussian, in positions.
     """
     reach = int(np.ceil(6 * sigma))
     kernel = np.exp(-(np.arange(-reach, reach + 1) ** 2) / (2 * sigma**2))
@@ -144,12 +145,12 @@ def density(known: Flags, end: NDArray[np.int64], sigma: float) -> NDArray[np.fl
 
 
 def nucleus(scores: NDArray[np.float64], share: float, among: Flags) -> Flags:
-    """The highest scores of each row that together make up at most a share, and the highest in any case.
+    """The highest scores of each row whose sum is at most a share of the total, and always the highest.
 
     Args:
         scores: (A, L), not negative.
         share: of their sum.
-        among: (A, L) where to choose.
+        among: (A, L) columns to select from.
     """
     scores = np.where(among, scores, 0.0)
     order = np.argsort(-scores, axis=1, kind="stable")
@@ -162,12 +163,12 @@ def nucleus(scores: NDArray[np.float64], share: float, among: Flags) -> Flags:
 
 
 def inflate(chosen: Flags, width: int) -> Flags:
-    """Fill the gaps between chosen columns that are at most `width` apart."""
+    """Fill the gaps between selected columns that are at most `width` apart."""
     width = min(width, chosen.shape[1])
     column, far = np.arange(chosen.shape[1]), chosen.shape[1] + width
     before = np.maximum.accumulate(np.where(chosen, column, -far), axis=1)
-    behind = np.minimum.accumulate(np.where(chosen, column, 2 * far)[:, ::-1], axis=1)[:, ::-1]
-    return np.asarray(chosen | (behind - before <= width))
+    after = np.minimum.accumulate(np.where(chosen, column, 2 * far)[:, ::-1], axis=1)[:, ::-1]
+    return np.asarray(chosen | (after - before <= width))
 
 
 def _moved(flags: Flags, at: NDArray[np.int64]) -> Flags:
@@ -179,13 +180,13 @@ def _moved(flags: Flags, at: NDArray[np.int64]) -> Flags:
 
 
 class Watched(KeyValues):
-    """Keys and values, and how much each column is looked at.
+    """Keys and values, and the attention rollout of each column.
 
-    Beside them a forward holds the attention weights of all layers until its end: layers * A * C * L numbers.
+    A forward also holds the attention weights of all layers until its end: layers * A * C * L numbers.
 
     Attributes:
         influence: (rows, L) column sums of the attention rollout of the last forward.
-        visible: (rows, L) columns that are looked at.
+        visible: (rows, L) columns that are attended to.
     """
 
     joinable = False
@@ -197,7 +198,7 @@ class Watched(KeyValues):
         self.visible = np.ones((setup.slots, setup.length), dtype=bool)
 
     def bind(self, selection: Selection) -> KVStore:
-        """Serve a forward and watch its attention."""
+        """Access for a forward that records its attention weights."""
         return _Watching(self, super().bind(selection), selection)
 
 
@@ -207,16 +208,16 @@ class _Watching:
         self.weights: list[Tensor] = []
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """As the store does."""
+        """Write to and read from the store."""
         return self.inner.update(layer, keys, values)
 
     def attended(self, layer: int, weights: Float[Tensor, "B C S"]) -> None:
-        """Keep the weights; after the last layer, roll them out."""
+        """Keep the weights; after the last layer, compute the rollout."""
         self.weights.append(weights)
         if layer + 1 < self.store.layers:
             return
         rows, columns, host = self.selection.rows, self.selection.columns, self.selection.host
-        # Neither padding nor what fills up a short sequence looks at anything.
+        # Neither padding nor the repeated columns of a short sequence are queries.
         own = self.store.visible[rows[:, None], host] & self.selection.own
         looks = torch.as_tensor(own, device=columns.device)
         low, high = self.selection.span
@@ -226,7 +227,7 @@ class _Watching:
         for each in reversed(self.weights):
             half = (influence.gather(1, columns) / 2).masked_fill(~looks, 0)
             influence = influence.scatter_add(1, columns, -half) + (half[:, None] @ each)[:, 0]
-        # Read from the device: what is computed next depends on it.
+        # Synchronizes: the next plan depends on it.
         first = self.selection.first
         self.store.influence[rows[first]] = 0
         self.store.influence[rows[first], low:high] = influence.double().cpu().numpy()[first]

@@ -1,13 +1,13 @@
-"""dKV-Cache, delayed: a token is cached one step after it was decoded (arXiv 2505.15781, section 4, dKV-Cache-Decode).
+"""dKV-Cache, delayed: a token is cached one step after it is decoded (arXiv 2505.15781, section 4, dKV-Cache-Decode).
 
 With s the row's forwards in its active block so far,
 
-    s = 0, 1, or s mod interval = 0    compute every column
-    else                               compute the masks of the whole canvas, and what was one at the last forward
+    s = 0, 1, or s mod interval = 0    compute every position
+    else                               compute the masks of the whole canvas, and those of the last forward
 
-A token is unlike its mask, and keys and values settle once it is there: so it is computed once more
-after its commit and frozen then. Families with shifted logits also compute the columns in which the
-predictions that are asked for are read.
+Keys and values change most when a mask becomes a token and little afterwards: so a token is computed
+once more after its commit and then frozen. Families with shifted logits also compute the positions at
+which the requested predictions are read.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from dllm.decoding.setup import Setup
 
 @dataclass(frozen=True)
 class DKVCache(Metered):
-    """Freeze a token one step after it was decoded.
+    """Freeze a token one step after it is decoded.
 
     Args:
-        interval: forwards within a block from one full computation to the next; 1 is no reuse.
+        interval: forwards within a block between full refreshes; 1 is no reuse.
 
     Raises:
         ValueError: an interval below 1.
@@ -40,7 +40,7 @@ class DKVCache(Metered):
         number("interval", self.interval, "a whole number of at least 1", low=1, whole=True)
 
     def start(self, setup: Setup) -> Reuse:
-        """Make room for every column."""
+        """Allocate keys and values for every position."""
         return Reuse(setup, _Delayed(self.interval, setup))
 
 

@@ -1,24 +1,24 @@
-"""dLLM-Cache: the prompt is computed rarely, the response often, in between what changed most (arXiv 2506.06295).
+"""dLLM-Cache: refreshes the prompt rarely, the response often, and in between what changed most (arXiv 2506.06295).
 
 With s the row's forwards so far (section 3.2 and algorithm 1),
 
     s mod prompt_interval = 0      compute the prompt
     s mod response_interval = 0    compute the response
     else, in every layer           compute the values v of the response, and of its n columns the
-                                   floor(ratio * n) with the lowest cosine similarity of v and what was
-                                   stored; the others keep their keys and what attention and feed-forward
-                                   part added
+                                   floor(ratio * n) with the lowest cosine similarity of v and the stored
+                                   values; the others reuse their keys and the outputs of attention and
+                                   feed-forward part
 
-The first layer is always computed for the whole response: it is where new tokens come in. As the
-response counts what lies behind the prompt and, in families with shifted logits, the column in which
-its first prediction is read.
+The first layer is always computed for the whole response, because it sees new tokens. The response is
+everything after the prompt and, in families with shifted logits, the position at which its first
+prediction is read.
 
-What is chosen by rank in every layer amplifies rounding: in float32, rows of this cache may differ
-between batches of different sizes more often than those of others.
+Selection by rank in every layer amplifies rounding: in float32, results of this cache differ between
+batch sizes more often than those of other caches.
 
-Differences from the reference: similarities are ranked without the cancellation that 1 - x has near 1, so
-that float32 ranks as float64 does; ties, among them all columns that changed by no more than rounding, go
-to the leftmost; a position that was revoked or rewritten is computed in every layer; rows have their own
+Differences from the reference: similarities are ranked without the cancellation of 1 - x near 1, so
+that float32 ranks like float64; ties, including all columns that changed by no more than rounding, go
+to the leftmost; a revoked or rewritten position is computed in every layer; rows have their own
 steps.
 """
 
@@ -41,7 +41,7 @@ from dllm.cache.store import KeyValues, PerRow, Reuse
 from dllm.checks import number
 from dllm.decoding.setup import Setup
 
-_ROUNDING = 16  # relative change, in units of the last place, up to which a column counts as unchanged
+_ROUNDING = 16  # relative change, in machine epsilons, up to which a column counts as unchanged
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class DLLMCache(Metered):
     """Compute what changed most.
 
     Args:
-        prompt_interval: forwards from one computation of the prompt to the next.
+        prompt_interval: forwards between refreshes of the prompt.
         response_interval: the same for the response; 1 is no reuse of it.
         ratio: share of the response computed in between.
 
@@ -69,11 +69,12 @@ class DLLMCache(Metered):
 
     @property
     def refuses(self) -> Mapping[str, str]:
-        """What a sampler may need that this cache cannot give, with the reason."""
-        return {**super().refuses, "graphs": "each layer chooses its columns anew"}
+        """Requirements of samplers that this cache does not meet, with the reason."""
+        reasons = {"graphs": "each layer selects its own positions", "shadows": "each layer selects its own positions"}
+        return {**super().refuses, **reasons}
 
     def start(self, setup: Setup) -> Reuse:
-        """Make room for keys, values and what the layers add, of every column."""
+        """Allocate keys, values and sublayer outputs of every position."""
         store = Features(self.ratio, setup)
         return Reuse(setup, _ByChange(self, setup, store), store)
 
@@ -94,7 +95,7 @@ class _ByChange(PerRow):
         within = question.since(question.canvas.start[rows] - self.setup.logits_shift) & visible
         self.store.response[rows] = within
         self.store.needed[rows] = np.where(within, response[:, None], prompt[:, None]) | stale
-        # The first layer computes the whole response, the others a part of it.
+        # The first layer computes the whole response, the others part of it.
         length, layers = within.sum(1), self.setup.kv_shape[0]
         part = (length + (layers - 1) * np.floor(options.ratio * length)) / layers
         cost = np.ceil(np.where(response, length, part)) + np.where(prompt, (visible & ~within).sum(1), 0)
@@ -102,9 +103,9 @@ class _ByChange(PerRow):
 
 
 class Features(KeyValues):
-    """Keys, values, and what attention and feed-forward part add to each column: (layers, slots, L, d) each.
+    """Keys, values, and the outputs of attention and feed-forward part: (layers, slots, L, d) each.
 
-    They take 2 * layers * slots * L * (H * D + d) * (bytes of a number).
+    Bytes: 2 * layers * slots * L * (H * D + d) * (bytes per number).
 
     Attributes:
         response: (rows, L) columns that may be computed in part.
@@ -122,11 +123,11 @@ class Features(KeyValues):
         self.needed = np.zeros((setup.slots, setup.length), dtype=bool)
 
     def tensors(self) -> Sequence[Tensor]:
-        """Everything kept, (layers, slots, ...) each."""
+        """All stored tensors, (layers, slots, ...) each."""
         return self.keys, self.values, *self.added.values()
 
     def bind(self, selection: Selection) -> _Partial:
-        """Serve a forward that computes these columns, as far as they changed."""
+        """Access for a forward that computes those of these columns that changed."""
         return _Partial(self, selection)
 
 
@@ -135,9 +136,9 @@ class _Share:
     """What a layer computes of A sequences of C slots.
 
     Attributes:
-        rank: (A, C) 0 where a slot is chosen anyway, 1 where by its change, 2 where never.
-        width: slots U of the sequence that has most.
-        chosen: the sequences and places (in the ranking) of those chosen.
+        rank: (A, C) 0 where a slot is always selected, 1 where by its change, 2 where never.
+        width: slots U of the sequence with the most.
+        chosen: the sequences and ranks of the selected slots.
         renewed: the sequences and slots whose values are replaced.
     """
 
@@ -148,14 +149,14 @@ class _Share:
 
 
 class _Partial:
-    """One forward over columns of which each layer chooses some."""
+    """One forward over columns of which each layer selects some."""
 
     def __init__(self, store: Features, selection: Selection) -> None:
         self.store, self.columns = store, selection.columns
         rows, host = selection.rows, selection.host
         self.at, self.kept = self._put(selection.slots), self._put(np.flatnonzero(selection.first))
         self.whole, self.span = selection.neighbours, slice(*selection.span)
-        own = selection.own  # what fills up a short sequence is chosen never
+        own = selection.own  # the repeated columns of a short sequence are never selected
         response, needed = store.response[rows[:, None], host] & own, store.needed[rows[:, None], host] & own
         n = np.floor(store.ratio * response.sum(1)).astype(np.int64)
         optional = response & ~needed & (n > 0)[:, None]
@@ -178,18 +179,18 @@ class _Partial:
         )
 
     def stale(self, layer: int, values: Float[Tensor, "B H C D"]) -> Int[Tensor, "B U"]:
-        """The columns that are computed anyway and those whose values changed most."""
+        """The columns that are always computed and those whose values changed most."""
         share = self.shares[layer > 0]
         stored = self._held(self.store.values[layer]).transpose(1, 2)
         stored = stored.gather(1, self.columns[..., None, None].expand(-1, -1, *stored.shape[2:]))
-        # The square of the distance between the directions, 2 - 2 * similarity, without the cancellation that makes
-        # equals of all small changes in float32, and of nearly all in bfloat16.
+        # Squared distance of the unit vectors, 2 - 2 * similarity, without the cancellation that makes all small
+        # changes equal in float32, and nearly all in bfloat16.
         wide = torch.promote_types(values.dtype, torch.float32)
         fresh, stored = (F.normalize(each.flatten(2).to(wide), dim=-1) for each in (values.transpose(1, 2), stored))
         change = (fresh - stored).square().sum(-1)
-        # What rounding alone makes of a column that did not change is no change: ties go to the leftmost.
+        # A difference by rounding alone counts as no change: ties go to the leftmost.
         change = change.masked_fill(change < (_ROUNDING * torch.finfo(wide).eps) ** 2, 0)
-        # What is needed comes first and what is not wanted last.
+        # Needed columns come first and excluded ones last.
         ranked = change.masked_fill(share.rank == 0, torch.inf).masked_fill(share.rank == 2, -1)
         self.slots = ranked.argsort(dim=-1, descending=True, stable=True)[:, : share.width]
         return self.slots
@@ -197,7 +198,7 @@ class _Partial:
     def update(
         self, layer: int, keys: Float[Tensor, "B H U D"], values: Float[Tensor, "B H C D"]
     ) -> tuple[Float[Tensor, "B H S D"], Float[Tensor, "B H S D"]]:
-        """Put fresh keys and values over the stored ones."""
+        """Overwrite stored keys and values by fresh ones."""
         share = self.shares[layer > 0]
         entry, slot = share.renewed
         renewed = entry, self.columns[entry, slot], values.transpose(1, 2)[entry, slot]
@@ -206,12 +207,12 @@ class _Partial:
         return k.transpose(1, 2)[:, :, self.span], v.transpose(1, 2)[:, :, self.span]
 
     def blend(self, part: str, layer: int, fresh: Float[Tensor, "B U d"]) -> Float[Tensor, "B C d"]:
-        """Put what was computed over what is stored; return it at all columns."""
+        """Overwrite the stored outputs by the computed ones; return those of all columns."""
         whole = self._keep(self.store.added[part][layer], *self._chosen(layer, fresh))
         return whole.gather(1, self.columns[..., None].expand(-1, -1, fresh.shape[-1]))
 
     def _chosen(self, layer: int, fresh: Float[Tensor, "B U ..."]) -> tuple[Tensor, Tensor, Tensor]:
-        """Sequence, canvas column and content of every slot that was computed."""
+        """Sequence, canvas column and content of every computed slot."""
         assert self.slots is not None
         entry, place = self.shares[layer > 0].chosen
         return entry, self.columns[entry, self.slots[entry, place]], fresh[entry, place]
@@ -219,7 +220,7 @@ class _Partial:
     def _keep(
         self, stored: Float[Tensor, "slots L ..."], entry: Tensor, column: Tensor, content: Tensor
     ) -> Float[Tensor, "B L ..."]:
-        """Write columns of each sequence; of several drafts of a row, what the first wrote is kept."""
+        """Write columns of each sequence; only those of a row's first draft go to the store."""
         whole = self._held(stored).index_put_((entry, column), content)
         if self.whole is None:
             stored[self.at[self.kept]] = whole[self.kept]

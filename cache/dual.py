@@ -1,11 +1,11 @@
-"""Dual cache: everything but the active block is computed once a block (Fast-dLLM, arXiv 2505.22618, section 3.2).
+"""Dual cache: everything but the active block is computed once per block (Fast-dLLM, arXiv 2505.22618, section 3.2).
 
-    at a block's first forward    compute every column
-    then                          compute the block
+    first forward of a block    compute every position
+    then                        compute the block
 
-Families with shifted logits read a prediction one column to its left: there the columns computed are
-the block's, each moved one to the left, as in d2Cache's implementation. The reference runs a useless
-forward where the first one finished the block; here there is none.
+Families with shifted logits read a prediction one position to its left: there the block is shifted
+left by one, as in d2Cache's implementation. The reference runs a redundant forward where the first one
+completed the block; here it is skipped.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from dllm.decoding.setup import Setup
 
 @dataclass(frozen=True)
 class Dual(Metered):
-    """Keep what lies before the block and behind it."""
+    """Cache everything before and after the block."""
 
-    repeatable = True  # a block is always entered with a full computation
+    repeatable = True  # a full refresh at the start of each block
 
     def start(self, setup: Setup) -> Reuse:
-        """Make room for every column."""
+        """Allocate keys and values for every position."""
         return Reuse(setup, _BlockAlone(setup))
 
 

@@ -1,26 +1,25 @@
-"""FreeCache: what is decoded is frozen, and only what lies behind it is computed (FlashDLM, arXiv 2505.21467, 3.2).
+"""FreeCache: decoded positions are frozen, and only those after them are computed (FlashDLM, arXiv 2505.21467, 3.2).
 
-The first forward computes every column. Then, with f the column from which on nothing is frozen,
+The first forward computes every position. Then, with f the first position that is not frozen,
 
-    compute the columns from f on
+    compute the positions from f on
 
-    granularity=prompt    f is the first generated column
-    granularity=block     f is the active block's first column
+    granularity=prompt    f is the first generated position
+    granularity=block     f is the first position of the active block
     granularity=token     f is the row's first mask
 
-less the shift of the logits, and `freeze` says which keys and values are kept for what f passes:
+minus the shift of the logits, and `freeze` decides which keys and values frozen positions keep:
 
-    last_forward    those of the last forward before it was passed, in which tokens committed by that very
-                    step were masks still; the prompt keeps those it got before anything was decoded
-                    (the reference)
-    clean           those of one more forward, with the final tokens; the prompt too is computed once more,
-                    when the first block is done
+    last_forward    those of the last forward before they were frozen, in which the tokens committed by that
+                    step were still masks; the prompt keeps those of the first forward (the reference)
+    clean           those of one more forward, with the final tokens; the prompt is also computed once more,
+                    when the first block is complete
 
-`window` keeps columns further than that behind the active block as the first forward left them.
+Positions more than `window` after the active block keep the keys and values of the first forward.
 
-Differences from the reference: a position that is revoked or rewritten is computed again; frozen
-columns keep their own slots whatever a step commits, where the reference's modes for guided decoding
-misplace them (`aggressive`, our token; `sliding`, our window).
+Differences from the reference: a revoked or rewritten position is computed again; frozen positions keep
+their slots whatever a step commits, whereas the reference's modes for guided decoding misplace them
+(`aggressive`, our token; `sliding`, our window).
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ from dllm.decoding.setup import Setup
 
 @dataclass(frozen=True)
 class FreeCache(Metered):
-    """Freeze what is decoded.
+    """Freeze decoded positions.
 
     Args:
-        freeze: which keys and values a finished column keeps: last_forward or clean.
-        granularity: what is frozen: the prompt alone, finished blocks too, or every leading run of tokens.
-        window: columns behind the active block that are computed; None for all.
+        freeze: which keys and values a frozen position keeps: last_forward or clean.
+        granularity: what is frozen: only the prompt, also complete blocks, or every position before the first mask.
+        window: positions after the active block that are computed; None for all.
 
     Raises:
         ValueError: an option out of range or without effect.
@@ -62,11 +61,11 @@ class FreeCache(Metered):
 
     @property
     def repeatable(self) -> bool:
-        """Finished blocks are kept as they are in the end, not as some step left them."""
+        """Complete blocks are frozen with their final tokens."""
         return self.freeze == "clean" and self.granularity == "block"
 
     def start(self, setup: Setup) -> Reuse:
-        """Make room for every column."""
+        """Allocate keys and values for every position."""
         return Reuse(setup, _Frozen(self, setup))
 
 
@@ -75,13 +74,13 @@ class _Frozen(PerRow):
         super().__init__(setup)
         self.options = options
         self.front = self.per_row(0)  # where the last forward of each row started to compute
-        self.raw = self.per_row(True, dtype=bool)  # the prompt is as the first forward left it
+        self.raw = self.per_row(True, dtype=bool)  # the prompt has the keys and values of the first forward
 
     def plan(self, question: Question, due: Flags, stale: Flags) -> Plan:
         options, rows, start = self.options, question.rows, question.canvas.start[question.rows]
         match options.granularity:
             case "prompt":
-                # Position f itself is decoded by the first forward, or its prediction is read and so computed.
+                # Without the shift: f is decoded by the first forward, or its prediction is requested and so computed.
                 front = start
             case "block":
                 front = question.low - self.setup.logits_shift
@@ -89,7 +88,7 @@ class _Frozen(PerRow):
                 front = question.masked.argmax(1) - self.setup.logits_shift
         since = front
         if options.freeze == "clean":
-            # What was passed since the last forward is computed once more; behind the first block, the prompt as well.
+            # Positions frozen since the last forward are computed once more; after the first block, the prompt too.
             since = np.minimum(front, self.front[rows])
             since = np.where((question.block > 0) & self.raw[rows], 0, since)
         kept, first = rows[question.first], question.first

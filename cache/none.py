@@ -1,4 +1,4 @@
-"""No cache: every forward computes every column. The exact baseline of all the others."""
+"""No cache: every forward recomputes every position. The exact baseline of the others."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from dllm.decoding.window import Change, Exchange
 
 @dataclass(frozen=True)
 class NoCache(Metered):
-    """Compute everything, remember nothing; measured, it is off by nothing.
+    """Recomputes every position: exact.
 
     Raises:
-        ValueError: a bound for refreshing.
+        ValueError: `refresh_above` is set.
     """
 
     def __post_init__(self) -> None:
@@ -28,22 +28,22 @@ class NoCache(Metered):
 
     @property
     def refuses(self) -> Mapping[str, str]:
-        """What has no effect without it."""
-        return {"graphs": "it computes everything, which takes longer than being launched"}
+        """Options that have no effect without a cache."""
+        return {"graphs": "it computes every position, which takes longer than launching the kernels"}
 
     def start(self, setup: Setup) -> NoCache:
-        """Nothing to make room for: the run is the cache itself."""
+        """No memory to allocate: the run is the cache itself."""
         return self
 
     def plan(self, question: Question) -> Plan:
-        """Every column, no store."""
+        """Every position, no store."""
         return Plan()
 
     def exchange(self, exchange: Exchange) -> None:
-        """Nothing to learn."""
+        """No state."""
 
     def observe(self, change: Change) -> None:
-        """Nothing to learn."""
+        """No state."""
 
     def expire(self, rows: NDArray[np.int64]) -> None:
-        """Everything is computed anew anyway."""
+        """Every position is always recomputed."""

@@ -1,12 +1,12 @@
-"""Prefix cache: what lies before the active block is computed once a block (Fast-dLLM, arXiv 2505.22618, section 3.2).
+"""Prefix cache: everything before the active block is computed once per block (Fast-dLLM, arXiv 2505.22618, 3.2).
 
-    at a block's first forward    compute every column
-    then                          compute the columns from the block's start on
+    first forward of a block    compute every position
+    then                        compute the positions from the block's start on
 
-Families with shifted logits read the block's first prediction one column to its left, so that what is
-computed starts and ends one column earlier, as in d2Cache's implementation; Fast-dLLM's commits the
-first token of a Dream block unconditionally instead. The reference runs a useless forward where the
-first one finished the block; here there is none.
+Families with shifted logits read the block's first prediction one position to its left, so that the
+computed range starts and ends one position earlier, as in d2Cache's implementation; Fast-dLLM commits
+the first token of a Dream block unconditionally instead. The reference runs a redundant forward where
+the first one completed the block; here it is skipped.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from dllm.decoding.setup import Setup
 
 @dataclass(frozen=True)
 class Prefix(Metered):
-    """Keep what lies before the block."""
+    """Cache everything before the block."""
 
-    repeatable = True  # a block is always entered with a full computation
+    repeatable = True  # a full refresh at the start of each block
 
     def start(self, setup: Setup) -> Reuse:
-        """Make room for every column."""
+        """Allocate keys and values for every position."""
         return Reuse(setup, _FromBlockOn(setup))
 
 

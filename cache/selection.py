@@ -1,4 +1,4 @@
-"""What a store is: where keys and values lie, and what it is told of a forward that it serves."""
+"""The store protocol: holds keys and values per slot, and a `Selection` describes the columns of one forward."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ Flags: TypeAlias = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Selection:
-    """Columns that one forward computes for A sequences.
+    """The columns that one forward computes for A sequences.
 
     Attributes:
         rows: (A,) canvas row of each sequence.
-        slots: (A,) the slot that row is in, ascending.
-        first: (A,) True at each row's first sequence, whose keys and values are the ones to keep.
+        slots: (A,) slot of that row, ascending.
+        first: (A,) True at each row's first sequence, whose keys and values are stored.
         host: (A, C) the columns, ascending; a sequence with fewer of them repeats its last.
         columns: the same on the device.
         span: the first column that is attended to, and the one after the last.
-        drafts: sequences of a row that are joined to one.
+        drafts: sequences of a row that are joined into one.
     """
 
     rows: NDArray[np.int64]
@@ -39,13 +39,13 @@ class Selection:
 
     @property
     def neighbours(self) -> slice | None:
-        """The slots, where they are neighbours, and of each there is just the sequence to keep; None where not."""
+        """The slots as a slice, if they are contiguous with one sequence each; else None."""
         first, last = int(self.slots[0]), int(self.slots[-1])
         alone = bool(self.first.all()) and bool((self.slots == first + np.arange(len(self.slots))).all())
         return slice(first, last + 1) if alone else None
 
     def runs(self) -> list[Selection]:
-        """The same, split into slots that are neighbours."""
+        """The same, split into contiguous runs of slots."""
         cuts = np.flatnonzero(np.diff(self.slots) != 1) + 1
         runs = np.split(np.arange(len(self.slots)), cuts)
         columns = self.columns.tensor_split(cuts.tolist())
@@ -67,23 +67,23 @@ class Store(Protocol):
     """Keys and values of the rows being decoded, each in its slot.
 
     Attributes:
-        joinable: it can serve drafts joined to one sequence.
+        joinable: it supports drafts joined into one sequence.
     """
 
     joinable: bool
 
     def bind(self, selection: Selection) -> KVStore:
-        """Serve a forward that computes these columns."""
+        """Access for a forward that computes these columns."""
         ...
 
     def held(self, layer: int, slots: Int[Tensor, " M"]) -> tuple[Float[Tensor, "M H L D"], Float[Tensor, "M H L D"]]:
-        """Keys and values of the rows in some slots as they are."""
+        """Stored keys and values of some slots."""
         ...
 
     def clear(self, slots: NDArray[np.int64]) -> None:
-        """Fill some slots with zeros."""
+        """Zero some slots."""
         ...
 
     def move(self, moved: NDArray[np.int64]) -> None:
-        """Follow rows, (M, 2), from one slot to another."""
+        """Move rows, (M, 2), from one slot to another."""
         ...

@@ -1,4 +1,4 @@
-"""The keys and values of an engine, allocated once, and the bookkeeping that every cache with a store shares."""
+"""The keys and values of an engine, allocated once, and the bookkeeping shared by all caches with a store."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from dllm.models.transformer import KVStore
 
 
 class KeyValues:
-    """Keys and values of all columns of the rows in all slots: (layers, slots, H, L, D) each.
+    """Keys and values of all columns in all slots: (layers, slots, H, L, D) each.
 
-    They take 2 * layers * slots * H * L * D * (bytes of a number), from the first forward on; the next engine of the
-    same size takes them over.
-    Keys are kept with their rotary embedding, since a column never changes its position.
+    Bytes: 2 * layers * slots * H * L * D * (bytes per number), from the first forward on; the next engine of the
+    same size reuses them.
+    Keys are stored after the rotary embedding, since a column never changes its position.
     """
 
     joinable = True
@@ -36,39 +36,39 @@ class KeyValues:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything kept."""
+        """Bytes of all stored tensors."""
         return sum(stored.nbytes for stored in self.tensors())
 
     def bind(self, selection: Selection) -> KVStore:
-        """Serve a forward that computes these columns, in the cheapest way they allow."""
+        """Access for a forward that computes these columns, by the cheapest indexing they allow."""
         return bind((self.keys, self.values), selection)
 
     def held(self, layer: int, slots: Int[Tensor, " M"]) -> tuple[Float[Tensor, "M H L D"], Float[Tensor, "M H L D"]]:
-        """Keys and values of the rows in some slots as they are."""
+        """Stored keys and values of some slots."""
         return self.keys[layer][slots], self.values[layer][slots]
 
     def clear(self, slots: NDArray[np.int64]) -> None:
-        """Forget what some slots hold."""
+        """Zero some slots."""
         for stored in self.tensors():
             for slot in slots:
                 stored[:, slot] = 0
 
     def move(self, moved: NDArray[np.int64]) -> None:
-        """Follow rows from one slot to another."""
+        """Move rows from one slot to another."""
         for stored in self.tensors():
             for source, target in moved:
                 stored[:, target] = stored[:, source]
 
     def tensors(self) -> Sequence[Tensor]:
-        """Everything kept, (layers, slots, ...) each."""
+        """All stored tensors, (layers, slots, ...) each."""
         return self.keys, self.values
 
 
 class PerRow:
-    """What is remembered of each row, under its number.
+    """State of each row, indexed by row number.
 
     Args:
-        setup: the facts.
+        setup: of the engine.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -76,61 +76,62 @@ class PerRow:
         self._kept: list[tuple[NDArray[Any], float]] = []
 
     def per_row(self, initial: float, *shape: int, dtype: type = np.int64) -> NDArray[Any]:
-        """An array with an entry for each row, which is set to `initial` when a row enters."""
+        """An array with one entry per row, which is reset to `initial` when a row enters."""
         array: NDArray[Any] = np.full((self.setup.slots, *shape), initial, dtype=dtype)
         self._kept.append((array, initial))
         return array
 
     def enter(self, rows: NDArray[np.int64]) -> None:
-        """Forget what was remembered of other rows with these numbers."""
+        """Reset the state of row numbers that now belong to other requests."""
         for array, initial in self._kept:
             array[rows] = initial
 
 
 @runtime_checkable
 class Rule(Protocol):
-    """What tells one cache from another: which columns are computed when."""
+    """The rule of a cache: which columns are computed when."""
 
     def enter(self, rows: NDArray[np.int64]) -> None:
-        """Forget what was remembered of other rows with these numbers."""
+        """Reset the state of row numbers that now belong to other requests."""
         ...
 
     def plan(self, question: Question, due: Flags, stale: Flags) -> Plan:
-        """Choose the columns to compute beside those that are read.
+        """Select the columns to compute beside those that are read.
 
         Args:
-            question: what is asked.
-            due: (A,) sequences whose columns are all computed, whatever the rule says.
-            stale: (A, L) columns that were revoked or rewritten; they are computed, whatever the rule says.
+            question: the requested predictions.
+            due: (A,) sequences whose columns are all computed, whatever the rule selects.
+            stale: (A, L) columns that were revoked or rewritten; they are computed, whatever the rule selects.
         """
         ...
 
 
 class Blocks(PerRow):
-    """Remembers the active block of each row."""
+    """Tracks the active block of each row."""
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         self._last = self.per_row(-1)
 
     def entered(self, question: Question) -> Flags:
-        """(A,) whether the active block is another one than at the last forward."""
+        """(A,) whether the active block differs from that of the last forward."""
         entered = question.block != self._last[question.rows]
         self._last[question.rows[question.first]] = question.block[question.first]
         return entered
 
 
 class Reuse(PerRow):
-    """A cache at work: a rule over a store.
+    """A running cache: a rule and a store.
 
-    What is due for a full computation, and what was revoked or rewritten under kept keys and values, is
-    followed here for all caches alike; and in models whose attention is causal over blocks, what is exact: the keys and
-    values of a block that was computed when neither it nor any before it had a mask. That is not computed again.
+    Tracks, for all caches, the rows due for a full refresh and the positions whose cached keys and values are
+    stale because their token was revoked or rewritten. In models whose attention is causal over blocks it also tracks
+    the positions that are exact, computed when neither their block nor any before it had a mask; these are not
+    recomputed.
 
     Args:
-        setup: the facts of the engine.
+        setup: of the engine.
         rule: which columns are computed when.
-        store: what keeps the keys and values; None for `KeyValues`.
+        store: of the keys and values; None for `KeyValues`.
     """
 
     def __init__(self, setup: Setup, rule: Rule, store: Store | None = None) -> None:
@@ -142,22 +143,22 @@ class Reuse(PerRow):
         self._block_length = 0 if setup.pattern is None else setup.pattern.length  # 0: nothing is ever exact
 
     def plan(self, question: Question) -> Plan:
-        """What the rule says, what is read, and what changed under the store."""
+        """The columns that the rule selects, those that are read, and stale ones."""
         rows, first = question.rows, question.first
         due, stale = self._due[rows], self._stale[rows]
         plan = self.rule.plan(question, due, stale)
         assert plan.compute is not None
         compute = plan.compute | question.read | stale | due[:, None]
-        # What a draft changes behind or before the block; within the block the rule decides.
+        # Tokens that a draft changes outside the block; within the block the rule decides.
         compute |= question.drafted & (question.since(question.high) | ~question.since(question.low))
-        # What was to be computed and is beyond what is attended to now is computed once it is.
+        # Positions to compute that nothing attends to yet are computed once something does.
         self._due[rows[first]], self._stale[rows[first]] = False, (compute & question.since(question.horizon))[first]
         if self._block_length and plan.cost is None:
             compute = self._without_exact(question, compute)
         return replace(plan, compute=compute, store=self.store)
 
     def _without_exact(self, question: Question, compute: Flags) -> Flags:
-        """What is left to compute, once it is noted what this forward makes exact."""
+        """The positions to compute without the exact ones; marks those that become exact."""
         rows, first = question.rows, question.first
         exact, visible = self._exact[rows], question.visible
         compute = (compute & visible & ~exact) | question.read
@@ -169,15 +170,15 @@ class Reuse(PerRow):
         return compute
 
     def exchange(self, exchange: Exchange) -> None:
-        """Begin rows that entered, and follow those that moved."""
+        """Reset rows that entered, and move those that changed slots."""
         self.enter(exchange.rows)
         self.rule.enter(exchange.rows)
-        # What is masked is multiplied by zero, and NaN stays NaN: padding must not hold what another row left.
+        # Masked values are multiplied by zero, and NaN stays NaN: padding must not hold values of an earlier row.
         self.store.clear(exchange.slots)
         self.store.move(exchange.moved)
 
     def observe(self, change: Change) -> None:
-        """Remember what lost its keys and values."""
+        """Mark positions with stale keys and values."""
         changed = change.revoked | change.edited
         self._stale[change.rows] |= changed
         if self._block_length and changed.any():
@@ -185,5 +186,5 @@ class Reuse(PerRow):
             self._exact[change.rows] &= np.arange(changed.shape[1]) <= first[:, None]
 
     def expire(self, rows: NDArray[np.int64]) -> None:
-        """Compute everything anew in the next forward of these rows."""
+        """Recompute every position in the next forward of these rows."""
         self._due[rows] = True

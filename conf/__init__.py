@@ -1,1 +1,1 @@
-"""Hydra's configuration groups; each YAML mirrors a constructor, which is the truth."""
+"""Hydra's config groups; each YAML mirrors a constructor, which is authoritative."""

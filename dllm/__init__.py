@@ -1,8 +1,8 @@
-"""dllm: any unmasking policy, with any cache, over any diffusion language model.
+"""dllm: any unmasking policy, with any cache, for any diffusion language model.
 
 Glossary of shapes, used everywhere: B batch, L canvas, P prompt, G generated, K block, C computed
-columns, S columns attended to, N asked positions, D drafts (or head dimension in the backbone),
-V vocabulary, H heads.
+columns, S columns attended to, N requested positions, D drafts (or head dimension in the backbone),
+V vocabulary, H heads. A column is an index into the left-padded canvas, a position one into a row's text.
 """
 
 from importlib import import_module
@@ -46,7 +46,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is asked for: torch takes seconds, in which a command must end on Ctrl-C."""
+    """Import on first access: importing torch takes seconds, during which a command must end on Ctrl-C."""
     if name.startswith("_"):
         raise AttributeError(f"module 'dllm' has no attribute {name!r}")
     if name in _MODULES:

@@ -1,4 +1,4 @@
-"""The Python API: `generate`, `as_completed`, `stream` and `infill`, each a way to run an engine."""
+"""The Python API: `generate`, `as_completed`, `stream` and `infill`, each of which runs an engine."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ def generate(
     Args:
         lm: a loaded model.
         prompts: a text, texts, chat messages, chats, or token ids: lists, a (B, P) LongTensor, or what a tokenizer
-            returns. A chat that ends with the beginning of the assistant's message is continued.
-        sampler: the policy that decides what is written when: a name of conf/sampler or an object.
-        cache: what is reused between steps: a name of conf/cache or an object.
-        attention_mask: of token ids: 1 at tokens, 0 at padding on either side. Left out where a tokenizer's own comes
-            with them. A tensor that seems padded is refused without one (`dllm.decoding.prompts.encode`).
+            returns. A chat that ends with a partial assistant message is continued.
+        sampler: the unmasking policy: a name of conf/sampler or an object.
+        cache: the cache: a name of conf/cache or an object.
+        attention_mask: of token ids: 1 at tokens, 0 at padding on either side. Not needed with the output of a
+            tokenizer. A tensor that may be padded is rejected without one (`dllm.decoding.prompts.encode`).
         callback: called after every step of every batch.
         progress: draw a progress bar.
         **options: fields of `dllm.Options`.
 
     Raises:
         ValueError: an unknown option or name, a value out of range, a prompt that does not fit the
-            model, a sampler and cache that do not go together, or no answer at all: where the logits of some
-            prompts are no numbers, these have an entry in `Generation.errors`, and the others their answers.
+            model, an incompatible sampler and cache, or no answer at all: prompts whose logits are not finite
+            have an entry in `Generation.errors` while the others are answered.
     """
     requests, engine = _prepare(lm, prompts, sampler, cache, attention_mask, options)
     return _run(requests, engine, callback, progress)
@@ -67,9 +67,9 @@ def as_completed(
     infill: bool = False,
     **options: Any,
 ) -> Iterator[Answer]:
-    """Generate as `generate` does, yielding each row as soon as it is finished, in the order they finish.
+    """Generate like `generate`, yielding each row as soon as it is finished, in order of completion.
 
-    A row that fails is yielded too, with its `error`. With `infill` masks in the prompts are filled, as `infill` does.
+    A failed row is yielded too, with its `error`. With `infill`, masks in the prompts are filled, like `infill`.
 
     Raises:
         ValueError: as `generate`; options and prompts are checked at the call, not at the first step.
@@ -87,11 +87,11 @@ def stream(
     attention_mask: Mask | None = None,
     **options: Any,
 ) -> Iterator[Frame]:
-    """Generate as `generate` does, all prompts in one batch, yielding the canvas after every step.
+    """Generate like `generate`, all prompts in one batch, yielding the canvas after every step.
 
     Raises:
-        ValueError: as `generate`; options and prompts are checked at the call, not at the first step. When all is
-            decoded, that every row failed.
+        ValueError: as `generate`; options and prompts are checked at the call, not at the first step. At the end,
+            if every row failed.
     """
     if "batch_size" in options:
         raise ValueError("batch_size has no effect on stream, which decodes all prompts together; leave it out")
@@ -109,11 +109,11 @@ def infill(
     progress: bool = False,
     **options: Any,
 ) -> Generation:
-    """Fill the [MASK] tokens of each text, wherever they stand; everything else stays.
+    """Fill the [MASK] tokens of each text, wherever they are; everything else is unchanged.
 
-    The mask is written as the tokenizer writes it (``lm.tokenizer.mask_token``) or as its id. Blocks
-    are counted from a row's first mask. In the result the whole text is the completion, and only
-    former masks count as generated; end-of-text does not stop anything.
+    A mask is the tokenizer's mask token (``lm.tokenizer.mask_token``) or its id. Blocks are counted
+    from a row's first mask. In the result the whole text is the completion, and only former masks
+    count as generated; end-of-text does not stop decoding.
 
     Raises:
         ValueError: as `generate`, or a text without a mask.
@@ -130,15 +130,15 @@ def prepare(
     options: Options,
     infill: bool = False,
 ) -> tuple[list[Request], Engine]:
-    """The requests for some prompts, and an engine of their size in which they wait.
+    """The requests for some prompts, and an engine of their size with these queued.
 
     Args:
         lm: a loaded model.
         ids: token ids of each prompt, or of each text with masks.
         sampler: a name of conf/sampler or an object.
         cache: a name of conf/cache or an object.
-        options: the rest.
-        infill: masks stand in `ids` already.
+        options: everything else.
+        infill: `ids` contain the masks.
 
     Raises:
         ValueError: as `generate`.
@@ -167,7 +167,7 @@ def _prepare(
     infill: bool = False,
     together: bool = False,
 ) -> tuple[list[Request], Engine]:
-    """As `prepare`, of what users give; with `together` all prompts in one batch."""
+    """As `prepare`, from user input; with `together` all prompts in one batch."""
     check_model(lm)
     for name in ("gen_length", "stop_at_eos", "stop"):
         if infill and name in options:
@@ -178,7 +178,7 @@ def _prepare(
 
 
 def _run(requests: Sequence[Request], engine: Engine, callback: Callback | None, progress: bool) -> Generation:
-    """Decode everything and join the results."""
+    """Decode everything and collect the results."""
     tally = Tally(engine.lm.device)
     total = sum(int(request.region.sum()) for request in requests)
     with progress_bar("decoding", total, note="tokens", show=progress) as update, engine:
@@ -192,7 +192,7 @@ def _run(requests: Sequence[Request], engine: Engine, callback: Callback | None,
 
 
 def _answers(engine: Engine, callback: Callback | None) -> Iterator[Answer]:
-    """Decode everything, request by request as they finish."""
+    """Decode everything, yielding requests as they finish."""
     with engine:
         for step in engine.steps():
             if callback is not None:
@@ -202,7 +202,7 @@ def _answers(engine: Engine, callback: Callback | None) -> Iterator[Answer]:
 
 
 def _frames(requests: Sequence[Request], engine: Engine) -> Iterator[Frame]:
-    """Decode everything, all canvases after each step."""
+    """Decode everything, yielding all canvases after each step."""
     mask = engine.lm.backbone.mask_token_id
     tokens = padded([request.tokens for request in requests], requests[0].eos_token_ids[0], left=True)
     nfe, errors = np.zeros(len(tokens), dtype=np.int64), dict.fromkeys(range(len(tokens)))
@@ -225,7 +225,7 @@ def _frames(requests: Sequence[Request], engine: Engine) -> Iterator[Frame]:
 
 
 def _check_answered(errors: Mapping[int, str | None]) -> None:
-    """Refuse a result without any answer."""
+    """Raise an error if no prompt has an answer."""
     if None not in errors.values():
         first = min(errors)
         raise ValueError(f"prompts[{first}] has no answer: {errors[first]}")

@@ -1,4 +1,4 @@
-"""One way to refuse a value: name it, say what it was, say what to use."""
+"""Validation of values: errors name the parameter, the value and the expected range."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from typing import Any
 
 from dllm.escape import brief
 
-SEEDS = 2**62  # a seed that is counted up from is below
+SEEDS = 2**62  # base seeds are below, since row i uses seed + i
 
 
 class Notice(UserWarning):
-    """Something to know about what was asked for; commands print it in one line."""
+    """A warning about options, which commands print in one line."""
 
 
 def number(
     name: str, value: Any, use: str, *, low: float = -inf, high: float = inf, above: float = -inf, whole: bool = False
 ) -> None:
-    """Refuse anything but a number with low <= value <= high and value > above.
+    """Reject anything but a number with low <= value <= high and value > above.
 
     Args:
         name: of the parameter.
         value: what was given.
-        use: what to give, as the end of the sentence "... is out of range; use".
+        use: the expected values, as the end of the sentence "... is out of range; use".
         low: smallest value allowed.
         high: largest value allowed.
         above: the value must be larger than this.
-        whole: refuse fractions, and what does not fit 64 bits; otherwise what does not fit a float.
+        whole: reject fractions, and integers beyond 64 bits; otherwise values beyond the range of a float.
 
     Raises:
-        ValueError: the value is refused.
+        ValueError: the value is rejected.
     """
     kinds = Integral if whole else Real
     of_kind = isinstance(value, kinds) and not isinstance(value, bool)
@@ -45,32 +45,32 @@ def number(
 
 
 def choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """Refuse anything but one of the choices.
+    """Reject anything but one of the choices.
 
     Raises:
-        ValueError: the value is refused.
+        ValueError: the value is rejected.
     """
-    if getattr(value, "ndim", 0) or value not in choices:  # an array equals nothing as a whole
+    if getattr(value, "ndim", 0) or value not in choices:  # an array has no single truth value
         words = ", ".join("null" if one is None else str(one) for one in choices)
-        raise ValueError(f"{name}={_shown(value)} is unknown; use one of {words}")
+        raise ValueError(f"unknown {name}={_shown(value)}; expected one of {words}")
 
 
 def _shown(value: Any) -> str:
-    """A value as messages show it: not at length, nor by Python's own `str`, which refuses thousands of digits."""
+    """A value in messages: abbreviated, and not by `str`, which raises an error for thousands of digits."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     return brief(str(Decimal(value)) if whole else repr(value))
 
 
 def known(given: Iterable[Any], names: Iterable[str], prefix: str = "") -> None:
-    """Refuse options of other names.
+    """Reject unknown options.
 
     Args:
         given: names.
-        names: those there are.
-        prefix: what errors put before a name.
+        names: known names.
+        prefix: of the names in errors.
 
     Raises:
-        ValueError: the first name that is none of them.
+        ValueError: the first unknown name.
     """
     expected = list(names)
     if strange := sorted(str(name) for name in given if name not in expected):
@@ -78,49 +78,49 @@ def known(given: Iterable[Any], names: Iterable[str], prefix: str = "") -> None:
 
 
 def seed(name: str, value: Any, low: int = 0, use: str = "") -> None:
-    """Refuse what is no seed; it is counted up from.
+    """Reject an invalid base seed (row i uses seed + i).
 
     Args:
         name: of the parameter.
         value: what was given.
         low: smallest value allowed.
-        use: what else there is to say.
+        use: appended to the expected values in errors.
 
     Raises:
-        ValueError: the value is refused.
+        ValueError: the value is rejected.
     """
     number(name, value, f"a whole number from {low} to 2**62 - 1{use}", low=low, high=SEEDS - 1, whole=True)
 
 
 def threads(value: Any) -> None:
-    """Refuse a number of threads that no machine has.
+    """Reject an unrealistic number of threads.
 
     Raises:
-        ValueError: the value is refused.
+        ValueError: the value is rejected.
     """
     if value is not None:
         number("threads", value, "1 to 1024, or null", low=1, high=1024, whole=True)
 
 
 def is_text(value: Any) -> bool:
-    """Whether it is text that can be written, without halves of characters."""
+    """Whether it is text that can be encoded, without lone surrogates."""
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its kind where it says nothing."""
+    """The first line of an error's message; its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @contextmanager
 def naming(options: Mapping[str, str]) -> Iterator[None]:
-    """Let errors about parameters name the options that the user wrote.
+    """Rename parameters in errors to the options that the user wrote.
 
     Args:
-        options: per parameter the option its value came from.
+        options: from parameters to the options of their values.
 
     Raises:
-        ValueError: what was raised within, in those words.
+        ValueError: raised within, with the names replaced.
     """
     try:
         yield
@@ -129,7 +129,7 @@ def naming(options: Mapping[str, str]) -> Iterator[None]:
 
 
 def renamed(text: str, options: Mapping[str, str]) -> str:
-    """An error's text with `PARAMETER=` as `OPTION=`, where it stands by itself and is not what a JSON file says."""
+    """An error's text with `PARAMETER=` replaced by `OPTION=`, except inside words and quotes of a JSON file."""
     if not options:
         return text
     known = "|".join(map(re.escape, options))

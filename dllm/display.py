@@ -1,4 +1,4 @@
-"""Drawing a canvas for people: live on a terminal, as plain lines elsewhere, or as a picture."""
+"""Display of a canvas: live on a terminal, as plain lines elsewhere, or as an SVG."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class CanvasView:
     """Shows the generated region of one row after each step.
 
     Args:
-        tokenizer: turns tokens into text; ids are shown without one.
-        generated: columns at the end of the canvas to show; None for the whole row, which end-of-text does not end.
+        tokenizer: decodes tokens; without one, ids are shown.
+        generated: number of positions to show at the end of the canvas; None for the whole row, past end-of-text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, generated: int | None) -> None:
         self.tokenizer, self.generated = tokenizer, generated
 
     def draw(self, step: Step, row: int = 0) -> Text:
-        """The canvas: fresh tokens highlighted, provisional ones dim, masks as dots, end-of-text left out."""
+        """The canvas: new tokens highlighted, provisional ones dim, masks as dots, end-of-text omitted."""
         entry = int(np.flatnonzero(step.ids == row)[0])
         tokens = self._tokens(step, entry)
         shown = self._columns(step, entry)
@@ -55,13 +55,13 @@ class CanvasView:
         return text
 
     def line(self, step: Step, row: int = 0) -> str:
-        """The canvas in plain characters: masks as dots, end-of-text left out."""
+        """The canvas as plain text: masks as dots, end-of-text omitted."""
         entry = int(np.flatnonzero(step.ids == row)[0])
         text = "".join(self._symbol(step, entry, token) for token in self._tokens(step, entry))
         return text if self.generated is None else text.rstrip("·") or "·"
 
     def _tokens(self, step: Step, entry: int) -> NDArray[np.int64]:
-        """What is shown, up to an end-of-text with nothing left to decode before it."""
+        """The tokens to show, up to an end-of-text without masks before it."""
         tokens = step.tokens[entry, self._columns(step, entry)]
         ended, masked = np.isin(tokens, self._ends(step, entry)), tokens == step.mask_token_id
         done = ended.any() and not masked[: ended.argmax()].any()
@@ -85,13 +85,13 @@ class CanvasView:
 
 
 def live(view: CanvasView, console: Console) -> tuple[Live, Callable[[Step], None]]:
-    """A live display and the callback that feeds it."""
+    """A live display and the callback that updates it."""
     display = Live(console=console, auto_refresh=False)
     return display, lambda step: display.update(view.draw(step), refresh=True)
 
 
 def plain(view: CanvasView, write: Callable[[str], object]) -> Callable[[Step], None]:
-    """A callback that writes a numbered line for each step that changes what is seen."""
+    """A callback that writes a numbered line for each step that changes the display."""
     count, seen = 0, ""
 
     def draw(step: Step) -> None:
@@ -109,28 +109,28 @@ def save_picture(frames: list[Text], title: str, path: Path, most: int = 12) -> 
 
     Args:
         frames: the canvas after each step.
-        title: shown above.
-        path: where to write.
-        most: frames shown at most, the first and the last among them.
+        title: heading.
+        path: of the file.
+        most: maximum number of frames, including the first and the last.
     """
     chosen: NDArray[np.int64] = np.unique(np.linspace(0, len(frames) - 1, most).round().astype(int))
     console = Console(record=True, width=100, file=io.StringIO(), force_terminal=True)
     for index in chosen:
         console.print(Text(f"step {index + 1:2d}  ", "dim cyan") + _tidy(frames[index]))
     drawn = console.export_svg(title=terminal(title, one_line=True))
-    # Without rich's two fonts, which a viewer would fetch from a network.
+    # Without rich's two web fonts, which a viewer would download.
     write_whole(path, re.sub(r"\s*@font-face \{.*?\}", "", drawn, count=2, flags=re.DOTALL))
 
 
 def _tidy(text: Text) -> Text:
-    """Leave out the undecoded tail, and join runs of one style: viewers place each run by itself."""
+    """Omit the undecoded tail, and merge runs of one style: viewers place each run separately."""
     plain = text.plain.rstrip("·∎")
     styles = [SETTLED] * len(plain)
     for span in text.spans:
         styles[span.start : span.end] = [str(span.style)] * len(plain[span.start : span.end])
     for i, character in enumerate(plain):
         if character == " " and i > 0:
-            styles[i] = styles[i - 1]  # a run that began with a space would lose it in some viewers
+            styles[i] = styles[i - 1]  # some viewers drop a leading space of a run
     tidy = Text()
     for style, run in groupby(range(len(plain)), key=lambda i: styles[i]):
         tidy.append("".join(plain[i] for i in run), style)

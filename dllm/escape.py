@@ -1,12 +1,12 @@
-"""Text that is not the program's own, made safe for where people read it: terminals, Markdown, spreadsheets."""
+"""Escaping of untrusted text for terminals, Markdown and spreadsheets."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-# What a terminal obeys or a reader cannot see: control characters, marks that turn the direction of writing, line
-# separators, the byte order mark, tags, and halves of surrogate pairs. Newline and tab are text.
+# Control and invisible characters: control characters, bidirectional marks, line separators, the byte order mark, tags,
+# and lone surrogates. Newline and tab are text.
 _OBEYED = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufffe\uffff\U000e0000-\U000e007f\ud800-\udfff]"
 )
@@ -17,18 +17,18 @@ _MEANT = re.compile(
 
 
 def terminal(text: object, one_line: bool = False) -> str:
-    """Text as a terminal, an SVG or a page can show it: control characters become visible, by their escapes.
+    """Text for a terminal, an SVG or a page: control characters are escaped.
 
     Args:
         text: what to show.
-        one_line: make newlines and tabs visible too, for names and messages.
+        one_line: escape newlines and tabs too, for names and messages.
     """
     shown = _OBEYED.sub(lambda match: _visible(match[0]), str(text))
     return re.sub(r"[\n\t]", lambda match: _visible(match[0]), shown) if one_line else shown
 
 
 def brief(text: str) -> str:
-    """A message without the middle of what is very long in it: a number of a thousand digits, a list, a path."""
+    """A message with very long words (numbers, lists, paths) abbreviated in the middle."""
     words = re.sub(rf"\S{{{_LONGEST_WORD},}}", lambda match: _ends(match[0], _SHORT), text)
     return _ends(words, _LONGEST_MESSAGE) if len(words) > _LONGEST_MESSAGE else words
 
@@ -38,15 +38,15 @@ def _ends(text: str, length: int) -> str:
 
 
 def markdown(text: object) -> str:
-    """Text as itself within a line of Markdown: no table cell, link, HTML or emphasis of its own."""
+    """Text escaped for a line of Markdown: no table cells, links, HTML or emphasis."""
     plain = terminal(re.sub(r"\s+", " ", str(text)).strip(), one_line=True)
     escaped = _MEANT.sub(lambda match: f"\\{match[0]}", plain)
-    # What would begin a heading, a list or a rule; a number stays a number.
+    # Characters that would begin a heading, a list or a rule; numbers are unchanged.
     return re.sub(r"^(\d+)(?=[.)]\s)|^(?=[#=+-](?![\d.]))", r"\1\\", escaped)
 
 
 def cell(value: Any) -> Any:
-    """A value for CSV: text that a spreadsheet would compute gets a leading quote, numbers stay numbers."""
+    """A value for CSV: text that a spreadsheet would evaluate gets a leading quote, numbers are unchanged."""
     if not isinstance(value, str):
         return value
     formula = re.match(r"[\t\r\n]|\s*[=+\-@\uff1d\uff0b\uff0d\uff20]", value) and not _is_number(value)

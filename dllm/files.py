@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON that is read without trusting it."""
+"""Atomic writes of files, and reading of untrusted JSON."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ BUNDLED = Path(__file__).parent / "checkpoints"
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file beside its place, on the disk, and move it there: whoever reads sees the old or the new one.
+    """Write a file atomically (temporary file, fsync, rename): readers see the old or the new content.
 
-    A link is followed, folders that are missing are made. What is no ordinary file, such as /dev/stdout, is written to.
-    A file that is replaced keeps who may read it.
+    Links are followed, missing folders are created. Special files, such as /dev/stdout, are written to directly.
+    A replaced file keeps its permissions.
 
     Raises:
-        OSError: it cannot be written; what was there before is as it was.
+        OSError: it cannot be written; the old content is unchanged.
     """
     try:
         _write_whole(Path(os.path.realpath(path)), content.encode() if isinstance(content, str) else content)
     except OSError as error:
-        error.filename = str(path)  # not that of the unfinished file, nor none, as where the disk is full
+        error.filename = str(path)  # not the temporary file, nor none, as when the disk is full
         raise
 
 
@@ -37,11 +37,11 @@ def _write_whole(path: Path, data: bytes) -> None:
         path.write_bytes(data)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".dllm-{token_hex(8)}")  # nobody's, and no longer than names may be
+    unfinished = path.with_name(f".dllm-{token_hex(8)}")  # unique, and short enough for any file system
     file = unfinished.open("xb")
     try:
         with file:
-            with suppress(OSError):  # no file is replaced, or the disk knows no permissions
+            with suppress(OSError):  # no file is replaced, or the file system has no permissions
                 unfinished.chmod(stat.S_IMODE(path.stat().st_mode))
             file.write(data)
             file.flush()
@@ -53,12 +53,12 @@ def _write_whole(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON for people to read as well, as `write_whole` does; values of other types become their text."""
+    """Write readable JSON atomically; values of other types are converted to text."""
     write_whole(path, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where the system can."""
+    """Sync a folder to disk, if supported."""
     with suppress(OSError):
         number = os.open(folder, os.O_RDONLY)
         try:
@@ -68,7 +68,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def state(file: Path | int) -> tuple[int, int, int] | None:
-    """Which file this is, by device and number, and its size; None without one."""
+    """Identity of a file (device, inode, size); None if it does not exist."""
     try:
         found = os.fstat(file) if isinstance(file, int) else file.stat()
     except FileNotFoundError:
@@ -77,10 +77,10 @@ def state(file: Path | int) -> tuple[int, int, int] | None:
 
 
 def check_kept(path: Path, content: bytes, fix: str) -> None:
-    """Make sure that a file still holds what was written to it.
+    """Verify that a file still has the content that was written.
 
     Raises:
-        OSError: something else removed or changed it.
+        OSError: another program removed or changed it.
     """
     with suppress(OSError):
         if path.read_bytes() == content:
@@ -89,18 +89,18 @@ def check_kept(path: Path, content: bytes, fix: str) -> None:
 
 
 def disturbed(called: str, path: Path, fix: str) -> OSError:
-    """The error about a file that somebody else removed or changed."""
+    """The error about a file that another program removed or changed."""
     what = "changed" if os.path.lexists(path) else "removed"
     return OSError(f"{called} was {what} by something else during this run{fix}")
 
 
 def check_readable(option: str, path: Path, give: str = "another file") -> None:
-    """Refuse what cannot be opened without waiting: a named pipe has no end until somebody writes to it.
+    """Reject files whose reading would block: a named pipe has no end until a writer closes it.
 
-    A pipe that is open already, such as /dev/stdin or the shell's <(...), is read.
+    An open pipe, such as /dev/stdin or the shell's <(...), is allowed.
 
     Raises:
-        ValueError: there is no such file, or it may not be read.
+        ValueError: the file does not exist or is not readable.
     """
     try:
         kind = path.stat().st_mode
@@ -113,14 +113,14 @@ def check_readable(option: str, path: Path, give: str = "another file") -> None:
 
 
 def parse_json(text: str | bytes, once: bool = False) -> Any:
-    """Parse JSON from a source that is not trusted.
+    """Parse untrusted JSON.
 
     Args:
         text: the JSON.
-        once: refuse an object that says a key twice.
+        once: reject duplicate keys.
 
     Raises:
-        ValueError: it is no JSON, or nested deeper than Python's parser goes.
+        ValueError: invalid JSON, or nested too deep for Python's parser.
     """
     try:
         return json.loads(text, object_pairs_hook=_said_once if once else None)
@@ -131,19 +131,19 @@ def parse_json(text: str | bytes, once: bool = False) -> Any:
 def _said_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError(f"it says {Counter(name for name, _ in pairs).most_common(1)[0][0]!r} twice")
+        raise ValueError(f"duplicate key {Counter(name for name, _ in pairs).most_common(1)[0][0]!r}")
     return found
 
 
 def read_json(path: Path, fix: str = "copy or download it again") -> dict[str, Any]:
-    """Read a file that holds one JSON object.
+    """Read a JSON object from a file.
 
     Args:
         path: the file.
-        fix: what errors tell the user to do.
+        fix: advice in errors.
 
     Raises:
-        ValueError: it cannot be read or holds something else.
+        ValueError: it cannot be read or is not a JSON object.
     """
     try:
         content = parse_json(path.read_text(encoding="utf-8"), once=True)
@@ -155,14 +155,14 @@ def read_json(path: Path, fix: str = "copy or download it again") -> dict[str, A
 
 
 def expanded(name: str | Path) -> Path:
-    """A path whose ~ is a home; as it is where there is no such user."""
+    """A path with ~ expanded; unchanged if there is no such user."""
     with suppress(RuntimeError):
         return Path(name).expanduser()
     return Path(name)
 
 
 def is_folder(path: Path) -> bool:
-    """Whether there is a folder; what is no possible name is none."""
+    """Whether a folder exists; False for invalid names."""
     with suppress(OSError, ValueError):
         return path.is_dir()
     return False

@@ -64,7 +64,7 @@ def resolve(group: str, value: Any, protocol: type, parameter: str | None = None
         if isinstance(value, type) or not isinstance(value, protocol):
             known = ", ".join(names(group) + variants(group))
             base = "; a class of one's own derives from dllm.samplers.base.Policy" if group == "sampler" else ""
-            raise ValueError(f"{called}={value!r} is no {group}; use one of {known}, or an object of one{base}")
+            raise ValueError(f"{called}={value!r} is not a {group}; use one of {known}, or an object of one{base}")
         return value
     return build(called, options_of(group, value, called), protocol)
 
@@ -91,7 +91,7 @@ def build(place: str, options: Any, protocol: type) -> Any:
     except TypeError as error:
         raise ValueError(f"{place}: {error}") from None
     if not isinstance(built, protocol):
-        raise ValueError(f"{place}={built!r} is no {protocol.__name__.lower()}; use another _target_")
+        raise ValueError(f"{place}={built!r} is not a {protocol.__name__.lower()}; use another _target_")
     return built
 
 
@@ -110,11 +110,11 @@ def find_class(place: str, fields: Any, protocol: type) -> type:
     """The class that `_target_` names; other than modules of this package, nothing is imported to find it.
 
     Raises:
-        ValueError: it is no class of this package that follows the protocol, nor a registered one.
+        ValueError: it is not a class of this package that follows the protocol, nor a registered one.
     """
     kind = protocol.__name__.lower()
     if not isinstance(fields, Mapping) or TARGET not in fields:
-        raise ValueError(f"{place}={fields!r} is no {kind}; give {{_target_: CLASS, its options}}")
+        raise ValueError(f"{place}={fields!r} is not a {kind}; give {{_target_: CLASS, its options}}")
     name = fields[TARGET]
     found = _REGISTERED.get(name) if isinstance(name, str) else None
     if found is None and isinstance(name, str) and re.fullmatch(r"dllm(\.[A-Za-z]\w*)+", name, re.ASCII):
@@ -123,11 +123,13 @@ def find_class(place: str, fields: Any, protocol: type) -> type:
             found = vars(import_module(module)).get(last)
         except ModuleNotFoundError:
             found = None
-        # What a module only imports, such as dllm.models.loading.torch, is no part of this package.
+        # What a module only imports, such as dllm.models.loading.torch, is not part of this package.
         own = isinstance(found, type) and found.__module__.startswith("dllm.") and is_dataclass(found)
         found = found if own else None
     if found is None or not all(callable(getattr(found, each, None)) for each in _methods(protocol)):
-        raise ValueError(f"{place}._target_={name!r} is no {kind} of dllm; register your own class with dllm.register")
+        raise ValueError(
+            f"{place}._target_={name!r} is not a {kind} of dllm; register custom classes with dllm.register"
+        )
     return found
 
 
@@ -143,7 +145,7 @@ def options_of(group: str, name: str, parameter: str | None = None) -> dict[str,
     """
     known = names(group) + variants(group)
     if name not in known:
-        raise ValueError(f"{parameter or group}={name!r} is unknown; use one of {', '.join(known)}")
+        raise ValueError(f"unknown {parameter or group}={name!r}; expected one of {', '.join(known)}")
     text = (resources.files("dllm.conf") / group / f"{name}.yaml").read_text()
     return deepcopy(_parsed(text))
 

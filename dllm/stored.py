@@ -1,4 +1,4 @@
-"""What was written to the disk earlier is checked before it is used."""
+"""Validation of stored files before use."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def folder_there(path: Path, fix: str = "remove it") -> None:
         ValueError: it is there and no folder.
     """
     if os.path.lexists(path) and not path.is_dir():
-        raise ValueError(f"{path} is no folder, where one belongs; {fix}")
+        raise ValueError(f"{path} is not a folder, where one belongs; {fix}")
 
 
 def misfit(value: Any, hint: Any, name: str = "it") -> str | None:

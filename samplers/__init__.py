@@ -1,4 +1,4 @@
-"""Unmasking policies, one a file. Adding one is a module here, a YAML in conf/sampler/ and a test."""
+"""Unmasking policies, one per file. A new one is a module here, a YAML in conf/sampler/ and a test."""
 
 from dllm.samplers.ar_guided import ARGuided
 from dllm.samplers.entropy_threshold import EntropyThreshold

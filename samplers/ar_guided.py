@@ -1,25 +1,25 @@
-"""AR-guided diffusion: a causal model says how far a draft holds (FlashDLM, arXiv 2505.21467, section 3.3).
+"""AR-guided diffusion: a causal model verifies the draft (FlashDLM, arXiv 2505.21467, section 3.3).
 
-Per step: the denoiser drafts every masked position of the block at once, however unsure it is. The
-guide reads the row up to the first mask and the drafts behind it. A draft y at position i is accepted
-where the guide, given everything to its left, has
+Per step: the denoiser drafts every masked position of the block at once, whatever its confidence. The
+guide reads the row up to the first mask and the drafts after it. With p the guide's distribution at
+position i given everything to its left, a draft y at i is accepted under
 
     argmax  y = argmax p
     topk    y among the `top_k` most probable
     ratio   y among the `top_k`, and p(y) >= ratio * max p
 
-and the longest accepted run from the first mask on is committed, tokens in it that were decided before
-counting as accepted. If not even the first draft holds, the denoiser's own draft is written there all
-the same (on_reject=draft, the reference: the guide only decides how many), or the guide's choice stands
-at the first rejected position (on_reject=guide, as in speculative decoding). No step commits nothing.
+and the longest accepted prefix from the first mask on is committed; tokens committed earlier count as
+accepted. If even the first draft is rejected, the denoiser's draft is committed there anyway
+(on_reject=draft, the reference: the guide only decides how many), or the guide's token replaces the
+first rejected draft (on_reject=guide, as in speculative decoding). Every step commits at least one token.
 
 Differences from the reference:
-- The block is what is drafted; block_length=null drafts the whole rest, as published. The guide reads a
-  run in one forward, not in chunks.
-- The guide's cache keeps what the canvas still holds, row by row, in batches; the reference loses count
-  after several whole chunks. A last draft alone is committed without asking the guide.
+- The block is drafted; block_length=null drafts the whole remainder, as published. The guide verifies a
+  draft in one forward, not in chunks.
+- The guide's KV cache keeps the accepted prefix of each row, in batches; the reference's is misaligned
+  after several fully accepted chunks. A single last draft is committed without calling the guide.
 - A guide with another vocabulary reads the text; see `dllm.guide.alignment`. The reference keeps the first
-  piece of each re-encoded token.
+  subtoken of each re-encoded token.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ from dllm.samplers.selection import leftmost
 
 @dataclass
 class GuideState:
-    """What a run works with.
+    """State of an engine.
 
     Attributes:
-        judging: the conversation with the guide.
-        aligner: how it reads the canvas.
-        writable: tokens of the guide that may be written; None where its tokens are others.
+        judging: the guide and its KV cache.
+        aligner: maps the canvas to the guide's tokens.
+        writable: tokens of the guide that may be written; None where its vocabulary differs.
         mask_token_id: of the denoiser.
     """
 
@@ -67,15 +67,15 @@ class GuideState:
 
 @dataclass(frozen=True)
 class ARGuided(Policy):
-    """Commit the run of drafts that a causal model agrees with.
+    """Commit the longest prefix of drafts that a causal model accepts.
 
     Args:
         guide: the causal model: a bundled name, a local folder, a hub id, or a loaded model (one that
             takes the denoiser's token ids, or a `dllm.guide.Guide` with its tokenizer).
         accept: when a draft is accepted: argmax, topk or ratio.
-        top_k: drafts among this many are accepted, under topk and ratio; None for 5 there.
-        ratio: least probability of a draft as a share of the highest, under ratio; None for 0.5 there.
-        on_reject: what is written where the first draft is rejected: the draft, or what the guide expects.
+        top_k: drafts among the k most probable tokens are accepted, under topk and ratio; None for 5.
+        ratio: minimum probability of a draft as a fraction of the highest, under ratio; None for 0.5.
+        on_reject: token at the first rejected position: the draft, or the guide's prediction.
 
     Raises:
         ValueError: an option out of range or without effect; at the start of a run: a guide that cannot be
@@ -93,7 +93,7 @@ class ARGuided(Policy):
             object.__setattr__(self, "guide", str(self.guide))
         if not isinstance(self.guide, (str, Guide, PreTrainedModel)):
             raise ValueError(
-                f"guide={self.guide!r} is no guide; use a name, a folder, a hub id or a loaded causal model"
+                f"guide={self.guide!r} is not a guide; use a name, a folder, a hub id or a loaded causal model"
             )
         choice("accept", self.accept, ("argmax", "topk", "ratio"))
         if self.top_k is not None:
@@ -111,7 +111,7 @@ class ARGuided(Policy):
         return [guide_folder(self.guide)] if isinstance(self.guide, str) else ()
 
     def start(self, setup: Setup) -> GuideState:
-        """Load the guide and find out how it can read the canvas."""
+        """Load the guide and align its vocabulary."""
         match self.guide:
             case str():
                 guide = load_guide(self.guide, setup.device)
@@ -134,11 +134,11 @@ class ARGuided(Policy):
         state.aligner.check(request.tokens[: request.start].tolist(), request.eos_token_ids)
 
     def enter(self, state: GuideState, row: int, request: Request) -> None:
-        """Nothing was read of the row yet."""
+        """Drop what the guide's cache holds of this row number."""
         state.judging.forget(row)
 
     def step(self, window: Window, denoise: Denoise, state: GuideState) -> Edit:
-        """Draft the block, let the guide read it, commit what holds."""
+        """Draft the block, verify it with the guide, commit the accepted prefix."""
         prediction = denoise()
         drafted = commit(window, prediction, window.masked).on(window.tokens)
         aligned = state.aligner(drafted, window.first, window.columns, window.masked, window.ends)
@@ -150,8 +150,8 @@ class ARGuided(Policy):
         if judged is None:
             return commit(window, prediction, leftmost(window.masked))
         edit, held = self._judge(window, prediction, aligned, judged, state.writable)
-        forwards = asks.long().cpu().numpy()  # read from the device: forwards are counted on the host, per row
-        # A rejected draft that is written all the same, so that the row goes on, counts as none.
+        forwards = asks.long().cpu().numpy()  # synchronizes: forwards are counted on the host, per row
+        # A rejected draft that is committed anyway does not count as a draft.
         judged_drafts = window.masked & asks[:, None] & (held | ~edit.write)
         guide, (logits, about) = state.judging.guide, judged
         lost = (not_finite(logits) & (about < aligned.ids.shape[1])).any(-1)
@@ -171,13 +171,13 @@ class ARGuided(Policy):
         judged: tuple[Tensor, Tensor],
         writable: Bool[Tensor, " V"] | None,
     ) -> tuple[Edit, Bool[Tensor, "B K"]]:
-        """What to write, and which drafts hold."""
+        """The edit, and which drafts are accepted."""
         logits, about = judged
         length = aligned.ids.shape[1]
         draft = torch.cat((aligned.ids, aligned.ids[:, :1]), dim=1).gather(1, about)
         holds = self._holds(logits, draft)
         index = torch.arange(length, device=about.device)
-        # What was not asked about holds where it comes before the question or is decided.
+        # Tokens that were not judged are accepted where they precede the drafts or are committed.
         verdict = (index < aligned.start[:, None]) | (index == 0) | aligned.free
         verdict = flagged(torch.cat((verdict, verdict[:, :1]), dim=1), about, holds)[:, :length]
         accepted = verdict.long().cumprod(-1).sum(-1)
@@ -192,14 +192,14 @@ class ARGuided(Policy):
         return Edit(window.columns, tokens, held | rejected), held
 
     def _holds(self, logits: Tensor, draft: Int[Tensor, "B N"]) -> Bool[Tensor, "B N"]:
-        """Whether each draft is accepted given the guide's logits at its place."""
+        """Whether each draft is accepted given the guide's logits at its position."""
         known = (draft >= 0) & (draft < logits.shape[-1])
         value = logits.gather(-1, draft.where(known, 0)[..., None])
         if self.accept == "argmax":
             return (logits.argmax(-1) == draft) & known
         among = (logits > value).sum(-1) < (self.top_k or 5)
         if self.accept == "ratio":
-            # p(y) >= r max p, whatever they sum to.
+            # p(y) >= r max p; the normalizer cancels.
             among &= (value - logits.amax(-1, keepdim=True)).exp()[..., 0] >= (
                 0.5 if self.ratio is None else self.ratio
             )

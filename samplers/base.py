@@ -1,9 +1,8 @@
-"""What a sampler is: a rule that looks at predictions and decides which tokens to write.
+"""The sampler protocol: a rule that maps predictions to the tokens to commit.
 
-A sampler is a frozen dataclass of its options. What it must remember between steps lives in the
-state object that `start` returns, kept under the numbers of the rows (`Window.rows`), so that one
-sampler serves many engines at once. The numbers are used again: `enter` says that one has become
-another request's.
+A sampler is a frozen dataclass of its options. State between steps lives in the object that `start`
+returns, indexed by row number (`Window.rows`), so that one sampler serves many engines at once. Row
+numbers are reused: `enter` announces that a number now belongs to another request.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from dllm.decoding.branches import Attention
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
@@ -24,30 +24,32 @@ from dllm.decoding.window import Edit, Window
 
 @runtime_checkable
 class Denoise(Protocol):
-    """Runs the denoiser once for every row that asks something, and counts it."""
+    """Runs one denoiser forward for every row that requests predictions, and counts it."""
 
     def __call__(
         self,
         asked: Bool[Tensor, "*B K"] | None = None,
         columns: Int[Tensor, "*B K"] | None = None,
         tokens: Int[Tensor, "B D L"] | None = None,
-        joined: bool = False,
+        attention: Attention = "apart",
         decided: bool = False,
     ) -> Prediction:
         """Predict tokens.
 
-        What concerns the window's own columns and tokens costs no read of the device.
+        A call about the window's own columns and tokens needs no device synchronization.
 
         Args:
-            asked: where predictions are wanted; the window's masked positions by default. A row
-                that asks nothing takes no part in the forward.
-            columns: canvas columns that `asked` is about; the window's by default.
-            tokens: D drafts a row to look at instead of the current canvas, which count as one forward of
-                that row; `asked` then is (B, D, K), and `columns` may be. The first draft is the canvas as
-                it is. A draft that asks nothing is not computed.
-            joined: compute the drafts of a row as one sequence, each seeing itself only, instead of as
-                D sequences.
-            decided: ask about all positions of the window to be generated, the decided ones as well.
+            asked: requested positions; the window's masked positions by default. A row without any is left out
+                of the forward.
+            columns: canvas columns of `asked`; the window's by default.
+            tokens: D drafts a row in place of the current canvas, counted as one forward of that row; `asked`
+                then is (B, D, K), and `columns` may be. The first draft is the current canvas. A draft without
+                requested positions is not computed.
+            attention: how the drafts of a row are computed. "apart": as D sequences. "tree": as one sequence, in
+                which each draft attends to itself only. "shadow": as one sequence of the canvas and the requested
+                positions of the other drafts; each of these attends to itself and to the canvas except the position
+                it predicts and its own, and nothing attends to it.
+            decided: request all positions of the window to be generated, decided ones included.
         """
         ...
 
@@ -57,9 +59,9 @@ class Sampler(Protocol):
     """A rule for unmasking.
 
     Attributes:
-        single_forward: a promise that a step calls `denoise` once, for the window's own columns and tokens, and leaves
-            the state as it is: then others may run its step on drafts.
-        needs: what it relies on that a cache may not give, in the words of `dllm.decoding.compatibility`.
+        single_forward: whether a step calls `denoise` exactly once, for the window's own columns and tokens, and leaves
+            the state unchanged, so that other samplers may run its step on drafts.
+        needs: requirements that a cache may not meet, by the names in `dllm.decoding.compatibility`.
     """
 
     @property
@@ -73,24 +75,24 @@ class Sampler(Protocol):
         ...
 
     def start(self, setup: Setup) -> Any:
-        """Load what is needed, refuse (ValueError) what cannot work, and return an engine's state."""
+        """Load resources, reject invalid setups (ValueError), and return the state of an engine."""
         ...
 
     def check(self, state: Any, request: Request) -> None:
-        """Refuse a request that cannot be decoded (ValueError), when it is made."""
+        """Reject a request that cannot be decoded (ValueError), when it is submitted."""
         ...
 
     def enter(self, state: Any, row: int, request: Request) -> None:
-        """Begin a row; where that is impossible (ValueError) the request fails."""
+        """Begin a row; on ValueError the request fails."""
         ...
 
     def step(self, window: Window, denoise: Denoise, state: Any) -> Edit:
-        """Decide one step: every row that takes part in a forward commits at least one token."""
+        """Take one step: every row that is part of a forward commits at least one token."""
         ...
 
 
 class Policy:
-    """A sampler that has nothing to prepare or refuse and remembers nothing, but for what it overrides."""
+    """A stateless sampler without requirements; subclasses override what they need."""
 
     single_forward = False
     needs: frozenset[str] = frozenset()
@@ -100,23 +102,23 @@ class Policy:
         return ()
 
     def start(self, setup: Setup) -> Any:
-        """Nothing to prepare."""
+        """No state."""
 
     def check(self, state: Any, request: Request) -> None:
-        """Nothing to refuse."""
+        """Accept every request."""
 
     def enter(self, state: Any, row: int, request: Request) -> None:
-        """Nothing to remember."""
+        """No state to reset."""
 
 
-def told(prediction: Prediction) -> Denoise:
-    """A denoiser that answers with this prediction, whatever is asked: to let a policy look at what is known."""
+def constant_denoiser(prediction: Prediction) -> Denoise:
+    """A denoiser that always returns this prediction: applies a policy to a prediction that was made before."""
 
     def denoise(
         asked: Tensor | None = None,
         columns: Tensor | None = None,
         tokens: Tensor | None = None,
-        joined: bool = False,
+        attention: Attention = "apart",
         decided: bool = False,
     ) -> Prediction:
         return prediction
@@ -125,11 +127,11 @@ def told(prediction: Prediction) -> Denoise:
 
 
 def commit(window: Window, prediction: Prediction, chosen: Bool[Tensor, "B K"]) -> Edit:
-    """The edit that writes the predicted tokens at the chosen positions of the window."""
+    """The edit that commits the predicted tokens at the chosen positions of the window."""
     return Edit(window.columns, prediction.tokens, chosen)
 
 
 def become(window: Window, tokens: Int[Tensor, "B L"]) -> Edit:
-    """The edit that turns the window's canvases into these."""
+    """The edit that replaces the window's canvases by these."""
     columns = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     return Edit(columns, tokens, tokens != window.tokens)

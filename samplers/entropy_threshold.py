@@ -1,8 +1,7 @@
 """dParallel's entropy threshold (arXiv 2509.26488, section 3.3).
 
 Per step: commit every masked position of the block whose entropy (nats) is at most `threshold`, and
-always the one with the lowest. The Dream version of the reference compares strictly; here both
-families use <=.
+always the one with the lowest. The reference for Dream uses <; here both families use <=.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from dllm.samplers.selection import top
 
 @dataclass(frozen=True)
 class EntropyThreshold(Policy):
-    """Commit where the prediction is concentrated.
+    """Commit low-entropy predictions.
 
     Args:
-        threshold: largest entropy, in nats, of a position to be committed.
+        threshold: maximum entropy, in nats, of a committed position.
 
     Raises:
         ValueError: a negative threshold.

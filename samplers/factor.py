@@ -4,8 +4,8 @@ With the block's confidences sorted c1 >= c2 >= ..., find the smallest n with
 
     (n + 1) (1 - c_n) >= factor
 
-and commit the best n - 1 positions, at least one. Where no n satisfies it all but the last are
-committed, as in the reference.
+and commit the n - 1 most confident positions, at least one. If no n satisfies it, all but the least
+confident are committed, as in the reference.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dllm.samplers.selection import ranks, top
 
 @dataclass(frozen=True)
 class Factor(Policy):
-    """Commit as many tokens as their joint confidence bears.
+    """Commit the largest n with (n + 1)(1 - c_n) < factor.
 
     Args:
         factor: the bound on (n + 1)(1 - c_n); larger commits more.
@@ -39,7 +39,7 @@ class Factor(Policy):
         number("factor", self.factor, "a positive number (1.0 is published)", above=0)
 
     def step(self, window: Window, denoise: Denoise, state: None) -> Edit:
-        """Commit the longest safe head of the sorted confidences."""
+        """Commit the longest prefix of the sorted confidences that satisfies the bound."""
         prediction = denoise()
         confidence = prediction.confidence.masked_fill(~window.masked, -torch.inf)
         n = ranks(confidence) + 1

@@ -1,28 +1,28 @@
-"""FreeDave: draft and verify without loss (arXiv 2510.00294, section 3, algorithm 1).
+"""FreeDave: lossless draft and verify (arXiv 2510.00294, section 3, algorithm 1).
 
-The denoiser drafts and judges at once. A step has the canvas d_0 and the predictions of the last
-forward, which are one edit old. Drafts d_1, d_2, ... are what the base policy would do next if those
-predictions still held. One forward looks at d_0, ..., d_(D-1) together and gives each draft the base
-policy's next canvas t_i, from that draft's own predictions. d_0 is certain; from d_i go on
+The denoiser both drafts and verifies. A step has the canvas d_0 and the predictions of the last
+forward, which are one edit old. Drafts d_1, d_2, ... are the canvases of the base policy's next steps
+if those predictions did not change. One forward over d_0, ..., d_(D-1) gives for each draft the base
+policy's next canvas t_i, from that draft's own predictions. d_0 is accepted; from d_i continue
 
     to d_j, the largest j > i with d_j = t_i,
 
-as often as there is one; where there is none, t_i is the new canvas. Every canvas passed on the way is
-one the base policy passes too, so tokens equal those of the base: the drafts only decide how many of
-its steps one forward carries. With a cache they equal those of the base with that cache, if what it
-keeps does not depend on the way a block is decoded; others are refused. Where the base draws
-(temperature above 0, `order=random`) it draws anew for each draft, and the distribution is the same. As
-ever, rounding may decide near ties: drafts are computed in batches of another shape.
+while there is one; otherwise t_i is the new canvas. Every accepted canvas is one that the base policy
+also reaches, so the tokens equal those of the base: the drafts only decide how many of its steps one
+forward covers. With a cache they equal those of the base with that cache, if the cached keys and values
+do not depend on the order in which a block is decoded; other caches are rejected. Where the base samples
+(temperature above 0, `order=random`) it draws again for each draft, and only the distribution is the
+same. Rounding may decide near ties: drafts are computed in batches of another shape.
 
 Differences from the reference:
-- It accepts a draft that is a subset of t_i. Over one token per step that is the same rule; over a
-  thresholded base it is lossy there, because the base would have committed the rest at once too.
-- It spends a forward on the block's first predictions alone; here they commit as well. Drafts that
-  are complete, or have no fresh predictions to start from, are not computed.
-- `eager`: a draft that completes its block is judged on the next, under the base's own rule for it, so
-  it stays lossless; the reference judges by stale predictions.
+- It accepts a draft that is a subset of t_i. With one token per step that is the same rule; with a
+  threshold base it is lossy, because the base would have committed the remaining tokens in the same step.
+- It uses a forward only to initialize the predictions of a block; here that forward commits tokens too.
+  Drafts that are complete, or have no predictions to start from, are not computed.
+- `eager`: a draft that completes its block is verified on the next block, under the base's own rule for
+  it, so it stays lossless; the reference verifies by stale predictions.
 - Its tree shares prefix and suffix among the drafts: exact only where a cache froze them, as attention is
-  bidirectional. `draft_mode=tree` shares what a cache keeps; without one it saves nothing.
+  bidirectional. `draft_mode=tree` shares cached keys and values; without a cache it saves nothing.
 """
 
 from __future__ import annotations
@@ -45,23 +45,23 @@ from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
 from dllm.decoding.window import Edit, Window
 from dllm.resolve import resolve
-from dllm.samplers.base import Denoise, Policy, Sampler, become, told
+from dllm.samplers.base import Denoise, Policy, Sampler, become, constant_denoiser
 from dllm.samplers.selection import enter_next_blocks, stopped
 
 
 @dataclass
 class DraftState:
-    """What an engine remembers: the base, and of every row where the base is.
+    """State of an engine: the base policy, and the progress of the base in every row.
 
     Attributes:
-        base: the policy that drafts and judges.
-        state: its own state.
+        base: the policy that drafts and verifies.
+        state: its state.
         mask_token_id: id of [MASK].
         block: block of the last accepted draft; -1 before the first.
         step: steps the base has spent in that block.
         entry_masks: masked positions the row had when the base entered it.
-        entry: which entry of the predictions kept is the row's.
-        deepest: drafts beyond which none of the rows so far can hold anything new.
+        entry: index of the row's entry in `kept`.
+        deepest: maximum number of distinct drafts of any row so far.
         kept: predictions for the accepted drafts of the last step.
     """
 
@@ -78,14 +78,14 @@ class DraftState:
 
 @dataclass(frozen=True)
 class FreeDave(Policy):
-    """Setup several steps of another policy in one forward, without changing what they do.
+    """Run several steps of another policy in one forward, losslessly.
 
     Args:
-        draft_steps: canvases D judged per forward, the current one among them; 1 is the base itself.
-        base: the policy whose result is reproduced: a name of conf/sampler or an object; any that takes
-            one forward a step and remembers nothing.
-        draft_mode: compute a row's drafts as sequences of the batch, or joined to one sequence ("tree").
-        eager: judge a draft that completes its block on the next block.
+        draft_steps: canvases D verified per forward, including the current one; 1 is the base itself.
+        base: the policy whose result is reproduced: a name of conf/sampler or an object; any stateless
+            policy with one forward per step.
+        draft_mode: compute a row's drafts as sequences of the batch, or joined into one sequence ("tree").
+        eager: verify a draft that completes its block on the next block.
 
     Raises:
         ValueError: a number below 1, an unknown mode or name, or a base of another kind.
@@ -103,7 +103,7 @@ class FreeDave(Policy):
         if not self._base.single_forward:
             raise ValueError(
                 f"base={self.base!r} cannot be drafted: its step is more than one forward about the active block; "
-                "use a policy of the kind of vanilla or threshold (learn2pd with eotp=off)"
+                "use a policy such as vanilla or threshold (learn2pd with eotp=off)"
             )
 
     @property
@@ -112,12 +112,12 @@ class FreeDave(Policy):
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """What a cache must give (`dllm.decoding.compatibility`)."""
-        own = ["repeatable", *["next_block"] * self.eager] if self.draft_steps > 1 else []  # one is the base itself
+        """Requirements for the cache (`dllm.decoding.compatibility`)."""
+        own = ["repeatable", *["next_block"] * self.eager] if self.draft_steps > 1 else []  # 1 is the base itself
         return frozenset(own) | self._base.needs
 
     def files(self) -> Iterable[Path]:
-        """What the base reads."""
+        """The files of the base."""
         return self._base.files()
 
     def start(self, setup: Setup) -> DraftState:
@@ -127,20 +127,20 @@ class FreeDave(Policy):
         return DraftState(base, base.start(setup), setup.mask_token_id, block - 1, *zeros)
 
     def check(self, state: DraftState, request: Request) -> None:
-        """Refuse what the base refuses."""
+        """Reject what the base rejects."""
         state.base.check(state.state, request)
 
     def enter(self, state: DraftState, row: int, request: Request) -> None:
-        """Nothing is known about the row yet."""
+        """Reset the row: there are no predictions to draft from."""
         state.base.enter(state.state, row, request)
         state.block[row] = -1
-        # Each draft that differs from the one before holds at least one token more.
+        # Each draft that differs from the previous one has at least one more token.
         state.deepest = max(state.deepest, request.span + 1)
 
     def step(self, window: Window, denoise: Denoise, state: DraftState) -> Edit:
-        """Draft, judge all drafts in one forward, follow the chain."""
+        """Draft, verify all drafts in one forward, follow the chain of accepted drafts."""
         known = state.block[window.rows] == window.block
-        # The engine counts its own steps; the base has spent more.
+        # The engine counts its own steps; the base has taken more.
         window = replace(
             window,
             step=state.step[window.rows].where(known, 0),
@@ -158,7 +158,7 @@ class FreeDave(Policy):
             split = "(b d) k -> b d k"
             wanted = rearrange(views.inside if decided else views.masked, split, d=drafts.shape[1])
             about = rearrange(views.columns, split, d=drafts.shape[1])
-            prediction = denoise(wanted, about, drafts, self.draft_mode == "tree")
+            prediction = denoise(wanted, about, drafts, "tree" if self.draft_mode == "tree" else "apart")
             judged.append(prediction.arranged(lambda values: values.flatten(0, 1)))
             return judged[0]
 
@@ -169,19 +169,19 @@ class FreeDave(Policy):
         state.entry[window.rows] = torch.arange(len(at), device=at.device)
         state.kept = judged[0].kept(lambda values: values[at])
         mask = state.mask_token_id
-        # Of the drafts the deepest holds what all the others do.
+        # The last draft contains the tokens of all the others.
         return replace(become(window, final), drafted=drafts[:, -1].where(window.tokens == mask, mask))
 
     def _draft(self, window: Window, known: Bool[Tensor, " B"], state: DraftState) -> Int[Tensor, "B D L"]:
-        """The canvas and what the base would make of it, step by step, if what was predicted still held."""
+        """The canvas and the base's next canvases, step by step, if the last predictions did not change."""
         drafts = [window.tokens] * min(self.draft_steps, state.deepest)
         if state.kept is not None:
-            # The window is as wide as the longest block in it, which may have been of another row then.
+            # The window is as wide as the longest block in it, which may have been another row's then.
             at, width = state.entry[window.rows], window.masked.shape[1]
             stale = state.kept.kept(lambda values: F.pad(values[at], (0, width - values.shape[1])))
             view = replace(window, inside=window.inside & known[:, None], masked=window.masked & known[:, None])
             for k in range(1, len(drafts)):
-                drafts[k] = state.base.step(view, told(stale), state.state).on(view.tokens)
+                drafts[k] = state.base.step(view, constant_denoiser(stale), state.state).on(view.tokens)
                 view = _advanced(view, drafts[k], window.step + k, state.mask_token_id)
         return torch.stack(drafts, dim=1)
 
@@ -195,20 +195,20 @@ class FreeDave(Policy):
         target: Int[Tensor, "B L"],
         state: DraftState,
     ) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"], Int[Tensor, "B L"]]:
-        """Go from draft to draft.
+        """Follow the chain of accepted drafts.
 
         Args:
             window: the rows.
             drafts: their canvases.
-            new: drafts that differ from the one before.
-            views: the drafts as entries, as the base was shown them.
+            new: drafts that differ from the previous one.
+            views: the drafts as entries, as the base saw them.
             judged: predictions for those.
             target: the base's next canvas of the first draft.
-            state: the run's.
+            state: the engine's.
 
         Returns:
-            The last draft of each chain, as an entry of `views`; the steps the base has spent in its block by
-            then; and the base's next canvas of it.
+            The last draft of each chain, as an entry of `views`; the steps the base has taken in its block by
+            then; and the base's next canvas after it.
         """
         entries = torch.arange(new.numel(), device=drafts.device).view_as(new)
         at, step = entries[:, 0], window.step
@@ -216,24 +216,24 @@ class FreeDave(Policy):
             equal = (drafts == target[:, None]).all(-1) & new & (entries > at[:, None])
             onward = torch.where(equal, entries, at[:, None]).amax(-1)
             moved, stays = onward > at, views.block[onward] == views.block[at]
-            # The base needs fewer steps to a draft than drafting did where it skips some; its schedule counts its own.
+            # Where drafts are skipped, the base took fewer steps than drafting did; its schedule counts its own.
             step, at = torch.where(moved, (step + 1).where(stays, 0), step), onward
             view = views.taken(at)
             view = replace(view, step=step.where(view.masked.any(-1), 0), uniform=window.uniform)
-            known = told(judged.kept(partial(torch.index_select, dim=0, index=at)))
+            known = constant_denoiser(judged.kept(partial(torch.index_select, dim=0, index=at)))
             after = state.base.step(view, known, state.state).on(view.tokens)
             target = after.where(moved[:, None], target)
         return at, step, target
 
 
 def _advanced(view: Window, tokens: Int[Tensor, "B L"], step: Int[Tensor, " B"], mask_token_id: int) -> Window:
-    """The same blocks in canvases that are `step` steps into them; a block that is complete stays where it is."""
+    """The same blocks in canvases that are `step` steps into them; a complete block keeps its step."""
     masked = view.inside & (tokens.gather(1, view.columns) == mask_token_id)
     return replace(view, tokens=tokens, masked=masked, step=step.where(masked.any(-1), view.step))
 
 
 def _views(window: Window, drafts: Int[Tensor, "B D L"], new: Bool[Tensor, "B D"], mask_token_id: int) -> Window:
-    """Every draft as an entry of its own; those that need no judging ask nothing."""
+    """Every draft as an entry of its own; those that need no verification request nothing."""
     rows, count = new.shape
     number = torch.arange(count, device=new.device).repeat(rows)
     every = window.taken(torch.arange(rows, device=new.device).repeat_interleave(count))

@@ -1,27 +1,27 @@
-"""Learn2PD: a learned filter decides what is final (arXiv 2509.25188, sections 3.3 and 3.4).
+"""Learn2PD: a learned filter decides which predictions are final (arXiv 2509.25188, sections 3.3 and 3.4).
 
 Per step, with c the confidences of all K positions of the block: commit every masked position with
 
     sigmoid(filter(c)) > threshold,
 
-and always the `at_least` most confident ones. At positions decided already c is the probability of the token
-that would be predicted there now. Positions a short block does not have, and those that were given,
-count as sure in the published filter, and as nothing in the other (see `dllm.filters`).
+and always the `at_least` most confident ones. At unmasked positions c is the probability of the token
+that is predicted there now. Positions missing in a short block, and given tokens, have confidence 1 in
+the published filter and are zero padding in the other (see `dllm.filters`).
 
-End-of-text prediction (`eotp`) gives up the canvas behind a predicted end-of-text, at a cut p:
+End-of-text prediction (`eotp`) discards the canvas after a predicted end-of-text, at a cut p:
 
     published  the first end-of-text that the filter accepted in the block; else, of all masked
                positions of the whole canvas that predict end-of-text, the most confident
     accepted   the first end-of-text that the filter accepted in the block (the reference's form with a
-               cache, which looks at the block alone)
+               cache, which predicts only the block)
     safe       the first masked position of the block after the commits, if it predicts end-of-text
 
-What lies behind p becomes end-of-text and is no longer looked at; p itself need not be committed yet.
-On the bundled models (docs/policies-*.md) neither saves forwards over eotp=off, as rows stop at their first
-end-of-text anyway; so off is the default. It may pay with stop_at_eos=false.
+Everything after p becomes end-of-text and is no longer attended to; p itself need not be committed yet.
+On the bundled models none of them saves forwards over eotp=off, as rows stop at their first end-of-text
+anyway; so off is the default. It may help with stop_at_eos=false.
 
-Differences: cut within a block the reference raises, as its filter no longer fits; here what was cut
-off are positions the block does not have.
+Differences: after a cut within a block the reference raises an error, as its filter has a fixed input
+size; here the discarded positions are treated as those of a short block.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from dllm.samplers.selection import is_eos, leftmost, top
 
 @dataclass(frozen=True)
 class FilterState:
-    """What an engine works with: the filter for each length of block, and the facts."""
+    """State of an engine: the filter for each block length, and the setup."""
 
     networks: dict[int, FilterNetwork]
     setup: Setup
@@ -57,16 +57,16 @@ class FilterState:
 
 @dataclass(frozen=True)
 class Learn2PD(Policy):
-    """Commit what a learned filter takes for final.
+    """Commit the predictions that a learned filter classifies as final.
 
     Args:
-        filter: a bundled filter or a file; None for the bundled one of the model.
-        threshold: a position is committed where the filter is surer than this.
+        filter: a bundled filter or a file; None for the bundled filter of the model.
+        threshold: a position is committed where the filter's probability exceeds this.
         eotp: end-of-text prediction: off, published, accepted or safe.
-        at_least: tokens committed per step whatever the filter says.
+        at_least: tokens committed per step whatever the filter's output.
         allow_mismatch: use the filter although it was trained for another model or block length, or does not
-            say for which. A file in the published form, which never says, needs no such leave: it is used at the
-            block length of its shape, and with a warning.
+            record them. A file in the published form, which never does, is accepted without this option: it is
+            used at the block length of its shape, with a warning.
 
     Raises:
         ValueError: an option out of range; at the start of a run: no such filter, or one for another
@@ -91,17 +91,17 @@ class Learn2PD(Policy):
         return self.eotp == "off"
 
     def files(self) -> Iterable[Path]:
-        """What the filter is read from."""
+        """The files of the filter."""
         return () if isinstance(self.filter, Filter) else filter_files(self.filter)
 
     def start(self, setup: Setup) -> FilterState:
-        """Filters are loaded when the first block of their length is asked for."""
+        """Filters are loaded when the first request with their block length is checked."""
         return FilterState({}, setup)
 
     def check(self, state: FilterState, request: Request) -> None:
-        """Load the filter, and refuse one that is for something else."""
+        """Load the filter, and reject one of another model or block length."""
         if request.has_gaps and self.eotp != "off":
-            raise ValueError(f"eotp={self.eotp} would cut off text that is given; use eotp=off to infill")
+            raise ValueError(f"eotp={self.eotp} would discard given text; use eotp=off to infill")
         setup, length = state.setup, request.block_length
         if length in state.networks:
             return
@@ -113,14 +113,14 @@ class Learn2PD(Policy):
         state.networks[length] = found.network.to(setup.device)
 
     def step(self, window: Window, denoise: Denoise, state: FilterState) -> Edit:
-        """Commit what is accepted, the best in any case, and cut behind a predicted end-of-text."""
+        """Commit accepted positions and always the best; cut after a predicted end-of-text."""
         everywhere = None
         if self.eotp == "published":
             everywhere = _ask_everywhere(window, denoise, state.setup.mask_token_id)
             prediction = everywhere.arranged(lambda values: values.gather(1, window.columns))
         else:
             prediction = denoise(decided=True)
-        accepted = (self._surety(window, prediction, state) > self.threshold) & window.masked
+        accepted = (self._probability(window, prediction, state) > self.threshold) & window.masked
         edit = commit(window, prediction, accepted | top(prediction.confidence, self.at_least, window.masked))
         if self.eotp == "off":
             return edit
@@ -130,23 +130,23 @@ class Learn2PD(Policy):
         else:
             cut = _first(accepted & ends, window, none)
         if everywhere is not None:
-            cut = torch.where(cut < none, cut, _surest_end(window, everywhere, state.setup.mask_token_id))
+            cut = torch.where(cut < none, cut, _most_confident_end(window, everywhere, state.setup.mask_token_id))
         return replace(edit, end=(cut + 1).clamp(max=none))
 
-    def _surety(self, window: Window, prediction: Prediction, state: FilterState) -> Float[Tensor, "B K"]:
-        """What the filters for the rows' lengths of block say."""
+    def _probability(self, window: Window, prediction: Prediction, state: FilterState) -> Float[Tensor, "B K"]:
+        """Probability that each prediction is final, by the filter for the row's block length."""
         confidence = prediction.confidence.float()
-        surety = torch.zeros_like(confidence)
+        probability = torch.zeros_like(confidence)
         for length, network in tuple(state.networks.items()):
             own = (each[:, :length] for each in (confidence, window.masked, window.inside))
             if length <= confidence.shape[1]:
                 theirs = (window.block_length == length)[:, None]
-                surety[:, :length] = network(*own).sigmoid().where(theirs, surety[:, :length])
-        return surety
+                probability[:, :length] = network(*own).sigmoid().where(theirs, probability[:, :length])
+        return probability
 
 
-def _surest_end(window: Window, everywhere: Prediction, mask_token_id: int) -> Int[Tensor, " B"]:
-    """The masked position of the whole canvas that most surely ends the text; the canvas's length if none does."""
+def _most_confident_end(window: Window, everywhere: Prediction, mask_token_id: int) -> Int[Tensor, " B"]:
+    """The most confident masked position of the canvas that predicts end-of-text; the canvas length if none does."""
     ends = (window.tokens == mask_token_id) & window.region & is_eos(everywhere.tokens, window)
     score = everywhere.confidence.masked_fill(~ends, -torch.inf)
     return torch.where(ends.any(-1), score.argmax(-1), ends.shape[1])
@@ -160,12 +160,12 @@ def _ask_everywhere(window: Window, denoise: Denoise, mask_token_id: int) -> Pre
 
 
 def _first(where: Bool[Tensor, "B K"], window: Window, none: int) -> Int[Tensor, " B"]:
-    """Canvas column of each row's first True."""
+    """Canvas column of each row's first True; `none` without one."""
     return window.columns.masked_fill(~where, none).amin(-1)
 
 
 def _check(found: Filter, fingerprint: Callable[[], str], block_length: int, allow_mismatch: bool) -> None:
-    """Refuse a filter that is for something else."""
+    """Reject a filter of another model or block length."""
     card, only = found.card, found.network.block_length
     if only is not None and only != block_length:
         raise ValueError(
@@ -174,12 +174,12 @@ def _check(found: Filter, fingerprint: Callable[[], str], block_length: int, all
     if allow_mismatch:
         return
     if card is None and only is not None:
-        message = f"filter={found.name!r} has no card: it fits block_length={only}, and for which model is not known"
+        message = f"filter={found.name!r} has no card: it fits block_length={only}, its model is unknown"
         warnings.warn(message, Notice, stacklevel=2)
         return
-    use = "train one with `dllm train-filter`, or set allow_mismatch=true to use it all the same"
+    use = "train one with `dllm train-filter`, or set allow_mismatch=true to use it anyway"
     if card is None:
-        raise ValueError(f"filter={found.name!r} does not say which model it is for; {use}")
+        raise ValueError(f"filter={found.name!r} does not record its model; {use}")
     if card.fingerprint != fingerprint():
         raise ValueError(f"filter={found.name!r} is for the weights of {card.backbone!r}; {use}")
     if card.block_length != block_length:

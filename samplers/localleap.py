@@ -3,13 +3,13 @@
 Per step, over the masked positions of the block: anchors are those with p(top token) >= threshold.
 Commit
 
-    p(top) >= threshold,  or  p(top) >= relaxed_threshold with an anchor at most `radius` columns away,
+    p(top) >= threshold,  or  p(top) >= relaxed_threshold with an anchor at most `radius` positions away,
 
-and always the most confident position. What an anchor drew in becomes no anchor in the same step.
-radius = 0 and relaxed_threshold = threshold are both the plain confidence threshold.
+and always the most confident position. Positions accepted via an anchor do not act as anchors in the
+same step. radius = 0 or relaxed_threshold = threshold is the plain confidence threshold.
 
-Differences: the reference's `early_stop` gives up everything behind a finished block that holds an
-end-of-text; `stop_at_eos` here does so already behind the end-of-text itself, for every policy.
+Differences: the reference's `early_stop` discards everything after a finished block that contains an
+end-of-text; here `stop_at_eos` stops right after the end-of-text itself, for every policy.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from dllm.samplers.selection import top
 
 @dataclass(frozen=True)
 class LocalLeap(Policy):
-    """Commit what the model is sure of, and near it also what it is fairly sure of.
+    """Commit confident positions, and with a lower threshold their neighbours.
 
     Args:
-        threshold: least probability of an anchor; above 1 there is none.
-        relaxed_threshold: least probability of a token near an anchor.
-        radius: columns on either side of an anchor that count as near.
+        threshold: minimum probability of an anchor; above 1 there are no anchors.
+        relaxed_threshold: minimum probability of a token near an anchor.
+        radius: positions on either side of an anchor that count as near.
 
     Raises:
         ValueError: a negative number, or a relaxed threshold above the threshold.
@@ -50,7 +50,7 @@ class LocalLeap(Policy):
         number("radius", self.radius, "a whole number of at least 0 (4 is published)", low=0, whole=True)
 
     def step(self, window: Window, denoise: Denoise, state: None) -> Edit:
-        """Commit the anchors, what they draw in, and the best in any case."""
+        """Commit the anchors, their neighbours above the relaxed threshold, and always the best position."""
         prediction = denoise()
         confidence = prediction.confidence
         anchors = (confidence >= self.threshold) & window.masked

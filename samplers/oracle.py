@@ -1,12 +1,12 @@
-"""The oracle: what a policy could reach that knew which predictions are final already.
+"""The oracle: a policy that knows which predictions are already final.
 
-First the base policy decodes the canvas, uncounted. Then, per step: commit exactly the masked
-positions of the block whose predicted token equals that result (the "extremely greedy" process of
-Learn2PD, arXiv 2509.25188, section 3.2). Where none does, the most confident position is given its
-token of the result, so that the result is always that of the base.
+First the base policy decodes the canvas; these forwards are not counted. Then, per step: commit exactly
+the masked positions of the block whose predicted token equals that result (the "extremely greedy"
+process of Learn2PD, arXiv 2509.25188, section 3.2). Where none does, the most confident position gets
+its final token, so that the result is always that of the base.
 
-No real policy can do this: its NFE is the bound the others are held against. It is no bound on what
-a policy with other results may need.
+It is an upper bound, not a method: its NFE is a lower bound for policies of this kind that reproduce
+the result of the base, not for policies with other results.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from dllm.samplers.selection import stopped, top
 
 @dataclass(frozen=True)
 class Known:
-    """What an engine works with.
+    """State of an engine.
 
     Attributes:
-        result: of the base, for every row.
-        rehearsal: decodes it.
+        result: final tokens of the base, for every row.
+        rehearsal: decodes them.
         mask_token_id: id of [MASK].
     """
 
@@ -44,7 +44,7 @@ class Known:
 
 @dataclass(frozen=True)
 class Oracle(Policy):
-    """Commit exactly what already equals the result of another policy.
+    """Commit exactly the predictions that equal the result of another policy.
 
     Args:
         base: the policy whose result is reproduced: a name of conf/sampler or an object.
@@ -58,7 +58,7 @@ class Oracle(Policy):
     base: str | Sampler = "vanilla"
 
     def __post_init__(self) -> None:
-        self._base  # noqa: B018  # refuses an unknown name
+        self._base  # noqa: B018  # rejects an unknown name
 
     @property
     def _base(self) -> Sampler:
@@ -66,35 +66,35 @@ class Oracle(Policy):
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """What a cache must give (`dllm.decoding.compatibility`): what the base needs."""
+        """Requirements for the cache (`dllm.decoding.compatibility`): those of the base."""
         return self._base.needs
 
     def files(self) -> Iterable[Path]:
-        """What the base reads."""
+        """The files of the base."""
         return self._base.files()
 
     def start(self, setup: Setup) -> Known:
-        """Make room for the results."""
+        """Allocate the results."""
         result = torch.zeros((setup.slots, setup.length), dtype=torch.long, device=setup.device)
         return Known(result, setup.rehearsal(self._base), setup.mask_token_id)
 
     def check(self, state: Known, request: Request) -> None:
-        """Refuse what the base refuses."""
+        """Reject what the base rejects."""
         state.rehearsal.check(request)
 
     def enter(self, state: Known, row: int, request: Request) -> None:
-        """Decode the result that is going to be reproduced."""
+        """Decode the result to reproduce."""
         state.result[row, -len(request.tokens) :] = state.rehearsal(request)
 
     def step(self, window: Window, denoise: Denoise, state: Known) -> Edit:
-        """Commit every position that is right."""
+        """Commit every correct prediction."""
         prediction = denoise()
         result = state.result[window.rows]
         final = result.gather(1, window.columns)
         right = (prediction.tokens == final) & window.masked
         stuck = ~right.any(-1, keepdim=True)
         edit = Edit(window.columns, final, right | (stuck & top(prediction.confidence, 1, window.masked)))
-        # The base may have decoded something behind its end-of-text; what it left is filled for both alike.
+        # The base may have decoded tokens after its end-of-text; masks it left are filled the same way for both.
         after = edit.on(window.tokens)
         done = stopped(replace(window, tokens=after), state.mask_token_id)
         rest = done[:, None] & (result != window.ends[:, :1]) & window.region

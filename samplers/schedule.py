@@ -1,4 +1,4 @@
-"""How a budget of denoising steps is shared out among the blocks of each row."""
+"""How a budget of denoising steps is divided among the blocks of each row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dllm.decoding.window import Window
 
 
 def check_steps(steps: int, request: Request) -> None:
-    """Refuse a number of steps that the blocks of a request cannot share.
+    """Reject a number of steps that cannot be divided among the blocks of a request.
 
     Args:
         steps: for all that the request generates.

@@ -1,4 +1,4 @@
-"""Selection rules that several policies share. Ties always go to the leftmost position."""
+"""Selection rules shared by several policies. Ties always go to the leftmost position."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def ranks(score: Float[Tensor, "B K"]) -> Int[Tensor, "B K"]:
 def top(
     score: Float[Tensor, "B K"], count: Int[Tensor, " B"] | int, eligible: Bool[Tensor, "B K"]
 ) -> Bool[Tensor, "B K"]:
-    """The `count` best eligible positions of each row, those with a score of -inf as well if there are no others."""
+    """The `count` best eligible positions of each row, including those with a score of -inf if there are no others."""
     place = ranks(score.clamp(min=torch.finfo(score.dtype).min).masked_fill(~eligible, -torch.inf))
     limit = count[:, None] if isinstance(count, Tensor) else count
     return (place < limit) & eligible
 
 
 def perturbed(score: Float[Tensor, "B K"], temperature: float, uniform: Float[Tensor, "B K"]) -> Float[Tensor, "B K"]:
-    """Scores whose best n are n draws without replacement from softmax(score / temperature), by the Gumbel trick.
+    """Scores whose top n are n draws without replacement from softmax(score / temperature) (Gumbel-top-k).
 
     Args:
         score: of the positions.
-        temperature: above 0; below 1e-30, where numbers end, it acts as that.
+        temperature: above 0; clamped to 1e-30, the range of float32.
         uniform: numbers in [0, 1).
     """
     double = uniform.double().clamp(min=torch.finfo(torch.float32).tiny)
@@ -40,7 +40,7 @@ def perturbed(score: Float[Tensor, "B K"], temperature: float, uniform: Float[Te
 
 
 def leftmost(where: Bool[Tensor, "B K"]) -> Bool[Tensor, "B K"]:
-    """The first of the positions of each row."""
+    """The first True of each row."""
     return where & (where.cumsum(-1) == 1)
 
 
@@ -50,7 +50,7 @@ def is_eos(tokens: Int[Tensor, "B K"], window: Window) -> Bool[Tensor, "B K"]:
 
 
 def stopped(window: Window, mask_token_id: int) -> Bool[Tensor, " B"]:
-    """Rows that end-of-text stopping finishes: everything up to the first end-of-text of `region` is decoded."""
+    """Rows finished by `stop_at_eos`: everything up to the first end-of-text of `region` is decoded."""
     ended = is_eos(window.tokens, window) & window.region
     masks = ((window.tokens == mask_token_id) & window.region).cumsum(-1)
     done = masks.gather(1, ended.int().argmax(-1, keepdim=True))[:, 0] == 0
@@ -58,7 +58,7 @@ def stopped(window: Window, mask_token_id: int) -> Bool[Tensor, " B"]:
 
 
 def enter_next_blocks(views: Window, mask_token_id: int) -> Window:
-    """Where a draft completed its block, look at the block of its next mask instead."""
+    """Where a draft completed its block, move its view to the block of its next mask."""
     masked = (views.tokens == mask_token_id) & views.region
     enters = views.inside.any(-1) & ~views.masked.any(-1) & masked.any(-1)
     own = views.block_length

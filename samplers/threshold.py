@@ -1,11 +1,11 @@
 """Fast-dLLM's confidence threshold (arXiv 2505.22618, section 3.3, algorithm 1).
 
 Per step: commit every masked position of the block with p(top token) >= threshold, and always the
-`at_least` most confident ones. A threshold above 1 is `at_least` tokens per step.
+`at_least` most confident ones. A threshold above 1 commits `at_least` tokens per step.
 
-With `steps`, the count after step i of a block may not run ahead of the even schedule
-masks (i + 1) / steps; what a step leaves unspent the next ones may use. This is what the reference's
-Dream sampler without cache does, where steps = generated length means one token per step.
+With `steps`, the number of tokens committed after step i of a block is capped by the uniform schedule
+masks (i + 1) / steps; quota left by one step carries over. The reference's Dream sampler without cache
+does this, where steps = generated length means one token per step.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from dllm.samplers.selection import top
 
 @dataclass(frozen=True)
 class Threshold(Policy):
-    """Commit what the model is sure of.
+    """Commit confident predictions.
 
     Args:
-        threshold: least probability of a token to be committed; above 1 none is enough.
-        at_least: tokens committed per step however unsure.
-        steps: denoising steps for the whole generated region to pace the commits by; None for no pace.
+        threshold: minimum probability of a committed token; above 1 no token qualifies.
+        at_least: tokens committed per step whatever their confidence.
+        steps: denoising steps for the whole generated region that cap the commits; None for no cap.
 
     Raises:
         ValueError: a negative threshold, or a number below 1.
@@ -44,15 +44,15 @@ class Threshold(Policy):
         number("threshold", self.threshold, "0 or more (0.9 is published)", low=0)
         number("at_least", self.at_least, "a whole number of at least 1", low=1, whole=True)
         if self.steps is not None:
-            number("steps", self.steps, "a whole number of at least 1, or null for no pace", low=1, whole=True)
+            number("steps", self.steps, "a whole number of at least 1, or null for no cap", low=1, whole=True)
 
     def check(self, state: Any, request: Request) -> None:
-        """Refuse steps that the blocks cannot share."""
+        """Reject steps that cannot be divided among the blocks."""
         if self.steps is not None:
             check_steps(self.steps, request)
 
     def step(self, window: Window, denoise: Denoise, state: Any) -> Edit:
-        """Commit all positions at or above the threshold, and the best in any case."""
+        """Commit all positions at or above the threshold, and always the best."""
         prediction = denoise()
         sure = (prediction.confidence >= self.threshold) & window.masked
         if self.steps is not None:

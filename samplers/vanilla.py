@@ -1,4 +1,4 @@
-"""Fixed schedules: a given number of steps, each committing its share of the best positions.
+"""Fixed schedules: a given number of steps, each committing its quota of the best positions.
 
 LLaDA (arXiv 2502.09992, algorithm 5, semi-autoregressive blocks) and Dream (arXiv 2508.15487).
 Per step, with quota k of the schedule: commit the k masked positions of the block with the highest
@@ -9,17 +9,17 @@ score, where score is
     entropy         -H(p)
     random          uniform noise
 
-With `alg_temp` above 0 (Dream) the k positions are drawn, one after another and none twice, each with a
-probability proportional to exp(score / alg_temp). Above temperature 0 Dream's p is that of softmax(logits /
-temperature) after top_p and top_k, LLaDA's that of softmax(logits); see `tempered_confidence` of `dllm.Options`.
+With `alg_temp` above 0 (Dream) the k positions are drawn without replacement, each with a
+probability proportional to exp(score / alg_temp). Above temperature 0 Dream's p is softmax(logits /
+temperature) after top_p and top_k, LLaDA's is softmax(logits); see `tempered_confidence` of `dllm.Options`.
 
-schedule=uniform (LLaDA) gives each step floor(masks / steps), the remainder going to the first
+schedule=uniform (LLaDA) gives each step floor(masks / steps), with the remainder in the first
 steps. schedule=timestep (Dream) commits int(m (1 - s/t)) of m masks on the grid
-t = linspace(1, 0.001, steps + 1), the last step the rest.
+t = linspace(1, 0.001, steps + 1), and the remaining masks in the last step.
 
-Differences: a step whose quota is zero is skipped and costs no forward; steps are shared out among
-the blocks in proportion to their length, so that neither steps nor the generated length need be a
-multiple of anything; ties go to the leftmost position.
+Differences: a step whose quota is zero is skipped and costs no forward; steps are divided among
+the blocks in proportion to their length, so that no divisibility is required of steps or generated
+length; ties go to the leftmost position.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ SCHEDULES = ("uniform", "timestep")
 
 @dataclass
 class Timetables:
-    """The quotas of schedule=timestep, which are a recurrence.
+    """Precomputed quotas of schedule=timestep, which are a recurrence.
 
     Attributes:
         table: entry [n, m, i] is the i-th nonzero quota of a block entered with m masks, for the n-th number of steps
-            that a block may have.
-        kinds: these numbers.
+            of a block.
+        kinds: these numbers of steps.
     """
 
     table: Int[Tensor, "N M S"]
     kinds: list[int] = field(default_factory=list)
 
     def add(self, steps: int, most: int) -> None:
-        """Make sure that blocks of so many steps, with at most so many masks, are there."""
+        """Tabulate blocks with `steps` steps and at most `most` masks, if they are not yet."""
         if steps in self.kinds and most < self.table.shape[1]:
             return
         self.kinds = sorted({*self.kinds, steps})
@@ -69,7 +69,7 @@ class Timetables:
         self.table = torch.stack(tables).to(self.table.device)
 
     def quota(self, steps: Int[Tensor, " B"], window: Window) -> Int[Tensor, " B"]:
-        """Tokens to commit."""
+        """Tokens to commit in this step."""
         kind = torch.searchsorted(torch.tensor(self.kinds, device=steps.device), steps)
         return self.table[kind, window.entry_masks, window.step]
 
@@ -79,11 +79,11 @@ class Vanilla(Policy):
     """Commit a scheduled number of tokens per step.
 
     Args:
-        steps: denoising steps for the whole generated region; None to go by `tokens_per_step`.
-        tokens_per_step: tokens each step commits where `steps` is None; the last of a block takes the rest.
-        order: which masked positions come first: low_confidence, margin, entropy or random.
+        steps: denoising steps for the whole generated region; None to use `tokens_per_step`.
+        tokens_per_step: tokens committed per step where `steps` is None; the last step of a block takes the rest.
+        order: score that ranks masked positions: low_confidence, margin, entropy or random.
         schedule: uniform (LLaDA) or timestep (Dream).
-        alg_temp: 0 takes the positions with the highest scores; above, they are drawn, the more evenly the higher.
+        alg_temp: 0 takes the positions with the highest scores; above 0 they are drawn, more evenly at higher values.
 
     Raises:
         ValueError: an unknown order or schedule, a number out of range, both numbers given, or an `alg_temp` without
@@ -100,12 +100,12 @@ class Vanilla(Policy):
 
     def __post_init__(self) -> None:
         if self.steps is not None:
-            use = "a whole number of at least 1, or null to go by tokens_per_step"
+            use = "a whole number of at least 1, or null to use tokens_per_step"
             number("steps", self.steps, use, low=1, whole=True)
         number("tokens_per_step", self.tokens_per_step, "a whole number of at least 1", low=1, whole=True)
         if self.steps is not None and self.tokens_per_step != 1:
             both = f"steps={self.steps} and tokens_per_step={self.tokens_per_step}"
-            raise ValueError(f"{both} exclude each other; set one")
+            raise ValueError(f"{both} are mutually exclusive; set one")
         choice("order", self.order, ORDERS)
         choice("schedule", self.schedule, SCHEDULES)
         if self.schedule == "timestep" and self.steps is None:
@@ -115,16 +115,16 @@ class Vanilla(Policy):
             raise ValueError(f"alg_temp={self.alg_temp} has no effect with order=random; use another order, or 0")
 
     def start(self, setup: Setup) -> Timetables:
-        """Make room for what is tabulated."""
+        """Start with an empty table."""
         return Timetables(torch.zeros((0, 0, 0), dtype=torch.long, device=setup.device))
 
     def check(self, state: Timetables, request: Request) -> None:
-        """Refuse steps that the blocks cannot share."""
+        """Reject steps that cannot be divided among the blocks."""
         if self.steps is not None:
             check_steps(self.steps, request)
 
     def enter(self, state: Timetables, row: int, request: Request) -> None:
-        """Tabulate what the steps of its blocks commit."""
+        """Tabulate the quotas of its blocks."""
         if self.steps is not None and self.schedule == "timestep":
             span, length = request.span, request.block_length
             shares = [min(end, span) * self.steps // span for end in range(0, span + length, length)]
@@ -145,7 +145,7 @@ class Vanilla(Policy):
         steps, masks = steps_of_block(self.steps, window), window.entry_masks
         if self.schedule == "timestep":
             return state.quota(steps, window)
-        # Where there are fewer masks than steps, each step commits one until none is left.
+        # With fewer masks than steps, each step commits one until none is left.
         return masks // steps + (window.step < masks % steps)
 
     def _score(self, window: Window, prediction: Prediction) -> Float[Tensor, "B K"]:
@@ -161,7 +161,7 @@ class Vanilla(Policy):
 
 
 def _timestep_quotas(most: int, steps: int) -> Int[Tensor, "M S"]:
-    # float32 like the reference, whose rounding decides int() at whole numbers.
+    # float32 as in the reference: its rounding decides int() at whole numbers.
     times = torch.linspace(1, 1e-3, steps + 1, dtype=torch.float32)
     left = torch.arange(most + 1, dtype=torch.float32)
     quotas = []

@@ -162,7 +162,7 @@ def _package(arguments: Sequence[str]) -> Iterator[None]:
             yield
         except SystemExit:
             if said is not None and "not found in config" in said.getvalue():
-                raise ValueError(f"{package} is no part of the options; --help lists them") from None
+                raise ValueError(f"{package} is not part of the options; --help lists them") from None
             raise
 
 
@@ -232,7 +232,7 @@ def rewrite(arguments: Sequence[str], config_name: str) -> list[str]:
         if not is_text(argument):
             key, separator, value = argument.partition("=")
             shown = f"{key}={value!r}" if separator else repr(key)
-            raise ValueError(f"{shown} holds bytes that are no text; give UTF-8")
+            raise ValueError(f"{shown} holds bytes that are not text; give UTF-8")
     # Hydra's parser takes no options before a flag.
     given, options = flags.split(arguments)
     if config_name in _POSITIONAL:
@@ -277,7 +277,7 @@ def _rewrite_one(argument: str, groups: Mapping[str, Any], multirun: bool) -> li
     if len(name) > _LONGEST_NAME:
         raise ValueError(f"unknown option {name!r}; {_LISTED}")
     if name in groups and name not in _OTHERS and len(value) > _LONGEST_NAME and not multirun:
-        raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(names(name))}")
+        raise ValueError(f"unknown {name}={value!r}; expected one of {', '.join(names(name))}")
     if name.startswith("hydra.") and "_target_" in argument:
         raise ValueError(f"{argument!r} names code to run; choose with hydra/launcher=NAME or hydra/sweeper=NAME")
     if name in groups and name in _OTHERS:
@@ -396,7 +396,7 @@ def _qualified(error: Exception, fields: Mapping[str, Any]) -> str:
         text = renamed(text, {"dtype": "model.dtype"})
     if isinstance(error, OSError) and (option := _option_of_file(error.filename, fields)):
         given = _value(fields, option)
-        fix = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "give another path"
+        fix = "free disk space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "give another path"
         return f"{option}={given!r} cannot be used ({error.strerror}); {fix}"
     groups: dict[str, Mapping[str, Any]] = {group: fields.get(group) or {} for group in ("sampler", "cache")}
     for group, options in groups.items():
@@ -450,7 +450,7 @@ def one_line(error: BaseException, config_name: str | None = None) -> str:
     if "Config group override must be a string" in text:
         return "a group such as cache, sampler or model is chosen by its name; --help lists them"
     if match := re.search(r"Could not find '([^/]+)/([^']*)' Available options in '[^']+': (.*?) Config search", text):
-        return f"{match[1]}={match[2]} is unknown; use one of {', '.join(match[3].split())}"
+        return f"unknown {match[1]}={match[2]}; expected one of {', '.join(match[3].split())}"
     if match := re.search(r"Error parsing override '([^']*)' missing EQUAL", text):
         return f"unknown option {match[1]!r}; options are written name=value, and {_LISTED}"
     if match := re.search(r"Ambiguous value for argument '([^']+)'", text):

@@ -1,4 +1,4 @@
-"""`dllm bench`: what a denoising step costs beside the forward it needs, and beside what users run today."""
+"""`dllm bench`: time of a denoising step, relative to its bare forward pass and to reference implementations."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ KINDS = {
     "references": Sequence[str],
 }  # fmt: skip
 _CAUSAL = "causal"
-_BYTES = 1024  # at least, for each position: its ids, and one vector of the smallest model's width
+_BYTES = 1024  # minimum per position: its ids, and one vector of the smallest model's width
 _MARKS = {
     "*": "\\* not the same tokens",
-    "?": "? not decoded to the end, which steps=null does; so tokens are not compared",
+    "?": "? not decoded to the end (use steps=null), so tokens are not compared",
 }
 
 
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def bench(cfg: DictConfig) -> None:
-    """Time every sampler with every cache; print tables, and write `out`.md and `out`.json where `out` is given."""
+    """Time every sampler with every cache; print tables, and write `out`.md and `out`.json if `out` is given."""
     _check_room(cfg.canvas, cfg.batch_size)
     for name in ("canvas", "gen_length", "block_length", "batch_size", "steps", "repeats"):
         if cfg[name] is not None:
@@ -73,7 +73,7 @@ def bench(cfg: DictConfig) -> None:
         torch.set_num_threads(cfg.threads)
     lm = _load(cfg)
     weights = sum(each.nbytes for each in lm.backbone.parameters())
-    # The loops of today run on weights as they are.
+    # The reference implementations run on unpacked weights.
     plain = copy.deepcopy(lm.backbone) if cfg.model.pack and cfg.references else None
     if cfg.model.pack:
         pack(lm.backbone)
@@ -87,7 +87,7 @@ def bench(cfg: DictConfig) -> None:
     sizes = ", ".join(f"{name}={cfg[name]}" for name in names)
     dtype = str(lm.backbone.dtype).removeprefix("torch.")
     if cfg.model.pack:
-        dtype += " packed (but not for the loops of today)"
+        dtype += " packed (not for reference implementations)"
     caption = f"{lm.name}, {dtype}, {sizes}, {device} with {torch.get_num_threads()} thread(s)"
     text = f"{markdown(caption)}\n\n{_costs_table(costs, weights)}\n{_shares_table(costs)}"
     text += f"\nReading the weights once, at the bandwidth of a copy, takes {1000 * floor:.1f} ms.\n"
@@ -114,7 +114,7 @@ def bench(cfg: DictConfig) -> None:
 
 
 def _check_room(canvas: int, batch_size: int) -> None:
-    """Refuse canvases whose bare numbers are more than the machine holds; what a model needs is more by far."""
+    """Reject canvases that exceed the memory of the machine even without a model."""
     if not hasattr(os, "sysconf"):  # Windows
         return
     room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -134,11 +134,11 @@ def _settings(cfg: DictConfig) -> dict[str, tuple[Sampler, Cache]]:
 
 
 def _named(cfg: DictConfig, parameter: str, group: str, protocol: type) -> dict[str, Any]:
-    """The objects of a list of names, by label."""
+    """The objects for a list of names, by label."""
     found: dict[str, Any] = {}
     entries: Any = OmegaConf.to_container(cfg[parameter], resolve=True)
     if not entries:
-        raise ValueError(f"{parameter}=[] leaves nothing to time; name at least one")
+        raise ValueError(f"{parameter}=[] is empty; give at least one name")
     for place, entry in enumerate(entries):
         called = f"{parameter}[{place}]"
         if isinstance(entry, Mapping) and len(entry) == 1 and isinstance(next(iter(entry.values())), Mapping):
@@ -147,7 +147,7 @@ def _named(cfg: DictConfig, parameter: str, group: str, protocol: type) -> dict[
         elif isinstance(entry, str):
             name, options, label = entry, {}, entry
         else:
-            raise ValueError(f"{called}={entry!r} is no {group}; give a name, or {{name: {{option: value}}}}")
+            raise ValueError(f"{called}={entry!r} is not a {group}; give a name, or {{name: {{option: value}}}}")
         defaults = options_of(group, name, called)
         given, choices = ([each for each in part if each != TARGET] for part in (options, defaults))
         check_known(given, choices, f"{called}.{name}.")
@@ -172,7 +172,7 @@ def _load(cfg: DictConfig) -> dllm.LanguageModel:
 def _measure(
     run: Bench, settings: Mapping[str, tuple[Any, Any]], cfg: DictConfig
 ) -> tuple[dict[str, Cost], float | None]:
-    """Measure memory, then time everything, then look into it."""
+    """Measure memory, then time everything, then profile it."""
     peaks = {label: run.peak(*setting) for label, setting in settings.items()}
     references = {name: cfg.commits_per_step or 1 for name in cfg.references if name in REFERENCES}
     console = Console(stderr=True)
@@ -186,10 +186,10 @@ def _measure(
 
 
 def _costs_table(costs: Mapping[str, Cost], weights: int) -> str:
-    today = [name for name in REFERENCES if name in costs]
+    references = [name for name in REFERENCES if name in costs]
     head = [
         "setting", "steps", "columns per step", "ms per step", "step / bare forward", "spread",
-        "refreshing step / bare", "tokens/s", *(f"of {name}" for name in today), "store MiB",
+        "refreshing step / bare", "tokens/s", *(f"of {name}" for name in references), "store MiB",
         "peak / (weights + store)",
     ]  # fmt: skip
     rows = []
@@ -206,7 +206,7 @@ def _costs_table(costs: Mapping[str, Cost], weights: int) -> str:
                 f"{cost.tokens_per_second:.1f}",
                 *(
                     f"{cost.tokens_per_second / costs[name].tokens_per_second:.2f}{_mark(cost, costs[name])}"
-                    for name in today
+                    for name in references
                 ),
                 f"{cost.store_bytes / 2**20:.1f}",
                 _ratio(None if cost.peak is None else (weights + cost.peak) / (weights + cost.store_bytes)),
@@ -218,7 +218,7 @@ def _costs_table(costs: Mapping[str, Cost], weights: int) -> str:
 
 
 def _mark(cost: Cost, reference: Cost) -> str:
-    """Whether a setting gave the tokens of a reference."""
+    """A mark if the tokens differ from those of the reference, or were not compared."""
     if cost.tokens is None or reference.tokens is None:
         return " ?"
     return "" if cost.tokens == reference.tokens else " *"

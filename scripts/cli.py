@@ -47,7 +47,7 @@ def main(command: str | None = None) -> None:
         except OSError as error:
             if error.errno is None or error.filename is not None:  # not about the output: no network, a file not there
                 fail(called, str(error))
-            fail(called, f"{error.strerror or error}; make room, or send the output elsewhere")
+            fail(called, f"{error.strerror or error}; free disk space, or send the output elsewhere")
 
 
 def run_file(file: str) -> NoReturn:
@@ -64,7 +64,7 @@ def _dispatch(command: str, given: list[str]) -> None:
 
         print(f"dllm {version('dllm-samplers')}")
     elif command not in (*COMMANDS, *OTHERS):
-        fail("dllm", f"{command!r} is no command; use one of {', '.join((*COMMANDS, *OTHERS))}")
+        fail("dllm", f"unknown command {command!r}; expected one of {', '.join((*COMMANDS, *OTHERS))}")
     else:
         sys.argv = [f"dllm {command}", *given]
         application = importlib.import_module(f"dllm.scripts.{_module(command)}")

@@ -75,7 +75,7 @@ def evaluate(cfg: DictConfig) -> float | tuple[float, ...] | None:
         ):  # the others go on, and the report tells why this one is missing
             refused.fail(app.one_line(error))
         raise
-    refused.forgive()
+    refused.clear_error()
     print(terminal(_told(results, path), one_line=True), flush=True)
     searching = sweeping and not hydra.sweeper["_target_"].endswith("BasicSweeper")
     return _objective(results, fields["objective"]) if searching else None

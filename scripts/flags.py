@@ -37,7 +37,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         typed, separator, value = argument.partition("=")
         flag = _SHORT.get(typed, typed)
         if flag not in _FLAGS:
-            raise ValueError(f"{argument!r} is no flag; options are written name=value, and --help lists them")
+            raise ValueError(f"{argument!r} is not a flag; options are written name=value, and --help lists them")
         takes = _FLAGS[flag]
         if takes == ():
             if separator:
@@ -62,10 +62,10 @@ def _checked(typed: str, flag: str, value: str, after: str) -> str:
         before = "" if after == "-" else f" before {after!r}"
         raise ValueError(f"{typed} has no value{before}; write {typed}={'|'.join(takes or ['VALUE'])}")
     if takes and value not in takes:
-        raise ValueError(f"{typed}={value!r} is unknown; use one of {', '.join(takes)}")
+        raise ValueError(f"unknown {typed}={value!r}; expected one of {', '.join(takes)}")
     if flag in _FOLDERS and "://" not in value:
         if "\0" in value or not Path(value).is_dir():
-            raise ValueError(f"{typed}={value!r} is no folder; give another path")
+            raise ValueError(f"{typed}={value!r} is not a folder; give another path")
         if flag == "--config-dir":
             _check_names(Path(value))
         return str(Path(value).absolute())

@@ -200,7 +200,7 @@ class Session:
 
 def _check(cfg: DictConfig) -> None:
     if cfg.show not in ("auto", "live", "lines", "none"):
-        raise ValueError(f"show={cfg.show!r} is unknown; use auto, live, lines or none")
+        raise ValueError(f"unknown show={cfg.show!r}; expected one of auto, live, lines, none")
     if (cfg.input is None) != (cfg.output is None):
         raise ValueError(f"input={cfg.input!r} and output={cfg.output!r} belong together; give both or neither")
     for name in ("prompt", "picture"):
@@ -212,7 +212,7 @@ def _check(cfg: DictConfig) -> None:
     if cfg.resume is not None and cfg.output is None:
         raise ValueError(f"resume={cfg.resume} is for input and output; give both, or leave it out")
     if cfg.picture is not None and Path(cfg.picture).suffix != ".svg":
-        raise ValueError(f"picture={cfg.picture!r} is no SVG file; give a name that ends in .svg")
+        raise ValueError(f"picture={cfg.picture!r} is not an SVG file; give a name that ends in .svg")
     if cfg.infill:
         if cfg.prompt is None and cfg.input is None:
             raise ValueError("infill=true needs a text with masks; give prompt or input")

@@ -24,7 +24,7 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def check_kinds(cfg: DictConfig, config_name: str, kinds: Mapping[str, Any]) -> None:
-    """Refuse options that do not exist and values of the wrong kind.
+    """Refuse options that do not exist and values of the wrong type.
 
     Args:
         cfg: the composed configuration.
@@ -110,7 +110,7 @@ def _check_like(name: str, value: Any, default: Any) -> None:
 
 def _check(name: str, value: Any, hint: Any) -> None:
     if not _fits(value, hint):
-        raise ValueError(f"{name}={value!r} is of the wrong kind; give {_describe(hint)}")
+        raise ValueError(f"{name}={value!r} is of the wrong type; give {_describe(hint)}")
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -31,7 +31,7 @@ _KINDS = {
     "dream": "A masked diffusion language model in the Dream architecture (bidirectional Qwen2, shifted logits)",
     "guide": "A causal language model in the Qwen2 architecture, which can guide the bundled denoisers",
 }
-# Where things lay and how they were measured is no part of how a model is trained.
+# Where things lay and how they were measured is not part of how a model is trained.
 _NO_RECIPE = ("out", "publish", "init", "threads", "checkpoint_every", "log_every", "eval_problems", "eval_seed")
 RECIPE = "train_tiny.yaml"  # beside a model: the configuration it is trained with
 # Of it, what may change before a training goes on; what it starts from may not.

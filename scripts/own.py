@@ -52,7 +52,7 @@ def check(option: str, value: str, files: Mapping[Path, Kind]) -> None:
         check_sweep(option, value, path)
         if not _is_own(path, kind):
             raise ValueError(
-                f"{option}={value!r}: {path} exists and is no {kind.name}; give another path, or remove that file"
+                f"{option}={value!r}: {path} exists and is not a {kind.name}; give another path, or remove that file"
             )
 
 
@@ -95,7 +95,7 @@ def svg(figure: Any) -> bytes:
 
 def _is_own(path: Path, kind: Kind) -> bool:
     path = Path(os.path.realpath(path))
-    # What is no ordinary file, such as /dev/stdout, keeps nothing.
+    # What is not an ordinary file, such as /dev/stdout, keeps nothing.
     return not path.is_file() or path.stat().st_size == 0 or kind.marks(path)
 
 
@@ -185,7 +185,7 @@ def check_records(out: str, folder: Path, needed: tuple[str, ...]) -> None:
     if not folder.exists() and not folder.is_symlink():
         return
     if not folder.is_dir():
-        raise ValueError(f"out={out!r}: {folder} is no folder; give another out, or remove it")
+        raise ValueError(f"out={out!r}: {folder} is not a folder; give another out, or remove it")
     if recipe.is_file():
         if not set(needed) <= set(_object(recipe)):
             raise ValueError(f"out={out!r}: {recipe} is damaged, or no recipe of dllm train-filter; {fix}")

@@ -51,7 +51,7 @@ class BatchMaker:
         eos, width = self.tokenizer.eos_token_id, cfg.prompt_length
         for name, room, rows in (("prompt_length", width, questions), ("canvas_lengths", canvas, answers)):
             if (longest := max(map(len, rows))) > room:
-                raise ValueError(f"{name}={room} is out of range; a text has {longest} tokens, make room for it")
+                raise ValueError(f"{name}={room} is out of range; a text has {longest} tokens, increase it")
         pairs = zip(questions, answers, strict=True)
         rows = [[eos] * (width - len(q)) + q + a + [eos] * (canvas - len(a)) for q, a in pairs]
         valid = [[0] * (width - len(q)) + [1] * (len(q) + canvas) for q in questions]

@@ -104,7 +104,7 @@ def _out(cfg: DictConfig) -> Path:
 
 
 def _check_files(out: Path) -> None:
-    """Refuse to write over what is no filter's."""
+    """Refuse to write over what is not a filter's."""
     kinds = {".safetensors": own.FILTER, ".json": own.CARD, ".svg": own.RELIABILITY}
     own.check("out", str(out), {out.with_suffix(suffix): kind for suffix, kind in kinds.items()})
     own.check_records(str(out), _records(out), ("fingerprint", "prompts", "sampler"))
@@ -282,14 +282,14 @@ def _check(cfg: DictConfig) -> Training:
     if cfg.hidden is not None:
         number("hidden", cfg.hidden, "a whole number from 1 to 65536, or null", low=1, high=65536, whole=True)
     if cfg.block_length is None:
-        raise ValueError("block_length=null is no length a filter can be for; give the one it is going to be used with")
+        raise ValueError("block_length=null is not supported; give the block length that the filter will be used with")
     for name in ("split", "column"):
         if cfg[name] is not None and (cfg.data is None or cfg.data.endswith(".jsonl")):
             raise ValueError(
                 f"{name}={cfg[name]!r} has no effect without a data set; leave it out, or name one in data"
             )
     if cfg.out is not None and not cfg.out.endswith(".safetensors"):
-        raise ValueError(f"out={cfg.out!r} is no filter file; give a name that ends in .safetensors")
+        raise ValueError(f"out={cfg.out!r} is not a filter file; give a name that ends in .safetensors")
     return Training(
         cfg.architecture, cfg.hidden, cfg.rate, cfg.train_batch_size, cfg.epochs, cfg.patience, cfg.held_out, cfg.seed
     )

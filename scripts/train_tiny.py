@@ -260,7 +260,7 @@ def _open_log(trainer: Trainer) -> TextIO:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if there(path) else []
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is damaged (it is no text); remove it, and the run goes on without it") from None
+        raise ValueError(f"{path} is damaged (it is not text); remove it, and the run goes on without it") from None
     kept = [f"{line}\n" for line in lines if (step := line.partition(",")[0]).isdecimal() and int(step) <= trainer.step]
     write_whole(path, "".join(kept))
     return path.open("a", encoding="utf-8")
@@ -307,9 +307,9 @@ def _check(cfg: DictConfig) -> None:
     number("ema", cfg.ema, "0 or more and below 1", low=0, high=1 - 1e-9)
     _check_shares(cfg)
     if cfg.arch not in ("guide", "llada", "dream"):
-        raise ValueError(f"arch={cfg.arch!r} is unknown; use guide, llada or dream")
+        raise ValueError(f"unknown arch={cfg.arch!r}; expected one of guide, llada, dream")
     if cfg.autocast not in (None, "bfloat16", "float16"):
-        raise ValueError(f"autocast={cfg.autocast!r} is unknown; use bfloat16, float16 or null")
+        raise ValueError(f"unknown autocast={cfg.autocast!r}; expected one of bfloat16, float16, null")
     try:
         torch.empty(0, device=cfg.device)
     except (RuntimeError, AssertionError):

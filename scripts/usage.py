@@ -56,7 +56,7 @@ def describe(config_name: str, arguments: Sequence[str] = ()) -> str:
 def _describe_group(group: str, choice: str, default: str) -> list[str]:
     choices = names(group) + variants(group)
     if choice not in (*choices, default):
-        raise ValueError(f"{group}={choice} is unknown; use one of {', '.join(choices)}")
+        raise ValueError(f"unknown {group}={choice}; expected one of {', '.join(choices)}")
     width = max(map(len, choices))
     lines = [f"{group}=NAME, by default {default}:", ""]
     lines += _indent(f"{name:<{width}}  {_split(f'{group}/{name}.yaml')[0][0]}" for name in choices)

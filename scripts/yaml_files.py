@@ -29,7 +29,7 @@ class FileConfigSource(file_config_source.FileConfigSource):
             return super().load_config(config_path)
         check_readable("--config-dir", path)
         if not path.is_file() or path.stat().st_size > _MOST_BYTES:
-            raise ValueError(f"{path} is no file of at most {_MOST_BYTES} bytes; give a smaller one")
+            raise ValueError(f"{path} is not a file of at most {_MOST_BYTES} bytes; give a smaller one")
         try:
             _check_plain(yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader))
             return super().load_config(config_path)
@@ -50,7 +50,7 @@ def _reason(error: Exception) -> str:
 
 
 def _check_plain(node: Any) -> None:
-    """Refuse what is no mapping, and what is too much once its aliases are followed."""
+    """Refuse what is not a mapping, and what is too much once its aliases are followed."""
     if not isinstance(node, (yaml.MappingNode, type(None))):
         raise ValueError("it holds no NAME: VALUE lines")
     count, depth = _extent(node, {})

@@ -204,7 +204,7 @@ LORA = "base_model.model.model.transformer.blocks.1.q_proj.lora_A.weight"
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json"),
     "no weights": (lambda folder: (folder / FILE).unlink(), "adapter_model"),
-    "config is no JSON": (lambda folder: (folder / "adapter_config.json").write_text("{"), "not JSON"),
+    "config is not JSON": (lambda folder: (folder / "adapter_config.json").write_text("{"), "not JSON"),
     "config is no object": (lambda folder: (folder / "adapter_config.json").write_text("[1]"), "JSON list"),
     "unknown kind": (lambda folder: edit_config(folder, peft_type="MAGIC"), "MAGIC"),
     "prompts": (lambda folder: edit_config(folder, peft_type="PROMPT_TUNING", num_virtual_tokens=4), "PROMPT_TUNING"),
@@ -280,7 +280,7 @@ class TestCommand:
         done = command("generate", "model.adapter=./nowhere")
         assert done.code == 2
         assert done.err == (
-            "dllm generate: error: model.adapter='./nowhere' is no folder or hub id; check the spelling\n"
+            "dllm generate: error: model.adapter='./nowhere' is not a folder or hub id; check the spelling\n"
         )
 
 

@@ -123,14 +123,14 @@ class TestPlaces:
     def test_what_cannot_be_read_again_is_refused(self, tmp_path: Path, name: str) -> None:
         os.mkfifo(tmp_path / "fifo")
         (tmp_path / "loop").symlink_to(tmp_path / "loop")
-        with pytest.raises(ValueError, match="is no ordinary file; give the name of one"):
+        with pytest.raises(ValueError, match="is not an ordinary file; give the name of one"):
             AnswerFile(tmp_path / name)
 
     def test_the_file_that_messages_go_to_is_refused(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with path.open("w") as file:
             there = os.fstat(file.fileno())
             monkeypatch.setattr(jsonl.os, "fstat", lambda number: there)
-            with pytest.raises(ValueError, match="is no ordinary file"):
+            with pytest.raises(ValueError, match="is not an ordinary file"):
                 AnswerFile(path)
 
     def test_a_link_stays_a_link(self, tmp_path: Path) -> None:

@@ -214,8 +214,8 @@ def test_infill_takes_the_mask_as_text(lm: dllm.LanguageModel) -> None:
         ([[4]], {"seed": [1, 2]}, "seed has 2 entries for 1 prompts"),
         ([[4]], {"eos_token_id": 500}, "eos_token_id=500"),
         ([[4]], {"eos_token_id": []}, "eos_token_id=None"),
-        ([[4]], {"sampler": "best"}, "sampler='best' is unknown; use one of .*threshold"),
-        ([[4]], {"cache": "big"}, "cache='big' is unknown"),
+        ([[4]], {"sampler": "best"}, "unknown sampler='best'; expected one of .*threshold"),
+        ([[4]], {"cache": "big"}, "unknown cache='big'"),
     ],
 )
 def test_bad_input_is_named_before_any_forward(
@@ -251,7 +251,13 @@ def test_values_of_another_type_are_named_too() -> None:
         cwd=Path(__file__).parent,
         check=True,
     )
-    expected = ["prompts[1] is a int", "gen_length=2.5", "temperature='hot'", "stop_at_eos='maybe'", "top_k=True"]
+    expected = [
+        "prompts[1] is a int",
+        "gen_length=2.5",
+        "temperature='hot'",
+        "unknown stop_at_eos='maybe'",
+        "top_k=True",
+    ]
     expected += ["prompts", "seed=1.5"]
     lines = done.stdout.splitlines()
     assert [line.startswith(start) for line, start in zip(lines, expected, strict=True)] == [True] * 7, lines
@@ -280,9 +286,9 @@ def test_infill_refuses_what_has_no_effect_or_no_mask(lm: dllm.LanguageModel) ->
 
 @pytest.mark.parametrize("wrong", [3, Threshold, None, NoCache])
 def test_what_is_no_sampler_or_cache_is_refused(wrong: Any) -> None:
-    with pytest.raises(ValueError, match=r"sampler=.* is no sampler; use one of"):
+    with pytest.raises(ValueError, match=r"sampler=.* is not a sampler; use one of"):
         resolve("sampler", wrong, Sampler)
-    with pytest.raises(ValueError, match=r"cache=.* is no cache; use one of"):
+    with pytest.raises(ValueError, match=r"cache=.* is not a cache; use one of"):
         resolve("cache", wrong, Cache)
 
 

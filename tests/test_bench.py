@@ -102,7 +102,7 @@ def test_a_bare_forward_attends_to_the_whole_canvas() -> None:
 
 @pytest.mark.parametrize("make", [random_llada, random_dream])
 @pytest.mark.parametrize("block_length", [7, None])
-def test_the_loops_of_today_give_what_the_engine_does(
+def test_reference_implementations_give_what_the_engine_does(
     make: Callable[[], dllm.LanguageModel], block_length: int | None
 ) -> None:
     bench = Bench(make(), 40, 20, 2, block_length)
@@ -162,11 +162,11 @@ def test_settings_end_where_the_canvas_is_full() -> None:
         (["repeats=0"], "repeats=0"),
         (["model=random:huge"], "random:huge"),
         (["model.dtype=int8"], "dtype='int8'"),
-        (["caches=[]"], "caches=[] leaves nothing to time"),
-        (["samplers=[nothing]"], "samplers[0]='nothing' is unknown; use one of ar_guided"),
+        (["caches=[]"], "caches=[] is empty"),
+        (["samplers=[nothing]"], "unknown samplers[0]='nothing'; expected one of ar_guided"),
         (["caches=[{dual:{measure_every:0}}]"], "caches[0].measure_every=0"),
         (["caches=[none,{dual:{speed:1}}]"], "unknown option 'caches[1].dual.speed'; expected one of measure_every"),
-        (["caches=[5]"], "caches[0]=5 is no cache; give a name, or {name: {option: value}}"),
+        (["caches=[5]"], "caches[0]=5 is not a cache; give a name, or {name: {option: value}}"),
         (["samplers=[freedave]", "caches=[d2cache]"], "cache=d2cache does not go with drafts"),
         (["samplers=[freedave]", "commits_per_step=2"], "commits_per_step=2 cannot pace FreeDave"),
         (["commits_per_step=0"], "commits_per_step=0"),

@@ -134,7 +134,7 @@ def test_revoking_goes_back_to_the_block() -> None:
 def test_masks_anywhere_leave_the_rest_alone() -> None:
     c = canvas([[1, MASK, 2, 3, MASK, 4]], stop=False)
     assert c.window().masked.tolist() == [[True, False, False]]
-    with pytest.raises(RuntimeError, match="outside the positions"):
+    with pytest.raises(RuntimeError, match="outside the generated region"):
         write(c, 0, {2: 5})
 
 

@@ -334,8 +334,8 @@ FILES: dict[str, tuple[Edit, str]] = {
     "index: deep": (lambda folder: [shard(folder), _text(INDEX, DEEP)(folder)], INDEX),
     "index: a key twice": (lambda folder: [shard(folder), _more("weight_map", INDEX)(folder)], "weight_map"),
     "pickle: code": (_pickled(lambda tensors: tensors | {"trap": Trap()}), "pytorch_model.bin"),
-    "pickle: a list": (_pickled(lambda tensors: list(tensors.values())), "no table of tensors"),
-    "pickle: numbers": (_pickled(lambda tensors: tensors | {"a": 5}), "no table of tensors"),
+    "pickle: a list": (_pickled(lambda tensors: list(tensors.values())), "not a table of tensors"),
+    "pickle: numbers": (_pickled(lambda tensors: tensors | {"a": 5}), "not a table of tensors"),
     "pickle: integers": (_pickled(lambda tensors: {name: each.long() for name, each in tensors.items()}), "int64"),
     "pickle: one tensor less": (_pickled(lambda tensors: dict(list(tensors.items())[1:])), "is missing"),
     "pickle: another shape": (
@@ -510,8 +510,8 @@ class TestGuides:
         "index elsewhere": (_point("../x.safetensors"), INDEX),
         "no config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
         "an unknown architecture": (lambda folder: config(folder, model_type="evil"), "evil"),
-        "heads as text": (lambda folder: config(folder, num_attention_heads="a"), "is no causal language model"),
-        "no eps": (lambda folder: config(folder, rms_norm_eps=None), "is no causal language model"),
+        "heads as text": (lambda folder: config(folder, num_attention_heads="a"), "is not a causal language model"),
+        "no eps": (lambda folder: config(folder, rms_norm_eps=None), "is not a causal language model"),
     }
 
     @pytest.mark.parametrize("lie", LIES)

@@ -66,7 +66,9 @@ class TestDllm:
     def test_an_unknown_command_is_named_with_those_there_are(self, name: str) -> None:
         result = command(name)
         assert (result.code, result.out) == (2, "")
-        assert result.err == f"dllm: error: {name!r} is no command; use one of {', '.join((*COMMANDS, *OTHERS))}\n"
+        assert (
+            result.err == f"dllm: error: unknown command {name!r}; expected one of {', '.join((*COMMANDS, *OTHERS))}\n"
+        )
 
 
 class TestHelp:
@@ -119,7 +121,7 @@ class TestHelp:
     def test_an_unknown_choice_is_refused(self) -> None:
         result = command("generate", "sampler=nope", "--help")
         assert (result.code, result.out) == (2, "")
-        assert result.err.startswith("dllm generate: error: sampler=nope is unknown; use one of ")
+        assert result.err.startswith("dllm generate: error: unknown sampler=nope; expected one of ")
 
     @EACH
     def test_its_examples_are_valid(self, name: str) -> None:
@@ -188,8 +190,8 @@ def test_multirun_sweeps_over_settings_and_models(tmp_path: Path, monkeypatch: p
             "sampler.filter=tiny-dream (of tiny-dream, tiny-llada) and sampler.al",
         ),
         (["sampler=freedave", "sampler.base=freedave"], "error: sampler.base='freedave' cannot be drafted: "),
-        (["sampler=ar_guided", "sampler.guide=/no/such"], "error: sampler.guide='/no/such' is no folder, "),
-        (["sampler=learn2pd", "sampler.filter=x.pt"], "error: sampler.filter='x.pt' is no bundled filter"),
+        (["sampler=ar_guided", "sampler.guide=/no/such"], "error: sampler.guide='/no/such' is not a folder, "),
+        (["sampler=learn2pd", "sampler.filter=x.pt"], "error: sampler.filter='x.pt' is not a bundled filter"),
     ],
 )
 def test_errors_name_options_of_a_sampler_as_the_command_line_does(arguments: list[str], named: str) -> None:
@@ -201,8 +203,8 @@ def test_errors_name_options_of_a_sampler_as_the_command_line_does(arguments: li
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["compatibility", "variants=null"], "variants=None is of the wrong kind; give a group of options"),
-        (["compatibility", "variants=abc"], "variants='abc' is of the wrong kind"),
+        (["compatibility", "variants=null"], "variants=None is of the wrong type; give a group of options"),
+        (["compatibility", "variants=abc"], "variants='abc' is of the wrong type"),
         (["generate", "picture=${cache}"], "picture={'_target_'"),
         (["generate", "input=${cache}", "output=x"], "input={'_target_'"),
         (["generate", "model.device_map={a:{b:c}}"], "model.device_map={'a': {'b': 'c'}} holds more than devices"),

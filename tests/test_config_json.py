@@ -297,7 +297,7 @@ class TestSpareRows:
         folder = Path(spare.name)
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"mask_token_id": 70}))
-        assert "mask_token_id=70 is no id of this model; use one from 0 to 63" in refusal(folder)
+        assert "mask_token_id=70 is not an id of this model; use one from 0 to 63" in refusal(folder)
 
     @pytest.mark.parametrize("size", [63, 0, -1, True, 64.0, "80"])
     def test_fewer_rows_than_tokens_are_refused(self, size: Any, edited: Callable[..., Path]) -> None:

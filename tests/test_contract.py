@@ -264,7 +264,7 @@ def test_a_cache_that_leaves_out_a_column_that_is_read_fails() -> None:
 
 
 def test_a_sampler_cannot_touch_the_prompt() -> None:
-    with pytest.raises(RuntimeError, match="outside the positions"):
+    with pytest.raises(RuntimeError, match="outside the generated region"):
         run(random_llada(), [[1, 2, 3]], Vandal())
 
 

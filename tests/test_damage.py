@@ -186,7 +186,7 @@ class TestJournals:
                 one.answer(REQUESTS)
                 one.score("a", [5, 6], [7], greedy=True)
             except ValueError as error:
-                says(error, f"{file} is no journal of a run, or damaged, in line {number + 1} (")
+                says(error, f"{file} is not a journal of a run, or damaged, in line {number + 1} (")
                 if one is not None:
                     one.close()
                 continue
@@ -294,7 +294,7 @@ class TestRunFolders:
             one = runner(folder.journal)
             one.answer(REQUESTS)
             folder.finish(one, Graded({"right": {"0": 1.0}}, "right", {"0": {}}))
-            folder.forgive()
+            folder.clear_error()
 
         refused_or_made(file, go_on)
         if file.is_file() and name == "manifest.json":

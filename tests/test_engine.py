@@ -111,7 +111,7 @@ def test_texts_chats_tensors_and_masks_are_requests() -> None:
     (text,) = dllm.generate(lm, "Tom has 5 pens.", "threshold", gen_length=6).texts
     assert {answers[n].text for n in range(6)} == {text}
     assert answers[filled].completion == dllm.infill(lm, [gapped], "threshold").sequences[0].tolist()
-    with pytest.raises(ValueError, match="prompt holds 2 prompts; add one at a time"):
+    with pytest.raises(ValueError, match="prompt contains 2 prompts; add one at a time"):
         engine.add(["Tom", "Ann"])
 
 
@@ -134,7 +134,7 @@ def test_a_request_may_take_so_many_forwards() -> None:
     short, long = engine.add([5], gen_length=8, max_forwards=3), engine.add([5], gen_length=8, max_forwards=8)
     answers = finished(engine)
     assert (answers[short].nfe, answers[short].text, answers[short].tokens) == (3, None, 0)
-    assert answers[short].error == "max_forwards=3 is spent, and 5 tokens are missing"
+    assert answers[short].error == "max_forwards=3 is reached with 5 tokens missing"
     assert answers[short].completion.count(63) == 5
     assert (answers[long].nfe, answers[long].error) == (8, None)
     with pytest.raises(ValueError, match="max_forwards=0 is out of range"):
@@ -151,7 +151,7 @@ def test_a_request_can_be_given_up_wherever_it_is() -> None:
     answers = finished(engine)
     assert set(answers) == {1, 2}
     engine.abort(1)  # finished
-    with pytest.raises(ValueError, match=r"id=4 is no request of this engine"):
+    with pytest.raises(ValueError, match=r"id=4 is not a request of this engine"):
         engine.abort(4)
     engine.add([5], gen_length=6)
     engine.step()

@@ -311,7 +311,7 @@ def test_foreign_results_are_left_alone(tmp_path: Path) -> None:
     (folder / "results.json").write_text('{"a": 1}')
     outcome = run(tmp_path, "task.limit=1")
     assert outcome.code == 2
-    assert "is no results of this version" in outcome.err
+    assert "is not a results file of this version" in outcome.err
     assert (folder / "results.json").read_text() == '{"a": 1}'
 
 
@@ -335,19 +335,19 @@ def test_sweeping_may_be_asked_for_anywhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("task=no_such_task",), "task='no_such_task' is unknown"),
+        (("task=no_such_task",), "unknown task='no_such_task'"),
         (("task=gsm8k", "task.data={test: missing.jsonl}"), "task.data.test='missing.jsonl' cannot be read"),
         (("task=humaneval", "task.data=missing.jsonl"), "missing.jsonl"),
         (("task=word_problems,arc_easy", "-m"), "give task=word_problems a sweep of its own"),
         (("task.limit=0",), "task.limit=0 is out of range"),
         (("task.seed=5",), "task.seed=5 is out of range"),
         (("baselines=-1",), "baselines=-1 is out of range"),
-        (("frames=x",), "frames='x' is of the wrong kind"),
+        (("frames=x",), "frames='x' is of the wrong type"),
         (("sampler=freedave", "cache=dkv"), "depends on the way a block is decoded"),
-        (("estimate.method=guess",), "method='guess' is unknown"),
-        (("objective=[speed]",), "objective='speed' is unknown"),
+        (("estimate.method=guess",), "unknown estimate.method='guess'"),
+        (("objective=[speed]",), "unknown objective='speed'"),
         (("out=pyproject.toml",), "out='pyproject.toml' cannot be written"),
-        (("sweep=nothing",), "sweep=nothing is unknown"),
+        (("sweep=nothing",), "unknown sweep=nothing"),
         (("model=/no/such/folder",), "/no/such/folder"),
     ],
 )
@@ -384,4 +384,4 @@ def test_a_full_disk_is_no_matter_of_the_path(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(run_folder, "write_json", full)
     outcome = run(tmp_path, "task.limit=1", "gen_length=8")
     assert (outcome.code, outcome.out) == (2, "")
-    assert f"out='{tmp_path}' cannot be used (No space left on device); make room\n" in outcome.err
+    assert f"out='{tmp_path}' cannot be used (No space left on device); free disk space\n" in outcome.err

@@ -66,7 +66,7 @@ def test_a_file_is_named_with_what_to_do(tmp_path: Path) -> None:
 def test_a_file_that_says_a_key_twice_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     file.write_text('{"a": {"b": 1, "c": 2, "b": 3}}')
-    with pytest.raises(ValueError, match=r"a\.json is not JSON \(it says 'b' twice\)"):
+    with pytest.raises(ValueError, match=r"a\.json is not JSON \(duplicate key 'b'\)"):
         read_json(file)
     assert parse_json('{"a": 1, "a": 2}') == {"a": 2}
 

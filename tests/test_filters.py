@@ -119,11 +119,11 @@ class TestDamage:
 
     def test_tensors_of_something_else(self, file: Path) -> None:
         save_file({"weight": torch.zeros(3, 3)}, file)
-        self.refused(file, r"is no filter: it must hold fc1.weight, .* or conv1.weight, .*; give")
+        self.refused(file, r"is not a filter: it must hold fc1.weight, .* or conv1.weight, .*; give")
 
     def test_one_tensor_too_many(self, file: Path) -> None:
         save_file(load_file(file) | {"fc3.bias": torch.zeros(3)}, file)
-        self.refused(file, "is no filter")
+        self.refused(file, "is not a filter")
 
     def test_tensors_that_do_not_fit_together(self, file: Path) -> None:
         save_file(load_file(file) | {"fc2.bias": torch.zeros(3)}, file)
@@ -132,7 +132,7 @@ class TestDamage:
     @pytest.mark.parametrize("text", ["{", "[]", "{}", "[" * 100_000, json.dumps(asdict(CARD) | {"more": 1})])
     def test_a_card_that_is_none(self, file: Path, text: str) -> None:
         file.with_suffix(".json").write_text(text)
-        self.refused(file, "f.json is no card of a filter .*; make it again, or remove it")
+        self.refused(file, "f.json is not a card of a filter .*; make it again, or remove it")
 
     @pytest.mark.parametrize(
         "entries",
@@ -145,7 +145,7 @@ class TestDamage:
     )  # fmt: skip
     def test_a_card_at_odds_with_the_tensors_or_itself(self, file: Path, entries: dict[str, Any]) -> None:
         file.with_suffix(".json").write_text(json.dumps(asdict(PUBLISHED) | entries))
-        self.refused(file, rf"f.json is no card of a filter \({next(iter(entries))}")
+        self.refused(file, rf"f.json is not a card of a filter \({next(iter(entries))}")
 
     def test_the_card_of_another_filter(self, file: Path) -> None:
         Filter(NeighbourFilter(5, 2), CARD, "x").save(file)
@@ -155,7 +155,7 @@ class TestDamage:
 
     def test_a_card_of_no_length(self, file: Path) -> None:
         Filter(NeighbourFilter(5, 2), replace(CARD, block_length=0), "x").save(file)
-        self.refused(file, "block_length=0 is no length")
+        self.refused(file, "block_length=0 is not a valid length")
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
     @pytest.mark.parametrize("name", ["fc1.weight", "fc2.bias"])

@@ -126,7 +126,7 @@ class TestSpellings:
         for label in ("a", "b"):
             RunFolder(tmp_path, label, {"x": 1}).fail("why")
         assert len(list(tmp_path.iterdir())) == 1
-        RunFolder(tmp_path, "c", {"x": 1}).forgive()
+        RunFolder(tmp_path, "c", {"x": 1}).clear_error()
         assert not list(tmp_path.iterdir())
 
 
@@ -212,7 +212,7 @@ class TestWhatStandsInTheWay:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text("mine")
         setting = Setting(LM, dllm.samplers.Vanilla(), NoCache(), {})
-        with pytest.raises(ValueError, match=rf"{place} is no folder, where one belongs; remove it"):
+        with pytest.raises(ValueError, match=rf"{place} is not a folder, where one belongs; remove it"):
             Runner(setting, Journal(folder.journal, 0))
         assert place.read_text() == "mine"
 
@@ -241,7 +241,7 @@ class TestNeighbours:
             mine.write_text(content)
             before = mine.stat()
             if content:
-                with pytest.raises(ValueError, match=r"cannot be locked, because .*\.lock is a file of something else"):
+                with pytest.raises(ValueError, match=r"cannot be locked, because .*\.lock is not a lock of dllm"):
                     write(tmp_path / file)
             else:
                 held = write(tmp_path / file)

@@ -62,7 +62,7 @@ def test_one_process_writes_at_a_time(path: Path) -> None:
 def test_a_file_of_another_kind_is_left_alone(path: Path, content: bytes) -> None:
     path.parent.mkdir()
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="no journal of a run"):
+    with pytest.raises(ValueError, match="not a journal of a run"):
         Journal(path)
     assert path.read_bytes() == content
 

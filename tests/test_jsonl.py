@@ -62,7 +62,7 @@ class TestQuestions:
         [
             ("{", "not JSON"),
             ('{"prompt": "x"} {"prompt": "y"}', "not JSON"),
-            ('{"prompt": "x", "prompt": "y"}', "says 'prompt' twice"),
+            ('{"prompt": "x", "prompt": "y"}', "duplicate key 'prompt'"),
             ("[1]", "prompt or messages"),
             ('"text"', "prompt or messages"),
             ('{"id": 1}', "prompt or messages"),

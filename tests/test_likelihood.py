@@ -270,8 +270,8 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            ({"method": "exact"}, "method='exact' is unknown; use one of monte_carlo, chain"),
-            ({"order": "sideways"}, "order='sideways' is unknown"),
+            ({"method": "exact"}, "unknown method='exact'; expected one of monte_carlo, chain"),
+            ({"order": "sideways"}, "unknown order='sideways'"),
             ({"samples": 0}, "samples=0 is out of range"),
             ({"seed": -1}, "seed=-1 is out of range"),
             ({"batch_size": 0}, "batch_size=0 is out of range"),
@@ -318,7 +318,7 @@ class TestErrors:
 @pytest.mark.parametrize("wrong", ["text", [5.5], [[5]], None, [True], torch.tensor([5.0])], ids=repr)
 def test_what_is_no_token_ids_is_refused(wrong: Any) -> None:
     for pair in ((wrong, [5]), ([5], wrong)):
-        with pytest.raises(ValueError, match=r"^(prefix|target) is a \w+ and no token ids; give a list"):
+        with pytest.raises(ValueError, match=r"^(prefix|target) is a \w+, not token ids; give a list"):
             loglikelihood(random_llada(), *pair, Estimate(samples=2))
 
 

@@ -272,7 +272,7 @@ def _poison(value: float) -> Edit:
 
 DAMAGE: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "no config": (remove("config.json"), ("config.json", "whole checkpoint")),
-    "config is no JSON": (write("config.json", "{oops"), ("config.json is not JSON", "again")),
+    "config is not JSON": (write("config.json", "{oops"), ("config.json is not JSON", "again")),
     "config is no object": (write("config.json", "[1]"), ("config.json holds a JSON list",)),
     "other architecture": (edit_config(model_type="gpt2"), ("model_type='gpt2'", "llada", "Dream")),
     "no architecture": (edit_config(model_type=None), ("model_type='None'", "llada")),
@@ -295,7 +295,7 @@ DAMAGE: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "missing tensor": (edit_weights(lambda weights: weights.pop(TENSOR)), (TENSOR, "is missing")),
     "extra tensor": (
         edit_weights(lambda weights: weights.update(extra=torch.zeros(2))),
-        ("tensor extra", "no part of LLaDAModelLM"),
+        ("tensor extra", "not part of LLaDAModelLM"),
     ),
     "misshaped tensor": (
         edit_weights(lambda weights: weights.update({TENSOR: torch.zeros(2, 3)})),
@@ -304,7 +304,7 @@ DAMAGE: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "another model's config": (edit_config(n_layers=4), ("blocks.3.", "is missing")),
     "NaN": (_poison(float("nan")), (TENSOR, "NaN")),
     "infinity": (_poison(float("inf")), (TENSOR, "infinity")),
-    "generation config is no JSON": (write("generation_config.json", "{"), ("generation_config.json is not JSON",)),
+    "generation config is not JSON": (write("generation_config.json", "{"), ("generation_config.json is not JSON",)),
 }
 
 

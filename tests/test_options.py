@@ -102,21 +102,21 @@ class TestNames:
     @pytest.mark.parametrize(
         ("arguments", "said"),
         [
-            (["generate", "model=nope"], "error: model='nope' is no folder"),
-            (["generate", "model=custom", "model.path=nope"], "error: model.path='nope' is no folder"),
-            (["evaluate", "model=nope", "out=x"], "error: model='nope' is no folder"),
-            (["bench", "model=nope"], "error: model='nope' is no folder"),
-            (["train-filter", "model.path=nope", "prompts=2"], "error: model.path='nope' is no folder"),
+            (["generate", "model=nope"], "error: model='nope' is not a folder"),
+            (["generate", "model=custom", "model.path=nope"], "error: model.path='nope' is not a folder"),
+            (["evaluate", "model=nope", "out=x"], "error: model='nope' is not a folder"),
+            (["bench", "model=nope"], "error: model='nope' is not a folder"),
+            (["train-filter", "model.path=nope", "prompts=2"], "error: model.path='nope' is not a folder"),
             (["generate", "model.device=nope"], "error: model.device='nope' is not available"),
-            (["generate", "model.dtype=int8"], "error: model.dtype='int8' is unknown"),
-            (["bench", "model=random:tiny", "model.dtype=int8"], "error: model.dtype='int8' is unknown"),
+            (["generate", "model.dtype=int8"], "error: unknown model.dtype='int8'"),
+            (["bench", "model=random:tiny", "model.dtype=int8"], "error: unknown model.dtype='int8'"),
             (["evaluate", "estimate.samples=0", "out=x"], "error: estimate.samples=0 is out of range"),
             (["generate", "seed=-1"], "seed=-1 is out of range; use a whole number from 0 to 2**62 - 1, or"),
             (["evaluate", "seed=-1"], "seed=-1 is out of range; use a whole number from 0 to 2**62 - 1"),
             (["evaluate", "task.seed=1"], "error: task.seed=1 is out of range"),
             (["generate", "gen_length=${oc.env:HOME}"], "gen_length='${oc.env:HOME}' holds ${oc.env:HOME}, which is"),
             (["generate", "gen_length=${nope}"], "gen_length refers to the unknown option 'nope'"),
-            (["generate", "++gen_length=abc"], "gen_length='abc' is of the wrong kind"),
+            (["generate", "++gen_length=abc"], "gen_length='abc' is of the wrong type"),
             (["generate", "picture="], "picture='' is empty"),
             (["generate", "sampler=freedave", "sampler.base={_target_: dllm.samplers.Threshold, threshold: -1}"],
              "error: sampler.base.threshold=-1 is out of range"),
@@ -228,5 +228,5 @@ def test_a_seed_says_its_range(seed: Any) -> None:
 
 @pytest.mark.parametrize("seed", [{1}, {1: 2}, object(), iter([1])], ids=lambda seed: type(seed).__name__)
 def test_seeds_without_an_order_are_refused(seed: Any) -> None:
-    with pytest.raises(ValueError, match=r"^seed=.* is of the wrong kind; give a whole number, a list"):
+    with pytest.raises(ValueError, match=r"^seed=.* is of the wrong type; give a whole number, a list"):
         dllm.Options(seed=seed)

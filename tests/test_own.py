@@ -72,7 +72,7 @@ def test_notes_in_a_report_are_not_written_over(file: str, tmp_path: Path) -> No
     before = (tmp_path / file).read_bytes()
     outcome = command("report", str(tmp_path))
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
-    assert f"{tmp_path / file} exists and is no table of dllm report" in outcome.err
+    assert f"{tmp_path / file} exists and is not a table of dllm report" in outcome.err
     assert (tmp_path / file).read_bytes() == before
 
 
@@ -128,7 +128,7 @@ class TestFilters:
     def test_a_model_of_the_same_tensors_is_not(self, tmp_path: Path) -> None:
         path = tmp_path / "f.safetensors"
         save_file(NeighbourFilter().state_dict(), path)  # earlier versions set no mark, and left a card
-        with pytest.raises(ValueError, match=r"f\.safetensors exists and is no filter of dllm train-filter"):
+        with pytest.raises(ValueError, match=r"f\.safetensors exists and is not a filter of dllm train-filter"):
             own.check("out", str(path), self.kinds(path))
 
     @pytest.mark.parametrize("name", ["model", "config"])

@@ -190,7 +190,7 @@ class TestChats:
         ("chat", "template", "named"),
         [
             ([USER, {"role": "assistant", "content": "The pens"}], TURNS.replace("m['content']", "m['content']|upper"),
-             "does not suit the chat template: .*beginning of an answer"),
+             "does not suit the chat template: .*partial answer"),
             ([USER], "{{ raise_exception('no\nusers') }}", "does not suit the chat template: no users"),
             ([USER], "{{ 'a' + 5 }}", "does not suit the chat template: "),
             ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], TURNS,
@@ -210,7 +210,7 @@ class TestChats:
 
 @pytest.mark.parametrize("prompt", ["a\ud800", [{"role": "user", "content": "a\ud800"}]], ids=["text", "chat"])
 def test_halves_of_characters_are_refused(prompt: Any) -> None:
-    with pytest.raises(ValueError, match=r"^prompts\[0\] holds halves of characters"):
+    with pytest.raises(ValueError, match=r"^prompts\[0\] contains lone surrogates"):
         encode([prompt], build_tokenizer())
 
 
@@ -225,7 +225,7 @@ def test_a_mask_without_a_name_is_told_by_its_id() -> None:
 @pytest.mark.parametrize("content", ["", " \n", None, [], [{"type": "text", "text": ""}]])
 def test_a_chat_of_one_empty_answer_is_refused(content: Any) -> None:
     tokenizer = random_llada(tokenizer=True).tokenizer
-    with pytest.raises(ValueError, match=r"^prompts\[0\] is an empty answer and nothing else; give the message"):
+    with pytest.raises(ValueError, match=r"^prompts\[0\] has only an empty assistant message; give the message"):
         encode([{"role": "assistant", "content": content}], tokenizer)
 
 

@@ -26,13 +26,13 @@ REQUESTS = [Query(str(n), TINY.tokenizer(text).input_ids, seed=n) for n, text in
 OPTIONS: dict[str, Any] = {"gen_length": 64, "batch_size": 2}
 
 
-def records(sampler: Any, cache: Any, filmed: frozenset[str] = frozenset(), **more: Any) -> list[Any]:
+def records(sampler: Any, cache: Any, traced: frozenset[str] = frozenset(), **more: Any) -> list[Any]:
     found, size = [], (OPTIONS | more)["batch_size"]
     for start in range(0, len(REQUESTS), size):
         batch = REQUESTS[start : start + size]
         options = parse_options(OPTIONS | more | {"seed": [request.seed for request in batch]})
         made = prepare(TINY, [request.prompt for request in batch], sampler, cache, options)
-        found += follow(*made, batch, filmed)
+        found += follow(*made, batch, traced)
     return sorted(found, key=lambda pair: int(pair[0].id))
 
 
@@ -151,7 +151,7 @@ class TestRunner:
     def runner(self, journal: Journal, **options: Any) -> Runner:
         lm = random_llada(tokenizer=True, seed=3, max_length=96)
         setting = Setting(lm, dllm.samplers.Vanilla(), NoCache(), {"gen_length": 8, "batch_size": 2, **options})
-        return Runner(setting, journal, baselines=1, filmed=2)
+        return Runner(setting, journal, baselines=1, traced=2)
 
     def test_what_is_noted_is_not_decoded_again(self, tmp_path: Any) -> None:
         first = self.runner(Journal(tmp_path / "journal.jsonl"))

@@ -155,7 +155,7 @@ class TestTraces:
         (run / "trace.safetensors").write_bytes(b"x")
         result = command("report", str(tmp_path))
         assert (result.code, result.err.count("\n")) == (0, 1)
-        assert result.err.startswith(f"dllm report: warning: {run}/trace.safetensors is no trace or damaged")
+        assert result.err.startswith(f"dllm report: warning: {run}/trace.safetensors is not a trace or damaged")
         assert f"remove {run}/results.json to run that setting again" in result.err
         damaged, whole = page(tmp_path)["runs"]
         assert "a/trace.safetensors is damaged" in damaged["note"]
@@ -214,9 +214,9 @@ class TestTerminal:
     ("arguments", "named"),
     [
         ([], "folder has no value; set it with folder=..."),
-        (["{}/none"], "none' is no folder"),
+        (["{}/none"], "none' is not a folder"),
         (["{}/empty"], "empty' holds no finished run"),
-        (["{}/sweep", "quality=x"], "quality='x' is no score of these runs; use one of final answer, whole chain"),
+        (["{}/sweep", "quality=x"], "quality='x' is not a score of these runs; use one of final answer, whole chain"),
         (["{}/sweep", "traces=-1"], "traces=-1 is out of range; use 0 or more"),
         (["{}/sweep", "out={}/file"], "file' cannot be written"),
         (["{}/sweep", "out={}/file/x"], "cannot be written"),

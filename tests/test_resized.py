@@ -34,7 +34,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
 def test_a_model_without_its_own_special_tokens_is_refused(make: Any, rows: int, call: str) -> None:
     lm = make()
     lm.backbone.resize_token_embeddings(rows)
-    with pytest.raises(ValueError, match=f"id.* is no id of this model, which has 0 to {rows - 1}; "):
+    with pytest.raises(ValueError, match=f"id.* is not an id of this model, which has 0 to {rows - 1}; "):
         CALLS[call](lm)
 
 
@@ -52,14 +52,14 @@ def test_a_model_whose_end_of_text_is_cut_off_decodes_up_to_another() -> None:
 def test_a_model_whose_config_has_no_such_id_is_refused(make: Any, name: str) -> None:
     lm = make()
     setattr(lm.backbone.config, name, None)
-    with pytest.raises(ValueError, match=f"{name}=None is no id of this model"):
+    with pytest.raises(ValueError, match=f"{name}=None is not an id of this model"):
         dllm.generate(lm, [[1, 2]], gen_length=4)
 
 
 def test_a_model_with_a_smaller_embedding_is_refused() -> None:
     lm = random_llada()
     lm.backbone.set_input_embeddings(torch.nn.Embedding(30, 32, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"id=6\d is no id of this model, which has 0 to 29; "):
+    with pytest.raises(ValueError, match=r"id=6\d is not an id of this model, which has 0 to 29; "):
         dllm.generate(lm, [[1, 2]], gen_length=4)
 
 

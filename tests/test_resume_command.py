@@ -190,7 +190,7 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("arguments", "named"),
         [
-            (["resume=all"], "resume='all' is unknown; use one of null, mixed"),
+            (["resume=all"], "unknown resume='all'; expected one of null, mixed"),
             (["resume=5"], "resume=5"),
             (["input=null", "output=null", "resume=mixed"], "resume=mixed is for input and output"),
         ],
@@ -361,7 +361,7 @@ class TestFiles:
 
     @pytest.mark.parametrize(
         ("output", "why"),
-        [("/dev/null", "is no ordinary file"), ("/dev/stdout", "is no ordinary file"),
+        [("/dev/null", "is not an ordinary file"), ("/dev/stdout", "is not an ordinary file"),
          ("fifo", "cannot be written (it is a pipe)"), ("loop", "cannot be written (Too many levels")],
     )  # fmt: skip
     def test_an_output_that_cannot_be_read_again_is_refused(self, unloaded: None, output: str, why: str) -> None:
@@ -447,7 +447,9 @@ class TestFiles:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert (done.code, done.out) == (2, "")
-        assert re.search(r"error: output='a.jsonl' cannot be written \(.*\), 2 answers are in it; make room", done.err)
+        assert re.search(
+            r"error: output='a.jsonl' cannot be written \(.*\), 2 answers are in it; free disk space", done.err
+        )
         assert len(lines()) == 2
         monkeypatch.setattr(dllm, "as_completed", decode)
         assert run().code == 0

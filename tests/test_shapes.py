@@ -11,7 +11,7 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from dllm.samplers.base import told
+from dllm.samplers.base import constant_denoiser
 from dllm.samplers.selection import top
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +39,7 @@ def test_a_wrong_shape_is_an_error() -> None:
 def test_a_function_within_another_is_checked_whenever_it_is_made() -> None:
     for wrong in (5, "all"):
         with pytest.raises(TypeCheckError, match=f"Actual value: {wrong!r}"):
-            told(None)(wrong)
+            constant_denoiser(None)(wrong)
 
 
 @pytest.mark.skipif("DLLM_SHAPES" in os.environ, reason="this is that run")

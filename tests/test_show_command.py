@@ -62,12 +62,12 @@ class TestWithoutATerminal:
             (["{}", "sample=0"], "sample=0 was not recorded"),
             (["{}", "step=0"], "step=0 is out of range; use 1 to 14"),
             (["{}", "step=15"], "step=15 is out of range; use 1 to 14"),
-            (["{}", "step=x"], "step='x' is of the wrong kind"),
-            (["{}", "colour=red"], "colour='red' is unknown; use one of commit_step, confidence"),
+            (["{}", "step=x"], "step='x' is of the wrong type"),
+            (["{}", "colour=red"], "unknown colour='red'; expected one of commit_step, confidence"),
             (["{}", "{}"], "is one path too many"),
             (["{}", "path=x"], "is one path too many"),
             (["{}", "color=red"], "unknown option 'color'; expected one of path, "),
-            (["pyproject.toml"], "pyproject.toml is no trace"),
+            (["pyproject.toml"], "pyproject.toml is not a trace"),
         ],
     )
     def test_bad_input_is_one_line(

@@ -60,4 +60,4 @@ def test_a_full_disk_loses_nothing_that_was_measured(monkeypatch: pytest.MonkeyP
     result = command("bench", "out=t", "canvas=20", "gen_length=4", "caches=[none]", "steps=1")
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert "| threshold + none |" in result.out
-    assert "out='t' cannot be used (No space left on device); make room" in result.err
+    assert "out='t' cannot be used (No space left on device); free disk space" in result.err

@@ -275,20 +275,20 @@ def _shift_ids(folder: Path) -> None:
 DREAM_DAMAGE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "no vocabulary": (lambda folder: (folder / "vocab.json").unlink(), ("vocab.json is missing",)),
     "no merges": (lambda folder: (folder / "merges.txt").unlink(), ("merges.txt is missing",)),
-    "vocabulary is no JSON": (_write("vocab.json", "{"), ("vocab.json", "cannot be read")),
+    "vocabulary is not JSON": (_write("vocab.json", "{"), ("vocab.json", "cannot be read")),
     "vocabulary of another model": (_write("vocab.json", '{"a": 0}'), ("vocab.json", "cannot be read")),
     "merges are no merges": (_write("merges.txt", "a b c d\n"), ("merges.txt", "cannot be read")),
-    "config is no JSON": (_write("tokenizer_config.json", "{"), ("tokenizer_config.json", "cannot be read")),
+    "config is not JSON": (_write("tokenizer_config.json", "{"), ("tokenizer_config.json", "cannot be read")),
     "config is no object": (_write("tokenizer_config.json", "[1]"), ("tokenizer_config.json", "cannot be read")),
-    "a length that is no number": (
+    "a length that is not a number": (
         _write("tokenizer_config.json", '{"model_max_length": {}}'),
-        ("tokenizer_config.json", "model_max_length={} is no number"),
+        ("tokenizer_config.json", "model_max_length={} is not a number"),
     ),
     "ids with a gap": (_shift_ids, ("<|endoftext|>", "its files say")),
 }
 LLADA_DAMAGE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "no tokenizer.json": (lambda folder: (folder / "tokenizer.json").unlink(), ("tokenizer.json is missing",)),
-    "tokenizer.json is no JSON": (_write("tokenizer.json", "{"), ("tokenizer.json", "cannot be read")),
+    "tokenizer.json is not JSON": (_write("tokenizer.json", "{"), ("tokenizer.json", "cannot be read")),
     "tokenizer.json is empty": (_write("tokenizer.json", "{}"), ("tokenizer.json", "cannot be read")),
 }
 

@@ -185,7 +185,7 @@ class TestWhatIsNoTrace:
 
     def test_other_safetensors(self, path: Path) -> None:
         save_file({"weight": np.zeros(3)}, path)
-        self.refused(path, "is no trace")
+        self.refused(path, "is not a trace")
         save_file({"tokens": np.zeros(3)}, path, {"format": "dllm-trace", "version": "1"})
         self.refused(path, "damaged")
 

@@ -251,7 +251,7 @@ class TestInterruption:
         (["gen_length=0"], "gen_length=0"),
         (["temperature=-1"], "temperature=-1"),
         (["sampler=best"], "sampler"),
-        (["out=x.pt"], "out='x.pt' is no filter file; give a name that ends in .safetensors"),
+        (["out=x.pt"], "out='x.pt' is not a filter file; give a name that ends in .safetensors"),
         (["out=/dev/null/f.safetensors"], "out='/dev/null/f.safetensors' cannot be written"),
         (["data=/no/such.jsonl"], "data='/no/such.jsonl' cannot be read"),
         (["data=/no/such/set"], "data='/no/such/set' with split='train' cannot be read"),
@@ -288,8 +288,7 @@ def test_a_bare_filter_in_the_published_form_is_told_of_in_one_line(model: Path,
     assert result.code == 0
     told = [line for line in result.err.splitlines() if "no card" in line]
     assert told == [
-        f"dllm generate: warning: filter={str(bare)!r} has no card: it fits block_length=8, and for which model is "
-        "not known"
+        f"dllm generate: warning: filter={str(bare)!r} has no card: it fits block_length=8, its model is unknown"
     ]
     assert "UserWarning" not in result.err
     result = command("generate", *asked, "block_length=4")

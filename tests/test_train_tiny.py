@@ -305,7 +305,7 @@ class TestCard:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["arch=foo"], "arch='foo' is unknown; use guide, llada or dream"),
+        (["arch=foo"], "unknown arch='foo'; expected one of guide, llada, dream"),
         (["arch=5"], "arch=5"),
         (["init=/nope"], "init='/nope' cannot be used"),
         (["steps=0"], "steps=0 is out of range"),
@@ -316,7 +316,7 @@ class TestCard:
         (["log_every=0"], "log_every=0"),
         (["eval_problems=-1"], "eval_problems=-1"),
         (["device=nonsense"], "device='nonsense' is not available here"),
-        (["autocast=int8"], "autocast='int8' is unknown"),
+        (["autocast=int8"], "unknown autocast='int8'"),
         (["compile=perhaps"], "compile='perhaps'"),
         (["threads=x"], "threads='x'"),
         (["model.num_heads=3"], "model.num_heads=3"),

@@ -16,7 +16,7 @@ from models import random_llada, save_folder
 
 @pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-this-name/x", "a\0b"])
 def test_what_is_no_possible_folder_is_no_model(name: str) -> None:
-    with pytest.raises(ValueError, match=r"name=.* is no folder"):
+    with pytest.raises(ValueError, match=r"name=.* is not a folder"):
         dllm.load(name)
 
 
@@ -40,7 +40,9 @@ def test_a_path_is_a_folder_and_no_bundled_model(tmp_path: Path, monkeypatch: py
 def test_the_name_of_a_model_is_no_model(decode: Any) -> None:
     jaxtyping.config.update("jaxtyping_disable", True)  # types are not checked where users run it
     try:
-        with pytest.raises(ValueError, match=r"^lm='tiny-llada' is no loaded model; give dllm.load\('tiny-llada'\)$"):
+        with pytest.raises(
+            ValueError, match=r"^lm='tiny-llada' is not a loaded model; give dllm.load\('tiny-llada'\)$"
+        ):
             decode("tiny-llada", "a")
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,4 +1,4 @@
-"""What a denoising step costs beside the forward pass it needs, and what users run today costs."""
+"""Time of a denoising step, relative to its bare forward pass and to reference implementations."""
 
 from dllm.bench.cost import Cost
 from dllm.bench.models import PRESETS, random_model

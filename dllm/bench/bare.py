@@ -1,4 +1,4 @@
-"""The forward pass that a step needs and nothing else: the calls of the backbone, and making them again."""
+"""The bare forward pass of a step: recording the calls of the backbone, and repeating them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dllm.decoding.graphs import Forward
 from dllm.models import MaskedDiffusionModel
 from dllm.models.transformer import FeatureStore
 
-_FIRST = 5  # calls of a shape before it is timed: with CUDA graphs it is captured by then
+_FIRST = 5  # warm-up calls of a shape: CUDA graphs are captured by then
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Call:
     Attributes:
         sequences: A.
         columns: C, computed in each.
-        selected: places that are projected to the vocabulary.
-        reuses: keys and values of other columns are attended to.
+        selected: positions that are projected to the vocabulary.
+        reuses: cached keys and values of other columns are attended to.
     """
 
     sequences: int
@@ -38,10 +38,10 @@ class Call:
 
 
 class Given:
-    """Keys and values of a whole canvas, made up beforehand: a store that costs nothing.
+    """A store with constant keys and values of a whole canvas, without any cost.
 
     Args:
-        backbone: whose.
+        backbone: of the keys and values.
         sequences: A.
         columns: C, computed in each.
         canvas: columns attended to.
@@ -56,18 +56,18 @@ class Given:
         self.index = torch.zeros((sequences, columns), dtype=torch.long, device=backbone.device)
 
     def through(self, index: Int[Tensor, "A C"]) -> Given:
-        """The same: nothing is written."""
+        """Itself: nothing is written."""
         return self
 
     def update(
         self, layer: int, keys: Float[Tensor, "B H C D"], values: Float[Tensor, "B H C D"]
     ) -> tuple[Float[Tensor, "B H S D"], Float[Tensor, "B H S D"]]:
-        """Return what was made up."""
+        """Return the constants."""
         return self.keys, self.values
 
 
 class Bare:
-    """Calls a backbone on made-up tokens.
+    """Calls a backbone on dummy tokens.
 
     Args:
         backbone: the denoiser.
@@ -82,7 +82,7 @@ class Bare:
         self._given: dict[tuple[int, int], Given] = {}
 
     def prepare(self, call: Call) -> Callable[[], Tensor]:
-        """The call, ready to be timed."""
+        """A function to be timed."""
         device = self.backbone.device
         tokens = torch.zeros((call.sequences, call.columns), dtype=torch.long, device=device)
         positions = torch.arange(call.columns, device=device).expand_as(tokens)
@@ -100,13 +100,13 @@ class Bare:
 
 
 def in_part(call: Call, computed: int) -> Call:
-    """A call whose layers compute some of the columns only, as if they computed that many and no others."""
+    """A call whose layers compute only some columns, approximated by a call with that many columns."""
     return replace(call, columns=-(-computed // call.sequences), reuses=True)
 
 
 @contextmanager
 def listening() -> Iterator[list[tuple[Call, bool]]]:
-    """Note the forwards, launched or replayed, and whether their layers compute some columns only."""
+    """Record the forwards, launched or replayed, and whether their layers compute only some columns."""
     calls: list[tuple[Call, bool]] = []
     inner = Forward.__call__
 

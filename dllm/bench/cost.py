@@ -1,4 +1,4 @@
-"""What the steps of a setting took, summed up."""
+"""Statistics of the timed steps of a setting."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ class Timing:
     """One denoising step.
 
     Attributes:
-        seconds: of the whole step: the plan, the forward, the choice, the edit.
-        bare: of the backbone alone, called as often and for as many columns and projected positions, while all
-            columns are attended to; None where nobody asked.
+        seconds: of the whole step: plan, forward, selection, edit.
+        bare: of the backbone alone, with the same calls, columns and projected positions, and all columns attended
+            to; None if not measured.
         columns: computed, over all rows.
         committed: tokens, over all rows.
-        refreshed: whether some row was computed anew.
-        store_bytes: of the keys and values kept.
+        refreshed: whether a cache recomputed every position of some row.
+        store_bytes: of the cached keys and values.
     """
 
     seconds: float
@@ -31,21 +31,21 @@ class Timing:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the steps of one setting cost.
+    """The cost of one setting.
 
     Attributes:
-        steps: how many a repeat had, which is the forwards of a row.
-        columns: mean columns computed per step and row.
+        steps: steps per repetition, which is the forwards of a row.
+        columns: mean computed columns per step and row.
         step: median seconds.
-        tokens_per_second: committed over the sum of the steps; the median of the repeats.
-        to_bare: median of step over bare, of the steps that reuse something; of all where none does. None without bare.
-        spread: of `to_bare`, the difference of its quartiles.
-        refresh_to_bare: median of step over bare, of the steps that compute some row anew beside others; None
+        tokens_per_second: committed tokens over the time of all steps; the median of the repetitions.
+        to_bare: median of step over bare, for steps with reuse; for all if none has. None without bare.
+        spread: interquartile range of `to_bare`.
+        refresh_to_bare: median of step over bare, for steps that refresh some row while others are reused; None
             without any.
-        store_bytes: of the keys and values kept.
-        peak: bytes at the peak beyond what there was before, weights and all; None where not measured.
-        shares: of the time of a step, by section.
-        tokens: what was decoded, where it was decoded to the end.
+        store_bytes: of the cached keys and values.
+        peak: peak memory in bytes, beyond that before the run (weights etc.); None if not measured.
+        shares: share of the time of a step, by section.
+        tokens: decoded tokens, if decoded to the end.
     """
 
     steps: int
@@ -62,7 +62,7 @@ class Cost:
 
 
 def cost_of(repeats: Sequence[Sequence[Timing]], tokens: Sequence[Sequence[int]] | None, batch: int) -> Cost:
-    """Sum up the steps of each repeat of a setting, of `batch` rows."""
+    """Statistics of the steps of each repetition of a setting with `batch` rows."""
     timings = [each for repeat in repeats for each in repeat]
     reusing = [each for each in timings if not each.refreshed] or timings
     ratios = [each.seconds / each.bare for each in reusing if each.bare]

@@ -1,4 +1,4 @@
-"""Models with random weights in the shapes of known ones, and causal models of the same shape."""
+"""Models with random weights in the shapes of published ones, and causal models of the same shape."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dllm.models.loading import LanguageModel
 
 @dataclass(frozen=True)
 class Shape:
-    """Width, layers, heads, key-value heads, width of the feed-forward part, vocabulary; and the family."""
+    """Hidden size, layers, heads, key-value heads, intermediate size, vocabulary size; and the family."""
 
     width: int
     layers: int
@@ -36,13 +36,14 @@ PRESETS = {
 
 
 def random_model(preset: str, max_length: int, device: str | torch.device, dtype: torch.dtype) -> LanguageModel:
-    """A model with random weights in one of the `PRESETS`, made where and as it is used.
+    """A model with random weights in one of the `PRESETS`, created on its device in its dtype.
 
     Raises:
-        ValueError: no such preset.
+        ValueError: an unknown preset.
     """
     if preset not in PRESETS:
-        raise ValueError(f"model='random:{preset}' is unknown; use one of {', '.join(f'random:{p}' for p in PRESETS)}")
+        known = ", ".join(f"random:{each}" for each in PRESETS)
+        raise ValueError(f"unknown model='random:{preset}'; expected one of {known}")
     shape = PRESETS[preset]
     special = {"mask_token_id": shape.vocabulary - 1, "eos_token_id": shape.vocabulary - 2}
     torch.manual_seed(0)
@@ -77,7 +78,7 @@ def _defaults(device: str | torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 
 def causal_model(backbone: MaskedDiffusionModel) -> PreTrainedModel:
-    """A causal model of a denoiser's shape with random weights: a Llama of transformers."""
+    """A causal model (Llama in transformers) of a denoiser's shape with random weights."""
     config = backbone.config
     shape = LlamaConfig(
         vocab_size=config.vocab_size,

@@ -1,4 +1,4 @@
-"""A policy at a fixed number of tokens per step, so that what a step costs is measured apart from confidence."""
+"""A policy with a fixed number of tokens per step, so that the time of a step does not depend on confidences."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from dllm.samplers.selection import top
 
 @dataclass(frozen=True)
 class CommitsPerStep(Policy):
-    """Let a policy decide, at its cost, and commit the most confident positions instead.
+    """Run a policy, including its cost, but commit a fixed number of the most confident positions.
 
     Args:
         commits: tokens per step.
-        base: the policy; one that takes one forward a step, about its window.
+        base: the policy; one with one forward per step, about its window.
 
     Raises:
-        ValueError: a number below 1, or a policy of another kind.
+        ValueError: a number below 1, or a policy with another kind of step.
     """
 
     single_forward = True
@@ -35,13 +35,13 @@ class CommitsPerStep(Policy):
         number("commits_per_step", self.commits, "a whole number of at least 1, or null", low=1, whole=True)
         if not self.base.single_forward:
             raise ValueError(
-                f"commits_per_step={self.commits} cannot pace {self.base!r}, whose step is more than one forward about "
-                "the active block; leave one of them out"
+                f"commits_per_step={self.commits} does not apply to {self.base!r}, whose step is more than one forward "
+                "about the active block; leave one of them out"
             )
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """What a cache must give (`dllm.decoding.compatibility`): what the policy needs."""
+        """Requirements for the cache (`dllm.decoding.compatibility`): those of the policy."""
         return self.base.needs
 
     def start(self, setup: Setup) -> Any:
@@ -49,11 +49,11 @@ class CommitsPerStep(Policy):
         return self.base.start(setup)
 
     def check(self, state: Any, request: Request) -> None:
-        """Refuse what the policy refuses."""
+        """Reject what the policy rejects."""
         self.base.check(state, request)
 
     def enter(self, state: Any, row: int, request: Request) -> None:
-        """Begin a row of the policy's."""
+        """Begin a row of the policy."""
         self.base.enter(state, row, request)
 
     def step(self, window: Window, denoise: Denoise, state: Any) -> Edit:

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: embedding, layers, projection, selection, cache, and Python for the rest."""
+"""Profile of a step: embedding, layers, projection, selection, cache, and Python for the rest."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SERVED = ("update", "parts", "stale", "blend", "attended")
 
 
 class SectionTimer:
-    """Seconds of each section, without those of the sections within it."""
+    """Seconds of each section, excluding nested sections."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -29,7 +29,7 @@ class SectionTimer:
         self._since = now(device)
 
     def timed(self, section: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, its time counted for a section."""
+        """The function, with its time attributed to a section."""
 
         @wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -44,12 +44,12 @@ class SectionTimer:
         return wrapper
 
     def reset(self) -> None:
-        """Forget what was counted."""
+        """Reset all times."""
         self._turn()
         self.seconds = dict.fromkeys(SECTIONS, 0.0)
 
     def shares(self) -> dict[str, float]:
-        """What each section took of everything so far."""
+        """Share of each section of the total time so far."""
         self._turn()
         total = sum(self.seconds.values())
         return {section: seconds / total for section, seconds in self.seconds.items()}
@@ -61,10 +61,10 @@ class SectionTimer:
 
 @contextmanager
 def watching(clock: SectionTimer, backbone: MaskedDiffusionModel, sampler: Any, denoiser: Denoiser) -> Iterator[None]:
-    """Count a run that goes on meanwhile.
+    """Profile a run within this context.
 
     Args:
-        clock: counts.
+        clock: the timer.
         backbone: the denoiser.
         sampler: the policy.
         denoiser: of the run.

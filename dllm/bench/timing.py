@@ -1,4 +1,4 @@
-"""Times settings in turns: a step of each, and behind it the forward pass it needed."""
+"""Times settings in alternation: a step of each, followed by its bare forward pass."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dllm.api import prepare
-from dllm.bench import today
+from dllm.bench import reference
 from dllm.bench.bare import Bare, Call, in_part, listening
 from dllm.bench.cost import Cost, Timing, cost_of
 from dllm.bench.models import causal_model
@@ -26,8 +26,8 @@ from dllm.decoding.result import Clock, now
 from dllm.models import MaskedDiffusionModel
 from dllm.models.loading import LanguageModel
 
-REFERENCES = {"straightforward": today.straightforward, "dual": today.dual}
-_WARM_UP, _LOOKED_INTO = 3, 10  # steps
+REFERENCES = {"straightforward": reference.straightforward, "dual": reference.dual}
+_WARM_UP, _PROFILED = 3, 10  # steps
 _COPIED = 2**28  # bytes
 Setting: TypeAlias = tuple[Any, Any]
 
@@ -37,12 +37,12 @@ class Bench:
 
     Args:
         lm: the model; prompts are random.
-        canvas: columns.
-        generated: how many of them are generated, at the end.
+        canvas: positions, prompt and generated.
+        generated: positions to generate, at the end.
         batch: rows.
-        block_length: columns decoded at a time; None for all.
+        block_length: positions decoded at a time; None for all.
         cuda_graphs: as in `dllm.Options`.
-        plain: what the loops of today run on; None for the model's own backbone.
+        plain: backbone for the reference implementations; None for that of the model.
 
     Raises:
         ValueError: the canvas is longer than the model's context.
@@ -82,13 +82,13 @@ class Bench:
         references: Mapping[str, int] | None = None,
         progress: Callable[[], object] = lambda: None,
     ) -> dict[str, Cost]:
-        """Time settings, in turns, after a few steps of each to warm up.
+        """Time settings in alternation, after a few warm-up steps of each.
 
         Args:
-            settings: a sampler and a cache each.
-            steps: of each repeat; None for all it takes.
-            repeats: how often each decodes its canvas.
-            references: loops of today (`REFERENCES`) to time as well, with the tokens they commit per step.
+            settings: pairs of sampler and cache.
+            steps: per repetition; None to decode to the end.
+            repeats: repetitions of each setting.
+            references: reference implementations (`REFERENCES`) to time as well, with their tokens per step.
             progress: called after each step.
         """
         references = references or {}
@@ -96,7 +96,7 @@ class Bench:
         ends: dict[str, list[list[int]]] = {}
         for count in (_WARM_UP, *[steps] * repeats):
             running = {label: self._decoding(label, ends, *setting) for label, setting in settings.items()}
-            running |= {label: self._today(label, ends, commits) for label, commits in references.items()}
+            running |= {label: self._reference(label, ends, commits) for label, commits in references.items()}
             for each in timings.values():
                 each.append([])
             done = 0
@@ -113,23 +113,23 @@ class Bench:
 
     @torch.inference_mode()
     def peak(self, sampler: Any, cache: Any) -> int:
-        """Bytes at the peak of the first steps beyond what there was before, weights and all.
+        """Peak memory of the first steps in bytes, beyond that before the run (weights etc.).
 
-        To be asked before anything is timed: a process that gave memory back counts what it takes again.
+        Call it before timing: later, memory that the process had freed would count again.
         """
-        for measured in (False, True):  # at first, code is read in as well
+        for measured in (False, True):  # the first run also loads code
             before, memory = _resident(self.lm.device), Clock(self.lm.device)
             _, engine = prepare(self.lm, self.prompts, sampler, cache, self.options)
-            for _ in islice(engine.steps(), _LOOKED_INTO if measured else _WARM_UP):
+            for _ in islice(engine.steps(), _PROFILED if measured else _WARM_UP):
                 pass
             del engine
         return memory.peak_memory() - before
 
     @torch.inference_mode()
     def shares(self, sampler: Any, cache: Any) -> dict[str, float] | None:
-        """What the sections of a step take of its time; None where a canvas is done too soon to say.
+        """Share of each section of the time of a step; None if the canvas has too few steps.
 
-        Forwards are launched kernel by kernel for that, since in a CUDA graph nobody can look.
+        Forwards are launched kernel by kernel, since a CUDA graph cannot be profiled by section.
         """
         launched = replace(self.options, cuda_graphs=False)
         _, engine = prepare(self.lm, self.prompts, sampler, cache, launched)
@@ -138,11 +138,11 @@ class Bench:
         clock = SectionTimer(self.lm.device)
         with watching(clock, self.lm.backbone, engine.sampler, engine.denoiser):
             clock.reset()
-            looked = sum(1 for _ in islice(steps, _LOOKED_INTO))
+            looked = sum(1 for _ in islice(steps, _PROFILED))
         return clock.shares() if looked else None
 
     def memory_floor(self, weights: int) -> float:
-        """Seconds that reading so many bytes takes at the bandwidth with which the device copies."""
+        """Seconds to read this many bytes at the copy bandwidth of the device."""
         source = torch.ones(_COPIED, dtype=torch.uint8, device=self.lm.device)
         target = torch.empty_like(source)
 
@@ -155,7 +155,7 @@ class Bench:
         return weights / (2 * _COPIED / median(copy() for _ in range(9)))
 
     def causal(self, repeats: int) -> float:
-        """Tokens per second, over all rows, of a causal model of the same shape, with `generate` and its KV cache."""
+        """Tokens per second, over all rows, of a causal model of the same shape with `generate` and a KV cache."""
         model = causal_model(self.lm.backbone)
         prompts = torch.tensor(self.prompts, device=self.lm.device)
 
@@ -191,7 +191,7 @@ class Bench:
             yield Timing(seconds, bare, computed, int(found.change.committed.sum()), refreshed, kept)
 
     @torch.inference_mode()
-    def _today(self, label: str, ends: dict[str, list[list[int]]], commits: int) -> Iterator[Timing]:
+    def _reference(self, label: str, ends: dict[str, list[list[int]]], commits: int) -> Iterator[Timing]:
         backbone, block = self.plain, self.options.block_length or self.generated
         rows = [[*prompt, *[backbone.mask_token_id] * self.generated] for prompt in self.prompts]
         tokens = torch.tensor(rows, device=self.lm.device)
@@ -217,11 +217,11 @@ class Bench:
 
 
 def _resident(device: torch.device) -> int:
-    """Bytes in use now; on a CPU of the process, after giving back what is free."""
+    """Bytes in use; on a CPU those of the process, after releasing free memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.memory_allocated(device)
-    with suppress(OSError, AttributeError):  # glibc alone can do so
+    with suppress(OSError, AttributeError):  # glibc only
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     return Clock(device).peak_memory()

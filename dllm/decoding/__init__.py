@@ -1,1 +1,1 @@
-"""The decode loop and what passes through it; README.md beside this file tells the way of a token."""
+"""The decode loop and its data types; README.md in this folder follows a request to its answer."""

@@ -1,8 +1,8 @@
-"""The canvas being decoded: what it gives a sampler is a Window, what it takes an Edit.
+"""The canvas being decoded: samplers see it as a Window and change it by an Edit.
 
-Tokens live on the device. A copy on the host is refreshed once a step, and everything that decides
-what happens next (blocks, finished rows, end-of-text) is worked out there with NumPy, for all rows
-at once: one read of the device per step, however many rows there are.
+Tokens live on the device. A copy on the host is updated once per step, and control flow (blocks,
+finished rows, end-of-text) is computed there with NumPy, for all rows at once: one device
+synchronization per step, whatever the number of rows.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from dllm.models.attention import BlockCausal
 class Canvas:
     """Rows being decoded, each in a slot, left-padded to one length.
 
-    A row has a number from the moment it enters to the moment it leaves; samplers and caches keep what they remember
-    under it. The busy slots are always the first ones: a row that enters takes the slot of one that leaves, and where
-    nobody enters, the last row moves to the slot that became free.
+    A row has a number from entering to leaving, by which samplers and caches index their state. The busy slots are
+    always the first ones: a row that enters takes the slot of one that leaves, and if none enters, the last row moves
+    to the freed slot.
 
     Args:
         slots: rows decoded at a time.
@@ -38,10 +38,10 @@ class Canvas:
 
     Attributes:
         rows: number of the row in each busy slot.
-        requests: what each row decodes; None where a number is free.
-        errors: why rows failed.
-        doomed: rows that are to fail in their first step, and why.
-        ends: (slots, E) ids that end each row's text, the one that fills first; -1 where a row has fewer.
+        requests: request of each row; None where a number is free.
+        errors: reasons of failed rows.
+        doomed: rows that fail in their first step, with the reason.
+        ends: (slots, E) end-of-text ids of each row, the fill token first; -1 where a row has fewer.
         active: columns, inside and masked of the latest window.
     """
 
@@ -57,22 +57,22 @@ class Canvas:
         self.doomed: dict[int, str] = {}
         self._stops: dict[int, StopStrings] = {}
         self.host: NDArray[np.int64] = np.full((slots, length), mask_token_id, dtype=np.int64)
-        # Which columns are no padding, which an early end of the row gave up, and which are generated.
+        # Columns that are not padding, that an early end of the row discarded, and that are generated.
         self.real, self.cut, self.region = np.zeros((3, slots, length), dtype=bool)
         self.padding, self.origin, self.start, self.end, self.block_length = np.zeros((5, slots), dtype=np.int64)
         self.block, self.step, self.entry_masks = np.zeros((3, slots), dtype=np.int64)
         self.ends: NDArray[np.int64] = np.full((slots, 1), -1)
-        # One spare column takes the writes that are not wanted, so that an edit is a single scatter; in another one
-        # travels what makes a row fail, so that it costs no read of its own.
+        # One spare column absorbs masked-out writes, so that an edit is a single scatter; another one carries the
+        # failure flags of rows, so that they need no synchronization of their own.
         self._buffer = torch.zeros((slots, length + 2), dtype=torch.long, device=device)
         self._region = torch.zeros((slots, length), dtype=torch.bool, device=device)
 
     def exchange(self, leaving: Collection[int], entering: Sequence[Request]) -> Exchange:
-        """Let rows leave and others take their place.
+        """Remove rows and add others.
 
         Args:
             leaving: numbers of rows.
-            entering: what is decoded next; not more than there is room for.
+            entering: new requests, at most as many as there are free rows.
         """
         stay = ~np.isin(self.rows, list(leaving))
         for row in self.rows[~stay].tolist():
@@ -156,15 +156,15 @@ class Canvas:
         )
 
     def apply(self, window: Window, edit: Edit, broken: Broken | None = None) -> Change:
-        """Write an edit, refresh the host's copy, advance blocks, say which rows are finished or fail.
+        """Write an edit, update the host's copy, advance blocks, determine which rows are finished or failed.
 
         Args:
-            window: the rows; those that were finished before must have left.
+            window: the rows; those finished earlier must have left.
             edit: what to write.
-            broken: rows for which the denoiser gave no numbers; None for none.
+            broken: rows whose logits are not finite; None for none.
 
         Raises:
-            RuntimeError: the edit writes outside the region to be generated, or finishes a row that has masks.
+            RuntimeError: the edit writes outside the generated region, or finishes a row that has masks.
         """
         rows = self.rows
         buffer = self._buffer[: len(rows)]
@@ -175,14 +175,14 @@ class Canvas:
             buffer[:, -1] |= each.rows.long() << number
         if edit.finished is not None:
             buffer[:, -1] |= edit.finished.long() << len(reports)
-        read = buffer.cpu().numpy()  # the one read of the step
+        read = buffer.cpu().numpy()  # the only synchronization of the step
         before, region = self.host[rows], self.region[rows]
         finished, codes = np.divmod(read[:, -1], 1 << len(reports))
         failed = self._failed(rows, codes, [each.reason for each in reports])
         after = np.where(failed[:, None], before, read[:, : self.length])
         changed = after != before
         if (changed & ~region).any():
-            raise RuntimeError("a sampler wrote outside the positions to be generated")
+            raise RuntimeError("a sampler wrote outside the generated region")
         masked, unset = after == self.mask_token_id, before == self.mask_token_id
         self.host[rows] = after
         self.step[rows] += 1
@@ -208,7 +208,7 @@ class Canvas:
         return np.asarray(self.origin + self.block * self.block_length)
 
     def visible(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """(A, L) columns of some rows that are looked at: neither padding nor cut off."""
+        """(A, L) columns of some rows that are attended to: neither padding nor discarded."""
         return np.asarray(self.real[rows] & ~self.cut[rows])
 
     def horizon(self, rows: NDArray[np.int64], column: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -219,7 +219,7 @@ class Canvas:
         return np.asarray(np.minimum(first + self.pattern.end(column - first), self.length))
 
     def _failed(self, rows: NDArray[np.int64], codes: NDArray[np.int64], reasons: Sequence[str]) -> NDArray[np.bool_]:
-        """Which rows are given up; notes why. Bit n of a code stands for the n-th reason."""
+        """Which rows fail; records the reason. Bit n of a code stands for the n-th reason."""
         failed = (codes > 0) | np.isin(rows, list(self.doomed))
         for row, code in zip(rows[failed].tolist(), codes[failed].tolist(), strict=True):
             own = [why for number, why in enumerate(reasons) if code >> number & 1]
@@ -230,15 +230,15 @@ class Canvas:
         return [request for row in rows.tolist() if (request := self.requests[row]) is not None]
 
     def _send(self, slots: NDArray[np.int64]) -> None:
-        """Bring what the host knows of the rows in some slots to the device."""
+        """Copy the host's state of the rows in some slots to the device."""
         if slots.size:
             at, rows = self._put(slots), self.rows[slots]
             self._buffer[at, : self.length] = self._put(self.host[rows])
             self._region[at] = self._put(self.region[rows])
 
     def _cut(self, rows: NDArray[np.int64], end: Tensor, failed: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Let rows end before a column, those that failed excepted."""
-        # Another read of the device: what was cut off decides which rows and blocks are left.
+        """End rows before a column, except failed ones."""
+        # Another synchronization: the cut decides which rows and blocks are left.
         beyond = (np.arange(self.length) >= end.cpu().numpy()[:, None]) & self.region[rows] & ~failed[:, None]
         if beyond.any():
             self.region[rows] &= ~beyond
@@ -248,7 +248,7 @@ class Canvas:
         return beyond
 
     def _stop_at_eos(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Fill the masks behind each first end-of-text that has no mask before it, in the rows that stop there."""
+        """Fill the masks after each first end-of-text that has no mask before it, in rows with `stop_at_eos`."""
         region, tokens = self.region[rows], self.host[rows]
         stop = np.array([request.stop_at_eos for request in self._requests(rows)])
         masked = (tokens == self.mask_token_id) & region
@@ -262,7 +262,7 @@ class Canvas:
         return filled
 
     def _stop_at_strings(self, rows: NDArray[np.int64], rewritten: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Let rows end after the token that completes a stop string, once no mask is before it."""
+        """End rows after the token that completes a stop string, once there is no mask before it."""
         end = np.full(len(rows), self.length)
         for entry, row in enumerate(rows.tolist()):
             if (stops := self._stops.get(row)) is None:
@@ -274,7 +274,7 @@ class Canvas:
                 stops.read = 0
             if upto - start > stops.read and (count := stops.find(tokens[start:upto])) is not None:
                 end[entry] = start + count
-        # These rows are finished, so the device need not know.
+        # These rows are finished, so the device needs no update.
         beyond = (np.arange(self.length) >= end[:, None]) & self.region[rows]
         self._fill(rows, beyond)
         return beyond
@@ -284,7 +284,7 @@ class Canvas:
         self.host[rows] = np.where(where, self.ends[rows, :1], self.host[rows])
 
     def _enter_blocks(self, rows: NDArray[np.int64]) -> None:
-        """Point rows at the block of their first mask; one without masks stays where it is."""
+        """Set the active block to that of the first mask; rows without masks keep theirs."""
         masked = (self.host[rows] == self.mask_token_id) & self.region[rows]
         block = (masked.argmax(1) - self.origin[rows]) // self.block_length[rows]
         new = (block != self.block[rows]) & masked.any(1)
@@ -295,7 +295,7 @@ class Canvas:
         self.entry_masks[rows] = (masked & within).sum(1)
 
     def _uniform(self, rows: NDArray[np.int64], width: int) -> Callable[[], Tensor]:
-        # A loop over rows on purpose: a row's draws must not depend on its batch mates, nor on their spans.
+        # A loop over rows on purpose: a row's draws must not depend on the other rows of the batch.
         counts = np.minimum(self.block_length, self.end - self.origin)[rows].tolist()
         sources = [self.generators[row] for row in rows.tolist()]
 

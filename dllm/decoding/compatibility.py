@@ -1,8 +1,8 @@
-"""Which sampler, cache and backbone go together; decided before the first forward.
+"""Compatibility of sampler, cache and backbone; checked before the first forward.
 
-A sampler says in `needs` what it relies on, a cache in `refuses` which of that it cannot give, and why.
-Options of a run and the way a model is placed add needs of their own. Samplers and caches do not know
-each other: they share the words below.
+A sampler lists its requirements in `needs`, a cache in `refuses` those that it does not meet, and why.
+Options of a run and the placement of a model add needs. Samplers and caches are independent of each
+other: they share the names below.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from typing import Any
 from dllm.models.base import MaskedDiffusionModel
 from dllm.resolve import names, resolve
 
-# What each need comes from, and how to do without.
+# Source of each need, and how to avoid it.
 NEEDS = {
     "guidance": ("classifier-free guidance (cfg_scale above 0)", "cfg_scale=0"),
     "next_block": ("drafts that run into the next block (eager=true)", "eager=false"),
     "repeatable": (
-        "drafts that promise the tokens of their base",
+        "lossless drafting (freedave)",
         "prefix, dual or freecache with freeze=clean, granularity=block and refresh_above=null",
     ),
+    "shadows": ("positions that only look at the canvas", "a cache that keeps the keys and values of whole layers"),
     "graphs": ("CUDA graphs (cuda_graphs=true)", "cuda_graphs=null"),
     "several_devices": ("a model spread over several devices", "a model on one"),
 }
@@ -32,10 +33,10 @@ def check(
     backbone: MaskedDiffusionModel | None = None,
     cuda_graphs: bool | None = None,
 ) -> None:
-    """Refuse a combination that cannot work.
+    """Reject an incompatible combination.
 
     Raises:
-        ValueError: which need the cache does not meet, why, and what to use.
+        ValueError: the needs that the cache does not meet, why, and what to use.
     """
     needs = unmet(sampler, cache, cfg_scale, backbone, cuda_graphs)
     if needs:
@@ -52,7 +53,7 @@ def unmet(
     backbone: MaskedDiffusionModel | None = None,
     cuda_graphs: bool | None = None,
 ) -> list[str]:
-    """The needs that a cache does not meet, in the words of `NEEDS`; none where everything goes together."""
+    """The needs that a cache does not meet, by the names of `NEEDS`; empty if compatible."""
     needs = set(sampler.needs)
     needs |= {"guidance"} if cfg_scale > 0 else set()
     needs |= {"graphs"} if cuda_graphs else set()
@@ -61,12 +62,12 @@ def unmet(
 
 
 def _named(cache: Any) -> str:
-    """A cache as it is chosen."""
+    """A cache as the user selects it."""
     kinds = {type(resolve("cache", name, object)): f"cache={name}" for name in names("cache")}
     return kinds.get(type(cache), f"the cache {type(cache).__name__}")
 
 
 def spread(backbone: MaskedDiffusionModel) -> bool:
-    """Whether a model's layers, or parts of them, are on several devices."""
+    """Whether a model is distributed over several devices, by layer or by tensor."""
     parts = getattr(backbone, "tp_size", None) or 1
     return parts > 1 or len(set((getattr(backbone, "hf_device_map", None) or {}).values())) > 1

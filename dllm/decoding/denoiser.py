@@ -1,4 +1,4 @@
-"""One denoiser forward: what the cache plans to compute, the backbone, and the logits that were asked for."""
+"""One denoiser forward: the plan of the cache, the backbone, and the requested logits."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dllm.cache.base import CacheRun, Plan
 from dllm.cache.selection import Selection, Store
+from dllm.decoding.branches import Attention, Branches
 from dllm.decoding.canvas import Canvas
 from dllm.decoding.drift import Meter
 from dllm.decoding.flags import flagged
@@ -24,28 +25,26 @@ from dllm.decoding.prediction import Part, Prediction, Sampling
 from dllm.decoding.question import Question, about_drafts, about_window
 from dllm.decoding.transfer import put, send
 from dllm.decoding.window import Window
-from dllm.decoding.work import Work
 from dllm.models.transformer import KVStore
 
 
 class Denoiser:
-    """Answers a sampler's questions about one window at a time, and counts what they cost.
+    """Computes the predictions that a sampler requests for one window at a time, and counts their cost.
 
     Args:
-        forward: the denoiser.
-        canvas: what it looks at.
+        forward: the backbone.
+        canvas: its input.
         cache: plans each forward.
         cfg_scale: classifier-free guidance; 0 is off. A guided forward computes a second row with
             the prompt masked and counts as one.
-        meter: compares some forwards with exact ones.
+        meter: measures the approximation error of some forwards.
 
     Attributes:
-        forwards: (B,) forwards each entry of the current window took part in.
-        last: the latest prediction about the current window and the columns it is about.
-        looked: what was computed in each forward of the current window, as (slots, (A, L) columns).
-        computed: (B,) columns computed for each entry of the window; padding, and what fills up a row beside
-            others that need more, is nobody's.
-        refreshes: (B,) forwards of the current window in which a cache had everything computed anew.
+        forwards: (B,) forwards of each entry of the current window.
+        last: the latest prediction for the current window and its columns.
+        looked: columns computed in each forward of the current window, as (slots, (A, L) columns).
+        computed: (B,) columns computed for each entry of the window; padding of any kind is not counted.
+        refreshes: (B,) forwards of the current window in which a cache recomputed every position.
     """
 
     def __init__(
@@ -61,7 +60,7 @@ class Denoiser:
         self.canvas, self.cache, self.meter, self.cfg_scale = canvas, cache, meter, cfg_scale
 
     def bind(self, window: Window) -> Denoiser:
-        """Turn to a new window."""
+        """Switch to a new window."""
         self.window = window
         self.forwards, self.computed, self.refreshes = np.zeros((3, len(window.rows)), dtype=np.int64)
         self.last: tuple[Prediction, Tensor] | None = None
@@ -71,7 +70,7 @@ class Denoiser:
 
     @property
     def broken(self) -> Broken:
-        """Entries of the window for which some forward gave no numbers."""
+        """Entries of the window with non-finite logits in some forward."""
         return Broken(self._broken, reason("the model", self.backbone.dtype, "dtype="))
 
     def __call__(
@@ -79,7 +78,7 @@ class Denoiser:
         asked: Bool[Tensor, "*B K"] | None = None,
         columns: Int[Tensor, "*B K"] | None = None,
         tokens: Int[Tensor, "B D L"] | None = None,
-        joined: bool = False,
+        attention: Attention = "apart",
         decided: bool = False,
     ) -> Prediction:
         """Predict tokens; see `dllm.samplers.base.Denoise`."""
@@ -92,29 +91,32 @@ class Denoiser:
             asked = window.masked if asked is None else asked
             columns = window.columns if columns is None else columns
             tokens = window.tokens[:, None] if tokens is None else tokens
-            question = about_drafts(self.canvas, asked, columns, tokens, joined, shift)
+            question = about_drafts(self.canvas, asked, columns, tokens, attention, shift)
         self.forwards[np.unique(question.slots)] += 1
         logits = self._logits(question)
-        # The indices of the window's own masks are on the device already.
+        # The indices of the window's masks are on the device already.
         index = window.index if asked is window.masked and columns is window.columns else self._put(question.index)
         prediction = self._predict(logits, asked, index, question)
         self._broken = self._broken | prediction.broken.flatten(1).any(1)
-        # Of several drafts the first is the canvas as it is.
+        # Of several drafts the first is the current canvas.
         shown = prediction if asked.ndim == 2 else prediction.arranged(lambda values: values[:, 0])
         self.last = shown, columns if columns.ndim == 2 else columns[:, 0]
         return prediction
 
     def _logits(self, question: Question) -> Float[Tensor, "N V"]:
-        """Logits of what is asked."""
+        """Logits of the requested positions."""
         plan, visible = self.cache.plan(question), question.visible
         if plan.compute is not None and plan.store is not None:
             compute = plan.compute & visible
             self.looked.append((question.slots, compute))
             return self._reusing(question, replace(plan, compute=compute))
         self.meter.trust(question, self.meter.due(question))
-        self.looked.append((question.slots, visible))
-        cost = visible.sum(1)
+        compute = question.together(visible)
+        self.looked.append((question.slots, compute))
+        cost = compute.sum(1)
         np.add.at(self.computed, question.slots, cost)
+        if question.joined > 1:
+            return self._in_forwards(question, cost, lambda some, group: self._joined(some, None, compute[group]))
         return self._in_forwards(question, cost, lambda some, group: self._whole(some))
 
     def _in_forwards(
@@ -123,7 +125,7 @@ class Denoiser:
         cost: NDArray[np.int64],
         forward: Callable[[Question, NDArray[np.int64]], Float[Tensor, "N V"]],
     ) -> Float[Tensor, "N V"]:
-        """Logits of what is asked, in as many forwards as the columns of each sequence make worth while."""
+        """Logits of the requested positions, split into forwards by the number of columns of each sequence."""
         groups = apart(cost, question.slots, self._overhead)
         parts = [forward(question.some(group), group) for group in groups]
         if len(parts) == 1:
@@ -132,64 +134,106 @@ class Denoiser:
         return torch.cat(parts)[self._put(np.argsort(order))]
 
     def _whole(self, question: Question, store: KVStore | None = None) -> Float[Tensor, "N V"]:
-        """Logits of what is asked, with every column computed that some sequence attends to."""
+        """Logits of the requested positions, with every attended column computed."""
         tokens, visible = question.tokens, question.visible
         low, high = span(visible)
         sequence, column = question.places
-        padding = self.canvas.padding[question.rows]
-        select, first = send(tokens.device, sequence * (high - low) + column - low, padding)
+        select, first = send(tokens.device, sequence * (high - low) + column - low, self.canvas.padding[question.rows])
         positions = (torch.arange(low, high, device=tokens.device) - first[:, None]).clamp(min=0)
-        given = None
-        if self.cfg_scale > 0:
-            given = ~self.window.region[self._put(question.slots), low:high]
-        work = Work(
-            tokens[:, low:high], positions, high - low, self._looks(visible[:, low:high]), given, store,
-            joined=question.joined, keys=positions,
-        )  # fmt: skip
-        return self._forward(work, select)
+        mask = self._mask(self._attention_mask(visible[:, low:high]), positions, positions)
+        given = ~self.window.region[self._put(question.slots), low:high] if self.cfg_scale > 0 else None
+        return self._forward(tokens[:, low:high], positions, mask, store, select, given)
 
     def _reusing(self, question: Question, plan: Plan) -> Float[Tensor, "N V"]:
-        """Logits of what is asked, computed in as many forwards as the plan's widths make worth while."""
+        """Logits of the requested positions by the plan of the cache, split into forwards by width."""
         assert plan.compute is not None
         assert plan.store is not None
         store, asked = plan.store, len(question.places[0])
         question = question if store.joinable else replace(question, joined=1)
         np.add.at(self.refreshes, question.slots[plan.whole(question.visible) & question.first], 1)
-        compute = _together(plan.compute, question.joined)
+        compute = question.together(plan.compute)
         cost = compute.sum(1) if plan.cost is None else plan.cost
         np.add.at(self.computed, question.slots, cost)
         wanted = question if plan.probe is None else question.and_about(plan.probe.read)
         logits = self._in_forwards(wanted, cost, lambda some, group: self._part(some, store, compute[group]))
         if plan.probe is not None:
-            plan.probe.tell(_surest(logits[asked:], plan.probe.read, self.canvas.mask_token_id))
-            logits = logits[:asked].clone()  # what is kept of a prediction must not keep the rest
+            plan.probe.tell(_top_probability(logits[asked:], plan.probe.read, self.canvas.mask_token_id))
+            logits = logits[:asked].clone()  # a slice would keep all logits alive
         return self._measured(question, plan, logits)
 
     def _part(self, question: Question, store: Store, compute: NDArray[np.bool_]) -> Float[Tensor, "N V"]:
-        """Logits of what is asked, in one forward that computes some columns of each sequence."""
+        """Logits of the requested positions, in one forward that computes some columns of each sequence."""
+        if question.joined > 1:
+            return self._joined(question, store, compute)
         tokens, visible = question.tokens, question.visible
         low, high = span(visible)
         host, places = pack(compute)
         sequence, column = question.places
         select = sequence * host.shape[1] + places[sequence, column]
         columns, select_at, first = send(tokens.device, host, select, self.canvas.padding[question.rows])
-        selection = Selection(
-            question.rows, question.slots, question.first, host, columns, (low, high), question.joined
-        )
-        work = Work(
-            tokens.gather(1, columns), (columns - first[:, None]).clamp(min=0), high - low,
-            self._looks(visible[:, low:high]), None, store.bind(selection), columns - low, question.joined,
-            None if self.backbone.pattern is None else torch.arange(low, high, device=tokens.device) - first[:, None],
+        selection = Selection(question.rows, question.slots, question.first, host, columns, (low, high))
+        positions = (columns - first[:, None]).clamp(min=0)
+        keys = torch.arange(low, high, device=tokens.device) - first[:, None]
+        mask = self._mask(self._attention_mask(visible[:, low:high]), positions, keys)
+        return self._forward(tokens.gather(1, columns), positions, mask, store.bind(selection), select_at)
+
+    def _joined(self, question: Question, store: Store | None, compute: NDArray[np.bool_]) -> Float[Tensor, "N V"]:
+        """Logits of the requested positions, with the drafts of each row concatenated to one sequence."""
+        tokens, drafts, visible = question.tokens, question.joined, question.visible[question.first]
+        low, high = span(visible)
+        packed = [pack(compute[draft::drafts]) for draft in range(drafts)]
+        widths = np.array([host.shape[1] for host, _ in packed])
+        host = np.concatenate([host for host, _ in packed], axis=1)
+        fresh = np.concatenate([np.diff(host, axis=1, prepend=-1) != 0 for host, _ in packed], axis=1)
+        sequence, column = question.places
+        row, draft = np.divmod(sequence, drafts)
+        slot = np.stack([slots for _, slots in packed])[draft, row, column] + (widths.cumsum() - widths)[draft]
+        columns, branch, select, first, fresh_at, real = send(
+            tokens.device, host, np.repeat(np.arange(drafts), widths), row * host.shape[1] + slot,
+            self.canvas.padding[question.rows[question.first]], fresh, visible[:, low:high],
         )  # fmt: skip
-        return self._forward(work, select_at)
+        positions = (columns - first[:, None]).clamp(min=0)
+        branches = Branches(
+            question.attention,
+            columns,
+            branch,
+            fresh_at.bool(),
+            (low, high),
+            real.bool(),
+            store is not None,
+            self.backbone.logits_shift,
+        )
+        keys, bound = positions, None
+        if store is not None:
+            keys = torch.cat((torch.arange(low, high, device=tokens.device) - first[:, None], positions), dim=1)
+            own = question.rows[question.first], question.slots[question.first], np.ones(len(host), dtype=bool)
+            width = int(widths[0])
+            bound = store.bind(Selection(*own, host[:, :width], columns[:, :width], (low, high), drafts))
+        given = None
+        if self.cfg_scale > 0:
+            given = ~self.window.region[self._put(question.slots[question.first])].gather(1, columns)
+        tokens = rearrange(tokens, "(a d) l -> a (d l)", d=drafts).gather(1, branch * tokens.shape[1] + columns)
+        return self._forward(tokens, positions, self._mask(branches.mask(), positions, keys), bound, select, given)
+
+    def _mask(
+        self,
+        mask: Bool[Tensor, "A S"] | Bool[Tensor, "A 1 C S"] | None,
+        positions: Int[Tensor, "A C"],
+        keys: Int[Tensor, "A S"],
+    ) -> Bool[Tensor, "A S"] | Bool[Tensor, "A 1 C S"] | None:
+        """The attention mask with the pattern of the model."""
+        if self.backbone.pattern is None:
+            return mask
+        own = self.backbone.pattern(positions, keys)
+        return own if mask is None else own & (mask if mask.ndim == 4 else mask[:, None, None])
 
     def _measured(self, question: Question, plan: Plan, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
-        """The logits, after comparing them with exact ones where that is due."""
+        """The logits, after comparing them with exact ones where a measurement is due."""
         meter = self.meter
 
         def exact(sequences: NDArray[np.int64], comparison: KVStore) -> Float[Tensor, "N V"]:
             some = replace(question, joined=1).some(sequences)
-            if meter.above is not None:  # what may act on the result counts as part of it
+            if meter.above is not None:  # a measurement that may change the result is counted
                 self.forwards[some.slots] += 1
                 np.add.at(self.computed, some.slots, some.visible.sum(1))
             logits = self._whole(some, comparison)
@@ -202,14 +246,18 @@ class Denoiser:
             self.cache.expire(off)
         return logits
 
-    def _forward(self, work: Work, select: Tensor) -> Float[Tensor, "N V"]:
-        """Run the backbone and project the selected places; two passes under guidance."""
-        tokens, positions, given, mask = work.tokens, work.positions, work.given, work.mask(self.backbone.pattern)
-        if work.joined > 1:
-            tokens, positions = (rearrange(each, "(a d) c -> a (d c)", d=work.joined) for each in (tokens, positions))
-            given = None if given is None else rearrange(given, "(a d) c -> a (d c)", d=work.joined)
+    def _forward(
+        self,
+        tokens: Int[Tensor, "A C"],
+        positions: Int[Tensor, "A C"],
+        mask: Tensor | None,
+        store: KVStore | None,
+        select: Int[Tensor, " N"],
+        given: Bool[Tensor, "A C"] | None = None,
+    ) -> Float[Tensor, "N V"]:
+        """Run the backbone and project the selected positions; two passes with guidance."""
         if given is None:
-            return self._run(tokens, mask, positions, work.store, select)
+            return self._run(tokens, mask, positions, store, select)
         both = torch.cat((select, select + tokens.numel()))
         mask = None if mask is None else torch.cat((mask, mask))
         blind = tokens.masked_fill(given, self.canvas.mask_token_id)
@@ -220,7 +268,7 @@ class Denoiser:
     def _predict(
         self, logits: Float[Tensor, "N V"], asked: Bool[Tensor, "*B K"], index: Int[Tensor, " N"], question: Question
     ) -> Prediction:
-        """Choose tokens, as each row's request wants them chosen."""
+        """Choose tokens by the sampling options of each row's request."""
         canvas, of = self.canvas, question.slots[question.places[0]]
         requests = [canvas.requests[row] for row in canvas.rows]
         samplings = [request.sampling for request in requests if request is not None]
@@ -233,32 +281,25 @@ class Denoiser:
         return Prediction.mixed(logits, asked, index, canvas.mask_token_id, parts)
 
     def _sources(self, sampling: Sampling, slots: NDArray[np.int64]) -> list[tuple[torch.Generator, int]]:
-        """Whose randomness each run of asked positions draws from; nothing at temperature 0."""
+        """The generator of each run of requested positions; none at temperature 0."""
         if sampling.temperature == 0:
             return []
         found, counts = np.unique(slots, return_counts=True)
         sources = (self.canvas.generators[row] for row in self.canvas.rows[found])
         return [(source, int(count)) for source, count in zip(sources, counts, strict=True) if source is not None]
 
-    def _looks(self, visible: NDArray[np.bool_]) -> Bool[Tensor, "A S"] | None:
-        """What may be looked at, on the device; None where that is everything."""
+    def _attention_mask(self, visible: NDArray[np.bool_]) -> Bool[Tensor, "A S"] | None:
+        """The attention mask on the device; None where everything is visible."""
         return None if visible.all() else self._put(visible)
 
     def _put(self, array: NDArray[np.generic]) -> Tensor:
         return put(self.canvas.device, array)
 
 
-def _surest(logits: Float[Tensor, "N V"], read: NDArray[np.bool_], mask_token_id: int) -> Float[Tensor, "A L"]:
-    """Probability of the most probable token other than [MASK] where it was read; 0 elsewhere."""
+def _top_probability(logits: Float[Tensor, "N V"], read: NDArray[np.bool_], mask_token_id: int) -> Float[Tensor, "A L"]:
+    """Probability of the most probable token other than [MASK] at the columns that were read; 0 elsewhere."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     best = logits.index_fill(-1, torch.tensor([mask_token_id], device=logits.device), -torch.inf).amax(-1)
     confidence = torch.zeros(read.shape, dtype=logits.dtype, device=logits.device)
     confidence[put(logits.device, read)] = (best - logits.logsumexp(-1)).exp()
     return confidence
-
-
-def _together(compute: NDArray[np.bool_], joined: int) -> NDArray[np.bool_]:
-    """The columns to compute; drafts that are joined compute the same ones."""
-    if joined == 1:
-        return compute
-    return np.repeat(rearrange(compute, "(a d) l -> a d l", d=joined).any(1), joined, axis=0)

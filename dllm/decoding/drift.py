@@ -1,4 +1,4 @@
-"""How far a cache is off: every few forwards of a row, one is repeated without it and compared."""
+"""The approximation error of a cache: some forwards of a row are repeated without it and compared."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from dllm.decoding.layout import span
 
 @dataclass(frozen=True)
 class Measurement:
-    """What comparing one forward of M requests with exact ones gave.
+    """Approximation error of one forward of M requests.
 
     Attributes:
         ids: (M,) the requests.
-        kv_error: (M,) Frobenius norm of what keys and values are off, over that of the exact ones: over all
-            layers and all columns that are looked at.
-        kl: (M,) KL divergence of the cached predictions from the exact ones, in nats, summed over the asked
+        kv_error: (M,) Frobenius norm of the error of keys and values, relative to that of the exact ones, over all
+            layers and all columns that are attended to.
+        kl: (M,) KL divergence of the cached predictions from the exact ones, in nats, summed over the requested
             positions.
-        flips: (M,) asked positions whose most probable token differs.
-        asked: (M,) positions that were asked about.
+        flips: (M,) requested positions whose most probable token differs.
+        asked: (M,) requested positions.
     """
 
     ids: NDArray[np.int64]
@@ -38,22 +38,21 @@ class Measurement:
     asked: NDArray[np.int64]
 
     def where(self, keep: NDArray[np.bool_]) -> Measurement:
-        """Of some of the requests."""
+        """Those of some of the requests."""
         return Measurement(self.ids[keep], self.kv_error[keep], self.kl[keep], self.flips[keep], self.asked[keep])
 
 
 @dataclass(frozen=True)
 class Drift:
-    """What was measured over a run.
+    """Approximation error of a cache over a run.
 
     Attributes:
-        measured: forwards that were looked at, over all rows; those that computed everything are off by nothing,
-            and count.
+        measured: measured forwards, over all rows, including those that recomputed every position (error 0).
         kv_error: mean relative error of keys and values.
-        worst_kv_error: the largest one.
+        worst_kv_error: the maximum.
         kl: mean KL divergence of the cached prediction of a position from the exact one, in nats.
         flips: share of the positions whose most probable token differs.
-        seconds: wall time of measuring; part of the run's only where `refresh_above` acts on it.
+        seconds: wall time of measuring; part of the run's only with `refresh_above`.
     """
 
     measured: int
@@ -65,7 +64,7 @@ class Drift:
 
 
 def summarise(measurements: Sequence[Measurement], seconds: float) -> Drift | None:
-    """The drift of a run; None where nothing was measured."""
+    """The approximation error of a run; None where nothing was measured."""
     if not measurements:
         return None
     errors, kl, flips, asked = (
@@ -86,11 +85,11 @@ Exact = Callable[[NDArray[np.int64], "Comparison"], Float[Tensor, "N V"]]
 
 
 class Meter:
-    """Measures the rows of one engine.
+    """Measures the approximation error of the rows of one engine.
 
     Args:
         slots: rows measured at a time.
-        every: a row's forwards from one measurement to the next; None for never.
+        every: measure every this many forwards of a row; None for never.
         above: relative error of keys and values above which a row's exact predictions are used and its cache
             is refreshed; None for never.
         mask_token_id: never predicted.
@@ -110,7 +109,7 @@ class Meter:
         self._forwards[rows] = 0
 
     def take(self, without: NDArray[np.int64], ids: NDArray[np.int64]) -> tuple[Measurement, ...]:
-        """The measurements since this was last called, without those of some rows.
+        """The measurements since the last call, without those of some rows.
 
         Args:
             without: numbers of these.
@@ -121,7 +120,7 @@ class Meter:
         return tuple(replace(each, ids=ids[each.ids]) for each in kept if each.ids.size)
 
     def due(self, question: Question) -> NDArray[np.int64]:
-        """Sequences to measure: those that look at the canvas as it is, of the rows whose turn it is."""
+        """Sequences to measure: those of the current canvas (not drafts), of rows with a measurement due."""
         if self.every is None:
             return np.zeros(0, dtype=np.int64)
         rows = question.rows[question.first]
@@ -129,7 +128,7 @@ class Meter:
         return np.flatnonzero(question.first & (self._forwards[question.rows] % self.every == 0))
 
     def trust(self, question: Question, sequences: NDArray[np.int64]) -> None:
-        """Note that what computed everything is off by nothing."""
+        """Record error 0 for sequences that recomputed every position."""
         if sequences.size:
             zero = np.zeros(len(sequences))
             asked = np.bincount(question.places[0], minlength=len(question.rows))[sequences]
@@ -140,17 +139,17 @@ class Meter:
     def measure(
         self, question: Question, plan: Plan, logits: Float[Tensor, "N V"], exact: Exact
     ) -> tuple[Float[Tensor, "N V"], NDArray[np.int64]]:
-        """Compare a forward with an exact one, where it is due.
+        """Compare a forward with an exact one, where a measurement is due.
 
         Args:
-            question: what was asked.
-            plan: what was computed, and what reused.
-            logits: what came out.
-            exact: computes everything for some sequences, showing the keys and values of each layer to a
-                comparison, and returns the logits of what they were asked.
+            question: the requested predictions.
+            plan: of the cache.
+            logits: cached logits.
+            exact: recomputes every position for some sequences, passing the keys and values of each layer to a
+                comparison, and returns the logits of their requested positions.
 
         Returns:
-            The logits to go on with, and the rows whose error is above the bound.
+            The logits to use, and the rows whose error is above the bound.
         """
         assert plan.store is not None
         sequences = self.due(question)
@@ -160,7 +159,7 @@ class Meter:
         if not sequences.size:
             return logits, sequences
         if logits.is_cuda:
-            torch.cuda.synchronize(logits.device)  # what is still under way is not measuring
+            torch.cuda.synchronize(logits.device)  # pending work is not part of measuring
         started = time.perf_counter()
         rows = question.rows[sequences]
         comparison = Comparison(plan.store, question.slots[sequences], question.visible[sequences], logits.device)
@@ -189,7 +188,7 @@ class Meter:
         return logits, rows[off]
 
     def _compare(self, exact: Float[Tensor, "N V"], cached: Float[Tensor, "N V"]) -> tuple[NDArray[np.float64], ...]:
-        """KL divergence and whether the best token differs, of each position."""
+        """KL divergence and whether the most probable token differs, of each position."""
         wide = torch.promote_types(exact.dtype, torch.float32)
         p, q = (logits.to(wide).log_softmax(-1) for logits in (exact, cached))
         kl = (p.exp() * (p - q)).masked_fill(p == -torch.inf, 0).sum(-1)
@@ -199,12 +198,12 @@ class Meter:
 
 
 class Comparison:
-    """A store that stores nothing: it sees exact keys and values and says how far others are off.
+    """A store that only compares: accumulates the error of cached keys and values against exact ones.
 
     Args:
-        store: the others.
-        slots: (M,) those of the rows that are computed.
-        visible: (M, L) columns that count.
+        store: the cached ones.
+        slots: (M,) of the computed rows.
+        visible: (M, L) columns that are compared.
         device: of the keys and values.
     """
 

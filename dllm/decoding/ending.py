@@ -1,8 +1,8 @@
 """Where a generated text ends: at an end-of-text token, or before a stop string.
 
-A text ends before the first of its tokens that is end-of-text, whatever the tokenizer calls that token, and before the
-stop string that is complete first; of several that one token completes, before the one that begins first. So it is the
-same whether decoding went on after the stop string or not. What ended the text counts as generated.
+A text ends before its first end-of-text token, whatever the tokenizer calls that token, and before the first complete
+stop string; of several that one token completes, before the one that begins first. So the text is the same whether
+decoding continued after the stop string or not. The tokens that end the text count as generated.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-_PARTIAL = "\ufffd"  # how tokens read that hold a part of a character
+_PARTIAL = "\ufffd"  # decoded from tokens that hold part of a character
 
 
 def count_tokens(completions: NDArray[np.int64], eos_token_ids: Sequence[int]) -> NDArray[np.int64]:
@@ -34,12 +34,12 @@ def cut(
     until: Sequence[str] = (),
     eos_token_ids: Sequence[int] = (),
 ) -> tuple[str | None, int]:
-    """The text before what ends it, and how many tokens there are up to and including that.
+    """The text before its end, and the number of tokens up to and including the end.
 
     Args:
         tokenizer: None gives no text, and only end-of-text ends it.
-        tokens: what was generated.
-        until: stop strings; those that are empty stop nothing.
+        tokens: the generated tokens.
+        until: stop strings; empty ones have no effect.
         eos_token_ids: ids that end a text.
     """
     count = int(count_tokens(tokens[None], eos_token_ids)[0])
@@ -58,18 +58,18 @@ def cut(
 
 
 class StopStrings:
-    """Finds out which token of a growing text completes a stop string.
+    """Finds the token of a growing text that completes a stop string.
 
-    Only as many tokens are decoded again as a stop string may reach back, so that the cost grows with the text's length
-    and not with its square.
+    Only the last tokens that a stop string can span are decoded again, so that the cost is linear in the length of the
+    text, not quadratic.
 
     Args:
-        tokenizer: reads tokens; special ones as well.
-        strings: the stop strings, none of them empty.
+        tokenizer: decodes tokens, including special ones.
+        strings: non-empty stop strings.
         eos_token_ids: ids that end a text; nothing after them is searched.
 
     Attributes:
-        read: tokens of the text that were searched; 0 to search it from the start again.
+        read: tokens of the text searched so far; 0 to search again from the start.
     """
 
     def __init__(
@@ -77,11 +77,11 @@ class StopStrings:
     ) -> None:
         self._tokenizer, self._strings, self._eos = tokenizer, strings, eos_token_ids
         self.read = self._first = 0
-        # Characters. The first four of a part may read differently than in the whole text.
+        # Characters. The first four of a part may decode differently than in the whole text.
         self._reach = max(map(len, strings)) + 4
 
     def find(self, text: NDArray[np.int64]) -> int | None:
-        """How many tokens it takes to complete a stop string; None where none is complete.
+        """Number of tokens up to a complete stop string; None without one.
 
         Args:
             text: all its tokens so far, at least one.
@@ -102,7 +102,7 @@ class StopStrings:
 
 
 def _completing(tokenizer: PreTrainedTokenizerBase, tokens: NDArray[np.int64], stops: Sequence[str]) -> int | None:
-    """The fewest tokens whose text holds one of the stop strings; None where it never does."""
+    """The fewest tokens whose text contains a stop string; None if it never does."""
 
     def holds(count: int) -> bool:
         text = _written(tokenizer, tokens[:count])
@@ -118,7 +118,7 @@ def _completing(tokenizer: PreTrainedTokenizerBase, tokens: NDArray[np.int64], s
 
 
 def _without_special(tokenizer: PreTrainedTokenizerBase, tokens: NDArray[np.int64], text: str) -> str:
-    """The beginning `text` of what tokens read as, without the special ones, and with what only reads like them."""
+    """The prefix `text` of the decoded tokens without special tokens; ordinary text that looks like one is kept."""
     names = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     kept, at = "", 0
     for place in np.flatnonzero(np.isin(tokens, list(names))):
@@ -131,6 +131,6 @@ def _without_special(tokenizer: PreTrainedTokenizerBase, tokens: NDArray[np.int6
 
 
 def _written(tokenizer: PreTrainedTokenizerBase, tokens: NDArray[np.int64]) -> str:
-    """The text of some tokens, special ones as well, without a last character that is not complete yet."""
+    """The text of some tokens, including special ones, without an incomplete last character."""
     text: Any = tokenizer.decode(tokens.tolist())
     return str(text).rstrip(_PARTIAL)

@@ -1,6 +1,6 @@
-"""The decode loop: rows enter and leave, the sampler asks the denoiser and says what to write, the canvas is edited.
+"""The decode loop: rows enter and leave, the sampler calls the denoiser and returns an edit, the canvas applies it.
 
-This is the only loop there is. It knows no sampler, no cache and no option of either.
+This is the only decode loop. It does not depend on any sampler, cache or option of either.
 """
 
 from __future__ import annotations
@@ -34,33 +34,33 @@ from dllm.models.loading import LanguageModel
 from dllm.resolve import resolve
 from dllm.samplers.base import Sampler
 
-# Steps in a row that may leave a request as it was, and steps and forwards for each position to generate, before a
-# sampler is taken to be stuck.
+# A sampler counts as stuck after this many consecutive steps that leave a request unchanged, or this many steps or
+# forwards per position to generate.
 _IDLE, _BUDGET = 8, 16
 
 
 class Engine:
-    """Decodes requests that may come at any time, `batch_size` of them at once.
+    """Decodes requests with continuous batching, `batch_size` of them at once.
 
-    What comes of a request depends on nothing but the request: not on when it came, nor on who was decoded beside it.
-    Several threads may add and abort; steps are taken one after another.
+    The result of a request depends only on the request: not on its arrival time, nor on the other rows of the batch.
+    Several threads may add and abort; steps are serialized.
 
-    Keys and values of the cache take a fixed number of slots of `max_length` columns from the start to the end (see
-    `dllm.cache.store.KeyValues`); nothing grows with the number of requests.
+    Keys and values of the cache take a fixed number of slots of `max_length` columns (see
+    `dllm.cache.store.KeyValues`); memory does not grow with the number of requests.
 
     Args:
         lm: a loaded model.
-        sampler: the policy that decides what is written when: a name of conf/sampler or an object.
-        cache: what is reused between steps: a name of conf/cache or an object.
-        batch_size: rows decoded at once; a row that is finished is replaced by a request that waits.
-        max_length: columns of the longest request, prompt and generated region; None for the context of the model.
-        cfg_scale: classifier-free guidance against the masked prompt (LLaDA's convention: 0 is off); two forwards'
-            work, counted as one.
-        cuda_graphs: replay forwards over few columns from CUDA graphs, which spares launching their kernels one
-            by one; None does so wherever there is a CUDA device.
+        sampler: the unmasking policy: a name of conf/sampler or an object.
+        cache: the cache: a name of conf/cache or an object.
+        batch_size: rows decoded at once; a finished row is replaced by a waiting request.
+        max_length: maximum length of a request, prompt and generated region; None for the context of the model.
+        cfg_scale: classifier-free guidance against the masked prompt (LLaDA's convention: 0 is off); it computes
+            every row twice and counts as one forward.
+        cuda_graphs: replay small forwards from CUDA graphs, which avoids the launch overhead of their kernels;
+            None: if there is a CUDA device.
 
     Raises:
-        ValueError: an unknown name, a value out of range, or a sampler and cache that do not go together.
+        ValueError: an unknown name, a value out of range, or an incompatible sampler and cache.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Engine:
             tensor=self._memory.tensor,
         )
         with torch.inference_mode():
-            with torch.device("cpu"):  # where tables are made before they are moved, whatever the user's default is
+            with torch.device("cpu"):  # tables are made there and then moved, whatever the user's default device
                 self._state = self.sampler.start(self._setup)
             cache_run, forward = self.cache.start(self._setup), self._memory.forward(cuda_graphs)
             self.denoiser = Denoiser(forward, self._canvas, cache_run, cfg_scale, self._meter)
@@ -118,7 +118,7 @@ class Engine:
         self._waiting: deque[tuple[int, Request]] = deque()
         self._entering: list[Request] = []
         self._ids = np.zeros(batch_size, dtype=np.int64)  # the request of each row
-        self._leaving: set[int] = set()  # rows whose request is finished
+        self._leaving: set[int] = set()  # rows with a finished request
         self._aborted: set[int] = set()
         self._idle, self._steps = np.zeros((2, batch_size), dtype=np.int64)
         self._count, self._closed = 0, False
@@ -136,11 +136,11 @@ class Engine:
         """Queue a request.
 
         Args:
-            prompt: a text, chat messages or token ids; with `infill` one whose masks are filled.
+            prompt: a text, chat messages or token ids; with `infill`, its masks are filled.
             attention_mask: of token ids: 1 at tokens, 0 at padding on either side.
-            infill: fill the masks in the prompt, as `dllm.infill` does, instead of generating after it.
-            max_forwards: denoiser forwards after which the request fails if it is not finished; None for no limit.
-            **options: fields of `dllm.Options` but `batch_size`, `cfg_scale` and `cuda_graphs`, which are the engine's.
+            infill: fill the masks in the prompt, like `dllm.infill`, instead of generating after it.
+            max_forwards: denoiser forwards after which an unfinished request fails; None for no limit.
+            **options: fields of `dllm.Options` except `batch_size`, `cfg_scale` and `cuda_graphs`, set in the engine.
 
         Returns:
             The number of the request: 0, 1, 2, ...
@@ -160,10 +160,10 @@ class Engine:
         return self.submit(replace(request, max_forwards=max_forwards))
 
     def submit(self, request: Request) -> int:
-        """Queue a request that is made already.
+        """Queue an existing request.
 
         Raises:
-            ValueError: it is longer than `max_length`, the sampler refuses it, or the engine is closed.
+            ValueError: it is longer than `max_length`, the sampler rejects it, or the engine is closed.
         """
         if len(request.tokens) > self.max_length:
             raise ValueError(
@@ -171,7 +171,7 @@ class Engine:
                 "shorten one of them, or make an engine with a larger max_length"
             )
         if self._closed:
-            raise ValueError("the engine is closed, and its memory another's; make a new one")
+            raise ValueError("the engine is closed; create a new one")
         self.check(request)
         with self._lock:
             self._waiting.append((self._count, request))
@@ -179,19 +179,19 @@ class Engine:
             return self._count - 1
 
     def check(self, request: Request) -> None:
-        """Refuse (ValueError) what the sampler cannot decode."""
+        """Reject (ValueError) what the sampler cannot decode."""
         with torch.device("cpu"):
             self.sampler.check(self._state, request)
 
-    def abort(self, id: int) -> None:  # what `Event.id` is called
-        """Give a request up, wherever it is; nothing happens if it is finished.
+    def abort(self, id: int) -> None:  # named like `Event.id`
+        """Abort a waiting or running request; no effect on a finished one.
 
         Raises:
-            ValueError: there never was such a request.
+            ValueError: there was no such request.
         """
         with self._lock:
             if not 0 <= id < self._count:
-                raise ValueError(f"id={id!r} is no request of this engine; give a number that `add` returned")
+                raise ValueError(f"id={id!r} is not a request of this engine; give a number that `add` returned")
             left = [(number, request) for number, request in self._waiting if number != id]
             if len(left) == len(self._waiting):
                 self._aborted |= {id} & set(self._ids[self._canvas.rows].tolist())
@@ -199,7 +199,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether there is something left to decode."""
+        """Whether there is anything left to decode."""
         with self._lock:
             rows = self._canvas.rows.tolist()
             running = (row for row in rows if row not in self._leaving and self._ids[row] not in self._aborted)
@@ -207,7 +207,7 @@ class Engine:
 
     @property
     def upcoming(self) -> list[Request]:
-        """The requests that are about to enter, and those that wait behind them."""
+        """The requests that are about to enter, followed by the waiting ones."""
         with self._lock:
             return [*self._entering, *(request for _, request in self._waiting)]
 
@@ -215,11 +215,10 @@ class Engine:
         """Take one denoising step.
 
         Returns:
-            An event for each request that took part, in no particular order; a `Step`, or nothing if nobody is left.
+            An event for each active request, in no particular order; a `Step`, or empty if there are none.
 
         Raises:
-            RuntimeError: a sampler broke its contract: it wrote outside what is to be generated, or leaves a request
-                as it is for ever.
+            RuntimeError: a sampler broke its contract: it wrote outside the generated region, or makes no progress.
         """
         with self._stepping, torch.inference_mode():
             started, uncounted = time.perf_counter(), self._uncounted()
@@ -241,15 +240,15 @@ class Engine:
 
     @property
     def measuring_seconds(self) -> float:
-        """Wall time of measuring the cache's drift so far."""
+        """Wall time of measuring the cache's approximation error so far."""
         return self._meter.seconds
 
     def _uncounted(self) -> float:
-        """Wall time so far of what is no part of decoding."""
+        """Wall time so far that does not count as decoding."""
         return self.uncounted_seconds + (self._meter.seconds if self._meter.above is None else 0.0)
 
     def close(self) -> None:
-        """Leave the device memory and the graphs to the next engine of the model; there are no more steps."""
+        """Release device memory and graphs to the next engine of the model; no more steps are possible."""
         with self._stepping, self._lock:
             if not self._closed:
                 self.lm.spare[:] = [self._memory]
@@ -263,7 +262,7 @@ class Engine:
         self.close()
 
     def _exchange(self) -> None:
-        """Let rows leave that are finished or given up, and those that wait take their place."""
+        """Replace finished and aborted rows by waiting requests."""
         with self._lock:
             rows = self._canvas.rows.tolist()
             leaving = self._leaving | {row for row in rows if int(self._ids[row]) in self._aborted}
@@ -288,7 +287,7 @@ class Engine:
         self._entering = []
 
     def _check_progress(self, change: Change) -> None:
-        """Refuse a sampler that goes on for ever."""
+        """Raise an error if the sampler does not terminate."""
         rows = change.rows
         self._idle[rows] = np.where(change.idle, self._idle[rows] + 1, 0)
         self._steps[rows] += 1
@@ -299,7 +298,7 @@ class Engine:
             raise RuntimeError(f"{self.sampler!r} makes no progress in request {number}: it must finish it")
 
     def _over_limit(self, change: Change) -> Change:
-        """Let requests fail that have spent the forwards they may take."""
+        """Fail requests that reached their `max_forwards`."""
         over = []
         for row in set(change.rows.tolist()) - {*change.finished.tolist(), *change.failed.tolist()}:
             request = self._canvas.requests[row]
@@ -309,9 +308,7 @@ class Engine:
                 and self._recorder.nfe[row] >= request.max_forwards
             ):
                 left = int((self._canvas.host[row] == self._canvas.mask_token_id).sum())
-                self._canvas.errors[row] = (
-                    f"max_forwards={request.max_forwards} is spent, and {left} tokens are missing"
-                )
+                self._canvas.errors[row] = f"max_forwards={request.max_forwards} is reached with {left} tokens missing"
                 over.append(row)
         return replace(change, failed=np.concatenate((change.failed, np.array(sorted(over), dtype=np.int64))))
 
@@ -319,7 +316,7 @@ class Engine:
         canvas, denoiser, rows = self._canvas, self.denoiser, change.rows
         self._recorder.count(change, edit, denoiser)
         change = self._over_limit(change)
-        # The device was read, so that nothing of the step is under way.
+        # The device was synchronized, so no work of the step is pending.
         uncounted = self._uncounted() - uncounted
         seconds = time.perf_counter() - started - uncounted
         self._recorder.charge(rows, seconds, edit.guide_seconds)
@@ -348,6 +345,6 @@ class Engine:
 
 
 def check_model(lm: Any) -> None:
-    """Refuse (ValueError) a name where a loaded model is expected."""
+    """Reject (ValueError) a name where a loaded model is expected."""
     if not isinstance(lm, LanguageModel):
-        raise ValueError(f"lm={lm!r} is no loaded model; give dllm.load({str(lm)!r})")
+        raise ValueError(f"lm={lm!r} is not a loaded model; give dllm.load({str(lm)!r})")

@@ -1,4 +1,4 @@
-"""Gathering flags that several entries set."""
+"""Scattering flags with repeated indices."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from torch import Tensor
 
 
 def flagged(flags: Bool[Tensor, "B L"], index: Int[Tensor, "B N"], values: Bool[Tensor, "B N"]) -> Bool[Tensor, "B L"]:
-    """The flags, with those set as well that one of the values at their index sets."""
-    # In integers: on CUDA no reduction of booleans into places that occur more than once is implemented.
+    """The flags, or'ed with the values at their index."""
+    # In integers: CUDA implements no scatter reduction of booleans.
     return flags.int().scatter_reduce(1, index, values.int(), "amax").bool()

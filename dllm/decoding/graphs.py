@@ -1,8 +1,8 @@
-"""CUDA graphs: a forward over a window is a thousand small kernels, and launching them takes longer than running them.
+"""CUDA graphs: a forward over a window is a thousand small kernels, dominated by launch overhead.
 
-A forward whose shape comes again and again is captured and replayed from then on: what differs from one to the next
-(tokens, positions, columns, places) is copied to where the graph reads it. The keys and values are where they
-always are. Wide forwards keep the device busy anyway and are launched as usual.
+A forward whose shape recurs is captured and replayed from then on: its inputs (tokens, positions, columns, selected
+slots) are copied to the static inputs of the graph. Keys and values have fixed addresses. Wide forwards keep the
+device busy anyway and are launched as usual.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from torch import Tensor
 from dllm.models.base import MaskedDiffusionModel
 from dllm.models.transformer import KVStore
 
-_WIDEST = 512  # columns of a forward, over all sequences, that launching still takes longer than computing
+_WIDEST = 512  # columns of a forward, over all sequences, up to which launch overhead dominates
 _AFTER = 3  # forwards of a shape are launched before it is captured, which takes as long as a few of them
 _MOST = 64  # graphs kept
-_FEWEST = 16  # places that are projected
+_FEWEST = 16  # projected positions
 
 
 @runtime_checkable
 class FixedStore(Protocol):
-    """A store bound to memory that stays where it is, through an index that differs from forward to forward.
+    """A store with a fixed address, accessed through an index that differs between forwards.
 
     Attributes:
-        memory: equal for what was bound to the same memory.
-        index: columns that are computed, within that memory.
+        memory: key, equal for the same memory.
+        index: computed columns, within that memory.
     """
 
     memory: Hashable
     index: Int[Tensor, "A C"]
 
     def through(self, index: Int[Tensor, "A C"]) -> KVStore:
-        """The same with the index read from another tensor."""
+        """The same with the index given by another tensor."""
         ...
 
 
 @runtime_checkable
 class Graph(Protocol):
-    """What is captured."""
+    """A captured graph."""
 
     def replay(self) -> None:
         """Run it again."""
@@ -56,19 +56,19 @@ class Capture:
     """Captures functions on a CUDA device.
 
     Args:
-        device: where everything is.
+        device: of all tensors.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._aside = device, torch.cuda.Stream(device)
-        # One at a time is replayed, so what they need in between may lie in the same place.
+        # Graphs are replayed one at a time, so they can share a memory pool.
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Graph, Tensor]:
-        """Capture a function without arguments; its result is written to the same place at each replay."""
+        """Capture a function without arguments; each replay overwrites the same result tensor."""
         with torch.cuda.device(self._device):
             self._aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._aside):  # libraries set themselves up at a first call, which is not captured
+            with torch.cuda.stream(self._aside):  # warm-up: libraries initialize at their first call
                 for _ in range(2):
                     run()
             torch.cuda.current_stream().wait_stream(self._aside)
@@ -90,8 +90,8 @@ class Forward:
 
     Args:
         backbone: the denoiser.
-        graphs: whether to use graphs; None for where the whole model is on one CUDA device and not quantised.
-        capture: makes a graph; None for that of the device.
+        graphs: whether to use graphs; None: if the whole model is on one CUDA device and not quantised.
+        capture: makes a graph; None for `Capture`.
     """
 
     def __init__(
@@ -117,14 +117,14 @@ class Forward:
         store: KVStore | None,
         select: Int[Tensor, " N"],
     ) -> Float[Tensor, "N V"]:
-        """Logits of the selected places."""
+        """Logits of the selected positions."""
         if not self.graphs or tokens.numel() > _WIDEST or not isinstance(store, FixedStore):
             return self.backbone(tokens, mask, positions, store, select).logits
-        # How many places are asked about differs from step to step: up to the next power of two are projected.
+        # The number of requested positions varies between steps: it is padded to the next power of two.
         places = F.pad(select, (0, max(_FEWEST, 1 << (len(select) - 1).bit_length()) - len(select)))
         key = store.memory, tokens.shape, len(places), mask is None
         self._seen[key] += 1
-        if self._seen[key] <= _AFTER:  # what does not come again is not worth capturing
+        if self._seen[key] <= _AFTER:  # a shape that does not recur is not worth capturing
             return self.backbone(tokens, mask, positions, store, select).logits
         inputs = tokens, positions, store.index, places, *([] if mask is None else [mask])
         if key not in self._captured:
@@ -136,7 +136,7 @@ class Forward:
         for kept, fresh in zip(found.inputs, inputs, strict=True):
             kept.copy_(fresh)
         found.graph.replay()
-        return found.logits[: len(select)].clone()  # the next replay writes to the same place
+        return found.logits[: len(select)].clone()  # the next replay overwrites it
 
     def _new(self, store: FixedStore, inputs: tuple[Tensor, ...]) -> _Captured:
         if self._capture is None:

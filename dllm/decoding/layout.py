@@ -1,13 +1,13 @@
-"""How the columns that a cache wants computed are laid out as forwards: packed, and apart where they are few."""
+"""Layout of the columns to compute: packed into forwards, and split by width where that is faster."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-# What a forward takes beside its columns, in columns, on a CPU and on a GPU. The reading of the weights takes it: about
-# 50 were measured for 100 million parameters on two cores; and while an H200 reads a weight of two bytes, at 4.8 TB/s,
-# it computes about 200 columns with it, at 989 TFLOP/s.
+# Fixed cost of a forward, in columns, on a CPU and on a GPU: the time to read the weights. About 50 were measured for
+# 100 million parameters on two cores; while an H200 reads a weight of two bytes, at 4.8 TB/s, it computes about 200
+# columns with it, at 989 TFLOP/s.
 OVERHEAD = {"cpu": 64, "cuda": 256}
 
 
@@ -18,32 +18,31 @@ def pack(compute: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int6
         compute: (A, L) True at the columns to compute; at least one in each sequence.
 
     Returns:
-        The columns (A, C), ascending, a sequence with fewer repeating its last; and (A, L) the slot of
-        each column, out of all bounds where it has none.
+        The columns (A, C), ascending, padded by repeating the last; and (A, L) the slot of each column,
+        out of bounds where it has none.
     """
     counts = compute.sum(1)
     sequence, column = np.nonzero(compute)
     slot = np.arange(len(column)) - np.repeat(counts.cumsum() - counts, counts)
     columns = np.zeros((len(compute), int(counts.max())), dtype=np.int64)
     columns[sequence, slot] = column
-    behind = np.arange(columns.shape[1]) >= counts[:, None]
+    after = np.arange(columns.shape[1]) >= counts[:, None]
     last = np.take_along_axis(columns, counts[:, None] - 1, axis=1)
     slots = np.full(compute.shape, 2**40)
     slots[sequence, column] = slot
-    return np.where(behind, last, columns), slots
+    return np.where(after, last, columns), slots
 
 
 def span(visible: NDArray[np.bool_]) -> tuple[int, int]:
-    """The first column that some sequence (A, L) looks at, and the one behind the last."""
+    """The first column that some sequence (A, L) attends to, and the one after the last."""
     columns = np.flatnonzero(visible.any(0))
     return int(columns[0]), int(columns[-1]) + 1
 
 
 def apart(cost: NDArray[np.int64], rows: NDArray[np.int64], overhead: int) -> list[NDArray[np.int64]]:
-    """Split sequences into forwards so that all take the least time together.
+    """Split sequences into forwards of minimum total time.
 
-    A forward takes as long as computing its columns, every sequence as many as the one that needs most, and
-    `overhead` more.
+    The time of a forward is that of its columns, each sequence padded to the longest one, plus `overhead`.
 
     Args:
         cost: (A,) columns of each sequence.
@@ -60,7 +59,7 @@ def apart(cost: NDArray[np.int64], rows: NDArray[np.int64], overhead: int) -> li
     most = np.maximum.reduceat(cost, starts)
     order = np.argsort(-most, kind="stable")
     most, before = most[order], np.r_[0, counts[order].cumsum()]
-    # best[i]: the least time for the first i rows in this order; the last forward of these begins at cut[i].
+    # best[i]: minimum time of the first i rows in this order; the last forward of these begins at cut[i].
     best, cut = [0], [0]
     for end in range(1, len(order) + 1):
         times = best + (before[end] - before[:end]) * most[:end] + overhead

@@ -1,4 +1,4 @@
-"""Device memory and CUDA graphs, which outlive the engine that they were made for."""
+"""Device memory and CUDA graphs, which outlive the engine that allocated them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dllm.models.base import MaskedDiffusionModel
 
 
 class Memory:
-    """What one engine at a time works in, and the next one after it.
+    """Memory used by one engine at a time, and then by the next.
 
     Args:
         backbone: the denoiser.
@@ -25,17 +25,17 @@ class Memory:
 
     @property
     def fits(self) -> bool:
-        """Whether the weights are where they were, so that what was captured reads them."""
+        """Whether the weights have the same addresses, so that captured graphs are valid."""
         return self._weights == _weights(self._backbone)
 
     def forward(self, cuda_graphs: bool | None) -> Forward:
-        """The backbone, replayed from graphs that are there already where they fit."""
+        """The backbone, with the graphs captured so far."""
         if cuda_graphs not in self._forwards:
             self._forwards[cuda_graphs] = Forward(self._backbone, cuda_graphs)
         return self._forwards[cuda_graphs]
 
     def tensor(self, name: str, shape: Sequence[int]) -> Tensor:
-        """Zeros of a shape, in the model's dtype and on its device: those of this name from before if they fit.
+        """Zeros of a shape, in the model's dtype and on its device; reuses the tensor of this name if it fits.
 
         Args:
             name: unique within an engine.
@@ -43,7 +43,7 @@ class Memory:
         """
         dtype, device, kept = self._backbone.dtype, self._backbone.device, self._tensors.pop(name, None)
         if kept is None or (kept.shape, kept.dtype, kept.device) != (torch.Size(shape), dtype, device):
-            self._forwards.clear()  # what was captured reads and writes the tensors of then
+            self._forwards.clear()  # captured graphs use the old tensors
             del kept
             kept = torch.empty(tuple(shape), dtype=dtype, device=device)
         self._tensors[name] = kept

@@ -1,4 +1,4 @@
-"""Logits that are no numbers: a row that gets such has no answer, and is told why."""
+"""Non-finite logits: a row with such logits fails with a reason."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _WIDER = {
 
 @dataclass(frozen=True)
 class Broken:
-    """Rows that cannot be answered.
+    """Rows that fail.
 
     Attributes:
-        rows: which of the window's.
-        reason: why, with what to do.
+        rows: entries of the window.
+        reason: why, and how to fix it.
     """
 
     rows: Bool[Tensor, " B"]
@@ -28,17 +28,17 @@ class Broken:
 
 
 def not_finite(logits: Float[Tensor, "*N V"]) -> Bool[Tensor, "*N"]:
-    """Where logits hold NaN or +inf, or nothing but -inf: no probabilities follow from them."""
+    """Where logits contain NaN or +inf, or only -inf: they define no probabilities."""
     return ~logits.amax(-1).isfinite()
 
 
 def reason(whose: str, dtype: torch.dtype, option: str = "") -> str:
-    """Why there is no answer.
+    """Why a row has no answer.
 
     Args:
-        whose: the model, as a message calls it.
-        dtype: it computes in.
-        option: what a dtype is chosen with, such as "dtype=".
+        whose: name of the model in messages.
+        dtype: of its computation.
+        option: that sets the dtype, such as "dtype=".
     """
     fix = _WIDER.get(dtype, "use other weights, since these are damaged or do not fit the code").format(option, option)
     return f"{whose} gives logits that are NaN or infinite in {str(dtype).removeprefix('torch.')}; {fix}"

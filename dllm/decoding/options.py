@@ -1,4 +1,4 @@
-"""The options of requests and engines, and a request made of them."""
+"""The options of requests and engines, and building a request from them."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from dllm.models.loading import LanguageModel
 
 @dataclass(frozen=True)
 class Options:
-    """Everything about a run but its model, prompts, sampler and cache.
+    """All options of a run except model, prompts, sampler and cache.
 
     Attributes:
         gen_length: positions G to generate per prompt; unused by `infill`.
-        block_length: columns K decoded at a time, left to right; None for all at once. The last
+        block_length: positions K decoded at a time, left to right; None for all at once. The last
             block is shorter where K does not divide G.
-        temperature: 0 is greedy; above, Gumbel-max sampling.
-        top_p: nucleus; None for all tokens.
-        top_k: tokens considered; None for all.
-        tempered_confidence: above temperature 0, take confidence, margin and entropy from the distribution that tokens
-            are drawn from, softmax(logits / temperature), instead of softmax(logits); None for what the published
-            sampler of the model does: Dream's the former, LLaDA's the latter.
+        temperature: 0 is greedy; above 0, Gumbel-max sampling.
+        top_p: nucleus sampling; None for all tokens.
+        top_k: sample from the k most probable tokens; None for all.
+        tempered_confidence: above temperature 0, compute confidence, margin and entropy from the distribution that
+            tokens are drawn from, softmax(logits / temperature), instead of softmax(logits); None for the published
+            sampler of the model: Dream's the former, LLaDA's the latter.
         cfg_scale: classifier-free guidance against the masked prompt (LLaDA's convention:
-            0 is off); two forwards' work, counted as one.
-        seed: row i draws from seed + i; a sequence gives each row its own; None draws the seed itself.
+            0 is off); it computes every row twice and counts as one forward.
+        seed: row i uses seed + i; a sequence gives each row its own; None for a random seed.
         stop_at_eos: finish a row once everything up to its first end-of-text is decoded; the text
-            up to there is the same either way (where `freedave` draws: of the same distribution).
+            up to there is the same either way (where `freedave` samples: of the same distribution).
         eos_token_id: id or ids that end a text; None for the backbone's.
-        stop: string or strings that end a text, which then ends before them; a row is finished once everything up to
-            one is decoded, and the text is the same as if decoding had gone on. Special tokens are written as the
-            tokenizer writes them. None for none.
-        eos_suppression: None, "logits" (never predict the token that fills canvases), "confidence"
-            (commit what ends a text last) or "both".
-        batch_size: rows decoded together; a row that is finished is replaced at once by one that waits.
-        cuda_graphs: replay forwards over few columns from CUDA graphs, which spares launching their kernels one
-            by one; None does so wherever there is a CUDA device.
+        stop: stop string or strings, before which a text ends; a row is finished once everything up to one is decoded,
+            and the text is the same as if decoding had continued. Special tokens are written as the tokenizer decodes
+            them. None for none.
+        eos_suppression: None, "logits" (never predict the first end-of-text id), "confidence"
+            (commit end-of-text last) or "both".
+        batch_size: rows decoded together; a finished row is replaced at once by a waiting one.
+        cuda_graphs: replay small forwards from CUDA graphs, which avoids the launch overhead of their kernels;
+            None: if there is a CUDA device.
 
     Raises:
         ValueError: a value out of range.
@@ -77,7 +77,7 @@ class Options:
             if isinstance(self.seed, (int, float, str)):
                 seed("seed", self.seed, use=", or null")
             elif not isinstance(self.seed, (Sequence, np.ndarray)):
-                raise ValueError(f"seed={self.seed!r} is of the wrong kind; give a whole number, a list, or null")
+                raise ValueError(f"seed={self.seed!r} is of the wrong type; give a whole number, a list, or null")
             else:
                 for each in self.seed:
                     use = "a whole number from 0 to 2**63 - 1, or null"
@@ -86,33 +86,33 @@ class Options:
         choice("tempered_confidence", self.tempered_confidence, (True, False, None))
         choice("cuda_graphs", self.cuda_graphs, (True, False, None))
         _stop_strings(self.stop)
-        # The rest is checked where it is used; this refuses bad values before a model is there.
+        # The rest is checked where it is used; this rejects bad values before a model is loaded.
         Sampling(self.temperature, self.top_p, self.top_k, self.eos_suppression)
 
 
 def make_request(
     lm: LanguageModel, ids: Sequence[int], options: Options, seed: int, infill: bool, name: str
 ) -> Request:
-    """What is decoded for one prompt.
+    """Build the request for one prompt.
 
     Args:
         lm: a loaded model.
         ids: token ids of the prompt, or of a text with masks.
-        options: of the request; its seeds are not looked at.
+        options: of the request; their seed is ignored.
         seed: of this request.
-        infill: masks stand in `ids` already.
-        name: what errors call the prompt.
+        infill: `ids` contain the masks.
+        name: of the prompt in errors.
 
     Raises:
-        ValueError: an option that does not go with the model, or a prompt that does not fit it.
+        ValueError: an option or a prompt that does not fit the model.
     """
     backbone = lm.backbone
     stops, tempered = _stop_strings(options.stop), options.tempered_confidence
     if stops and lm.tokenizer is None:
         raise ValueError(f"stop={options.stop!r} needs a tokenizer, and this model has none; use eos_token_id")
     if tempered is not None and options.temperature == 0:
-        told = f"tempered_confidence={str(tempered).lower()} has no effect at temperature=0"
-        raise ValueError(f"{told}; set temperature, or leave it out")
+        problem = f"tempered_confidence={str(tempered).lower()} has no effect at temperature=0"
+        raise ValueError(f"{problem}; set temperature, or leave it out")
     eos = eos_ids(options.eos_token_id, lm)
     sampling = Sampling(
         options.temperature, options.top_p, options.top_k, options.eos_suppression, eos,
@@ -176,18 +176,18 @@ def eos_ids(eos: int | Sequence[int] | None, lm: LanguageModel) -> tuple[int, ..
 
 
 def _plain(name: str, value: Any) -> Any:
-    """Arrays, tensors and their numbers as Python's own, which go into lists and JSON; the rest as it is."""
+    """Arrays, tensors and their scalars as Python objects; other values unchanged."""
     return entries(name, value) if isinstance(value, (np.generic, np.ndarray, Tensor)) else value
 
 
 def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     given: Any = () if stop is None else (stop,) if isinstance(stop, str) else stop
     if not isinstance(given, Sequence) or not all(isinstance(each, str) for each in given):
-        raise ValueError(f"stop={stop!r} is of the wrong kind; give a string or a list of strings, or null for none")
+        raise ValueError(f"stop={stop!r} is of the wrong type; give a string or a list of strings, or null for none")
     if not all(map(is_text, given)):
-        raise ValueError(f"stop={stop!r} holds bytes that are no text; give UTF-8")
+        raise ValueError(f"stop={stop!r} is not valid UTF-8; give UTF-8")
     if "" in given:
-        raise ValueError(f"stop={stop!r} holds an empty string, which would end every text; leave it out")
+        raise ValueError(f"stop={stop!r} contains an empty string, which would end every text; leave it out")
     return tuple(given)
 
 
@@ -195,19 +195,19 @@ def seeds(seed: int | Sequence[int] | None, rows: int) -> Sequence[int]:
     """A seed for each row.
 
     Raises:
-        ValueError: another number of seeds than rows.
+        ValueError: the numbers of seeds and rows differ.
     """
     if seed is None:
         seed = random.randrange(2**31)
     if isinstance(seed, int):
         return range(seed, seed + rows)
     if len(seed) != rows:
-        raise ValueError(f"seed has {len(seed)} entries for {rows} prompts; give one a prompt, or a single number")
+        raise ValueError(f"seed has {len(seed)} entries for {rows} prompts; give one per prompt, or a single number")
     return [int(each) for each in seed]
 
 
 def parse_options(options: dict[str, Any]) -> Options:
-    """Make options of keyword arguments.
+    """Build options from keyword arguments.
 
     Raises:
         ValueError: an unknown name, or a value out of range.

@@ -1,8 +1,8 @@
-"""What the denoiser says about the positions it was asked for: a token each and how sure it is.
+"""The denoiser's prediction at the requested positions: a token and its confidence each.
 
-Only the asked positions are ever projected to the vocabulary; everything here is computed from
-their N rows of logits, and handed out aligned to the window: (B, K), with neutral values where
-nothing was asked.
+Only the requested positions are projected to the vocabulary; everything here is computed from
+their N rows of logits, and returned aligned to the window: (B, K), with neutral values at
+positions that were not requested.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class Sampling:
     """How logits become tokens.
 
     Attributes:
-        temperature: 0 takes the most probable token; above, Gumbel-max over logits / temperature.
+        temperature: 0 takes the most probable token; above 0, Gumbel-max over logits / temperature.
         top_p: keep the smallest set of tokens with this much probability; None keeps all.
         top_k: keep this many tokens; None keeps all.
         eos_suppression: LLaDA's logits_eos_inf and confidence_eos_eot_inf. None; "logits": never predict
-            the first of `eos_token_ids`; "confidence": leave all of them out of the probabilities after
-            choosing, and give one that was chosen confidence 0 (margin -inf, entropy inf), so that every
-            order but a random one commits it last; "both".
-        eos_token_ids: what counts as end-of-text; the first one is the one that fills canvases.
+            the first of `eos_token_ids`; "confidence": exclude all of them from the probabilities after
+            sampling, and assign a sampled one confidence 0 (margin -inf, entropy inf), so that every
+            order except random commits it last; "both".
+        eos_token_ids: end-of-text ids; the first one fills the rest of the canvas.
         tempered_confidence: confidence, margin and entropy are those of softmax(logits / temperature), from which
             tokens are drawn (Dream), instead of softmax(logits) (LLaDA); the same at temperature 0.
 
@@ -59,12 +59,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Part:
-    """Positions that share a sampling.
+    """Positions with the same sampling options.
 
     Attributes:
-        sampling: theirs.
-        at: (M,) which of the N positions, ascending.
-        generators: the random sources of these M.
+        sampling: these options.
+        at: (M,) indices into the N positions, ascending.
+        generators: of these M.
     """
 
     sampling: Sampling
@@ -73,15 +73,15 @@ class Part:
 
 
 class Prediction:
-    """Predicted tokens and confidences of one forward, aligned to the (B, K) positions asked about.
+    """Predicted tokens and confidences of one forward, aligned to the (B, K) positions of the window.
 
     Args:
-        logits: (N, V) logits of the asked positions, row by row.
+        logits: (N, V) logits of the requested positions, row by row.
         asked: (B, K) True at those N positions; (B, D, K) for D drafts a row.
         index: (N,) their flat indices into `asked`.
-        mask_token_id: never predicted, though it keeps its share of the probability.
+        mask_token_id: never predicted, but part of the softmax.
         sampling: how to choose tokens.
-        generators: the N positions' random sources as (generator, count) runs; used above temperature 0.
+        generators: of the N positions as (generator, count) runs; used above temperature 0.
     """
 
     def __init__(
@@ -104,14 +104,14 @@ class Prediction:
         mask_token_id: int,
         parts: Sequence[Part],
     ) -> Prediction:
-        """The same where not all positions have the same `sampling`.
+        """The same for positions with different `sampling`.
 
         Args:
-            logits: (N, V) logits of the asked positions, row by row.
-            asked: (B, K) True at those N positions; (B, D, K) for D drafts a row.
+            logits: (N, V) logits of the requested positions, row by row.
+            asked: (B, K) True at those N positions; (B, D, K) for D drafts per row.
             index: (N,) their flat indices into `asked`.
             mask_token_id: never predicted.
-            parts: positions that have the same sampling; together all of them.
+            parts: positions with the same sampling; together all of them.
         """
         chosen = [_choose(logits[part.at], mask_token_id, part.sampling, part.generators) for part in parts]
         order = torch.cat([part.at for part in parts]).argsort()
@@ -126,45 +126,45 @@ class Prediction:
         self.logits, self._chosen, self._broken, self._last = chosen.logits, chosen.tokens, chosen.broken, chosen.last
 
     def arranged(self, arrange: Callable[[Tensor], Tensor]) -> Prediction:
-        """The same predictions, with everything aligned to the asked positions passed through `arrange`.
+        """The same predictions, with everything aligned to the window passed through `arrange`.
 
         Args:
-            arrange: reshapes or selects; given tensors shaped as this prediction's own.
+            arrange: reshapes or selects; its input has the shape of this prediction.
         """
         other, inner = object.__new__(Prediction), self._arrange
-        # What is worked out already is in the old arrangement.
+        # Properties computed already have the old arrangement.
         vars(other).update({name: value for name, value in vars(self).items() if name not in _ALIGNED})
         other.asked, other._arrange = arrange(self.asked), lambda values: arrange(inner(values))
         return other
 
     def kept(self, arrange: Callable[[Tensor], Tensor]) -> Prediction:
-        """What was looked at of this prediction, passed through `arrange`, without the logits behind it."""
+        """The properties computed so far, passed through `arrange`, without the logits."""
         other = object.__new__(Prediction)
         vars(other).update({name: arrange(value) for name, value in vars(self).items() if name in _ALIGNED})
         return other
 
     @cached_property
     def tokens(self) -> Int[Tensor, "*B K"]:
-        """The predicted token of each asked position, 0 elsewhere."""
+        """The predicted token of each requested position, 0 elsewhere."""
         return self._spread(self._chosen, 0)
 
     @cached_property
     def confidence(self) -> Float[Tensor, "*B K"]:
-        """Probability of the predicted token, in float64; -inf where nothing was asked."""
+        """Probability of the predicted token, in float64; -inf where not requested."""
         own, others = _weights(self.logits, self._chosen)
         probability = own / (own + others.sum(-1).double())
         return self._spread(probability.masked_fill(self._last, 0.0), -torch.inf)
 
     @cached_property
     def margin(self) -> Float[Tensor, "*B K"]:
-        """Probability of the most probable token minus that of the second, in float64; -inf where nothing was asked."""
+        """Probability of the most probable token minus that of the second, in float64; -inf where not requested."""
         own, others = _weights(self.logits, self.logits.argmax(-1))
         margin = (own - others.amax(-1).double()) / (own + others.sum(-1).double())
         return self._spread(margin.masked_fill(self._last, -torch.inf), -torch.inf)
 
     @cached_property
     def entropy(self) -> Float[Tensor, "*B K"]:
-        """Entropy in nats, in float64; +inf where nothing was asked."""
+        """Entropy in nats, in float64; +inf where not requested."""
         own, others = _weights(self.logits, self.logits.argmax(-1))
         rest = others.sum(-1).double()
         entropy = rest.log1p() + torch.special.entr(others).sum(-1).double() / (own + rest)
@@ -172,7 +172,7 @@ class Prediction:
 
     @cached_property
     def broken(self) -> Bool[Tensor, "*B K"]:
-        """Where the logits are no numbers, so that all the rest means nothing; False where nothing was asked."""
+        """Where the logits are not finite and the prediction is invalid; False where not requested."""
         return self._spread(self._broken, False)
 
     def _spread(self, values: Tensor, fill: float) -> Tensor:
@@ -182,13 +182,13 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class _Chosen:
-    """What was made of logits.
+    """Tokens chosen from logits.
 
     Attributes:
-        logits: of which confidence, margin and entropy are taken.
-        tokens: that were chosen.
-        broken: where the logits are no numbers.
-        last: where the confidence is 0 whatever the logits say.
+        logits: for confidence, margin and entropy.
+        tokens: the chosen tokens.
+        broken: where the logits are not finite.
+        last: where the confidence is set to 0.
     """
 
     logits: Float[Tensor, "N V"]
@@ -208,7 +208,7 @@ def _choose(
     if sampling.eos_suppression in ("logits", "both"):
         logits = _without(logits, sampling.eos_token_ids[:1])
     best = _argmax(logits, mask_token_id)
-    # Where [MASK] and what is suppressed were all there was, nothing is left to predict.
+    # Where only [MASK] and suppressed tokens are finite, nothing is left to predict.
     broken |= logits.gather(-1, best[:, None])[:, 0] == -torch.inf
     logits = _filter(logits, sampling)
     tokens = best
@@ -227,10 +227,10 @@ def _choose(
 def _weights(
     logits: Float[Tensor, "N V"], token: Int[Tensor, " N"]
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, "N V"]]:
-    """Probability over that of the most probable token: of one token, in float64, and of all others, 0 for itself.
+    """Unnormalized probabilities (the most probable token has 1): of one token, in float64, and of all others.
 
-    The others summed by themselves keep apart probabilities that are all 1 in float32, as those of a trained model
-    often are, and which the published samplers rank by a softmax in float64.
+    Summing the others separately distinguishes probabilities that all round to 1 in float32, as is common for trained
+    models; the published samplers rank them by a softmax in float64.
     """
     weights = (logits - logits.amax(-1, keepdim=True)).exp_()
     own = weights.gather(-1, token[:, None])[:, 0].double()
@@ -246,7 +246,7 @@ def _filter(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p is not None and sampling.top_p < 1:
         ranked, order = _tempered(logits, sampling.temperature or 1.0).sort(dim=-1, descending=True, stable=True)
         probabilities = ranked.softmax(-1)
-        # A token stays while the probability before it has not passed top_p: the first always does.
+        # A token is kept while the probability before it does not exceed top_p: the first always is.
         beyond = probabilities.cumsum(-1) - probabilities > sampling.top_p
         logits = logits.masked_fill(torch.empty_like(beyond).scatter_(-1, order, beyond), -torch.inf)
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
@@ -256,12 +256,12 @@ def _filter(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:
-    """Logits over the temperature, up to a constant; below 1e-30, where float32 ends, a temperature acts as that."""
+    """Logits over the temperature, up to a constant; the temperature is clamped to 1e-30, the range of float32."""
     return (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
 
 
 def _argmax(logits: Tensor, mask_token_id: int) -> Tensor:
-    """The most probable token other than [MASK]; the logits are left as they were."""
+    """The most probable token other than [MASK]; the logits are restored."""
     kept = logits[:, mask_token_id].clone()
     logits[:, mask_token_id] = -torch.inf
     best = logits.argmax(-1)
@@ -272,9 +272,9 @@ def _argmax(logits: Tensor, mask_token_id: int) -> Tensor:
 def _gumbel_max(
     logits: Tensor, mask_token_id: int, temperature: float, generators: Sequence[tuple[torch.Generator, int]]
 ) -> Tensor:
-    """Draw tokens in float64: argmax of logits - temperature * log(-log u); -1 where only [MASK] is left."""
+    """Sample tokens in float64: argmax of logits - temperature * log(-log u); -1 where only [MASK] is left."""
     chosen = []
-    # Row by row on purpose: each has its own generator, and float64 noise exists for one row at a time.
+    # Row by row on purpose: each has its own generator, and the float64 noise of one row at a time saves memory.
     for part, (generator, count) in zip(logits.split([n for _, n in generators]), generators, strict=True):
         u = torch.rand((count, logits.shape[-1]), generator=generator, dtype=torch.float64, device=logits.device)
         noisy = part.double() - temperature * (-u.log()).log()

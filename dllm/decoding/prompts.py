@@ -1,4 +1,4 @@
-"""From what a user gives as prompts to token ids."""
+"""Encoding of prompts as token ids."""
 
 from __future__ import annotations
 
@@ -28,22 +28,21 @@ def encode(
 ) -> list[list[int]]:
     """Token ids of each prompt, without padding.
 
-    Without a mask nothing tells padding from tokens. As in transformers, a padding token that ends no text is taken for
-    padding, at either end of the rows of a tensor or an array. One that is also end-of-text may be meant, so it is
-    refused there; a mask, all ones where nothing is padding, decides. Lists are taken as they are, unless they are of
-    one length and some of them begin or end with the tokenizer's padding token, and others do not: where all do, these
-    are tokens like others, unless a mask says otherwise.
+    Without a mask, padding tokens at either end of the rows of a tensor or an array are removed, as in transformers,
+    unless the padding token is also end-of-text: that is ambiguous and rejected; give a mask (all ones without
+    padding). Lists are used as they are, except if they have the same length and only some of them begin or end with
+    the padding token; if all do, these are ordinary tokens.
 
     Args:
         prompts: a text, a list of texts, one chat (a list of messages), a list of chats, or token ids: lists, a
             (B, P) tensor or array, or what a tokenizer returns, with the mask it made.
-        tokenizer: needed for everything but token ids.
+        tokenizer: needed for everything except token ids.
         attention_mask: of token ids, in their shape: 1 at tokens, 0 at padding on either side.
         eos_token_ids: ids that end a text; the first one pads results.
 
     Raises:
-        ValueError: prompts of another kind, text without a tokenizer, a chat that the template does not take, a mask
-            of another shape or with gaps, or padding that may be meant.
+        ValueError: prompts of the wrong type, text without a tokenizer, a chat that the template rejects, a mask
+            of another shape or with gaps, or ambiguous padding.
     """
     if isinstance(prompts, Mapping):
         prompts, attention_mask = _tokenized(prompts, attention_mask)
@@ -68,22 +67,22 @@ def encode(
 
 
 def encode_one(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, attention_mask: Mask | None = None) -> list[int]:
-    """Token ids of a single prompt: a text, a chat, a list or tensor of ids, or what a tokenizer returns for one text.
+    """Token ids of a single prompt: a text, a chat, a list or tensor of ids, or a tokenizer's output for one text.
 
     Raises:
-        ValueError: as `encode`, or there are several.
+        ValueError: as `encode`, or there are several prompts.
     """
     alone = token_list(prompt, "prompt") is not None
     if alone:
         prompt, attention_mask = [prompt], None if attention_mask is None else [attention_mask]
     found = encode(prompt, tokenizer, attention_mask)
     if len(found) != 1:
-        raise ValueError(f"prompt holds {len(found)} prompts; add one at a time")
+        raise ValueError(f"prompt contains {len(found)} prompts; add one at a time")
     return found[0]
 
 
 def is_chat(prompt: Any) -> bool:
-    """Whether something is a list of messages, each with a role and text, parts or nothing as its content."""
+    """Whether a value is a list of messages, each with a role and content (text, parts or None)."""
     return (
         isinstance(prompt, Sequence)
         and not isinstance(prompt, str)
@@ -118,43 +117,43 @@ def _encode_one(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, number: 
 
 def _whole(text: str, number: int) -> str:
     if not is_text(text):
-        raise ValueError(f"prompts[{number}] holds halves of characters (surrogates), which are no text; give UTF-8")
+        raise ValueError(f"prompts[{number}] contains lone surrogates, which are not valid text; give UTF-8")
     return text
 
 
 def _written(chat: Chat, tokenizer: PreTrainedTokenizerBase, number: int) -> str:
-    """A chat as the model reads it, up to where its answer begins, or goes on if the chat ends with its beginning."""
+    """A chat in the format of the model, including a partial answer at its end."""
     messages = [{**message, "content": _text(message, f"prompts[{number}]")} for message in chat]
     last = messages[-1]
     begun = last["role"] == "assistant" and not last.get("tool_calls")
-    if begun and not last["content"].strip():  # nothing to go on from
+    if begun and not last["content"].strip():  # nothing to continue
         messages, begun = messages[:-1], False
     if not messages:
-        raise ValueError(f"prompts[{number}] is an empty answer and nothing else; give the message to be answered")
+        raise ValueError(f"prompts[{number}] has only an empty assistant message; give the message to be answered")
     return write_chat(
         tokenizer, messages, f"prompts[{number}]", add_generation_prompt=not begun, continue_final_message=begun
     )
 
 
 def write_chat(tokenizer: PreTrainedTokenizerBase, chat: Any, called: str, **options: Any) -> str:
-    """A chat as the tokenizer's template writes it.
+    """Apply the tokenizer's chat template.
 
     Args:
         tokenizer: has a chat template.
         chat: its messages.
-        called: what errors call it.
+        called: name of the chat in errors.
         **options: as for `apply_chat_template`.
 
     Raises:
-        ValueError: the template is damaged, or refuses the chat.
+        ValueError: the template is invalid, or rejects the chat.
     """
     try:
         return str(tokenizer.apply_chat_template(chat, tokenize=False, **options))
-    except Exception as error:  # noqa: BLE001  # a template is code, and fails in as many ways
+    except Exception as error:  # noqa: BLE001  # a template is code and may raise anything
         text = " ".join(str(error).split()) or type(error).__name__
         reason = "nested too deep" if isinstance(error, RecursionError) else text
         if options.get("continue_final_message") and isinstance(error, ValueError):
-            reason = "it does not write the beginning of an answer as it was given; leave out the last message"
+            reason = "it changes the partial answer at the end; leave out the last message"
         raise ValueError(f"{called} does not suit the chat template: {reason}") from None
 
 
@@ -165,20 +164,20 @@ def _text(message: Message, place: str) -> str:
         return content or ""
     for part in content:
         if part["type"] != "text" or not isinstance(part.get("text"), str):
-            raise ValueError(f"{place} has content of type {part['type']!r}; give text, this model reads nothing else")
+            raise ValueError(f"{place} has content of type {part['type']!r}; give text, the only type supported")
     return "".join(part["text"] for part in content)
 
 
 def _tokenized(given: Mapping[str, Any], attention_mask: Mask | None) -> tuple[Any, Any]:
-    """Token ids and mask of what a tokenizer returns for one text or several."""
+    """Token ids and mask from a tokenizer's output for one text or several."""
     if "input_ids" not in given:
         raise ValueError(
-            f"prompts is a {type(given).__name__} without input_ids; give what a tokenizer returns, or "
+            f"prompts is a {type(given).__name__} without input_ids; give the output of a tokenizer, or "
             "a list of messages"
         )
     ids, mask = given["input_ids"], given.get("attention_mask")
     if mask is not None and attention_mask is not None:
-        raise ValueError("attention_mask is given twice, in prompts and beside them; leave one out")
+        raise ValueError("attention_mask is given twice, within prompts and separately; leave one out")
     mask = attention_mask if mask is None else mask
     if token_list(ids, "prompts") is not None and len(ids) > 0:  # one text, not in a batch
         ids = ids[None] if isinstance(ids, (Tensor, np.ndarray)) else [ids]
@@ -187,10 +186,10 @@ def _tokenized(given: Mapping[str, Any], attention_mask: Mask | None) -> tuple[A
 
 
 def token_list(row: Any, called: str) -> list[int] | None:
-    """A list, tensor or array of token ids as a list; None where it is something else.
+    """A list, tensor or array of token ids as a list; None for other types.
 
     Raises:
-        ValueError: a tensor that holds no values.
+        ValueError: a tensor without values.
     """
     if isinstance(row, (Tensor, np.ndarray)):
         ids = entries(called, row)
@@ -202,10 +201,10 @@ def token_list(row: Any, called: str) -> list[int] | None:
 
 
 def entries(called: str, given: Tensor | NDArray[Any] | np.generic) -> Any:
-    """The values of a tensor or an array as Python's own, in lists.
+    """The values of a tensor or an array as lists of Python numbers.
 
     Raises:
-        ValueError: it holds none that can be listed, as on the device "meta", sparse, nested or quantised.
+        ValueError: it cannot be converted, as on the device "meta", or if sparse, nested or quantised.
     """
     try:
         return given.tolist()
@@ -225,7 +224,7 @@ def _masked(prompts: Sequence[Any], attention_mask: Any) -> list[list[int]]:
     found = []
     for number, (prompt, given) in enumerate(zip(prompts, attention_mask, strict=True)):
         if (ids := token_list(prompt, f"prompts[{number}]")) is None:
-            raise ValueError(f"attention_mask is for token ids, and prompts[{number}] is none; leave it out")
+            raise ValueError(f"attention_mask is for token ids, and prompts[{number}] is not; leave it out")
         mask = entries(f"attention_mask[{number}]", given) if isinstance(given, (Tensor, np.ndarray)) else given
         if not _is_mask(mask, len(ids)):
             raise ValueError(
@@ -247,7 +246,7 @@ def _is_mask(mask: Any, length: int) -> bool:
 
 
 def _padded_lists(prompts: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]] | None:
-    """Lists of token ids of one length, some of which have the padding token at an end and others do not."""
+    """Lists of token ids of the same length, if some but not all of them have the padding token at an end."""
     if tokenizer is None or not isinstance(prompts, Sequence):
         return None
     rows = [ids for number, prompt in enumerate(prompts) if (ids := token_list(prompt, f"prompts[{number}]"))]
@@ -259,7 +258,7 @@ def _padded_lists(prompts: Any, tokenizer: PreTrainedTokenizerBase | None) -> li
 def _without_padding(
     rows: list[list[int]], tokenizer: PreTrainedTokenizerBase | None, eos_token_ids: Sequence[int]
 ) -> list[list[int]]:
-    """Rows without the padding at their ends, where nothing but padding can stand there."""
+    """Rows without the padding at their ends, where that is unambiguous."""
     pad = None if tokenizer is None else tokenizer.pad_token_id
     unclear = {*eos_token_ids[:1], *([pad] if pad in eos_token_ids else [])}
     for number, row in enumerate(rows):
@@ -275,7 +274,7 @@ def _without_padding(
 
 
 def _kind(values: Tensor | NDArray[Any]) -> str:
-    """What the entries are, in NumPy's letters: i and u are whole numbers."""
+    """NumPy's kind of the entries: i and u are integers."""
     if isinstance(values, np.ndarray):
         return str(values.dtype.kind)
     return "b" if values.dtype == torch.bool else "f" if values.is_floating_point() or values.is_complex() else "i"

@@ -1,4 +1,4 @@
-"""What a sampler asks of one forward, as the host knows it."""
+"""The predictions that a sampler requests from one forward, on the host."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dllm.decoding.branches import Attention
 from dllm.decoding.canvas import Canvas
 from dllm.decoding.transfer import put
 from dllm.decoding.window import Window
@@ -21,18 +22,19 @@ Places = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of one forward, about A sequences.
+    """The predictions requested from one forward, over A sequences.
 
     Attributes:
-        canvas: the canvas as it is. Never write to it.
-        slots: (A,) slot of each sequence's row, ascending; a row with several drafts comes as often.
-        draft: (A,) number of the sequence among the drafts of its row. The first of them is the canvas as it is; what a
-            cache remembers of a row between forwards changes with these alone.
+        canvas: the current canvas. Never write to it.
+        slots: (A,) slot of each sequence's row, ascending; repeated for the drafts of a row.
+        draft: (A,) index of the sequence among the drafts of its row. The first one is the current canvas; only
+            these update the state of a cache.
         tokens: of the sequences.
-        index: (N,) flat indices of what is asked, into the tensor that asks.
-        places: what is asked, as (N,) sequences and (N,) columns whose hidden states are needed for it.
-        horizon: (A,) column from which on nothing is attended to.
+        index: (N,) flat indices of the requested positions, into the `asked` tensor.
+        places: the requested hidden states, as (N,) sequences and (N,) columns.
+        horizon: (A,) first column that no requested position attends to, directly or through others.
         joined: sequences of a row that are computed as one.
+        attention: how these attend to each other.
     """
 
     canvas: Canvas
@@ -43,6 +45,7 @@ class Question:
     places: Places
     horizon: NDArray[np.int64]
     joined: int = 1
+    attention: Attention = "apart"
 
     @cached_property
     def rows(self) -> NDArray[np.int64]:
@@ -51,12 +54,12 @@ class Question:
 
     @property
     def first(self) -> NDArray[np.bool_]:
-        """(A,) True where a sequence is the canvas as it is."""
+        """(A,) True where a sequence is the current canvas."""
         return np.asarray(self.draft == 0)
 
     @cached_property
     def drafted(self) -> NDArray[np.bool_]:
-        """(A, L) where a sequence is not the canvas as it is; reads the device where there are drafts."""
+        """(A, L) where a sequence differs from the current canvas; synchronizes if there are drafts."""
         if not self.draft.any():
             return np.zeros((len(self.slots), self.canvas.length), dtype=bool)
         return np.asarray(self.tokens.cpu().numpy() != self.canvas.host[self.rows])
@@ -74,8 +77,20 @@ class Question:
         visible = self.canvas.visible(self.rows)
         return visible & ~self.since(self.horizon)
 
+    def together(self, compute: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """(A, L) what is computed of sequences that are joined, where these columns of each are to be."""
+        if self.joined == 1:
+            return compute
+        if self.attention == "tree":  # each draft the same columns
+            every = rearrange(compute, "(a d) l -> a d l", d=self.joined).any(1)
+            return np.repeat(every, self.joined, axis=0)
+        canvas = compute[self.first]
+        least = canvas & (canvas.cumsum(1) == 1)  # a draft that asks nothing has a column nevertheless
+        shadows = np.where(self.read.any(1, keepdims=True), self.read, np.repeat(least, self.joined, axis=0))
+        return np.where(self.first[:, None], compute, shadows)
+
     def some(self, sequences: NDArray[np.int64]) -> Question:
-        """The same about some of the sequences, in ascending order."""
+        """The same for some of the sequences, in ascending order."""
         if len(sequences) == len(self.slots):
             return self
         of, column = self.places
@@ -90,7 +105,7 @@ class Question:
         )
 
     def and_about(self, read: NDArray[np.bool_]) -> Question:
-        """The same, and after it the hidden states of some columns, (A, L)."""
+        """The same, with the hidden states of some columns, (A, L), appended."""
         (sequence, column), (other, where) = self.places, np.nonzero(read)
         return replace(self, places=(np.concatenate((sequence, other)), np.concatenate((column, where))))
 
@@ -111,22 +126,22 @@ class Question:
 
     @property
     def masked(self) -> NDArray[np.bool_]:
-        """(A, L) positions still to be decoded."""
+        """(A, L) masked positions."""
         return (self.canvas.host[self.rows] == self.canvas.mask_token_id) & self.canvas.region[self.rows]
 
     def since(self, column: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """(A, L) the columns from one of each sequence on."""
+        """(A, L) the columns from a given column of each sequence on."""
         return np.arange(self.canvas.length) >= column[:, None]
 
 
 def about_window(canvas: Canvas, window: Window, decided: bool, shift: int) -> Question:
-    """What the host knows without asking: the masked positions of the window, or all of them.
+    """A request for the masked positions of the window, or all of them, which the host knows without synchronization.
 
     Args:
         canvas: the canvas.
         window: its active blocks.
-        decided: ask about the decided positions as well.
-        shift: the prediction for a column is read that much to its left.
+        decided: also request predictions for unmasked positions.
+        shift: the prediction for column i is read at column i - shift.
     """
     columns, inside, masked = canvas.active
     grid, slots = inside if decided else masked, np.arange(len(columns))
@@ -141,16 +156,16 @@ def about_drafts(
     asked: Bool[Tensor, "*B K"],
     columns: Int[Tensor, "*C K"],
     tokens: Int[Tensor, "B D L"],
-    joined: bool,
+    attention: Attention,
     shift: int,
 ) -> Question:
-    """What a policy asks for that asks for something special, which only the device knows."""
+    """A request with positions or tokens of the policy's own, which are on the device."""
     rows, drafts = tokens.shape[:2]
-    flat = torch.cat((asked.flatten(), columns.flatten())).cpu().numpy()  # reads the device
+    flat = torch.cat((asked.flatten(), columns.flatten())).cpu().numpy()  # synchronizes
     grid = flat[: asked.numel()].astype(bool).reshape(rows, drafts, -1)
     where = np.broadcast_to(flat[asked.numel() :].reshape(rows, -1, grid.shape[2]), grid.shape)
     wanted: NDArray[np.bool_] = np.any(grid, axis=2)
-    joined = joined and bool(wanted[:, 1:].any())
+    joined = attention != "apart" and bool(wanted[:, 1:].any())
     if joined:  # a row's drafts are computed together or not at all
         wanted = np.broadcast_to(wanted.any(1, keepdims=True), wanted.shape)
     slots, draft = np.nonzero(wanted)
@@ -163,13 +178,13 @@ def about_drafts(
     horizon, together = _horizon(canvas, slots, places), drafts if joined else 1
     if joined:  # they are computed over the same columns
         horizon = np.repeat(horizon.reshape(-1, drafts).max(1), drafts)
-    return Question(canvas, slots, draft, flat_tokens, np.flatnonzero(grid), places, horizon, together)
+    return Question(canvas, slots, draft, flat_tokens, np.flatnonzero(grid), places, horizon, together, attention)
 
 
 def _read_at(
     canvas: Canvas, slots: NDArray[np.int64], sequence: NDArray[np.int64], column: NDArray[np.int64], shift: int
 ) -> Places:
-    """Where the predictions for some columns are read: `shift` to their left, but never in the padding."""
+    """The columns at which predictions are read: `shift` to the left, but never in the padding."""
     return sequence, np.maximum(column - shift, canvas.padding[canvas.rows[slots[sequence]]])
 
 

@@ -1,4 +1,4 @@
-"""What the requests being decoded have cost so far."""
+"""Statistics of the requests being decoded."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from dllm.decoding.window import Change, Edit
 
 
 class Recorder:
-    """Counts what each row costs, and the forward that settled each position.
+    """Counts the cost of each row, and the forward that committed each position.
 
     Args:
         canvas: the rows.
-        tokenizer: decodes what they generated.
+        tokenizer: decodes the answers.
 
     Attributes:
         nfe: (slots,) denoiser forwards of each row.
@@ -32,7 +32,7 @@ class Recorder:
         self._elapsed = 0.0
 
     def enter(self, rows: NDArray[np.int64]) -> None:
-        """Begin rows."""
+        """Reset rows."""
         for counts in (self.nfe, self._guide_nfe, self._positions, self._refreshes):
             counts[rows] = 0
         self._commit_step[rows] = -1
@@ -51,13 +51,13 @@ class Recorder:
         self._commit_step[rows] = np.where(change.committed, self.nfe[rows, None] - 1, settled)
 
     def charge(self, rows: NDArray[np.int64], seconds: float, guide_seconds: float) -> None:
-        """Share the time of one step out among its rows."""
+        """Divide the time of one step among its rows."""
         self._elapsed += seconds
         self._seconds[rows] += seconds / len(rows)
         self._guide_seconds[rows] += guide_seconds / len(rows)
 
     def answer(self, row: int, index: int) -> Answer:
-        """What came of a row."""
+        """The answer of a finished row."""
         canvas, request = self._canvas, self._canvas.requests[row]
         assert request is not None
         error = canvas.errors.get(row)

@@ -1,4 +1,4 @@
-"""Decoding requests beforehand, for samplers that decode towards the result of another."""
+"""Decoding requests in advance, for samplers that reproduce the result of another."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class EngineRehearsal:
-    """Decodes the requests of an engine with another sampler, uncounted.
+    """Decodes the requests of an engine with another sampler, without counting its cost.
 
     Args:
-        engine: whose requests they are.
-        sampler: the other one.
+        engine: whose requests are decoded.
+        sampler: the other sampler.
     """
 
     def __init__(self, engine: Engine, sampler: Any) -> None:
@@ -33,14 +33,14 @@ class EngineRehearsal:
         )  # fmt: skip
 
     def check(self, request: Request) -> None:
-        """Refuse what the other sampler refuses (ValueError)."""
+        """Reject what the other sampler rejects (ValueError)."""
         self._engine.check(request)
 
     def __call__(self, request: Request) -> Int[Tensor, " n"]:
-        """The whole text; those that come next are decoded along with it.
+        """The whole result; the next requests are decoded in the same batch.
 
         Raises:
-            ValueError: there is none, with the reason.
+            ValueError: the request fails, with the reason.
         """
         if request not in self._results:
             started = time.perf_counter()
@@ -53,7 +53,7 @@ class EngineRehearsal:
         return tokens
 
     def _decode(self, requests: list[Request]) -> None:
-        # What is reproduced does not depend on where its text is cut off.
+        # The result to reproduce does not depend on stop strings or limits.
         of = {self._engine.submit(replace(each, stops=(), max_forwards=None)): each for each in requests}
         for step in self._engine.steps():
             for event in step:

@@ -1,4 +1,4 @@
-"""One text to decode, as the engine sees it: tokens, and the options that are its own."""
+"""A request of the engine: tokens and per-request options."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from dllm.decoding.prediction import Sampling
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What is decoded in one row.
+    """The tokens and options of one row.
 
     Attributes:
-        tokens: prompt and masks; [MASK] stands for what is to be generated.
+        tokens: prompt and masks; [MASK] at the positions to generate.
         mask_token_id: id of [MASK].
-        eos_token_ids: ids that end the text; the first one fills.
-        blocks: positions of a block; None for one block.
-        sampling: how logits become tokens.
-        seed: of what is drawn.
+        eos_token_ids: ids that end the text; the first one fills the rest.
+        blocks: block length in positions; None for one block.
+        sampling: how tokens are chosen from logits.
+        seed: of the row's generator.
         stop_at_eos: the row is finished once everything up to its first end-of-text is decoded.
-        stops: strings that end the text.
-        tokenizer: reads it; None where nothing depends on what it reads as.
-        infill: the whole text is what is asked for, not what comes after the prompt.
+        stops: stop strings.
+        tokenizer: decodes the text; None if not needed.
+        infill: the answer is the whole text, not only what follows the prompt.
         max_forwards: denoiser forwards after which the request fails; None for no limit.
         from_start: blocks are counted from the first token, and not from the first position to generate.
     """
@@ -46,7 +46,7 @@ class Request:
 
     @cached_property
     def region(self) -> Bool[np.ndarray, " n"]:
-        """Where something is to be generated."""
+        """The positions to generate."""
         return np.asarray(self.tokens == self.mask_token_id)
 
     @cached_property
@@ -66,7 +66,7 @@ class Request:
 
     @property
     def origin(self) -> int:
-        """Where the first block begins."""
+        """Start of the first block."""
         return 0 if self.from_start else self.start
 
     @property
@@ -76,11 +76,11 @@ class Request:
 
     @property
     def block_count(self) -> int:
-        """Blocks from the one of the first position to generate on."""
+        """Number of blocks, from the one with the first position to generate."""
         first, last = ((at - self.origin) // self.block_length for at in (self.start, self.end - 1))
         return last - first + 1
 
     @property
     def has_gaps(self) -> bool:
-        """Whether tokens are given after the first mask."""
+        """Whether there are given tokens after the first mask."""
         return not bool(self.region[self.start :].all())

@@ -1,4 +1,4 @@
-"""The result of a run, and the recorder that counts it honestly."""
+"""Results and statistics of a run."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ _STATUS, _FORGET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class Stats:
-    """What a run cost.
+    """Statistics of a run.
 
     Attributes:
-        seconds: wall time of decoding; without what a policy such as the oracle decodes beforehand, and
-            without measuring a cache's drift, unless it may refresh the cache.
-        tokens: generated tokens up to and including what ends each row's text: its first end-of-text, or the token
-            that completes a stop string. Prompt tokens and what stands after it are not counted.
+        seconds: wall time of decoding; excludes decoding in advance, as for the oracle, and measuring the
+            approximation error of a cache, unless that may refresh the cache.
+        tokens: generated tokens up to and including the end of each row's text: its first end-of-text, or the token
+            that completes a stop string. Prompt tokens and tokens after the end are not counted.
         tokens_per_second: `tokens` over `seconds`.
-        tpf: `tokens` over the forwards of all rows.
-        computed_share: columns computed, over those that computing everything each time would take.
+        tpf: tokens per forward: `tokens` over the forwards of all rows.
+        computed_share: computed columns, relative to recomputing every position in each forward.
         computed_columns: columns computed by the denoiser, over all rows and drafts.
         extra_columns: those beyond one canvas per forward, for drafts; negative where a cache saved some.
         guide_seconds: wall time of the guide's forwards, part of `seconds`.
-        cache_refreshes: times a cache recomputed everything, over all rows.
-        drift: how far the cache was off, where that was measured (`measure_every`); None elsewhere.
-        slots_busy: share of the row slots that held a row, over all steps; there are `batch_size` of them, or as many
-            as prompts where these are fewer.
-        peak_memory: bytes; of the device on CUDA, of the process elsewhere, during the run where the system can tell.
+        cache_refreshes: full refreshes of a cache, over all rows.
+        drift: approximation error of the cache, if measured (`measure_every`); None otherwise.
+        slots_busy: mean share of busy row slots, over all steps; there are `batch_size` of them, or one per prompt
+            if these are fewer.
+        peak_memory: bytes; of the device on CUDA, of the process elsewhere, during the run if the system supports it.
     """
 
     seconds: float
@@ -65,20 +65,20 @@ class Generation:
     """The result for a batch of B prompts, P prompt columns and G generated ones.
 
     Attributes:
-        sequences: (B, P + G) prompts, left-padded, and what was generated.
+        sequences: (B, P + G) left-padded prompts and generated tokens.
         completions: (B, G) the generated region.
-        texts: decoded completions before end-of-text or a stop string, of `infill` the whole; None without a
-            tokenizer, and of rows that failed.
-        nfe: (B,) denoiser forwards each row took part in.
-        guide_nfe: (B,) forwards of a guide model, for policies that have one.
-        commit_step: (B, G) the row's own forward, counted from 0, after which a position had its
-            final token; -1 where an early end of the text filled it.
-        stats: what the run cost.
-        attention_mask: (B, P + G) 1 at prompts and at generated tokens up to and including what ended the text, 0 at
-            the padding, after the end, and after the prompt (or where masks are left) of a row that failed:
-            `generate(lm, out.sequences, attention_mask=out.attention_mask)` goes on.
-        errors: why a row failed; None where it did not. A row that failed stands as far as it came, [MASK] elsewhere,
-            and nothing of it counts as generated.
+        texts: decoded completions before end-of-text or a stop string, for `infill` the whole text; None without a
+            tokenizer, and for failed rows.
+        nfe: (B,) denoiser forwards of each row.
+        guide_nfe: (B,) forwards of a guide model, for policies with one.
+        commit_step: (B, G) the row's forward, counted from 0, after which a position had its final token; -1 where
+            an early end of the text filled it.
+        stats: statistics of the run.
+        attention_mask: (B, P + G) 1 at prompts and at generated tokens up to and including the end of the text, 0 at
+            the padding, after the end, and after the prompt (or at remaining masks) of a failed row:
+            `generate(lm, out.sequences, attention_mask=out.attention_mask)` continues.
+        errors: reason of each failed row; None for others. A failed row has the tokens decoded so far and [MASK]
+            elsewhere, and none of them count as generated.
     """
 
     sequences: Int[Tensor, "B L"]
@@ -107,12 +107,12 @@ class Clock:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         else:
-            with suppress(OSError):  # Linux alone can forget the peak of what ran before
+            with suppress(OSError):  # only Linux can reset the peak
                 _FORGET_PEAK.write_text("5")
         self._started = time.perf_counter()
 
     def seconds(self) -> float:
-        """Seconds since the start, the device's pending work included."""
+        """Seconds since the start, including pending work of the device."""
         return now(self._device) - self._started
 
     def peak_memory(self) -> int:
@@ -122,19 +122,19 @@ class Clock:
         with suppress(OSError, ValueError, StopIteration):
             peak = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
             return int(peak.split()[1]) * 1024
-        # The peak of the process's whole life. Linux counts in KiB, macOS in bytes.
+        # The peak since the process started. Linux counts in KiB, macOS in bytes.
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Tally:
-    """Adds up what the steps of a run cost; to be made when it starts.
+    """Accumulates the statistics of a run; create it at the start.
 
     Args:
-        device: where it runs.
+        device: of the run.
 
     Attributes:
-        answers: by number of request.
+        answers: by request number.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -153,12 +153,12 @@ class Tally:
 
 
 def assemble(requests: Sequence[Request], tally: Tally, measuring_seconds: float) -> Generation:
-    """Join the answers to all requests into one result.
+    """Collect the answers to all requests into one result.
 
     Args:
-        requests: all of one kind, numbered from 0.
+        requests: all of them, numbered from 0.
         tally: of the whole run.
-        measuring_seconds: wall time of measuring a cache's drift.
+        measuring_seconds: wall time of measuring the approximation error of a cache.
     """
     seconds, peak = tally.clock.seconds() - tally.uncounted_seconds, tally.clock.peak_memory()
     answers = [tally.answers[number] for number in range(len(requests))]

@@ -1,4 +1,4 @@
-"""The facts of an engine, fixed before its first forward."""
+"""The fixed properties of an engine."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from dllm.models.attention import BlockCausal
 
 @runtime_checkable
 class Rehearsal(Protocol):
-    """Decodes requests with another sampler, uncounted, towards whose result the first one decodes."""
+    """Decodes requests with another sampler, without counting its cost, whose result the sampler reproduces."""
 
     def check(self, request: Request) -> None:
-        """Refuse what the other sampler refuses (ValueError)."""
+        """Reject what the other sampler rejects (ValueError)."""
         ...
 
     def __call__(self, request: Request) -> Int[Tensor, " n"]:
-        """The whole text.
+        """The whole result.
 
         Raises:
-            ValueError: there is none, with the reason.
+            ValueError: the request fails, with the reason.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What samplers and caches may depend on.
+    """The properties that samplers and caches may depend on.
 
     Attributes:
-        slots: rows decoded at a time; their numbers are below.
+        slots: rows decoded at a time; row numbers are less than this.
         length: canvas columns L.
         mask_token_id: id of [MASK].
         logits_shift: the prediction for column i is read at column i - logits_shift.
@@ -45,12 +45,12 @@ class Setup:
         pattern: who attends to whom; None where every position attends to every other.
         hidden_size: width of the backbone.
         dtype: of the backbone's keys and values.
-        device: where the tensors live.
-        tokenizer: of the denoiser; None where it has none.
+        device: of the tensors.
+        tokenizer: of the denoiser; None without one.
         vocab_size: entries V of the logits.
-        fingerprint: tells which denoiser this is, by its weights.
-        rehearsal: makes what decodes requests with another sampler.
-        tensor: zeros of a name and shape, in the backbone's dtype, that may outlive the engine.
+        fingerprint: identifies the denoiser by its weights.
+        rehearsal: creates a `Rehearsal` for a sampler.
+        tensor: allocates zeros by name and shape, in the backbone's dtype; they may outlive the engine.
     """
 
     slots: int

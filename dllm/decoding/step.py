@@ -1,4 +1,4 @@
-"""What one denoising step did: the only thing that recorders, displays and traces look at."""
+"""The record of one denoising step, which recorders, displays and traces consume."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from dllm.decoding.window import Change, Edit
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of one request, and what it cost.
+    """The result and the statistics of one request.
 
     Attributes:
-        index: number of its prompt, or what `Engine.add` returned.
-        text: decoded completion before end-of-text or a stop string, of infilling the whole; None without a
-            tokenizer, and of a request that failed.
-        completion: (G,) the generated region, of infilling the whole row; of a request that failed as far as it came,
+        index: number of its prompt, or as returned by `Engine.add`.
+        text: decoded completion before end-of-text or a stop string, for infilling the whole text; None without a
+            tokenizer, and for a failed request.
+        completion: (G,) the generated region, for infilling the whole row; for a failed request the tokens so far,
             [MASK] elsewhere.
-        tokens: generated tokens up to and including what ends the text; of infilling the former masks.
+        tokens: generated tokens up to and including the end of the text; for infilling the former masks.
         nfe: denoiser forwards.
-        guide_nfe: guide forwards, for policies that have one.
-        error: why the request failed; None where it did not.
-        commit_step: (G,) the row's own forward, counted from 0, after which a position had its final token; -1 where
-            an early end of the text filled it, or nothing did.
-        seconds: its share of the wall time: that of each step, divided by the rows that took part.
+        guide_nfe: guide forwards, for policies with one.
+        error: why the request failed; None if it did not.
+        commit_step: (G,) the row's forward, counted from 0, after which a position had its final token; -1 where
+            an early end of the text filled it, or it is still masked.
+        seconds: its share of the wall time: that of each step, divided by the number of rows.
         latency: wall time from its first step to its last.
         guide_seconds: its share of the guide's wall time, part of `seconds`.
-        positions: columns computed.
-        canvas: columns of prompt and generated region.
-        refreshes: forwards in which a cache had everything computed anew.
+        positions: computed positions.
+        canvas: positions of prompt and generated region.
+        refreshes: forwards in which a cache recomputed every position.
     """
 
     index: int
@@ -60,16 +60,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class Frame:
-    """A request after one step, or with a leading dimension all B of `dllm.stream`.
+    """A request after one step, or all B of `dllm.stream`, with a leading dimension.
 
     Attributes:
-        tokens: (L,) the prompt, and what is decoded so far; [MASK] elsewhere. Of several left-padded.
+        tokens: (L,) prompt and tokens decoded so far; [MASK] elsewhere. Left-padded for several requests.
         provisional: (L,) the tokens this step predicted but did not commit; [MASK] elsewhere.
         committed: (L,) True where this step committed a token.
-        revoked: (L,) True where this step took a token back.
+        revoked: (L,) True where this step masked a token again.
         nfe: forwards so far.
-        drift: how far the cache was off in forwards of this step that were compared with exact ones.
-        errors: why a request failed so far; None where it did not.
+        drift: approximation error of the cache, in measured forwards of this step.
+        errors: why a request failed; None if it did not.
     """
 
     tokens: Int[Tensor, "*B L"]
@@ -83,13 +83,13 @@ class Frame:
 
 @dataclass(frozen=True)
 class Event:
-    """What one step did to one request.
+    """One step of one request.
 
     Attributes:
-        id: the request's.
+        id: of the request.
         answer: once it is finished; None before.
         step: the whole step.
-        entry: which of its entries this is.
+        entry: index of the request in the step.
     """
 
     id: int
@@ -114,29 +114,29 @@ class Event:
 
 @dataclass(frozen=True, eq=False)
 class Step(Sequence[Event]):
-    """One denoising step: an event for each of the B requests that took part, and what concerns them all.
+    """One denoising step: an event for each of the B active requests, and their shared data.
 
-    It is a value: what is kept of it does not change when decoding goes on.
+    Immutable: it does not change as decoding continues.
 
     Attributes:
         ids: (B,) the requests.
         tokens: (B, L) the canvas after the step, left-padded.
-        padding: (B,) columns of it that are padding.
+        padding: (B,) number of padding columns.
         ends: (B, E) ids that end a request's text; -1 where it has fewer.
         mask_token_id: id of [MASK].
         change: what was committed, revoked and filled.
-        edit: what the sampler asked for.
+        edit: of the sampler.
         forwards: (B,) denoiser forwards in this step.
         nfe: (B,) denoiser forwards so far.
         computed: (B,) columns computed in this step.
-        refreshes: (B,) forwards in which a cache had everything computed anew.
-        drift: how far the cache was off in forwards of this step that were compared with exact ones.
-        answers: of the requests that are finished with this step, by id.
-        slots: rows that the engine can decode at a time.
+        refreshes: (B,) forwards in which a cache recomputed every position.
+        drift: approximation error of the cache, in measured forwards of this step.
+        answers: of the requests that finished in this step, by id.
+        slots: maximum number of rows of the engine.
         seconds: wall time of the step.
-        uncounted_seconds: wall time of what the sampler had decoded beforehand and of measuring a cache that it does
-            not act on; no part of `seconds`.
-        last: the step's latest prediction, and the columns it is about; None without one.
+        uncounted_seconds: wall time of decoding in advance and of measuring without `refresh_above`; not part of
+            `seconds`.
+        last: the step's latest prediction and its columns; None without one.
         looked: the entries and columns, (A, L), that each forward computed.
     """
 
@@ -183,22 +183,22 @@ class Step(Sequence[Event]):
 
     @cached_property
     def provisional(self) -> NDArray[np.int64]:
-        """(B, L) tokens predicted in this step where nothing is committed yet; [MASK] elsewhere."""
+        """(B, L) tokens predicted in this step at masked positions; [MASK] elsewhere."""
         return np.where(self.tokens == self.mask_token_id, self.predicted, self.mask_token_id)
 
     @cached_property
     def predicted(self) -> NDArray[np.int64]:
-        """(B, L) tokens of the latest prediction; [MASK] where nothing was asked."""
+        """(B, L) tokens of the latest prediction; [MASK] where not requested."""
         return self._spread(lambda prediction: prediction.tokens, self.mask_token_id)
 
     @cached_property
     def confidence(self) -> NDArray[np.float64]:
-        """(B, L) probability of the predicted tokens; NaN where nothing was asked."""
+        """(B, L) probability of the predicted tokens; NaN where not requested."""
         return self._spread(lambda prediction: prediction.confidence, np.nan)
 
     @cached_property
     def drafted(self) -> NDArray[np.int64]:
-        """(B, L) tokens the sampler had judged as drafts; [MASK] elsewhere."""
+        """(B, L) tokens that the sampler verified as drafts; [MASK] elsewhere."""
         drafted = np.full_like(self.tokens, self.mask_token_id)
         if self.edit.drafted is not None:
             np.put_along_axis(drafted, self.edit.columns.cpu().numpy(), self.edit.drafted.cpu().numpy(), 1)
@@ -206,14 +206,14 @@ class Step(Sequence[Event]):
 
     @cached_property
     def recomputed(self) -> NDArray[np.bool_]:
-        """(B, L) columns that some forward of this step computed; the others were read from the cache."""
+        """(B, L) columns computed by some forward of this step; the others were read from the cache."""
         computed = np.zeros(self.tokens.shape, dtype=bool)
         for entries, columns in self.looked:
             np.logical_or.at(computed, entries, columns)
         return computed
 
     def _spread(self, values: Callable[[Prediction], Tensor], fill: float) -> NDArray[Any]:
-        """Values of the latest prediction at the columns it is about."""
+        """Values of the latest prediction, scattered to their columns."""
         out = np.full(self.tokens.shape, fill, dtype=type(fill))
         if self.last is not None:
             prediction, columns = self.last

@@ -1,4 +1,4 @@
-"""What passes between the canvas and a sampler, Window and Edit, and between the canvas and everyone else."""
+"""The data exchanged by the canvas with samplers (Window, Edit) and with caches and recorders (Change, Exchange)."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from dllm.decoding.nonfinite import Broken
 
 @dataclass(frozen=True)
 class Window:
-    """What a sampler sees in one step: the rows still being decoded, each at its own block.
+    """A sampler's view of one step: the active rows, each at its own block.
 
     Attributes:
-        rows: number of the row of each of the B entries; index state kept per row with it.
+        rows: row number of each of the B entries; index per-row state with it.
         tokens: the whole canvas of these rows. Never write to it.
-        first: column of each row's first token, behind the padding.
-        region: True at all positions of these rows to generate, decoded or not, in any block.
+        first: column of each row's first token, after the padding.
+        region: True at all positions to generate, masked or not, in any block.
         start: column of the first position to generate.
         span: columns from there to the last position to generate.
         columns: canvas columns of each row's active block; past the end they repeat the last column.
-        inside: True at positions to generate, decoded or not; False past the end of a short block and
-            where a token was given.
+        inside: True at positions to generate, masked or not; False past the end of a short block and
+            at given tokens.
         masked: True where a token may be committed now.
-        index: flat indices of `masked`, worked out on the host.
+        index: flat indices of `masked`, computed on the host.
         block: number of each row's active block.
         entry_masks: masked positions the row had when it entered this block.
-        step: steps the row has spent in this block.
-        block_length: columns of a block of this row, at most K.
-        ends: (B, E) ids that end a row's text, the one that fills canvases first; -1 where a row has fewer.
+        step: steps of the row in this block so far.
+        block_length: block length of this row, at most K.
+        ends: (B, E) end-of-text ids of a row, the fill token first; -1 where a row has fewer.
         stop_at_eos: True where a row is finished once everything up to its first end-of-text is decoded.
         uniform: draws (B, K) numbers in [0, 1), each row from its own generator.
     """
@@ -58,30 +58,30 @@ class Window:
     uniform: Callable[[], Tensor]
 
     def taken(self, entries: Int[Tensor, " N"]) -> Window:
-        """Some entries in this order, repeats allowed; `index` and `uniform` stay those of all."""
+        """Some entries in this order, repeats allowed; `index` and `uniform` are unchanged."""
         whole = {"index", "uniform"}
         return replace(self, **{name: each[entries] for name, each in vars(self).items() if name not in whole})
 
 
 @dataclass(frozen=True)
 class Edit:
-    """What a sampler wants written: `tokens` at `columns` where `write`; writing [MASK] revokes a token.
+    """The edit of a sampler: write `tokens` at `columns` where `write`; writing [MASK] revokes a token.
 
-    `columns` need not be those of the window, so that a policy can edit anywhere it may.
+    `columns` need not be those of the window: a policy can edit any generated position.
 
     Attributes:
-        columns: canvas columns the edit is about.
-        tokens: what to write there.
-        write: where.
-        end: column each row ends before: what lies from there on is filled with end-of-text, never decoded
-            and no longer looked at. None for no change; only where nothing is given behind a mask.
-        finished: rows that are complete with this edit, for policies that may edit after the last mask is gone; what
-            ends a text early still does. None for those without a mask.
-        drafted: tokens that were judged as drafts, accepted where they are written; [MASK] where there were none.
-            None where the policy drafts nothing.
-        guide_forwards: forwards of a guide model that each row took part in for this edit; None for none.
+        columns: canvas columns of the edit.
+        tokens: tokens to write there.
+        write: where to write.
+        end: column before which each row ends: columns from there on are filled with end-of-text, never decoded
+            and no longer attended to. None for no change; only without given tokens after a mask.
+        finished: rows that are complete with this edit, for policies that may edit after the last mask is gone; an
+            early end of a text still finishes it. None: rows without masks.
+        drafted: tokens that were verified as drafts, accepted where they are written; [MASK] where there were none.
+            None if the policy does not draft.
+        guide_forwards: forwards of a guide model per row for this edit; None for none.
         guide_seconds: wall time of those.
-        broken: rows for which a model that the policy asked gave no numbers; None for none.
+        broken: rows with non-finite logits of a guide model; None for none.
     """
 
     columns: Int[Tensor, "B K"]
@@ -95,25 +95,25 @@ class Edit:
     broken: Broken | None = None
 
     def on(self, tokens: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
-        """What these canvases would be with the edit; they themselves are left alone."""
+        """These canvases with the edit applied, out of place."""
         length = tokens.shape[1]
-        spare = torch.cat((tokens, tokens[:, :1]), dim=1)  # takes the writes that are not wanted
+        spare = torch.cat((tokens, tokens[:, :1]), dim=1)  # the last column absorbs masked-out writes
         return spare.scatter(1, self.columns.where(self.write, length), self.tokens)[:, :length]
 
 
 @dataclass(frozen=True)
 class Change:
-    """What an edit did, on the host, for the rows of the window it belongs to.
+    """The effect of an edit on the rows of its window, on the host.
 
     Attributes:
-        rows: numbers of the rows of the B entries.
+        rows: row numbers of the B entries.
         committed: positions whose token changed to something other than [MASK].
-        edited: positions among those that held another token before.
+        edited: positions among those that had another token before.
         revoked: positions that became [MASK] again.
-        filled: positions that an early end of the row filled, whatever stood there.
-        gained: (B,) how many masks fewer each row has.
-        finished: rows that are complete now.
-        failed: rows that are given up.
+        filled: positions that an early end of the row filled.
+        gained: (B,) decrease of the number of masks of each row.
+        finished: rows that are complete.
+        failed: rows that failed.
     """
 
     rows: NDArray[np.int64]
@@ -127,19 +127,19 @@ class Change:
 
     @property
     def idle(self) -> NDArray[np.bool_]:
-        """(B,) rows in which nothing changed and that go on."""
+        """(B,) unfinished rows without any change."""
         touched = (self.committed | self.revoked | self.filled).any(1)
         return ~touched & ~np.isin(self.rows, [*self.finished, *self.failed])
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """Rows that entered, and where the others are now.
+    """Rows that entered, and rows that moved.
 
     Attributes:
-        rows: numbers of those that entered.
-        slots: theirs.
-        moved: (M, 2) slots whose row went to another slot, and that one.
+        rows: numbers of the rows that entered.
+        slots: of the rows that entered.
+        moved: (M, 2) source and target slots of the rows that moved.
     """
 
     rows: NDArray[np.int64]

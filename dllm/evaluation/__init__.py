@@ -1,1 +1,1 @@
-"""Answering many requests: what is kept of each answer, how a run goes on after an interruption, what it scores."""
+"""Evaluation: answering many requests, storing the results, resuming interrupted runs, metrics."""

@@ -1,4 +1,4 @@
-"""How an answer is written to a JSONL file, and what of a file was written so."""
+"""Format of the lines of an answers file (JSONL), and parsing of such a file."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 from dllm.files import parse_json
 
-# What `write_line` gives: the id and the text come first, and no value has parts. A torn line may end within a
-# character, so what bytes a text holds is not checked.
+# The output of `write_line`: id and text come first, and values are scalars. A truncated line may end within a
+# character, so the bytes of a text are not checked.
 _TEXT = rb'"[^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*"'
 _VALUE = rb"(?:%s|-?[0-9][0-9.eE+-]*|true|false|null)" % _TEXT
 _LINE = re.compile(rb'\{"id": (?:-?[0-9]+|%s), "text": %s(?:, %s: %s)*\}' % (_TEXT, _VALUE, _TEXT, _VALUE))
-# The ends of these are the ends of all lines: one of them completes any torn line.
+# Some suffix of these completes any truncated line.
 _SAMPLES = (
     b'{"id": 0, "text": "", "a": 0, "a": true}',
     b'{"id": "", "text": false, "a": null}',
@@ -32,24 +32,24 @@ def write_line(answer: Mapping[str, Any]) -> bytes:
 
 
 def is_torn(line: bytes) -> bool:
-    """Whether this is the beginning, and not the whole, of a line as `write_line` writes it."""
-    begins = line.startswith(_START) or _START.startswith(line)  # large files of other kinds are told at a glance
+    """Whether this is a proper prefix of a line of `write_line`."""
+    begins = line.startswith(_START) or _START.startswith(line)  # rejects large files of other kinds quickly
     return begins and any(_LINE.fullmatch(line + end) for end in _ENDS)
 
 
 def hash_of(answer: Mapping[str, Any]) -> str:
-    """Tells an answer from others, however its line is written."""
+    """Hash of an answer, independent of the formatting of its line."""
     return hashlib.sha256(json.dumps(answer, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_answers(content: bytes) -> tuple[dict[str | int, str], int]:
-    """The answers in a file, hashes by ids, and how many of its bytes stay: all but a torn last line.
+    """The answers in a file, hashes by ids, and the number of bytes to keep: all but a truncated last line.
 
-    What an editor leaves is taken too: other order or spacing of fields, blank lines, CRLF, a byte order mark, no
-    newline at the end.
+    Edited files are accepted: other order or spacing of fields, blank lines, CRLF, a byte order mark, no newline at
+    the end.
 
     Raises:
-        ValueError: naming the line that is no answer.
+        ValueError: naming the line that is not an answer.
     """
     lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
     whole = len(content)
@@ -64,7 +64,7 @@ def read_answers(content: bytes) -> tuple[dict[str | int, str], int]:
         except ValueError:
             row = None
         if not isinstance(row, dict) or type(row.get("id")) not in (str, int) or "text" not in row:
-            raise ValueError(f"line {number} is no answer")
+            raise ValueError(f"line {number} is not an answer")
         if row["id"] in found:
             raise ValueError(f"line {number} answers {row['id']!r} again")
         found[row["id"]] = hash_of(row)
@@ -72,6 +72,6 @@ def read_answers(content: bytes) -> tuple[dict[str | int, str], int]:
 
 
 def listed(ids: Sequence[str | int], most: int = 20) -> str:
-    """Ids for an error; the first ones where there are many."""
+    """Ids for an error message, at most `most`."""
     more = f" and {len(ids) - most} more" if len(ids) > most else ""
     return ", ".join(map(repr, ids[:most])) + more

@@ -1,4 +1,4 @@
-"""Beside a file of answers, `NAME.manifest.json`: the prompts, options and models that made them."""
+"""The manifest of an answers file, `NAME.manifest.json`: the prompts, options and models of the answers."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from dllm.models.loading import LanguageModel
 from dllm.stored import misfit
 
 FORMAT, VERSION = "dllm-answers", 1
-# Options that change no answer, or only as rounding does. All others count, those that are added later too.
-# - where answers and progress go: input (its prompts count one by one), output, picture, prompt, show, resume
-# - how the work is divided: batch_size (a row does not depend on its batch mates), cuda_graphs
-# - where and with which kernels the model runs: what it is, its dtype too, is compared once it is loaded
+# Options that do not change answers beyond rounding. All others are compared, including ones added later.
+# - input and output: input (its prompts are compared one by one), output, picture, prompt, show, resume
+# - batching: batch_size (a row does not depend on the other rows), cuda_graphs
+# - device and kernels of the model: the model itself and its dtype are compared once it is loaded
 _FREE = {"input", "output", "picture", "prompt", "show", "resume", "batch_size", "cuda_graphs", "model"}
-_COSTS = 20  # times as long as writing the manifest takes, nothing is added to it
-# What is needed of a session; others of its fields are for people.
+_COSTS = 20  # the manifest is rewritten at most every this many times the duration of a write
+# The required fields of a session; its other fields are informational.
 _PARTS: dict[str, Any] = {"answers": 0, "options": {}, "names": {}, "named": {}, "model": {}}
 
 
 class AnswerManifest:
-    """What the answers of a file were made with, session by session.
+    """The settings of the answers of a file, session by session.
 
-    It is written before a session's first answer, so that whatever the answers file holds is accounted for. Of each
-    prompt and each answer it has a hash, of the answers as they come to the disk; of each session the options and the
-    model, and how many answers there were when it began.
+    It is written before a session's first answer, so that every answer in the file is covered. It has a hash of each
+    prompt and of each answer synced to disk; and for each session the options, the model, and the number of answers
+    at its start.
 
     Args:
-        answers: the file, kept from other writers.
-        mixed: keep answers that other options or models made.
+        answers: the file, locked against other writers.
+        mixed: keep answers of other options or models.
 
     Attributes:
-        note: what the user should know about answers from elsewhere, such as another version of dllm, if any.
+        note: a message about answers of unknown origin, if any.
 
     Raises:
-        ValueError: something else is at its place.
+        ValueError: its path has another kind of file.
     """
 
     def __init__(self, answers: AnswerFile, mixed: bool) -> None:
@@ -55,7 +55,7 @@ class AnswerManifest:
         self._answers, self._mixed = answers, mixed
         self._prompts: dict[str, str] = {}
         self._made: dict[str, str] = {}
-        self._ended = False  # otherwise answers may be missing in the hashes
+        self._ended = False  # if True, the hashes are complete
         self._sessions: list[dict[str, Any]] = []
         self._written: bytes | None = None
         self._at = self._took = 0.0
@@ -67,7 +67,7 @@ class AnswerManifest:
                 {},
                 False,
                 [],
-            )  # of answers that somebody removed
+            )  # the answers were removed
         elif self._sessions and self._began_with(answers.ids):
             del self._sessions[-1]  # it ended before its first answer
         unknown = self._sessions[0]["answers"] if self._sessions else len(answers.ids)
@@ -76,18 +76,18 @@ class AnswerManifest:
 
     @property
     def seed(self) -> int | None:
-        """Of the last session, for one that goes on with any seed."""
+        """Of the last session, for resuming with seed=null."""
         return self._sessions[-1]["options"].get("seed") if self._sessions else None
 
     def check(self, questions: Sequence[PromptLine], session: Mapping[str, Any]) -> None:
-        """Refuse answers of other prompts or options.
+        """Reject answers of other prompts or options.
 
         Args:
             questions: the input.
-            session: as `describe` gives it.
+            session: from `describe`.
 
         Raises:
-            ValueError: a prompt has changed since it was answered, or options have and shall not be mixed.
+            ValueError: a prompt has changed since it was answered, or options have and `mixed` is off.
         """
         answered = [question for question in questions if question.id in self._answers.ids]
         changed = [each for each in answered if self._prompts.get(_key(each), _hash(each)) != _hash(each)]
@@ -96,7 +96,7 @@ class AnswerManifest:
             more = f", nor are those of {len(changed) - 1} other lines" if len(changed) > 1 else ""
             raise ValueError(
                 f"{changed[0].place} is not the prompt that {called} answers{more}; give another output, or the "
-                "input that it was made from"
+                "original input"
             )
         if self._mixed:
             return
@@ -106,22 +106,22 @@ class AnswerManifest:
         known = self._made if self._ended else found | self._made
         if strange := [name for name, digest in found.items() if known.get(name) != digest]:
             raise ValueError(
-                f"output={str(self._answers.path)!r} holds {len(strange)} answers (the first one: {strange[0]}) that "
-                f"{self.path.name} does not tell of; remove them, give another output, or resume=mixed to keep them"
+                f"output={str(self._answers.path)!r} has {len(strange)} answers (the first one: {strange[0]}) that "
+                f"are not in {self.path.name}; remove them, give another output, or resume=mixed to keep them"
             )
 
     def fits(self, session: Mapping[str, Any]) -> bool:
-        """Whether the model is the same by name, so that it need not be loaded to be compared."""
+        """Whether the model is the same by name, so that it need not be loaded for comparison."""
         return self._mixed or all(before["named"] == session["named"] for before in self._sessions)
 
     def check_model(self, session: Mapping[str, Any]) -> None:
-        """Refuse answers of another model, unless they shall be mixed.
+        """Reject answers of another model, unless `mixed`.
 
         Args:
-            session: as `describe` gives it, with `model` as `identify` does.
+            session: from `describe`, with `model` from `identify`.
 
         Raises:
-            ValueError: weights, tokenizer or precision are others.
+            ValueError: weights, tokenizer or precision differ.
         """
         for before in [] if self._mixed else self._sessions:
             differing = _differences(before["model"], session["model"])
@@ -130,7 +130,7 @@ class AnswerManifest:
             self._refuse(list(dict.fromkeys(differing)), before, session)
 
     def begin(self, questions: Sequence[PromptLine], session: Mapping[str, Any]) -> None:
-        """Write down what makes the answers that follow.
+        """Record the settings of the answers that follow.
 
         Raises:
             OSError: it cannot be written.
@@ -149,15 +149,15 @@ class AnswerManifest:
         self._answers.synced = self._update
 
     def end(self) -> None:
-        """Write down that the answers are all that this session made, unless something else wrote here."""
+        """Mark the hashes as complete, unless another program changed the manifest."""
         self._ended, self._took = True, 0.0
         self._update()
 
     def verify(self) -> None:
-        """Make sure that what was written is still there; what was removed is written again.
+        """Verify that the manifest is unchanged; if removed, it is written again.
 
         Raises:
-            OSError: something else removed or changed it during this run.
+            OSError: another program removed or changed it during this run.
         """
         if self._written is None:
             return
@@ -170,13 +170,13 @@ class AnswerManifest:
                 self._write()
 
     def _update(self) -> None:
-        """Take the answers over that are on the disk by now, as often as that costs little of the time."""
+        """Add the hashes of the answers on disk, at a rate that costs little time."""
         now = time.monotonic()
         if self._written is None or now - self._at < _COSTS * self._took:
             return
         self._made = self._hashes()
-        with suppress(OSError):  # what it holds is enough to go on
-            if self.path.read_bytes() == self._written:  # otherwise `verify` tells who changed it
+        with suppress(OSError):  # the current content suffices to resume
+            if self.path.read_bytes() == self._written:  # otherwise `verify` raises an error
                 self._write()
         self._at, self._took = time.monotonic(), time.monotonic() - now
 
@@ -191,13 +191,15 @@ class AnswerManifest:
             self._written = self.path.read_bytes()
         except OSError as error:
             called = f"output={str(self._answers.path)!r}"
-            raise OSError(f"{called}: {self.path.name} cannot be written beside it ({error}); make room") from None
+            raise OSError(
+                f"{called}: {self.path.name} cannot be written beside it ({error}); free disk space"
+            ) from None
 
     def _read(self) -> None:
         fix = "give another output, or remove it"
         found = read_json(self.path, fix)
         if (found.get("format"), found.get("version")) != (FORMAT, VERSION):
-            raise ValueError(f"{self.path} is no manifest of answers that this version of dllm knows; {fix}")
+            raise ValueError(f"{self.path} is not a manifest of answers that this version of dllm knows; {fix}")
         try:
             self._prompts = {str(name): str(value) for name, value in found["prompts"].items()}
             self._made = {str(name): str(value) for name, value in found.get("answers", {}).items()}
@@ -212,7 +214,7 @@ class AnswerManifest:
             raise ValueError(f"{self.path} is damaged; {fix}") from None
 
     def _began_with(self, ids: Set[str | int]) -> bool:
-        """Whether these are the answers that there were when the last session began; their number alone is no proof."""
+        """Whether these are exactly the answers at the start of the last session."""
         last = self._sessions[-1]
         return bool(last["answers"] == len(ids) and last.get("ids", _hash_of(ids)) == _hash_of(ids))
 
@@ -226,7 +228,7 @@ class AnswerManifest:
 
 
 def describe(fields: Mapping[str, Any], choices: Mapping[str, str], made: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known of a session before the model is loaded.
+    """The settings of a session that are known before the model is loaded.
 
     Args:
         fields: the composed configuration, with the seed that is used.
@@ -235,11 +237,11 @@ def describe(fields: Mapping[str, Any], choices: Mapping[str, str], made: Mappin
     """
     options = {name: value for name, value in _flat(fields).items() if name.partition(".")[0] not in _FREE}
     if fields["cache"].get("refresh_above") is None:
-        options.pop("cache.measure_every", None)  # comparing alone changes nothing
+        options.pop("cache.measure_every", None)  # measuring alone does not change results
     named = identity.contents([fields["sampler"], fields["cache"]])
     options |= {f"content of {name}": digest for name, digest in named.items()}
     for group, value in made.items():
-        # Where they lie is another place on another machine.
+        # By content: their paths differ between machines.
         if read := sorted(digest for name, digest in identity.read_by(value).items() if name not in named):
             options[f"files of {group}"] = hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]
     return {
@@ -251,7 +253,7 @@ def describe(fields: Mapping[str, Any], choices: Mapping[str, str], made: Mappin
 
 
 def identify(lm: LanguageModel) -> dict[str, Any]:
-    """What tells a loaded model from others, wherever it lies and runs."""
+    """Identity of a loaded model, independent of its path and device."""
     return identity.model(lm) | {
         "model.dtype": str(lm.backbone.dtype).removeprefix("torch."),
         "eos": list(lm.backbone.eos_token_ids),
@@ -259,19 +261,19 @@ def identify(lm: LanguageModel) -> dict[str, Any]:
 
 
 def _files(fields: Mapping[str, Any]) -> list[list[Any]]:
-    """Name, size and times of the files of a local model and its adapter: while they stay, so does the model."""
+    """Name, size and times of the files of a local model and its adapter, to detect changes."""
     folders = [expanded(name) for name in (fields["model"]["path"], fields["model"].get("adapter")) if name]
     for folder in folders[:1]:
         with suppress(ValueError):
             if (folder / adapters.CONFIG).is_file() and not (folder / "config.json").is_file():
-                folders.append(expanded(adapters.base_of(folder)[0]))  # it is an adapter, and names its model
+                folders.append(expanded(adapters.base_of(folder)[0]))  # an adapter, which names its base model
     files = [file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir())]
     found = [(file.name, file.stat()) for file in files if file.exists()]
     return [[name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in found]
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Options as they are typed: name.name of nested ones."""
+    """Options by dotted names."""
     flat: dict[str, Any] = {}
     for name, value in fields.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
@@ -279,9 +281,9 @@ def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Names whose values differ; an option that one side does not have is null there."""
+    """Names whose values differ; a missing option counts as null."""
     names = [name for name in dict.fromkeys([*now, *before]) if before.get(name) != now.get(name)]
-    # Where the sampler is another, its options are others too.
+    # If the sampler differs, its options are not compared.
     others = [name for name in names if name in ("sampler._target_", "cache._target_")]
     groups = tuple(name.removesuffix("_target_") for name in others)
     return [name for name in names if name in others or not name.startswith(groups)]
@@ -298,18 +300,18 @@ def _told(name: str, session: Mapping[str, Any]) -> str:
 
 
 def _key(question: PromptLine) -> str:
-    """An id as JSON has it: the number 1 and the text "1" are two."""
+    """An id as JSON, which distinguishes the number 1 from the text "1"."""
     return json.dumps(question.id, ensure_ascii=False)
 
 
 def _hash_of(ids: Set[str | int]) -> str:
-    """Which answers there are."""
+    """Hash of a set of ids."""
     names = sorted(json.dumps(name) for name in ids)
     return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
 
 
 def _hash(question: PromptLine) -> str:
-    """Of what is asked, whatever the line's place and id."""
+    """Hash of a prompt, without the line's place and id."""
     asked = {name: value for name, value in asdict(question).items() if value is not None}
     for name in ("id", "number", "place"):
         del asked[name]

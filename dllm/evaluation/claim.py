@@ -1,4 +1,4 @@
-"""One process at a time writes a file; others are told who does."""
+"""Lock files: one process at a time writes a file; others get an error that names it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from dllm.files import parse_json, state
 from dllm.stored import misfit, there
 
 _COMMAND = 200  # characters of a command that an error shows
-_LARGEST = 1 << 14  # bytes; what is larger is no lock
+_LARGEST = 1 << 14  # bytes; larger files are not locks
 
 
 class _Holder(TypedDict):
-    """Who holds a lock."""
+    """The holder of a lock."""
 
     process: int
     host: str
@@ -31,17 +31,17 @@ class _Holder(TypedDict):
 
 
 class Claim:
-    """A lock beside a file, `.NAME.lock`, which says who holds it and is gone when nobody does.
+    """A lock next to a file, `.NAME.lock`, which names its holder and is removed on release.
 
-    The system lets go of it when its process ends, however that happens: a lock that a killed process left behind
-    keeps nobody out. It is removed before it is released; whoever waited for it then holds a file without a name,
-    which filelock notices and starts over. A file of that name that is no lock is neither changed nor removed.
+    The system releases it when its process ends in any way: the stale lock file of a killed process blocks nobody. It
+    is removed before it is released; a waiting process then holds an unlinked file, which filelock detects and
+    retries. A file of that name that is not a lock is neither changed nor removed.
 
     Args:
-        file: the file itself, not a link to it, so that all of its names share one lock.
-        called: what errors call it.
-        give: what errors advise instead of it.
-        patience: seconds to wait; a process that was killed a moment ago may not have ended yet.
+        file: the file, with links resolved, so that all of its names share one lock.
+        called: its name in errors.
+        give: advice in errors.
+        patience: seconds to wait; a killed process may take a moment to end.
     """
 
     def __init__(self, file: Path, called: str, give: str, patience: float = 2.0) -> None:
@@ -51,16 +51,16 @@ class Claim:
         self._note: bytes | None = None
 
     def take(self) -> None:
-        """Keep others out.
+        """Acquire the lock.
 
         Raises:
-            ValueError: somebody else has it, or a file there cannot be locked, or is no lock.
+            ValueError: another process holds it, or the file cannot be locked or is not a lock.
         """
         there(self.path, f"rename that, or give {self._give}")
         before, self._note = state(self.path), None
         if (content := self._content()) and _holder(content) is None:
             raise ValueError(
-                f"{self._called} cannot be locked, because {self.path} is a file of something else; rename that, or "
+                f"{self._called} cannot be locked, because {self.path} is not a lock of dllm; rename that file, or "
                 f"give {self._give}"
             )
         try:
@@ -75,10 +75,10 @@ class Claim:
         except OSError as error:
             raise ValueError(
                 f"{self._called} cannot be locked ({error}); give {self._give}, in a folder where {self.path.name} can "
-                "be made"
+                "be created"
             ) from None
         if before is not None and before == state(self.path) and not content:
-            return  # an empty file that was there may be anybody's
+            return  # an existing empty file may belong to another program
         holder: _Holder = {
             "process": os.getpid(),
             "host": platform.node(),
@@ -86,19 +86,19 @@ class Claim:
             "command": shlex.join(sys.argv)[:_COMMAND],
         }
         self._note = json.dumps(holder, ensure_ascii=False).encode("utf-8", "replace")
-        with suppress(OSError):  # it is only for people
+        with suppress(OSError):  # informational only
             self.path.write_bytes(self._note)
 
     def release(self) -> None:
-        """Let others in."""
+        """Release the lock."""
         if self._lock.is_locked:
-            with suppress(OSError):  # it is gone; Windows removes nothing that is open
+            with suppress(OSError):  # removed already; Windows cannot remove open files
                 if self._note is not None and self.path.read_bytes() in (self._note, b""):
                     self.path.unlink()
             self._lock.release()
 
     def _content(self) -> bytes:
-        """Its first bytes; none where it cannot be read, as Windows has it of what others hold."""
+        """Its first bytes; empty if unreadable, as on Windows while another process holds it."""
         try:
             with self.path.open("rb") as file:
                 return file.read(_LARGEST)
@@ -107,7 +107,7 @@ class Claim:
 
 
 def _holder(content: bytes) -> _Holder | None:
-    """Who says that they hold it; None where it is no lock."""
+    """The holder according to the file; None if it is not a lock."""
     try:
         found: _Holder = parse_json(content)
     except ValueError:

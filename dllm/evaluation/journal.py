@@ -1,4 +1,4 @@
-"""What an unfinished run has done so far: one JSON object a line, written as soon as it is known."""
+"""Journal of an unfinished run: an append-only JSONL file of its results so far."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class _Entry(TypedDict):
 class Journal:
     """Entries by kind and id, kept in a file by one process at a time.
 
-    A last line that an interruption cut off is dropped; everything before it holds.
+    A truncated last line is dropped; everything before it is kept.
 
     Args:
-        path: the file; made with its folder where it is missing. None keeps everything in memory.
-        patience: seconds to wait for a process that writes it; one that lost its parent ends with its next answer.
+        path: the file; created with its folder if missing. None keeps everything in memory.
+        patience: seconds to wait for another writer; an orphaned process ends with its next answer.
 
     Raises:
-        ValueError: another process writes it, or it holds something else.
+        ValueError: another process writes it, or it has other content.
     """
 
     def __init__(self, path: Path | None, patience: float = 20.0) -> None:
@@ -51,7 +51,7 @@ class Journal:
             content = path.read_bytes() if there(path, fix) else b""
             whole = content.rfind(b"\n") + 1
             self._read(content[:whole])
-            self._file = FileIO(path, "a")  # nothing is left to be written when it is closed
+            self._file = FileIO(path, "a")  # unbuffered
             self._file.truncate(whole)
             self._state = state(self._file.fileno())
         except (ValueError, OSError):
@@ -73,12 +73,12 @@ class Journal:
 
     def _damage(self, line: int, reason: str) -> ValueError:
         return ValueError(
-            f"{self.path} is no journal of a run, or damaged, in line {line} ({reason}); remove that line to do that "
-            "part of the run again, or the file to do all of it again"
+            f"{self.path} is not a journal of a run, or damaged, in line {line} ({reason}); remove that line to repeat "
+            "that part of the run, or the file to repeat all of it"
         )
 
     def damage(self, kind: str, name: str, reason: str) -> ValueError:
-        """The error about an entry that is not what its reader needs."""
+        """The error for an invalid entry."""
         return self._damage(self._lines.get((kind, name), len(self._entries)), reason)
 
     @property
@@ -87,19 +87,19 @@ class Journal:
         return list(self._entries)
 
     def get(self, kind: str, name: str) -> Any:
-        """What was noted; None where nothing was."""
+        """The value of an entry; None if missing."""
         return self._entries.get((kind, name))
 
     def of(self, kind: str) -> Mapping[str, Any]:
-        """Everything of a kind by id, in the order it was noted."""
+        """All entries of a kind by id, in order."""
         return {name: value for (each, name), value in self._entries.items() if each == kind}
 
     def add(self, kind: str, name: str, value: Any) -> None:
-        """Note something at once.
+        """Append an entry.
 
         Raises:
-            RuntimeError: it was noted before; nothing is done twice.
-            OSError: it cannot be written, or something else removed or changed the file.
+            RuntimeError: the entry exists.
+            OSError: it cannot be written, or another program removed or changed the file.
         """
         self.verify()
         if (kind, name) in self._entries:
@@ -112,21 +112,21 @@ class Journal:
                 while rest:
                     rest = rest[self._file.write(rest) :]
             except OSError as error:
-                error.filename = str(self.path)  # a full disk names none
+                error.filename = str(self.path)  # missing in errors about a full disk
                 raise
             self._state = state(self._file.fileno())
 
     def verify(self) -> None:
-        """Make sure that what was noted is there for the next process.
+        """Verify that the file is unchanged.
 
         Raises:
-            OSError: something else removed or changed the file.
+            OSError: another program removed or changed the file.
         """
         if self._file is not None and self.path is not None and state(self.path) != self._state:
             raise disturbed(str(self.path), self.path, "; run the command again")
 
     def close(self) -> None:
-        """Let others write."""
+        """Close the file and release its lock."""
         if self._file is None or self.path is None:
             return
         self._file.close()

@@ -1,4 +1,4 @@
-"""Prompts from a JSONL file, answers to another, and which of them are there already."""
+"""Reading prompts from a JSONL file and writing answers to another, with resuming."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dllm.evaluation.answer_lines import hash_of, listed, read_answers, write_li
 from dllm.evaluation.claim import Claim
 from dllm.files import check_readable, disturbed, parse_json, state, sync_folder
 
-MANIFEST = ".manifest.json"  # what the name of a file of answers goes on with beside it
+MANIFEST = ".manifest.json"  # suffix of the manifest of an answers file
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class PromptLine:
         id: its `id`, or the line's number from 0.
         number: the line's number from 0.
         prompt: plain text, or chat messages.
-        place: what an error calls it: file, line and id.
+        place: its name in errors: file, line and id.
     """
 
     id: str | int
@@ -40,7 +40,7 @@ class PromptLine:
 
     @property
     def seed(self) -> int:
-        """Added to a run's seed: decided by the id, so that lines that are moved or added leave all draws apart."""
+        """Added to a run's seed: derived from the id, so that moving or adding lines does not change other results."""
         if isinstance(self.id, int):
             return self.id % 2**61
         return int.from_bytes(hashlib.sha256(self.id.encode()).digest()[:8]) % 2**61
@@ -49,14 +49,14 @@ class PromptLine:
 def read_questions(path: Path, option: str = "input") -> list[PromptLine]:
     """Read lines of ``{"id": ..., "prompt": "..."}`` or ``{"id": ..., "messages": [...]}``.
 
-    A chat whose last message is the assistant's holds the beginning of the answer.
+    A chat whose last message is the assistant's ends with a partial answer.
 
     Args:
         path: the file.
-        option: what errors call it.
+        option: its name in errors.
 
     Raises:
-        ValueError: an unreadable file or line, a line without a prompt, or an id that occurs twice.
+        ValueError: an unreadable file or line, a line without a prompt, or a duplicate id.
     """
     check_readable(option, path, "a JSONL file in UTF-8")
     try:
@@ -78,21 +78,21 @@ def read_questions(path: Path, option: str = "input") -> list[PromptLine]:
 
 
 class AnswerFile:
-    """Answers, one line each, added as they finish; nothing is touched before the first is added.
+    """Answers, one line each, appended as they finish; the file is not touched before the first one.
 
-    As a context manager it keeps other writers out, and reads again what is there.
+    As a context manager it locks the file and reads it again.
 
     Args:
-        path: the file; answers that it holds are kept, and a last line cut off by an interruption is not.
+        path: the file; existing answers are kept, a truncated last line is dropped.
 
     Attributes:
-        file: where it is, links followed.
-        hashes: of the answers that are there, by their ids.
+        file: its path with links resolved.
+        hashes: of the answers so far, by id.
         prepare: called before the first answer is added.
-        synced: called whenever the answers so far are on the disk.
+        synced: called whenever the answers so far are synced to disk.
 
     Raises:
-        ValueError: the file cannot be read or holds something else.
+        ValueError: the file cannot be read or has other content.
     """
 
     prepare: Callable[[], None] | None = None
@@ -111,14 +111,14 @@ class AnswerFile:
 
     @property
     def ids(self) -> Set[str | int]:
-        """Of the answers that are there."""
+        """Of the answers so far."""
         return self.hashes.keys()
 
     def add(self, answer: Mapping[str, Any]) -> None:
-        """Write one answer at once.
+        """Append one answer.
 
         Raises:
-            OSError: it cannot be written, or something else changed the file; answers from before are as they were.
+            OSError: it cannot be written, or another program changed the file; earlier answers are unchanged.
         """
         if self._state != state(self.path):
             raise self._changed()
@@ -132,10 +132,10 @@ class AnswerFile:
             self._sync()
 
     def verify(self) -> None:
-        """Bring everything to the disk, and make sure that all answers can be read back.
+        """Sync to disk, and verify that all answers can be read back.
 
         Raises:
-            OSError: they cannot, because something else removed, replaced or changed the file.
+            OSError: another program removed, replaced or changed the file.
         """
         if self._out is not None:
             self._sync()
@@ -163,7 +163,7 @@ class AnswerFile:
                 folder.rmdir()
 
     def _check_name(self) -> None:
-        """Refuse names that leave no room for, or are like, those of the files beside it."""
+        """Reject names that are too long, or reserved for locks and manifests."""
         name = self.file.name
         if (name.startswith(".") and name.endswith(".lock")) or name.endswith(MANIFEST):
             raise ValueError(f"{self._called} has the name of a lock or a manifest of answers; give another file")
@@ -174,7 +174,7 @@ class AnswerFile:
             except OSError as error:
                 if error.errno == ENAMETOOLONG:
                     raise ValueError(
-                        f"{self._called} is too long a name: files such as {MANIFEST[1:]} beside it need "
+                        f"{self._called} is too long a name: the file name with {MANIFEST} needs "
                         f"{len(MANIFEST)} bytes more; give a shorter one"
                     ) from None
 
@@ -182,7 +182,7 @@ class AnswerFile:
         there = self.path.exists()
         stray = (not self.file.is_file()) if there else self.file.is_symlink()  # pipes, folders; links to themselves
         if stray or _is_printed_to(self.path):
-            raise ValueError(f"{self._called} is no ordinary file; give the name of one, which can be read again")
+            raise ValueError(f"{self._called} is not an ordinary file; give the name of one, which can be read again")
         try:
             self._state = state(self.path)
             content = b"" if self._state is None else self.file.read_bytes()
@@ -191,9 +191,7 @@ class AnswerFile:
         try:
             self.hashes, self._whole = read_answers(content)
         except ValueError as error:
-            raise ValueError(
-                f"{self._called} holds something other than answers; give another file ({error})"
-            ) from None
+            raise ValueError(f"{self._called} has content other than answers; give another file ({error})") from None
         self._needs_newline = self._whole > 0 and content[self._whole - 1 : self._whole] != b"\n"
 
     def _open(self) -> None:
@@ -212,7 +210,7 @@ class AnswerFile:
             while rest:
                 rest = rest[self._out.write(rest) :]
         except OSError as error:
-            with suppress(OSError):  # the line stays torn then, and is cut when the run goes on
+            with suppress(OSError):  # otherwise the line is truncated and dropped on resuming
                 self._out.truncate(size)
             raise self._full(error) from None
         self._state = device, number, size + len(data)
@@ -221,15 +219,15 @@ class AnswerFile:
         assert self._out is not None
         try:
             os.fsync(self._out.fileno())
-        except OSError as error:  # some disks say only now that they are full
+        except OSError as error:  # some file systems report a full disk only here
             raise self._full(error) from None
         self._synced = time.monotonic()
         if self.synced is not None:
             self.synced()
 
     def _full(self, error: OSError) -> OSError:
-        told = f"{self._called} cannot be written ({error.strerror or error}), {len(self.ids)} answers are in it"
-        return OSError(f"{told}; make room, and the same command goes on")
+        problem = f"{self._called} cannot be written ({error.strerror or error}), {len(self.ids)} answers are in it"
+        return OSError(f"{problem}; free disk space, then the same command resumes")
 
     def _lost(self) -> list[str | int]:
         """The answers that are not in the file."""
@@ -241,16 +239,16 @@ class AnswerFile:
 
     def _changed(self) -> OSError:
         lost = self._lost()
-        told = f"{len(lost)} answers are lost ({listed(lost)})" if lost else "no answer is lost"
-        return disturbed(self._called, self.path, f", {told}; run the command again")
+        problem = f"{len(lost)} answers are lost ({listed(lost)})" if lost else "no answer is lost"
+        return disturbed(self._called, self.path, f", {problem}; run the command again")
 
 
-# A power cut may take the answers of this many seconds; a sync for each would hold fast models up.
+# A power failure may lose the answers of this many seconds; syncing each one would slow down fast models.
 _SYNC_SECONDS = 1.0
 
 
 def _is_printed_to(file: Path) -> bool:
-    """Whether the command's own messages go to this file."""
+    """Whether stdout or stderr of the command is this file."""
     with suppress(OSError):
         return any(os.path.samestat(os.fstat(stream), file.stat()) for stream in (1, 2))
     return False
@@ -261,14 +259,14 @@ def _question(where: str, number: int, line: str) -> PromptLine:
         row: Any = parse_json(line, once=True)
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{where} has a character that is half of one (a lone surrogate); remove it") from None
+        raise ValueError(f"{where} has a lone surrogate; remove it") from None
     except ValueError as error:
         raise ValueError(f"{where} is not JSON ({error}); fix or remove it") from None
     if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
         raise ValueError(f"{where} needs either a prompt or messages; give one of them")
     prompt: Any = row.get("prompt", row.get("messages"))
     if not (isinstance(prompt, str) if "prompt" in row else is_chat(prompt)):
-        raise ValueError(f"{where} has a prompt of another kind; give a text prompt, or messages with role and content")
+        raise ValueError(f"{where} has an invalid prompt; give a text prompt, or messages with role and content")
     name = row.get("id", number)
     if not isinstance(name, (str, int)) or isinstance(name, bool):
         raise ValueError(f"{where} has id {name!r}; use text or a whole number")

@@ -1,20 +1,20 @@
 """Log-likelihood of a given continuation under a masked diffusion language model.
 
-LLaDA (arXiv 2502.09992, Eq. 6 and algorithm 3; the published get_log_likelihood). With p(x_i | seen) what
-the model predicts for masked position i of a continuation x of L tokens, behind its prefix:
+LLaDA (arXiv 2502.09992, Eq. 6 and algorithm 3; the published get_log_likelihood). With p(x_i | visible) the
+prediction for masked position i of a continuation x of L tokens, given its prefix:
 
-    monte_carlo  mean over samples of  L / l  sum over masked i of log p(x_i | seen)
+    monte_carlo  mean over samples of  L / l  sum over masked i of log p(x_i | visible)
                  l in 1..L uniform, l of the L positions masked at random, without replacement
     chain        mean over orders of  sum over j of log p(x_order[j] | x_order[0..j-1])
 
-Over random orders the two have the same expectation, and it is a lower bound: by Jensen's inequality it is
-at most the logarithm of the continuation's probability averaged over orders. One order (left_to_right, or
-confidence: the order in which one-token-per-step decoding goes) is an exact chain rule, and no bound.
+Over random orders the two have the same expectation, which is a lower bound: by Jensen's inequality it is
+at most the logarithm of the continuation's probability averaged over orders. A single order (left_to_right,
+or confidence: the order of one-token-per-step decoding) is an exact chain rule, not a bound.
 
-As in the published code probabilities are a plain softmax over the whole vocabulary: [MASK] keeps its
-share of it, though it is never predicted. Differences: l is stratified over all samples at once, not
-batch by batch, and halves are rounded up, since rounding to even as the published code does favours even
-l; states that samples share are computed once; log-probabilities are float32 or wider.
+As in the published code, probabilities are a plain softmax over the whole vocabulary, including [MASK],
+which is never predicted. Differences: l is stratified over all samples at once, not batch by batch, and
+halves are rounded up, since rounding to even, as in the published code, favours even l; identical states
+are computed once; log-probabilities are float32 or wider.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from dllm.samplers import Vanilla
 
 METHODS = ("monte_carlo", "chain")
 ORDERS = ("random", "left_to_right", "confidence")
-# Logits that are widened at a time: a long continuation over a large vocabulary has gigabytes of them.
+# Rows of logits that are converted to float32 at a time: those of a long continuation take gigabytes.
 _CHUNK = 512
 
 
@@ -51,10 +51,10 @@ class Estimate:
     Attributes:
         method: monte_carlo (LLaDA's bound) or chain (chain rule along orders).
         samples: masked states of monte_carlo, or random orders of chain; an order costs up to L forwards.
-        order: of chain: random; left_to_right; or confidence, which next reveals the position whose most
-            probable token is surest. Those two are one order, without randomness.
-        seed: of the randomness; every pair of prefix and target has its own, whatever else is scored.
-        batch_size: rows of a forward at most; order=confidence goes one row at a time.
+        order: of chain: random; left_to_right; or confidence, which next reveals the most confident
+            position. The last two are a single deterministic order.
+        seed: every pair of prefix and target has its own stream, whatever else is scored.
+        batch_size: maximum rows of a forward; order=confidence uses one row.
         cfg_scale: classifier-free guidance against the masked prefix (LLaDA's convention: 0 is off).
 
     Raises:
@@ -84,26 +84,26 @@ class Estimate:
         for name in ("samples", "seed"):
             if getattr(self, name) != getattr(Estimate, name):
                 raise ValueError(
-                    f"{name}={getattr(self, name)} has no effect on order={self.order}, which is one order without "
-                    "randomness; leave it out or use order=random"
+                    f"{name}={getattr(self, name)} has no effect on order={self.order}, which is deterministic; leave "
+                    "it out or use order=random"
                 )
 
 
 def loglikelihood(lm: LanguageModel, prefix: Sequence[int], target: Sequence[int], estimate: Estimate) -> float:
-    """Estimate the log-likelihood of the tokens `target` behind the tokens `prefix`.
+    """Estimate the log-likelihood of the tokens `target` after the tokens `prefix`.
 
     Args:
         lm: a loaded model.
-        prefix: token ids that are given; may be empty.
-        target: token ids that are scored; none have log-likelihood 0.
-        estimate: how.
+        prefix: given token ids; may be empty.
+        target: scored token ids; empty ones have log-likelihood 0.
+        estimate: the estimator.
 
     Returns:
-        Nats. The same for the same pair and estimate, whatever else is scored.
+        Nats. Deterministic for a pair and an estimate, whatever else is scored.
 
     Raises:
-        ValueError: a token that is no id of the model or [MASK], more tokens than the model's context, or logits that
-            are no numbers.
+        ValueError: a token that is not an id of the model or is [MASK], more tokens than the model's context, or
+            non-finite logits.
     """
     prefix, target = _check(lm, prefix, target)
     if len(target) == 0:
@@ -112,7 +112,7 @@ def loglikelihood(lm: LanguageModel, prefix: Sequence[int], target: Sequence[int
     with torch.inference_mode(), torch.device("cpu"):  # whatever the user's default device is
         text = _Text(lm, prefix, target, estimate.cfg_scale)
         if estimate.order == "confidence":
-            return float(_surest_first(text))
+            return float(_most_confident_first(text))
         if estimate.order == "left_to_right":
             asked = along_orders(torch.arange(length)[None])
         else:
@@ -124,10 +124,10 @@ def loglikelihood(lm: LanguageModel, prefix: Sequence[int], target: Sequence[int
 
 
 def is_greedy(lm: LanguageModel, prefix: Sequence[int], target: Sequence[int], cfg_scale: float = 0.0) -> bool:
-    """Whether greedy decoding, one token per step and the surest first, gives exactly `target` behind `prefix`.
+    """Whether greedy decoding, one token per step by confidence, gives exactly `target` after `prefix`.
 
-    LLaDA's suffix_greedy_prediction: one block of as many masks as `target` has tokens, where end-of-text
-    stops nothing. Decoding ends at the first token that differs. Other than there, [MASK] is never predicted.
+    LLaDA's suffix_greedy_prediction: one block of as many masks as `target` has tokens, without stopping at
+    end-of-text. Decoding ends at the first token that differs. Difference: [MASK] is never predicted.
 
     Raises:
         ValueError: as `loglikelihood`.
@@ -149,13 +149,13 @@ def is_greedy(lm: LanguageModel, prefix: Sequence[int], target: Sequence[int], c
 
 @dataclass(frozen=True)
 class Asked:
-    """What the model is asked: M log-probabilities in N masked states; the estimate is their weighted sum.
+    """The requested quantities: M log-probabilities in N masked states; the estimate is their weighted sum.
 
     Attributes:
         masked: which of the target's tokens each state masks.
-        state: of each question.
-        place: the masked position each question is about.
-        weight: of each answer.
+        state: of each log-probability.
+        place: masked position of each log-probability.
+        weight: of each log-probability.
     """
 
     masked: Bool[Tensor, "N L"]
@@ -164,7 +164,7 @@ class Asked:
     weight: Float[Tensor, " M"]
 
     def merged(self) -> Asked:
-        """The same sum with every state and every question once, in the order of the states."""
+        """The same sum without duplicate states and positions, ordered by state."""
         length = self.masked.shape[1]
         masked, state = self.masked.unique(dim=0, return_inverse=True)
         key, question = (state[self.state] * length + self.place).unique(return_inverse=True)
@@ -173,14 +173,14 @@ class Asked:
 
 
 def stratified_masks(rank: Int[Tensor, "S L"], first: int) -> Asked:
-    """LLaDA's states, each asked about all that it masks with weight L / l / S.
+    """LLaDA's states, each with all of its masked positions and weight L / l / S.
 
     Args:
-        rank: a permutation of the positions for each of the S samples, which masks those of rank below l.
-        first: l of the first sample, from 1 to L; the others follow evenly spaced, round and round.
+        rank: a permutation of the positions for each of the S samples; positions of rank below l are masked.
+        first: l of the first sample, from 1 to L; the others are evenly spaced, modulo L.
     """
     samples, length = rank.shape
-    # In whole numbers, so that with `first` every l is uniform, whatever L and S are.
+    # In integers, so that every l is exactly uniform over `first`, for any L and S.
     further = (2 * length * torch.arange(samples) + samples).div(2 * samples, rounding_mode="floor")
     count = (first - 1 + further) % length + 1
     masked = rank < count[:, None]
@@ -189,7 +189,7 @@ def stratified_masks(rank: Int[Tensor, "S L"], first: int) -> Asked:
 
 
 def along_orders(orders: Int[Tensor, "S L"]) -> Asked:
-    """The states along S orders of the positions, each asked about the one that is next with weight 1 / S."""
+    """The states along S orders of the positions, each with its next position and weight 1 / S."""
     samples, length = orders.shape
     masked = orders.argsort(-1)[:, None] >= torch.arange(length)[:, None]
     weight = torch.full((samples * length,), 1 / samples, dtype=torch.float64)
@@ -197,7 +197,7 @@ def along_orders(orders: Int[Tensor, "S L"]) -> Asked:
 
 
 class _Text:
-    """A prefix and its target on the model's device, of which any part of the target can be masked."""
+    """A prefix and its target on the model's device; any part of the target can be masked."""
 
     def __init__(self, lm: LanguageModel, prefix: Sequence[int], target: Sequence[int], cfg_scale: float) -> None:
         self.backbone, self.cfg_scale = lm.backbone, cfg_scale
@@ -207,13 +207,13 @@ class _Text:
     def logits(
         self, masked: Bool[Tensor, "A L"], state: Int[Tensor, " M"], place: Int[Tensor, " M"]
     ) -> Float[Tensor, "M V"]:
-        """Logits of the asked positions of the target in the states given.
+        """Logits of the requested positions of the target in the given states.
 
         Raises:
-            ValueError: they are no numbers.
+            ValueError: they are not finite.
         """
         logits = self._logits(masked, state, place)
-        # Read from the device: a forward over many states takes far longer, and none after it would help.
+        # Synchronizes, which is cheap beside a forward over many states.
         if bool(not_finite(logits).any()):
             raise ValueError(reason("the model", self.backbone.dtype, "dtype="))
         return logits
@@ -224,7 +224,7 @@ class _Text:
         mask, given = self.backbone.mask_token_id, self.prefix.expand(len(masked), -1)
         target = self.target.masked_fill(masked, mask)
         tokens = torch.cat((given, target), dim=1)
-        # The prediction for a column is read `logits_shift` to its left, that of column 0 at column 0.
+        # The prediction for column i is read at column i - logits_shift, that for column 0 at column 0.
         select = (len(self.prefix) + place - self.backbone.logits_shift).clamp(min=0) + state * tokens.shape[1]
         if self.cfg_scale == 0:
             return self.backbone(tokens, select=select).logits
@@ -235,7 +235,7 @@ class _Text:
 
 
 def _weighted(text: _Text, asked: Asked, batch_size: int) -> Float[Tensor, ""]:
-    """The weighted sum of what is asked, `batch_size` states a forward."""
+    """The weighted sum, with `batch_size` states per forward."""
     total = torch.zeros((), dtype=torch.float64, device=text.target.device)
     starts = torch.arange(0, len(asked.masked) + batch_size, batch_size)
     ends = torch.searchsorted(asked.state, starts).tolist()
@@ -254,19 +254,19 @@ def _weighted(text: _Text, asked: Asked, batch_size: int) -> Float[Tensor, ""]:
     return total
 
 
-def _surest_first(text: _Text) -> Float[Tensor, ""]:
-    """The chain rule along the order that shows only on the way: the surest position is revealed next."""
+def _most_confident_first(text: _Text) -> Float[Tensor, ""]:
+    """The chain rule along the order of confidence: the most confident position is revealed next."""
     total = torch.zeros((), dtype=torch.float64, device=text.target.device)
     left = torch.arange(len(text.target), device=total.device)
     masked = torch.ones_like(left, dtype=torch.bool)[None]
     for _ in range(len(left)):
         logits = text.logits(masked, torch.zeros_like(left), left)
         asked, index = torch.ones_like(left, dtype=torch.bool)[None], torch.arange(len(left), device=total.device)
-        surest = Prediction(logits, asked, index, text.backbone.mask_token_id, Sampling()).confidence.argmax(-1)
-        place = left[surest]
-        total += _log_probability(logits[surest], text.target[place])[0]
+        best = Prediction(logits, asked, index, text.backbone.mask_token_id, Sampling()).confidence.argmax(-1)
+        place = left[best]
+        total += _log_probability(logits[best], text.target[place])[0]
         masked = masked.index_fill(1, place, False)
-        left = left[index[:-1] + (index[:-1] >= surest)]
+        left = left[index[:-1] + (index[:-1] >= best)]
     return total
 
 
@@ -284,14 +284,14 @@ def _own_seed(seed: int, prefix: Sequence[int], target: Sequence[int]) -> int:
 
 
 def _check(lm: LanguageModel, prefix: Sequence[int], target: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Both as lists, once they are known to be ids that the model can be given."""
+    """Both as lists, after validation."""
     backbone = lm.backbone
     vocabulary = backbone.config.vocab_size
     lists = []
     for name, given in (("prefix", prefix), ("target", target)):
         empty = isinstance(given, (Tensor, np.ndarray)) and entries(name, given) == []  # of floats by default
         if (tokens := [] if empty else token_list(given, name)) is None:
-            raise ValueError(f"{name} is a {type(given).__name__} and no token ids; give a list of them")
+            raise ValueError(f"{name} is a {type(given).__name__}, not token ids; give a list of them")
         lists.append(tokens)
         wrong = next((token for token in tokens if not 0 <= token < vocabulary), None)
         if wrong is not None:

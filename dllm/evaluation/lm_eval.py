@@ -2,9 +2,9 @@
 
     dllm lm-eval --model dllm --model_args pretrained=tiny-llada,sampler=localleap,cache=freecache --tasks gsm8k
 
-Importing this module registers it. lm-eval after 0.4.13 finds it by itself, through the package's entry point.
-Options of a sampler, a cache and of the likelihood estimate are written sampler.threshold=0.95, cache.interval=8,
-estimate.samples=32; everything of `dllm.Options` and of `dllm.load` by its name. What is not given is the task's.
+Importing this module registers it. lm-eval after 0.4.13 discovers it through the package's entry point.
+Options of sampler, cache and likelihood estimate are written sampler.threshold=0.95, cache.interval=8,
+estimate.samples=32; fields of `dllm.Options` and arguments of `dllm.load` by name. The task provides the defaults.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ class DLLM(TemplateLM):
 
     Args:
         runner: answers the requests.
-        seed: request i draws from seed + i.
-        greedy: find out whether greedy decoding gives a scored continuation, as metrics such as LAMBADA's ask.
+        seed: request i uses seed + i.
+        greedy: check whether greedy decoding gives a scored continuation, for metrics such as LAMBADA's.
 
     Attributes:
-        truncated: prompts of which the beginning was cut off so that they fit the model.
+        truncated: number of prompts truncated on the left to fit the model.
     """
 
     def __init__(self, runner: Runner, seed: int = 0, greedy: bool = True) -> None:
         super().__init__()
         if runner.lm.tokenizer is None:
-            raise ValueError(f"{runner.lm.name} has no tokenizer, and the harness's tasks are texts; add one")
+            raise ValueError(f"{runner.lm.name} has no tokenizer, which tasks of lm-eval need; add one")
         self.runner, self.tokenizer, self.truncated = runner, runner.lm.tokenizer, 0
         self._seed, self._greedy, self._chat, self._count = seed, greedy, False, 0
         self._seen: dict[str, int] = {}
@@ -61,18 +61,18 @@ class DLLM(TemplateLM):
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> DLLM:
-        """Make one of `--model_args`; see `create_from_arg_obj`."""
+        """Create from `--model_args`; see `create_from_arg_obj`."""
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> DLLM:
-        """Make one of a dictionary of arguments.
+        """Create from a dictionary of arguments.
 
         Args:
             arg_dict: `pretrained`, `sampler`, `cache`, their options with a prefix, `estimate.*`, fields of
-                `dllm.Options`, arguments of `dllm.load`, and `greedy`; `dllm.evaluation.lm_eval_options` says what
-                is taken of other models' arguments.
-            additional_config: what the command line has outside of it: batch_size, max_batch_size and device.
+                `dllm.Options`, arguments of `dllm.load`, and `greedy`; `dllm.evaluation.lm_eval_options` translates
+                arguments of other model classes.
+            additional_config: separate options of the command line: batch_size, max_batch_size and device.
 
         Raises:
             ValueError: an unknown name, or a value out of range.
@@ -92,33 +92,31 @@ class DLLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends texts, and stands before those without a context."""
+        """The end-of-text token, which is also the prefix of texts without a context."""
         return self.runner.lm.backbone.eos_token_ids[0]
 
     @property
     def max_length(self) -> int:
-        """Columns that the model can look at."""
+        """Context length of the model."""
         return self.runner.lm.backbone.max_length
 
     @property
     def tokenizer_name(self) -> str:
-        """What requests are cached by."""
+        """Key of the request cache."""
         lm = self.runner.lm
         return f"{lm.name.replace('/', '__')}-{identity.model(lm)['tokenizer_and_config']}"
 
     def set_cache_hook(self, cache_hook: Any) -> None:
-        """Refuse `use_cache`, whose file gives the answers of whatever model and options it was made with."""
+        """Reject `use_cache`, whose file does not record model and options."""
         name = cache_hook.dbdict.filename
-        raise ValueError(
-            f"use_cache: {name} would give answers of other models and options as this one's; leave it out"
-        )
+        raise ValueError(f"use_cache: {name} may contain answers of other models and options; leave it out")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The tokenizer's chat template; None where it is not to be used."""
+        """The tokenizer's chat template; None if not used."""
         return None if chat_template is False else self.tokenizer.get_chat_template()
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A chat as the model reads it.
+        """A chat in the model's format.
 
         Raises:
             ValueError: the tokenizer has no chat template.
@@ -135,12 +133,12 @@ class DLLM(TemplateLM):
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids; a chat template has written its special tokens itself."""
+        """Token ids; without special tokens after a chat template, which contains them."""
         special = not self._chat if add_special_tokens is None else add_special_tokens
         return list(self.tokenizer(string, add_special_tokens=special, verbose=False).input_ids)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answer each request up to its first stop string."""
+        """Generate for each request up to its first stop string."""
         asked = [self._request(instance) for instance in requests]
         groups: dict[tuple[tuple[str, Any], ...], list[Query]] = {}
         for request, options in asked:
@@ -152,7 +150,7 @@ class DLLM(TemplateLM):
         return [texts[request.id] for request, _ in asked]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation behind its context, in nats, and whether it is the greedy one."""
+        """Log-likelihood of each continuation after its context, in nats, and whether it is the greedy one."""
         found = []
         for instance in requests:
             context, continuation = instance.args
@@ -164,7 +162,7 @@ class DLLM(TemplateLM):
         return found
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows as long as the model allows, each token scored once."""
+        """Log-likelihood of whole texts, in windows of the context length, each token scored once."""
         found = []
         for instance in requests:
             name, tokens = self._name(instance), self.tok_encode(instance.args[0], add_special_tokens=False)
@@ -189,7 +187,7 @@ class DLLM(TemplateLM):
         return self.runner.score(name, prefix[len(prefix) - room :] if len(prefix) > room else prefix, target, greedy)
 
     def _request(self, instance: Instance) -> tuple[Query, dict[str, Any]]:
-        """What to answer, and the task's options that the user did not set."""
+        """The query, and the task's options that the user did not set."""
         context, asked = instance.args
         mine = self.runner.setting.options
         prompt = self.tok_encode(context)
@@ -203,11 +201,11 @@ class DLLM(TemplateLM):
 
     def _note_cut(self, was: bool) -> None:
         if was:
-            self._warn(f"some prompts do not fit the model's context of {self.max_length}; their beginning is cut off")
+            self._warn(f"some prompts exceed the model's context of {self.max_length}; they are truncated on the left")
         self.truncated += was
 
     def _warn(self, message: str) -> None:
-        """Say something once."""
+        """Warn once."""
         if message not in self._told:
             self._told.add(message)
             _tell(message)
@@ -217,7 +215,7 @@ class DLLM(TemplateLM):
         return self._count - 1
 
     def _name(self, instance: Instance) -> str:
-        """Unique among the requests of a run: repeats of one document come one behind another."""
+        """Unique among the requests of a run; repeats of a document are numbered."""
         name = f"{instance.task_name}/{instance.doc_id}#{instance.idx}"
         number = self._seen[name] = self._seen.get(name, -1) + 1
         return f"{name}.{number}" if number else name
@@ -228,7 +226,7 @@ def _tell(message: str) -> None:
 
 
 def _parts(group: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Take the options that have a group's prefix."""
+    """Pop the options with a group's prefix."""
     names = [name for name in given if name.startswith(f"{group}.")]
     return {name.removeprefix(f"{group}."): given.pop(name) for name in names}
 

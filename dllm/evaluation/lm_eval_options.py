@@ -1,7 +1,7 @@
-"""What commands written for other models of the harness say, in the words of this one.
+"""Translation of arguments of other model classes of the harness to those of this one.
 
-Values that mean "off" in transformers or vLLM mean off. What can have no effect here is told, and does not end a run;
-what would change the results, and is not known here, is left for the caller to refuse.
+Values that mean "off" in transformers or vLLM mean off. Arguments without effect give a warning; unknown ones that
+would change the results are left for the caller to reject.
 """
 
 from __future__ import annotations
@@ -11,32 +11,32 @@ from typing import Any
 
 import torch
 
-GEN_LENGTH = 256  # where neither the user nor the task says
+GEN_LENGTH = 256  # default if neither the user nor the task sets it
 BATCH_SIZE = 8
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _STOPS = ("until", "stop", "stop_strings", "stop_sequences")
 _KNOWN = {"do_sample", "temperature", "top_p", "top_k", "max_length", *_LENGTHS, *_STOPS}
 _DTYPES = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32"}
-# How fast, or where, others run; not what comes out.
+# Affect speed or placement, not results.
 _ELSEWHERE = """add_bos_token backend data_parallel_size gpu_memory_utilization logits_cache low_cpu_mem_usage
 max_cpu_memory max_memory_per_gpu offload_folder softmax_dtype swap_space tensor_parallel_size truncation
 use_fast_tokenizer""".split()
-# What would change the results, unless it is off.
+# Would change the results, unless off.
 _OTHERS = """autogptq chat_template delta enable_thinking gguf_file gptqmodel load_in_4bit load_in_8bit max_length
 max_model_len peft prefix_token_id quantization subfolder think_end_token tokenizer""".split()
 Tell = Callable[[str], None]
 
 
 def model_arguments(given: Mapping[str, Any], beside: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
-    """Arguments of a model in this package's words.
+    """Translate model arguments.
 
     Args:
         given: of `--model_args`.
-        beside: what the command line has outside of it: batch_size, max_batch_size and device; `given` goes before it.
-        tell: called with what has no effect.
+        beside: separate options of the command line: batch_size, max_batch_size and device; `given` has precedence.
+        tell: called with warnings.
 
     Raises:
-        ValueError: a batch size that is none.
+        ValueError: an invalid batch size.
     """
     more = {name: value for name, value in beside.items() if value is not None}
     if more.get("device") == "cuda:0" and "device" not in given and not torch.cuda.is_available():
@@ -44,7 +44,7 @@ def model_arguments(given: Mapping[str, Any], beside: Mapping[str, Any], tell: T
         tell("device='cuda:0' is not available here; the CPU is used")
     known = more | dict(given)
     if _flag(known.pop("trust_remote_code", False)):
-        tell("trust_remote_code has no effect: no code of a checkpoint is ever run")
+        tell("trust_remote_code has no effect: code of a checkpoint is never run")
     if _flag(known.pop("parallelize", False)):
         if torch.cuda.device_count() > 1:
             known.pop("device", None)
@@ -69,18 +69,18 @@ def model_arguments(given: Mapping[str, Any], beside: Mapping[str, Any], tell: T
 
 
 def generation(asked: Mapping[str, Any], prompt: int, tell: Tell) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """A request's generation options in this package's words.
+    """Translate the generation options of a request.
 
     Args:
-        asked: as the task or `--gen_kwargs` has them.
-        prompt: tokens of the prompt, which max_length counts too.
-        tell: called with what has no effect.
+        asked: from the task or `--gen_kwargs`.
+        prompt: length of the prompt, which max_length includes.
+        tell: called with warnings.
 
     Returns:
         Options, and stop strings.
 
     Raises:
-        ValueError: a value of the wrong kind.
+        ValueError: a value of the wrong type.
     """
     asked = {name: value for name, value in asked.items() if not _off(value)}
     if unknown := set(asked) - _KNOWN:
@@ -89,7 +89,7 @@ def generation(asked: Mapping[str, Any], prompt: int, tell: Tell) -> tuple[dict[
     sampled = _flag(asked["do_sample"]) if "do_sample" in asked else bool(temperature)
     options: dict[str, Any] = {
         "gen_length": _length(asked, prompt),
-        # transformers samples at 1 where do_sample stands alone.
+        # transformers samples at temperature 1 if only do_sample is given.
         "temperature": (1.0 if temperature is None else max(temperature, 0.0)) if sampled else 0.0,
         **{name: limit(asked.get(name)) for name, limit in _LIMITS.items()},
     }
@@ -101,7 +101,7 @@ def generation(asked: Mapping[str, Any], prompt: int, tell: Tell) -> tuple[dict[
     stops = [asked.get(name, ()) for name in _STOPS]
     texts = [text for each in stops for text in (each if isinstance(each, (list, tuple)) else (each,))]
     if wrong := [text for text in texts if not _off(text) and not isinstance(text, str)]:
-        raise ValueError(f"until={wrong[0]!r} is of the wrong kind; give strings")
+        raise ValueError(f"until={wrong[0]!r} is of the wrong type; give strings")
     return options, tuple(dict.fromkeys(text for text in texts if text))
 
 
@@ -114,14 +114,14 @@ def _length(asked: Mapping[str, Any], prompt: int) -> int:
 
 
 def _batch_size(value: Any, most: Any, tell: Tell) -> int:
-    """Rows decoded together; "auto" or "auto:N" are the default, or as many as `most` where that is fewer."""
+    """Batch size; "auto" or "auto:N" give the default, at most `most`."""
     text = "" if _off(value) else str(value)
     if text.partition(":")[0] == "auto":
         size = BATCH_SIZE if _off(most) else min(BATCH_SIZE, int(most))
         tell(f"batch_size={text!r} is not searched for; {size} rows are decoded together")
         return size
     if text and not text.isdigit():
-        raise ValueError(f"batch_size={value!r} is unknown; use a whole number, or auto")
+        raise ValueError(f"unknown batch_size={value!r}; expected a whole number or auto")
     return int(text or BATCH_SIZE)
 
 
@@ -130,12 +130,12 @@ def _off(value: Any) -> bool:
 
 
 def _flag(value: Any) -> bool:
-    """A switch, which a command line may have left as text."""
+    """A boolean, possibly as text."""
     return bool(value) and not _off(value) and str(value).lower() not in ("false", "0")
 
 
 def _number(name: str, value: Any) -> float | None:
-    """A number, which a command line may have left as text; None where it is off."""
+    """A number, possibly as text; None if off."""
     if _off(value):
         return None
     try:
@@ -143,7 +143,7 @@ def _number(name: str, value: Any) -> float | None:
             raise ValueError
         return float(value)
     except (TypeError, ValueError):
-        raise ValueError(f"{name}={value!r} is no number; give one, or null") from None
+        raise ValueError(f"{name}={value!r} is not a number; give one, or null") from None
 
 
 def _top_p(value: Any) -> float | None:

@@ -1,4 +1,4 @@
-"""From answered requests to the figures of a run: quality with its interval, cost, and speed beside the baselines."""
+"""Metrics of a run: quality with confidence interval, cost, and speed-up over the baselines."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def quality(values: Sequence[float]) -> dict[str, Any]:
     """A score's mean with a 95% interval.
 
     Args:
-        values: one a sample. Where all are 0 or 1 the interval is Wilson's, elsewhere the mean and 1.96 standard
-            errors, or none of a single sample.
+        values: one per sample. If all are 0 or 1 the interval is Wilson's, otherwise the mean +- 1.96 standard
+            errors, or None for a single sample.
     """
     mean = float(np.mean(values))
-    interval = None  # of a single one nothing is known
+    interval = None  # for a single sample
     if set(values) <= {0, 1}:
         interval = [*wilson(int(sum(values)), len(values))]
     elif len(values) > 1:
@@ -31,11 +31,11 @@ def quality(values: Sequence[float]) -> dict[str, Any]:
 
 
 def cost(records: Sequence[Record]) -> dict[str, Any]:
-    """What answering took; every entry is None where nothing was generated.
+    """Cost of the answers; every entry is None if nothing was generated.
 
-    Means are over samples; `tokens` and `seconds` are sums, prompt tokens and what stands behind end-of-text or a
-    stop string not counted. `tokens_per_second` is over the wall time of decoding, latencies run from
-    a sample's first step to its last. Of a run that was interrupted, all times are those of its sessions together.
+    Means are over samples; `tokens` and `seconds` are sums, excluding prompt tokens and tokens after end-of-text or a
+    stop string. `tokens_per_second` is over the wall time of decoding, latencies are from
+    a sample's first step to its last. Times of an interrupted run are summed over its sessions.
     """
     if not records:
         return dict.fromkeys(COSTS)
@@ -65,15 +65,15 @@ def cost(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def speedup(records: Sequence[Record], baselines: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any] | None:
-    """How much faster than each baseline the same samples were answered, and in how many times fewer forwards.
+    """Speed-up over each baseline on the same samples, in time and in forwards.
 
     Args:
         records: of the run.
-        baselines: what each took, session by session: ids, tokens, seconds and nfe.
+        baselines: per baseline and session: ids, tokens, seconds and nfe.
 
     Returns:
-        None where one has nothing to compare. `time` compares tokens per second, `forwards` tokens per forward, so
-        that an answer is not fast for being short.
+        None without baselines. `time` compares tokens per second, `forwards` tokens per forward, so that short answers
+        do not count as fast.
     """
     if not (baselines and all(baselines.values())):
         return None
@@ -112,7 +112,7 @@ def _drift(records: Sequence[Record]) -> dict[str, Any] | None:
     if not forwards.size:
         return None
     kv_error, kl, flips, asked = forwards.T
-    rows = np.zeros(len(forwards), dtype=np.int64)  # whose they are makes no difference
+    rows = np.zeros(len(forwards), dtype=np.int64)  # ids are not used
     drift = summarise([Measurement(rows, kv_error, kl, flips.astype(np.int64), asked.astype(np.int64))], seconds=0.0)
     assert drift is not None
     return {name: value for name, value in asdict(drift).items() if name != "seconds"}

@@ -1,4 +1,4 @@
-"""Arrays of many samples in few and small ones, and safetensors files whose bytes their content decides."""
+"""Packing the arrays of many samples into few small ones, and deterministic safetensors files."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from dllm.files import parse_json
 
 
 def joined(parts: Iterable[NDArray[Any]]) -> NDArray[Any]:
-    """Arrays of any shape, one behind another."""
+    """Arrays of any shape, flattened and concatenated."""
     flat = [np.asarray(part).reshape(-1) for part in parts]
     return np.concatenate(flat) if flat else np.zeros(0, np.int16)
 
 
 def split(values: NDArray[Any], counts: Sequence[int]) -> list[NDArray[Any]]:
-    """What `joined` put together.
+    """Inverse of `joined`.
 
     Raises:
         ValueError: the counts do not add up.
@@ -32,38 +32,38 @@ def split(values: NDArray[Any], counts: Sequence[int]) -> list[NDArray[Any]]:
 
 
 def small(values: NDArray[Any]) -> NDArray[Any]:
-    """Whole numbers as int16 where that holds all of them, else as int32."""
+    """Integers as int16 if possible, else as int32."""
     fits = values.size == 0 or (values.min() >= -(2**15) and values.max() < 2**15)
     return values.astype(np.int16 if fits else np.int32)
 
 
 def flags(packed: NDArray[np.uint8], shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """What `np.packbits` packed."""
+    """Inverse of `np.packbits`."""
     return np.unpackbits(packed, count=shape[0] * shape[1]).reshape(shape).astype(bool)
 
 
 def spread(values: NDArray[Any], where: NDArray[np.bool_], fill: float, kind: Any) -> NDArray[Any]:
-    """Values put back to their places."""
+    """Values scattered to the True positions of a mask."""
     table = np.full(where.shape, fill, dtype=kind)
     table[where] = values
     return table
 
 
 def held(values: NDArray[Any], changed: NDArray[np.bool_]) -> NDArray[Any]:
-    """Each row where it changed, and as the row before it elsewhere."""
+    """Each row where it changed, and the previous row elsewhere."""
     steps = np.arange(len(values))[:, None]
     latest = np.maximum.accumulate(np.where(changed, steps, 0), axis=0) if len(values) else np.zeros(values.shape, int)
     return np.take_along_axis(values, latest, axis=0)
 
 
 def compact_json(value: Any) -> str:
-    """JSON that every reader takes: halves of surrogate pairs, which broken text may hold, are replaced."""
+    """Valid UTF-8 JSON: lone surrogates are replaced."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def with_sorted_header(data: bytes) -> bytes:
-    """A safetensors file with its metadata in order: safetensors writes them as its hash table happens to lie."""
+    """A safetensors file with sorted metadata; safetensors writes them in random order."""
     length = int.from_bytes(data[:8], "little")
     header = parse_json(data[8 : 8 + length])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))

@@ -1,4 +1,4 @@
-"""What answering one request gave and cost, row by row, so that a run can be interrupted and put together again."""
+"""Results and costs of single requests, stored one by one so that a run can be resumed."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from dllm.evaluation.trace import Frames
 
 @dataclass(frozen=True)
 class Query:
-    """Something to answer.
+    """A request of an evaluation.
 
     Attributes:
         id: unique within a run.
         prompt: token ids.
-        until: strings before which the answer ends; what comes from there on is neither kept nor counted.
-        seed: of this request alone.
+        until: stop strings; tokens after them are neither kept nor counted.
+        seed: of this request.
     """
 
     id: str
@@ -39,24 +39,24 @@ class Record:
     """One answered request.
 
     Attributes:
-        id: the request's.
+        id: of the request.
         text: decoded answer up to end-of-text and stop strings; None without a tokenizer.
         completion: (G,) the generated region.
-        commit_step: (G,) the row's own forward after which each position had its final token; -1 where never decoded.
-        confidence: (G,) probability of the token in the prediction of the step that committed it, about the canvas as
-            it was before; None where that predicted another token or none.
+        commit_step: (G,) the row's forward after which each position had its final token; -1 where never decoded.
+        confidence: (G,) probability of the token in the prediction that committed it; None where that predicted
+            another token or none.
         tokens: generated tokens up to and including end-of-text or the token that completes a stop string.
         nfe: denoiser forwards.
         guide_nfe: guide forwards.
-        seconds: its share of the wall time: that of each step, divided by the rows that took part.
+        seconds: its share of the wall time: that of each step, divided by the number of rows.
         latency: wall time from its first step to its last.
         guide_seconds: its share of the guide's wall time, part of `seconds`.
-        positions: columns computed.
-        canvas: columns of its canvas, without padding.
-        refreshes: forwards in which a cache had everything computed anew.
+        positions: computed positions.
+        canvas: positions of its canvas, without padding.
+        refreshes: forwards in which a cache recomputed every position.
         peak_memory: bytes, since decoding began.
-        drift: of each forward that was compared with an exact one: relative error of keys and values, summed divergence
-            in nats, positions whose best token differed, positions asked about (`dllm.decoding.drift.Measurement`).
+        drift: of each measured forward: relative error of keys and values, summed KL divergence in nats, positions
+            whose best token differed, requested positions (`dllm.decoding.drift.Measurement`).
     """
 
     id: str
@@ -77,7 +77,7 @@ class Record:
     drift: list[list[float]]
 
     def misfit(self) -> str | None:
-        """What is impossible about a record that was read from a file; None where nothing is."""
+        """What is invalid in a stored record; None if nothing is."""
         if not len(self.completion) == len(self.commit_step) == len(self.confidence) > 0:
             return "completion, commit_step and confidence differ in length"
         costs = ("tokens", "guide_nfe", "latency", "guide_seconds", "positions", "canvas", "refreshes", "peak_memory")
@@ -94,28 +94,28 @@ class Record:
 
 
 def follow(
-    prepared: Sequence[decoding.Request], engine: Engine, requests: Sequence[Query], filmed: frozenset[str]
+    prepared: Sequence[decoding.Request], engine: Engine, requests: Sequence[Query], traced: frozenset[str]
 ) -> Iterator[tuple[Record, Frames | None]]:
     """Decode, yielding each request's record as soon as it is finished.
 
     Args:
-        prepared: what is decoded.
-        engine: in which that waits, as 0, 1, 2, ...
-        requests: what is answered.
-        filmed: ids of those whose steps are kept.
+        prepared: the requests of the engine.
+        engine: with these queued, as 0, 1, 2, ...
+        requests: the same, as queries.
+        traced: ids of those whose steps are recorded.
 
     Raises:
-        ValueError: the model has no answer for a request.
+        ValueError: a request fails.
     """
     clock, notes = Clock(engine.lm.device), {number: _Notes() for number in range(len(requests))}
     for step in _steps(engine):
         written = step.tokens == step.predicted
-        sure = np.where(written, step.confidence, np.nan)  # another token's probability says nothing
+        sure = np.where(written, step.confidence, np.nan)  # not the probability of another token
         for event in step:
             request, note, own = requests[event.id], notes[event.id], slice(int(step.padding[event.entry]), None)
             note.confidence(step, event.entry, own, sure)
-            if request.id in filmed:
-                note.film(step, event.entry, own, len(request.prompt))
+            if request.id in traced:
+                note.trace(step, event.entry, own, len(request.prompt))
             if event.answer is None:
                 continue
             if event.answer.error is not None:
@@ -130,15 +130,15 @@ def _steps(engine: Engine) -> Iterator[Step]:
 
 
 class _Notes:
-    """What is noted of a request beside what its answer says."""
+    """Data of a request beyond its answer."""
 
     def __init__(self) -> None:
         self._confidence: NDArray[np.float64] | None = None
         self._drift: list[list[float]] = []
-        self._film: list[dict[str, Any]] = []
+        self._trace: list[dict[str, Any]] = []
 
     def confidence(self, step: Step, entry: int, own: slice, sure: NDArray[np.float64]) -> None:
-        """Note how sure the model was of what was committed, and how far the cache was off."""
+        """Record the confidence of committed tokens, and the approximation error of the cache."""
         change, before = step.change, self._confidence
         known = np.where(change.committed[entry, own], sure[entry, own], np.nan if before is None else before)
         self._confidence = np.where((change.revoked | change.filled)[entry, own], np.nan, known)
@@ -147,10 +147,10 @@ class _Notes:
                 if name == step.ids[entry]:
                     self._drift.append([float(value) for value in values])
 
-    def film(self, step: Step, entry: int, own: slice, prompt: int) -> None:
-        """Keep a step."""
+    def trace(self, step: Step, entry: int, own: slice, prompt: int) -> None:
+        """Record a step."""
         generated = slice(own.start + prompt, None)
-        self._film.append(
+        self._trace.append(
             {
                 "canvas": step.tokens[entry, generated],
                 "predicted": step.predicted[entry, generated],
@@ -162,7 +162,7 @@ class _Notes:
         )
 
     def record(self, answer: Answer, request: Query, decoded: decoding.Request, clock: Clock) -> Record:
-        """What a finished request gave and cost."""
+        """The record of a finished request."""
         stops, ends = (*request.until, *decoded.stops), decoded.eos_token_ids
         text, tokens = cut(decoded.tokenizer, np.array(answer.completion), stops, ends)
         assert self._confidence is not None
@@ -177,8 +177,8 @@ class _Notes:
         )
 
     def frames(self, request: Query) -> Frames | None:
-        """The steps that were kept; None where they were not."""
-        if not self._film:
+        """The recorded steps; None without any."""
+        if not self._trace:
             return None
-        stacked = {name: np.stack([each[name] for each in self._film]) for name in self._film[0]}
+        stacked = {name: np.stack([each[name] for each in self._trace]) for name in self._trace[0]}
         return Frames(id=request.id, prompt=np.asarray(request.prompt, dtype=np.int64), **stacked)

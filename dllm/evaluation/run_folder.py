@@ -1,4 +1,4 @@
-"""The folder of one run: who it is, what it gave, and nothing of it twice."""
+"""On-disk layout of one resumable run: identity, results, samples, trace."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ScoreValue(TypedDict):
 
 
 class Metrics(TypedDict):
-    """What is read again of a run's metrics."""
+    """The metrics that are read from results.json."""
 
     n: int
     accuracy: float | None
@@ -57,20 +57,20 @@ class Metrics(TypedDict):
 
 
 class SpeedupFactor(TypedDict):
-    """How much faster a run was than a baseline."""
+    """Speed-up over one baseline."""
 
     time: float
 
 
 class Speedups(TypedDict):
-    """Over both baselines."""
+    """Speed-ups over both baselines."""
 
     naive: SpeedupFactor
     eos_aware: SpeedupFactor
 
 
 class Results(TypedDict):
-    """What is read again of results.json."""
+    """The fields that are read from results.json."""
 
     label: str
     task: str
@@ -79,14 +79,14 @@ class Results(TypedDict):
 
 
 class RunFolder:
-    """Where a run's files are: manifest.json, results.json, samples.parquet, trace.safetensors.
+    """The folder of a run: manifest.json, results.json, samples.parquet, trace.safetensors.
 
-    While it is unfinished there is a journal instead of results.
+    An unfinished run has a journal instead of results.
 
     Args:
-        out: holds the folders of many runs.
-        label: names the run for people.
-        identity: everything that its results depend on; the same gives the same folder, whatever its label.
+        out: parent folder of all runs.
+        label: display name of the run.
+        identity: everything that its results depend on; it determines the folder, whatever the label.
     """
 
     def __init__(self, out: Path, label: str, identity: Mapping[str, Any]) -> None:
@@ -101,17 +101,17 @@ class RunFolder:
 
     @property
     def journal(self) -> Path:
-        """What an unfinished run has done."""
+        """The journal of an unfinished run."""
         return self.path / "journal.jsonl"
 
     def results(self, main: str | None = None) -> dict[str, Any] | None:
-        """The results of a finished run; None before.
+        """The results of a finished run; None if unfinished.
 
         Args:
-            main: the score that counts as the accuracy; None for the task's own.
+            main: the score reported as accuracy; None for the task's default.
 
         Raises:
-            ValueError: there is something else, or no such score.
+            ValueError: invalid files, or an unknown score.
         """
         fix = "remove it to run that setting again"
         folder_there(self.path, fix)
@@ -125,11 +125,11 @@ class RunFolder:
             if _text({name: found.get(name) for name in self.identity}) != _text(self.identity):
                 raise ValueError(f"{file} holds the results of another run; {fix}")
         except ValueError:
-            if self.journal.exists():  # all that they are made of is there
+            if self.journal.exists():  # they can be rebuilt from it
                 return None
             raise
-        if self.journal.exists():  # a kill came between the results and this
-            with suppress(OSError):  # it may only be read
+        if self.journal.exists():  # the process was killed before removing it
+            with suppress(OSError):  # read-only
                 Runner.tidy(self.journal)
         metrics = found["metrics"]
         own = metrics.setdefault("task_accuracy", metrics["accuracy_name"])
@@ -137,40 +137,40 @@ class RunFolder:
             main = own
         if main is not None and main != metrics["accuracy_name"]:
             if main not in metrics["scores"]:
-                raise ValueError(f"task.metric={main!r} is unknown; use one of {', '.join(metrics['scores'])}")
+                raise ValueError(f"unknown task.metric={main!r}; expected one of {', '.join(metrics['scores'])}")
             score = metrics["scores"][main]
             metrics |= {"accuracy": score["value"], "accuracy_interval": score["interval"], "accuracy_name": main}
-            with suppress(OSError):  # it may only be read, and what is asked for is told all the same
+            with suppress(OSError):  # read-only
                 write_json(file, found)
         return found
 
     def begin(self, lm: LanguageModel, config: Mapping[str, Any]) -> None:
-        """Write down what runs here, and on what; a run that goes on adds to it."""
+        """Write the manifest: configuration and environment; resuming adds a session."""
         file = self.path / "manifest.json"
-        before = sessions(self.path) if there(file) else []  # a damaged one is made again
+        before = sessions(self.path) if there(file) else []  # a damaged one is replaced
         manifest = {"format": "dllm-manifest", "version": 1, "label": self.label, "config": config}
         write_json(file, manifest | {"sessions": [*before, _session(lm)]})
         self._manifest = file.read_bytes()
 
     def fail(self, message: str) -> None:
-        """Leave word of a run that could not be made."""
+        """Record the error of a failed run."""
         error = {"format": "dllm-error", "version": 1, "label": self.label, "message": message}
         file = self.path / "error.json"
         if file.is_file() or not os.path.lexists(file):
             write_json(file, error)
 
-    def forgive(self) -> None:
-        """Take that word back: the run was made after all."""
-        with suppress(OSError):  # not there, or no file
+    def clear_error(self) -> None:
+        """Remove the recorded error after a successful run."""
+        with suppress(OSError):  # missing, or not a file
             (self.path / "error.json").unlink()
-        with suppress(OSError):  # not there, or with other files in it
+        with suppress(OSError):  # missing, or not empty
             self.path.rmdir()
 
     def finish(self, runner: Runner, graded: Graded) -> dict[str, Any]:
         """Write everything, the results last, and remove the journal.
 
         Raises:
-            OSError: something else removed or changed what this run wrote before, or nothing can be written.
+            OSError: another program removed or changed files of this run, or files cannot be written.
         """
         runner.journal.verify()
         if self._manifest is not None:
@@ -203,7 +203,7 @@ class RunFolder:
 
 
 def _text(identity: Mapping[str, Any]) -> str:
-    """The same before and after it was written to a file."""
+    """Canonical JSON, the same before and after a round trip through a file."""
     return json.dumps(identity, sort_keys=True, default=str)
 
 
@@ -211,11 +211,11 @@ def _read_results(file: Path, fix: str) -> dict[str, Any]:
     """The content of results.json.
 
     Raises:
-        ValueError: it is damaged, or something else.
+        ValueError: it is damaged, or another kind of file.
     """
     found = read_json(file, fix)
     if found.get("format") != RESULTS or found.get("version") != RESULTS_VERSION:
-        raise ValueError(f"{file} is no results of this version of dllm; {fix}")
+        raise ValueError(f"{file} is not a results file of this version of dllm; {fix}")
     wrong = misfit(found, Results)
     metrics = found["metrics"] if wrong is None else {}
     if wrong is None and metrics["nfe"] is not None and None in (metrics["tpf"], metrics["tokens_per_second"]):
@@ -227,7 +227,7 @@ def _read_results(file: Path, fix: str) -> dict[str, Any]:
 
 
 def sessions(folder: Path) -> list[dict[str, Any]]:
-    """What a run's manifest says of the processes it took; nothing where it is gone or damaged."""
+    """The sessions in a run's manifest; empty if it is missing or damaged."""
     try:
         manifest = read_json(folder / "manifest.json")
     except ValueError:
@@ -238,9 +238,9 @@ def sessions(folder: Path) -> list[dict[str, Any]]:
 
 
 def samples(records: Sequence[Record], graded: Graded) -> list[dict[str, Any]]:
-    """One row a sample: what was asked, answered and graded, and what it cost.
+    """One row per sample: question, answer, scores and costs.
 
-    Where a sample has several answers, or answers without grades, each has a row of its own.
+    A sample with several answers, or with answers without grades, has one row per answer.
     """
     rows = []
     answered = set()
@@ -257,13 +257,13 @@ def samples(records: Sequence[Record], graded: Graded) -> list[dict[str, Any]]:
             }
         )
     for sample, row in graded.rows.items():
-        if sample not in answered:  # scored by likelihood, nothing generated
+        if sample not in answered:  # scored by likelihood
             rows.append({"id": sample, **row, **{name: values.get(sample) for name, values in graded.scores.items()}})
     return rows
 
 
 def trace(runner: Runner, records: Sequence[Record]) -> Trace:
-    """What was decoded when, of all answers, and step by step of the first."""
+    """The trace of a run: commit steps of all answers, and every step of the first ones."""
     backbone, tokenizer = runner.lm.backbone, runner.lm.tokenizer
     eos = runner.eos_token_ids
     frames = tuple(runner.frames(records))
@@ -315,7 +315,7 @@ def _version(package: str) -> str | None:
 
 
 def _git() -> str | None:
-    """The commit this code is at, marked where it was changed since; None for an installed package."""
+    """The git commit of this code, marked if dirty; None for an installed package."""
     here = ["git", "-C", str(Path(__file__).parent)]
     try:
         tracked, found = (

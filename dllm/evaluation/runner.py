@@ -1,4 +1,4 @@
-"""Answering requests with one setting, noting each answer as it is finished, beside the baselines."""
+"""Runs the requests of an evaluation with one setting, records each answer when finished, and times baselines."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from dllm.stored import folder_there, misfit, there
 
 
 class Baseline(TypedDict):
-    """What requests took one token per step."""
+    """Cost of requests decoded one token per step."""
 
     ids: list[str]
     tokens: int
@@ -41,24 +41,24 @@ class Baseline(TypedDict):
     nfe: int
 
 
-# One token per step, as the methods' papers count their speed-ups, and as it is when end-of-text stops it.
+# One token per step, without (as in papers) and with stopping at end-of-text.
 BASELINES = {"naive": False, "eos_aware": True}
 _FRAMES = "frames"  # folder
-# What the journal's entries are, by kind.
+# Types of the journal's entries, by kind; "film" is the trace of one answer.
 _SHAPES = {"record": Record, "film": str, "baseline": Baseline, "likelihood": tuple[float, bool], "session": str}
-_WARM_UP = 2  # steps before anything is timed
+_WARM_UP = 2  # untimed steps
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured.
+    """The evaluated setting.
 
     Attributes:
         lm: a loaded model.
         sampler: the policy.
-        cache: what is reused between steps.
-        options: fields of `dllm.Options` but the seed, which each request has for itself.
-        estimate: how log-likelihoods are found.
+        cache: the cache.
+        options: fields of `dllm.Options` except the seed, which is per request.
+        estimate: estimator of log-likelihoods.
     """
 
     lm: LanguageModel
@@ -69,18 +69,18 @@ class Setting:
 
 
 class Runner:
-    """Answers requests with a setting, and goes on where an earlier process stopped.
+    """Answers requests with a setting, and resumes an interrupted run.
 
-    Times of two processes are never compared: the baselines of requests are timed by the one that answers them.
+    Times of different processes are never compared: baselines are timed by the process that answers the requests.
 
     Args:
-        setting: how.
-        journal: notes every answer.
-        baselines: batches of the first requests that are also decoded one token per step, taking turns.
-        filmed: answers, from the first on, whose steps are kept.
-        progress: called with the number of answers that are there and of all that were asked for so far.
+        setting: sampler, cache and options.
+        journal: records every answer.
+        baselines: number of first batches that are also decoded one token per step, in alternation.
+        traced: number of first answers whose steps are recorded.
+        progress: called with the number of finished and of all requests so far.
         read: stamps of the files that sampler and cache read.
-        asked: called when the questions are there, before the first one is answered.
+        asked: called before the first request is answered.
     """
 
     def __init__(
@@ -88,20 +88,20 @@ class Runner:
         setting: Setting,
         journal: Journal,
         baselines: int = 0,
-        filmed: int = 0,
+        traced: int = 0,
         progress: Callable[[int, int], object] = lambda done, total: None,
         read: Sequence[Stamp] = (),
         asked: Callable[[], object] = lambda: None,
     ) -> None:
-        self.setting, self.journal, self.baselines, self.filmed = setting, journal, baselines, filmed
+        self.setting, self.journal, self.baselines, self.traced = setting, journal, baselines, traced
         self._progress, self._asked, self._session, self._read = progress, 0, "", read
         self._check_asked = asked
         self._ids: list[str] = []
-        self._filmed: frozenset[str] = frozenset()
-        self._films = None if journal.path is None else journal.path.parent / _FRAMES
+        self._traced: frozenset[str] = frozenset()
+        self._traces = None if journal.path is None else journal.path.parent / _FRAMES
         try:
-            if self._films is not None:
-                folder_there(self._films)
+            if self._traces is not None:
+                folder_there(self._traces)
             for kind, name in journal.keys:
                 if wrong := self._misfit(kind, name, journal.get(kind, name)):
                     raise journal.damage(kind, name, wrong)
@@ -116,24 +116,24 @@ class Runner:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """What ends a text."""
+        """End-of-text ids."""
         return eos_ids(self.setting.options.get("eos_token_id"), self.lm)
 
     def answer(self, requests: Sequence[Query], **options: Any) -> list[Record]:
-        """Answer requests; those noted already are not decoded again.
+        """Answer requests; those in the journal are not decoded again.
 
         Args:
-            requests: with ids that occur once in the run.
-            **options: fields of `dllm.Options` that go before the setting's.
+            requests: with ids that are unique in the run.
+            **options: fields of `dllm.Options` that override the setting's.
         """
-        room = max(0, self.filmed - len(self._ids))
-        self._filmed |= frozenset(request.id for request in requests[:room])
+        room = max(0, self.traced - len(self._ids))
+        self._traced |= frozenset(request.id for request in requests[:room])
         first = not self._ids
         self._ask(len(requests))
         self._ids += [request.id for request in requests]
         options = {**self.setting.options, **options}
         size = parse_options(options).batch_size
-        # The first batches of a run are those that the baselines decode as well, and by themselves, as they do.
+        # The first batches of a run are decoded separately, like those of the baselines.
         shared = min(self.baselines * size, len(requests)) if first else 0
         for start in range(0, shared, size):
             batch = requests[start : start + size]
@@ -146,13 +146,13 @@ class Runner:
         return [self._noted(request.id) for request in requests]
 
     def score(self, name: str, prefix: Sequence[int], target: Sequence[int], greedy: bool) -> tuple[float, bool]:
-        """Log-likelihood of a target behind a prefix, in nats, and whether it is what greedy decoding gives.
+        """Log-likelihood of a target after a prefix, in nats, and whether greedy decoding gives it.
 
         Args:
             name: unique within the run.
             prefix: token ids.
             target: token ids.
-            greedy: find out about greedy decoding; False is returned otherwise.
+            greedy: check greedy decoding; otherwise False is returned.
         """
         self._ask(1)
         if (noted := self.journal.get("likelihood", name)) is None:
@@ -164,11 +164,11 @@ class Runner:
         return noted[0], noted[1]
 
     def records(self) -> list[Record]:
-        """All answers, in the order they were asked for."""
+        """All answers, in the order of the requests."""
         return [self._noted(name) for name in self._ids]
 
     def baseline(self, name: str) -> list[Baseline]:
-        """What a baseline took, session by session, of the requests that the same session answered."""
+        """Cost of a baseline per session, on the requests answered by the same session."""
         made, session = {}, ""
         for kind, key in self.journal.keys:
             session = key if kind == "session" else session
@@ -182,42 +182,42 @@ class Runner:
         return list(found.values())
 
     def frames(self, records: Sequence[Record]) -> list[Frames]:
-        """The steps that were kept of some answers."""
-        if self._films is None:
+        """The recorded steps of some answers."""
+        if self._traces is None:
             return []
         files = self.journal.of("film")
-        found = [self._film(record) for record in records if record.id in files]
+        found = [self._load_trace(record) for record in records if record.id in files]
         return [each for each in found if each is not None]
 
     def close(self, remove: bool = False) -> None:
-        """Let others go on with the run; with `remove` nothing is left of what only an unfinished run needs."""
+        """Release the run; with `remove`, delete the files of an unfinished run."""
         self.journal.close()
         if remove and self.journal.path is not None:
             self.tidy(self.journal.path)
 
     @staticmethod
     def tidy(journal: Path) -> None:
-        """Remove what only an unfinished run needs: its journal and the steps kept beside it."""
+        """Remove the files of an unfinished run: its journal and recorded steps."""
         shutil.rmtree(journal.parent / _FRAMES, ignore_errors=True)
         journal.unlink(missing_ok=True)
 
     def _decode(self, requests: Sequence[Query], options: Mapping[str, Any]) -> None:
-        """Answer what has no answer yet."""
+        """Answer the requests without an answer."""
         left = self._left(requests)
-        again = [request for request in requests if request.id in self._filmed and self._lost_film(request)]
-        self._film_again(again, options)
+        again = [request for request in requests if request.id in self._traced and self._lost_trace(request)]
+        self._trace_again(again, options)
         if not left:
             return
         self._begin_session(left[:1], options)
         made = self._prepare(left, self.setting.sampler, self.setting.cache, options)
-        for record, frames in follow(*made, left, self._filmed):
+        for record, frames in follow(*made, left, self._traced):
             if frames is not None:
                 self._keep(record, frames)
             self._note("record", record.id, asdict(record))
             self._tell()
 
     def _left(self, requests: Sequence[Query]) -> list[Query]:
-        """Those without an answer."""
+        """The requests without an answer."""
         return [request for request in requests if self.journal.get("record", request.id) is None]
 
     def _baseline(self, name: str, requests: Sequence[Query], options: Mapping[str, Any]) -> None:
@@ -229,14 +229,14 @@ class Runner:
     def _prepare(
         self, requests: Sequence[Query], sampler: Any, cache: Any, options: Mapping[str, Any]
     ) -> tuple[list[decoding.Request], Engine]:
-        """What is decoded, and an engine in which it waits."""
+        """The requests, and an engine with these queued."""
         seeded = parse_options({**options, "seed": [request.seed for request in requests]})
         return prepare(self.lm, [request.prompt for request in requests], sampler, cache, seeded)
 
     def _begin_session(self, requests: Sequence[Query], options: Mapping[str, Any]) -> None:
-        """The first forwards of a process, and what a policy loads for them, belong to no request.
+        """Warm up: the first forwards of a process, and loading by a policy, are not timed.
 
-        All answers and baselines in the journal after it, up to the next session, were timed in this one.
+        Entries of the journal up to the next session were timed in this one.
         """
         if not self._session:
             _, engine = self._prepare(requests, self.setting.sampler, self.setting.cache, options)
@@ -245,18 +245,18 @@ class Runner:
             self.journal.add("session", self._session, platform.node())
 
     def _keep(self, record: Record, frames: Frames) -> None:
-        if self._films is None:
+        if self._traces is None:
             return
-        noted = self.journal.get("film", record.id)  # where an interruption came between the steps and the record
+        noted = self.journal.get("film", record.id)  # after an interruption between trace and record
         taken = set(self.journal.of("film").values())
         free = (f"{number}.safetensors" for number in count())
         name = noted or next(each for each in free if each not in taken)
-        self._save_film(name, record, frames)
+        self._save_trace(name, record, frames)
         if noted is None:
             self.journal.add("film", record.id, name)
 
-    def _save_film(self, name: str, record: Record, frames: Frames) -> None:
-        assert self._films is not None
+    def _save_trace(self, name: str, record: Record, frames: Frames) -> None:
+        assert self._traces is not None
         trace = Trace(
             ids=(record.id,),
             tokens=np.array([record.completion]),
@@ -267,12 +267,12 @@ class Runner:
             mask_token_id=self.lm.backbone.mask_token_id,
             eos_token_ids=self.eos_token_ids,
         )
-        trace.save(self._films / name)
+        trace.save(self._traces / name)
 
-    def _film(self, record: Record) -> Frames | None:
-        """The steps that were kept of an answer; None where their file is gone or damaged."""
-        assert self._films is not None
-        file = self._films / self.journal.get("film", record.id)
+    def _load_trace(self, record: Record) -> Frames | None:
+        """The recorded steps of an answer; None if the file is missing or damaged."""
+        assert self._traces is not None
+        file = self._traces / self.journal.get("film", record.id)
         there(file)
         try:
             (frames,) = Trace.load(file).frames
@@ -283,38 +283,42 @@ class Runner:
         fits = frames.id == record.id and frames.canvas.shape[1] == len(record.completion)
         return frames if known and fits else None
 
-    def _film_again(self, requests: Sequence[Query], options: Mapping[str, Any]) -> None:
-        """Keep the steps of answers once more; the answers stay as they are noted."""
+    def _trace_again(self, requests: Sequence[Query], options: Mapping[str, Any]) -> None:
+        """Record the steps of answers again; the answers are unchanged."""
         if requests:
             made = self._prepare(requests, self.setting.sampler, self.setting.cache, options)
-            for record, frames in follow(*made, requests, self._filmed):
+            for record, frames in follow(*made, requests, self._traced):
                 assert frames is not None
                 self._keep(self._noted(record.id), frames)
 
-    def _lost_film(self, request: Query) -> bool:
-        """Whether an answer is there and the steps that belong to it are not, or cannot be read any more."""
-        film, record = (self.journal.get(kind, request.id) for kind in ("film", "record"))
-        return self._films is not None and record is not None and (film is None or self._film(Record(**record)) is None)
+    def _lost_trace(self, request: Query) -> bool:
+        """Whether an answer exists whose recorded steps are missing or unreadable."""
+        trace, record = (self.journal.get(kind, request.id) for kind in ("film", "record"))
+        return (
+            self._traces is not None
+            and record is not None
+            and (trace is None or self._load_trace(Record(**record)) is None)
+        )
 
     def _are_tokens(self, ids: Sequence[int]) -> bool:
         return not ids or 0 <= min(ids) <= max(ids) < self.lm.backbone.config.vocab_size
 
     def _misfit(self, kind: str, name: str, value: Any) -> str | None:
-        """What is wrong with an entry of the journal."""
+        """What is invalid in an entry of the journal."""
         if kind not in _SHAPES:
-            return f"{kind!r} is no kind of entry"
+            return f"{kind!r} is not a kind of entry"
         if wrong := misfit(value, _SHAPES[kind], "value"):
             return wrong
         if kind == "film" and not re.fullmatch(r"\d+\.safetensors", value):
-            return f"{value!r} is no file of steps"
+            return f"{value!r} is not a file of steps"
         if kind == "baseline" and not (min(value["seconds"], value["nfe"], value["tokens"]) > 0 and len(value["ids"])):
-            return "a baseline that took nothing"
+            return "a baseline without cost"
         if kind == "record":
             record = Record(**value)
             if record.id != name:
                 return f"it is about {record.id!r}"
             if not self._are_tokens(record.completion):
-                return "completion holds ids that are no tokens"
+                return "completion holds ids that are not tokens"
             return record.misfit()
         return None
 
@@ -324,7 +328,7 @@ class Runner:
         self._asked += count
 
     def _note(self, kind: str, name: str, value: Any) -> None:
-        """Keep what the model gave, as long as it is the model that was loaded."""
+        """Record a result, after verifying that the model's files are unchanged."""
         check_weights(self.lm, self._read)
         self.journal.add(kind, name, value)
 

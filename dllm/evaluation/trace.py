@@ -1,8 +1,8 @@
-"""The record of a run: final tokens, when each was decoded, and the first few samples step by step.
+"""The trace of a run: final tokens, when each was decoded, and the first samples step by step.
 
-One safetensors file. Samples of different lengths stand one behind another in each tensor; what is no number stands
-as JSON in the file's metadata. Of single steps only what there is is kept, with a bit for each place that says where:
-what changed on the canvas, what was predicted (confidences as float16), what was drafted.
+One safetensors file. Samples of different lengths are concatenated in each tensor; other data is JSON in the file's
+metadata. Steps are stored sparsely, as values with a bit mask: changed canvas tokens, predictions (confidences as
+float16), drafts.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from dllm.files import parse_json, write_whole
 from dllm.stored import misfit
 
 FORMAT, VERSION = "dllm-trace", 1
-# What is kept of frames, and as what; None is whole numbers as small as they fit.
+# Stored arrays of frames and their dtypes; None for the smallest integer type.
 _FRAMES: dict[str, Any] = {
     "prompt": None, "nfe": None, "canvas": None, "predicted": None, "drafted": None, "confidence": np.float16,
     "changed": np.uint8, "asked": np.uint8, "drafts": np.uint8, "computed": np.uint8,
 }  # fmt: skip
 
 
-_MOST = 1 << 31  # positions of all rows, padding counted; what a wrong number could ask room for
+_MOST = 1 << 31  # maximum size of a table, including padding; limits allocation for invalid files
 
 
 class _Metadata(TypedDict):
-    """What stands as JSON."""
+    """The JSON metadata."""
 
     ids: list[str]
     lengths: list[int]
@@ -59,14 +59,14 @@ class Frames:
     """Decoding of one sample, step by step: S steps, P prompt tokens, G generated positions.
 
     Attributes:
-        id: the sample's.
+        id: of the sample.
         prompt: (P,) its tokens.
-        canvas: (S, G) tokens after each step; [MASK] where open.
-        predicted: (S, G) what the step's latest forward predicted; [MASK] where not asked.
-        confidence: (S, G) of the prediction; NaN where not asked. A file keeps three digits of it.
+        canvas: (S, G) tokens after each step, including [MASK].
+        predicted: (S, G) prediction of the step's latest forward; [MASK] where not requested.
+        confidence: (S, G) of the prediction; NaN where not requested. Stored with three digits.
         drafted: (S, G) token proposed as a draft in this step; [MASK] where none. The draft is accepted where the
-            canvas holds it after the step, else rejected.
-        computed: (S, P + G) columns the step computed anew; the others were read from the cache.
+            canvas has it after the step, else rejected.
+        computed: (S, P + G) positions computed in the step; the others were read from the cache.
         nfe: (S,) forwards so far.
     """
 
@@ -87,13 +87,13 @@ class Trace:
     Attributes:
         ids: of the N samples.
         tokens: (N, G) final tokens; shorter rows are padded with end-of-text at the right.
-        commit_step: (N, G) when each was decoded; -1 where never.
+        commit_step: (N, G) forward after which each was decoded; -1 where never.
         confidence: (N, G) when committed; NaN where unknown.
-        frames: the first few samples, step by step.
+        frames: the first samples, step by step.
         words: text of each token id that occurs; {} without a tokenizer.
-        mask_token_id: [MASK].
-        eos_token_ids: end of text.
-        lengths: generated positions of each row; () where all have G.
+        mask_token_id: id of [MASK].
+        eos_token_ids: end-of-text ids.
+        lengths: generated positions of each row; () if all have G.
     """
 
     ids: tuple[str, ...]
@@ -107,10 +107,10 @@ class Trace:
     lengths: tuple[int, ...] = ()
 
     def save(self, path: Path) -> None:
-        """Write the file, whole or not at all; equal content gives equal bytes.
+        """Write the file atomically; equal content gives equal bytes.
 
         Raises:
-            ValueError: shapes that do not belong together.
+            ValueError: inconsistent shapes.
         """
         data = with_sorted_header(serialise(_tensors(self), _metadata(self)))
         write_whole(path, data)
@@ -120,10 +120,10 @@ class Trace:
         """Read a file that `save` wrote.
 
         Raises:
-            ValueError: it is not there, no trace, damaged, or of another version.
+            ValueError: the file is missing, not a trace, damaged, or of another version.
         """
         results, again = path.with_name("results.json"), "make it again"
-        if results.is_file():  # while that is there, nothing of a run is made again
+        if results.is_file():  # a finished run is not repeated
             again = f"remove {results} to run that setting again"
         if not path.is_file():
             raise ValueError(f"{path} is not there; give a trace, which a run leaves as trace.safetensors")
@@ -132,9 +132,9 @@ class Trace:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} is no trace or damaged ({error}); {again}") from None
+            raise ValueError(f"{path} is not a trace or damaged ({error}); {again}") from None
         if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} is no trace; {again}, or give the trace.safetensors of a run")
+            raise ValueError(f"{path} is not a trace; {again}, or give the trace.safetensors of a run")
         if metadata.get("version") != str(VERSION):
             raise ValueError(
                 f"{path} is a trace of version {metadata.get('version')}, this dllm reads version {VERSION}; "

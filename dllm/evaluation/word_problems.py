@@ -1,4 +1,4 @@
-"""How well and how fast a model answers the bundled word problems."""
+"""Quality and speed of a model on the bundled word problems."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ class Score:
     """Results over n problems.
 
     Attributes:
-        n: problems.
-        final: share of right final answers.
-        chain: share with every equation right as well.
+        n: number of problems.
+        final: share of correct final answers.
+        chain: share with every equation correct as well.
         interval: 95% Wilson interval of `final`.
         nfe: mean denoiser forwards per problem.
         tpf: generated tokens up to end-of-text over forwards.
         tokens_per_second: generated tokens up to end-of-text over wall time.
-        positions: mean columns the denoiser computed per problem.
+        positions: mean positions computed by the denoiser per problem.
         guide_nfe: mean guide forwards per problem.
-        refreshes: mean times per problem that a cache computed everything anew.
-        drift: how far the cache was off; None where it was not measured.
+        refreshes: mean full refreshes of a cache per problem.
+        drift: approximation error of the cache; None if not measured.
     """
 
     n: int
@@ -55,13 +55,13 @@ def evaluate(
 
     Args:
         lm: a loaded model that knows the task.
-        problems: what to ask.
+        problems: the problems.
         sampler: as for `dllm.generate`.
         cache: as for `dllm.generate`.
         **options: fields of `dllm.Options`, and `callback`.
 
     Raises:
-        ValueError: as `dllm.generate`, or a problem without an answer, which is no wrong one.
+        ValueError: as `dllm.generate`, or a failed problem, which does not count as a wrong answer.
     """
     result = generate(lm, [problem.question for problem in problems], sampler, cache, **options)
     if error := next(filter(None, result.errors), None):
@@ -101,7 +101,7 @@ def evaluate_causal(
 
 
 def score(grades: Sequence[Grade], nfe: float, tpf: float, tokens_per_second: float) -> Score:
-    """Put graded answers into one score."""
+    """Aggregate graded answers."""
     right = sum(g.final for g in grades)
     return Score(
         n=len(grades),

@@ -193,7 +193,7 @@ def load_filter(name: str | Path) -> Filter:
     path = _path_of(name)
     if path.suffix != ".safetensors" or not path.is_file():
         raise ValueError(
-            f"filter={str(name)!r} is no bundled filter and no .safetensors file that exists; bundled are "
+            f"filter={str(name)!r} is not a bundled filter nor an existing .safetensors file; bundled are "
             f"{', '.join(bundled_filters())} (pickled filters are not loaded, as they can run code)"
         )
     try:
@@ -203,12 +203,12 @@ def load_filter(name: str | Path) -> Filter:
     network = _build({key: tensor.shape for key, tensor in header.items()}, str(name))
     wrong = next((f"{key} is {stored.dtype}" for key, stored in header.items() if stored.dtype not in FLOATS), None)
     if wrong is not None:
-        raise ValueError(f"filter={str(name)!r} is no filter: {wrong}, not floating-point numbers; make it again")
+        raise ValueError(f"filter={str(name)!r} is not a filter: {wrong}, not floating-point numbers; make it again")
     # Copies: what is loaded would change with its file.
     tensors = {key: tensor.to(torch.float32, copy=True) for key, tensor in load_file(path).items()}
     wrong = next((key for key, tensor in tensors.items() if not tensor.isfinite().all()), None)
     if wrong is not None:
-        raise ValueError(f"filter={str(name)!r} is no filter: {wrong} holds NaN or infinity; make it again")
+        raise ValueError(f"filter={str(name)!r} is not a filter: {wrong} holds NaN or infinity; make it again")
     network.load_state_dict(tensors, assign=True)
     card = _load_card(path.with_suffix(".json"), network)
     with safe_open(path, framework="pt") as file:
@@ -228,17 +228,17 @@ def _build(shapes: dict[str, tuple[int, ...]], name: str) -> FilterNetwork:
     layout = {key: len(shape) for key, shape in shapes.items()}
     if layout not in (_PUBLISHED, _NEIGHBOURS):
         forms = " or ".join(", ".join(form) for form in (_PUBLISHED, _NEIGHBOURS))
-        raise ValueError(f"filter={name!r} is no filter: it must hold {forms}, and nothing else; give another file")
+        raise ValueError(f"filter={name!r} is not a filter: it must hold {forms}, and nothing else; give another file")
     first = shapes["fc1.weight" if layout == _PUBLISHED else "conv1.weight"]
     if not 1 <= min(first) <= max(first) <= _WIDEST:
-        raise ValueError(f"filter={name!r} is no filter: a width is not from 1 to {_WIDEST}; make it again")
+        raise ValueError(f"filter={name!r} is not a filter: a width is not from 1 to {_WIDEST}; make it again")
     network: FilterNetwork
     with torch.device("meta"):
         network = (
             ConfidenceFilter(first[1], first[0]) if layout == _PUBLISHED else NeighbourFilter(first[0], first[2] // 2)
         )
     if {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()} != shapes:
-        raise ValueError(f"filter={name!r} is no filter: its tensors do not fit together; make it again")
+        raise ValueError(f"filter={name!r} is not a filter: its tensors do not fit together; make it again")
     return network
 
 
@@ -255,11 +255,11 @@ def _load_card(path: Path, network: FilterNetwork) -> FilterCard | None:
             raise ValueError(wrong)
         card = FilterCard(**content)
         if card.block_length < 1:
-            raise ValueError(f"block_length={card.block_length} is no length")
+            raise ValueError(f"block_length={card.block_length} is not a valid length")
         if card.architecture != network.architecture:
             raise ValueError(f"architecture={card.architecture!r}, and the tensors are of {network.architecture!r}")
         if network.block_length not in (None, card.block_length):
             raise ValueError(f"block_length={card.block_length}, and the tensors are for {network.block_length}")
     except ValueError as error:
-        raise ValueError(f"{path} is no card of a filter ({error}); make it again, or remove it") from None
+        raise ValueError(f"{path} is not a card of a filter ({error}); make it again, or remove it") from None
     return card

@@ -74,7 +74,7 @@ def load_guide(name: str, device: torch.device) -> Guide:
         device: where it goes.
 
     Raises:
-        ValueError: no such model, or one that is no causal language model or cannot be cropped.
+        ValueError: no such model, or one that is not a causal language model or cannot be cropped.
     """
     folder = guide_folder(name)
     if (folder / adapters.CONFIG).is_file():  # transformers would apply it, or not, by whether peft is installed
@@ -112,7 +112,7 @@ def _load(name: str, folder: Path, device: torch.device, state: str) -> Guide:
         raise
     except Exception as error:  # noqa: BLE001  # transformers' models and tokenizers fail in as many ways as there are
         raise ValueError(
-            f"guide={name!r} is no causal language model that can be loaded: {' '.join(str(error).split())}"
+            f"guide={name!r} is not a causal language model that can be loaded: {' '.join(str(error).split())}"
         ) from None
     placed: PreTrainedModel = nn.Module.to(model, device)
     return Guide(placed.eval(), tokenizer)

@@ -103,7 +103,7 @@ class MaskedDiffusionModel(PreTrainedModel):
         rows = min(vocabulary, getattr(self.get_input_embeddings(), "num_embeddings", vocabulary))
         if token is None or not 0 <= token < rows:
             raise ValueError(
-                f"{name}={token!r} is no id of this model, which has 0 to {rows - 1}; give its config another, or "
+                f"{name}={token!r} is not an id of this model, which has 0 to {rows - 1}; give its config another, or "
                 "resize its embeddings to hold it"
             )
         return token
@@ -115,7 +115,7 @@ class MaskedDiffusionModel(PreTrainedModel):
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
-        """Layers, key-value heads and head dimension: what a cache must make room for."""
+        """Layers, key-value heads and head dimension: what a cache must free disk space for."""
         return self.config.num_hidden_layers, self.config.num_key_value_heads, self.head_dim
 
     @property
@@ -183,7 +183,7 @@ class MaskedDiffusionModel(PreTrainedModel):
 
         Returns:
             `logits`, unshifted: (B, C, V), or (N, V) with `select`. Rows of the projection beyond the vocabulary
-            are no tokens, and get none.
+            are not tokens, and get none.
 
         Raises:
             TypeError: something is asked for that is not computed here.
@@ -234,7 +234,7 @@ def token_ids(ids: int | Sequence[int] | None) -> tuple[int, ...]:
 def _check_attention(implementation: Any) -> None:
     # Any other name would have transformers fetch and import compiled code of that name.
     if implementation not in (None, *ATTENTION):
-        raise ValueError(f"attn_implementation={implementation!r} is unknown; use {' or '.join(ATTENTION)}")
+        raise ValueError(f"unknown attn_implementation={implementation!r}; expected one of {', '.join(ATTENTION)}")
 
 
 def check_config(config: PretrainedConfig) -> None:
@@ -249,7 +249,7 @@ def check_config(config: PretrainedConfig) -> None:
     for size, name in names.items():
         value = getattr(config, size)
         if not is_whole(value) or value < 1:
-            raise ValueError(f"{kind} config: {name}={value!r} is no size; give an integer of at least 1")
+            raise ValueError(f"{kind} config: {name}={value!r} is not a valid size; give an integer of at least 1")
     for name in ("rope_theta", "rms_norm_eps"):
         value = getattr(config, name)
         if not is_positive(value):

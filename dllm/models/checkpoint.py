@@ -82,10 +82,10 @@ def published(kwargs: Mapping[str, Any], names: Collection[str]) -> dict[str, An
     _check_choices(kwargs)
     for name in ("pad_token_id", "bos_token_id"):
         if kwargs.get(name) is not None and not is_whole(kwargs[name]):
-            raise ValueError(f"{name}={kwargs[name]!r} is no token id; use a whole number or null")
+            raise ValueError(f"{name}={kwargs[name]!r} is not a token id; use a whole number or null")
     dropout = kwargs.get("attention_dropout")
     if dropout is not None and (isinstance(dropout, bool) or not isinstance(dropout, (int, float))):
-        raise ValueError(f"attention_dropout={dropout!r} is no number; use 0.0")
+        raise ValueError(f"attention_dropout={dropout!r} is not a number; use 0.0")
     return {name: value for name, value in kwargs.items() if name in _COMMON or name in names}
 
 
@@ -93,7 +93,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` of a folder, once it is known to be harmless.
 
     Raises:
-        ValueError: there is none, or it is no config.
+        ValueError: there is none, or it is not a config.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -219,7 +219,7 @@ def _weight_map(index: Path, suffix: str) -> dict[str, str]:
     listed = content.get("weight_map")
     for key, value in (("weight_map", listed), ("metadata", content.get("metadata"))):
         if not isinstance(value, dict) or (key == "weight_map" and not value):
-            raise ValueError(f"{index}: {key}={value!r} is no table; copy or download it again")
+            raise ValueError(f"{index}: {key}={value!r} is not a table; copy or download it again")
     for name, file in listed.items():  # type: ignore[union-attr]  # a table, as checked
         if not isinstance(file, str) or not re.fullmatch(rf"[^/\\\0]+{re.escape(suffix)}", file):
             raise ValueError(f"{index}: tensor {name} is said to be in {file!r}; shards are {suffix} files beside it")
@@ -262,7 +262,7 @@ def _pickled(path: Path) -> Iterator[tuple[str, Stored]]:
             "safetensors where it was made"
         ) from None
     if not isinstance(found, dict) or not all(isinstance(part, torch.Tensor) for part in found.values()):
-        raise ValueError(f"{path} is no table of tensors; give the state_dict of a model")
+        raise ValueError(f"{path} is not a table of tensors; give the state_dict of a model")
     yield from ((str(name), Stored(path, _NAMES.get(part.dtype, str(part.dtype)), tuple(part.shape)))
                 for name, part in found.items())  # fmt: skip
 
@@ -292,7 +292,7 @@ def _compare(family: Any, config: PretrainedConfig, stored: Mapping[str, Stored]
             )
     more = min(stored.keys() - seen, default=None)
     if more is not None and not quantised:
-        raise ValueError(f"{folder}: tensor {more} is no part of {family.__name__}; {_AGAIN}")
+        raise ValueError(f"{folder}: tensor {more} is not part of {family.__name__}; {_AGAIN}")
 
 
 def _expected(family: Any, config: PretrainedConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -322,7 +322,7 @@ def _read(path: Path) -> dict[str, Any]:
         if depth > _DEPTH:
             raise ValueError(f"{path} is nested too deep; copy it again from the published model")
         if isinstance(value, float) and not isfinite(value):
-            raise ValueError(f"{path}: {key}={value} is no number of a config; give a finite one")
+            raise ValueError(f"{path}: {key}={value} is not finite; give a finite number")
         if isinstance(value, dict):
             try:
                 _check_keys(value)
@@ -344,7 +344,7 @@ def _check_keys(content: Mapping[str, Any]) -> None:
         raise ValueError(f"num_labels={labels!r} is out of range; remove it")
     for name, kind in (("auto_map", dict), ("architectures", list), ("id2label", dict)):
         if content.get(name) is not None and not isinstance(content[name], kind):
-            raise ValueError(f"{name}={content[name]!r} is no {kind.__name__}; remove it")
+            raise ValueError(f"{name}={content[name]!r} is not a {kind.__name__}; remove it")
     if not all(isinstance(name, str) for name in content.get("architectures") or ()):
         raise ValueError(f"architectures={content['architectures']!r} holds no names; remove it")
     _check_choices(content)
@@ -358,7 +358,7 @@ def _check_choices(content: Mapping[str, Any]) -> None:
         value = content.get(name)
         known = value.is_floating_point if isinstance(value, torch.dtype) else value in (None, *DTYPES)
         if not known:
-            raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(DTYPES)}")
+            raise ValueError(f"unknown {name}={value!r}; expected one of {', '.join(DTYPES)}")
     quantised = content.get("quantization_config")
     if isinstance(quantised, (dict, str, list, int, float)):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None
@@ -369,11 +369,11 @@ def _check_choices(content: Mapping[str, Any]) -> None:
 
 def _check_size(name: str, value: Any) -> None:
     if not is_whole(value) or not 1 <= value <= _LARGEST:
-        raise ValueError(f"{name}={value!r} is no size; give an integer of at least 1 and at most {_LARGEST}")
+        raise ValueError(f"{name}={value!r} is not a valid size; give an integer of at least 1 and at most {_LARGEST}")
 
 
 def _check_ids(config: Any, folder: Path) -> None:
-    """Refuse special ids that are no ids of the vocabulary, or are the mask."""
+    """Refuse special ids that are not ids of the vocabulary, or are the mask."""
     rows, mask = config.vocab_size, config.mask_token_id
     named = [("config.json", "mask_token_id", mask), ("config.json", "eos_token_id", config.eos_token_id)]
     if config.eos_token_id in (None, []):
@@ -385,7 +385,7 @@ def _check_ids(config: Any, folder: Path) -> None:
         for token in ids if isinstance(ids, list) else [ids]:
             if not is_whole(token) or not 0 <= token < rows:
                 raise ValueError(
-                    f"{folder}/{file}: {name}={token!r} is no id of this model; use one from 0 to {rows - 1}"
+                    f"{folder}/{file}: {name}={token!r} is not an id of this model; use one from 0 to {rows - 1}"
                 )
             if name == "eos_token_id" and token == mask:
                 raise ValueError(

@@ -188,13 +188,13 @@ def checkpoint_folder(
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
         suggested = ", ".join(models if known is None else known)
         kind = f", hub id or known model; known are {suggested}" if suggested else " or hub id; check the spelling"
-        raise ValueError(f"{option}={str(name)!r} is no folder{kind}")
+        raise ValueError(f"{option}={str(name)!r} is not a folder{kind}")
     try:
         return _download(path, revision, files)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{option}={str(name)!r} is no folder, and {path!r} cannot be fetched from the hub ({first_line(error)}); "
-            "check the spelling and the connection, or give the folder of a downloaded copy"
+            f"{option}={str(name)!r} is not a folder, and {path!r} cannot be fetched from the hub "
+            f"({first_line(error)}); check the spelling and the connection, or give the folder of a downloaded copy"
         ) from None
 
 
@@ -226,12 +226,12 @@ def _options(
     """Check what the user chose and turn it into arguments of `from_pretrained`."""
     if isinstance(dtype, str) and dtype != "auto":
         if dtype not in DTYPES:
-            raise ValueError(f"dtype={dtype!r} is unknown; use auto, {', '.join(DTYPES)} or a torch.dtype")
+            raise ValueError(f"unknown dtype={dtype!r}; expected one of auto, {', '.join(DTYPES)} or a torch.dtype")
         dtype = getattr(torch, dtype)
     if isinstance(dtype, torch.dtype) and str(dtype).removeprefix("torch.") not in DTYPES:
         raise ValueError(f"dtype={dtype} holds no weights; use {', '.join(DTYPES)}")
     if attn_implementation not in (None, *ATTENTION):
-        raise ValueError(f"attn_implementation={attn_implementation!r} is unknown; use {' or '.join(ATTENTION)}")
+        raise ValueError(f"unknown attn_implementation={attn_implementation!r}; expected one of {', '.join(ATTENTION)}")
     if device_map is not None and device is not None:
         raise ValueError(f"device={device!r} has no effect beside device_map={device_map!r}; give one of them")
     placement: Any = device_map
@@ -341,7 +341,7 @@ def _load_weights(family: type[MaskedDiffusionModel], folder: Path, options: dic
             entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]
         ],
         "is missing": info["missing_keys"],
-        f"is no part of {family.__name__}": info["unexpected_keys"],
+        f"is not part of {family.__name__}": info["unexpected_keys"],
         "holds NaN or infinity": [name for name, weight in backbone.named_parameters() if not _is_finite(weight)],
     }
     for problem, tensors in problems.items():

@@ -106,18 +106,18 @@ def _is_plain(parameters: dict[str, Any]) -> bool:
 
 
 def check_special_ids(kind: str, mask_token_id: Any, eos_token_id: Any) -> None:
-    """Refuse what is no token id, before it is computed with; whether the model has the id is seen when it is loaded.
+    """Reject values that are not token ids; whether the model has the id is checked when it is loaded.
 
     Raises:
         ValueError: [MASK] has no id, or something that is no id is to end a text.
     """
     if not is_whole(mask_token_id):
-        raise ValueError(f"{kind} config: mask_token_id={mask_token_id!r} is no token id; give the id of [MASK]")
+        raise ValueError(f"{kind} config: mask_token_id={mask_token_id!r} is not a token id; give the id of [MASK]")
     listed = eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
     if eos_token_id is not None and not all(map(is_whole, listed)):
         raise ValueError(
-            f"{kind} config: eos_token_id={eos_token_id!r} is no token id; give the id that ends a text, or a list of "
-            "them"
+            f"{kind} config: eos_token_id={eos_token_id!r} is not a token id; give the id that ends a text, or a list "
+            "of them"
         )
 
 

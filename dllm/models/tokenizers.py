@@ -70,7 +70,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
 
 def check_tokenizer_config(folder: Path) -> None:
-    """Refuse a `tokenizer_config.json` that names other files to read, or a length that is no number.
+    """Refuse a `tokenizer_config.json` that names other files to read, or a length that is not a number.
 
     Raises:
         ValueError: it does.
@@ -83,7 +83,7 @@ def check_tokenizer_config(folder: Path) -> None:
                 raise ValueError(f"{key}={config[key]!r} is not supported; remove it")
         longest = dict(config).get("model_max_length")
         if longest is not None and (isinstance(longest, bool) or not isinstance(longest, (int, float))):
-            raise ValueError(f"model_max_length={longest!r} is no number; remove it")
+            raise ValueError(f"model_max_length={longest!r} is not a number; remove it")
     except (OSError, ValueError, TypeError) as error:
         reason = first_line(error)
         raise ValueError(

@@ -13,19 +13,19 @@ const state = { run: 0, sample: 0, step: 0, colour: "commit_step", steps: [], ti
 function unpack(sample, mask) {
   let tokens = Array(sample.length).fill(mask);
   let since = Array(sample.length).fill(null);
-  let surety = Array(sample.length).fill(null);
+  let probability = Array(sample.length).fill(null);
   return sample.steps.map((each, step) => {
     tokens = tokens.slice();
     since = since.slice();
-    surety = surety.slice();
+    probability = probability.slice();
     const predicted = new Map(each.predicted.map(([place, token, share]) => [place, { token, share }]));
     for (const [place, token] of each.written) {
       const guess = predicted.get(place);
       tokens[place] = token;
       since[place] = token === mask ? null : step;
-      surety[place] = guess && guess.token === token ? guess.share : null;
+      probability[place] = guess && guess.token === token ? guess.share : null;
     }
-    return { tokens, since, surety, predicted, drafted: new Map(each.drafted), computed: each.computed, nfe: each.nfe };
+    return { tokens, since, probability, predicted, drafted: new Map(each.drafted), computed: each.computed, nfe: each.nfe };
   });
 }
 
@@ -37,7 +37,7 @@ function cellAt(now, place, mask) {
   const accepted = draft !== null && draft === token;
   const rejected = draft !== null && !accepted;
   const kind = !open ? "written" : guess ? "predicted" : "open";
-  const share = open ? (guess ? guess.share : null) : now.surety[place];
+  const share = open ? (guess ? guess.share : null) : now.probability[place];
   return { token, kind, guess, draft, accepted, rejected, share, since: now.since[place] };
 }
 

@@ -38,7 +38,7 @@ def load(folder: Path, quality: str | None = None) -> Sweep:
         ValueError: there are no runs, a file is damaged or of another version, or no run has such a score.
     """
     if not folder.is_dir():
-        raise ValueError(f"folder={str(folder)!r} is no folder; give that of a sweep or of a run")
+        raise ValueError(f"folder={str(folder)!r} is not a folder; give that of a sweep or of a run")
     files = _named("results.json", folder)
     failures = tuple(
         Failure(*(str(entry.get(name, "")) for name in ("label", "message")))
@@ -52,11 +52,11 @@ def load(folder: Path, quality: str | None = None) -> Sweep:
         )
     runs = [_run(path, folder, quality) for path in files]
     if quality is not None and all(run.quality is None for run in runs):
-        raise ValueError(f"quality={quality!r} is no score of these runs; use one of {_shares(runs)}")
+        raise ValueError(f"quality={quality!r} is not a score of these runs; use one of {_shares(runs)}")
     for run in runs:
         if run.quality is not None and not 0 <= run.quality <= 1:
             where = f"{run.quality_name}={run.quality:g} of {run.place}"
-            raise ValueError(f"{where} is no share of right answers; use quality=NAME, with one of {_shares(runs)}")
+            raise ValueError(f"{where} is not a share of right answers; use quality=NAME, with one of {_shares(runs)}")
     runs = _apart(runs)
     keys = sorted({(run.model, run.task) for run in runs})
     groups = tuple(Group(*key, _ranked([run for run in runs if (run.model, run.task) == key])) for key in keys)
@@ -112,7 +112,7 @@ def _read(path: Path, kind: str) -> dict[str, Any]:
     if not shallow(content):
         raise ValueError(f"{path} is damaged (nested too deep); remove it to run that setting again")
     if not isinstance(content, dict) or content.get("format") != kind:
-        raise ValueError(f"{path} is no {kind} file; remove it, or give another folder")
+        raise ValueError(f"{path} is not a {kind} file; remove it, or give another folder")
     if content.get("version") != VERSION:
         raise ValueError(
             f"{path} is of version {content.get('version')!r}, this dllm reads version {VERSION}; "

@@ -86,7 +86,7 @@ def _fault(file: Path, above: tuple[Path, ...]) -> str | None:
     wrong = [each for each in _listed(config.get("include", [])) if not isinstance(each, str)]
     names = [config[key] for key in ("group", "task") if key in config and not (key == "task" and "group" in config)]
     if wrong or not all(isinstance(name, str) for name in names):
-        return f"{file}: {'include' if wrong else 'the name of a task or group'}={(wrong or names)[0]!r} is no text"
+        return f"{file}: {'include' if wrong else 'the name of a task or group'}={(wrong or names)[0]!r} is not text"
     faults = (_fault(each, (*above, file.resolve())) for each in _included(file, config))
     return next((fault for fault in faults if fault is not None), None)
 

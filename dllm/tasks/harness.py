@@ -71,13 +71,13 @@ class Harness:
     def check(self) -> Mapping[str, str]:
         """See that the harness, the task and the files are there."""
         if self.include_path is not None and not Path(self.include_path).is_dir():
-            raise ValueError(f"task.include_path={self.include_path!r} is no folder; give one with task definitions")
+            raise ValueError(f"task.include_path={self.include_path!r} is not a folder; give one with task definitions")
         found = fingerprints(self.data or {})
         manager = self._manager()
         if self.name not in manager.all_tasks:
             faults = [] if self.include_path is None else [f"; {each}" for each in refused(Path(self.include_path))]
             listed = "; `dllm lm-eval ls tasks` lists those of lm-eval"
-            raise ValueError(f"task={self.name!r} is unknown{next(iter(faults), listed)}")
+            raise ValueError(f"unknown task={self.name!r}{next(iter(faults), listed)}")
         if self.data:
             local(manager, self.name, self.data)  # refuses several tasks
             check_data(self.data, getattr(manager.task_index[self.name], "cfg", None) or {}, self.num_fewshot)
@@ -207,7 +207,7 @@ def evaluate(runner: Runner, task: Any, seed: int, metric: str | None, manager: 
     shares = _shares(results, scores)
     if metric is not None and metric not in shares:
         known = ", ".join(shares) or "null: it has no share of right answers"
-        raise ValueError(f"task.metric={metric!r} is no share of right answers of this task; use one of {known}")
+        raise ValueError(f"task.metric={metric!r} is not a share of right answers of this task; use one of {known}")
     kept = ("results", "groups", "versions", "n-shot", "configs", "n-samples", "higher_is_better")
     return Graded(
         scores=shares,

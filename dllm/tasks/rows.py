@@ -69,7 +69,7 @@ def check_data(data: Mapping[str, str], config: Mapping[str, Any], num_fewshot: 
         for number, row in read_rows(where, Path(file), "a JSONL file"):
             count += 1
             if not isinstance(row, dict):
-                raise ValueError(f"{where} line {number} is no row of names and values; give a JSONL file of objects")
+                raise ValueError(f"{where} line {number} is not a JSON object; give a JSONL file of objects")
             for column in sorted(columns):
                 if row.get(column) is None:
                     raise ValueError(f"{where} line {number} has no {column!r}, which the task reads; add it")

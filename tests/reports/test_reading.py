@@ -100,7 +100,7 @@ class TestRefused:
         assert all(word in text for word in named), text
 
     def test_no_folder_and_no_runs(self, tmp_path: Path) -> None:
-        self.refused(tmp_path / "none", "none' is no folder")
+        self.refused(tmp_path / "none", "none' is not a folder")
         self.refused(tmp_path, "holds no finished run")
 
     def test_only_failed_runs(self, tmp_path: Path) -> None:

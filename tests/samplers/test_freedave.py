@@ -135,7 +135,7 @@ def test_a_base_that_cannot_be_drafted_is_refused(base: Any) -> None:
 
 @pytest.mark.parametrize(("name", "value"), [("draft_steps", 0), ("draft_mode", "rows"), ("eager", 2)])
 def test_values_out_of_range_are_named(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"{name}=.*use "):
+    with pytest.raises(ValueError, match=rf"{name}=.*(use|expected) "):
         FreeDave(**{name: value})
 
 

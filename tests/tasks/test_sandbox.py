@@ -298,7 +298,7 @@ class TestPartial:
         HumanEval(execute=True, sandbox="partial").check()
 
     def test_an_unknown_word(self) -> None:
-        with pytest.raises(ValueError, match=r"task\.sandbox='none' is unknown; use one of full, partial"):
+        with pytest.raises(ValueError, match=r"unknown task\.sandbox='none'; expected one of full, partial"):
             HumanEval(sandbox="none")  # type: ignore[arg-type]
 
 

@@ -1,12 +1,12 @@
-"""What users run today: the published loops, with the same weights, to be compared with and for nothing else.
+"""Reference implementations: the published decode loops on the same weights, for benchmarks only.
 
     straightforward   LLaDA's generate (arXiv 2502.09992): every step computes the whole canvas, projects all of it to
                       the vocabulary and takes a softmax in float64
-    dual              Fast-dLLM's dual cache (arXiv 2505.22618): between a block's first step and its last the block
-                      alone is computed; keys are kept as they are before their rotary embedding, and all of them are
-                      rotated at each call
+    dual              Fast-dLLM's dual cache (arXiv 2505.22618): after a block's first step only the block is
+                      computed; keys are cached before their rotary embedding, and all of them are rotated at each
+                      call
 
-Both commit a given number of the most confident positions of the block per step.
+Both commit a fixed number of the most confident positions of the block per step.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dllm.models.transformer import Rotation, rotary_embedding
 def straightforward(
     backbone: MaskedDiffusionModel, tokens: Int[Tensor, "B L"], generated: int, block_length: int, commits: int
 ) -> Iterator[Int[Tensor, "B L"]]:
-    """Decode a canvas, yielding it after each step; `tokens` is left alone."""
+    """Decode a canvas, yielding it after each step; `tokens` is not modified."""
     tokens = tokens.clone()
     for start, end in _blocks(tokens, generated, block_length):
         while (tokens[:, start:end] == backbone.mask_token_id).any():
@@ -41,7 +41,7 @@ def straightforward(
 def dual(
     backbone: MaskedDiffusionModel, tokens: Int[Tensor, "B L"], generated: int, block_length: int, commits: int
 ) -> Iterator[Int[Tensor, "B L"]]:
-    """Decode a canvas, yielding it after each step; `tokens` is left alone."""
+    """Decode a canvas, yielding it after each step; `tokens` is not modified."""
     tokens = tokens.clone()
     forward = _Rerotating(backbone, tokens.shape[1])
     shift = backbone.logits_shift
@@ -62,7 +62,7 @@ def _blocks(tokens: Tensor, generated: int, block_length: int) -> list[tuple[int
 
 
 def _commit(tokens: Tensor, logits: Float[Tensor, "B C V"], first: int, end: int, commits: int, mask: int) -> None:
-    """Write the most confident tokens before column `end`; the logits are about the columns from `first` on."""
+    """Commit the most confident tokens before column `end`; the logits are those of the columns from `first` on."""
     window = tokens[:, first : first + logits.shape[1]]
     probabilities = F.softmax(logits.to(torch.float64), dim=-1)
     logits[..., mask] = -torch.inf
@@ -79,7 +79,7 @@ def _commit(tokens: Tensor, logits: Float[Tensor, "B C V"], first: int, end: int
 
 
 class _Rerotating:
-    """The backbone with a cache of keys before their rotary embedding."""
+    """The backbone with a KV cache of keys before their rotary embedding."""
 
     def __init__(self, backbone: MaskedDiffusionModel, length: int) -> None:
         self.backbone = backbone

@@ -1,0 +1,62 @@
+"""The attention mask of a row whose drafts are concatenated to one sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+# How the drafts of a row attend to each other; see `dllm.samplers.base.Denoise`.
+Attention: TypeAlias = Literal["apart", "tree", "shadow"]
+
+
+@dataclass(frozen=True)
+class Branches:
+    """The computed columns of R rows, draft after draft.
+
+    Attributes:
+        attention: "tree" or "shadow".
+        columns: canvas column of each of the Q computed ones.
+        branch: the draft each belongs to.
+        fresh: False where a draft with fewer columns than that of another row repeats its last.
+        span: the first canvas column attended to, and the one after the last.
+        real: False at padding.
+        stored: whether a store holds the keys and values of columns that are not computed.
+        shift: a column predicts the token that many to its right.
+    """
+
+    attention: Attention
+    columns: Int[Tensor, "R Q"]
+    branch: Int[Tensor, " Q"]
+    fresh: Bool[Tensor, "R Q"]
+    span: tuple[int, int]
+    real: Bool[Tensor, "R S"]
+    stored: bool
+    shift: int
+
+    def mask(self) -> Bool[Tensor, "R 1 Q K"]:
+        """The mask over the stored columns, where there is a store, and then the computed ones."""
+        low, high = self.span
+        shadow = (self.branch > 0) if self.attention == "shadow" else torch.zeros_like(self.branch, dtype=torch.bool)
+        hidden = self._hides(self.columns[:, None, :])
+        own = self.branch[:, None] == self.branch
+        if self.attention == "shadow":
+            canvas = (self.branch == 0)[None, None] & ~(shadow[None, :, None] & hidden)
+            own = canvas | torch.eye(len(self.branch), dtype=torch.bool, device=self.branch.device)
+        readable = self.fresh & self.real.gather(1, self.columns - low)
+        among = (own & readable[:, None]).expand(len(self.columns), -1, -1)
+        if not self.stored:
+            return among[:, None]
+        # Each column is attended to once: fresh where the draft computes it, stored elsewhere.
+        first = self.columns[:, self.branch == 0] - low
+        kept = self.real.scatter(1, first, False)[:, None].expand(-1, len(self.branch), -1)
+        kept = kept & ~(shadow[None, :, None] & self._hides(torch.arange(low, high, device=self.branch.device)))
+        return torch.cat((kept, among), dim=-1)[:, None]
+
+    def _hides(self, columns: Int[Tensor, "*R #Q K"]) -> Bool[Tensor, "R Q K"]:
+        """Columns of the canvas that a shadow does not attend to."""
+        own = self.columns[..., None]
+        return (columns == own) | (columns == own + self.shift)
