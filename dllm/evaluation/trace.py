@@ -18,16 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialise
 
 from dllm.decoding.result import padded
-from dllm.evaluation.packing import (
-    compact_json,
-    flags,
-    held,
-    joined,
-    small,
-    split,
-    spread,
-    with_sorted_header,
-)
+from dllm.evaluation.packing import compact_json, flags, held, joined, small, split, spread, with_sorted_header
 from dllm.files import parse_json, write_whole
 from dllm.stored import misfit
 

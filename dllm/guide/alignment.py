@@ -17,6 +17,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from dllm.decoding.flags import flagged
@@ -168,9 +169,7 @@ class ByText:
                 if low <= column < low + len(row.upto):
                     upto[b, k] = row.upto[column - low]
             rows.append(row)
-        ids = torch.zeros((len(rows), max(1, *(len(row.ids) for row in rows))), dtype=torch.long, device="cpu")
-        for b, row in enumerate(rows):
-            ids[b, : len(row.ids)] = torch.tensor(row.ids, device="cpu")
+        ids = pad_sequence([torch.tensor(row.ids or [0], device="cpu") for row in rows], batch_first=True)
         device = tokens.device
         lengths = torch.tensor([len(row.ids) for row in rows], device=device)
         start = torch.tensor([row.start for row in rows], device=device)

@@ -17,12 +17,7 @@ from dllm.models.published import check_fixed, check_special_ids, check_synonyms
 from dllm.models.transformer import BlockInputs, BlockParts, RMSNorm, SwiGLU, block_forward
 
 # What the published config could say and this implementation does not compute otherwise; null means false.
-_FIXED = {
-    "hidden_act": "silu",
-    "use_mrope": False,
-    "use_sliding_window": False,
-    "tie_word_embeddings": False,
-}
+_FIXED = {"hidden_act": "silu", "use_mrope": False, "use_sliding_window": False, "tie_word_embeddings": False}
 # What the published config says beside that, and nothing here reads.
 _UNUSED = ("max_window_layers", "sliding_window")
 
