@@ -56,7 +56,7 @@ class Denoiser:
         meter: Meter,
     ) -> None:
         self._run, self.backbone = forward, forward.backbone
-        self._overhead = OVERHEAD[self.backbone.device.type == "cuda"]
+        self._overhead = OVERHEAD.get(self.backbone.device.type, OVERHEAD["cpu"])
         self.canvas, self.cache, self.meter, self.cfg_scale = canvas, cache, meter, cfg_scale
 
     def bind(self, window: Window) -> Denoiser:
