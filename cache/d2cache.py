@@ -219,13 +219,13 @@ class _Watching:
         rows, columns, host = self.selection.rows, self.selection.columns, self.selection.host
         # Neither padding nor the repeated columns of a short sequence are queries.
         own = self.store.visible[rows[:, None], host] & self.selection.own
-        looks = torch.as_tensor(own, device=columns.device)
+        queries = torch.as_tensor(own, device=columns.device)
         low, high = self.selection.span
         columns = columns - low
         influence = torch.as_tensor(self.store.visible[rows, low:high], device=weights.device).to(weights.dtype)
         # From the last layer to the first: 1^T R_n ... R_1, with R = (A + I) / 2 in the rows that were computed.
         for each in reversed(self.weights):
-            half = (influence.gather(1, columns) / 2).masked_fill(~looks, 0)
+            half = (influence.gather(1, columns) / 2).masked_fill(~queries, 0)
             influence = influence.scatter_add(1, columns, -half) + (half[:, None] @ each)[:, 0]
         # Synchronizes: the next plan depends on it.
         first = self.selection.first

@@ -143,14 +143,16 @@ def prepare(
     Raises:
         ValueError: as `generate`.
     """
+    block_length = options.block_length if isinstance(options.block_length, int) else None
+    pattern = lm.backbone.pattern_of(block_length)
     requests = [
-        make_request(lm, prompt, options, seed, infill, f"prompts[{place}]")
+        make_request(lm, prompt, options, seed, infill, f"prompts[{place}]", pattern)
         for place, (prompt, seed) in enumerate(zip(ids, seeds(options.seed, len(ids)), strict=True))
     ]
     engine = Engine(
         lm, sampler, cache, batch_size=min(options.batch_size, len(ids)),
         max_length=max(len(request.tokens) for request in requests),
-        cfg_scale=options.cfg_scale, cuda_graphs=options.cuda_graphs,
+        cfg_scale=options.cfg_scale, cuda_graphs=options.cuda_graphs, block_length=block_length,
     )  # fmt: skip
     for request in requests:
         engine.submit(request)

@@ -91,7 +91,7 @@ def check_kept(path: Path, content: bytes, fix: str) -> None:
 def disturbed(called: str, path: Path, fix: str) -> OSError:
     """The error about a file that another program removed or changed."""
     what = "changed" if os.path.lexists(path) else "removed"
-    return OSError(f"{called} was {what} by something else during this run{fix}")
+    return OSError(f"{called} was {what} by another program during this run{fix}")
 
 
 def check_readable(option: str, path: Path, give: str = "another file") -> None:

@@ -1,8 +1,8 @@
-"""Who a file, a checkpoint or a model is, by its whole content: what changed is never taken for what it was.
+"""Content hashes of files, checkpoints and models.
 
-Files are hashed whole. The hash of one of 64 MiB and more is kept in the user's cache folder (XDG_CACHE_HOME, else
-~/.cache) with the file's path, size, times of modification and change, inode and device, and holds as long as these do:
-a file that was changed and kept all of them is taken for unchanged.
+Files are hashed completely. Hashes of files of 64 MiB and more are cached in the user's cache folder (XDG_CACHE_HOME,
+else ~/.cache) with the file's path, size, times of modification and change, inode and device, and are valid while
+these are unchanged.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from dllm.files import disturbed, read_json, write_json
 if TYPE_CHECKING:
     from dllm.models.loading import LanguageModel
 
-_BIG = 1 << 26  # bytes; less is hashed again in a moment
+_BIG = 1 << 26  # bytes; hashes of smaller files are not cached
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
-# What else decides what a checkpoint computes and how it reads and writes text.
+# Other files that affect the computation and the tokenization of a checkpoint.
 _SETTINGS = (
     "config.json", "generation_config.json", "adapter_config.json", "tokenizer*", "special_tokens_map.json",
     "added_tokens.json", "chat_template*", "additional_chat_templates/*", "vocab*", "merges.txt", "*.model",
@@ -37,11 +37,11 @@ _SETTINGS = (
 _TENSORS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
 _CONFIGS = ("config.json", "adapter_config.json")
 _AGAIN = "; run the command again once nobody writes it"
-_PIECE = 1 << 19  # values that are put into one checksum; none takes more than the 8 bytes of a word
+_PIECE = 1 << 19  # values per checksum, of at most 8 bytes each
 
 
 class Stamp(NamedTuple):
-    """What tells that a file was written again, without a look into it."""
+    """File metadata to detect changes without reading the content."""
 
     path: Path
     device: int
@@ -74,14 +74,14 @@ def digest(path: Path) -> str:
     except RuntimeError:  # a user without a home folder
         return _hash(path)
     note = cache / f"{hashlib.sha256(str(path).encode('utf-8', 'surrogateescape')).hexdigest()[:32]}.json"
-    with suppress(ValueError, OSError):  # damaged, or not to be looked at
+    with suppress(ValueError, OSError):  # damaged or unreadable
         if note.is_file():
             kept = read_json(note)
             if isinstance(found := kept.pop("sha256", None), str) and kept == before:
                 return found
     found = _hash(path)
     if _state(path) == before:
-        with suppress(OSError):  # a cache that cannot be written only costs time
+        with suppress(OSError):  # an unwritable cache only costs time
             write_json(note, before | {"sha256": found})
     return found
 
@@ -98,23 +98,23 @@ def checkpoint(folder: Path) -> dict[str, str]:
 
 
 def stamps(*folders: Path) -> tuple[Stamp, ...]:
-    """Those of the files that checkpoints are made of."""
+    """Stamps of the files of checkpoints."""
     patterns = (*_SETTINGS, *_TENSORS, "*.index.json")
     files = sorted({file for folder in folders for pattern in patterns for file in folder.glob(pattern)})
     return tuple(filter(None, map(_stamp, files)))
 
 
 def check_weights(lm: LanguageModel, read: Iterable[Stamp] = ()) -> None:
-    """Refuse a model whose weights somebody writes over: on a CPU they are not copied, but read from their files.
+    """Reject a model whose weight files were overwritten: on a CPU they are memory-mapped, not copied.
 
-    A file of its that was removed or replaced is still read as it was.
+    A file that was removed or replaced is still mapped with its old content.
 
     Args:
         lm: the model.
-        read: what samplers and caches read whenever they start, and so again during a run.
+        read: files that samplers and caches read at each start, also during a run.
 
     Raises:
-        OSError: another model, or another file, is in its place by now.
+        OSError: a file was changed.
     """
     for before in read:
         if _stamp(before.path) != before:
@@ -128,10 +128,10 @@ def check_weights(lm: LanguageModel, read: Iterable[Stamp] = ()) -> None:
 
 
 def model(lm: LanguageModel) -> dict[str, str]:
-    """The same of a loaded model: of the folder it was loaded from, or of itself where it was made in memory.
+    """The same for a loaded model: of its folder, or of its weights if created in memory.
 
     Raises:
-        OSError: its files are not those any more that it was loaded from.
+        OSError: its files changed since it was loaded.
     """
     if lm.folder is not None:
         found = checkpoint(lm.folder) | ({} if lm.adapter is None else {"adapter": of_path(lm.adapter)})
@@ -149,11 +149,11 @@ def model(lm: LanguageModel) -> dict[str, str]:
 
 
 def contents(options: Any, paths: bool = False) -> dict[str, str]:
-    """A hash of every file and folder that options name, at any depth.
+    """A hash of every file and folder named in options, at any depth.
 
     Args:
         options: values, or lists and dictionaries of them.
-        paths: all of them are paths; otherwise a word such as `clean` or `auto` is none, whatever lies here.
+        paths: all of them are paths; otherwise values without a separator, such as `clean` or `auto`, are not.
     """
     match options:
         case Mapping():
@@ -161,7 +161,7 @@ def contents(options: Any, paths: bool = False) -> dict[str, str]:
             return contents(given, paths)
         case list() | tuple():
             return {name: found for value in options for name, found in contents(value, paths).items()}
-        case str() if "::" in options:  # a file within another one, as fsspec writes it
+        case str() if "::" in options:  # fsspec's syntax for a file within another one
             return contents(options.split("::"), paths)
         case str() if (url := re.match(r"(file|local):(//)?", options)) is not None:
             return contents(options[url.end() :], paths=True)
@@ -176,7 +176,7 @@ def contents(options: Any, paths: bool = False) -> dict[str, str]:
 
 
 def of_path(path: Path) -> str:
-    """A hash of a file, of a checkpoint's folder, or of everything in any other folder."""
+    """A hash of a file, of a checkpoint folder, or of all files of any other folder."""
     if path.is_file():
         return digest(path)
     if any((path / name).is_file() for name in _CONFIGS):
@@ -185,12 +185,12 @@ def of_path(path: Path) -> str:
 
 
 def tree(folder: Path) -> str:
-    """A hash of everything in a folder, links to other folders included."""
+    """A hash of all files in a folder, following links."""
     return _joint(folder, within(folder))
 
 
 def read_by(value: Any) -> dict[str, str]:
-    """A hash of every file that an object reads, and of those that objects in its fields read."""
+    """A hash of every file that an object reads, including objects in its fields."""
     return {str(path): digest(path) if path.is_file() else _short(checkpoint(path)) for path in _read_by(value)}
 
 
@@ -203,22 +203,22 @@ def _read_by(value: Any) -> Iterator[Path]:
 
 
 def stamps_read_by(*values: Any) -> tuple[Stamp, ...]:
-    """Those of every file that objects read, as `read_by` finds them."""
+    """Stamps of every file that objects read, as in `read_by`."""
     paths = [path for value in values for path in _read_by(value)]
     files = tuple(filter(None, (_stamp(path) for path in paths if path.is_file())))
     return files + stamps(*(path for path in paths if path.is_dir()))
 
 
 def checksum(tensors: Iterable[tuple[str, Any]], exact: bool = False) -> str:
-    """Sixteen hex digits from every value of named tensors, the same on any device.
+    """A checksum (16 hex digits) over every value of named tensors, the same on any device.
 
-    Per piece x of a tensor, as 64-bit words, with a mixing function m in which each bit of a word moves all others:
+    Per piece x of a tensor, as 64-bit words, with a mixing function m with full avalanche:
 
         sum over i of m(x_i + (i + 1) c)   modulo 2^64
 
     Args:
         tensors: by name.
-        exact: tell apart what bfloat16 does not; otherwise floats are rounded to it.
+        exact: hash the exact values; otherwise floats are rounded to bfloat16.
     """
     state = hashlib.sha256()
     mixers: dict[torch.device, Tensor] = {}
@@ -226,7 +226,7 @@ def checksum(tensors: Iterable[tuple[str, Any]], exact: bool = False) -> str:
         for part in _plain(tensor):
             state.update(f"{name}{tuple(part.shape)}".encode())
             if part.is_meta:
-                continue  # it lies on the disk, and there is nothing to read here
+                continue  # offloaded to disk
             if part.device not in mixers:
                 mixers[part.device] = torch.arange(1, _PIECE + 1, device=part.device) * _signed(_GAMMA)
             rounded = part.is_floating_point() and not exact
@@ -259,7 +259,7 @@ def _signed(value: int) -> int:
 
 
 def _plain(tensor: Any) -> Iterator[Tensor]:
-    """The ordinary tensors that a tensor is made of: quantised ones keep several."""
+    """The plain tensors of a tensor: quantised ones have several."""
     if not isinstance(tensor, Tensor):
         return
     if hasattr(tensor, "__tensor_flatten__"):
@@ -272,7 +272,7 @@ def _plain(tensor: Any) -> Iterator[Tensor]:
 
 
 def within(folder: Path) -> Iterator[Path]:
-    """All files below a folder; one that links lead to again, or in a circle, counts once."""
+    """All files below a folder, following links; each folder once, also with cyclic links."""
     seen = set()
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(set(folders) - {"__pycache__"})
@@ -284,7 +284,7 @@ def within(folder: Path) -> Iterator[Path]:
 
 
 def _joint(folder: Path, files: Iterable[Path]) -> str:
-    """Of files by their names; those that are not there have no part in it."""
+    """Joint hash of files with their names; missing ones are ignored."""
     return _short({str(file.relative_to(folder)): digest(file) for file in sorted(files) if file.is_file()})
 
 

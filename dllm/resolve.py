@@ -1,4 +1,4 @@
-"""From a name to an object: `_target_` in conf/ is the only registry, and it names classes of this package alone."""
+"""Resolving names to objects: `_target_` in conf/ is the only registry, restricted to classes of this package."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _REGISTERED: dict[str, type] = {}
 
 
 def register(cls: _CLASS) -> _CLASS:
-    """Let `_target_` name a class of your own, as MODULE.CLASS; a decorator.
+    """Decorator: allow `_target_` to name a class of another package, as MODULE.CLASS.
 
     Classes of this package need none. Register in the module that defines the class, and import that before the
     command runs::
@@ -42,19 +42,19 @@ def names(group: str) -> list[str]:
 
 
 def variants(group: str) -> list[str]:
-    """Choices again with other options, in folders of a group, such as "tiny/threshold"."""
+    """Variants of the choices with other options, in subfolders of a group, such as "tiny/threshold"."""
     entries = (resources.files("dllm.conf") / group).iterdir()
     return sorted(f"{each.name}/{name}" for each in entries if each.is_dir() for name in names(f"{group}/{each.name}"))
 
 
 def resolve(group: str, value: Any, protocol: type, parameter: str | None = None) -> Any:
-    """Make the object a name stands for, with its default options; objects pass through.
+    """Create an object by name, with default options; objects are returned unchanged.
 
     Args:
         group: config group of the names.
         value: a name or an object.
-        protocol: what an object must be.
-        parameter: what errors call the value; None for the group.
+        protocol: required protocol.
+        parameter: name of the value in errors; None for the group.
 
     Raises:
         ValueError: no such name, or an object of another kind.
@@ -70,12 +70,12 @@ def resolve(group: str, value: Any, protocol: type, parameter: str | None = None
 
 
 def build(place: str, options: Any, protocol: type) -> Any:
-    """Make an object of the class that `_target_` names, and so at any depth of its options.
+    """Create an object of the class named by `_target_`, recursively for its options.
 
     Args:
-        place: what errors call it, such as "sampler".
-        options: `_target_` and the arguments of the class, as Python or OmegaConf holds them.
-        protocol: what the class must follow.
+        place: its name in errors, such as "sampler".
+        options: `_target_` and the arguments of the class, as a Python or OmegaConf dictionary.
+        protocol: required protocol.
 
     Raises:
         ValueError: a class that may not be named, an option it does not have, or what the class refuses.
@@ -107,7 +107,7 @@ def _made(place: str, value: Any, protocol: type) -> Any:
 
 
 def find_class(place: str, fields: Any, protocol: type) -> type:
-    """The class that `_target_` names; other than modules of this package, nothing is imported to find it.
+    """The class named by `_target_`; only modules of this package are imported.
 
     Raises:
         ValueError: it is not a class of this package that follows the protocol, nor a registered one.
@@ -123,7 +123,7 @@ def find_class(place: str, fields: Any, protocol: type) -> type:
             found = vars(import_module(module)).get(last)
         except ModuleNotFoundError:
             found = None
-        # What a module only imports, such as dllm.models.loading.torch, is not part of this package.
+        # Names that a module imports, such as dllm.models.loading.torch, are rejected.
         own = isinstance(found, type) and found.__module__.startswith("dllm.") and is_dataclass(found)
         found = found if own else None
     if found is None or not all(callable(getattr(found, each, None)) for each in _methods(protocol)):
@@ -138,7 +138,7 @@ def _methods(protocol: type) -> list[str]:
 
 
 def options_of(group: str, name: str, parameter: str | None = None) -> dict[str, Any]:
-    """The default options of a choice, its `_target_` among them.
+    """The default options of a choice, including `_target_`.
 
     Raises:
         ValueError: no such name.
@@ -146,11 +146,31 @@ def options_of(group: str, name: str, parameter: str | None = None) -> dict[str,
     known = names(group) + variants(group)
     if name not in known:
         raise ValueError(f"unknown {parameter or group}={name!r}; expected one of {', '.join(known)}")
-    text = (resources.files("dllm.conf") / group / f"{name}.yaml").read_text()
-    return deepcopy(_parsed(text))
+    return deepcopy(merged(f"{group}/{name}"))
+
+
+def text(file: str) -> str:
+    """What a YAML of conf/ says, named by its path there without ending."""
+    return (resources.files("dllm.conf") / f"{file}.yaml").read_text(encoding="utf-8")
+
+
+def defaults_list(file: str) -> list[Any]:
+    """What a YAML of conf/ is composed of: paths of others, and `{GROUP: CHOICE}` for groups."""
+    found: Any = OmegaConf.to_container(OmegaConf.create(text(file)))
+    return list(found.get("defaults", []))
 
 
 @cache
-def _parsed(text: str) -> dict[str, Any]:
-    found: Any = OmegaConf.to_container(OmegaConf.create(text))
-    return dict(found)
+def sources(file: str) -> tuple[str, ...]:
+    """The text of a YAML of conf/, and of those that its `defaults` include by their path, as Hydra merges them."""
+    entries = [each for each in defaults_list(file) if isinstance(each, str)]
+    order = entries if "_self_" in entries else [*entries, "_self_"]
+    parts = ((text(file),) if each == "_self_" else sources(each.lstrip("/").partition("@")[0]) for each in order)
+    return tuple(each for part in parts for each in part)
+
+
+@cache
+def merged(file: str) -> dict[str, Any]:
+    """The options of a YAML of conf/, with those that it includes; groups that a user chooses are left out."""
+    found: Any = OmegaConf.to_container(OmegaConf.merge(*map(OmegaConf.create, sources(file))))
+    return {name: value for name, value in found.items() if name not in ("defaults", "hydra")}

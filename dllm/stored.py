@@ -12,15 +12,15 @@ from typing import Any, Union, get_args, get_origin, get_type_hints, is_typeddic
 from dllm.checks import is_text
 
 _DEEPEST = 100
-_LARGEST = 1 << 63  # what whole numbers stay below, as the tensors that they go to
+_LARGEST = 1 << 63  # integers must fit into tensors
 
 
 def there(path: Path, fix: str = "remove it") -> bool:
-    """Whether a file is there; nothing is opened.
+    """Whether a file exists, without opening it.
 
     Args:
         path: the file.
-        fix: what an error tells the user to do.
+        fix: advice in errors.
 
     Raises:
         ValueError: something else is in its place: a folder, a pipe, a link that leads nowhere.
@@ -34,7 +34,7 @@ def there(path: Path, fix: str = "remove it") -> bool:
 
 
 def folder_there(path: Path, fix: str = "remove it") -> None:
-    """Refuse a file where a folder belongs; nothing at all is fine.
+    """Reject a file at the path of a folder; a missing folder is accepted.
 
     Raises:
         ValueError: it is there and no folder.
@@ -44,13 +44,13 @@ def folder_there(path: Path, fix: str = "remove it") -> None:
 
 
 def misfit(value: Any, hint: Any, name: str = "it") -> str | None:
-    """What is wrong with a value that was read from JSON; None where it is as a type hint says.
+    """The mismatch between a JSON value and a type hint; None if it fits.
 
     Args:
         value: of any kind.
         hint: made of str, int, float, bool, None, Any, list, dict, tuple for lists of a fixed length, unions, data
             classes, which take no other fields, and TypedDicts, which do.
-        name: what the answer calls it.
+        name: of the value in the message.
     """
     if hint is Any:
         return None if shallow(value) else f"{name} is nested too deep"
@@ -80,7 +80,7 @@ def misfit(value: Any, hint: Any, name: str = "it") -> str | None:
 
 
 def shallow(value: Any) -> bool:
-    """Whether lists and dictionaries lie within each other no deeper than anything that dllm writes."""
+    """Whether lists and dictionaries are nested no deeper than in files of dllm."""
     level = [value]
     for _ in range(_DEEPEST):
         inner = [each for each in level if isinstance(each, (dict, list))]
@@ -106,7 +106,7 @@ def _misfit_fields(value: Any, kind: Any, name: str) -> str | None:
 
 
 def _are_numbers(values: list[Any], hint: Any) -> bool:
-    """The same of many numbers at a time: answers are thousands of them."""
+    """The same for many numbers at once, for speed."""
     kinds = set(get_args(hint) or (hint,))
     allowed = kinds | ({int} if float in kinds else set())
     if not kinds <= {int, float, NoneType} or not set(map(type, values)) <= allowed:

@@ -130,7 +130,7 @@ class ARGuided(Policy):
         return GuideState(Judging(guide), aligner, writable, setup.mask_token_id)
 
     def check(self, state: GuideState, request: Request) -> None:
-        """Refuse a prompt that the guide cannot read."""
+        """Reject a prompt that the guide cannot represent."""
         state.aligner.check(request.tokens[: request.start].tolist(), request.eos_token_ids)
 
     def enter(self, state: GuideState, row: int, request: Request) -> None:

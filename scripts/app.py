@@ -1,4 +1,4 @@
-"""What every command shares: help, options of the right kind, and one clear line for bad input."""
+"""Shared code of all commands: help, validation of options, and one-line errors for bad input."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from inspect import signature
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
@@ -22,22 +21,22 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob
 from hydra.core.utils import JobReturn
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import dllm
-from dllm.checks import Notice, first_line, is_text, known, naming, renamed
+from dllm.checks import Notice, first_line, is_text, naming, renamed
 from dllm.escape import brief
 from dllm.files import parse_json
-from dllm.resolve import names
+from dllm.resolve import names, variants
 from dllm.scripts import flags, usage, yaml_files
 from dllm.scripts.ending import fail, leave_quietly, line
 from dllm.scripts.kinds import check_kinds
 
-# Options whose values are quoted for Hydra, so that commas, "?" and "=" in them mean themselves.
+# Options whose values are quoted for Hydra, so that commas, "?" and "=" in them are literal.
 _PATHS = (
     "input",
     "output",
@@ -53,23 +52,23 @@ _PATHS = (
     "quality",
     "task.metric",
 )
-# Groups that take more than their choices: which choice the others are, and which of its options takes them.
+# Groups that accept other names than their choices: the choice for these, and its option that takes the name.
 _OTHERS = {"model": ("custom", "path"), "task": ("lm_eval", "name")}
-# The option that an argument without a name is.
+# The option of a positional argument.
 _POSITIONAL = {"report": "folder", "show": "path"}
-_DEEPEST = 20  # Hydra's parser calls itself for each bracket
-_MOST_ENTRIES = 1000  # and its time grows with the square of a list's length
+_DEEPEST = 20  # Hydra's parser is recursive
+_MOST_ENTRIES = 1000  # and quadratic in the length of a list
 _MOST_JOBS = 10_000
-_LONGEST_NAME = 255  # of a file, as which Hydra looks for it
-# More digits than an argument has room for: Python's own limit is below that, and tells of no option.
+_LONGEST_NAME = 255  # Hydra looks for a file of this name
+# More digits than an argument can have: the error of Python's lower limit does not name the option.
 _DIGITS = 1 << 18
 _SHARED = ("BasicLauncher", "JoblibLauncher")  # launchers whose jobs write to this process's own stderr
 _PIECE = re.compile(r"""(?:\s*'([^']*)'\s*|\s*"([^"]*)"\s*|([^,]*)),""")
 _QUOTED = re.compile(r"""\s*('[^']*'|"[^"]*")\s*(,\s*('[^']*'|"[^"]*")\s*)*""")
-# Of the environment, which the processes of a sweep's jobs share: when the command began.
+# Environment variable shared by the processes of a sweep: start time of the command.
 STARTED = "DLLM_STARTED"
 _LISTED = "--help lists them"
-# What bad input looks like when it surfaces; anything else is a bug and keeps its traceback.
+# Exceptions caused by bad input; any other is a bug and keeps its traceback.
 BAD_INPUT = (ValueError, OSError, HydraException, OmegaConfBaseException, YAMLError)
 
 
@@ -77,25 +76,25 @@ def run(task: Callable[[DictConfig], Any], config_name: str, kinds: Mapping[str,
     """Run a Hydra application; bad input ends it with one line and exit code 2.
 
     Args:
-        task: what to do with the composed configuration.
+        task: function of the composed configuration.
         config_name: its YAML in conf/.
-        kinds: type hints of options, where their defaults do not say enough.
+        kinds: type hints of options, beyond the types of their defaults.
     """
     command = f"dllm {config_name.replace('_', '-')}"
 
     composed = False
 
     def guarded(cfg: DictConfig) -> Any:
-        # Caught here as well as below: what leaves the task as an error, Hydra reports in its own words.
+        # Caught here as well as below: Hydra would report errors of the task in its own format.
         nonlocal composed
         composed, fields = True, dict[str, Any]()
         try:
-            fields |= _whole(OmegaConf.to_container(cfg, resolve=True))
-            check_kinds(cfg, config_name, kinds or {})
+            fields |= _fields(cfg)
+            check_kinds(fields, config_name, kinds or {})
             _refuse_empty(fields)
             result = task(cfg)
             if sys.stdout is not None:
-                sys.stdout.flush()  # whether it can be written is known now
+                sys.stdout.flush()  # raises write errors here
             return result
         except BrokenPipeError:
             leave_quietly()
@@ -106,12 +105,12 @@ def run(task: Callable[[DictConfig], Any], config_name: str, kinds: Mapping[str,
             hydra_cfg = HydraConfig.get()
             if hydra_cfg.mode != RunMode.MULTIRUN:
                 fail(command, message)
-            # The other jobs of a sweep go on.
+            # The other jobs of a sweep continue.
             print(line(command, f"{brief(' '.join(hydra_cfg.overrides.task))}: {message}"), file=sys.stderr)
             shared = hydra_cfg.launcher["_target_"].endswith(_SHARED)
             raise (_ToldError if shared else ValueError)(message) from None
 
-    # Without the second Hydra prints its own report of a wrong option and exits with 1.
+    # Without the second, Hydra prints its own report of a wrong option and exits with 1.
     os.environ |= {STARTED: str(time.time()), "HYDRA_FULL_ERROR": "1"}
     setattr(JobReturn, "return_value", property(_returned, _return))  # noqa: B010  # mypy knows no such assignment
     yaml_files.register()
@@ -135,15 +134,15 @@ def run(task: Callable[[DictConfig], Any], config_name: str, kinds: Mapping[str,
             raise
         if isinstance(error, RecursionError):
             fail(command, "the configuration includes itself; take one of its files out of the others' defaults")
-        fail(command, f"Hydra cannot follow these options ({first_line(error)}); leave out those of hydra")
+        fail(command, f"Hydra cannot use these options ({first_line(error)}); leave out those of hydra")
 
 
 class _ToldError(ValueError):
-    """What a job of a sweep has said itself."""
+    """An error that a job of a sweep has already reported."""
 
 
 def _returned(job: JobReturn) -> Any:
-    """What a job returned, without the line that Hydra prints beside that of a job that failed."""
+    """The return value of a job, without Hydra's own report of a failed job."""
     if isinstance(job._return_value, Exception):
         raise job._return_value
     return job._return_value
@@ -155,7 +154,7 @@ def _return(job: JobReturn, value: Any) -> None:
 
 @contextmanager
 def _package(arguments: Sequence[str]) -> Iterator[None]:
-    """Refuse a part of the configuration that is not there, as Hydra does, but in one line of ours."""
+    """Report an unknown --package in one line."""
     package = next((each for each in arguments if each.startswith("--package=")), None)
     with redirect_stderr(io.StringIO()) if package else nullcontext() as said:
         try:
@@ -168,7 +167,7 @@ def _package(arguments: Sequence[str]) -> Iterator[None]:
 
 @contextmanager
 def _notices(command: str) -> Iterator[None]:
-    """Print what is to be known in one line, instead of Python's two."""
+    """Print notices in one line, instead of Python's two."""
     with warnings.catch_warnings():
         others = warnings.showwarning
 
@@ -182,13 +181,21 @@ def _notices(command: str) -> Iterator[None]:
         yield
 
 
+def _fields(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration; refuses one that lacks a value."""
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
+        raise ValueError(f"{missing[0]} has no value; set it with {missing[0]}=...")
+    found: Any = OmegaConf.to_container(cfg, resolve=True)
+    return dict(found)
+
+
 def _refuse_empty(fields: Mapping[str, Any]) -> None:
     for option in _PATHS:
         value = _value(fields, option)
         if value == "":
             raise ValueError(f"{option}='' is empty; give a value, or leave it out")
         if isinstance(value, str) and "\0" in value:
-            raise ValueError(f"{option}={value!r} holds a zero byte, which no path has; give another")
+            raise ValueError(f"{option}={value!r} contains a null byte, which is invalid in a path; give another")
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -198,15 +205,15 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def check_writable(option: str, value: str, file: str | None = None) -> None:
-    """Refuse a path that cannot be written to, before any work is done.
+    """Reject a path that is not writable, before any work is done.
 
     Args:
-        option: where it comes from.
-        value: what it is.
-        file: the path that is going to be written, where it is not the value itself.
+        option: its option.
+        value: the value of the option.
+        file: the path to write, if it is not the value itself.
 
     Raises:
-        ValueError: it is a folder, lies behind a file, or may not be written.
+        ValueError: it is a folder, below a file, or not writable.
     """
     path = Path(file or value)
     try:
@@ -223,46 +230,53 @@ def check_writable(option: str, value: str, file: str | None = None) -> None:
 
 
 def rewrite(arguments: Sequence[str], config_name: str) -> list[str]:
-    """Quote free text, and let the groups `model` and `task` take other names than their choices.
+    """Quote free text, and let the groups `model` and `task` accept other names than their choices.
 
     Raises:
-        ValueError: a flag that Hydra does not have.
+        ValueError: an unknown flag.
     """
     for argument in arguments:
         if not is_text(argument):
             key, separator, value = argument.partition("=")
             shown = f"{key}={value!r}" if separator else repr(key)
-            raise ValueError(f"{shown} holds bytes that are not text; give UTF-8")
-    # Hydra's parser takes no options before a flag.
+            raise ValueError(f"{shown} is not valid UTF-8; give UTF-8")
+    # Hydra's parser accepts no options before a flag.
     given, options = flags.split(arguments)
     if config_name in _POSITIONAL:
         options = _named(options, _POSITIONAL[config_name])
     groups = usage.groups(config_name)
     multirun = not {"-m", "--multirun"}.isdisjoint(given)
     written = [part for option in options for part in _rewrite_one(option, groups, multirun)]
-    if multirun and not any(option.startswith(("hydra/sweeper", "sweep=")) for option in options):
-        _check_jobs(written)
+    _check_overrides(written, groups, multirun)
     return [*given, *written]
 
 
-def _check_jobs(overrides: Sequence[str]) -> None:
-    """Refuse a product of too many jobs: Hydra's own sweeper makes all of them before the first one runs."""
+def _check_overrides(overrides: Sequence[str], groups: Mapping[str, str], multirun: bool) -> None:
+    """Refuse groups without a name, sweeps without -m, and too many jobs: Hydra makes all before the first one runs."""
     count = 1
     for each in OverridesParser.create().parse_overrides(list(overrides)):
-        if (each.is_choice_sweep() and not isinstance(each.value(), Glob)) or each.is_range_sweep():
+        name, value = each.key_or_group, each.value()
+        if each.is_sweep_override() and not multirun:
+            raise ValueError(f"{each.input_line} names several; give one, or add -m to run them one after another")
+        if (each.is_choice_sweep() and not isinstance(value, Glob)) or each.is_range_sweep():
             count *= sum(1 for _ in islice(each.sweep_iterator(), _MOST_JOBS + 1))
-    if count > _MOST_JOBS:
+        nameless = value is not None or groups.get(name) != "null"
+        if name in groups and nameless and not (each.is_delete() or each.is_sweep_override() or isinstance(value, str)):
+            raise ValueError(
+                f"{each.input_line} has no name; expected one of {', '.join(names(name) + variants(name))}"
+            )
+    if count > _MOST_JOBS and not any(each.startswith(("hydra/sweeper", "sweep=")) for each in overrides):
         raise ValueError(f"these are more than {_MOST_JOBS} jobs; sweep over fewer values")
 
 
 def _named(arguments: Sequence[str], option: str) -> list[str]:
-    """Put an option's name before the one argument that has none; a path may hold "=" itself."""
+    """Add the option's name to the positional argument; a path may contain "="."""
     named, given = list(arguments), False
     for place, argument in enumerate(arguments):
         key, separator, _ = argument.partition("=")
         bare = not separator or ("/" in key and not key.startswith("hydra/")) or os.path.exists(argument)  # noqa: PTH110  # of no length
         if given and (bare or key == option):
-            raise ValueError(f"{argument!r} is one {option} too many; give one, and options as name=value")
+            raise ValueError(f"{argument!r} is a second {option}; give one, and options as name=value")
         if bare:
             named[place] = f"{option}={argument}"
         given = given or bare or key == option
@@ -271,8 +285,8 @@ def _named(arguments: Sequence[str], option: str) -> list[str]:
 
 def _rewrite_one(argument: str, groups: Mapping[str, Any], multirun: bool) -> list[str]:
     key, separator, value = argument.partition("=")
-    if not separator:
-        return [argument]
+    if not separator and not argument.startswith("~"):
+        raise ValueError(f"unknown option {argument!r}; options are written name=value, and {_LISTED}")
     name = key.lstrip("+")
     if len(name) > _LONGEST_NAME:
         raise ValueError(f"unknown option {name!r}; {_LISTED}")
@@ -300,7 +314,7 @@ def _rewrite_one(argument: str, groups: Mapping[str, Any], multirun: bool) -> li
     if name not in _PATHS or value == "null":
         if (depth := _depth(value)) > _DEEPEST:
             raise ValueError(f"{key} is nested too deep ({depth} brackets in each other); give a plainer value")
-        # Hydra's grammar has no place for what stands for the home folder.
+        # Hydra's grammar does not allow an unquoted ~.
         paths = _pieces(value) if multirun else [value]
         return [f"{key}={','.join(map(_quote, paths))}"] if value.startswith("~") else [argument]
     quoted = _QUOTED.fullmatch(value) if multirun else None
@@ -309,18 +323,18 @@ def _rewrite_one(argument: str, groups: Mapping[str, Any], multirun: bool) -> li
 
 
 def _refuse_resolvers(name: str, value: str) -> None:
-    """${NAME} stands for another option; other things, such as environment variables, are the shell's to put in."""
+    """${NAME} refers to another option; resolvers, such as for environment variables, are rejected."""
     if not name.startswith("hydra.") and (found := re.search(r"\$\{[^}]*:[^}]*\}?", value)):
-        raise ValueError(f"{name}={value!r} holds {found[0]}, which is not read here; write the value itself")
+        raise ValueError(f"{name}={value!r} contains {found[0]}, which is not supported; write the value itself")
 
 
 def _pieces(value: str) -> list[str]:
-    """The parts of a sweep: split at commas, but for those within a part that is quoted as a whole."""
+    """The parts of a sweep: split at commas, except within a quoted part."""
     return [piece[0] or piece[1] or piece[2] for piece in _PIECE.findall(f"{value},")]
 
 
 def option_of(group: str) -> str:
-    """What the user wrote that the model or task comes from: the group, or the option of it that takes any."""
+    """What the user wrote to select the model or task: the group, or its option for other names."""
     option = f"{group}.{_OTHERS[group][1]}"
     overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     # A group that took another name than its choices was rewritten with "++".
@@ -328,28 +342,25 @@ def option_of(group: str) -> str:
 
 
 def load_model(model: Mapping[str, Any], option: str | None = None) -> Any:
-    """Load the model that a group `model` describes; errors name its options as they are written there.
+    """Load the model of a group `model`; errors name its options.
 
     Args:
         model: the group's options.
-        option: what errors call the name of the model; None to find out.
+        option: option of the model's name in errors; None to derive it.
     """
     options = {str(name): value for name, value in model.items() if name != "path"}
-    if model["path"] == "???":
-        raise ValueError("model.path has no value; set it with model.path=...")
-    known(options, signature(dllm.models.loading.load).parameters, "model.")
     with naming({name: f"model.{name}" for name in options} | {"name": option or option_of("model")}):
         return dllm.load(model["path"], **options)
 
 
 def _depth(value: str) -> int:
-    """How many brackets are open at once."""
+    """Maximum nesting depth of brackets."""
     steps = (1 if sign in "[{(" else -1 if sign in "]})" else 0 for sign in value)
     return max(accumulate(steps, initial=0))
 
 
 def _strings(value: str) -> str:
-    """Quote text, or the texts of a JSON list or string; another list is Hydra's."""
+    """Quote text, or the texts of a JSON list or string; other lists are in Hydra's grammar."""
     is_list = value.startswith("[") and value.endswith("]")
     try:
         given = parse_json(value) if is_list or value.startswith('"') else value
@@ -363,45 +374,35 @@ def _strings(value: str) -> str:
 
 
 def _quote_literally(value: str) -> str:
-    """Quote text in which even OmegaConf's ${...} and ??? mean themselves."""
+    """Quote text in which OmegaConf's ${...} and ??? are literal."""
     if value == "???":
         return "${oc.decode:\"'???'\"}"
     return _quote(re.sub(r"(\\*)\$\{", r"\1\1\\${", value))
 
 
 def _quote(value: str) -> str:
-    """Write a string as Hydra's grammar quotes it: backslashes count only before a quote."""
+    """Quote a string in Hydra's grammar: backslashes are special only before a quote."""
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
     escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
     return f"'{escaped}'"
 
 
-def _whole(fields: Any) -> dict[str, Any]:
-    """The configuration; refuses one in which a group is no more than a name."""
-    for group in flags.GROUPS:
-        if isinstance(value := fields.get(group), str):
-            raise ValueError(
-                f"{group}={value!r} is a name where options are expected; in a YAML of your own choose it by "
-                f"defaults: [{{override /{group}: {value}}}]"
-            )
-    return dict(fields)
-
-
 def _qualified(error: Exception, fields: Mapping[str, Any]) -> str:
-    """An error in the words of the command line: options of a group have a prefix, and a file is an option's value."""
+    """An error in terms of the command line: options of a group with their prefix, files by their option."""
     if isinstance(error, (MemoryError, RuntimeError)):  # torch's is one of the latter
-        return "memory does not suffice; use a smaller model, batch_size or length"
+        return "out of memory; use a smaller model, batch_size or length"
     text = one_line(error)
-    if "dtype" in (fields.get("model") or ()):  # what decoding refuses, once the model is loaded
+    if "dtype" in (fields.get("model") or ()):  # errors of decoding, after loading the model
         text = renamed(text, {"dtype": "model.dtype"})
     if isinstance(error, OSError) and (option := _option_of_file(error.filename, fields)):
         given = _value(fields, option)
         fix = "free disk space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "give another path"
         return f"{option}={given!r} cannot be used ({error.strerror}); {fix}"
-    groups: dict[str, Mapping[str, Any]] = {group: fields.get(group) or {} for group in ("sampler", "cache")}
+    given = ((group, fields.get(group)) for group in ("sampler", "cache"))
+    groups = {group: options if isinstance(options, Mapping) else {} for group, options in given}
     for group, options in groups.items():
         for name, value in options.items():
-            # An option that both have is known by its value.
+            # An option of both groups is identified by its value.
             shared = all(name in other for other in groups.values())
             said = re.escape(repr(value)) if shared else ""
             if name not in fields:
@@ -410,55 +411,54 @@ def _qualified(error: Exception, fields: Mapping[str, Any]) -> str:
 
 
 def _value(fields: Any, option: str) -> Any:
-    """The value of an option that may be one of a group; None where there is none."""
+    """The value of an option, possibly of a group; None if missing."""
     for name in option.split("."):
         fields = fields.get(name) if isinstance(fields, Mapping) else None
     return fields
 
 
 def _option_of_file(file: Any, fields: Mapping[str, Any]) -> str | None:
-    """The option that names a file or the folder it is in; of several the most exact one."""
+    """The option that names a file or its folder; of several the most specific one."""
     given = {option: _value(fields, option) for option in _PATHS}
     found = [option for option, value in given.items() if value and isinstance(value, str) and _within(file, value)]
     return max(found, key=lambda option: len(given[option]), default=None)
 
 
 def _within(file: Any, path: str) -> bool:
-    # Some files are named after the option's value, with another ending.
+    # Some files have the option's value with another suffix.
     return isinstance(file, (str, os.PathLike)) and os.path.realpath(file).startswith(os.path.realpath(path))
 
 
 def one_line(error: BaseException, config_name: str | None = None) -> str:
-    """What is wrong, in the words of whoever found out and without what only a programmer reads.
+    """The message of an error in one line, without details of Hydra.
 
     Args:
-        error: what was raised.
-        config_name: of the command, whose options there may be; None where it is known to be about something else.
+        error: the exception.
+        config_name: of the command, to list its options; None if the error is about something else.
     """
-    expected = f"expected one of {', '.join(usage.options(config_name))}" if config_name else _LISTED
-    cause: BaseException = error
-    # instantiate() wraps what a constructor raised; the constructor's own words name the fix.
-    while isinstance(cause, HydraException) and isinstance(cause.__cause__, (ValueError, TypeError)):
-        cause = cause.__cause__
-    if isinstance(cause, OSError) and cause.strerror:
-        cause = ValueError(f"{cause.filename}: {cause.strerror}" if cause.filename else cause.strerror)
-    text = re.sub(r"\s+", " ", str(cause)).strip() or type(error).__name__
-    if match := re.search(r"Could not override '((?:(sampler|cache)\.)?[^']+)'", text):
-        group = match[2]
+    text, cause = " ".join(str(error).split()), error
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r} cannot be read; close its brackets and quotes, or quote the value as a whole"
+    if isinstance(error, MissingConfigException) and error.options:
+        file = str(error.missing_cfg_file)
+        group, _, name = file.rpartition("/") if file.startswith("hydra/") else file.partition("/")
+        more = variants(group) if group in flags.GROUPS else []
+        return f"unknown {group}={name}; expected one of {', '.join([*error.options, *more])}"
+    if match := re.search(r"Could not (?:override|delete from config\.) '((?:(\w+)\.)?[^']+)'", text):
+        group = match[2] if config_name and match[2] in usage.groups(config_name) else ""
+        expected = f"expected one of {', '.join(usage.options(config_name))}" if config_name else _LISTED
         fix = f"choose with {group}=NAME, and `{group}=NAME --help` lists its options" if group else expected
         return f"unknown option {match[1]!r}; {fix}"
-    if "Config group override must be a string" in text:
-        return "a group such as cache, sampler or model is chosen by its name; --help lists them"
-    if match := re.search(r"Could not find '([^/]+)/([^']*)' Available options in '[^']+': (.*?) Config search", text):
-        return f"unknown {match[1]}={match[2]}; expected one of {', '.join(match[3].split())}"
-    if match := re.search(r"Error parsing override '([^']*)' missing EQUAL", text):
-        return f"unknown option {match[1]!r}; options are written name=value, and {_LISTED}"
-    if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
-        return f"{match[1]} names several; give one, or add -m to run them one after another"
-    if match := re.search(r"Interpolation key '([^']*)' not found full_key: (\S+)", text):
-        return f"{match[2]} refers to the unknown option {match[1]!r}; write the value itself"
-    if match := re.search(r"Missing mandatory value: (\S+)", text):
-        return f"{match[1]} has no value; set it with {match[1]}=..."
-    if match := re.search(r"^(.*?) full_key: ([\w.]+)", text):
-        return f"{match[2]}: {match[1]}"
-    return re.sub(r"(, set env var HYDRA_FULL_ERROR=1[^.]*| full_key:| See https://hydra).*", "", text)
+    while isinstance(cause, HydraException) and isinstance(cause.__cause__, (*BAD_INPUT, TypeError)):
+        cause = cause.__cause__
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        said = first_line(cause)
+        if match := re.search(r"Missing mandatory value: (\S+)", said):
+            return f"{match[1]} has no value; set it with {match[1]}=..."
+        if match := re.search(r"Interpolation key '(.*)' not found", said):
+            return f"{cause.full_key} refers to the unknown option {match[1]!r}; write the value itself"
+        return f"{cause.full_key}: {said}"
+    text = " ".join(str(cause).split()) or type(error).__name__
+    return re.sub(r"(, set env var HYDRA_FULL_ERROR=1| full_key:).*", "", text)

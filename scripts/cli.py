@@ -1,4 +1,4 @@
-"""The `dllm` command: one word chooses the application, the rest goes to Hydra."""
+"""The `dllm` command: the first argument selects the command, the rest goes to Hydra."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COMMANDS = (
     "train-filter",
     "train-tiny",
 )
-# Commands whose options are not Hydra's, with what they are for.
+# Commands without Hydra options, with their summaries.
 OTHERS = {"lm-eval": "The command line of lm-evaluation-harness, with these models as `--model dllm`."}
 
 
@@ -27,12 +27,12 @@ def main(command: str | None = None) -> None:
     """Dispatch `dllm COMMAND ...`.
 
     Args:
-        command: which one; None for the first word of the command line.
+        command: its name; None for the first argument.
     """
     given = sys.argv[1:]
     if command is None:
         command, *given = given or ["--help"]
-    else:  # a file of this folder was run, whose names would stand before those of packages, such as lm_eval
+    else:  # a file of this folder was run, which would shadow packages such as lm_eval
         here = Path(__file__).resolve().parent
         sys.path[:] = [path for path in sys.path if Path(path).resolve() != here]
     called = f"dllm {command}" if command in (*COMMANDS, *OTHERS) else "dllm"
@@ -45,13 +45,13 @@ def main(command: str | None = None) -> None:
         except BrokenPipeError:
             leave_quietly()
         except OSError as error:
-            if error.errno is None or error.filename is not None:  # not about the output: no network, a file not there
+            if error.errno is None or error.filename is not None:  # not about stdout: network or files
                 fail(called, str(error))
-            fail(called, f"{error.strerror or error}; free disk space, or send the output elsewhere")
+            fail(called, f"{error.strerror or error}; free disk space, or redirect the output elsewhere")
 
 
 def run_file(file: str) -> NoReturn:
-    """Be the command that a file of this folder holds, before the rest of it is imported: signals are heard then."""
+    """Run the command of a file of this folder before its imports, so that signals are handled."""
     main(Path(file).stem.replace("_", "-"))
     raise SystemExit
 
@@ -84,7 +84,7 @@ def _help() -> str:
         *(f"  {name:<{width}}  {summary(_module(name))}" for name in COMMANDS),
         *(f"  {name:<{width}}  {purpose}" for name, purpose in OTHERS.items()),
         "",
-        "dllm COMMAND --help lists a command's options and groups; dllm --version tells the version.",
+        "dllm COMMAND --help lists a command's options and groups; dllm --version prints the version.",
     ]
     return "\n".join(lines)
 

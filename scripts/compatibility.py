@@ -1,4 +1,4 @@
-"""`dllm compatibility`: which sampler goes with which cache, as a table made from what the code says."""
+"""`dllm compatibility`: the compatibility table of samplers and caches, generated from their declarations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def compatibility(cfg: DictConfig) -> None:
-    """Print the table, and write it to `out` where that is given."""
+    """Print the table, and write it to `out` if given."""
     if cfg.out:
         own.check("out", cfg.out, {Path(cfg.out): own.MATRIX})
     variants = {str(label): build(f"variants.{label}", entry, Sampler) for label, entry in cfg.variants.items()}
@@ -43,7 +43,7 @@ def compatibility(cfg: DictConfig) -> None:
 
 
 def matrix(samplers: dict[str, Any], caches: dict[str, Any]) -> str:
-    """What goes together, as Markdown; samplers and caches by label."""
+    """The compatibility table as Markdown; samplers and caches by label."""
     reasons: dict[str, int] = {}
 
     def cell(cache: Any, needs: Iterable[str]) -> str:
@@ -61,14 +61,14 @@ def matrix(samplers: dict[str, Any], caches: dict[str, Any]) -> str:
     ]
     families = ", ".join(family.__name__ for family in FAMILIES.values())
     lines = [
-        "# What goes together",
+        "# Compatibility",
         "",
-        "Made by `dllm compatibility out=docs/compatibility.md` from what samplers and caches say of themselves; the",
-        f"same for every backbone ({families}). What is refused is refused before the first forward, with the reason.",
+        "Made by `dllm compatibility out=docs/compatibility.md` from the declarations of samplers and caches; the same",
+        f"for every backbone ({families}). Incompatible combinations raise an error before the first forward.",
         "",
-        "*yes*: in batches of any size, with rows at different blocks. Where `freedave` runs, it gives the tokens that",
-        "its base gives with the same cache. `freecache` is meant with its defaults: freeze=last_forward, or another",
-        "granularity than block, keeps what depends on the way a block is decoded, and so does refresh_above.",
+        "*yes*: in batches of any size, with rows at different blocks; `freedave` is lossless with respect to its base",
+        "with the same cache. `freecache` is listed with its defaults: with freeze=last_forward, another granularity",
+        "than block, or refresh_above, its keys and values depend on the order a block is decoded in.",
         "",
         app.markdown(head, rows),
         "",

@@ -1,6 +1,6 @@
-"""How a command ends: bad input, Ctrl-C, SIGTERM and closed pipes give one line or none, and an exit code.
+"""Exit of a command: bad input, Ctrl-C, SIGTERM and closed pipes give at most one line, and an exit code.
 
-Nothing heavy is imported here, so that signals are already heard while torch is being imported.
+Imports are light, so that signals are handled while torch is being imported.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any, NoReturn, TextIO
 
 from dllm.escape import brief, terminal
 
-CLOSED_PIPE = 1  # as Python documents it, and as rich leaves
+CLOSED_PIPE = 1  # as documented by Python, and used by rich
 _SAID = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal that asks the process to end."""
+    """A termination signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -28,7 +28,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class _Watch:
-    """What a signal does: it ends the process, at once or, while work is done, by an exception that tidies up."""
+    """Signal handler: ends the process, at once or, during work, by an exception that cleans up."""
 
     def __init__(self) -> None:
         self.command, self.working, self.stopping = "dllm", False, False
@@ -40,13 +40,13 @@ class _Watch:
         self.end(number)
 
     def end(self, number: int) -> NoReturn:
-        """Leave without running anything else."""
+        """Exit immediately."""
         with suppress(OSError, ValueError):
             os.write(2, f"{line(self.command, interruption(number))}\n".encode())
         os._exit(128 + number)
 
     def unraisable(self, lost: Any) -> None:
-        """An exception where none can be raised, such as in a finaliser: a signal is heard all the same."""
+        """Handle a signal raised where exceptions are ignored, such as in a finaliser."""
         if isinstance(lost.exc_value, Stopped):
             self.end(lost.exc_value.number)
         sys.__unraisablehook__(lost)
@@ -57,11 +57,11 @@ _watch = _Watch()
 
 @contextmanager
 def watching(command: str) -> Iterator[None]:
-    """Hear signals from here on, and once more when the interpreter ends."""
+    """Handle signals in this context, and during interpreter exit."""
     _watch.command, _watch.working, _watch.stopping = command, False, False
     hook, before = sys.unraisablehook, {}
-    with suppress(ValueError):  # another thread than the main one hears no signals
-        # A signal that the process was started to ignore stays ignored.
+    with suppress(ValueError):  # only the main thread can handle signals
+        # Signals ignored at process start stay ignored.
         before = {number: signal.signal(number, _watch) for number in _SAID if _heard(number)}
         sys.unraisablehook = _watch.unraisable
     try:
@@ -77,7 +77,7 @@ def watching(command: str) -> Iterator[None]:
 
 @contextmanager
 def working() -> Iterator[None]:
-    """Let a signal tidy up what is done within."""
+    """Let signals raise an exception in this context."""
     _watch.working = True
     try:
         yield
@@ -96,15 +96,15 @@ def _hear(numbers: list[int]) -> None:
 
 @contextmanager
 def piped(command: str) -> Iterator[None]:
-    """Print all there is to print; leave quietly where nobody reads it any more."""
+    """Flush stdout at the end; exit silently if the pipe is closed."""
     try:
         yield
     except BrokenPipeError:
         leave_quietly()
     except SystemExit as leaving:
-        if isinstance(leaving.__context__, BrokenPipeError):  # how rich leaves
+        if isinstance(leaving.__context__, BrokenPipeError):  # raised by rich
             leave_quietly()
-        if leaving.code:  # what went wrong is said already
+        if leaving.code:  # the error is reported already
             _silence(sys.stdout)
         else:
             _flush(command)
@@ -120,19 +120,19 @@ def _flush(command: str) -> None:
         leave_quietly()
     except OSError as error:
         _silence(sys.stdout)
-        fail(command, f"the output cannot be written ({error.strerror or error}); send it elsewhere")
+        fail(command, f"the output cannot be written ({error.strerror or error}); redirect it elsewhere")
 
 
 def leave_quietly() -> NoReturn:
-    """End as a process does that writes to a closed pipe."""
+    """Exit like a process that writes to a closed pipe."""
     for stream in (sys.stdout, sys.stderr):
         _silence(stream)
     sys.exit(CLOSED_PIPE)
 
 
 def _silence(stream: TextIO | None) -> None:
-    """Let nothing that is still to be written fail."""
-    if stream is None:  # the process was started with it closed
+    """Discard pending output that cannot be written."""
+    if stream is None:  # closed at process start
         return
     with suppress(OSError, ValueError, AttributeError):
         try:
@@ -142,17 +142,17 @@ def _silence(stream: TextIO | None) -> None:
 
 
 def interruption(number: int = signal.SIGINT) -> str:
-    """What a signal is answered with."""
+    """The message for a signal."""
     return f"{_SAID.get(signal.Signals(number), 'ended')}; what was written is kept"
 
 
 def fail(command: str, message: str, code: int = 2) -> NoReturn:
-    """Say what is wrong and leave."""
+    """Print an error and exit."""
     with suppress(BrokenPipeError):
         print(line(command, message), file=sys.stderr, flush=True)
     sys.exit(code)
 
 
 def line(command: str, message: str) -> str:
-    """What a command prints about bad input."""
+    """The error line of a command."""
     return terminal(brief(f"{command}: error: {message}"), one_line=True)

@@ -1,4 +1,4 @@
-"""`dllm evaluate`: quality and cost of one setting on a task, resumable; many of them with Hydra's sweeps."""
+"""`dllm evaluate`: quality and cost of one setting on a task, resumable; several settings by Hydra sweeps."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from dllm.scripts import app
 from dllm.scripts.kinds import canonical
 from dllm.tasks.base import Task
 
-_OPTIONS = set(dllm.Options.__dataclass_fields__) - {"seed", "stop"}  # what ends an answer is the task's
+_OPTIONS = set(dllm.Options.__dataclass_fields__) - {"seed", "stop"}  # stop strings are the task's
 KINDS = get_type_hints(dllm.Options) | {
     "gen_length": int | None,
     "temperature": float | None,
@@ -56,10 +56,10 @@ def main() -> None:
 
 
 def evaluate(cfg: DictConfig) -> float | tuple[float, ...] | None:
-    """Run one setting, or read what it gave before.
+    """Run one setting, or read its earlier results.
 
     Returns:
-        Its objective, where a sweeper wants to know.
+        Its objective, for a sweeper.
     """
     fields: Any = OmegaConf.to_container(cfg, resolve=True)
     _check(fields)
@@ -72,11 +72,11 @@ def evaluate(cfg: DictConfig) -> float | tuple[float, ...] | None:
     except Exception as error:
         if sweeping and not isinstance(
             error, BrokenPipeError
-        ):  # the others go on, and the report tells why this one is missing
+        ):  # the other jobs continue, and the report shows the error
             refused.fail(app.one_line(error))
         raise
     refused.clear_error()
-    print(terminal(_told(results, path), one_line=True), flush=True)
+    print(terminal(_summary(results, path), one_line=True), flush=True)
     searching = sweeping and not hydra.sweeper["_target_"].endswith("BasicSweeper")
     return _objective(results, fields["objective"]) if searching else None
 
@@ -91,7 +91,7 @@ def _check(fields: Mapping[str, Any]) -> None:
     for name in ("baselines", "frames"):
         number(name, fields[name], "0 or more", low=0, whole=True)
     threads(fields["threads"])
-    if not Path(fields["out"]).is_dir():  # runs that are finished may lie where nothing can be written
+    if not Path(fields["out"]).is_dir():  # finished runs may be read-only
         _check_out(fields)
 
 
@@ -100,15 +100,15 @@ def _check_out(fields: Mapping[str, Any]) -> None:
 
 
 def _results(cfg: DictConfig, fields: Mapping[str, Any], label: str) -> tuple[dict[str, Any], Path]:
-    """The results of a run and its folder; measured now unless they are there."""
+    """The results of a run and its folder; computed unless they exist."""
     sampler, cache = build("sampler", cfg.sampler, Sampler), build("cache", cfg.cache, Cache)
     task: Task = build("task", cfg.task, Task)
     options = {name: fields[name] for name in _OPTIONS if fields[name] is not None or name == "block_length"}
     if fields["gen_length"] is None and task.gen_length is not None:
         options["gen_length"] = task.gen_length
-    # Bad values are refused before the model loads.
+    # Bad values are rejected before the model is loaded.
     compatibility.check(sampler, cache, parse_options(options).cfg_scale)
-    seed = fields["seed"] if fields["estimate"]["order"] == "random" else 0  # the others draw nothing
+    seed = fields["seed"] if fields["estimate"]["order"] == "random" else 0  # other orders are deterministic
     with naming({name: f"estimate.{name}" for name in fields["estimate"]}):
         estimate = Estimate(**fields["estimate"], seed=seed, cfg_scale=fields["cfg_scale"])
     files = task.check()
@@ -120,7 +120,7 @@ def _results(cfg: DictConfig, fields: Mapping[str, Any], label: str) -> tuple[di
     state = [identity.checkpoint(Path(path)), identity.stamps(Path(path))] if Path(path).is_dir() else []
     lm, weights = _load(json.dumps(fields["model"]), json.dumps([state, by_path], default=str), app.option_of("model"))
     folder = RunFolder(Path(fields["out"]), label, _identity(asked, weights, task, files, by_path))
-    if Path(path).is_dir() and not folder.path.exists():  # runs that are there keep the path that was typed
+    if Path(path).is_dir() and not folder.path.exists():  # existing runs keep the path as typed
         folder = RunFolder(Path(fields["out"]), label, _identity(_by_name(asked), weights, task, files, read))
     main = fields["task"].get("metric")
     if (found := folder.results(main)) is not None:
@@ -129,11 +129,11 @@ def _results(cfg: DictConfig, fields: Mapping[str, Any], label: str) -> tuple[di
     with progress_reports(f"{terminal(label, one_line=True)}:") as progress:
         journal = Journal(folder.journal)
         setting = Setting(lm, sampler, cache, options, estimate)
-        told = _unless_orphaned(progress)
+        guarded = _unless_orphaned(progress)
         same = partial(_check_same, task, files)
-        runner = Runner(setting, journal, fields["baselines"], fields["frames"], told, stamps, same)
+        runner = Runner(setting, journal, fields["baselines"], fields["frames"], guarded, stamps, same)
         try:
-            if (found := folder.results(main)) is None:  # another process may have finished it meanwhile
+            if (found := folder.results(main)) is None:  # unless another process finished it
                 folder.begin(lm, fields)
                 found = folder.finish(runner, task.run(runner, fields["seed"]))
             return found, folder.path
@@ -142,25 +142,25 @@ def _results(cfg: DictConfig, fields: Mapping[str, Any], label: str) -> tuple[di
 
 
 def _by_name(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A local model by its name, wherever it lies and however its path is written: its content tells which it is."""
+    """A local model by the name of its folder, independent of its path: its content identifies it."""
     name = Path(os.path.abspath(fields["model"]["path"])).name  # noqa: PTH100  # a link keeps its name
     return {**fields, "model": fields["model"] | {"path": name}}
 
 
 def _check_same(task: Task, before: Mapping[str, str]) -> None:
-    """Refuse questions that were read from other data than was looked at: a model was loaded in between."""
+    """Verify that the task's data did not change while the model was loaded."""
     if task.check() != before:
         raise OSError(
-            f"the data or the definition of task={task.name} was changed by something else during this run; run the "
+            f"the data or the definition of task={task.name} was changed by another program during this run; run the "
             "command again"
         )
 
 
 @lru_cache(maxsize=1)
 def _load(model: str, state: str, option: str) -> tuple[dllm.LanguageModel, dict[str, str]]:
-    """The model of some options and who it is; kept for the next job of a sweep, unless its files changed.
+    """The model and its identity; cached for the next job of a sweep, unless its files changed.
 
-    `option` is what errors call its name.
+    `option` is the option of its name in errors.
     """
     lm = app.load_model(parse_json(model), option)
     return lm, identity.model(lm)
@@ -169,7 +169,7 @@ def _load(model: str, state: str, option: str) -> tuple[dllm.LanguageModel, dict
 def _identity(
     fields: Mapping[str, Any], weights: Mapping[str, str], task: Task, data: Mapping[str, str], read: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Everything that the results depend on but the code, under the names they have in results.json."""
+    """Everything that the results depend on, except the code, by the names in results.json."""
     apart = ("model", "sampler", "cache", "task", "out", "objective")
     chosen = HydraConfig.get().runtime.choices
     own = lambda group: {k: v for k, v in fields[group].items() if k != "_target_"}  # noqa: E731
@@ -181,7 +181,7 @@ def _identity(
         "sampler": named("sampler"),
         "cache": named("cache"),
         "options": {name: value for name, value in fields.items() if name not in apart},
-        # What counts as the accuracy is chosen among scores that are all there.
+        # The choice of the accuracy does not change the scores.
         "asked": {name: value for name, value in own("task").items() if name != "metric"}
         | {f"{split}_sha256": digest for split, digest in data.items()},
         "files": read,
@@ -189,30 +189,30 @@ def _identity(
 
 
 def _label(fields: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
-    """A name for people: the choices, those of their options that were changed, and what the command line says."""
+    """Display name: the choices, their changed options, and the options of the command line."""
     given = {override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task}
     shown = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)  # noqa: E731
     parts = []
     for group in ("sampler", "cache"):
-        ours = chosen[group] in names(group) + variants(group)  # no YAML of the user's own
+        ours = chosen[group] in names(group) + variants(group)  # not a custom YAML
         known, options = options_of(group, chosen[group]) if ours else {}, fields[group].items()
-        told = [(name, value) for name, value in options if known.get(name, ...) != value or f"{group}.{name}" in given]
-        parts.append(" ".join([str(chosen[group]), *(f"{name}={shown(value)}" for name, value in told)]))
-    own = [f"{name}={shown(fields[name])}" for name in sorted((_OPTIONS | {"seed"}) - {"batch_size"}) if name in given]
-    return ", ".join([" + ".join(part for part in parts if part != "none"), *own])
+        own = [(name, value) for name, value in options if known.get(name, ...) != value or f"{group}.{name}" in given]
+        parts.append(" ".join([str(chosen[group]), *(f"{name}={shown(value)}" for name, value in own)]))
+    more = [f"{name}={shown(fields[name])}" for name in sorted((_OPTIONS | {"seed"}) - {"batch_size"}) if name in given]
+    return ", ".join([" + ".join(part for part in parts if part != "none"), *more])
 
 
 def _objective(results: Mapping[str, Any], names: Sequence[str]) -> float | tuple[float, ...]:
     metrics = results["metrics"]
     for name in names:
         if not isinstance(metrics.get(name), (int, float)):
-            raise ValueError(f"objective={name} is not known of task={results['task']}; leave it out")
+            raise ValueError(f"objective={name} is not available for task={results['task']}; leave it out")
     values = tuple(float(metrics[name]) for name in names)
     return values if len(values) > 1 else values[0]
 
 
-def _told(results: Mapping[str, Any], path: Path) -> str:
-    """One line about a run."""
+def _summary(results: Mapping[str, Any], path: Path) -> str:
+    """One-line summary of a run."""
     metrics = results["metrics"]
     parts = []
     if metrics["accuracy"] is not None:
@@ -221,15 +221,15 @@ def _told(results: Mapping[str, Any], path: Path) -> str:
         parts.append(f"{metrics['accuracy_name']} {metrics['accuracy']:.1%}{between} of {metrics['n']}")
     else:
         scores = ", ".join(f"{name} {score['value']:.4g}" for name, score in metrics["scores"].items())
-        parts.append(f"{scores or 'not judged'} of {metrics['n']}")
+        parts.append(f"{scores or 'not graded'} of {metrics['n']}")
     if metrics["nfe"] is not None:
         taken = len(sessions(path))
         speed = f"{metrics['tokens_per_second']:,.0f} tokens/s{f' over {taken} sessions' if taken > 1 else ''}"
         parts.append(f"NFE {metrics['nfe']:.1f}  TPF {metrics['tpf']:.2f}  {speed}")
     else:
-        parts.append("nothing was generated: sampler and cache had no part in it")
+        parts.append("nothing was generated: sampler and cache were not used")
     if cut := results["details"].get("truncated"):
-        parts.append(f"{cut} prompts cut off")
+        parts.append(f"{cut} prompts truncated")
     if metrics["speedup"]:
         naive, aware = (metrics["speedup"][name]["time"] for name in ("naive", "eos_aware"))
         parts.append(f"{naive:.1f}x one token per step, {aware:.1f}x the same up to end-of-text")
@@ -247,14 +247,14 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 def _unless_orphaned(progress: Callable[[int, int], object]) -> Callable[[int, int], object]:
-    """End a process whose parent, the sweep, was killed: joblib's workers would go on without it."""
+    """Exit if the parent process (the sweep) was killed: joblib's workers would continue."""
     if not HydraConfig.get().launcher["_target_"].endswith("JoblibLauncher"):
         return progress
     parent = os.getppid()
 
-    def told(done: int, total: int) -> None:
+    def guarded(done: int, total: int) -> None:
         if os.getppid() != parent:
             os._exit(1)
         progress(done, total)
 
-    return told
+    return guarded

@@ -1,4 +1,4 @@
-"""The flags of Hydra on a command line, held against what each takes before Hydra reads them."""
+"""Validation of Hydra's flags on the command line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-# What each takes: nothing, anything (None), or one of some words.
+# Values of each flag: none (), any (None), or one of some words.
 _BARE = "--help --hydra-help --version --resolve --run --multirun --shell-completion"
 _FLAGS: dict[str, tuple[str, ...] | None] = {
     **dict.fromkeys(_BARE.split(), ()),
@@ -23,10 +23,10 @@ _FOLDERS = ("--config-path", "--config-dir")
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The flags, each with its value as FLAG=VALUE, and what else there is.
+    """The flags, each with its value as FLAG=VALUE, and the other arguments.
 
     Raises:
-        ValueError: a flag that Hydra does not have, or a value that is missing or not what the flag takes.
+        ValueError: an unknown flag, or a missing or invalid value.
     """
     flags, others, waiting = [], [], list(reversed(arguments))
     while waiting:
@@ -37,7 +37,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         typed, separator, value = argument.partition("=")
         flag = _SHORT.get(typed, typed)
         if flag not in _FLAGS:
-            raise ValueError(f"{argument!r} is not a flag; options are written name=value, and --help lists them")
+            raise ValueError(f"unknown flag {argument!r}; options are written name=value, and --help lists them")
         takes = _FLAGS[flag]
         if takes == ():
             if separator:
@@ -45,7 +45,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             flags.append(typed)
             continue
         after = waiting[-1] if waiting else "-"
-        # What follows is a value of the flag unless it is another flag, or an option.
+        # The next argument is the value of the flag unless it is a flag or an option.
         if not separator and not after.startswith("-") and ("=" not in after or Path(after).is_dir()):
             value = waiting.pop()
         elif not separator and flag == "--info":
@@ -74,7 +74,7 @@ def _checked(typed: str, flag: str, value: str, after: str) -> str:
 
 def _check_names(folder: Path) -> None:
     """Refuse a YAML with the name of one of ours, which Hydra reads first and so instead."""
-    for group in GROUPS:
+    for group in (*GROUPS, "shared"):
         for file in sorted((folder / group).glob("*.yaml")):
             if (resources.files("dllm.conf") / group / file.name).is_file():
                 raise ValueError(f"{file} has the name of a YAML of dllm, which is read instead; give it another name")

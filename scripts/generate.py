@@ -1,4 +1,4 @@
-"""`dllm generate`: one prompt with its canvas drawn as it fills, or a JSONL file of prompts."""
+"""`dllm generate`: one prompt with a live display of the canvas, or a JSONL file of prompts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _KINDS = get_type_hints(dllm.Options) | {
     name: kind | None
     for name, kind in {"seed": int, **dict.fromkeys(("prompt", "input", "output", "picture", "resume"), str)}.items()
 }
-# What infilling takes from the text itself.
+# Options without effect on infilling.
 _WITHOUT_INFILL = ("gen_length", "stop_at_eos", "stop")
 
 
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def generate(cfg: DictConfig) -> None:
-    """Do what the configuration says."""
+    """Run the command."""
     _check(cfg)
     questions = read_questions(Path(cfg.input)) if cfg.input else []
     answers = AnswerFile(Path(cfg.output)) if cfg.output else None
@@ -61,7 +61,7 @@ def generate(cfg: DictConfig) -> None:
     fields: Any = OmegaConf.to_container(cfg, resolve=True)
     options = {name: fields[name] for name in dllm.Options.__dataclass_fields__}
     options["seed"] = random.randrange(SEEDS) if cfg.seed is None else cfg.seed
-    # Bad values are refused before the model loads.
+    # Bad values are rejected before the model is loaded.
     compatibility.check(sampler, cache, dllm.Options(**options).cfg_scale)
 
     def load() -> Session:
@@ -73,7 +73,7 @@ def generate(cfg: DictConfig) -> None:
         return
     with answers:
         manifest = AnswerManifest(answers, cfg.resume == "mixed")
-        if cfg.seed is None and manifest.seed is not None:  # any will do, so what is there need not be mixed
+        if cfg.seed is None and manifest.seed is not None:  # resume with the same seed
             options["seed"] = manifest.seed
         made = {"sampler": sampler, "cache": cache}
         read = identity.stamps_read_by(sampler, cache)
@@ -95,16 +95,16 @@ def generate(cfg: DictConfig) -> None:
             print(manifest.note)
         print(_done(questions, answers))
         if failed := len(_left(questions, answers)):
-            raise ValueError(f"{failed} of {len(left)} prompts have no answer, as told above; the same command retries")
+            raise ValueError(f"{failed} of {len(left)} prompts failed, as reported above; the same command retries")
 
 
 class Session:
-    """A loaded model and how to decode with it.
+    """A loaded model and its decoding options.
 
     Args:
         lm: the model.
         sampler: the policy.
-        cache: what is reused between steps.
+        cache: the cache.
         options: fields of `dllm.Options`; `seed` is a single number.
         chat: send plain text as a user message.
         infill: fill the masks of each prompt.
@@ -117,7 +117,7 @@ class Session:
         self.options = {name: value for name, value in options.items() if not (infill and name in _WITHOUT_INFILL)}
 
     def answer_prompt(self, prompt: str, show: str, picture: Path | None) -> None:
-        """Decode one prompt, drawing its canvas; print the answer and what it cost."""
+        """Decode one prompt with a display of its canvas; print the answer and statistics."""
         console = Console()
         view = CanvasView(self.lm.tokenizer, self.options.get("gen_length"))
         frames: list[Text] = []
@@ -127,7 +127,7 @@ class Session:
         heading = [prompt]
 
         def callback(step: Step) -> None:
-            while heading:  # only at the first step is it certain that nothing is refused
+            while heading:  # printed at the first step, after all checks
                 console.print(Text(terminal(heading.pop()), "bold"), soft_wrap=True)
             if show != "none":
                 draw(step)
@@ -141,11 +141,11 @@ class Session:
         console.print(Text(terminal(result.texts[0]), "green"), soft_wrap=True)
         stats, nfe = result.stats, int(result.nfe[0])
         counts = f"NFE {nfe}  tokens {stats.tokens}  TPF {stats.tpf:.2f}  {stats.tokens_per_second:.1f} tokens/s"
-        # What NFE does not count is shown where there is any.
+        # Costs beyond NFE are shown if there are any.
         counts += f"  extra positions {stats.extra_columns}" if stats.extra_columns > 0 else ""
         if stats.cache_refreshes:
             counts += f"  computed {stats.computed_share:.0%} of the positions, refreshes {stats.cache_refreshes}"
-        counts += f"  {_told(stats.drift)}" if stats.drift is not None else ""
+        counts += f"  {_summary(stats.drift)}" if stats.drift is not None else ""
         guided = int(result.guide_nfe[0])
         counts += f"  guide NFE {guided} in {stats.guide_seconds:.2f} s" if guided else ""
         console.print(counts, highlight=False, soft_wrap=True)
@@ -156,10 +156,10 @@ class Session:
     def answer_file(
         self, questions: Sequence[PromptLine], answers: AnswerFile, show: str, read: Sequence[identity.Stamp]
     ) -> None:
-        """Decode the questions that have no answer yet, writing each answer as it finishes."""
+        """Decode the questions without an answer, writing each answer when finished."""
         left = _left(questions, answers)
         ids = self._encode([(question.place, question.prompt) for question in left])
-        # Each question has a seed of its own, so that a resumed run gives what an uninterrupted one would.
+        # Each question has its own seed, so that a resumed run gives the same answers as an uninterrupted one.
         options = self.options | {"seed": [self.options["seed"] + question.seed for question in left]}
         measured: list[Measurement] = []
         busy: list[float] = []
@@ -185,7 +185,7 @@ class Session:
                 advance(name)
         answers.verify()
         if (drift := summarise(measured, seconds=0.0)) is not None:
-            print(_told(drift))
+            print(_summary(drift))
         print(f"{len(busy)} steps, row slots busy {sum(busy) / len(busy):.1%}")
 
     def _encode(self, prompts: Sequence[tuple[str, str | list[Mapping[str, Any]]]]) -> list[list[int]]:
@@ -210,7 +210,7 @@ def _check(cfg: DictConfig) -> None:
         raise ValueError(f"output={cfg.output!r} is the input itself; give another file")
     choice("resume", cfg.resume, (None, "mixed"))
     if cfg.resume is not None and cfg.output is None:
-        raise ValueError(f"resume={cfg.resume} is for input and output; give both, or leave it out")
+        raise ValueError(f"resume={cfg.resume} needs input and output; give both, or leave it out")
     if cfg.picture is not None and Path(cfg.picture).suffix != ".svg":
         raise ValueError(f"picture={cfg.picture!r} is not an SVG file; give a name that ends in .svg")
     if cfg.infill:
@@ -237,7 +237,7 @@ def _left(questions: Sequence[PromptLine], answers: AnswerFile) -> list[PromptLi
     return [question for question in questions if question.id not in answers.ids]
 
 
-def _told(drift: Drift) -> str:
+def _summary(drift: Drift) -> str:
     return (
         f"drift in {drift.measured} forwards: KV error {drift.kv_error:.1%}, KL {drift.kl:.3f}, flips {drift.flips:.1%}"
     )
@@ -248,7 +248,7 @@ def _done(questions: Sequence[PromptLine], answers: AnswerFile) -> str:
 
 
 def _is_same(one: str, other: str) -> bool:
-    """Whether two names are of one file, through links of any kind."""
+    """Whether two paths are the same file, also through links."""
     with suppress(OSError):
         return os.path.realpath(one) == os.path.realpath(other) or Path(one).samefile(other)
     return False
@@ -256,7 +256,7 @@ def _is_same(one: str, other: str) -> bool:
 
 @contextmanager
 def _naming(places: Sequence[str]) -> Iterator[None]:
-    """Let an error about prompts[i] say where that prompt came from."""
+    """Replace prompts[i] in errors by the source of the prompt."""
     try:
         yield
     except ValueError as error:

@@ -15,7 +15,7 @@ from dllm.scripts.ending import fail
 
 
 def _commit() -> str | None:
-    """What the harness notes of the folder's repository, without git's words where there is none."""
+    """The git commit of the current folder, for the harness, without error output of git."""
     try:
         described = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True, check=False)
     except OSError:  # no git
@@ -24,7 +24,7 @@ def _commit() -> str | None:
 
 
 def main() -> None:
-    """Hand everything over to the harness."""
+    """Run the harness's command line."""
     try:
         from lm_eval import evaluator
         from lm_eval.__main__ import cli_evaluate
@@ -35,12 +35,12 @@ def main() -> None:
         if error.name != "lm_eval":
             raise
         fail("dllm lm-eval", "lm-eval is missing: pip install 'dllm-samplers[eval]'")
-    told = warnings.formatwarning
-    # What has no effect is told in a line; warnings of libraries keep their place.
+    default = warnings.formatwarning
+    # Own warnings are printed in one line; those of libraries are unchanged.
     warnings.formatwarning = lambda message, category, filename, *more: (
         f"dllm lm-eval: {message}\n"
         if filename == dllm.evaluation.lm_eval.__file__
-        else told(message, category, filename, *more)
+        else default(message, category, filename, *more)
     )
     evaluator.get_git_commit_hash = _commit
     try:

@@ -1,10 +1,9 @@
-"""The model card of a bundled model: what it is, how it was made, and how well it does, measured here."""
+"""The model card of a bundled model: description, training, and accuracy, which is measured here."""
 
 from __future__ import annotations
 
 import shlex
 from hashlib import sha256
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from dllm.checks import first_line
 from dllm.evaluation.word_problems import Score, evaluate, evaluate_causal
 from dllm.files import write_whole
 from dllm.models.tokenizers import load_tokenizer
+from dllm.resolve import merged
 from dllm.samplers import Vanilla
 from dllm.stored import misfit, there
 from dllm.tasks import word_problems
@@ -31,15 +31,15 @@ _KINDS = {
     "dream": "A masked diffusion language model in the Dream architecture (bidirectional Qwen2, shifted logits)",
     "guide": "A causal language model in the Qwen2 architecture, which can guide the bundled denoisers",
 }
-# Where things lay and how they were measured is not part of how a model is trained.
+# Options that do not affect training.
 _NO_RECIPE = ("out", "publish", "init", "threads", "checkpoint_every", "log_every", "eval_problems", "eval_seed")
-RECIPE = "train_tiny.yaml"  # beside a model: the configuration it is trained with
-# Of it, what may change before a training goes on; what it starts from may not.
+RECIPE = "train_tiny.yaml"  # training configuration, in the folder of the model
+# Options that may change when resuming.
 _NO_IDENTITY = {*_NO_RECIPE, "device", "compile"} - {"init"}
 
 
 def read_recipe(folder: Path, cfg: DictConfig) -> dict[str, Any]:
-    """The configuration that a model was trained with, all options of this one.
+    """The training configuration of a model, with all options of `cfg`.
 
     Raises:
         ValueError: it is damaged.
@@ -59,15 +59,15 @@ def read_recipe(folder: Path, cfg: DictConfig) -> dict[str, Any]:
 
 
 def check_recipe(folder: Path, cfg: DictConfig, needed: bool) -> None:
-    """Refuse a folder where another model is trained, or was.
+    """Reject the folder of another model.
 
     Args:
         folder: of the model.
-        cfg: what is asked for.
-        needed: there is a training to go on with.
+        cfg: the current configuration.
+        needed: there is a training checkpoint to resume.
 
     Raises:
-        ValueError: options differ that decide what is learned, or nothing says what they were.
+        ValueError: training options differ, or the recipe is missing.
     """
     path = folder / RECIPE
     if not there(path, "put it back, or give another out"):
@@ -86,7 +86,7 @@ def check_recipe(folder: Path, cfg: DictConfig, needed: bool) -> None:
 
 
 def write_card(path: Path, card: str) -> None:
-    """Write a model card; one that was changed by hand is kept, and the new one lies beside it."""
+    """Write a model card; an edited one is kept, and the new one is written next to it."""
     text = card if _is_as_made(card) else _marked(card)
     try:
         before = path.read_text(encoding="utf-8") if there(path) else text
@@ -99,7 +99,7 @@ def write_card(path: Path, card: str) -> None:
 
 
 def _marked(card: str) -> str:
-    """A card with a line that tells whether it was changed since."""
+    """A card with a checksum line to detect edits."""
     return f"{card}\n<!-- made by dllm train-tiny, {sha256(card.encode()).hexdigest()[:16]} -->\n"
 
 
@@ -108,12 +108,12 @@ def _is_as_made(text: str) -> bool:
 
 
 def model_card(folder: Path, recipe: Any, cfg: DictConfig, minutes: float) -> str:
-    """Measure a trained model and describe it.
+    """Evaluate a trained model and write its card.
 
     Args:
-        folder: where it lies.
-        recipe: the configuration it was trained with.
-        cfg: says how to measure: `eval_problems`, `eval_seed` and `device`.
+        folder: of the model.
+        recipe: its training configuration.
+        cfg: evaluation options: `eval_problems`, `eval_seed` and `device`.
         minutes: training time.
 
     Returns:
@@ -200,9 +200,8 @@ def _yaml(fields: dict[Any, Any]) -> str:
 
 def _command(recipe: Any) -> str:
     """The command that trains by this recipe: everything that differs from the defaults."""
-    text = (resources.files("dllm.conf") / "train_tiny.yaml").read_text(encoding="utf-8")
-    defaults: Any = OmegaConf.to_container(OmegaConf.create(text))
     fields: Any = OmegaConf.to_container(recipe)
+    defaults = merged("train_tiny")
     words = [f"dllm train-tiny arch={recipe.arch}"]
     if recipe.init:
         words.append(f"init=outputs/{Path(recipe.init).name}")
@@ -210,14 +209,14 @@ def _command(recipe: Any) -> str:
         if key in ("arch", *_NO_RECIPE) or value == defaults.get(key):
             continue
         if isinstance(value, dict):
-            # Hydra merges: what the recipe does not have must be taken back.
+            # Hydra merges dictionaries: missing keys must be set to 0.
             value = dict.fromkeys(defaults[key], 0) | value
         words.append(shlex.quote(f"{key}={_as_override(value)}"))
     return " ".join(words)
 
 
 def _as_override(value: Any) -> str:
-    """A value as Hydra's grammar writes it."""
+    """A value in Hydra's grammar."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {_as_override(part)}" for key, part in value.items()) + "}"
     if isinstance(value, list):

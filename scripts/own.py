@@ -1,4 +1,4 @@
-"""Files that a command may write over: those of its own kind, told by what they hold, and none of other people."""
+"""Overwrite protection: a command only overwrites files of its own kind, recognized by content."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from dllm.files import parse_json, read_json, write_whole
 from dllm.filters import FILTER_FORMAT, filter_layouts
 from dllm.scripts import app
 
-_MOST = 1 << 26  # bytes; no text or picture of a command comes near
+_MOST = 1 << 26  # bytes; larger than any output of a command
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file that a command makes.
+    """A kind of output file of a command.
 
     Attributes:
-        name: what errors call it.
-        marks: whether a file that holds something is one.
+        name: in errors.
+        marks: whether a non-empty file is of this kind.
     """
 
     name: str
@@ -37,15 +37,15 @@ class Kind:
 
 
 def check(option: str, value: str, files: Mapping[Path, Kind]) -> None:
-    """Refuse to write files before any work is done.
+    """Reject output files of another kind, before any work is done.
 
     Args:
-        option: where their paths come from.
-        value: what it is.
-        files: all that are going to be written.
+        option: the option with their paths.
+        value: its value.
+        files: all output files.
 
     Raises:
-        ValueError: one cannot be written, or is there and of another kind.
+        ValueError: one is not writable, or exists and is of another kind.
     """
     for path, kind in files.items():
         app.check_writable(option, value, str(path))
@@ -57,7 +57,7 @@ def check(option: str, value: str, files: Mapping[Path, Kind]) -> None:
 
 
 def check_sweep(option: str, value: str, path: Path) -> None:
-    """Refuse to write over what another job of the same sweep wrote, in whatever process that was.
+    """Reject a file written by another job of the same sweep, in any process.
 
     Raises:
         ValueError: the file was written since the sweep began.
@@ -65,16 +65,16 @@ def check_sweep(option: str, value: str, path: Path) -> None:
     sweeping = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     if sweeping and path.is_file() and path.stat().st_mtime >= float(os.environ[app.STARTED]):
         raise ValueError(
-            f"{option}={value!r}: {path} was written by another job of this sweep; put ${{NAME}} of what is swept into "
-            f"{option}"
+            f"{option}={value!r}: {path} was written by another job of this sweep; include ${{NAME}} of a swept option "
+            f"in {option}"
         )
 
 
 def write(option: str, value: str, contents: Mapping[Path, tuple[Kind, str | bytes]]) -> None:
-    """Write files whole, after one more look at what is there: hours may lie between it and the first.
+    """Write files atomically, after checking again, since hours may have passed.
 
     Raises:
-        ValueError: one of them is of another kind by now; none is written then.
+        ValueError: one of them is of another kind; none is written then.
     """
     check(option, value, {path: kind for path, (kind, _) in contents.items()})
     for path, (_, content) in contents.items():
@@ -82,7 +82,7 @@ def write(option: str, value: str, contents: Mapping[Path, tuple[Kind, str | byt
 
 
 def svg(figure: Any) -> bytes:
-    """A matplotlib figure as a file, without the date; names in it are text, with no formulas or control characters."""
+    """A matplotlib figure as SVG, without the date; text is literal, without formulas or control characters."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
@@ -95,12 +95,12 @@ def svg(figure: Any) -> bytes:
 
 def _is_own(path: Path, kind: Kind) -> bool:
     path = Path(os.path.realpath(path))
-    # What is not an ordinary file, such as /dev/stdout, keeps nothing.
+    # Special files, such as /dev/stdout, have no content to protect.
     return not path.is_file() or path.stat().st_size == 0 or kind.marks(path)
 
 
 def _text(name: str, pattern: str) -> Kind:
-    """Text that begins as a pattern says; of tables, to the end, so that nothing is lost that was added by hand."""
+    """Text that matches a pattern at its start; for tables up to the end, to protect manual additions."""
     compiled = re.compile(pattern.encode(), re.DOTALL)
 
     def marks(path: Path) -> bool:
@@ -111,7 +111,7 @@ def _text(name: str, pattern: str) -> Kind:
 
 
 def _has_filter_layout(path: Path) -> bool:
-    """A file with our mark, or tensors of a filter with a card beside them, as earlier versions left it."""
+    """A file with our metadata, or tensors of a filter with a card, as written by earlier versions."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(length) if length < _MOST else b""
@@ -139,7 +139,7 @@ BENCH_FORMAT = "dllm-bench"
 BENCH_RECORD = _text("record of dllm bench", rf'\{{\s*"(?:format": "{BENCH_FORMAT}"|setting": "[^\n]*",\s*"torch": )')
 MATRIX = _text(
     "table of dllm compatibility",
-    r"# What goes together\n\nMade by `dllm compatibility [^|]{,1200}\n\| [^\n]*\n" + _ROWS
+    r"# (?:What goes together|Compatibility)\n\nMade by `dllm compatibility [^|]{,1200}\n\| [^\n]*\n" + _ROWS
     + r"\n?(?:\(\d+\) [^\n]*\.\n)*\Z",
 )  # fmt: skip
 PICTURE = _text("picture of dllm generate", r'<svg class="rich-terminal".*Generated with Rich.*>step&#160;')
@@ -151,7 +151,7 @@ RELIABILITY = _text("plot of dllm train-filter", r"<\?xml.*Matplotlib v.*[> ]sha
 
 
 def _has_rows_of_a_report(path: Path) -> bool:
-    """Whether it is a CSV of our columns in which every line has all of them."""
+    """Whether it is a complete CSV table with our columns."""
     try:
         rows = list(csv.reader(io.StringIO(path.read_bytes()[:_MOST].decode(), newline=""), strict=True))
     except (UnicodeDecodeError, csv.Error):
@@ -161,7 +161,7 @@ def _has_rows_of_a_report(path: Path) -> bool:
 
 
 _GROUP = (
-    r"\n## [^\n]+\n\n\| setting \|[^\n]*\n" + _ROWS + r"(?:\nThe oracle is a bound [^\n]*\n)?"
+    r"\n## [^\n]+\n\n\| setting \|[^\n]*\n" + _ROWS + r"(?:\nThe oracle is an? [^\n]*\n)?"
     r"(?:\n\| runs of \|[^\n]*\n" + _ROWS + r"\nAccuracy Under Parallelism: [^\n]*\n)?"
     r"(?:\n!\[[^\n]*\]\([^\n]*\)\n)*"
 )  # fmt: skip
@@ -176,10 +176,10 @@ REPORT = {
 
 
 def check_records(out: str, folder: Path, needed: tuple[str, ...]) -> None:
-    """Refuse a folder that is not one of records of `dllm train-filter`.
+    """Reject a folder without records of `dllm train-filter`.
 
     Raises:
-        ValueError: it is something else, or holds files and no recipe.
+        ValueError: it has other content, or no recipe.
     """
     recipe, fix = folder / "recipe.json", "give another out, or remove that folder"
     if not folder.exists() and not folder.is_symlink():
@@ -194,15 +194,15 @@ def check_records(out: str, folder: Path, needed: tuple[str, ...]) -> None:
 
 
 def check_training(option: str, folder: Path, names: Iterable[str]) -> None:
-    """Refuse a folder with a model that `dllm train-tiny` did not make.
+    """Reject a folder with a model that is not from `dllm train-tiny`.
 
     Args:
-        option: where its path comes from.
-        folder: it.
-        names: of the files that are going to be written.
+        option: the option with its path.
+        folder: the folder.
+        names: of the output files.
 
     Raises:
-        ValueError: it holds one of them, and neither a recipe nor a model card of ours.
+        ValueError: it has one of these files, but neither a recipe nor a model card of `dllm train-tiny`.
     """
     for name in names:
         check_sweep(option, str(folder), folder / name)

@@ -1,4 +1,4 @@
-"""`dllm report`: a sweep as a table, plots and one page."""
+"""`dllm report`: table, plots and HTML page of a sweep."""
 
 from __future__ import annotations
 
@@ -24,14 +24,17 @@ from dllm.reports.runs import Group, Sweep
 from dllm.scripts import app, own
 
 KINDS = {"out": str | None, "quality": str | int | None}
-_LONGEST = 200  # bytes of a model and a task in the name of a file, which has 255 at most
+_LONGEST = 200  # bytes of model and task in a file name, which is limited to 255
 _FILES = {"nfe": "quality-nfe", "tokens_per_second": "quality-speed"}
 _AUP = (
-    "Accuracy Under Parallelism: the area under accuracy in percent over TPF along the front of these runs, where lost "
-    "accuracy weighs more than in proportion and what loses more than 5 points is left out. With few samples one "
-    "answer decides that; compare the intervals."
+    "Accuracy Under Parallelism: the area under accuracy in percent over TPF along the Pareto front of these runs, "
+    "with an over-proportional penalty for lost accuracy; runs that lose more than 5 points are excluded. With few "
+    "samples a single answer may decide this; compare the intervals."
 )
-_BOUND = "The oracle is a bound and no method: it stands on no front, in no AUP. Both leave out a guide's forwards."
+_BOUND = (
+    "The oracle is an upper bound, not a method: it is excluded from the front and from AUP. Both do not count a "
+    "guide's forwards."
+)
 
 
 def main() -> None:
@@ -65,14 +68,14 @@ def report(cfg: DictConfig) -> None:
 
 
 def _pictures_of(file: Path) -> set[str]:
-    """The plots that an earlier report shows, if it is one."""
+    """The plots of an earlier report, if the file is one."""
     if not (file.is_file() and own.REPORT[".md"].marks(file)):
         return set()
     return set(re.findall(r"^!\[.*\]\((quality-[\w.-]+\.svg)\)$", file.read_text(encoding="utf-8"), re.MULTILINE))
 
 
 def _picture(sweep: Sweep, group: Group, cost: str) -> str:
-    """The name of a plot's file."""
+    """The file name of a plot."""
     several = len(sweep.groups) > 1
     place = re.sub(r"[^\w.-]+", "_", f"-{group.model}-{group.task}") if several else ""
     if len(place.encode()) > _LONGEST:
@@ -101,7 +104,7 @@ def _markdown(sweep: Sweep, drawn: dict[str, dict[str, str]]) -> str:
 
 
 def _show(sweep: Sweep, text: str) -> None:
-    """Print the tables: drawn on a terminal, with as many columns as it has room for, in Markdown elsewhere."""
+    """Print the tables: on a terminal with as many columns as fit, elsewhere in Markdown."""
     console = Console()
     if not console.is_terminal:
         print(text)
@@ -133,5 +136,5 @@ def _drawn(group: Group, shown: list[table.Column]) -> Table:
 
 
 def _text(text: str) -> Text:
-    """Text that is no markup of rich's."""
+    """Text without rich markup."""
     return Text(terminal(text, one_line=True))

@@ -1,4 +1,4 @@
-"""`dllm show`: a trace, step by step."""
+"""`dllm show`: displays a trace step by step."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from dllm.scripts.ending import Stopped
 try:
     import termios
     import tty
-except ImportError:  # Windows, whose terminals get lines
+except ImportError:  # Windows: lines only
     _KEYBOARD = False
 else:
     _KEYBOARD = True
 
 KINDS = {"sample": str | int | None, "step": int | None}
 _HELP = "← → step   home end first, last   ↑ ↓ sample   c colours   q leave"
-# What terminals send, and letters for those who have no such key.
+# Escape sequences of terminals, and alternative letters.
 _KEYS = {
     "next": ("\x1b[C", "\x1bOC", "l", " "),
     "back": ("\x1b[D", "\x1bOD", "h", "\x7f", "\x08"),
@@ -54,12 +54,12 @@ _MEANING = {key: meaning for meaning, keys in _KEYS.items() for key in keys}
 
 @dataclass(frozen=True)
 class View:
-    """What is looked at.
+    """The displayed state.
 
     Attributes:
-        sample: its place among those with frames, from 0.
+        sample: index among those with frames.
         step: from 0.
-        colour: what the colours of tokens tell.
+        colour: meaning of the token colours.
     """
 
     sample: int = 0
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def show(cfg: DictConfig) -> None:
-    """Load a trace, and show it as the terminal allows."""
+    """Load a trace and display it."""
     choice("colour", cfg.colour, get_args(Colour))
     trace, console = _load(Path(cfg.path)), Console()
     view = View(_sample(trace, cfg.sample), colour=cfg.colour)
@@ -90,16 +90,16 @@ def show(cfg: DictConfig) -> None:
 
 
 def play(trace: Trace, view: View, pressed: Iterator[str], see: Callable[[RenderableType], object]) -> View:
-    """Draw, and draw anew after each key, until one means to leave.
+    """Draw, and redraw after each key, until quit.
 
     Args:
-        trace: what to show.
-        view: where to begin.
+        trace: the trace.
+        view: initial state.
         pressed: keys, one by one.
-        see: takes each drawing.
+        see: displays a drawing.
 
     Returns:
-        Where it ended.
+        The final state.
     """
     help_line = Text(_HELP, "dim", no_wrap=True)
     see(Group(draw(trace, view.sample, view.step, view.colour), Text(), help_line))
@@ -114,7 +114,7 @@ def play(trace: Trace, view: View, pressed: Iterator[str], see: Callable[[Render
 
 
 def moved(trace: Trace, view: View, meaning: str) -> View:
-    """Where a key leads: never beyond the first or last step, and round the samples."""
+    """The state after a key: steps are clamped, samples wrap around."""
     last = len(trace.frames[view.sample].canvas) - 1
     match meaning:
         case "next" | "back":
@@ -129,7 +129,7 @@ def moved(trace: Trace, view: View, meaning: str) -> View:
 
 
 def keys(read: Callable[[], str]) -> Iterator[str]:
-    """Single keys out of what a terminal sends, which may be several at once; ends where input ends."""
+    """Single keys from terminal input, which may contain several at once; ends at end of input."""
     try:
         while text := read():
             yield from re.findall(r"\x1b[\[O][0-9;]*[A-Za-z~]|.", text, re.DOTALL)
@@ -141,7 +141,7 @@ def keys(read: Callable[[], str]) -> Iterator[str]:
 
 @contextmanager
 def _keyboard() -> Iterator[Callable[[], str]]:
-    """Reads keys as they are pressed; none is echoed, or lost while the canvas is drawn."""
+    """Reads keys without echo and line buffering."""
     terminal = sys.stdin.fileno()
     before = termios.tcgetattr(terminal)
     try:
@@ -154,19 +154,17 @@ def _keyboard() -> Iterator[Callable[[], str]]:
 def _load(path: Path) -> Trace:
     file = path / "trace.safetensors" if path.is_dir() else path
     if path.is_dir() and not file.is_file():
-        raise ValueError(
-            f"path={str(path)!r} holds no trace.safetensors; give a trace, or the folder of a run with one"
-        )
+        raise ValueError(f"path={str(path)!r} has no trace.safetensors; give a trace, or the folder of a run with one")
     check_readable("path", file)
     trace = Trace.load(file)
     frames = tuple(each for each in trace.frames if len(each.canvas))
     if not frames:
-        raise ValueError(f"path={str(path)!r} holds no sample step by step; give the trace of a run that recorded some")
+        raise ValueError(f"path={str(path)!r} has no sample step by step; give the trace of a run that recorded some")
     return replace(trace, frames=frames)
 
 
 def _sample(trace: Trace, wanted: str | int | None) -> int:
-    """The place of a sample; an id goes before a number."""
+    """The index of a sample; an id takes precedence over a number."""
     ids = [each.id for each in trace.frames]
     if wanted is None:
         return 0

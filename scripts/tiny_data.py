@@ -1,8 +1,7 @@
-"""What the bundled models learn from: fresh problems, and two ways to mask them.
+"""Training data of the bundled models: random problems, and two masking schemes.
 
-The denoisers see plain LLaDA masks (a uniform number of masked tokens, arXiv 2502.09992, with the loss
-averaged over them), and windows as decoding meets them: everything before is clean, everything after is
-[MASK].
+The denoisers are trained on LLaDA masks (a uniform number of masked tokens, arXiv 2502.09992, with the loss
+averaged over them), and on windows as in decoding: everything before is clean, everything after is [MASK].
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ class Batch:
     """Left-padded prompts and canvases of one length.
 
     Attributes:
-        ids: (B, P + C) clean tokens, the canvas filled up with end-of-text.
-        valid: (B, P + C) 1 where a token is no padding.
-        answer_lengths: (B,) tokens of each answer, end-of-text excluded.
+        ids: (B, P + C) clean tokens, with the canvas padded by end-of-text.
+        valid: (B, P + C) attention mask.
+        answer_lengths: (B,) tokens of each answer, without end-of-text.
     """
 
     ids: Tensor
@@ -34,7 +33,7 @@ class Batch:
 
 
 class BatchMaker:
-    """Draws batches of fresh problems; its state is one `random.Random`."""
+    """Samples batches of new problems; its state is a `random.Random`."""
 
     def __init__(self, cfg: DictConfig, tokenizer: PreTrainedTokenizerFast) -> None:
         self.cfg, self.tokenizer = cfg, tokenizer
@@ -61,13 +60,13 @@ class BatchMaker:
 def corrupt(
     canvas: Tensor, answer_lengths: Tensor, noise: DictConfig, tokenizer: PreTrainedTokenizerFast, rng: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Choose what to mask and what to learn from.
+    """Sample the masked positions and the targets of the loss.
 
     Args:
         canvas: (B, C) clean tokens.
         answer_lengths: (B,) tokens before the end-of-text padding.
         noise: the `noise` node of the config.
-        tokenizer: tells digits and "=" apart.
+        tokenizer: for the ids of digits and "=".
         rng: source of randomness.
 
     Returns:
@@ -91,7 +90,7 @@ def corrupt(
     after = torch.multinomial(equals, 1, generator=rng)[:, 0] + 1
     start = torch.where(kind > 1 - noise.after_equals, after, start)
     in_window = (column >= start[:, None]) & (column < (start + length)[:, None])
-    # Within it everything, or digits and other tokens each at a rate of their own: decoding fixes words first.
+    # Within it everything, or digits and other tokens at separate rates: decoding commits words first.
     digits = torch.tensor([t.strip().isdigit() for t in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))])
     rate = torch.where(digits[canvas], uniform(rows, 1), uniform(rows, 1))
     rate = torch.where(uniform(rows, 1) < noise.full, 1.0, rate)

@@ -1,4 +1,4 @@
-"""The bundled architectures in the sizes of a configuration, fresh or from the weights of a guide."""
+"""The bundled architectures in configured sizes, initialized randomly or from the weights of a guide."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dllm.models.llada import LLaDAConfig, LLaDAModelLM
 
 
 def build_model(cfg: DictConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """Make the model of `cfg.arch`, from the blocks of `cfg.init` where given."""
+    """Build the model of `cfg.arch`, with the blocks of `cfg.init` if given."""
     size, eos, mask = cfg.model, tokenizer.eos_token_id, tokenizer.mask_token_id
     common = {"vocab_size": len(tokenizer), "eos_token_id": eos, "pad_token_id": eos, "rope_theta": 10000.0}
     if cfg.arch == "llada":
@@ -47,7 +47,7 @@ def _guide_weights(folder: str) -> dict[str, Tensor]:
     try:
         kind = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["model_type"]
         if kind != "qwen2":
-            raise ValueError(f"it holds a model of type {kind}")
+            raise ValueError(f"it has a model of type {kind}")
         return dict(Qwen2ForCausalLM.from_pretrained(folder).state_dict())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"init={folder!r} cannot be used ({error}); give the folder of a trained tiny-guide") from None

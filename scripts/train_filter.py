@@ -1,4 +1,4 @@
-"""`dllm train-filter`: make a Learn2PD filter for a model, from its own decodes."""
+"""`dllm train-filter`: train a Learn2PD filter for a model, on its own generations."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from dllm.tasks import word_problems
 _KINDS = get_type_hints(dllm.Options) | {
     name: kind | None for name, kind in {"data": str, "split": str, "column": str, "out": str, "hidden": int}.items()
 }
-# What decides which records there are; the rest may change between two runs over the same records.
+# Options that the records depend on; others may change between runs on the same records.
 _RECIPE = """model sampler cache seed gen_length block_length temperature top_p top_k tempered_confidence stop_at_eos
 eos_token_id eos_suppression batch_size""".split()
 _TRAINING = "architecture hidden rate train_batch_size epochs patience held_out".split()
@@ -52,20 +52,20 @@ def main() -> None:
 
 
 def train_filter(cfg: DictConfig) -> None:
-    """Collect records, train, measure, write the filter and its card."""
+    """Collect records, train and evaluate a filter, write it with its card."""
     how = _check(cfg)
     _check_files(_out(cfg))
     sampler, cache = build("sampler", cfg.sampler, Sampler), build("cache", cfg.cache, Cache)
     fields: Any = OmegaConf.to_container(cfg, resolve=True)
     options = {name: fields[name] for name in dllm.Options.__dataclass_fields__ if name in fields}
-    dllm.Options(**options)  # refuse bad values before the model loads
+    dllm.Options(**options)  # reject bad values before the model is loaded
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     prompts = _prompts(cfg)
     lm = app.load_model(fields["model"])
     out = _out(cfg)
     ids = encode(prompts, lm.tokenizer)
-    prepare(lm, ids, sampler, cache, dllm.Options(**options))  # refuses what does not go together, or does not fit
+    prepare(lm, ids, sampler, cache, dllm.Options(**options))  # rejects incompatible options and long prompts
     trained = {name: fields[name] for name in _TRAINING}
     made = trained | {name: fields[name] for name in ("block_length", "cache", "sampler", "seed")}
     made |= {"fingerprint": lm.backbone.fingerprint(), "data": _data_name(cfg), "prompts": len(ids)}
@@ -104,7 +104,7 @@ def _out(cfg: DictConfig) -> Path:
 
 
 def _check_files(out: Path) -> None:
-    """Refuse to write over what is not a filter's."""
+    """Reject to overwrite files of another kind."""
     kinds = {".safetensors": own.FILTER, ".json": own.CARD, ".svg": own.RELIABILITY}
     own.check("out", str(out), {out.with_suffix(suffix): kind for suffix, kind in kinds.items()})
     own.check_records(str(out), _records(out), ("fingerprint", "prompts", "sampler"))
@@ -115,7 +115,7 @@ def _records(out: Path) -> Path:
 
 
 def _check_finished(out: Path, made: dict[str, Any]) -> None:
-    """Refuse to replace a finished filter by one of other options, as far as its card and its records tell them."""
+    """Reject to replace a finished filter by one with other options, according to its card and records."""
     card, recipe = out.with_suffix(".json"), _records(out) / "recipe.json"
     if not (out.exists() and there(card)):
         return
@@ -132,7 +132,7 @@ def _check_finished(out: Path, made: dict[str, Any]) -> None:
 
 
 def _prompts(cfg: DictConfig) -> list[Any]:
-    """The first `prompts` prompts of the source; all there are where it has fewer."""
+    """The first `prompts` prompts of the source, or all if it has fewer."""
     prompts = _read(cfg)[: cfg.prompts]
     if len(prompts) < 2:
         raise ValueError(f"data={cfg.data!r} has {len(prompts)} prompts, too few to hold one out; give more")
@@ -146,18 +146,18 @@ def _read(cfg: DictConfig) -> list[Any]:
         return [problem.question for problem in word_problems.problems(cfg.prompts, cfg.seed)]
     if cfg.data.endswith(".jsonl"):
         return [question.prompt for question in read_questions(Path(cfg.data), "data")]
-    from datasets import disable_progress_bars, load_dataset  # heavy, and needed here only
+    from datasets import disable_progress_bars, load_dataset  # slow import, only needed here
     from datasets.exceptions import DatasetsError
 
     if not Console(stderr=True).is_terminal:
         disable_progress_bars()
-    with TemporaryDirectory(ignore_cleanup_errors=True) as anew:
-        # Of local files, datasets keeps what it read under their names and times, whatever they hold by now.
-        kept = {"cache_dir": anew} if Path(cfg.data).exists() else {}
+    with TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        # For local files, datasets caches by name and time, not by content.
+        kept = {"cache_dir": temporary} if Path(cfg.data).exists() else {}
         try:
             rows = load_dataset(cfg.data, split=cfg.split or "train", **kept)
         except (DatasetsError, OSError, ValueError) as error:
-            # What cannot be parsed says why only in its cause.
+            # For parse errors, only the cause has details.
             raise ValueError(
                 f"data={cfg.data!r} with split={cfg.split or 'train'!r} cannot be read: {error.__cause__ or error}"
             ) from None
@@ -176,7 +176,7 @@ def _collect(
     folder: Path,
     recipe: dict[str, Any],
 ) -> Records:
-    """Records of all prompts, batch by batch; what an earlier run of the same recipe left is taken over."""
+    """Records of all prompts, batch by batch; those of an earlier run with the same recipe are reused."""
     file = folder / "recipe.json"
     asked = sha256(json.dumps(ids).encode()).hexdigest()
     stamps = identity.stamps_read_by(sampler, cache)
@@ -185,11 +185,11 @@ def _collect(
     recipe |= {"prompts": asked}
     if there(file, "remove that folder"):
         before = read_json(file, "remove that folder")
-        # How a filter is trained on them changes no records.
+        # Training options do not change the records.
         other = ", ".join(name for name in recipe if name != "training" and before.get(name) != recipe[name])
         if other:
             raise ValueError(
-                f"out: {folder} holds records of other settings ({other}); give another out, or remove that folder"
+                f"out: {folder} has records of other settings ({other}); give another out, or remove that folder"
             )
     write_json(file, recipe)
     written = file.read_bytes()
@@ -213,7 +213,7 @@ def _collect(
 
 
 def _part(file: Path, prompts: range, block_length: int) -> Records | None:
-    """The records of one batch; None where they are not there, or damaged, and are to be made again."""
+    """The records of one batch; None if missing or damaged."""
     if not there(file):
         return None
     try:
@@ -233,7 +233,7 @@ def _part(file: Path, prompts: range, block_length: int) -> Records | None:
 
 
 def _plot(card: FilterCard, path: Path) -> Path | None:
-    """The reliability plot: how often a prediction was final, over how sure the filter was."""
+    """The reliability diagram: share of final predictions over predicted probability."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -251,9 +251,9 @@ def _plot(card: FilterCard, path: Path) -> Path | None:
 
 def _report(card: FilterCard, out: Path, plot: Path | None) -> None:
     learned, apart = card.records["learned"], card.records["held_out"]
-    print(f"{card.prompts} prompts gave {learned} blocks under way to learn from and {apart} held out, by prompt")
+    print(f"{card.prompts} prompts gave {learned} training records and {apart} held-out records, split by prompt")
     for row in card.held_out["thresholds"]:
-        precision = f"{row['precision']:.2%}" if row["recall"] else "-"  # nothing right was accepted
+        precision = f"{row['precision']:.2%}" if row["recall"] else "-"  # nothing was accepted
         print(f"threshold {row['threshold']:<6} precision {precision}  recall {row['recall']:.2%}")
     for share in (0.99, 0.999):
         print(f"recall {card.held_out[f'recall_at_{share}']:.2%} at a precision of {share:.1%}")

@@ -1,8 +1,7 @@
 """Train a bundled model on the word problems: `python scripts/train_tiny.py arch=llada`.
 
-Muon on the matrices, AdamW on the rest, linear decay, averaged weights; what the batches are and how
-they are masked is in `tiny_data`. Run again to resume; a finished run only measures and writes the
-model card.
+Muon on the matrices, AdamW on the rest, linear decay, averaged weights; batches and masking are in
+`tiny_data`. Run again to resume; a finished run is only evaluated again.
 """
 
 from __future__ import annotations
@@ -41,18 +40,18 @@ from dllm.stored import misfit, there
 from dllm.tasks import word_problems
 from dllm.tasks.tokenizer import build_tokenizer
 
-# What a published model consists of; the rest of the folder serves resuming.
+# Files of a published model; the others are for resuming.
 PUBLISHED = """README.md config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json
 special_tokens_map.json added_tokens.json chat_template.jinja""".split()
 
 
-# What an optimizer keeps of each parameter.
+# Optimizer state per parameter.
 _KEPT = (("momentum_buffer",), ("step", "exp_avg", "exp_avg_sq"))
 _DAMAGE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, LookupError, TypeError, AttributeError)
 
 
 class Trainer:
-    """Everything that a resumed run needs, in one place."""
+    """The complete training state."""
 
     def __init__(self, cfg: DictConfig) -> None:
         torch.manual_seed(cfg.seed)
@@ -90,7 +89,7 @@ class Trainer:
         return ((losses * target).sum(-1) / target.sum(-1).clamp(min=1)).mean()
 
     def train_step(self) -> Tensor:
-        """Learn from one batch; return its loss."""
+        """Train on one batch; return its loss."""
         cfg = self.cfg
         batch = self.batches()
         canvas = batch.ids[:, cfg.prompt_length :]
@@ -113,7 +112,7 @@ class Trainer:
         return loss.detach()
 
     def save(self) -> None:
-        """Write what resuming needs, and the averaged weights as a loadable folder beside it."""
+        """Write the training checkpoint, and the averaged weights as a loadable model."""
         state = {
             "model": [p.detach().clone() for p in self.model.parameters()], "average": self.average,
             "optimizers": [o.state_dict() for o in self.optimizers], "step": self.step, "seconds": self.seconds,
@@ -136,10 +135,10 @@ class Trainer:
         self._assign(trained)
 
     def resume(self) -> None:
-        """Continue from `out/state.pt` where there is one.
+        """Resume from `out/state.pt` if it exists.
 
         Raises:
-            ValueError: it is damaged, or was made by another recipe.
+            ValueError: it is damaged, or from another recipe.
         """
         path, state = self.out / "state.pt", None
         try:
@@ -149,9 +148,7 @@ class Trainer:
             if state is not None:
                 self._restore(state)
         except _DAMAGE as error:
-            raise ValueError(
-                f"{path} is damaged ({first_line(error)}); remove it to train from the beginning"
-            ) from None
+            raise ValueError(f"{path} is damaged ({first_line(error)}); remove it to train from scratch") from None
 
     def _restore(self, state: dict[str, Any]) -> None:
         shapes = [p.shape for p in self.model.parameters()]
@@ -164,7 +161,7 @@ class Trainer:
         self._assign(state["model"])
         self.average = [p.to(self.cfg.device) for p in state["average"]]
         for optimizer, saved, kept in zip(self.optimizers, state["optimizers"], _KEPT, strict=True):
-            # What else it holds is the recipe's.
+            # Hyperparameters come from the recipe.
             optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
             for parameter in optimizer.param_groups[0]["params"]:
                 values = optimizer.state[parameter]
@@ -191,7 +188,7 @@ def main() -> None:
 
 
 def train(cfg: DictConfig) -> None:
-    """Train until `steps`, saving as it goes; then measure, write the model card and publish."""
+    """Train for `steps` with checkpoints; then evaluate, write the model card and publish."""
     _check(cfg)
     logging.disable_progress_bar()  # transformers draws one for each small file
     if cfg.threads:
@@ -212,7 +209,7 @@ def train(cfg: DictConfig) -> None:
 
 @contextmanager
 def _claimed(option: str, folder: str) -> Iterator[None]:
-    """Make a folder, and keep other trainings out of it."""
+    """Create and lock a folder."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     claim = Claim(Path(os.path.realpath(folder)) / RECIPE, f"{option}={folder!r}", "another folder")
     claim.take()
@@ -223,7 +220,7 @@ def _claimed(option: str, folder: str) -> Iterator[None]:
 
 
 def _publish(out: Path, folder: Path) -> None:
-    """Copy a finished model, without what resuming needs."""
+    """Copy a finished model, without the training checkpoint."""
     own.check_training("publish", folder, PUBLISHED)
     with _claimed("publish", str(folder)):
         for name in PUBLISHED:
@@ -233,7 +230,7 @@ def _publish(out: Path, folder: Path) -> None:
 
 
 def _run(trainer: Trainer) -> None:
-    """Take the steps that are left, with a progress bar on a terminal and a line now and then elsewhere."""
+    """Run the remaining steps, with a progress bar on a terminal and log lines elsewhere."""
     cfg, console, log = trainer.cfg, Console(stderr=True), []
     bar = progress_bar(cfg.arch, cfg.steps, trainer.step, console=console, show=console.is_terminal)
     with _open_log(trainer) as file, bar as update:
@@ -255,26 +252,26 @@ def _run(trainer: Trainer) -> None:
 
 
 def _open_log(trainer: Trainer) -> TextIO:
-    """Open loss.csv without what a run wrote after the checkpoint that is resumed."""
+    """Open loss.csv, without lines after the resumed checkpoint."""
     path = trainer.out / "loss.csv"
     try:
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if there(path) else []
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is damaged (it is not text); remove it, and the run goes on without it") from None
+        raise ValueError(f"{path} is damaged (it is not text); remove it to continue without it") from None
     kept = [f"{line}\n" for line in lines if (step := line.partition(",")[0]).isdecimal() and int(step) <= trainer.step]
     write_whole(path, "".join(kept))
     return path.open("a", encoding="utf-8")
 
 
 def _check_folders(cfg: DictConfig) -> None:
-    """Refuse to write over another model."""
+    """Reject to overwrite another model."""
     own.check_training("out", Path(cfg.out), (*PUBLISHED, "state.pt", "loss.csv", RECIPE))
     if cfg.publish:
         own.check_training("publish", Path(cfg.publish), PUBLISHED)
 
 
 def _check_shares(cfg: DictConfig) -> None:
-    """Refuse shares and lengths that nothing can be drawn by."""
+    """Reject invalid shares and lengths."""
     if len(cfg.step_weights) != 3 or not cfg.canvas_lengths:
         name = "canvas_lengths" if not cfg.canvas_lengths else "step_weights"
         raise ValueError(f"{name}={cfg[name]} is out of range; use three weights, and at least one length")

@@ -1,4 +1,4 @@
-"""YAML files of the user's own (--config-dir, --config-path), read only where they are plain and small."""
+"""Custom YAML files (--config-dir, --config-path), which must be plain and small."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _MOST_BYTES, _MOST_NODES, _DEEPEST = 1 << 20, 10_000, 20
 
 
 class FileConfigSource(file_config_source.FileConfigSource):
-    """Hydra's reader of folders, which would follow an alias, or a file, however much comes of it.
+    """Hydra's reader of folders, with limits on files and YAML aliases.
 
-    It has the name of Hydra's own: a worker of joblib registers that one once more, and by its name knows it is there.
+    It has the name of Hydra's class, since joblib workers check by name whether it is registered.
     """
 
     def load_config(self, config_path: str) -> Any:
-        """Read one file, once it is known to be plain."""
+        """Read one file after validation."""
         path = Path(self.path, self._normalize_file_name(config_path))
         if not path.exists():
             return super().load_config(config_path)
@@ -36,12 +36,12 @@ class FileConfigSource(file_config_source.FileConfigSource):
         except RecursionError:
             raise ValueError(f"{path} is nested too deep; give plainer values") from None
         except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-            raise ValueError(f"{path} cannot be read ({_reason(error)}); mend it") from None
+            raise ValueError(f"{path} cannot be read ({_reason(error)}); fix it") from None
 
 
 def register() -> None:
-    """Let Hydra read folders so."""
-    Plugins.instance()  # which would put its own in that place
+    """Register this reader in Hydra."""
+    Plugins.instance()  # otherwise Hydra would register its own later
     SourcesRegistry.instance().types[FileConfigSource.scheme()] = FileConfigSource
 
 
@@ -50,18 +50,18 @@ def _reason(error: Exception) -> str:
 
 
 def _check_plain(node: Any) -> None:
-    """Refuse what is not a mapping, and what is too much once its aliases are followed."""
+    """Reject anything but a mapping, and too many values after expanding aliases."""
     if not isinstance(node, (yaml.MappingNode, type(None))):
-        raise ValueError("it holds no NAME: VALUE lines")
+        raise ValueError("it has no NAME: VALUE lines")
     count, depth = _extent(node, {})
     if count > _MOST_NODES or depth > _DEEPEST:
-        raise ValueError(f"it is nested deeper than {_DEEPEST}, or holds more than {_MOST_NODES} values")
+        raise ValueError(f"it is nested deeper than {_DEEPEST}, or has more than {_MOST_NODES} values")
 
 
 def _extent(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """How many values there are, and how deep, when every alias is written out."""
+    """Number of values and depth, with all aliases expanded."""
     if id(node) not in known:
-        known[id(node)] = _MOST_NODES + 1, 0  # what refers to itself has no end
+        known[id(node)] = _MOST_NODES + 1, 0  # for cyclic references
         entries = node.value if isinstance(node, yaml.CollectionNode) else []
         nodes = [each for pair in entries for each in pair] if isinstance(node, yaml.MappingNode) else entries
         parts = [_extent(each, known) for each in nodes]

@@ -85,7 +85,7 @@ class TestTornLines:
         self, path: Path, before: bytes, content: bytes
     ) -> None:
         path.write_bytes(before + content)
-        with pytest.raises(ValueError, match=r"output=.* holds something other than answers; give another file") as e:
+        with pytest.raises(ValueError, match=r"output=.* has content other than answers; give another file") as e:
             AnswerFile(path)
         one_line(e)
         assert path.read_bytes() == before + content
@@ -248,7 +248,7 @@ class TestChangesDuringARun:
                 answers.add(row(name))
             answers.verify()
             change(path)
-            with pytest.raises(OSError, match=f"was {what} by something else during this run, {lost}; run") as caught:
+            with pytest.raises(OSError, match=f"was {what} by another program during this run, {lost}; run") as caught:
                 answers.verify() if late else answers.add(row(3))
             one_line(caught)
 
@@ -258,7 +258,7 @@ class TestChangesDuringARun:
             copy = path.with_name("copy")
             copy.write_bytes(path.read_bytes())
             copy.replace(path)
-            with pytest.raises(OSError, match="was changed by something else"):
+            with pytest.raises(OSError, match="was changed by another program"):
                 answers.add(row(1))
         assert names(path) == [0]
 
@@ -271,7 +271,7 @@ class TestChangesDuringARun:
             link.unlink()
             link.symlink_to(other)
             with pytest.raises(
-                OSError, match=r"was changed by something else during this run, 1 answers are lost \(0\)"
+                OSError, match=r"was changed by another program during this run, 1 answers are lost \(0\)"
             ):
                 answers.verify()
         assert names(other) == [5]

@@ -113,5 +113,5 @@ def test_over_keys_and_values_that_are_fresh_they_see_the_same(make: Any, cache:
 
 @pytest.mark.parametrize("cache", ["d2cache", "dllm_cache"])
 def test_caches_that_choose_within_a_layer_refuse_them(cache: str) -> None:
-    with pytest.raises(ValueError, match="positions that only look at the canvas"):
+    with pytest.raises(ValueError, match="positions that only attend to the canvas"):
         dllm.generate(random_llada(), PROMPTS, Shadowing(), cache, **OPTIONS)

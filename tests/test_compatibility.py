@@ -29,7 +29,7 @@ backbones = pytest.mark.parametrize("make", [random_llada, random_dream])
 def refused(lm: dllm.LanguageModel, sampler: Any, cache: Any, **options: Any) -> str:
     """Why a run is refused, without a forward."""
     hook = lm.backbone.register_forward_pre_hook(lambda *_: pytest.fail("a forward was run"))
-    with pytest.raises(ValueError, match="does not go with") as caught:
+    with pytest.raises(ValueError, match="is not compatible with") as caught:
         dllm.generate(lm, [[1, 2]], sampler, cache, gen_length=8, **options)
     hook.remove()
     return str(caught.value)
@@ -82,7 +82,7 @@ def test_what_a_base_needs_its_user_needs() -> None:
 def test_every_reason_is_told_at_once_with_its_way_out() -> None:
     with pytest.raises(ValueError, match="nor with") as caught:
         check(FreeDave(eager=True), dllm.cache.DKVCache(), cfg_scale=1.0)
-    assert str(caught.value).startswith("cache=dkv does not go with classifier-free guidance")
+    assert str(caught.value).startswith("cache=dkv is not compatible with classifier-free guidance")
     assert "cfg_scale=0 and eager=false and prefix, dual or freecache with freeze=clean" in str(caught.value)
 
 
@@ -145,6 +145,6 @@ def test_the_command_line_tells_it_in_one_line_before_the_model_loads(monkeypatc
     for arguments in (["sampler=freedave", "sampler.eager=true"], ["cfg_scale=1.5"]):
         result = command("generate", "cache=freecache", *arguments)
         assert (result.code, result.out) == (2, "")
-        assert result.err.startswith("dllm generate: error: cache=freecache does not go with ")
+        assert result.err.startswith("dllm generate: error: cache=freecache is not compatible with ")
         assert result.err.count("\n") == 1
         assert "use cache=none, or " in result.err

@@ -334,7 +334,7 @@ class TestReports:
             try:
                 sweep = load(tmp_path)
             except ValueError as error:
-                says(error, "results.json", "no share of right answers")
+                says(error, "results.json", "not a share of right answers")
                 continue
             for group in sweep.groups:
                 assert table.cells(group, table.columns(group))

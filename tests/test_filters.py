@@ -151,7 +151,7 @@ class TestDamage:
         Filter(NeighbourFilter(5, 2), CARD, "x").save(file)
         assert load_filter(file).card == CARD
         file.with_suffix(".json").write_text(json.dumps(asdict(replace(CARD, fingerprint="4567"))))
-        self.refused(file, "has the card of another filter beside it")
+        self.refused(file, "has the card of another filter")
 
     def test_a_card_of_no_length(self, file: Path) -> None:
         Filter(NeighbourFilter(5, 2), replace(CARD, block_length=0), "x").save(file)

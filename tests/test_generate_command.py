@@ -326,8 +326,8 @@ BAD_OPTIONS = [
     (["+sampler.tempo=5"], "tempo"),
     (["model.speed=5"], "unknown option 'model.speed'; "),
     (["nonsense"], "unknown option 'nonsense'; options are written name=value"),
-    (["--prompt", "x"], "'--prompt' is not a flag"),
-    (["-x"], "'-x' is not a flag"),
+    (["--prompt", "x"], "unknown flag '--prompt'"),
+    (["-x"], "unknown flag '-x'"),
     (["sampler=nope"], "unknown sampler=nope; expected one of ar_guided, entropy_threshold, factor"),
     (["cache=nope"], "unknown cache=nope; expected one of"),
     (["sampler=vanilla,threshold"], "sampler=vanilla,threshold names several"),
@@ -366,7 +366,7 @@ BAD_OPTIONS = [
     (["eos_token_id=[1,x]"], "eos_token_id=[1, 'x']"),
     (["eos_suppression=both of them"], "eos_suppression='both of them'"),
     (["chat=maybe"], "chat='maybe'"),
-    (["prompt=\udcff"], "prompt='\\udcff' holds bytes that are not text"),
+    (["prompt=\udcff"], "prompt='\\udcff' is not valid UTF-8"),
     (["show=film"], "unknown show='film'; expected one of auto, live, lines, none"),
     (["sampler.tokens_per_step=0"], "tokens_per_step=0"),
     (["sampler.tokens_per_step=x"], "sampler.tokens_per_step='x'"),
@@ -465,7 +465,7 @@ class TestRefusals:
 
     def test_an_output_of_something_else_is_left_alone(self, run: Any, questions: Path, tmp_path: Path) -> None:
         (tmp_path / "notes.jsonl").write_text("notes\n")
-        refused(run(f"input={questions}", "output=notes.jsonl"), "output='notes.jsonl' holds something other")
+        refused(run(f"input={questions}", "output=notes.jsonl"), "output='notes.jsonl' has content other")
         refused(run(f"input={questions}", f"output={questions}"), "is the input itself")
         (tmp_path / "other.jsonl").write_text('{"id": "other", "text": ""}\n')
         refused(run(f"input={questions}", "output=other.jsonl"), "'other'")
@@ -491,12 +491,12 @@ class TestRefusals:
         refused(command("generate", f"model={bare}", "prompt=Tom", "chat=true"), "no chat template")
         (bare / "chat_template.jinja").write_text("{{ raise_exception('no system messages') }}")
         told = command("generate", f"model={bare}", "prompt=Tom", "chat=true")
-        refused(told, "prompt does not suit the chat template: no system messages")
+        refused(told, "prompt does not fit the chat template: no system messages")
         (tmp_path / "q.jsonl").write_text(
             json.dumps({"prompt": "Tom"}) + "\n" + json.dumps({"id": "c", "messages": CHAT})
         )
         told = command("generate", f"model={bare}", "input=q.jsonl", "output=a.jsonl")
-        refused(told, "line 2 (id 'c') does not suit the chat template")
+        refused(told, "line 2 (id 'c') does not fit the chat template")
 
     def test_a_broken_model_folder_is_named(self, model: Path, tmp_path: Path) -> None:
         shutil.copytree(model, tmp_path / "broken")

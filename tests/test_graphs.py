@@ -86,7 +86,7 @@ def test_the_oldest_graphs_are_given_up(monkeypatch: pytest.MonkeyPatch, device:
 
 @pytest.mark.parametrize("cache", ["none", "dllm_cache", "d2cache"])
 def test_graphs_that_would_have_no_effect_are_refused(cache: str) -> None:
-    with pytest.raises(ValueError, match=f"cache={cache} does not go with CUDA graphs .*; use cuda_graphs=null"):
+    with pytest.raises(ValueError, match=f"cache={cache} is not compatible with CUDA graphs .*; use cuda_graphs=null"):
         dllm.generate(random_llada(), PROMPTS, cache=cache, cuda_graphs=True)
 
 

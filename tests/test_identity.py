@@ -220,7 +220,7 @@ class TestFingerprint:
         lm = dllm.load("tiny-llada", device="cpu", dtype="float32")
         dllm.generate(lm, "Tom has 3 pens.", Learn2PD(), gen_length=32)
         next(lm.backbone.parameters()).data.view(-1)[1] += 1
-        with pytest.raises(ValueError, match="filter=null finds no bundled filter"):
+        with pytest.raises(ValueError, match="filter=null: there is no bundled filter"):
             dllm.generate(lm, "Tom has 3 pens.", Learn2PD(), gen_length=32)
 
     def test_what_is_made_in_memory_is_known_by_all_it_holds(self) -> None:
@@ -322,7 +322,7 @@ def test_files_that_are_replaced_while_a_model_is_loaded_give_its_results_to_nob
     words = (kind, "model=custom", f"model.path={folder}", *given, *SHORT)
     outcome = command(*words)
     assert outcome.code == 2
-    assert f"{folder / name} was changed by something else during this run; run the command again" in outcome.err
+    assert f"{folder / name} was changed by another program during this run; run the command again" in outcome.err
     assert not answers.exists()
     assert not list(tmp_path.glob("out/*/results.json"))
     replacing.clear()
@@ -347,7 +347,7 @@ def test_weights_that_are_written_over_during_a_run_give_no_more_answers(
         changing.setattr(Journal, "add", written_over)
         outcome = command(*words, "batch_size=1", "baselines=0")
     assert outcome.code == 2
-    assert f"{weights} was changed by something else during this run" in outcome.err
+    assert f"{weights} was changed by another program during this run" in outcome.err
     (journal,) = tmp_path.glob("out/*/journal.jsonl")
     assert journal.read_text().count('"kind": "record"') == 1
     weights.write_bytes(before)
@@ -384,7 +384,7 @@ def test_a_guide_that_is_replaced_during_a_run_judges_no_more_answers(
     monkeypatch.setattr(Journal, "add", replaced)
     outcome = command(*words, "batch_size=1", "baselines=0", "frames=0", *SHORT)
     assert outcome.code == 2
-    assert f"{guide / 'model.safetensors'} was changed by something else during this run" in outcome.err
+    assert f"{guide / 'model.safetensors'} was changed by another program during this run" in outcome.err
     (journal,) = tmp_path.glob("out/*/journal.jsonl")
     assert journal.read_text().count('"kind": "record"') == 1
 
@@ -407,7 +407,7 @@ def test_data_that_changes_before_it_is_asked_about_is_not_taken_for_what_it_was
     words = ("evaluate", f"out={tmp_path}", "task.limit=1", "baselines=0", "frames=0", *SHORT)
     outcome = command(*words)
     assert outcome.code == 2
-    assert "task=word_problems was changed by something else during this run; run the command again" in outcome.err
+    assert "task=word_problems was changed by another program during this run; run the command again" in outcome.err
     (journal,) = tmp_path.glob("*/journal.jsonl")
     assert not journal.read_text()
     assert command(*words).code == 0

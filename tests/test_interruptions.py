@@ -138,8 +138,8 @@ def one_line(outcome: Outcome, *named: str) -> None:
 
 class TestRemovedOrReplaced:
     CHANGES: ClassVar[dict[str, tuple[Callable[[Path], Any], str]]] = {
-        "removed": (Path.unlink, "was removed by something else during this run"),
-        "replaced": (lambda path: write_whole(path, "mine"), "was changed by something else during this run"),
+        "removed": (Path.unlink, "was removed by another program during this run"),
+        "replaced": (lambda path: write_whole(path, "mine"), "was changed by another program during this run"),
     }
 
     @pytest.fixture
@@ -194,7 +194,7 @@ class TestRemovedOrReplaced:
         runner = self.begun(folder)
         runner.answer(REQUESTS[:2])
         shutil.rmtree(folder.path)
-        with pytest.raises(OSError, match=r"journal\.jsonl was removed by something else during this run; run the"):
+        with pytest.raises(OSError, match=r"journal\.jsonl was removed by another program during this run; run the"):
             folder.finish(runner, GRADED) if late else runner.answer(REQUESTS[2:])
         runner.close()
 

@@ -68,14 +68,14 @@ class TestQuestions:
             ('{"id": 1}', "prompt or messages"),
             ('{"question": "x"}', "prompt or messages"),
             ('{"prompt": "x", "messages": [{"role": "user", "content": "x"}]}', "prompt or messages"),
-            ('{"prompt": 5}', "another kind"),
-            ('{"prompt": null}', "another kind"),
-            ('{"prompt": ["a", "b"]}', "another kind"),
-            ('{"prompt": [{"role": "user", "content": "x"}]}', "another kind"),
-            ('{"messages": "x"}', "another kind"),
-            ('{"messages": []}', "another kind"),
-            ('{"messages": [{"role": "user"}]}', "another kind"),
-            ('{"messages": [{"role": "user", "content": 5}]}', "another kind"),
+            ('{"prompt": 5}', "invalid prompt"),
+            ('{"prompt": null}', "invalid prompt"),
+            ('{"prompt": ["a", "b"]}', "invalid prompt"),
+            ('{"prompt": [{"role": "user", "content": "x"}]}', "invalid prompt"),
+            ('{"messages": "x"}', "invalid prompt"),
+            ('{"messages": []}', "invalid prompt"),
+            ('{"messages": [{"role": "user"}]}', "invalid prompt"),
+            ('{"messages": [{"role": "user", "content": 5}]}', "invalid prompt"),
             ('{"id": null, "prompt": "x"}', "id None"),
             ('{"id": 1.5, "prompt": "x"}', "id 1.5"),
             ('{"id": true, "prompt": "x"}', "id True"),
@@ -180,7 +180,7 @@ class TestAnswers:
     def test_a_file_of_something_else_is_refused_and_left_alone(self, tmp_path: Path, content: bytes) -> None:
         path = tmp_path / "answers.jsonl"
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"output=.* holds something other than answers; give another file"):
+        with pytest.raises(ValueError, match=r"output=.* has content other than answers; give another file"):
             AnswerFile(path)
         assert path.read_bytes() == content
 

@@ -291,7 +291,7 @@ class TestCommands:
         assert done.code == 2
         lines = done.err.splitlines()
         assert len(lines) == 2 and "(id 'b') has no answer: the model gives" in lines[0]
-        assert "1 of 3 prompts have no answer" in lines[1]
+        assert "1 of 3 prompts failed" in lines[1]
         assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == ["a", 2]
         monkeypatch.setattr(dllm, "load", lambda *_, **__: words)
         assert command(*ask, "resume=mixed").code == 0  # by weights that are mended

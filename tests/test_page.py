@@ -68,7 +68,7 @@ def slide(page: Any, step: int) -> None:
 
 
 def told(page: Any) -> str:
-    return str(page.find_element("id", "told").text)
+    return str(page.find_element("id", "status").text)
 
 
 def press(page: Any, name: str, *keys: str) -> None:

@@ -190,9 +190,9 @@ class TestChats:
         ("chat", "template", "named"),
         [
             ([USER, {"role": "assistant", "content": "The pens"}], TURNS.replace("m['content']", "m['content']|upper"),
-             "does not suit the chat template: .*partial answer"),
-            ([USER], "{{ raise_exception('no\nusers') }}", "does not suit the chat template: no users"),
-            ([USER], "{{ 'a' + 5 }}", "does not suit the chat template: "),
+             "does not fit the chat template: .*partial answer"),
+            ([USER], "{{ raise_exception('no\nusers') }}", "does not fit the chat template: no users"),
+            ([USER], "{{ 'a' + 5 }}", "does not fit the chat template: "),
             ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], TURNS,
              "has content of type 'image_url'; give text"),
             ([{"role": "user", "content": [{"type": "text"}]}], TURNS, "has content of type 'text'"),
@@ -245,7 +245,7 @@ def test_a_template_that_fails_is_told_in_one_line(template: Any, said: str) -> 
     tokenizer = random_llada(tokenizer=True).tokenizer
     assert tokenizer is not None
     tokenizer.chat_template = template
-    with pytest.raises(ValueError, match="does not suit the chat template: ") as refusal:
+    with pytest.raises(ValueError, match="does not fit the chat template: ") as refusal:
         encode([{"role": "user", "content": "Sam"}], tokenizer)
     assert said in str(refusal.value)
     assert "\n" not in str(refusal.value)

@@ -42,7 +42,7 @@ def test_a_model_whose_end_of_text_is_cut_off_decodes_up_to_another() -> None:
     lm = random_llada()
     lm.backbone.config.mask_token_id = 20
     lm.backbone.resize_token_embeddings(30)
-    with pytest.raises(ValueError, match="eos_token_id=62 is no id"):
+    with pytest.raises(ValueError, match="eos_token_id=62 is not an id"):
         dllm.generate(lm, [[1, 2]], gen_length=4)
     assert dllm.generate(lm, [[1, 2]], gen_length=4, eos_token_id=3).sequences.max() < 30
 

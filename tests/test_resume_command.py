@@ -192,7 +192,7 @@ class TestOptions:
         [
             (["resume=all"], "unknown resume='all'; expected one of null, mixed"),
             (["resume=5"], "resume=5"),
-            (["input=null", "output=null", "resume=mixed"], "resume=mixed is for input and output"),
+            (["input=null", "output=null", "resume=mixed"], "resume=mixed needs input and output"),
         ],
     )
     def test_other_values_of_resume_are_refused(self, arguments: list[str], named: str) -> None:
@@ -271,7 +271,7 @@ class TestModels:
 class TestManifestFile:
     def test_answers_from_before_there_were_manifests_are_kept_and_it_is_told(self, answered: bytes) -> None:
         Path("a.jsonl.manifest.json").unlink()
-        told = "2 answers were there before a.jsonl.manifest.json: what prompts and options made them is unknown"
+        told = "2 answers are older than a.jsonl.manifest.json: their prompts and options are unknown"
         done = run()
         assert done.code == 0
         assert done.out.splitlines()[1:] == [told, "3 of 3 answers are in a.jsonl"]
@@ -347,7 +347,7 @@ class TestFiles:
     def test_a_file_that_is_not_ours_is_refused_before_the_model_loads(self, unloaded: None, content: bytes) -> None:
         ask(*ASKED)
         Path("a.jsonl").write_bytes(content)
-        refused(run(), "output='a.jsonl' holds something other than answers; give another file")
+        refused(run(), "output='a.jsonl' has content other than answers; give another file")
         assert Path("a.jsonl").read_bytes() == content
         assert sorted(each.name for each in Path().iterdir()) == ["a.jsonl", "q.jsonl"]
 
@@ -428,7 +428,7 @@ class TestFiles:
         ask(*ASKED)
         done = run("batch_size=1")
         assert (done.code, done.out) == (2, "")
-        assert "output='a.jsonl' was removed by something else during this run, 2 answers are lost (0, 1)" in done.err
+        assert "output='a.jsonl' was removed by another program during this run, 2 answers are lost (0, 1)" in done.err
 
     def test_a_full_disk_is_told_and_the_run_goes_on_later(self, meanwhile: Any, monkeypatch: Any) -> None:
         ask(*ASKED)

@@ -48,5 +48,5 @@ def test_memory_that_does_not_suffice_is_one_line(error: Exception, monkeypatch:
     monkeypatch.setattr(dllm, "load", load)
     result = command("generate", "prompt=a")
     assert (result.code, result.err) == (
-        2, "dllm generate: error: memory does not suffice; use a smaller model, batch_size or length\n"
+        2, "dllm generate: error: out of memory; use a smaller model, batch_size or length\n"
     )  # fmt: skip

@@ -56,7 +56,7 @@ class TestWithoutATerminal:
         [
             (["{}/none"], "none' cannot be read (No such file"),
             ([], "path has no value"),
-            (["{}/.."], "holds no trace.safetensors"),
+            (["{}/.."], "has no trace.safetensors"),
             (["{}", "sample=9"], "sample=9 was not recorded step by step; use 1 to 2, or an id: problem 0, problem 1"),
             (["{}", "sample=problem 4"], "sample='problem 4' was not recorded"),
             (["{}", "sample=0"], "sample=0 was not recorded"),
@@ -84,7 +84,7 @@ class TestWithoutATerminal:
         trace(samples=0).save(tmp_path / "empty")
         result = command("show", str(tmp_path / "empty"))
         assert (result.code, result.err.count("\n")) == (2, 1)
-        assert "holds no sample step by step" in result.err
+        assert "has no sample step by step" in result.err
         data = (tmp_path / "empty").read_bytes()
         (tmp_path / "later").write_bytes(data.replace(b'"version":"1"', b'"version":"2"'))
         result = command("show", str(tmp_path / "later"))

@@ -36,7 +36,7 @@ def test_a_job_that_would_write_over_another_ones_file_is_refused(name: str) -> 
     result = command(name, "-m", *([option] if option else []), *swept)
     assert result.code == 2
     (line,) = [line for line in result.err.splitlines() if ": error: " in line]
-    assert f"{file} was written by another job of this sweep; put ${{NAME}} of what is swept into " in line
+    assert f"{file} was written by another job of this sweep; include ${{NAME}} of a swept option in " in line
     key = swept[0].partition("=")[0]
     chosen = "picture=p${seed}.svg" if name == "generate" else f"out=x${{{key}}}"
     time.sleep(0.02)

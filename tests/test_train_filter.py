@@ -55,7 +55,7 @@ class TestResult:
         assert [line.split("  ")[0] for line in result.err.splitlines()][:3] == [
             "collecting 4/6", "collecting 6/6", "training 1/3",
         ]  # fmt: skip
-        assert re.search(r"^6 prompts gave \d+ blocks under way to learn from and \d+ held out", result.out)
+        assert re.search(r"^6 prompts gave \d+ training records and \d+ held-out records", result.out)
         assert f"filter in {out}, card in {out.with_suffix('.json')}, plot in {out.with_suffix('.svg')}" in result.out
         assert "threshold 0.96" in result.out
         assert "at a precision of 99.9%" in result.out
@@ -205,7 +205,7 @@ class TestInterruption:
         asked.write_text("\n".join(json.dumps({"prompt": text}) for text in ASK[::-1]))
         result = train(model, out, data)
         assert result.code == 2
-        assert "holds records of other settings (prompts)" in result.err
+        assert "has records of other settings (prompts)" in result.err
 
     @pytest.mark.parametrize("change", ["rate=0.01", "architecture=published", "seed=5", "prompts=5"])
     @pytest.mark.parametrize("records", [True, False])
@@ -231,7 +231,7 @@ class TestInterruption:
         shutil.copytree(trained[1].parent, tmp_path / "copy")
         result = train(model, tmp_path / "copy" / "mine.safetensors", "temperature=0.5")
         assert (result.code, result.err.count("\n")) == (2, 1)
-        assert "holds records of other settings (temperature); give another out, or remove that folder" in result.err
+        assert "has records of other settings (temperature); give another out, or remove that folder" in result.err
 
 
 @pytest.mark.parametrize(
@@ -308,5 +308,5 @@ def test_records_that_are_removed_during_a_run_are_told(
     monkeypatch.setattr(application, "collect", disturbed)
     result = train(model, tmp_path / "f.safetensors")
     assert (result.code, result.err.count("\n")) == (2, 1)
-    assert "recipe.json was removed by something else during this run; run the command again" in result.err
+    assert "recipe.json was removed by another program during this run; run the command again" in result.err
     assert not list(tmp_path.iterdir())

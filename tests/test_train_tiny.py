@@ -342,7 +342,7 @@ def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], named: str)
 
 def test_a_warm_start_from_another_kind_or_size_is_refused(trained: dict[str, Path], tmp_path: Path) -> None:
     for init, more, named in (
-        (trained["llada"], "seed=1", "it holds a model of type llada"),
+        (trained["llada"], "seed=1", "it has a model of type llada"),
         (trained["guide"], "model.num_layers=2", "has other sizes than model.*"),
     ):
         result = train(tmp_path / "run", f"init={init}", more)

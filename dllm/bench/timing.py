@@ -192,7 +192,8 @@ class Bench:
 
     @torch.inference_mode()
     def _reference(self, label: str, ends: dict[str, list[list[int]]], commits: int) -> Iterator[Timing]:
-        backbone, block = self.plain, self.options.block_length or self.generated
+        backbone, chosen = self.plain, self.options.block_length
+        block = chosen if isinstance(chosen, int) else self.generated
         rows = [[*prompt, *[backbone.mask_token_id] * self.generated] for prompt in self.prompts]
         tokens = torch.tensor(rows, device=self.lm.device)
         steps = REFERENCES[label](backbone, tokens, self.generated, block, commits)

@@ -34,7 +34,7 @@ class Canvas:
         length: columns L.
         mask_token_id: id of [MASK].
         device: where the tokens live.
-        pattern: who attends to whom; None where every position attends to every other.
+        pattern: attention pattern of the backbone; None for full attention.
 
     Attributes:
         rows: number of the row in each busy slot.

@@ -20,7 +20,7 @@ NEEDS = {
         "lossless drafting (freedave)",
         "prefix, dual or freecache with freeze=clean, granularity=block and refresh_above=null",
     ),
-    "shadows": ("positions that only look at the canvas", "a cache that keeps the keys and values of whole layers"),
+    "shadows": ("positions that only attend to the canvas", "a cache that keeps the keys and values of whole layers"),
     "graphs": ("CUDA graphs (cuda_graphs=true)", "cuda_graphs=null"),
     "several_devices": ("a model spread over several devices", "a model on one"),
 }
@@ -43,7 +43,7 @@ def check(
         reasons = "; nor with ".join(f"{NEEDS[need][0]}: {cache.refuses[need]}" for need in needs)
         ways = " and ".join(NEEDS[need][1] for need in needs)
         exact = "" if "graphs" in needs else "cache=none, or "
-        raise ValueError(f"{_named(cache)} does not go with {reasons}; use {exact}{ways}")
+        raise ValueError(f"{_named(cache)} is not compatible with {reasons}; use {exact}{ways}")
 
 
 def unmet(

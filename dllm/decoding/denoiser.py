@@ -222,9 +222,9 @@ class Denoiser:
         keys: Int[Tensor, "A S"],
     ) -> Bool[Tensor, "A S"] | Bool[Tensor, "A 1 C S"] | None:
         """The attention mask with the pattern of the model."""
-        if self.backbone.pattern is None:
+        if self.canvas.pattern is None:
             return mask
-        own = self.backbone.pattern(positions, keys)
+        own = self.canvas.pattern(positions, keys)
         return own if mask is None else own & (mask if mask.ndim == 4 else mask[:, None, None])
 
     def _measured(self, question: Question, plan: Plan, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:

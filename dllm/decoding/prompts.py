@@ -154,7 +154,7 @@ def write_chat(tokenizer: PreTrainedTokenizerBase, chat: Any, called: str, **opt
         reason = "nested too deep" if isinstance(error, RecursionError) else text
         if options.get("continue_final_message") and isinstance(error, ValueError):
             reason = "it changes the partial answer at the end; leave out the last message"
-        raise ValueError(f"{called} does not suit the chat template: {reason}") from None
+        raise ValueError(f"{called} does not fit the chat template: {reason}") from None
 
 
 def _text(message: Message, place: str) -> str:

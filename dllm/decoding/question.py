@@ -85,7 +85,7 @@ class Question:
             every = rearrange(compute, "(a d) l -> a d l", d=self.joined).any(1)
             return np.repeat(every, self.joined, axis=0)
         canvas = compute[self.first]
-        least = canvas & (canvas.cumsum(1) == 1)  # a draft that asks nothing has a column nevertheless
+        least = canvas & (canvas.cumsum(1) == 1)  # a draft without requested positions computes one column
         shadows = np.where(self.read.any(1, keepdims=True), self.read, np.repeat(least, self.joined, axis=0))
         return np.where(self.first[:, None], compute, shadows)
 

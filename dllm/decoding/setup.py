@@ -42,7 +42,7 @@ class Setup:
         mask_token_id: id of [MASK].
         logits_shift: the prediction for column i is read at column i - logits_shift.
         kv_shape: layers, key-value heads and head dimension of the backbone.
-        pattern: who attends to whom; None where every position attends to every other.
+        pattern: attention pattern of the backbone; None for full attention.
         hidden_size: width of the backbone.
         dtype: of the backbone's keys and values.
         device: of the tensors.

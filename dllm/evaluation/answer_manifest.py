@@ -66,8 +66,8 @@ class AnswerManifest:
         elif self._sessions and self._began_with(answers.ids):
             del self._sessions[-1]  # it ended before its first answer
         unknown = self._sessions[0]["answers"] if self._sessions else len(answers.ids)
-        told = f"{unknown} answers were there before {self.path.name}: what prompts and options made them is unknown"
-        self.note = told if unknown and not mixed else None
+        note = f"{unknown} answers are older than {self.path.name}: their prompts and options are unknown"
+        self.note = note if unknown and not mixed else None
 
     @property
     def seed(self) -> int | None:

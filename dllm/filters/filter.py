@@ -1,15 +1,14 @@
-"""Learn2PD filters (arXiv 2509.25188, section 3.3): which predictions of a block are final already?
+"""Learn2PD filters (arXiv 2509.25188, section 3.3): classify which predictions of a block are final.
 
 `ConfidenceFilter` is the published form: two layers over the confidences of one block, about 2,100
-parameters for a block of 32. `NeighbourFilter` judges a position by its neighbourhood instead: a small
-convolution over the confidence c, -log(1 - c), whether the position is masked, and where in the block
-it is. It tells nearly sure from sure, which c alone in the published form hardly can: at a precision of
-99.9% on held-out prompts of the two bundled denoisers it recalls 65% and 60% of the final tokens, the
-published form 49% and 5% (`dllm train-filter` prints these figures, `architecture=published` trains that form).
+parameters for a block of 32. `NeighbourFilter` classifies a position by its neighbourhood instead: a small
+convolution over the confidence c, -log(1 - c), whether the position is masked, and its offset in the
+block. -log(1 - c) resolves confidences close to 1, which c alone hardly does: at a precision of 99.9% on
+held-out prompts of the two bundled denoisers its recall of final tokens is 65% and 60%, that of the
+published form 49% and 5% (`dllm train-filter` prints these numbers, `architecture=published` trains that form).
 
-On disk a filter is ``NAME.safetensors`` and beside it ``NAME.json``, a card that says what it was
-trained for. A bare file in the published form loads without a card: its shape tells the block length, and nothing tells
-which model it was trained for.
+On disk a filter is ``NAME.safetensors`` with ``NAME.json``, a card with its training settings. A file in the
+published form loads without a card: its shape determines the block length, and its model is unknown.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class ConfidenceFilter(nn.Module):
     """fc2(relu(fc1(confidences))): one logit per position of the block, positive where the prediction is final.
 
     Args:
-        block_length: positions K it sees and judges.
+        block_length: number K of inputs and outputs.
         hidden: width of its hidden layer; K is published.
     """
 
@@ -54,7 +53,7 @@ class ConfidenceFilter(nn.Module):
     def forward(
         self, confidence: Float[Tensor, "B K"], masked: Bool[Tensor, "B K"], inside: Bool[Tensor, "B K"]
     ) -> Float[Tensor, "B K"]:
-        """Logits that the predictions are final; positions a block does not have count as decided and sure."""
+        """Logits that the predictions are final; missing positions of a short block have confidence 1."""
         return self.fc2(self.fc1(confidence.masked_fill(~inside, 1.0)).relu())
 
 
@@ -63,7 +62,7 @@ class NeighbourFilter(nn.Module):
 
     Args:
         hidden: channels.
-        reach: columns on either side that one convolution sees.
+        reach: positions on either side in one convolution.
     """
 
     architecture: ClassVar[str] = "neighbours"
@@ -78,8 +77,8 @@ class NeighbourFilter(nn.Module):
     def forward(
         self, confidence: Float[Tensor, "B K"], masked: Bool[Tensor, "B K"], inside: Bool[Tensor, "B K"]
     ) -> Float[Tensor, "B K"]:
-        """Logits that the predictions are final; positions a block does not have are like what lies beyond its ends."""
-        # 16 is about -log of the smallest difference from 1 that float32 has, 32 the published block length.
+        """Logits that the predictions are final; missing positions of a short block are zero padding."""
+        # 16 is about -log of the float32 machine epsilon, 32 the published block length.
         doubt = -(1 - confidence).clamp(min=1e-7).log() / 16
         place = torch.arange(confidence.shape[1], dtype=confidence.dtype, device=confidence.device) / 32
         features = torch.stack((confidence, doubt, masked.float(), place.expand_as(confidence)), dim=1)
@@ -91,26 +90,26 @@ class NeighbourFilter(nn.Module):
 
 FilterNetwork: TypeAlias = ConfidenceFilter | NeighbourFilter
 _PUBLISHED = {"fc1.weight": 2, "fc1.bias": 1, "fc2.weight": 2, "fc2.bias": 1}
-_WIDEST = 2**14  # a filter is far smaller; more is a mistake, or meant to fill the memory
+_WIDEST = 2**14  # limits allocation for invalid files
 _NEIGHBOURS = {"conv1.weight": 3, "conv1.bias": 1, "conv2.weight": 3, "conv2.bias": 1, "out.weight": 3, "out.bias": 1}
 
 
 @dataclass(frozen=True)
 class FilterCard:
-    """What a filter was trained for, and how well it does on held-out prompts, which also told when to stop.
+    """The training settings of a filter and its metrics on held-out prompts (also used for early stopping).
 
     Attributes:
         architecture: "published" or "neighbours".
-        block_length: columns K of a block.
-        backbone: name the denoiser was loaded by.
-        fingerprint: of its weights, as `MaskedDiffusionModel.fingerprint` gives it.
-        cache: options of the cache the records were made with.
-        sampler: options of the policy whose results are the truth.
-        data: where the prompts came from.
-        prompts: how many.
+        block_length: positions K of a block.
+        backbone: name of the denoiser.
+        fingerprint: of its weights, by `MaskedDiffusionModel.fingerprint`.
+        cache: options of the cache used for the records.
+        sampler: options of the policy whose results are the labels.
+        data: source of the prompts.
+        prompts: number of prompts.
         seed: of prompts, split and training.
-        records: (confidences, is final) pairs seen in training and held out.
-        held_out: loss, and precision and recall of what is accepted at several thresholds.
+        records: numbers of (confidences, is final) pairs for training and held out.
+        held_out: loss, and precision and recall at several thresholds.
         calibration: per bin of the predicted probability its mean, the share that was final, and the count.
     """
 
@@ -130,14 +129,14 @@ class FilterCard:
 
 @dataclass(frozen=True)
 class Filter:
-    """A filter and its card; None for a bare file."""
+    """A filter and its card (None for a file without one)."""
 
     network: FilterNetwork
     card: FilterCard | None
     name: str
 
     def save(self, path: Path) -> None:
-        """Write the tensors to `path`, a .safetensors file, and the card beside it."""
+        """Write the tensors to `path`, a .safetensors file, and the card next to it."""
         tensors = {name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}
         metadata = {"format": FILTER_FORMAT}
         if self.card is not None:
@@ -148,17 +147,17 @@ class Filter:
 
 
 def filter_layouts() -> list[set[str]]:
-    """The names of the tensors of either form."""
+    """The tensor names of both forms."""
     return [set(_PUBLISHED), set(_NEIGHBOURS)]
 
 
 def bundled_filters() -> list[str]:
-    """Names of the filters that come with the package: those of the bundled models they are for."""
+    """Names of the bundled filters, which are those of their models."""
     return sorted(path.parent.name for path in BUNDLED.glob(f"*/{_FILE}"))
 
 
 def filter_files(name: str | Path | None) -> list[Path]:
-    """What `load_filter` reads of a name, and `find_filter` of all, for None: tensors and cards, where they are."""
+    """The files that `load_filter` reads for a name, or `find_filter` for None."""
     tensors = [_path_of(each) for each in (bundled_filters() if name is None else [name])]
     return [file for each in tensors for file in (each, each.with_suffix(".json")) if file.is_file()]
 
@@ -167,14 +166,14 @@ def find_filter(fingerprint: str, block_length: int) -> Filter:
     """The bundled filter of a denoiser.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none for this model and block length.
     """
     for name in bundled_filters():
         found = load_filter(name)
         if found.card is not None and (found.card.fingerprint, found.card.block_length) == (fingerprint, block_length):
             return found
     raise ValueError(
-        "filter=null finds no bundled filter for this model, in the dtype it is loaded in, at "
+        "filter=null: there is no bundled filter for this model in its dtype at "
         f"block_length={block_length}; train one with "
         "`dllm train-filter model=... block_length=...` and give its file, or set "
         f"filter={bundled_filters()[0]} (of {', '.join(bundled_filters())}) and allow_mismatch=true"
@@ -185,10 +184,10 @@ def load_filter(name: str | Path) -> Filter:
     """Load a filter.
 
     Args:
-        name: of a bundled filter, or a safetensors file, with its card beside it or bare.
+        name: of a bundled filter, or a safetensors file, with or without a card.
 
     Raises:
-        ValueError: no such filter, or a file that is damaged or no filter.
+        ValueError: an unknown filter, or a file that is damaged or not a filter.
     """
     path = _path_of(name)
     if path.suffix != ".safetensors" or not path.is_file():
@@ -199,12 +198,12 @@ def load_filter(name: str | Path) -> Filter:
     try:
         header = dict(read_header(path))
     except ValueError:
-        raise ValueError(f"filter={str(name)!r} is damaged: its header is not whole; make it again") from None
+        raise ValueError(f"filter={str(name)!r} is damaged: its header is incomplete; make it again") from None
     network = _build({key: tensor.shape for key, tensor in header.items()}, str(name))
     wrong = next((f"{key} is {stored.dtype}" for key, stored in header.items() if stored.dtype not in FLOATS), None)
     if wrong is not None:
         raise ValueError(f"filter={str(name)!r} is not a filter: {wrong}, not floating-point numbers; make it again")
-    # Copies: what is loaded would change with its file.
+    # Copies: memory-mapped tensors would change with the file.
     tensors = {key: tensor.to(torch.float32, copy=True) for key, tensor in load_file(path).items()}
     wrong = next((key for key, tensor in tensors.items() if not tensor.isfinite().all()), None)
     if wrong is not None:
@@ -213,9 +212,9 @@ def load_filter(name: str | Path) -> Filter:
     card = _load_card(path.with_suffix(".json"), network)
     with safe_open(path, framework="pt") as file:
         written = (file.metadata() or {}).get("card")
-    # An interruption may have come between the two files.
+    # The two files may be inconsistent after an interruption.
     if card is not None and written is not None and written != _digest(asdict(card)):
-        raise ValueError(f"filter={str(name)!r} has the card of another filter beside it; make it again")
+        raise ValueError(f"filter={str(name)!r} has the card of another filter; make it again")
     return Filter(network.eval(), card, str(name))
 
 
@@ -224,7 +223,7 @@ def _path_of(name: str | Path) -> Path:
 
 
 def _build(shapes: dict[str, tuple[int, ...]], name: str) -> FilterNetwork:
-    """The network of tensors of these shapes, without values."""
+    """The network for tensors of these shapes, on the meta device."""
     layout = {key: len(shape) for key, shape in shapes.items()}
     if layout not in (_PUBLISHED, _NEIGHBOURS):
         forms = " or ".join(", ".join(form) for form in (_PUBLISHED, _NEIGHBOURS))

@@ -1,10 +1,10 @@
-"""How a Learn2PD filter is made (arXiv 2509.25188, section 3.3): replay, records, training, measuring.
+"""Training of a Learn2PD filter (arXiv 2509.25188, section 3.3): replay, records, training, evaluation.
 
-The truth is what the base policy decodes. The replay decodes the same canvas extremely greedily: at
-each step it records the block's confidences and which predictions equal the truth, and commits exactly
-those. Where none does, the whole block is given the truth, and the replay goes on with the next one.
-The published replay calls the model once more before it gives up; the canvas being what it was, that
-call repeats the last record.
+The labels come from the result of the base policy. The replay decodes the same canvas "extremely
+greedily": at each step it records the block's confidences and which predictions equal that result, and
+commits exactly those. If none does, the whole block is set to the result, and the replay continues with
+the next one. The published replay calls the model once more in this case, on an unchanged canvas, which
+duplicates the last record.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Records:
     """R steps of replayed blocks.
 
     Attributes:
-        confidence: of every position of the block; 1 where it has none.
-        inside: True where it has one.
-        final: True where the predicted token was the final one.
+        confidence: of every position of the block; 1 at missing positions of a short block.
+        inside: False at missing positions.
+        final: True where the predicted token is the final one.
         masked: True where a token could be committed.
-        prompt: number of the prompt a record is from.
+        prompt: index of the prompt of each record.
     """
 
     confidence: Float[Tensor, "R K"]
@@ -61,7 +61,7 @@ class Records:
 
 @dataclass(frozen=True)
 class Truth:
-    """What a replay works with: the result of the base for every row, (rows, L), and what decodes it."""
+    """State of a replay: the result of the base for every row, (rows, L), and its rehearsal."""
 
     result: Int[Tensor, "rows L"]
     rehearsal: Rehearsal
@@ -69,27 +69,27 @@ class Truth:
 
 @dataclass(frozen=True)
 class Replay(Policy):
-    """A sampler that decodes extremely greedily towards the result of another, and records what it saw.
+    """A sampler that reproduces the result of another extremely greedily, and collects records.
 
     Attributes:
-        base: the policy whose result is the truth.
-        records: one entry a step, for the rows of one batch.
+        base: the policy whose result gives the labels.
+        records: one entry per step, for the rows of one batch.
     """
 
     base: Any
     records: list[Records] = field(default_factory=list)
 
     def start(self, setup: Setup) -> Truth:
-        """Make room for the truth."""
+        """Allocate the results."""
         result = torch.zeros((setup.slots, setup.length), dtype=torch.long, device=setup.device)
         return Truth(result, setup.rehearsal(self.base))
 
     def enter(self, state: Truth, row: int, request: Request) -> None:
-        """Decode the truth."""
+        """Decode the result of the base."""
         state.result[row, -len(request.tokens) :] = state.rehearsal(request)
 
     def step(self, window: Window, denoise: Denoise, state: Truth) -> Edit:
-        """Record, and commit what is right."""
+        """Record, and commit correct predictions."""
         prediction = denoise(window.inside)
         final = state.result[window.rows].gather(1, window.columns)
         equal = (prediction.tokens == final) | ~window.inside
@@ -105,12 +105,12 @@ def collect(lm: dllm.LanguageModel, prompts: Sequence[Sequence[int]], base: Any,
     Args:
         lm: the denoiser.
         prompts: token ids of each.
-        base: the policy whose results are the truth.
+        base: the policy whose results give the labels.
         cache: as for `dllm.generate`.
         **options: fields of `dllm.Options`.
 
     Raises:
-        ValueError: as `dllm.generate`, or a prompt without an answer.
+        ValueError: as `dllm.generate`, or a failed prompt.
     """
     replay = Replay(resolve("sampler", base, Sampler))
     result = dllm.generate(lm, [list(ids) for ids in prompts], replay, cache, **options, batch_size=len(prompts))
@@ -121,16 +121,16 @@ def collect(lm: dllm.LanguageModel, prompts: Sequence[Sequence[int]], base: Any,
 
 @dataclass(frozen=True)
 class Training:
-    """How a filter is fitted.
+    """Training settings of a filter.
 
     Attributes:
         architecture: "neighbours", or "published".
         hidden: width of its hidden layers; None for 24, or for the block length in the published form.
-        rate: of AdamW, 0.003 as published.
-        batch_size: records a step.
-        epochs: at most.
-        patience: epochs without a better held-out loss before it stops.
-        held_out: share of the prompts that are held out.
+        rate: learning rate of AdamW, 0.003 as published.
+        batch_size: records per step.
+        epochs: maximum number of epochs.
+        patience: early stopping: epochs without a better held-out loss.
+        held_out: share of the prompts held out.
         seed: of weights, split and order.
 
     Raises:
@@ -152,7 +152,7 @@ class Training:
 
 
 def split(records: Records, how: Training) -> tuple[Records, Records]:
-    """Records to learn from and records held out, no prompt in both."""
+    """Split records into training and held-out ones, by prompt."""
     prompts = records.prompt.unique()
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(how.seed), device="cpu")
     count = min(max(1, round(len(prompts) * how.held_out)), len(prompts) - 1)
@@ -163,18 +163,18 @@ def split(records: Records, how: Training) -> tuple[Records, Records]:
 def fit(
     learn: Records, held_out: Records, how: Training, progress: Callable[[int, float], object] = lambda *_: None
 ) -> tuple[FilterNetwork, int]:
-    """Train a filter by binary cross-entropy, keeping the weights of the best held-out loss.
+    """Train a filter by binary cross-entropy, returning the weights with the best held-out loss.
 
-    The published form learns from all positions, as published; the other from the masked ones, where it decides.
+    The published form is trained on all positions, as published; the other on masked positions, where it is used.
 
     Args:
-        learn: records to learn from.
-        held_out: records that tell when to stop.
+        learn: training records.
+        held_out: records for early stopping.
         how: the settings.
-        progress: told the number of every finished epoch and its held-out loss.
+        progress: called with the number of each finished epoch and its held-out loss.
 
     Returns:
-        The filter, and the number of the epoch it is from.
+        The filter, and the number of its epoch.
 
     Raises:
         ValueError: the training diverges.
@@ -199,7 +199,7 @@ def fit(
             now = _loss(network, held_out).item()
         progress(epoch, now)
         if not isfinite(now):
-            break  # it does not come back from there
+            break  # diverged
         if now < best:
             best, best_epoch = now, epoch
             weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
@@ -213,11 +213,11 @@ def fit(
 
 @torch.no_grad()
 def measure(network: FilterNetwork, records: Records) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """How well a filter does at masked positions, which are those it decides about.
+    """Metrics of a filter on masked positions, where it is used.
 
     Returns:
-        Loss, per threshold the precision (share of what it accepts that is final) and recall (share of
-        what is final that it accepts), and the recall at fixed precisions; and the calibration table.
+        Loss, precision and recall of final tokens per threshold, and recall at fixed precisions; and the
+        calibration table.
     """
     logits = network(records.confidence, records.masked, records.inside)
     probability, final = logits.sigmoid()[records.masked], records.final[records.masked]
@@ -240,7 +240,7 @@ def measure(network: FilterNetwork, records: Records) -> tuple[dict[str, Any], l
 
 
 def _recall(probability: Tensor, final: Tensor) -> dict[str, float]:
-    """Share of the final tokens that the surest predictions hold which together have a precision of 99 and 99.9%."""
+    """Recall of final tokens at a precision of 99% and 99.9%."""
     right = final[probability.argsort(descending=True, stable=True)].cumsum(0)
     precision = right / torch.arange(1, len(right) + 1, device=right.device)
     return {
@@ -251,7 +251,7 @@ def _recall(probability: Tensor, final: Tensor) -> dict[str, float]:
 
 
 def _calibration(probability: Tensor, final: Tensor, bins: int = 10) -> list[dict[str, float]]:
-    """Mean prediction and share that was final, per bin of the prediction."""
+    """Mean predicted probability and share of final tokens, per bin of the predicted probability."""
     place = (probability * bins).long().clamp(max=bins - 1)
     table = []
     for bin_number in place.unique().tolist():

@@ -1,4 +1,4 @@
-"""A causal language model that guides a denoiser: `judging` runs it, `alignment` maps tokens between the two."""
+"""A causal language model that verifies drafts: `judging` runs it, `alignment` maps tokens between vocabularies."""
 
 from dllm.guide.judging import Guide, Judging, guide_folder, load_guide
 

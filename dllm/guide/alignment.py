@@ -1,10 +1,10 @@
-"""From a denoiser's canvas to the tokens a guide reads, and back to the columns a verdict is about.
+"""Mapping a denoiser's canvas to a guide's tokens, and accepted tokens back to positions.
 
-Where both models share a vocabulary, tokens are passed on as they are. Else the text between special
-tokens is tokenized anew for the guide, and the two tokenizations are compared by the characters they
-cover: a column is accepted when all guide tokens are that lie within the shortest stretch of text that
-holds the column and that both tokenizations begin and end with a whole token. Text that one of them
-cannot represent exactly is never accepted on a guess.
+If both models share a vocabulary, token ids are passed through. Otherwise the text between special
+tokens is re-tokenized for the guide, and the two tokenizations are aligned by characters: a position is
+accepted if all guide tokens in the shortest span of text are accepted that contains the position and
+that starts and ends at token boundaries of both tokenizations. Text that a tokenizer cannot represent
+exactly is never accepted.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from dllm.decoding.flags import flagged
 from dllm.guide import Guide
 
 NEVER = 2**31
-_CONTEXT = 16  # decided tokens that are decoded again for each border; how a token reads depends on few before it
+_CONTEXT = 16  # tokens decoded again before each boundary: how a token decodes depends on few before it
 
 
 @dataclass(frozen=True)
 class Aligned:
-    """What a guide reads of some rows.
+    """Input of the guide for some rows.
 
     Attributes:
-        ids: its tokens, left-aligned.
+        ids: its token ids, left-aligned.
         lengths: of each row.
-        start: index of the first token that is judged.
-        free: tokens that need no judgement, because all their columns are decided.
-        upto: how many leading tokens must be accepted for a column of the window to be; NEVER where
-            none are enough.
+        start: index of the first judged token.
+        free: tokens that need no verification, because all their positions are committed.
+        upto: number of leading tokens that must be accepted to accept a position of the window; NEVER if
+            no number suffices.
     """
 
     ids: Int[Tensor, "B T"]
@@ -49,17 +49,17 @@ class Aligned:
 
 @runtime_checkable
 class Aligner(Protocol):
-    """Prepares drafted canvases for a guide."""
+    """Maps drafted canvases to a guide's tokens."""
 
     def check(self, prompt: Sequence[int], ends: Container[int]) -> None:
-        """Refuse a prompt that the guide cannot read as it is.
+        """Reject a prompt that the guide cannot represent exactly.
 
         Args:
             prompt: token ids.
-            ends: ids that end its text.
+            ends: end-of-text ids.
 
         Raises:
-            ValueError: the prompt holds a token that the guide does not have, or text that its tokenizer changes.
+            ValueError: the prompt has a token that the guide lacks, or text that its tokenizer changes.
         """
         ...
 
@@ -71,27 +71,27 @@ class Aligner(Protocol):
         masked: Bool[Tensor, "B K"],
         ends: Int[Tensor, "B E"],
     ) -> Aligned:
-        """Align rows whose masks in the window hold drafts.
+        """Align rows whose masks in the window are filled with drafts.
 
-        A row in which something is decided that the guide cannot read asks nothing: its length is its start.
+        A row with committed text that the guide cannot represent is not judged: its length is its start.
 
         Args:
-            tokens: canvases with the drafts written.
+            tokens: canvases with drafts.
             first: column of each row's first token.
             columns: of the window.
-            masked: where the drafts are.
-            ends: ids that end each row's text.
+            masked: positions of the drafts.
+            ends: end-of-text ids of each row.
         """
         ...
 
 
 @dataclass(frozen=True)
 class SameVocabulary:
-    """The guide reads the denoiser's token ids.
+    """The guide has the denoiser's vocabulary.
 
     Attributes:
         name: of the guide.
-        readable: which of the denoiser's ids stand for the same in the guide.
+        readable: ids with the same meaning in both vocabularies.
     """
 
     name: str
@@ -103,8 +103,8 @@ class SameVocabulary:
         unknown = next((token for token in prompt if not readable[token]), None)
         if unknown is not None:
             raise ValueError(
-                f"guide={self.name!r} does not have token {unknown}, which a prompt holds; "
-                "use a guide that has it, or a prompt without"
+                f"guide={self.name!r} does not have token {unknown} of a prompt; "
+                "use a guide that has it, or a prompt without it"
             )
 
     def __call__(
@@ -119,7 +119,7 @@ class SameVocabulary:
         length = tokens.shape[1]
         end = columns.masked_fill(~masked, -1).amax(-1) + 1
         start = columns.masked_fill(~masked, length).amin(-1) - first
-        index = torch.arange(int((end - first).amax()), device=tokens.device)  # read: it is how wide the guide reads
+        index = torch.arange(int((end - first).amax()), device=tokens.device)  # synchronizes: the width of the forward
         column = (first[:, None] + index).clamp(max=length - 1)
         ids = tokens.gather(1, column)
         ids = ids.where(self.readable[ids], -1)
@@ -136,7 +136,7 @@ class ByText:
     Attributes:
         name: of the guide.
         ours: the denoiser's tokenizer.
-        theirs: the guide's, a fast one.
+        theirs: the guide's fast tokenizer.
     """
 
     name: str
@@ -152,7 +152,7 @@ class ByText:
         ends: Int[Tensor, "B E"],
     ) -> Aligned:
         """See `Aligner`."""
-        # Read from the device: tokenizers work on one text at a time, on the host.
+        # Synchronizes: tokenizers run on the host, one text at a time.
         host, begin, at, ids_of_ends = tokens.tolist(), first.tolist(), columns.tolist(), ends.tolist()
         rows = []
         upto = torch.full(columns.shape, NEVER, device="cpu")
@@ -183,7 +183,7 @@ class ByText:
         self._decided(list(prompt), ends)
 
     def _decided(self, ids: list[int], ends: Container[int]) -> tuple[list[int], int]:
-        """The guide's tokens up to the last special one of ours, and how many of ours those are."""
+        """The guide's tokens up to our last special token, and the number of our tokens they cover."""
         out, at = self._opening(), 0
         for i, token in enumerate(ids):
             if token in self._special or token in ends:
@@ -194,19 +194,19 @@ class ByText:
         return out, at
 
     def _row(self, ids: list[int], drafted: int, drafts: set[int], ends: Container[int]) -> _Row:
-        """One row whose tokens from `drafted` on are in question, of which `drafts`, counted from there, are drafts."""
+        """Align one row, judged from token `drafted` on; `drafts` are the indices of drafts, relative to `drafted`."""
         out, at = self._decided(ids[:drafted], ends)
         end = next((i for i in range(drafted, len(ids)) if ids[i] in self._special or ids[i] in ends), len(ids))
         text = self._text(ids[at:end])
         theirs, borders = self._encode(text)
         ours = self._borders(ids[at:end], drafted - at, text)
-        # A character of which a part is decided only is judged with its other parts.
+        # A partially committed character is judged as a whole.
         decided = len(self._text(ids[at:drafted]).rstrip("\ufffd"))
         start = max(count for border, count in borders.items() if border <= decided)
         upto = []
         for i in range(1, len(ours)):
-            behind = [borders[border] for border in ours[i:] if border is not None and border in borders]
-            upto.append(len(out) + behind[0] if behind else NEVER)
+            after = [borders[border] for border in ours[i:] if border is not None and border in borders]
+            upto.append(len(out) + after[0] if after else NEVER)
         stretches = {count: border for border, count in borders.items()}
         free = [
             len(out) + number
@@ -232,10 +232,10 @@ class ByText:
         return str(self.ours.decode(ids, clean_up_tokenization_spaces=False))
 
     def _borders(self, ids: list[int], first: int, text: str) -> list[int | None]:
-        """Where in their text the leading tokens end, from `first` of them on; None within a character."""
+        """Character index in their text after the leading tokens, from `first` of them on; None within a character."""
         near = max(0, first - _CONTEXT)
         whole = self._text(ids[near:])
-        if not text.endswith(whole):  # they read otherwise behind the others
+        if not text.endswith(whole):  # they decode differently after the others
             near, whole = 0, text
         parts = [self._text(ids[near:i]) for i in range(first, len(ids) + 1)]
         before = len(text) - len(whole)
@@ -243,7 +243,7 @@ class ByText:
         return [before + len(part) if good else None for part, good in zip(parts, exact, strict=True)]
 
     def _encode(self, text: str) -> tuple[list[int], dict[int, int]]:
-        """The guide's tokens of a text, and how many of them end at or before each whole border, as far as exact."""
+        """The guide's tokens of a text, and the number of tokens before each token boundary, where exact."""
         encoded = self.theirs(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
         back = str(self.theirs.decode(ids, clean_up_tokenization_spaces=False))
@@ -268,21 +268,21 @@ class ByText:
         return theirs
 
     def _counterpart(self, token: int, ends: Container[int]) -> int:
-        """The guide's special token of the same name or meaning."""
+        """The guide's special token with the same name or meaning."""
         name = str(self.ours.convert_ids_to_tokens(token))
         found = self.theirs.get_vocab().get(name)
         if found is None and token in ends:
             found = self.theirs.eos_token_id
         if found is None:
             raise _UnreadableError(
-                f"guide={self.name!r} has no token {name!r}, which the prompt holds; "
+                f"guide={self.name!r} has no token {name!r}, which the prompt contains; "
                 "use a guide that has it, or plain text"
             )
         return int(found)
 
 
 class _UnreadableError(ValueError):
-    """Decided text that the guide cannot read as it is."""
+    """Committed text that the guide cannot represent exactly."""
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ class _Row:
 
 
 def _touches(low: int | None, high: int | None, borders: list[int | None], drafts: set[int]) -> bool:
-    """Whether the text between two characters holds a part of a draft; where a border is unknown it may."""
+    """Whether the text between two characters overlaps a draft; True if a boundary is unknown."""
     if low is None or high is None:
         return True
     for number in drafts & set(range(len(borders) - 1)):
@@ -307,7 +307,7 @@ def _touches(low: int | None, high: int | None, borders: list[int | None], draft
 
 
 def align(guide: Guide, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> Aligner:
-    """How a guide can read a denoiser's canvas.
+    """The aligner for a guide and a denoiser.
 
     Args:
         guide: the guide.
@@ -315,7 +315,7 @@ def align(guide: Guide, tokenizer: PreTrainedTokenizerBase | None, vocab_size: i
         vocab_size: entries of the denoiser's logits.
 
     Raises:
-        ValueError: the vocabularies differ and there is no text to go by.
+        ValueError: the vocabularies differ and a tokenizer is missing.
     """
     device = guide.model.device
     if guide.tokenizer is None or tokenizer is None:
@@ -323,15 +323,15 @@ def align(guide: Guide, tokenizer: PreTrainedTokenizerBase | None, vocab_size: i
             return SameVocabulary(guide.name, torch.ones(vocab_size, dtype=torch.bool, device=device))
         raise ValueError(
             f"guide={guide.name!r} and the model cannot be aligned: without a tokenizer for both, their vocabularies "
-            f"({guide.vocab_size} and {vocab_size} entries) must be one and have no tokenizer; use another guide"
+            f"({guide.vocab_size} and {vocab_size} entries) must be the same and have no tokenizer; use another guide"
         )
     if guide.tokenizer is tokenizer and guide.vocab_size != vocab_size:
         raise ValueError(
-            f"guide={guide.name!r} has {guide.vocab_size} tokens and the model {vocab_size}: without a tokenizer "
-            "of its own it must take the model's; give dllm.guide.Guide(model, tokenizer)"
+            f"guide={guide.name!r} has {guide.vocab_size} tokens and the model {vocab_size}: a guide without its own "
+            "tokenizer must use the model's; give dllm.guide.Guide(model, tokenizer)"
         )
     theirs, ours, special = guide.tokenizer.get_vocab(), tokenizer.get_vocab(), tokenizer.get_added_vocab()
-    # Either may know special tokens more, such as [MASK]; all others must be the same.
+    # Either may have additional special tokens, such as [MASK]; all others must be the same.
     taken = set(ours.values())
     shared = {token: number for token, number in ours.items() if theirs.get(token) == number}
     if all(token in shared or token in special for token in ours) and all(

@@ -1,8 +1,8 @@
-"""A causal language model that judges drafts: batched, with its own cropped KV cache.
+"""A causal language model that verifies drafts: batched, with its own cropped KV cache.
 
-Any Hugging Face `AutoModelForCausalLM` with full attention will do. Rows differ in length and in how
-much of a draft survives, so every cache slot carries the index of the token it holds; slots of rejected
-tokens are masked, cropped where no row needs them, and squeezed out when they are the majority.
+Any Hugging Face `AutoModelForCausalLM` with full attention is supported. Rows differ in length and in
+the number of accepted drafts, so every cache slot has the index of its token; slots of rejected tokens
+are masked, cropped where no row needs them, and compacted when they are the majority.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dllm.models.tokenizers import check_tokenizer_config, load_tokenizer
 
 @dataclass(frozen=True, eq=False)
 class Guide:
-    """A causal model and its tokenizer; None where it takes the denoiser's token ids."""
+    """A causal model and its tokenizer; None if it uses the denoiser's token ids."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
@@ -46,38 +46,38 @@ class Guide:
 
     @property
     def name(self) -> str:
-        """What errors call it."""
+        """Name in errors."""
         return self.model.name_or_path or type(self.model).__name__
 
     @property
     def vocab_size(self) -> int:
-        """Entries of its logits."""
+        """Size of its vocabulary."""
         return self.model.config.get_text_config().vocab_size
 
     @cached_property
     def cache_argument(self) -> str:
-        """What `forward` calls its cache: `cache` since transformers 5.24, `past_key_values` before."""
+        """Name of the cache argument of `forward`: `cache` since transformers 5.24, `past_key_values` before."""
         return "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
 
 
-@lru_cache(maxsize=8)  # the hub is asked once
+@lru_cache(maxsize=8)  # one request to the hub
 def guide_folder(name: str) -> Path:
-    """Where a guide's files are; one of the hub is downloaded."""
+    """The folder of a guide; downloaded from the hub if needed."""
     return checkpoint_folder(name, option="guide", known=("tiny-guide",))
 
 
 def load_guide(name: str, device: torch.device) -> Guide:
-    """Load a guide; the last one is kept as long as its files are the same, so that every batch of a run uses it.
+    """Load a guide; the last one is cached while its files are unchanged.
 
     Args:
         name: a bundled model such as "tiny-guide", a local folder, or a hub id.
-        device: where it goes.
+        device: of the guide.
 
     Raises:
-        ValueError: no such model, or one that is not a causal language model or cannot be cropped.
+        ValueError: an unknown model, or one that is not a causal language model or cannot be cropped.
     """
     folder = guide_folder(name)
-    if (folder / adapters.CONFIG).is_file():  # transformers would apply it, or not, by whether peft is installed
+    if (folder / adapters.CONFIG).is_file():  # transformers would apply it only if peft is installed
         raise ValueError(
             f"guide={name!r} holds an adapter ({adapters.CONFIG}), which is not applied; merge it into the guide's "
             f"weights and save them, or remove {adapters.CONFIG}"
@@ -96,21 +96,21 @@ def _load(name: str, folder: Path, device: torch.device, state: str) -> Guide:
                 folder, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **nothing_else
             )
             if (folder / "tokenizer.json").is_file():
-                tokenizer = load_tokenizer(folder)  # as the file says, where AutoTokenizer goes by the kind of model
+                tokenizer = load_tokenizer(folder)  # AutoTokenizer would choose the class by model type
             elif any((folder / file).is_file() for file in ("vocab.json", "tokenizer.model")):
                 check_tokenizer_config(folder)
                 tokenizer = AutoTokenizer.from_pretrained(folder, **nothing_else)
         model, info = loaded
-        # Else they would be drawn at random.
+        # They would be initialized at random.
         lost = [
             *info["missing_keys"],
             *(each if isinstance(each, str) else each[0] for each in info["mismatched_keys"]),
         ]
         if lost:
-            raise ValueError(f"tensor {min(lost)} is missing or has another shape than config.json asks for")
+            raise ValueError(f"tensor {min(lost)} is missing or has another shape than in config.json")
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # noqa: BLE001  # transformers' models and tokenizers fail in as many ways as there are
+    except Exception as error:  # noqa: BLE001  # transformers' models and tokenizers may raise anything
         raise ValueError(
             f"guide={name!r} is not a causal language model that can be loaded: {' '.join(str(error).split())}"
         ) from None
@@ -120,14 +120,14 @@ def _load(name: str, folder: Path, device: torch.device, state: str) -> Guide:
 
 @dataclass
 class Judging:
-    """One run's conversation with a guide.
+    """A guide and its KV cache during one run.
 
     Attributes:
-        guide: who judges.
-        cache: keys and values, one entry a row of `rows`.
-        rows: numbers of the rows of the last call; -1 for one that is forgotten.
+        guide: the guide.
+        cache: keys and values, one entry per row of `rows`.
+        rows: row numbers of the last call; -1 for a dropped row.
         ids: tokens of the last call.
-        held: index of the token that each slot of the cache holds; -1 where it counts no more.
+        held: index of the token in each slot of the cache; -1 for invalid slots.
     """
 
     guide: Guide
@@ -138,29 +138,29 @@ class Judging:
     seconds: float = 0.0
 
     def forget(self, row: int) -> None:
-        """Hold nothing of a row any more."""
+        """Drop the cache of a row."""
         if self.rows is not None:
             self.rows = self.rows.masked_fill(self.rows == row, -1)
 
     def logits(
         self, rows: Int[Tensor, " B"], ids: Int[Tensor, "B T"], lengths: Int[Tensor, " B"], start: Int[Tensor, " B"]
     ) -> tuple[Float[Tensor, "B N V"], Int[Tensor, "B N"]] | None:
-        """What the guide expects from index `start` on, given the tokens before it.
+        """The guide's logits from index `start` on.
 
         Args:
             rows: numbers of the rows of the entries.
-            ids: tokens, left-aligned; -1 for one that the guide does not have.
-            lengths: of each row; a row of length `start` asks nothing.
-            start: index of the first token that is judged; 0 has nothing before it and gets no answer.
+            ids: tokens, left-aligned; -1 for tokens that the guide lacks.
+            lengths: of each row; a row of length `start` is not judged.
+            start: index of the first judged token; token 0 has no context and no logits.
 
         Returns:
-            Logits, and the index of the token each is about; T where they are about none. None where
-            nobody asks.
+            Logits, and the index of the token that each predicts; T for unused ones. None if no row is
+            judged.
         """
         started = time.perf_counter()
         known = self._keep(rows, ids).minimum((start - 1).clamp(min=0))
-        last = torch.where(lengths > start, lengths - 1, known)  # the last token is judged, and judges nothing
-        width = int((last - known).amax())  # read from the device, like `skip`: it decides how wide the forward is
+        last = torch.where(lengths > start, lengths - 1, known)  # the last token is judged, but not an input
+        width = int((last - known).amax())  # synchronizes, like `skip`: the width of the forward
         if width <= 0:
             return None
         self._drop(known)
@@ -169,7 +169,7 @@ class Judging:
         fresh = index < last[:, None]
         chunk = ids.gather(1, index.clamp(max=ids.shape[1] - 1)).where(fresh, 0)
         self.held = torch.cat((self.held, index.where(fresh, -1)), dim=1)
-        # Answers are wanted from the first judged token on, in the row where it comes first.
+        # Logits are needed from the first judged token on, in the row where it comes first.
         skip = int((start - 1 - known).clamp(min=0).where(last > known, width - 1).amin())
         keep = width - skip
         out = self.guide.model(
@@ -184,12 +184,12 @@ class Judging:
         if ids.device.type == "cuda":
             torch.cuda.synchronize(ids.device)
         self.seconds += time.perf_counter() - started
-        # A slot answers about the token after the one it was given.
+        # A slot predicts the next token.
         about = index + 1
         return out, about.where(fresh & (about >= start[:, None]), ids.shape[1])[:, skip:]
 
     def _keep(self, rows: Tensor, ids: Tensor) -> Int[Tensor, " B"]:
-        """Follow rows that left, came or moved; say how many leading tokens of each row the cache may still hold."""
+        """Follow rows that left, came or moved; return the number of leading tokens of each row that are cached."""
         if self.rows is None:
             self.cache = DynamicCache()
             self.held = torch.empty((len(rows), 0), dtype=torch.long, device=rows.device)
@@ -197,12 +197,12 @@ class Judging:
             return torch.zeros_like(rows)
         assert self.ids is not None
         assert self.held is not None
-        # Read from the device, like the sizes in `_drop`: a cache can only be cropped by numbers on the host.
+        # Synchronizes, like the sizes in `_drop`: a cache can only be cropped by host integers.
         if not torch.equal(self.rows, rows):
             same = rows[:, None] == self.rows
             entry = same.int().argmax(-1)
             self.cache.batch_select_indices(entry)
-            # A row that came holds nothing; zeros, as what is masked must not be NaN either.
+            # A new row has no cache; zeros, since masked values must not be NaN.
             known = same.any(-1)
             self.held = self.held[entry].where(known[:, None], -1)
             for layer in self.cache.layers:
@@ -215,7 +215,7 @@ class Judging:
         return same.minimum(F.pad(self.held, (1, 0), value=-1).amax(-1) + 1)
 
     def _drop(self, known: Int[Tensor, " B"]) -> None:
-        """Forget all tokens from index `known` on."""
+        """Drop all tokens from index `known` on."""
         assert self.held is not None
         held = self.held.where(self.held < known[:, None], -1)
         needed = int((held >= 0).sum(-1).amax())
@@ -229,5 +229,5 @@ class Judging:
                 layer.values = layer.values.take_along_dim(at, 2)
             held, size = held.gather(1, order), needed
         elif size < held.shape[1]:
-            self.cache.crop(size - held.shape[1])  # a negative number is how many to remove
+            self.cache.crop(size - held.shape[1])  # negative: the number of slots to remove
         self.held = held[:, :size]

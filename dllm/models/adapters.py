@@ -1,7 +1,7 @@
-"""Adapters in PEFT's layout, such as LoRA: a folder that changes the weights of a model it names.
+"""Adapters in PEFT's layout, such as LoRA: a folder with changes to the weights of a base model.
 
-They are merged into the weights, W + scaling * B A for LoRA, so that the model computes, saves and packs as any other.
-The result differs from that of an adapter kept apart by rounding, in the precision of the weights.
+They are merged into the weights, W + scaling * B A for LoRA, so that the model behaves like any other. The result
+differs from that of an unmerged adapter by rounding in the precision of the weights.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def base_of(folder: Path) -> tuple[str, str | None]:
-    """The model that an adapter changes, and the revision of it.
+    """The base model of an adapter, and its revision.
 
     Raises:
-        ValueError: the adapter does not say.
+        ValueError: the adapter does not name it.
     """
     config = read_json(folder / CONFIG)
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
@@ -40,7 +40,7 @@ def base_of(folder: Path) -> tuple[str, str | None]:
 
 @contextmanager
 def hidden(folder: Path) -> Iterator[Path]:
-    """A checkpoint folder without the adapter that may lie in it, which transformers would apply by itself."""
+    """A checkpoint folder without an adapter in it, which transformers would apply automatically."""
     if not (folder / CONFIG).is_file():
         yield folder
         return
@@ -52,20 +52,20 @@ def hidden(folder: Path) -> Iterator[Path]:
 
 
 def merge(backbone: PreTrainedModel, folder: Path) -> None:
-    """Add an adapter to the weights of a model, in place.
+    """Merge an adapter into the weights of a model, in place.
 
     Args:
         backbone: the model.
-        folder: the adapter's.
+        folder: of the adapter.
 
     Raises:
-        ValueError: peft is not installed, or the adapter is incomplete, damaged, of another model, or of a kind that is
-            no change of weights.
+        ValueError: peft is not installed, or the adapter is incomplete, damaged, of another model, or of a kind that
+            cannot be merged.
     """
     called = f"adapter={str(folder)!r}"
     read_json(folder / CONFIG)
     if not any((folder / file).is_file() for file in WEIGHTS):
-        raise ValueError(f"{called} has no {' or '.join(WEIGHTS)}; give the folder of a whole adapter")
+        raise ValueError(f"{called} has no {' or '.join(WEIGHTS)}; give the folder of a complete adapter")
     if getattr(backbone, "hf_quantizer", None) is not None:
         raise ValueError(f"{called} cannot be merged into quantised weights; give the model it was quantised from")
     if any(weight.is_meta for weight in backbone.parameters()):
@@ -87,14 +87,14 @@ def merge(backbone: PreTrainedModel, folder: Path) -> None:
 
 
 def _merge(backbone: PreTrainedModel, folder: Path, peft: Any) -> str | None:
-    """Merge, or say what is wrong."""
+    """Merge, or return the problem."""
     config = peft.PeftConfig.from_pretrained(folder)
     if config.is_prompt_learning:
         return f"{config.peft_type} changes no weights"
-    if getattr(config, "adapters", None):  # peft would fetch them
+    if getattr(config, "adapters", None):  # peft would download them
         return f"{config.peft_type} is made of other adapters"
     begun = str(getattr(config, "init_lora_weights", None))
-    if begun.startswith("pissa_niter"):  # drawn anew at each load
+    if begun.startswith("pissa_niter"):  # random at each load
         return f"init_lora_weights={begun!r} takes a random decomposition off the weights; convert it to LoRA with peft"
     config.inference_mode, config.base_model_name_or_path = True, None
     weights = peft.load_peft_weights(folder, device="cpu")
@@ -103,10 +103,10 @@ def _merge(backbone: PreTrainedModel, folder: Path, peft: Any) -> str | None:
         return f"tensor {wrong} holds NaN or infinity"
     ranks = [getattr(config, "r", 0), *(getattr(config, "rank_pattern", None) or {}).values()]
     widest = max((size for weight in weights.values() for size in weight.shape), default=0)
-    if config.peft_type == "LORA" and any(is_whole(rank) and rank > widest for rank in ranks):  # before room is made
+    if config.peft_type == "LORA" and any(is_whole(rank) and rank > widest for rank in ranks):  # before allocating
         return f"r={max(filter(is_whole, ranks))} is more than its tensors hold"
     model = peft.get_peft_model(backbone, config)
-    # peft leaves out what it has no use for, and starts afresh what is missing. Embeddings may be there or not.
+    # peft ignores unknown tensors and initializes missing ones. Embeddings are optional.
     least, most = (set(peft.get_peft_model_state_dict(model, save_embedding_layers=all_)) for all_ in (False, True))
     for names, what in ((set(weights) - most, "has no place in it"), (least - set(weights), "is missing")):
         if names:

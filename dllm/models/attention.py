@@ -1,4 +1,4 @@
-"""Which positions attend to which, where that is not all to all."""
+"""Attention patterns other than full attention."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _Positions = TypeVar("_Positions", Tensor, NDArray[np.int64])
 class BlockCausal:
     """A position attends to its own block and to those before it (arXiv 2503.09573, section 3).
 
-    Once a block and all before it hold their final tokens, its keys and values do not change any more.
+    Once a block and all blocks before it are decoded, its keys and values are final.
 
     Attributes:
         length: positions of a block, counted from the row's first token.
@@ -26,7 +26,7 @@ class BlockCausal:
     length: int
 
     def __call__(self, queries: Int[Tensor, "B C"], keys: Int[Tensor, "B S"]) -> Bool[Tensor, "B 1 C S"]:
-        """Where the queries at some positions may look at the keys at others."""
+        """The attention mask for queries and keys at these positions."""
         return (keys[:, None, :] < self.end(queries)[:, :, None])[:, None]
 
     def end(self, positions: _Positions) -> _Positions:

@@ -1,4 +1,4 @@
-"""What every denoiser backbone offers the decode engine, as a Hugging Face `PreTrainedModel`."""
+"""Base class of the denoiser backbones, a Hugging Face `PreTrainedModel` with the interface of the decode engine."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from dllm.models.transformer import (
 
 
 class MaskedDiffusionModel(PreTrainedModel):
-    """A bidirectional transformer that predicts the tokens behind [MASK].
+    """A bidirectional transformer that predicts the tokens at [MASK] positions.
 
-    A family gives its modules the names of its published tensors and answers the abstract methods;
-    mask id, end-of-text ids and the shift of the logits are read here and nowhere else.
+    A family names its modules after its published tensors and implements the abstract methods;
+    mask id, end-of-text ids and the shift of the logits are defined only here.
 
     Attributes:
         logits_shift: the prediction for column i is read at column i - logits_shift.
-        tempered_confidence: the published sampler takes confidences from softmax(logits / temperature).
-        end_of_turn: tokens that end a chat turn and count as end of text where the tokenizer has them.
-        remembered_fingerprint: of weights that are packed.
-        extra_eos_token_ids: ids that end a text beside the config's; `dllm.load` sets those of `end_of_turn`.
+        tempered_confidence: the published sampler computes confidences from softmax(logits / temperature).
+        end_of_turn: tokens that end a chat turn and count as end-of-text if the tokenizer has them.
+        remembered_fingerprint: of packed weights.
+        extra_eos_token_ids: end-of-text ids beside the config's; `dllm.load` sets those of `end_of_turn`.
     """
 
     logits_shift: ClassVar[int] = 0
@@ -55,10 +55,10 @@ class MaskedDiffusionModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, once a local folder is known to be what it says and to lead nowhere else.
+        """As in transformers, after validating a local folder.
 
         Raises:
-            ValueError: it is not.
+            ValueError: an invalid folder.
         """
         folder = Path(str(pretrained_model_name_or_path))
         if folder.is_dir():
@@ -84,7 +84,7 @@ class MaskedDiffusionModel(PreTrainedModel):
         """Id of [MASK].
 
         Raises:
-            ValueError: the model does not have it, as after its embeddings were resized.
+            ValueError: the model does not have it, as after resizing its embeddings.
         """
         return self._own("mask_token_id", self.config.mask_token_id)
 
@@ -103,54 +103,53 @@ class MaskedDiffusionModel(PreTrainedModel):
         rows = min(vocabulary, getattr(self.get_input_embeddings(), "num_embeddings", vocabulary))
         if token is None or not 0 <= token < rows:
             raise ValueError(
-                f"{name}={token!r} is not an id of this model, which has 0 to {rows - 1}; give its config another, or "
-                "resize its embeddings to hold it"
+                f"{name}={token!r} is not an id of this model, which has 0 to {rows - 1}; change it in the config, or "
+                "resize the embeddings"
             )
         return token
 
     @property
     def max_length(self) -> int:
-        """Longest canvas, in tokens, the positions were made for."""
+        """Maximum canvas length, in tokens."""
         return self.config.max_position_embeddings
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
-        """Layers, key-value heads and head dimension: what a cache must free disk space for."""
+        """Layers, key-value heads and head dimension, which determine the size of a KV cache."""
         return self.config.num_hidden_layers, self.config.num_key_value_heads, self.head_dim
 
     @property
     def head_dim(self) -> int:
         """Size D of an attention head."""
-        return self.config.hidden_size // self.config.num_attention_heads
+        return _head_dim(self.config)
 
     @property
     def rotary_dim(self) -> int:
-        """Dimensions of a head that the rotary embedding turns, the first ones."""
+        """Number of (leading) dimensions of a head with rotary embedding."""
         return self.head_dim
 
     @property
     def pattern(self) -> BlockCausal | None:
-        """Who attends to whom; None where every position attends to every other."""
+        """The attention pattern; None for full attention."""
         return None
 
-    @property
-    def blocks_from_start(self) -> bool:
-        """Whether blocks are counted from a row's first token, and not from the first position to generate."""
-        return self.pattern is not None
+    def pattern_of(self, block_length: int | None) -> BlockCausal | None:
+        """The pattern for blocks of another length, where the family allows it; None for the model's own."""
+        return self.pattern
 
     @classmethod
     def can_generate(cls) -> bool:
-        """Whether transformers' `generate` works: it decodes from left to right, so no."""
+        """False: transformers' `generate` decodes from left to right."""
         return False
 
     def prepare_inputs_for_generation(self, *_: Any, **__: Any) -> NoReturn:
-        """Refuse; PEFT wants to find this method on what an adapter calls a causal language model."""
+        """Raises an error; PEFT requires this method for adapters of causal language models."""
         raise TypeError(f"{type(self).__name__} does not decode from left to right; use dllm.generate")
 
     def fingerprint(self) -> str:
-        """Sixteen hex digits that tell this model from others: the same in any precision from bfloat16 up.
+        """Sixteen hex digits that identify this model, in any precision from bfloat16 up.
 
-        Made of every weight, rounded to bfloat16, and of what the config adds to them: heads, constants, [MASK].
+        A hash of every weight, rounded to bfloat16, and of the config's heads, constants and [MASK] id.
         """
         if self.remembered_fingerprint is not None:
             return self.remembered_fingerprint
@@ -169,24 +168,23 @@ class MaskedDiffusionModel(PreTrainedModel):
         select: Int[Tensor, " N"] | None = None,
         **others: Any,
     ) -> MaskedLMOutput:
-        """Run the columns given and project the selected ones to the vocabulary.
+        """Compute the given columns and project the selected ones to the vocabulary.
 
         Args:
             input_ids: tokens of the computed columns.
             attention_mask: over the S columns attended to (S = C without a store): nonzero where a
-                column is real, or a boolean mask per query, True where it may look, which then is all that is
-                excluded from attention: the model's own pattern is part of it.
-            position_ids: positions of the computed columns; by default counted over the real ones.
-            store: keys and values of columns that are not computed now.
-            select: flat indices into B * C of the slots whose logits are wanted; None for all.
-            **others: what wrappers such as PEFT's hand to every language model; nothing but `return_dict` may be set.
+                column is not padding, or a complete boolean mask per query, including the model's own
+                attention pattern.
+            position_ids: positions of the computed columns; by default counted without padding.
+            store: keys and values of columns that are not computed.
+            select: flat indices into B * C of the columns to project; None for all.
+            **others: arguments passed by wrappers such as PEFT's; only `return_dict` may be set.
 
         Returns:
-            `logits`, unshifted: (B, C, V), or (N, V) with `select`. Rows of the projection beyond the vocabulary
-            are not tokens, and get none.
+            `logits`, unshifted: (B, C, V), or (N, V) with `select`, without padding rows of the projection.
 
         Raises:
-            TypeError: something is asked for that is not computed here.
+            TypeError: an unsupported argument.
         """
         for name, value in others.items():
             if value is not None and value is not False and name != "return_dict":
@@ -218,7 +216,7 @@ class MaskedDiffusionModel(PreTrainedModel):
 
 
 def _at_hand(model: nn.Module, name: str, weight: Tensor) -> Tensor:
-    """A weight, read from where accelerate keeps it if it is not in memory."""
+    """A weight, loaded from accelerate's offload map if it is not in memory."""
     module, _, own = name.rpartition(".")
     kept = getattr(getattr(model.get_submodule(module), "_hf_hook", None), "weights_map", None)
     return weight if not weight.is_meta or kept is None else kept[own]
@@ -232,16 +230,16 @@ def token_ids(ids: int | Sequence[int] | None) -> tuple[int, ...]:
 
 
 def _check_attention(implementation: Any) -> None:
-    # Any other name would have transformers fetch and import compiled code of that name.
+    # For other names, transformers would download and import a compiled kernel.
     if implementation not in (None, *ATTENTION):
         raise ValueError(f"unknown attn_implementation={implementation!r}; expected one of {', '.join(ATTENTION)}")
 
 
 def check_config(config: PretrainedConfig) -> None:
-    """Refuse a config no model can be built from.
+    """Reject an invalid config.
 
     Raises:
-        ValueError: a size or a constant is not a positive number, or the heads do not divide what they share.
+        ValueError: a size or a constant is not a positive number, or the heads do not divide the hidden size.
     """
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
              "num_key_value_heads", "max_position_embeddings")  # fmt: skip
@@ -254,18 +252,29 @@ def check_config(config: PretrainedConfig) -> None:
         value = getattr(config, name)
         if not is_positive(value):
             raise ValueError(f"{kind} config: {name}={value!r} is out of range; give a positive number")
-    for whole, part in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")):
+    shared = [("num_attention_heads", "num_key_value_heads")]
+    if "head_dim" in vars(config):
+        if not is_whole(config.head_dim) or config.head_dim < 1 or config.head_dim % 2:
+            raise ValueError(f"{kind} config: head_dim={config.head_dim!r} is out of range; give an even integer")
+    else:
+        shared.insert(0, ("hidden_size", "num_attention_heads"))
+    for whole, part in shared:
         if getattr(config, whole) % getattr(config, part):
             raise ValueError(
                 f"{kind} config: {names[whole]}={getattr(config, whole)} is not divisible by "
                 f"{names[part]}={getattr(config, part)}; give a multiple of it"
             )
-    head_dim = config.hidden_size // config.num_attention_heads
+    head_dim = _head_dim(config)
     if head_dim % 2:
         raise ValueError(
             f"{kind} config: {names['hidden_size']}={config.hidden_size} gives heads of {head_dim}, and the rotary "
-            "embedding turns pairs; make it even"
+            "embedding rotates pairs; make it even"
         )
+
+
+def _head_dim(config: PretrainedConfig) -> int:
+    own: int = vars(config).get("head_dim") or config.hidden_size // config.num_attention_heads
+    return own
 
 
 def _default_positions(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -275,12 +284,12 @@ def _default_positions(input_ids: Tensor, attention_mask: Tensor | None) -> Tens
 
 
 def _seeing_themselves(mask: Bool[Tensor, "B 1 C C"]) -> Bool[Tensor, "B 1 C C"]:
-    """The same, and padding attends to itself: a row that sees nothing would turn into NaN and spread."""
+    """The same, where padding attends to itself: a query without keys would give NaN."""
     return mask | torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
 
 
 def _per_query(attention_mask: Tensor | None) -> Tensor | None:
-    # Padded queries may look at the real columns: a row that sees nothing would turn into NaN and spread.
+    # Padded queries attend to all other columns: a query without keys would give NaN.
     if attention_mask is None or attention_mask.ndim == 4:
         return attention_mask
     return attention_mask.bool()[:, None, None, :]

@@ -1,9 +1,9 @@
-"""A checkpoint folder is read before transformers sees it: `config.json` as data, of the weights the headers alone.
+"""Validation of a checkpoint folder before transformers reads it: `config.json`, and the headers of the weights.
 
-Nothing in a folder is trusted. Transformers acts on keys of a config: it fetches and imports compiled attention
-kernels, reads other files than those that were checked, makes room for whatever sizes are declared. So only
-published keys reach a config (`published`), and a folder whose config, index and headers do not agree is refused in
-one line (`check_folder`, `check_causal_folder`) before anything is computed or allocated.
+Folders are not trusted. Some config keys make transformers download and import compiled attention kernels, read other
+files, or allocate tensors of any declared size. So only published keys reach a config (`published`), and a folder
+whose config, index and headers are inconsistent is rejected (`check_folder`, `check_causal_folder`) before anything
+is computed or allocated.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dllm.models.published import is_whole
 ATTENTION = ("sdpa", "eager")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-# Quantised by packages that are installed, these; what else transformers knows fetches kernels when it is used.
+# Quantisation methods of installed packages; others in transformers download kernels when used.
 QUANTISED = {
     "awq": "gptqmodel",
     "bitsandbytes": "bitsandbytes",
@@ -52,9 +52,9 @@ _COMMON = {
 _ACTED_ON = ("configuration_files", "transformers_weights", "fusion_config", "kernel_config", "use_kernels",
              "experts_implementation", "_experts_implementation", "distributed_config", "per_layer_config")  # fmt: skip
 _ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
-_OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how files begin that torch wrote before 1.6
+_OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # magic number of torch files before 1.6
 _CONFIG_BYTES, _HEADER_BYTES, _DEPTH = 10**7, 3 * 10**7, 32
-_LARGEST = 2**24  # a size beyond this is a mistake, and its tensors would not fit any machine
+_LARGEST = 2**24  # maximum plausible size
 _LABELS = 10**5
 _OPTIONAL = ("num_key_value_heads", "embedding_size")
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -62,7 +62,7 @@ _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
 
 
 class Stored(NamedTuple):
-    """A tensor as its file describes it."""
+    """The header of a stored tensor."""
 
     file: Path
     dtype: str
@@ -70,14 +70,14 @@ class Stored(NamedTuple):
 
 
 def published(kwargs: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """What a config may hand on to transformers: of the keys it was given, those that published configs have.
+    """The keys of a config that are passed on to transformers: those of published configs.
 
     Args:
-        kwargs: keys a config does not take itself.
-        names: those that the family's published configs have beside transformers' own.
+        kwargs: keys that the config class does not handle.
+        names: keys of the family's published configs beside transformers' own.
 
     Raises:
-        ValueError: a value that would make transformers fetch or import something, or that it cannot use.
+        ValueError: an invalid value, or one that would make transformers download or import something.
     """
     _check_choices(kwargs)
     for name in ("pad_token_id", "bos_token_id"):
@@ -90,10 +90,10 @@ def published(kwargs: Mapping[str, Any], names: Collection[str]) -> dict[str, An
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a folder, once it is known to be harmless.
+    """`config.json` of a folder, validated.
 
     Raises:
-        ValueError: there is none, or it is not a config.
+        ValueError: it is missing or invalid.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -102,14 +102,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_folder(family: Any, folder: Path) -> None:
-    """Refuse a folder that does not hold one whole checkpoint of a family.
+    """Reject a folder without a complete checkpoint of a family.
 
     Args:
         family: the class of the model.
-        folder: where `config.json` and the weights are.
+        folder: with `config.json` and the weights.
 
     Raises:
-        ValueError: in one line, what is wrong and how to mend it.
+        ValueError: the problem and its fix, in one line.
     """
     path = folder / "config.json"
     content = read_config(folder)
@@ -127,10 +127,10 @@ def check_folder(family: Any, folder: Path) -> None:
 
 
 def check_values(config_class: Any, content: Mapping[str, Any]) -> None:
-    """Refuse sizes and constants that no model has, before a config is made of them.
+    """Reject implausible sizes and constants, before building a config.
 
     Raises:
-        ValueError: one is.
+        ValueError: one is implausible.
     """
     for size in _SIZES:
         name = config_class.attribute_map.get(size, size)
@@ -142,10 +142,10 @@ def check_values(config_class: Any, content: Mapping[str, Any]) -> None:
 
 
 def check_causal_folder(folder: Path) -> None:
-    """Refuse a folder whose files would make transformers' own causal models fetch, import or allocate anything.
+    """Reject a folder whose files would make transformers' causal models download, import or allocate anything.
 
     Raises:
-        ValueError: in one line, what is wrong and how to mend it.
+        ValueError: the problem and its fix, in one line.
     """
     config = read_config(folder)
     if (folder / "generation_config.json").is_file():
@@ -163,14 +163,14 @@ def check_causal_folder(folder: Path) -> None:
             _check_size(f"{folder / 'config.json'}: {name}", size)
         if prod(sizes) > values:
             said = ", ".join(f"{name}={size}" for name, size in zip(names, sizes, strict=True))
-            raise ValueError(f"{folder / 'config.json'}: {said} asks for more weights than there are; {_AGAIN}")
+            raise ValueError(f"{folder / 'config.json'}: {said} needs more weights than there are; {_AGAIN}")
 
 
 def read_headers(folder: Path) -> dict[str, Stored] | None:
-    """What the weights of a folder are, by name, without a look at their values; None where only loading them tells.
+    """Headers of the weights of a folder by name, without reading values; None if only loading can tell.
 
     Raises:
-        ValueError: a file that is missing, damaged, elsewhere, or at odds with the index.
+        ValueError: a file that is missing, damaged, outside the folder, or inconsistent with the index.
     """
     files, index = _weight_files(folder)
     stored: dict[str, Stored] = {}
@@ -197,7 +197,7 @@ def read_headers(folder: Path) -> dict[str, Stored] | None:
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The files that transformers is going to read, and the index where it reads one."""
+    """The files that transformers will read, and the index if there is one."""
     apart = next(folder.glob("shard-?????-model-*.safetensors"), None)
     if apart is not None:
         raise ValueError(f"{apart} is of a distributed checkpoint; save the model with save_pretrained, and give that")
@@ -209,7 +209,7 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
             listed = _weight_map(index, Path(weights).suffix)
             return [folder / file for file in sorted(set(listed.values()))], listed
     wanted = f"{' or '.join(WEIGHTS)} or shards with their index"
-    if folder.parent.name == "snapshots":  # the hub's cache is not for hands
+    if folder.parent.name == "snapshots":  # the hub's cache must not be edited
         raise ValueError(f"the hub has no weights for {folder} ({wanted}); use another repository or revision")
     raise ValueError(f"{folder} has no weights; put {wanted} there")
 
@@ -222,7 +222,7 @@ def _weight_map(index: Path, suffix: str) -> dict[str, str]:
             raise ValueError(f"{index}: {key}={value!r} is not a table; copy or download it again")
     for name, file in listed.items():  # type: ignore[union-attr]  # a table, as checked
         if not isinstance(file, str) or not re.fullmatch(rf"[^/\\\0]+{re.escape(suffix)}", file):
-            raise ValueError(f"{index}: tensor {name} is said to be in {file!r}; shards are {suffix} files beside it")
+            raise ValueError(f"{index}: tensor {name} is in {file!r}; expected {suffix} files in the same folder")
     return listed  # type: ignore[return-value]  # texts, as checked
 
 
@@ -251,7 +251,7 @@ def _is_old(path: Path) -> bool:
 
 
 def _pickled(path: Path) -> Iterator[tuple[str, Stored]]:
-    """As `read_header`, of a pickled file: mapped, so that no value is read, and unpickled to nothing but tensors."""
+    """As `read_header`, for a pickled file: memory-mapped, so that no value is read, and with weights_only."""
     try:
         if not zipfile.is_zipfile(path):
             raise ValueError("no archive")
@@ -268,7 +268,7 @@ def _pickled(path: Path) -> Iterator[tuple[str, Stored]]:
 
 
 def _compare(family: Any, config: PretrainedConfig, stored: Mapping[str, Stored], folder: Path) -> None:
-    """Refuse weights that are not those the config describes: names, shapes and types."""
+    """Reject weights whose names, shapes or dtypes do not match the config."""
     quantised = getattr(config, "quantization_config", None) is not None
     seen, owners = set(), {name.rpartition(".")[0] for name in stored}
     for name, shape in _expected(family, config):
@@ -296,7 +296,7 @@ def _compare(family: Any, config: PretrainedConfig, stored: Mapping[str, Stored]
 
 
 def _expected(family: Any, config: PretrainedConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of a model, layer by layer; a model of one layer tells those of all."""
+    """Names and shapes of a model, layer by layer, derived from a model with one layer."""
     single = deepcopy(config)
     single.num_hidden_layers = 1
     single.quantization_config = None
@@ -317,7 +317,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is of {path.stat().st_size} bytes, too long for a config; copy it again")
     content = read_json(path)
     waiting: list[tuple[str, Any, int]] = [("", content, 0)]
-    while waiting:  # without recursion: it is depth, too, that is checked
+    while waiting:  # without recursion, since depth is checked too
         key, value, depth = waiting.pop()
         if depth > _DEPTH:
             raise ValueError(f"{path} is nested too deep; copy it again from the published model")
@@ -328,7 +328,7 @@ def _read(path: Path) -> dict[str, Any]:
                 _check_keys(value)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
-            # A quantiser's settings are its own.
+            # Settings of the quantiser are not checked.
             waiting += [(name, part, depth + 1) for name, part in value.items() if name != "quantization_config"]
         elif isinstance(value, list):
             waiting += [(key, part, depth + 1) for part in value]
@@ -373,7 +373,7 @@ def _check_size(name: str, value: Any) -> None:
 
 
 def _check_ids(config: Any, folder: Path) -> None:
-    """Refuse special ids that are not ids of the vocabulary, or are the mask."""
+    """Reject special ids outside the vocabulary, or equal to the mask."""
     rows, mask = config.vocab_size, config.mask_token_id
     named = [("config.json", "mask_token_id", mask), ("config.json", "eos_token_id", config.eos_token_id)]
     if config.eos_token_id in (None, []):

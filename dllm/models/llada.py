@@ -1,7 +1,7 @@
 """LLaDA (arXiv 2502.09992): a llama block without causal mask or biases, unshifted logits.
 
 Tensor names are the published ones (``model.transformer.blocks.0.attn_out.weight``), so that
-checkpoints load and save as they are.
+checkpoints load and save without conversion.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dllm.models.checkpoint import published
 from dllm.models.published import check_fixed, check_special_ids, check_synonyms, is_whole, take_rope_theta
 from dllm.models.transformer import BlockInputs, BlockParts, RMSNorm, SwiGLU, block_forward
 
-# What the published config could say and this implementation does not compute otherwise; null means false.
+# Config keys with a single supported value; null means false.
 _FIXED = {
     "block_type": "llama",
     "layer_norm_type": "rms",
@@ -35,7 +35,7 @@ _FIXED = {
     "tie_word_embeddings": False,
     "multi_query_attention": None,
 }
-# What the published config says beside that, and nothing here reads.
+# Keys of the published config that are not read.
 _UNUSED = (
     "alibi_bias_max", "attention_layer_norm_with_affine", "bias_for_layer_norm", "block_group_size",
     "embedding_dropout", "flash_attention", "init_cutoff_factor", "init_device", "init_fn", "layer_norm_with_affine",
@@ -44,12 +44,12 @@ _UNUSED = (
 
 
 class LLaDAConfig(PretrainedConfig):
-    """Configuration in the published layout; published keys it does not read are kept and written back, others dropped.
+    """Configuration in the published layout; unread published keys are preserved, others dropped.
 
     Args:
         vocab_size: entries V of the logits.
-        embedding_size: rows of the embedding and the projection; `vocab_size` when None. Those beyond `vocab_size` are
-            no tokens.
+        embedding_size: rows of the embedding and the projection; `vocab_size` when None. Rows beyond `vocab_size` are
+            padding.
         d_model: hidden size.
         n_heads: attention heads H.
         n_kv_heads: key-value heads; `n_heads` when None.
@@ -58,11 +58,11 @@ class LLaDAConfig(PretrainedConfig):
         max_sequence_length: longest canvas.
         rms_norm_eps: added to the mean square.
         mask_token_id: id of [MASK].
-        eos_token_id: id or ids that end a text; the first one fills what follows.
-        **kwargs: what else is published, such as `rope_theta`, the base of the rotary embedding (500000 by default).
+        eos_token_id: end-of-text id or ids; the first one fills the rest of the canvas.
+        **kwargs: other published keys, such as `rope_theta`, the base of the rotary embedding (500000 by default).
 
     Raises:
-        ValueError: the config asks for something other than LLaDA's published architecture.
+        ValueError: the config differs from LLaDA's published architecture.
     """
 
     model_type = "llada"
@@ -145,7 +145,7 @@ class LLaDABlock(nn.Module):
 
     @property
     def parts(self) -> BlockParts:
-        """The modules under the names that all families share."""
+        """The modules under their common names."""
         return BlockParts(
             self.attn_norm, self.q_proj, self.k_proj, self.v_proj, self.attn_out,
             self.ff_norm, SwiGLU(self.ff_proj, self.up_proj, self.ff_out),

@@ -1,4 +1,4 @@
-"""`load`: from a name to a backbone and its tokenizer, without running any code of the checkpoint."""
+"""`load`: loads a backbone and its tokenizer by name, without running any code of the checkpoint."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from dllm.models.packed import pack as pack_weights
 from dllm.models.tokenizers import load_tokenizer
 from dllm.resolve import names
 
-# What a checkpoint is made of; code that lies beside it is not even downloaded.
+# Files of a checkpoint; code is not downloaded.
 _TEXTS = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
 _FILES = (*_TEXTS, "*.safetensors")
-# Pickled weights are downloaded where what a config describes has no others.
+# Pickled weights are downloaded only if there are no others.
 _PICKLES = (("config.json", "model*.safetensors", "pytorch_model*.bin"),
             (adapters.CONFIG, "adapter_model.safetensors", "adapter_model.bin"))  # fmt: skip
 _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -41,12 +41,12 @@ class LanguageModel:
 
     Attributes:
         backbone: the denoiser, in evaluation mode.
-        tokenizer: None where the checkpoint has none; token ids are taken then.
-        name: what it was loaded by, and the adapter where one was given.
-        adapter: folder of the adapter that its weights were changed by; None without one.
-        folder: where its files are; None for one that was made in memory.
-        spare: memory that no engine works in (`dllm.decoding.memory.Memory`).
-        stamps: of its files as they were before they were read, and of the adapter's; see `dllm.identity.stamps`.
+        tokenizer: None without one; prompts must then be token ids.
+        name: as given to `load`, with the adapter if any.
+        adapter: folder of the merged adapter; None without one.
+        folder: of its files; None for a model created in memory.
+        spare: memory not used by any engine (`dllm.decoding.memory.Memory`).
+        stamps: of its files, and of the adapter's, before reading; see `dllm.identity.stamps`.
     """
 
     backbone: MaskedDiffusionModel
@@ -59,7 +59,7 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
+        """Device of the inputs."""
         return self.backbone.device
 
 
@@ -76,21 +76,21 @@ def load(
 ) -> LanguageModel:
     """Load a denoiser and its tokenizer.
 
-    The architecture is chosen by ``model_type`` in ``config.json`` and is always this package's own:
-    code in the checkpoint, named by ``auto_map``, is never executed. Tokens that end a turn or are
-    listed in ``generation_config.json`` count as end of text beside the config's.
+    The architecture is selected by ``model_type`` in ``config.json`` and implemented in this package:
+    remote code, named by ``auto_map``, is never executed. Tokens that end a chat turn or are
+    listed in ``generation_config.json`` also count as end-of-text.
 
     Args:
         name: a model of conf/model such as "tiny-llada" or "llada-8b-instruct", a local folder, or a hub id.
-        device: where the weights go; None for the first GPU, or the CPU without one.
+        device: of the weights; None for the first GPU, or the CPU without one.
         dtype: "auto" for the checkpoint's, or "float16", "bfloat16", "float32", "float64" or a `torch.dtype`.
-        device_map: how to spread the model over devices, as in transformers; instead of `device`.
+        device_map: distribution of the model over devices, as in transformers; instead of `device`.
         attn_implementation: "sdpa" (the default) or "eager".
         revision: branch, tag or commit of a hub id.
-        pack: lay the weights out for the CPU's narrow forwards, in float32: faster there with the same results up
-            to rounding, but such a model cannot be saved, moved or trained.
+        pack: reorder the weights for small forwards on a CPU, in float32: faster with the same results up to rounding,
+            but such a model cannot be saved, moved or trained.
         adapter: folder or hub id of a LoRA, or of another adapter that peft can merge into the weights. Its tokenizer,
-            where it has one, replaces the model's. A `name` that is an adapter loads the base model that it names.
+            if any, replaces the model's. If `name` is an adapter, its base model is loaded.
 
     Raises:
         ValueError: an unknown name or option, or a checkpoint that is incomplete, damaged, of another
@@ -99,7 +99,7 @@ def load(
     options = _options(device, dtype, device_map, attn_implementation)
     choice("pack", pack, (True, False))
     base, revision, adapter_folder = _base_and_adapter(name, revision, adapter)
-    # The config comes first: it tells whether the gigabytes that follow are of use.
+    # The config comes first, to reject an unsupported model before downloading its weights.
     family = _family(checkpoint_folder(base, revision, files=("config.json",)))
     folder = checkpoint_folder(base, revision)
     before = stamps(*filter(None, (folder, adapter_folder)))
@@ -114,7 +114,7 @@ def load(
     backbone.extra_eos_token_ids = _extra_eos(backbone, tokenizer, folder)
     _check_vocabulary(backbone, tokenizer, folder)
     if tokenizer is not None and tokenizer.mask_token_id != backbone.mask_token_id:
-        # The config decides; LLaDA's published tokenizer does not say which of its tokens is the mask.
+        # The config decides; LLaDA's published tokenizer does not declare its mask token.
         tokenizer.mask_token = tokenizer.convert_ids_to_tokens(backbone.mask_token_id)
     called = f"{name}{'' if adapter is None else f'+{adapter}'}"
     return LanguageModel(backbone, tokenizer, called, adapter_folder, folder, before)
@@ -123,7 +123,7 @@ def load(
 def _base_and_adapter(
     name: str | Path, revision: str | None, adapter: str | Path | None
 ) -> tuple[str | Path, str | None, Path | None]:
-    """The model to load with its revision, and the folder of the adapter to change it with."""
+    """The model to load with its revision, and the folder of the adapter to merge."""
     given = None if adapter is None else _adapter_folder(adapter)
     folder = checkpoint_folder(name, revision, files=("config.json", adapters.CONFIG))
     if not (folder / adapters.CONFIG).is_file():
@@ -162,17 +162,17 @@ def checkpoint_folder(
     option: str = "name",
     known: Sequence[str] | None = None,
 ) -> Path:
-    """Find the folder a name stands for; a hub id is downloaded into the Hugging Face cache.
+    """Resolve a name to a folder; a hub id is downloaded into the Hugging Face cache.
 
     Args:
-        name: as for `load`; bundled models that are no denoisers, such as "tiny-guide", are found too.
+        name: as for `load`; also bundled models that are not denoisers, such as "tiny-guide".
         revision: branch, tag or commit of a hub id.
         files: patterns of the files to download.
-        option: what errors call the name.
+        option: parameter name in errors.
         known: names that errors suggest; None for those of conf/model.
 
     Raises:
-        ValueError: no such model, or a `revision` of something that is not on the hub.
+        ValueError: an unknown model, or a `revision` for a local folder.
     """
     if isinstance(name, Path) and is_folder(name):  # and not a model of that name
         name = name.absolute()
@@ -199,7 +199,7 @@ def checkpoint_folder(
 
 
 def _download(path: str, revision: str | None, files: Sequence[str]) -> Path:
-    """Fetch files of a hub repository; its pickled weights where weights are wanted and there are no others."""
+    """Download files of a hub repository; pickled weights only if there are no others."""
     folder = Path(snapshot_download(path, revision=revision, allow_patterns=list(files), ignore_patterns="*/*"))
     for config, usual, pickles in _PICKLES:
         wanted = {usual, "*.safetensors"}.intersection(files) and (folder / config).is_file()
@@ -223,13 +223,13 @@ def _options(
     device_map: str | dict[str, Any] | None,
     attn_implementation: str | None,
 ) -> dict[str, Any]:
-    """Check what the user chose and turn it into arguments of `from_pretrained`."""
+    """Validate the options and convert them to arguments of `from_pretrained`."""
     if isinstance(dtype, str) and dtype != "auto":
         if dtype not in DTYPES:
             raise ValueError(f"unknown dtype={dtype!r}; expected one of auto, {', '.join(DTYPES)} or a torch.dtype")
         dtype = getattr(torch, dtype)
     if isinstance(dtype, torch.dtype) and str(dtype).removeprefix("torch.") not in DTYPES:
-        raise ValueError(f"dtype={dtype} holds no weights; use {', '.join(DTYPES)}")
+        raise ValueError(f"dtype={dtype} is not supported for weights; use {', '.join(DTYPES)}")
     if attn_implementation not in (None, *ATTENTION):
         raise ValueError(f"unknown attn_implementation={attn_implementation!r}; expected one of {', '.join(ATTENTION)}")
     if device_map is not None and device is not None:
@@ -244,23 +244,23 @@ def _options(
 
 
 def _placement(device_map: Any) -> dict[str, Any]:
-    """A device for each part, of which one at least computes; those that are "disk" are read when they are needed."""
+    """A device for each part, at least one of which is not "disk" (offloaded parts are loaded when needed)."""
     placement: dict[str, Any] = dict(device_map) if isinstance(device_map, Mapping) else {}
     devices = [each for each in placement.values() if each != "disk"]
     if not all(isinstance(part, str) for part in placement) or not devices:
-        raise ValueError(f"device_map={device_map!r} gives no part a device; give {{part: device}}")
+        raise ValueError(f"device_map={device_map!r} assigns no part to a device; give {{part: device}}")
     for each in devices:
         if not isinstance(each, (str, int, torch.device)):
-            raise ValueError(f"device_map={placement!r} holds more than devices; give {{part: device}}")
+            raise ValueError(f"device_map={placement!r} has values that are not devices; give {{part: device}}")
         find_device(each, "device_map")  # type: ignore[arg-type]  # torch takes numbers of devices as well
     return placement
 
 
 def find_device(device: str | torch.device | None, parameter: str = "device") -> torch.device:
-    """The device of a name; the GPU where torch finds one, for None.
+    """A device by name; None for the GPU if available, else the CPU.
 
     Raises:
-        ValueError: there is no such device.
+        ValueError: the device is not available.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -274,7 +274,7 @@ def find_device(device: str | torch.device | None, parameter: str = "device") ->
 
 
 def _family(folder: Path) -> type[MaskedDiffusionModel]:
-    """The class that computes what `config.json` describes."""
+    """The model class for a `config.json`."""
     path, config = folder / "config.json", read_config(folder)
     model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:
@@ -292,7 +292,7 @@ def _family(folder: Path) -> type[MaskedDiffusionModel]:
                 AutoQuantizationConfig.from_dict(dict(config["quantization_config"]))
     except ImportError as error:
         raise _missing_library(folder, error) from None
-    except Exception as error:  # noqa: BLE001  # transformers checks the rest, and has many ways to stumble
+    except Exception as error:  # noqa: BLE001  # transformers validates the rest, with errors of any type
         raise ValueError(f"{path} cannot be used: {' '.join(str(error).split())}") from None
     return family
 
@@ -306,19 +306,19 @@ def _missing_library(folder: Path, error: ImportError) -> ValueError:
 
 
 def _quantised(folder: Path) -> str | None:
-    """The method that the weights are quantised with; None where they are not."""
+    """The quantisation method of the weights; None if not quantised."""
     return (read_json(folder / "config.json").get("quantization_config") or {}).get("quant_method")
 
 
 def _load_weights(family: type[MaskedDiffusionModel], folder: Path, options: dict[str, Any]) -> MaskedDiffusionModel:
-    """Load every tensor of the architecture, and no other."""
+    """Load exactly the tensors of the architecture."""
     options = options | {"output_loading_info": True, "ignore_mismatched_sizes": True, "local_files_only": True}
     try:
         with adapters.hidden(folder) as bare:
             loaded: Any = family.from_pretrained(bare, **options)
     except ImportError as error:
         raise _missing_library(folder, error) from None
-    except Exception as error:  # an unpickler may raise any at a file that was cut off
+    except Exception as error:  # unpickling a truncated file may raise anything
         if isinstance(error, torch.OutOfMemoryError):
             raise
         if isinstance(error, RuntimeError) and (method := _quantised(folder)) is not None:  # as without a GPU
@@ -328,7 +328,7 @@ def _load_weights(family: type[MaskedDiffusionModel], folder: Path, options: dic
             ) from None
         if any(folder.glob("*.safetensors")):
             raise
-        # torch would go on to say how to run the code that such a file holds.
+        # torch's message explains how to run the code in such a file.
         reason = "it holds more than tensors" if "Weights only load failed" in str(error) else first_line(error)
         raise ValueError(
             f"{folder}: pytorch_model*.bin cannot be read ({reason}); copy or download the weights again"
@@ -336,7 +336,7 @@ def _load_weights(family: type[MaskedDiffusionModel], folder: Path, options: dic
     backbone, info = loaded
     backbone.name_or_path = backbone.config.name_or_path = str(folder)
     problems = {
-        # Compared before where headers tell. Newer transformers report the two shapes beside the name.
+        # Usually compared by headers before. Newer transformers report both shapes with the name.
         "has another shape than config.json asks for": [
             entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]
         ],
@@ -353,7 +353,7 @@ def _load_weights(family: type[MaskedDiffusionModel], folder: Path, options: dic
 
 
 def _is_finite(weight: torch.Tensor) -> bool:
-    # Quantised weights are finite by their format, and weights left on disk are not here to look at.
+    # Quantised formats are always finite, and offloaded weights are not in memory.
     ordinary = weight.is_floating_point() and type(weight.data) is torch.Tensor and not weight.is_meta
     return not ordinary or bool(weight.isfinite().all())
 
@@ -368,7 +368,7 @@ def _extra_eos(
 
 
 def _check_vocabulary(backbone: MaskedDiffusionModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    """Refuse a tokenizer with tokens that the model does not have."""
+    """Reject a tokenizer with ids beyond the model's vocabulary."""
     ids, rows = {} if tokenizer is None else tokenizer.get_vocab(), backbone.config.vocab_size
     token = max(ids, key=ids.__getitem__, default=None)
     if token is not None and ids[token] >= rows:
@@ -380,7 +380,7 @@ def _check_vocabulary(backbone: MaskedDiffusionModel, tokenizer: PreTrainedToken
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and load reports of transformers: what is wrong is raised instead."""
+    """Suppress progress bars and load reports of transformers; problems are raised as errors."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -1,7 +1,7 @@
-"""Weights laid out for oneDNN: on a CPU and in float32, narrow forwards then take about two thirds of the time.
+"""Weights reordered for oneDNN: on a CPU in float32, small forwards then take about two thirds of the time.
 
-What `torch.nn.Linear` calls lays the weights out anew at each call, which a window of few columns does not pay for.
-Packed weights can be computed with and nothing else: such a model is not trained, moved or saved.
+`torch.nn.Linear` reorders the weights in each call, which dominates for few columns. Packed weights only support
+forwards: such a model cannot be trained, moved or saved.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from dllm.models.base import MaskedDiffusionModel
 
-_COLUMNS = 32  # what the layout is chosen for; it serves any number
+_COLUMNS = 32  # the layout is tuned for this number, but supports any
 
 
 class PackedLinear(nn.Module):
-    """What a linear layer computes.
+    """A linear layer with packed weights.
 
     Args:
-        linear: gives up its weight.
+        linear: the layer to pack.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -33,14 +33,14 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
 
     def _apply(self, *_: Any, **__: Any) -> PackedLinear:
-        raise ValueError("packed weights cannot be moved or converted; load the model where and as it is wanted")
+        raise ValueError("packed weights cannot be moved or converted; load the model with the device and dtype needed")
 
     def _save_to_state_dict(self, *_: Any, **__: Any) -> None:
-        raise ValueError("packed weights cannot be saved; load the model with pack=false for that")
+        raise ValueError("packed weights cannot be saved; load the model with pack=false")
 
 
 def pack(backbone: MaskedDiffusionModel) -> None:
-    """Pack the weights of all linear layers, one after the other, so that no second copy of the model is held.
+    """Pack the weights of all linear layers one by one, to avoid a second copy of the model.
 
     Raises:
         ValueError: the model is not on a CPU, not in float32, or quantised, or torch has no oneDNN.
@@ -50,9 +50,9 @@ def pack(backbone: MaskedDiffusionModel) -> None:
         place = f"on {' and '.join(sorted(devices))} in {str(backbone.dtype).removeprefix('torch.')}"
         raise ValueError(f"pack=true is for a CPU and float32, and the model is {place}; use pack=false")
     if not torch.backends.mkldnn.is_available():
-        raise ValueError("pack=true needs a torch with oneDNN (mkldnn), which this one is not; use pack=false")
+        raise ValueError("pack=true needs torch built with oneDNN (mkldnn); use pack=false")
     if getattr(backbone, "hf_quantizer", None) is not None:
-        raise ValueError("pack=true has no use for quantised weights; use pack=false")
+        raise ValueError("pack=true does not support quantised weights; use pack=false")
     backbone.remembered_fingerprint = backbone.fingerprint()
     with torch.inference_mode():
         holders = [module for module in backbone.modules() if type(module) is not nn.Linear]

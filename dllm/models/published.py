@@ -1,4 +1,4 @@
-"""What a published config.json may say about the computation and the special tokens, read without trusting it."""
+"""Validation of the keys of a config.json about the computation and the special tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import isfinite
 from typing import Any
 
-# Keys of other models that the weights do not show and that change results, with the values that change nothing.
+# Keys of other models that change results without changing weights, with their neutral values.
 _ELSEWHERE = {
     "hidden_act": "silu", "activation_type": "silu", "clip_qkv": None, "attn_logit_softcapping": None,
     "final_logit_softcapping": None, "query_pre_attn_scalar": None, "attention_multiplier": None,
@@ -14,7 +14,7 @@ _ELSEWHERE = {
     "embedding_layer_norm": False, "norm_after": False, "no_rope_layers": None, "rotary_pct": 1,
     "use_sliding_window": False, "use_mrope": False, "input_emb_norm": False, "scale_logits": False, "alibi": False,
 }  # fmt: skip
-# What one size is called by the families and elsewhere.
+# Names of the same size in the families and elsewhere.
 _SYNONYMS = (
     ("n_heads", "num_attention_heads", "num_heads", "n_head"),
     ("n_kv_heads", "num_key_value_heads", "num_kv_heads"),
@@ -26,10 +26,10 @@ _SYNONYMS = (
 
 
 def check_synonyms(kind: str, config: Any, given: Mapping[str, Any]) -> None:
-    """Refuse a size under a name that is not read, where it is another than the one in use.
+    """Reject a size under an unread synonym that differs from the value in use.
 
     Raises:
-        ValueError: an entry is such.
+        ValueError: an entry differs.
     """
     for names in _SYNONYMS:
         own = next(name for name in names if name in vars(config))
@@ -39,10 +39,10 @@ def check_synonyms(kind: str, config: Any, given: Mapping[str, Any]) -> None:
 
 
 def check_fixed(kind: str, fixed: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Refuse what is not computed otherwise than in the published models; null means false.
+    """Reject unsupported values of keys that the published models fix; null means false.
 
     Raises:
-        ValueError: an entry of `fixed`, or one that only other models have, is given another value; layers differ.
+        ValueError: an entry of `fixed`, or a key of other models, has an unsupported value; layers differ.
     """
     for key, value in {**_ELSEWHERE, **fixed}.items():
         if (given.get(key, value) or None) != (value or None):
@@ -55,18 +55,18 @@ def check_fixed(kind: str, fixed: Mapping[str, Any], given: Mapping[str, Any]) -
 
 
 def take_rope_theta(kind: str, default: float, given: dict[str, Any]) -> Any:
-    """Read the base of the rotary embedding, in the published layout or in that of transformers 5, and remove both.
+    """Pop the base of the rotary embedding, in the published layout or in that of transformers 5.
 
     Published: ``rope_theta`` beside a ``rope_scaling`` of null. transformers 5: one ``rope_parameters`` of type
     "default" with the base in it.
 
     Args:
         kind: of the model, for errors.
-        default: where nothing is given.
-        given: entries of the config; those about the rotary embedding are taken out.
+        default: if nothing is given.
+        given: entries of the config; those of the rotary embedding are removed.
 
     Raises:
-        ValueError: positions are scaled or rotated in part, or two entries disagree.
+        ValueError: scaled or partial rotary embedding, or inconsistent entries.
     """
     entries = {"rope_theta": given.pop("rope_theta")} if "rope_theta" in given else {}
     for key in ("rope_parameters", "rope_scaling"):
@@ -109,7 +109,7 @@ def check_special_ids(kind: str, mask_token_id: Any, eos_token_id: Any) -> None:
     """Reject values that are not token ids; whether the model has the id is checked when it is loaded.
 
     Raises:
-        ValueError: [MASK] has no id, or something that is no id is to end a text.
+        ValueError: an invalid mask id or end-of-text id.
     """
     if not is_whole(mask_token_id):
         raise ValueError(f"{kind} config: mask_token_id={mask_token_id!r} is not a token id; give the id of [MASK]")
@@ -122,10 +122,10 @@ def check_special_ids(kind: str, mask_token_id: Any, eos_token_id: Any) -> None:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether this is a whole number, as JSON has them."""
+    """Whether this is an integer, not a boolean."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_positive(value: Any) -> bool:
-    """Whether this is a number above 0 that can be computed with."""
+    """Whether this is a finite positive number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 and isfinite(value)

@@ -1,8 +1,8 @@
-"""Tokenizers of the published layouts, read as data.
+"""Tokenizers of the published layouts, loaded without remote code.
 
-LLaDA publishes ``tokenizer.json``. Dream publishes ``vocab.json`` and ``merges.txt`` with a tokenizer
-class of its own as code; that class is Qwen2's byte-level BPE, so `Qwen2TokenizerFast` reads the
-files and the code is never run.
+LLaDA publishes ``tokenizer.json``. Dream publishes ``vocab.json`` and ``merges.txt`` with a custom
+tokenizer class as code; that class is Qwen2's byte-level BPE, so `Qwen2TokenizerFast` reads the files
+and the code is never run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dllm.files import parse_json
 
 _BPE_FILES = ("vocab.json", "merges.txt")
 _OTHER_FILES = ("tokenizer_config.json", "tokenizer.model")
-# Entries of tokenizer_config.json that a loader would take for files, wherever they are.
+# Entries of tokenizer_config.json that a loader would read as file names.
 _ELSEWHERE = ("fast_tokenizer_files", "gguf_file", "init_inputs", "tokenizer_object", "vocab", "merges")
 
 
@@ -32,10 +32,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         folder: the checkpoint folder; ``tokenizer.json`` is preferred to ``vocab.json`` and ``merges.txt``.
 
     Returns:
-        The tokenizer, or None where the folder has no tokenizer files.
+        The tokenizer, or None if the folder has no tokenizer files.
 
     Raises:
-        ValueError: tokenizer files that are incomplete, unreadable or at odds with each other.
+        ValueError: tokenizer files that are incomplete, unreadable or inconsistent.
     """
     present = {path.name for path in folder.iterdir() if path.is_file()}
     if "tokenizer.json" in present:
@@ -70,10 +70,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
 
 def check_tokenizer_config(folder: Path) -> None:
-    """Refuse a `tokenizer_config.json` that names other files to read, or a length that is not a number.
+    """Reject a `tokenizer_config.json` that names other files, or an invalid length.
 
     Raises:
-        ValueError: it does.
+        ValueError: an unsupported entry.
     """
     path = folder / "tokenizer_config.json"
     try:
@@ -93,7 +93,7 @@ def check_tokenizer_config(folder: Path) -> None:
 
 
 def _declared_ids(folder: Path) -> dict[str, int]:
-    """Ids of the added tokens as the files state them; a loader may renumber them without a word."""
+    """Ids of the added tokens according to the files; a loader may renumber them silently."""
     added: dict[str, int] = _read(folder / "added_tokens.json")
     stated = _read(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
     return added | {token["content"]: int(number) for number, token in stated.items()}

@@ -1,7 +1,7 @@
-"""The transformer that all families share: pre-norm blocks, RoPE, grouped-query attention, any feed-forward part.
+"""The transformer shared by all families: pre-norm blocks, RoPE, grouped-query attention, any feed-forward part.
 
-A family names its modules after its published tensors and hands them over as `BlockParts`; the
-computation is written once, here. Nothing in this folder knows a policy or a cache.
+A family names its modules after its published tensors and passes them as `BlockParts`; the
+computation is implemented once, here, independent of policies and caches.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from torch import Tensor, nn
 
 @runtime_checkable
 class KVStore(Protocol):
-    """Where a forward over some columns writes its keys and values, and reads those of all columns."""
+    """A KV cache: a forward over some columns writes its keys and values and reads those of all columns."""
 
     def update(
         self, layer: int, keys: Float[Tensor, "B H C D"], values: Float[Tensor, "B H C D"]
     ) -> tuple[Float[Tensor, "B H S D"], Float[Tensor, "B H S D"]]:
-        """Store fresh keys and values of the computed columns; return those of every column attended to."""
+        """Store the keys and values of the computed columns; return those of all columns attended to."""
         ...
 
 
 @runtime_checkable
 class PartedStore(KVStore, Protocol):
-    """A store whose sequences lie in several places, and that need not be copied to one."""
+    """A store whose sequences are not contiguous, and are attended to in parts without copying."""
 
     def parts(
         self, layer: int, keys: Float[Tensor, "B H C D"], values: Float[Tensor, "B H C D"]
     ) -> list[tuple[Tensor, Tensor]]:
-        """As `update`, in parts: keys and values of the first sequences, of those that follow, and so on."""
+        """As `update`, in parts along the batch dimension."""
         ...
 
 
 @runtime_checkable
 class FeatureStore(KVStore, Protocol):
-    """A store that also keeps what the two parts of a layer add, so that a layer need not compute all columns."""
+    """A store that also caches the outputs of attention and feed-forward part, so that a layer can skip columns."""
 
     def stale(self, layer: int, values: Float[Tensor, "B H C D"]) -> Int[Tensor, "B U"]:
         """Slots of the C columns to compute in this layer, given their fresh values.
@@ -51,16 +51,16 @@ class FeatureStore(KVStore, Protocol):
         ...
 
     def blend(self, part: str, layer: int, fresh: Float[Tensor, "B U d"]) -> Float[Tensor, "B C d"]:
-        """Store what a part ("attention" or "mlp") adds at those slots; return what it adds at all C columns."""
+        """Store the output of a part ("attention" or "mlp") at those slots; return that of all C columns."""
         ...
 
 
 @runtime_checkable
 class AttentionStore(KVStore, Protocol):
-    """A store that wants to know who attends to whom."""
+    """A store that needs the attention weights."""
 
     def attended(self, layer: int, weights: Float[Tensor, "B C S"]) -> None:
-        """Look at the attention weights of the computed columns, averaged over the heads."""
+        """Receive the attention weights of the computed columns, averaged over the heads."""
         ...
 
 
@@ -76,22 +76,22 @@ class SwiGLU:
         gate, up = self.gate(x), self.up(x)
         if torch.is_grad_enabled():
             return self.down(F.silu(gate) * up)
-        # The widest tensors there are: in place they take half the memory.
+        # The largest activations: in place they take half the memory.
         return self.down(F.silu(gate, inplace=True).mul_(up))
 
 
 @dataclass(frozen=True)
 class BlockParts:
-    """The modules of one transformer block, whatever the family calls them.
+    """The modules of one transformer block under common names.
 
     Attributes:
         attention_norm: before attention.
         query: projects to H heads.
         key: projects to the key-value heads.
         value: as `key`.
-        output: joins the heads.
+        output: output projection of attention.
         feed_forward_norm: before the feed-forward part.
-        feed_forward: (B, C, d) to the same, each position by itself: dense or a mixture of experts.
+        feed_forward: position-wise, (B, C, d) to the same shape: dense or a mixture of experts.
         query_norm: of each head, before the rotary embedding; None for none.
         key_norm: as `query_norm`.
     """
@@ -111,7 +111,7 @@ class BlockParts:
 class Rotation:
     """Cosines and sines of the rotary embedding of the computed columns, in float32 or wider.
 
-    It turns the first R dimensions of a head and leaves the others.
+    It rotates the first R dimensions of a head.
     """
 
     cos: Float[Tensor, "B 1 C R"]
@@ -134,17 +134,17 @@ class Rotation:
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """What every block of one forward receives beside the hidden states.
+    """Inputs of every block of one forward, beside the hidden states.
 
     Attributes:
         head_dim: size D of an attention head.
         rotation: rotary embedding of the computed columns.
-        mask: True where a column may be attended to, broadcastable to (B, 1, C, S); None allows all.
-        store: keys and values of the columns that are not computed now; None when all are computed.
-        eager: spell attention out instead of calling the fused kernel.
-        features: the store, where it keeps what layers add.
-        watch: the store, where it wants the attention weights.
-        parted: the store, where it can give keys and values in parts.
+        mask: attention mask, broadcastable to (B, 1, C, S); None for full attention.
+        store: KV cache of the columns that are not computed; None if all are computed.
+        eager: eager attention instead of the fused kernel.
+        features: the store, if it is a `FeatureStore`.
+        watch: the store, if it is an `AttentionStore`.
+        parted: the store, if it is a `PartedStore`.
     """
 
     head_dim: int
@@ -158,7 +158,7 @@ class BlockInputs:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with its statistics in float32, or wider where the input is."""
+    """Root-mean-square norm with statistics in float32 or wider."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -221,7 +221,7 @@ def _take(x: Float[Tensor, "B C d"], slots: Int[Tensor, "B U"]) -> Float[Tensor,
 
 
 def _of_queries(mask: Bool[Tensor, "B 1 C S"] | None, slots: Int[Tensor, "B U"]) -> Bool[Tensor, "B 1 U S"] | None:
-    """What some of the queries may look at; the same for all of them where the mask says so."""
+    """The attention mask of some of the queries; a mask shared by all queries is unchanged."""
     if mask is None or mask.shape[2] == 1:
         return mask
     return mask.gather(2, slots[:, None, :, None].expand(-1, -1, -1, mask.shape[3]))

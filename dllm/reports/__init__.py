@@ -1,1 +1,1 @@
-"""Reports on sweeps, and drawings of traces."""
+"""Reports on sweeps, and display of traces."""

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Which points no other one dominates.
+    """The points on the Pareto front.
 
     A point dominates another that costs no less and is no better, unless the two are equal.
 
@@ -16,10 +16,10 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
         points: (cost, quality) of each.
 
     Returns:
-        Their indices, by rising cost.
+        Their indices, by increasing cost.
     """
     kept: list[int] = []
-    # At equal cost the better one comes first.
+    # Ties in cost: the better one comes first.
     for index in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
         if not kept or points[index][1] > points[kept[-1]][1] or points[index] == points[kept[-1]]:
             kept.append(index)
@@ -32,18 +32,17 @@ def aup(points: Sequence[tuple[float, float]], best: float, alpha: float = 3.0, 
         AUP = rho_1 y_1 + sum_{i >= 2} (rho_i - rho_{i-1}) (y_i W(y_i) + y_{i-1} W(y_{i-1})) / 2
         W(y) = min(exp(-alpha (1 - y / best)), 1)
 
-    over points of rising parallelism rho, without those whose accuracy is below y_1 - drop.
+    over points of increasing parallelism rho, without those whose accuracy is below y_1 - drop.
 
-    This differs from the paper in which points are used. The paper takes one method at different thresholds, all of
-    them. A sweep holds whatever was swept, so that a setting which is both slower and worse than another would count
-    against its group: here the area is that under the Pareto front of the points (accuracy against parallelism).
-    y_1 is then the best accuracy of the group.
+    Difference from the paper: it uses all thresholds of one method. A sweep may contain dominated settings, which
+    would reduce the area, so here the area is that under the Pareto front (accuracy against parallelism). y_1 is then
+    the best accuracy of the group.
 
     Args:
         points: (rho, y): generated tokens per forward, and accuracy in percent.
         best: y_max, the best accuracy of any method on the task, in percent.
-        alpha: how much lost accuracy weighs.
-        drop: percent that accuracy may fall below y_1.
+        alpha: weight of lost accuracy.
+        drop: maximum loss of accuracy below y_1, in percent.
 
     Returns:
         None without points.

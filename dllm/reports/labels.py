@@ -1,4 +1,4 @@
-"""Labels beside points that cover neither each other nor a point."""
+"""Placement of labels next to points without overlaps."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 
 _ANGLES = (90, 270, 0, 180, 45, 135, 315, 225, 67, 113, 247, 293, 22, 158, 202, 338)
 _DISTANCES = (7, 14, 24, 36, 50, 66, 84)  # points
-_NEAR = 14  # a label farther away has a line to its point
-_LINE = 4  # how much worse it is to cover a piece of a line than as much of a label: lines are thin
+_NEAR = 14  # a label farther away gets a line to its point
+_LINE = 4  # weight of overlap with lines, relative to labels: lines are thin
 
 Box = tuple[float, float, float, float]
 
 
 class Labels:
-    """Places one label after another where there is most room.
+    """Places labels one by one where they overlap least.
 
     Args:
-        figure: matplotlib's, drawn but for the labels.
+        figure: matplotlib's, complete except for the labels.
         axes: of the points.
         points: that no label may cover.
-        lines: upright or level, that labels had better not cover: the two ends of each.
+        lines: vertical or horizontal, that labels should not cover: the two ends of each.
     """
 
     def __init__(
@@ -57,14 +57,14 @@ class Labels:
         self.taken.append(taken)
 
     def _box(self, place: Sequence[float], size: tuple[float, float], angle: float, distance: float) -> Box:
-        """Where a label would lie, its nearest edge `distance` away."""
+        """Bounding box of a label whose nearest edge is `distance` away."""
         across, up = math.cos(math.radians(angle)), math.sin(math.radians(angle))
         x = place[0] + across * (distance * self.scale + size[0] / 2)
         y = place[1] + up * (distance * self.scale + size[1] / 2)
         return x - size[0] / 2, y - size[1] / 2, x + size[0] / 2, y + size[1] / 2
 
     def _cost(self, box: Box) -> float:
-        """Area that it would cover of labels and points, and that lies outside; the latter is worse."""
+        """Weighted area of overlap with labels, points and lines, and outside the axes."""
         inside = self.axes.bbox
         within = _overlap(box, (inside.x0, inside.y0, inside.x1, inside.y1))
         outside = (box[2] - box[0]) * (box[3] - box[1]) - within

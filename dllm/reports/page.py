@@ -1,4 +1,4 @@
-"""One page with everything in it: the tables, the plots, and a player of traces. It needs no network."""
+"""The report as a self-contained HTML page: tables, plots, and a trace player."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from dllm.reports import plots, table
 from dllm.reports.player import RAMPS, word
 from dllm.reports.runs import Group, MeasuredRun, Sweep
 
-_MOST = 2_000_000  # characters of samples that a run brings to a page
+_MOST = 2_000_000  # maximum characters of the samples of a run
 
 
 def render(sweep: Sweep, drawn: Mapping[str, Mapping[str, str]], traces: int) -> str:
     """The page as HTML.
 
     Args:
-        sweep: what to report on.
-        drawn: plots as SVG, by the group's title and what quality is drawn over.
-        traces: runs whose traces go into it, at most.
+        sweep: the sweep.
+        drawn: plots as SVG, by title of the group and cost metric.
+        traces: maximum number of runs with traces.
     """
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -58,9 +58,9 @@ def render(sweep: Sweep, drawn: Mapping[str, Mapping[str, str]], traces: int) ->
 
 
 def chosen(sweep: Sweep, most: int) -> list[MeasuredRun]:
-    """The runs whose traces are worth showing.
+    """The runs whose traces are included.
 
-    Of each group those on its front, spread out; then the best of each sampler; then others, spread out.
+    Of each group those on its front, evenly spaced; then the best of each sampler; then others, evenly spaced.
     """
     found = []
     for place, group in enumerate(sweep.groups):
@@ -109,11 +109,11 @@ def _player(sweep: Sweep, traces: int) -> dict[str, Any]:
 
 
 def _loaded(file: Path, place: str) -> dict[str, Any]:
-    """A trace for the player; the page goes on without one that is damaged."""
+    """A trace for the player; a damaged one is skipped with a warning."""
     try:
         return _trace(Trace.load(file), place)
     except ValueError as error:
-        warnings.warn(f"{terminal(error, one_line=True)}; the page goes without that trace", Notice, stacklevel=2)
+        warnings.warn(f"{terminal(error, one_line=True)}; the page omits this trace", Notice, stacklevel=2)
         return {"note": f"Its trace cannot be read: {place}/{file.name} is damaged or of another version of dllm."}
 
 
@@ -145,7 +145,7 @@ def _command(place: str) -> str:
 
 
 def _sample(frames: Frames, mask: int) -> dict[str, Any]:
-    """A sample for the player: of each step only what changed, what was asked, and runs of computed columns."""
+    """A sample for the player: per step only changes, predictions, and runs of computed positions."""
     before = np.vstack([np.full((1, frames.canvas.shape[1]), mask), frames.canvas[:-1]])
     steps = []
     for step, (canvas, computed) in enumerate(zip(frames.canvas, frames.computed, strict=True)):
@@ -154,7 +154,7 @@ def _sample(frames: Frames, mask: int) -> dict[str, Any]:
         steps.append(
             {
                 "written": _where(canvas, canvas != before[step]),
-                # Confidences in thousandths.
+                # Confidences are stored in thousandths.
                 "predicted": [
                     [*guess, None if np.isnan(share) else round(1000 * float(share))]
                     for guess, share in zip(guesses, shares, strict=True)
@@ -177,19 +177,19 @@ def _where(tokens: Any, chosen: Any) -> list[list[int]]:
 
 
 def _runs(flags: Sequence[bool]) -> list[list[int]]:
-    """Beginnings and ends of what is set."""
+    """Starts and ends of runs of True."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], np.asarray(flags, np.int8), [0]])))
     return edges.reshape(-1, 2).tolist()
 
 
 def _inline(svg: str, prefix: str) -> str:
-    """An SVG within a page: names of its own, and colours that follow the page's."""
+    """An SVG to embed in a page: with unique ids and the colours of the page."""
     svg = re.sub(r"(\bid=\"|href=\"#|url\(#)", rf"\g<1>{prefix}", svg[svg.index("<svg") :])
     return svg.replace(plots.INK, "currentColor").replace(plots.GRID, "var(--line)")
 
 
 def _json(value: Any) -> str:
-    """JSON that is safe within a script element."""
+    """JSON that is safe in a script element."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 

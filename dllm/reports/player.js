@@ -1,15 +1,15 @@
 "use strict";
 
-// The trace player. Its data are the changes of each step; `unpack` makes whole steps of them.
+// The trace player. Its data are the changes of each step; `unpack` reconstructs complete steps.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const part = Object.fromEntries(
-  "run sample step told play canvas prompt strip details counted note stage ramp colour"
+  "run sample step status play canvas prompt strip details counted note stage ramp colour"
     .split(" ").map((id) => [id, document.getElementById(id)]),
 );
 const state = { run: 0, sample: 0, step: 0, colour: "commit_step", steps: [], timer: null };
 
-// What one position shows after one step.
+// Display of one position after one step.
 function unpack(sample, mask) {
   let tokens = Array(sample.length).fill(mask);
   let since = Array(sample.length).fill(null);
@@ -115,8 +115,8 @@ function draw() {
   const now = state.steps[state.step];
   const sample = data.runs[state.run].samples[state.sample];
   part.step.value = state.step + 1;
-  part.told.textContent = `step ${state.step + 1} of ${state.steps.length}, NFE ${now.nfe}`;
-  part.step.setAttribute("aria-valuetext", part.told.textContent);
+  part.status.textContent = `step ${state.step + 1} of ${state.steps.length}, NFE ${now.nfe}`;
+  part.step.setAttribute("aria-valuetext", part.status.textContent);
   drawCanvas(now);
   drawStrip(now, sample.prompt.length);
   tellFocused();

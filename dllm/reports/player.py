@@ -1,4 +1,4 @@
-"""A trace for people: the canvas after one step, on a terminal or as a line of text."""
+"""Display of a trace: the canvas after one step, on a terminal or as a line of text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dllm.escape import terminal
 from dllm.evaluation.trace import Frames, Trace
 
 Colour = Literal["commit_step", "confidence"]
-# From the first step to the last, and from unsure to sure; distinct to colour-blind eyes, and in print.
+# From first to last step, and from low to high confidence; safe for colour-blind readers and print.
 RAMPS: dict[str, tuple[tuple[int, int, int], ...]] = {
     "commit_step": ((61, 38, 120), (42, 100, 158), (31, 150, 139), (122, 200, 88), (240, 222, 70)),
     "confidence": ((196, 62, 30), (236, 154, 76), (232, 222, 196), (120, 178, 214), (33, 102, 172)),
@@ -30,14 +30,14 @@ class Moment:
 
     Attributes:
         tokens: (G,) the canvas.
-        open: (G,) where it holds [MASK].
-        predicted: (G,) what the latest forward predicted; [MASK] where not asked.
-        commit_step: (G,) step that wrote the token, from 0; -1 where open.
-        confidence: (G,) of the token when it was written, of the prediction where open; NaN where unknown.
+        open: (G,) True at [MASK].
+        predicted: (G,) prediction of the latest forward; [MASK] where not requested.
+        commit_step: (G,) step that committed the token, from 0; -1 at masks.
+        confidence: (G,) of the token when it was committed, of the prediction at masks; NaN where unknown.
         drafted: (G,) token proposed as a draft in this step; [MASK] where none.
-        accepted: (G,) drafts that the canvas holds now.
-        rejected: (G,) drafts that it does not.
-        computed: (P + G,) columns computed in this step; the others were read from the cache.
+        accepted: (G,) accepted drafts.
+        rejected: (G,) rejected drafts.
+        computed: (P + G,) positions computed in this step; the others were read from the cache.
         nfe: forwards so far.
     """
 
@@ -54,21 +54,21 @@ class Moment:
 
 
 def moment(frames: Frames, step: int, mask: int) -> Moment:
-    """What there is to see after a step.
+    """The state of a sample after a step.
 
     Args:
         frames: of the sample.
         step: from 0.
-        mask: the token id of [MASK].
+        mask: token id of [MASK].
     """
     tokens, is_open = frames.canvas[step], frames.canvas[step] == mask
     before = np.vstack([np.full_like(tokens, mask), frames.canvas[:step]])
     changed = frames.canvas[: step + 1] != before
-    # The last change of each position, up to now.
+    # The last change of each position so far.
     written = np.where(is_open, -1, step - changed[::-1].argmax(0))
     place = np.arange(len(tokens))
     asked = np.where(is_open, step, written)
-    told = is_open | (frames.predicted[asked, place] == tokens)
+    known = is_open | (frames.predicted[asked, place] == tokens)
     drafts = frames.drafted[step] != mask
     accepted = drafts & (frames.drafted[step] == tokens)
     return Moment(
@@ -76,7 +76,7 @@ def moment(frames: Frames, step: int, mask: int) -> Moment:
         open=is_open,
         predicted=frames.predicted[step],
         commit_step=written,
-        confidence=np.where(told, frames.confidence[asked, place], np.nan).astype(np.float32),
+        confidence=np.where(known, frames.confidence[asked, place], np.nan).astype(np.float32),
         drafted=frames.drafted[step],
         accepted=accepted,
         rejected=drafts & ~accepted,
@@ -86,7 +86,7 @@ def moment(frames: Frames, step: int, mask: int) -> Moment:
 
 
 def word(trace: Trace, token: int) -> str:
-    """A token as it is shown: never empty, and without what a terminal would obey."""
+    """Display text of a token: never empty, and escaped for a terminal."""
     if token in trace.eos_token_ids:
         return "∎"
     text = trace.words.get(token, f" {token}").replace("\n", "⏎")
@@ -94,13 +94,13 @@ def word(trace: Trace, token: int) -> str:
 
 
 def draw(trace: Trace, sample: int, step: int, colour: Colour = "commit_step") -> RenderableType:
-    """A sample after a step, with the columns computed and a legend.
+    """A sample after a step, with the computed positions and a legend.
 
     Args:
         trace: the run.
-        sample: which of its frames, from 0.
+        sample: index into its frames.
         step: from 0.
-        colour: what the colours of tokens tell.
+        colour: meaning of the token colours.
     """
     frames = trace.frames[sample]
     now, steps = moment(frames, step, trace.mask_token_id), len(frames.canvas)
@@ -118,20 +118,20 @@ def draw(trace: Trace, sample: int, step: int, colour: Colour = "commit_step") -
 
 
 def line(trace: Trace, sample: int, step: int) -> str:
-    """A step as one line of plain text: its number, forwards so far, and the canvas."""
+    """A step as one line of plain text: number, NFE so far, and canvas."""
     now = moment(trace.frames[sample], step, trace.mask_token_id)
     words = "".join("·" if o else word(trace, int(t)) for t, o in zip(now.tokens, now.open, strict=True))
     return f"{step + 1:4d}  NFE {now.nfe:4d}  {words}"
 
 
 def shade(colour: str, share: float) -> tuple[int, int, int]:
-    """The colour of a share from 0 to 1; grey where it is unknown."""
+    """The colour of a value from 0 to 1; grey if unknown."""
     if np.isnan(share):
         return UNKNOWN
     ramp = RAMPS[colour]
     place = min(max(share, 0.0), 1.0) * (len(ramp) - 1)
     low = min(int(place), len(ramp) - 2)
-    # Halves go up, as in the page.
+    # Round half up, as in the page.
     red, green, blue = (int(a + (b - a) * (place - low) + 0.5) for a, b in zip(ramp[low], ramp[low + 1], strict=True))
     return red, green, blue
 
@@ -154,7 +154,7 @@ def _canvas(trace: Trace, now: Moment, colour: Colour, steps: int) -> Text:
 
 
 def _cell(colour: tuple[int, int, int]) -> str:
-    """Black or white, whichever is legible, on a colour."""
+    """Black or white, whichever is legible on a colour."""
     bright = sum(weight * part for weight, part in zip((0.299, 0.587, 0.114), colour, strict=True)) > 140
     return f"{'black' if bright else 'white'} on rgb({','.join(map(str, colour))})"
 

@@ -1,4 +1,4 @@
-"""Quality against cost: every run with its errors, the Pareto front, and the oracle's bound."""
+"""Plots of quality against cost: every run with error bars, the Pareto front, and the oracle as upper bound."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from dllm.reports.frontier import front
 from dllm.reports.labels import Labels
 from dllm.reports.runs import Group, MeasuredRun, Sweep
 
-# Legible on white and on black, where the page turns ink and grid.
+# Legible on white and on black, where the page inverts ink and grid.
 INK, GRID = "#333333", "#dddddd"
 _COLOURS = (
     "#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#e377c2", "#7f7f7f", "#bcbd22",
 )  # fmt: skip
-_MOST_LABELS = 10  # more of them cover each other
+_MOST_LABELS = 10  # more would overlap
 _MARKERS = "os^DvPXhp<>"
 _STYLE = {
-    # Text stays text, and the same numbers give the same file.
+    # Text is not converted to paths, and output is deterministic.
     "svg.fonttype": "none", "svg.hashsalt": "dllm", "font.size": 9, "text.color": INK, "axes.edgecolor": INK,
     "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "font.family": ["DejaVu Sans"],
     "text.parse_math": False,
@@ -31,25 +31,25 @@ _SIGNS = {"nfe": 1, "tokens_per_second": -1}
 
 
 class Look:
-    """One colour a sampler and one marker a cache, the same in all plots of a sweep."""
+    """One colour per sampler and one marker per cache, the same in all plots of a sweep."""
 
     def __init__(self, sweep: Sweep) -> None:
         runs = [run for group in sweep.groups for run in group.runs if not run.bound]
         samplers = sorted({run.sampler for run in runs})
-        # The first marker is that of no cache.
+        # The first marker is for no cache.
         caches = sorted({run.cache for run in runs}, key=lambda name: (name != "none", name))
         self.colours = {name: _COLOURS[place % len(_COLOURS)] for place, name in enumerate(samplers)}
         self.markers = {name: _MARKERS[place % len(_MARKERS)] for place, name in enumerate(caches)}
 
     def of(self, run: MeasuredRun) -> dict[str, Any]:
-        """How a run is drawn."""
+        """Colour and marker of a run."""
         if run.bound:
             return {"color": INK, "marker": "*", "markersize": 10, "markerfacecolor": "none"}
         return {"color": self.colours[run.sampler], "marker": self.markers[run.cache], "markersize": 6}
 
 
 def check() -> None:
-    """Refuse to go on without matplotlib.
+    """Raise an error without matplotlib.
 
     Raises:
         ValueError: it is not installed.
@@ -61,7 +61,7 @@ def check() -> None:
 
 
 def draw(group: Group, cost: str, look: Look) -> str | None:
-    """The plot as SVG; None where no run has both quality and this cost.
+    """The plot as SVG; None if no run has both quality and this cost.
 
     Args:
         group: the runs.
@@ -103,7 +103,7 @@ def draw(group: Group, cost: str, look: Look) -> str | None:
 
 
 def spread(values: Sequence[Any], most: int) -> list[Any]:
-    """At most so many of them, evenly chosen, the first and the last among them."""
+    """At most this many of them, evenly spaced, including the first and the last."""
     if len(values) <= most:
         return list(values)
     return [values[round(place * (len(values) - 1) / max(1, most - 1))] for place in range(most)]
@@ -128,7 +128,7 @@ def _axes(axes: Any, group: Group, cost: str, points: Sequence[tuple[MeasuredRun
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    # A share beyond 0 or 1 has room on the axis, and no tick.
+    # The axis extends beyond 0 and 1, without ticks there.
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _percent(value)))
     axes.grid(color=GRID, linewidth=0.6)
@@ -141,7 +141,7 @@ def _percent(share: float) -> str:
 
 
 def _point(axes: Any, run: MeasuredRun, value: float, quality: float, cost: str, look: Look) -> None:
-    # At 0% and 100% rounding may put the interval's end beyond the share itself.
+    # At 0% and 100% rounding may exclude the value from its interval.
     low, high = run.interval or (quality, quality)
     errors: dict[str, Any] = {"yerr": [[max(0.0, quality - low)], [max(0.0, high - quality)]]} if run.interval else {}
     spread = run.number("nfe_error") if cost == "nfe" else None
@@ -154,11 +154,11 @@ def _point(axes: Any, run: MeasuredRun, value: float, quality: float, cost: str,
 
 
 def steps(points: Sequence[tuple[float, float]], cost: str, limits: tuple[float, float]) -> list[tuple[float, float]]:
-    """The best quality that can be had at each cost, as the corners of a stepped line to the end of the axis.
+    """The Pareto front as the corners of a step function to the end of the axis.
 
     Args:
         points: (cost, quality) on the front.
-        cost: nfe, of which less is better, or tokens_per_second, of which more is.
+        cost: nfe (lower is better), or tokens_per_second (higher is better).
         limits: of the axis.
     """
     if not points:

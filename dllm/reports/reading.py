@@ -1,4 +1,4 @@
-"""Reading what the runs of a sweep left in their folders."""
+"""Reading the results of a sweep."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ guide_nfe guide_seconds positions computed_share refreshes peak_memory""".split(
 
 
 def load(folder: Path, quality: str | None = None) -> Sweep:
-    """Read the results of all runs below a folder, which may itself be a run.
+    """Read the results of all runs below a folder, which may be a run itself.
 
     Args:
         folder: of a sweep or a run.
-        quality: the score to judge by; None for each run's own accuracy.
+        quality: the score that measures quality; None for the accuracy of each run.
 
     Raises:
         ValueError: there are no runs, a file is damaged or of another version, or no run has such a score.
@@ -64,25 +64,25 @@ def load(folder: Path, quality: str | None = None) -> Sweep:
 
 
 def _named(name: str, folder: Path) -> list[Path]:
-    """The files of a name below a folder, those behind links as well; each once, by its own path where it has one."""
+    """The files with a name below a folder, following links; each once, preferably by its real path."""
     found = [*(path for path in within(folder) if path.name == name), *folder.rglob(name)]
     return sorted({os.path.realpath(path): path for path in found}.values())
 
 
 def _apart(runs: Sequence[MeasuredRun]) -> list[MeasuredRun]:
-    """Runs that were asked other things of one task, or loaded otherwise, are not compared: the task's name says so."""
+    """Runs with different task or loading settings are not compared: the settings are added to the task's name."""
     named = []
     for run in runs:
         alike = [other for other in runs if (other.model, other.task) == (run.model, run.task)]
         names = {name for other in alike for name in other.settings if name.startswith(("asked.", "loading."))}
         differing = sorted(name for name in names if len({repr(other.settings.get(name)) for other in alike}) > 1)
-        told = ", ".join(f"{name.partition('.')[2]}={run.settings.get(name)}" for name in differing)
-        named.append(replace(run, task=f"{run.task} ({told})") if told else run)
+        text = ", ".join(f"{name.partition('.')[2]}={run.settings.get(name)}" for name in differing)
+        named.append(replace(run, task=f"{run.task} ({text})") if text else run)
     return named
 
 
 def _shares(runs: Sequence[MeasuredRun]) -> str:
-    """The scores that can stand for quality: those from 0 to 1."""
+    """The scores that can measure quality: those from 0 to 1."""
     values: dict[str, list[float]] = {}
     for run in runs:
         for name in run.metrics["scores"]:
@@ -105,7 +105,7 @@ def _read(path: Path, kind: str) -> dict[str, Any]:
     if not there(path, "remove it"):
         raise ValueError(f"{path} cannot be read; remove it to run that setting again")
     try:
-        # What is no number is nothing that was measured.
+        # Values that are not numbers were not measured.
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda text: None)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error}); remove it to run that setting again") from None
@@ -149,7 +149,7 @@ def _run(path: Path, folder: Path, quality: str | None) -> MeasuredRun:
                 raise TypeError(f"{name}={value!r}")
         for _, value in flat("metrics", metrics):
             if isinstance(value, (int, float)):
-                float(value)  # of a whole number with hundreds of digits there is none
+                float(value)  # raises an error for huge integers
         if wrong := misfit(metrics["scores"], dict[str, _Score], "scores"):
             raise TypeError(wrong)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -166,12 +166,12 @@ def _interval(value: Any) -> tuple[float, float] | None:
 
 
 def _ranked(runs: Sequence[MeasuredRun]) -> tuple[MeasuredRun, ...]:
-    """By score the best first, then the cheapest; each with a label of its own."""
-    told = [replace(run, label=run.label + suffix) for run, suffix in zip(runs, _suffixes(runs), strict=True)]
+    """Sorted by score, then by cost; with unique labels."""
+    labelled = [replace(run, label=run.label + suffix) for run, suffix in zip(runs, _suffixes(runs), strict=True)]
     last = math.inf
     return tuple(
         sorted(
-            told,
+            labelled,
             key=lambda run: (
                 run.quality_name,
                 last if run.quality is None else -run.quality,
@@ -183,15 +183,15 @@ def _ranked(runs: Sequence[MeasuredRun]) -> tuple[MeasuredRun, ...]:
 
 
 def _suffixes(runs: Sequence[MeasuredRun]) -> list[str]:
-    """What tells runs of one label apart: the settings that differ, else their folders."""
+    """Suffixes that distinguish runs with the same label: the differing settings, else their folders."""
     suffixes = []
     for run in runs:
         alike = [other for other in runs if other.label == run.label]
         names = dict.fromkeys(name for other in alike for name in other.settings)
         differing = [name for name in names if len({repr(other.settings.get(name)) for other in alike}) > 1]
         own = lambda other: tuple(repr(other.settings.get(name)) for name in differing)  # noqa: B023, E731
-        told = [f"{name.removeprefix('options.')}={run.settings.get(name)}" for name in differing]
+        parts = [f"{name.removeprefix('options.')}={run.settings.get(name)}" for name in differing]
         if Counter(map(own, alike))[own(run)] > 1:
-            told.append(run.place)
-        suffixes.append(f" ({', '.join(told)})" if len(alike) > 1 else "")
+            parts.append(run.place)
+        suffixes.append(f" ({', '.join(parts)})" if len(alike) > 1 else "")
     return suffixes

@@ -1,4 +1,4 @@
-"""A sweep: its measured runs by model and task, and those that failed."""
+"""A sweep: its finished runs by model and task, and its failed runs."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from dllm.reports.frontier import front
 
 @dataclass(frozen=True)
 class MeasuredRun:
-    """One setting, measured.
+    """One finished run.
 
     Attributes:
-        folder: where its files are.
-        place: the same, as seen from the sweep's folder.
-        label: the setting in words.
+        folder: of its files.
+        place: the same, relative to the sweep's folder.
+        label: display name of the setting.
         model: its name.
         task: its name.
         settings: of the sampler, the cache, the generation, the task and the model, flat: sampler.name, cache.name,
             options.gen_length, asked.limit, loading.dtype.
-        metrics: as its results.json has them.
-        quality_name: the score that it is judged by.
-        quality: that score; None where it was not measured.
-        interval: of the score, 95%; None where it has none.
+        metrics: from results.json.
+        quality_name: the score that measures quality.
+        quality: that score; None if not measured.
+        interval: 95% confidence interval of the score; None without one.
     """
 
     folder: Path
@@ -52,17 +52,17 @@ class MeasuredRun:
 
     @property
     def bound(self) -> bool:
-        """Whether it is the oracle's: what no method reaches, and so no method."""
+        """Whether it is the oracle's: an upper bound, not a method."""
         return self.sampler == "oracle"
 
     @property
     def trace(self) -> Path | None:
-        """Its trace, where it left one."""
+        """Its trace; None without one."""
         path = self.folder / "trace.safetensors"
         return path if path.is_file() else None
 
     def number(self, *path: str) -> float | None:
-        """A metric by its place in results.json; None where it was not measured."""
+        """A metric by its path in results.json; None if not measured."""
         value: Any = self.metrics
         for name in path:
             value = value.get(name) if isinstance(value, Mapping) else None
@@ -71,7 +71,7 @@ class MeasuredRun:
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one model on one task, the best first.
+    """The runs of one model on one task, sorted by quality.
 
     Attributes:
         model: its name.
@@ -90,21 +90,21 @@ class Group:
 
     @cached_property
     def judged_by(self) -> list[str]:
-        """The names of its runs' scores: only those of one name are compared."""
+        """The names of its runs' scores: only runs with the same one are compared."""
         return sorted({run.quality_name for run in self.runs})
 
     @cached_property
     def nfe_front(self) -> list[MeasuredRun]:
-        """Methods that no other one beats in quality and forwards, by rising forwards."""
+        """The Pareto front of quality and NFE, by increasing NFE."""
         return self._front("nfe", 1)
 
     @cached_property
     def speed_front(self) -> list[MeasuredRun]:
-        """Methods that no other one beats in quality and tokens per second, by falling speed."""
+        """The Pareto front of quality and tokens per second, by decreasing speed."""
         return self._front("tokens_per_second", -1)
 
     def measured(self, cost: str) -> list[tuple[MeasuredRun, float, float]]:
-        """Runs that have both, with this metric and their quality."""
+        """Runs with both this metric and quality, with their values."""
         found = ((run, run.number(cost), run.quality) for run in self.runs)
         return [(run, value, quality) for run, value, quality in found if value is not None and quality is not None]
 
@@ -118,11 +118,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that did not end well.
+    """A failed run.
 
     Attributes:
-        label: the setting in words.
-        message: what was wrong.
+        label: display name of the setting.
+        message: the error.
     """
 
     label: str
@@ -131,12 +131,12 @@ class Failure:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Everything below one folder.
+    """All runs below one folder.
 
     Attributes:
         name: of the folder.
-        groups: measured runs, by model and task.
-        failures: what could not be measured.
+        groups: finished runs, by model and task.
+        failures: failed runs.
     """
 
     name: str

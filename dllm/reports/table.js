@@ -1,6 +1,6 @@
 "use strict";
 
-// Tables that sort by the column whose header is clicked: numbers first from the largest, words from A.
+// Tables that sort by the clicked column: numbers in descending order first, text in ascending order.
 
 function sortValue(row, column) {
   const text = row.cells[column].dataset.value;
@@ -9,7 +9,7 @@ function sortValue(row, column) {
 }
 
 function compare(one, other, direction) {
-  // What was not measured comes last either way.
+  // Missing values come last in both orders.
   if (one === null || other === null) return (one === null) - (other === null);
   const order = typeof one === "number" && typeof other === "number"
     ? one - other

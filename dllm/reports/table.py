@@ -1,4 +1,4 @@
-"""The table of a sweep: columns of runs, as text, as Markdown and as raw numbers."""
+"""The table of a sweep, as text and as raw numbers."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Column:
     """One column.
 
     Attributes:
-        head: its name.
-        value: of a run, to sort by; None where it was not measured.
-        text: of a run, to read.
-        about: what it is, for those who meet it first.
+        head: its heading.
+        value: of a run, for sorting; None if not measured.
+        text: of a run, for display.
+        about: its explanation.
     """
 
     head: str
@@ -38,8 +38,8 @@ class Area:
     """Accuracy Under Parallelism of some runs.
 
     Attributes:
-        of: which they are.
-        runs: how many.
+        of: the sampler or cache of the runs.
+        runs: number of runs.
         aup: the area under their front.
     """
 
@@ -49,7 +49,7 @@ class Area:
 
 
 def columns(group: Group) -> list[Column]:
-    """The columns, those that matter most first; without those that are empty for all runs."""
+    """The columns, most important first, without those that are empty for all runs."""
     head = group.runs[0].quality_name if len(group.judged_by) == 1 else "quality"
     found = [
         Column("setting", lambda run: run.label, lambda run: f"{run.label} (bound)" if run.bound else run.label),
@@ -85,12 +85,12 @@ def columns(group: Group) -> list[Column]:
             "computed",
             ".0%",
             "computed_share",
-            about="columns computed of the canvas per forward: a cache saves some, drafts add some",
+            about="share of the canvas computed per forward: a cache reduces it, drafts add to it",
         ),
-        _number("refreshes", ".1f", "refreshes", about="times per sample that the cache computed everything anew"),
+        _number("refreshes", ".1f", "refreshes", about="full refreshes of the cache per sample"),
         _number("KV error", ".1%", "drift", "kv_error", about="relative error of cached keys and values"),
-        _number("KL", ".3f", "drift", "kl", about="divergence from the exact predictions, in nats per position"),
-        _number("flips", ".1%", "drift", "flips", about="share of predictions that the cache changed"),
+        _number("KL", ".3f", "drift", "kl", about="KL divergence from the exact predictions, in nats per position"),
+        _number("flips", ".1%", "drift", "flips", about="share of predicted tokens that the cache changed"),
         _number(
             "peak MiB",
             ",.0f",
@@ -105,7 +105,7 @@ def columns(group: Group) -> list[Column]:
 
 
 def fronts(group: Group, run: MeasuredRun) -> str:
-    """On which fronts a run is."""
+    """The Pareto fronts that a run is on."""
     if run.bound:
         return "bound"
     named = {"NFE": group.nfe_front, "speed": group.speed_front}
@@ -113,9 +113,9 @@ def fronts(group: Group, run: MeasuredRun) -> str:
 
 
 def areas(group: Group) -> list[Area]:
-    """AUP of all runs, and of each sampler and each cache with two or more of them; the oracle takes no part.
+    """AUP of all runs, and of each sampler and cache with two or more runs; the oracle is excluded.
 
-    Runs that are judged by different scores have none together.
+    Runs with different scores are not combined.
     """
     if len(group.judged_by) > 1:
         return []
@@ -131,7 +131,7 @@ def areas(group: Group) -> list[Area]:
 
 
 def raw(sweep: Sweep) -> str:
-    """One line a run with all its numbers, as CSV."""
+    """CSV with one line per run and all its numbers."""
     rows: list[dict[str, object]] = []
     for group in sweep.groups:
         for run in group.runs:
@@ -139,9 +139,9 @@ def raw(sweep: Sweep) -> str:
             row |= {"quality_name": run.quality_name, "quality": run.quality, "front": fronts(group, run)}
             rows.append(row | run.settings | dict(flat("", run.metrics)))
     names = dict.fromkeys(name for row in rows for name in row)
-    # Of what some runs measured and others did not, the parts stand for the whole.
+    # A metric that is missing in some runs is represented by its parts.
     names = {name: None for name in names if not any(other.startswith(f"{name}.") for other in names)}
-    # Settings before metrics, whichever run was the first to have them.
+    # Settings before metrics, in any order of runs.
     parts = ("sampler.", "cache.", "options.", "asked.", "loading.")
     rank = lambda name: parts.index(name.split(".")[0] + ".")  # noqa: E731
     settings = sorted((name for name in names if name.startswith(parts)), key=rank)
@@ -155,7 +155,7 @@ def raw(sweep: Sweep) -> str:
 
 
 def cells(group: Group, shown: Sequence[Column]) -> list[list[str]]:
-    """The texts of a table, a list a run."""
+    """The texts of a table, one list per run."""
     return [[column.text(run) for column in shown] for run in group.runs]
 
 
@@ -207,5 +207,5 @@ def _share(value: float | None) -> str:
 
 
 def _text(value: float | None, form: str) -> str:
-    """A number in a format, which may have an x behind it."""
+    """A number in a format, optionally with a trailing x."""
     return "" if value is None else format(value, form.removesuffix("x")) + "x" * form.endswith("x")

@@ -1,1 +1,1 @@
-"""Tasks to measure on, and the tokenizer of the bundled one."""
+"""Evaluation tasks, and the tokenizer of the bundled one."""

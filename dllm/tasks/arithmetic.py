@@ -1,4 +1,4 @@
-"""The bundled word problems as a task: questions of a seed, graded by final answer and by whole chain."""
+"""The bundled word problems as a task, graded by final answer and by the whole chain of equations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class WordProblems:
     """Held-out word problems.
 
     Args:
-        limit: how many.
+        limit: number of problems.
         seed: of the problems; 1,000,000 and above are never used in training.
 
     Raises:
@@ -36,11 +36,11 @@ class WordProblems:
         seed("task.seed", self.seed, 1_000_000, "; models are trained on seeds below")
 
     def check(self) -> Mapping[str, str]:
-        """Nothing is read."""
+        """No files."""
         return {}
 
     def run(self, runner: Runner, seed: int) -> Graded:
-        """Ask all problems, each as plain text."""
+        """Run all problems, each as plain text."""
         tokenizer = runner.lm.tokenizer
         if tokenizer is None:
             raise ValueError(f"{runner.lm.name} has no tokenizer, and word problems are texts; add one")

@@ -1,4 +1,4 @@
-"""What a task is: it asks a runner, and grades what comes back."""
+"""The task protocol: a task passes requests to a runner and grades the answers."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from dllm.evaluation.runner import Runner
 
 @dataclass(frozen=True)
 class Graded:
-    """A task's judgement.
+    """The grades of a task.
 
     Attributes:
-        scores: per score its values by sample, whose mean it is; 0 or 1 where a sample is right or wrong.
-        main: the score that counts as the accuracy, from 0 to 1 and better the higher; None where there is none.
-        rows: more about each sample for the table of samples, such as the question.
-        details: what else there is to keep, such as the harness's own results.
-        totals: scores that are no mean over samples, such as a perplexity.
-        own: the task's own main score, where the user chose another.
+        scores: per score its values by sample, which are averaged; 0 or 1 for wrong or right.
+        main: the score reported as accuracy, from 0 to 1, higher is better; None without one.
+        rows: additional columns of the table of samples, such as the question.
+        details: additional results, such as those of the harness.
+        totals: scores that are not a mean over samples, such as perplexity.
+        own: the task's default main score, if the user chose another.
     """
 
     scores: Mapping[str, Mapping[str, float]]
@@ -36,14 +36,14 @@ class Task(Protocol):
 
     Attributes:
         name: of the task.
-        gen_length: positions to generate where the user does not say; None for what each question asks for.
+        gen_length: default number of positions to generate; None if set by each request.
     """
 
     name: str
     gen_length: int | None
 
     def check(self) -> Mapping[str, str]:
-        """Refuse what cannot work, before a model is loaded.
+        """Validate the task before a model is loaded.
 
         Returns:
             What tells the data from other data, by file: part of the run's identity.
@@ -54,5 +54,5 @@ class Task(Protocol):
         ...
 
     def run(self, runner: Runner, seed: int) -> Graded:
-        """Ask everything and grade the answers."""
+        """Run all requests and grade the answers."""
         ...

@@ -1,4 +1,4 @@
-"""HumanEval as a task: the harness asks, and programs run in a sandbox where the user allows it."""
+"""HumanEval as a task: requests by the harness, and optional execution of the programs in a sandbox."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class HumanEval:
 
     Args:
         data: JSONL file (.gz too) in place of the hub's data set.
-        execute: run what the model wrote, in a sandbox; without it nothing is judged.
-        sandbox: "full" refuses to run where the system cannot confine a program as `dllm.tasks.sandbox` says;
+        execute: run the generated programs in a sandbox; without it nothing is graded.
+        sandbox: "full" raises an error if the system cannot isolate a program as in `dllm.tasks.sandbox`;
             "partial" takes what there is.
-        timeout: seconds a program may take.
-        memory: bytes that all of its processes together may take.
-        limit: problems; None for all 164.
-        instruct: ask as the harness's humaneval_instruct does; for chat models, with `chat`.
+        timeout: time limit per program, in seconds.
+        memory: memory limit of all processes of a program, in bytes.
+        limit: number of problems; None for all 164.
+        instruct: prompts of the harness's humaneval_instruct; for chat models, with `chat`.
         chat: apply the model's chat template.
 
     Raises:
@@ -54,7 +54,7 @@ class HumanEval:
         number("task.memory", self.memory, "bytes, 67108864 (64 MiB) or more", low=1 << 26, whole=True)
 
     def check(self) -> Mapping[str, str]:
-        """See that the file is there, and that programs can be confined where they are to be run."""
+        """Verify the file, and the sandbox if programs are executed."""
         if self.execute:
             sandbox.check(self.timeout, self.memory, self.sandbox)
         if self.data is not None:
@@ -62,7 +62,7 @@ class HumanEval:
         return fingerprints({} if self.data is None else {"test": self.data}) | {"definition": harness_version()}
 
     def run(self, runner: Runner, seed: int) -> Graded:
-        """Ask for all programs, and judge them where that is allowed."""
+        """Generate all programs, and grade them if execution is enabled."""
         task = humaneval.task(self.data, self.execute, self.timeout, self.memory, self.instruct, self.sandbox)
         metric = "pass@1" if self.execute else None
         graded = evaluate(runner, task, seed, None, limit=self.limit, apply_chat_template=self.chat)

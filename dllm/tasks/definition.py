@@ -1,4 +1,4 @@
-"""What a task of lm-evaluation-harness is made of, so that a changed one is another task."""
+"""Content hash of the definition of a task of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from dllm import identity
 
 
 class _Plain(yaml.SafeLoader):
-    """Reads a task's definition without importing the functions that it names."""
+    """Loads a task's YAML without importing the functions that it names."""
 
 
 _Plain.add_multi_constructor("!", lambda loader, suffix, node: loader.construct_scalar(node))
 
 
 def definition(manager: Any, name: str, include_path: str | None) -> str:
-    """One hash of what decides what a task asks and how it grades, but a data set of the hub.
+    """A hash of everything that defines a task's requests and grading, except data sets on the hub.
 
     That is the harness's version, all files of `include_path`, the task's YAML, those it includes, and of a group or
     tag those of its members, with the Python files beside them, and the local data they name.
@@ -36,7 +36,7 @@ def definition(manager: Any, name: str, include_path: str | None) -> str:
 
 
 def harness_version() -> str:
-    """The harness's version; nothing where it is not installed."""
+    """The harness's version; empty if not installed."""
     try:
         return version("lm-eval")
     except PackageNotFoundError:
@@ -44,14 +44,14 @@ def harness_version() -> str:
 
 
 def _sources(manager: Any, name: str) -> set[Path]:
-    """The files that define a task and all that belong to it."""
+    """The files that define a task and its members."""
     left, names, found = list(manager.match_tasks([name])), set[str](), set[Path]()
     while left:
         names.add(this := left.pop())
         entry = manager.task_index.get(this)
         path = getattr(entry, "yaml_path", None)
         files = [Path(path)] if path else []
-        left += [] if path else sorted(set(getattr(entry, "tags", ())) - names)  # a tag, which has no file of its own
+        left += [] if path else sorted(set(getattr(entry, "tags", ())) - names)  # a tag has no file
         while files:
             file = files.pop()
             if file in found or not file.is_file():
@@ -61,17 +61,17 @@ def _sources(manager: Any, name: str) -> set[Path]:
             files += _included(file, config)
             for each in _listed(config["task"]) if {"group", "task"} <= config.keys() else ():
                 if isinstance(each, str) and each not in manager.task_index:
-                    reason = next(refused(file.parent), "mend its list of tasks")
-                    raise ValueError(f"{file} names the task {each!r}, which is unknown; {reason}")
+                    reason = next(refused(file.parent), "fix its list of tasks")
+                    raise ValueError(f"{file} names the unknown task {each!r}; {reason}")
             left += sorted(set(_named(config.get("task"))) - names)
     return found
 
 
 def refused(folder: Path) -> Iterator[str]:
-    """Why the harness leaves definitions of a folder out."""
+    """Why the harness ignores definitions in a folder."""
     for file in sorted(folder.rglob("*.yaml")):
         if (reason := _fault(file, ())) is not None:
-            yield f"{file} is left out: {reason}; mend or remove it"
+            yield f"{file} is ignored: {reason}; fix or remove it"
 
 
 def _fault(file: Path, above: tuple[Path, ...]) -> str | None:
@@ -82,7 +82,7 @@ def _fault(file: Path, above: tuple[Path, ...]) -> str | None:
     except (OSError, yaml.YAMLError, RecursionError) as error:
         return f"{file} cannot be read ({' '.join(str(error).split())})"
     if not isinstance(config, dict):
-        return f"{file} holds a {type(config).__name__}, not names and values"
+        return f"{file} is a {type(config).__name__}, not a mapping"
     wrong = [each for each in _listed(config.get("include", [])) if not isinstance(each, str)]
     names = [config[key] for key in ("group", "task") if key in config and not (key == "task" and "group" in config)]
     if wrong or not all(isinstance(name, str) for name in names):
@@ -100,7 +100,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _named(members: Any) -> Iterator[str]:
-    """The names in a group's list, which may hold groups itself."""
+    """The names in a group's list, which may be nested."""
     match members:
         case str():
             yield members
@@ -112,7 +112,7 @@ def _named(members: Any) -> Iterator[str]:
 
 
 def _data(file: Path) -> list[Any]:
-    """What a definition says about where its data is, and that of the members written out within it."""
+    """The data sources of a definition and of its inline members."""
     return [] if file.suffix == ".py" else list(_data_of(_read_yaml(file)))
 
 
@@ -124,7 +124,7 @@ def _data_of(config: Any) -> Iterator[Any]:
         case dict():
             given = config.get("dataset_kwargs")
             given = given if isinstance(given, dict) else {}
-            # Of the others some are names.
+            # Other values may be names.
             others = {name: value for name, value in given.items() if name not in ("data_files", "data_dir")}
             yield from (config.get("dataset_path"), given.get("data_files"), given.get("data_dir"))
             yield from identity.contents(others)

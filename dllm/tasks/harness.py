@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, from the hub or from local files, graded by the harness itself."""
+"""Tasks of lm-evaluation-harness, with data from the hub or local files, graded by the harness."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ class Harness:
     """A task, group or tag of lm-evaluation-harness.
 
     Args:
-        name: as `lm_eval --tasks` takes it.
-        data: files in place of the hub's data set: one JSON or JSONL file (.gz too) for each split that the task
+        name: as in `lm_eval --tasks`.
+        data: files instead of the data set on the hub: one JSON or JSONL file (.gz too) for each split that the task
             reads, such as {train: ..., test: ...}.
-        limit: documents of each task; None for all.
+        limit: documents per task; None for all.
         num_fewshot: examples before each question; None for the task's own.
         chat: apply the model's chat template.
         system_instruction: system prompt.
-        metric: "METRIC" or "METRIC,FILTER", the score that counts as the accuracy; None for the task's first.
-        include_path: folder with further task definitions. They may hold code (`!function`), which is run: give
-            only what you trust.
+        metric: "METRIC" or "METRIC,FILTER", the score reported as accuracy; None for the task's first.
+        include_path: folder with more task definitions. Their code (`!function`) is executed, so only use trusted
+            ones.
 
     Raises:
         ValueError: a value out of range.
@@ -69,7 +69,7 @@ class Harness:
                 number(f"task.{name}", value, f"{low} or more, or null", low=low, whole=True)
 
     def check(self) -> Mapping[str, str]:
-        """See that the harness, the task and the files are there."""
+        """Verify the harness, the task and the files."""
         if self.include_path is not None and not Path(self.include_path).is_dir():
             raise ValueError(f"task.include_path={self.include_path!r} is not a folder; give one with task definitions")
         found = fingerprints(self.data or {})
@@ -79,12 +79,12 @@ class Harness:
             listed = "; `dllm lm-eval ls tasks` lists those of lm-eval"
             raise ValueError(f"unknown task={self.name!r}{next(iter(faults), listed)}")
         if self.data:
-            local(manager, self.name, self.data)  # refuses several tasks
+            local(manager, self.name, self.data)  # rejects several tasks
             check_data(self.data, getattr(manager.task_index[self.name], "cfg", None) or {}, self.num_fewshot)
         return found | {"definition": definition(manager, self.name, self.include_path)}
 
     def run(self, runner: Runner, seed: int) -> Graded:
-        """Let the harness ask and grade."""
+        """Run and grade by the harness."""
         manager = self._manager()
         with TemporaryDirectory() as folder:
             if self.data:
@@ -108,25 +108,25 @@ class Harness:
 
     @contextmanager
     def _naming_faults(self) -> Iterator[None]:
-        """One line for what the task's definition, its code or its data are to blame for."""
+        """One-line errors for faults of the task's definition, its code or its data."""
         try:
             yield
         except Exception as error:
-            if (told := fault_of(error, f"task={self.name}", __file__)) is None:
+            if (fault := fault_of(error, f"task={self.name}", __file__)) is None:
                 raise
             if self.data and isinstance(error, (KeyError, UndefinedError)):
                 missing = error.args[0] if isinstance(error, KeyError) else None
-                told = f"add {missing}: FILE" if missing in _SPLITS else f"its rows need what the task reads ({error})"
-                told = f"task.data={dict(self.data)!r} does not suit {self.name}: {told}"
-            raise ValueError(told) from None
+                fix = f"add {missing}: FILE" if missing in _SPLITS else f"its rows lack what the task reads ({error})"
+                fault = f"task.data={dict(self.data)!r} does not fit {self.name}: {fix}"
+            raise ValueError(fault) from None
 
 
 def fault_of(error: Exception, task: str, caller: str) -> str | None:
-    """What a task's definition, its code or its data are to blame for, in one line; None for errors of this package.
+    """A one-line message for an error by a task's definition, its code or its data; None for errors of this package.
 
     Args:
-        error: as it was caught.
-        task: what to call the task.
+        error: the exception.
+        task: name of the task in the message.
         caller: the file that caught it.
     """
     places = [(frame.f_code.co_filename, line) for frame, line in walk_tb(error.__traceback__)]
@@ -135,22 +135,22 @@ def fault_of(error: Exception, task: str, caller: str) -> str | None:
     if file in own or any(each != caller for each in own):
         return None
     where = f"{type(error).__name__} in {file}, line {line}"
-    return f"{task} cannot be used: {_reason(error)} ({where}); mend its definition, its code or its data"
+    return f"{task} cannot be used: {_reason(error)} ({where}); fix its definition, its code or its data"
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
-        return "its members go round in a circle"
+        return "its members are cyclic"
     if "Sample larger than population" in str(error):
         return "it has fewer examples than task.num_fewshot asks for"
     return " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
 
 
 def local(manager: Any, name: str, data: Mapping[str, str]) -> str:
-    """The definition of a task of the harness that reads local files, as YAML for its `include_path`.
+    """A YAML definition for `include_path` of a task of the harness that reads local files.
 
     Raises:
-        ValueError: the name is that of several tasks.
+        ValueError: the name is a group of tasks.
     """
     base = getattr(manager.task_index[name], "yaml_path", None)
     if base is None or name not in manager.all_subtasks:
@@ -164,7 +164,7 @@ def fingerprints(data: Mapping[str, str]) -> dict[str, str]:
     """SHA-256 of each file.
 
     Raises:
-        ValueError: one is not there.
+        ValueError: one is missing.
     """
     found = {}
     for split, file in data.items():
@@ -178,18 +178,18 @@ def fingerprints(data: Mapping[str, str]) -> dict[str, str]:
 
 
 def evaluate(runner: Runner, task: Any, seed: int, metric: str | None, manager: Any = None, **options: Any) -> Graded:
-    """Run `lm_eval.simple_evaluate` and sort its results by sample.
+    """Run `lm_eval.simple_evaluate` and collect its results by sample.
 
     Args:
-        runner: answers.
+        runner: answers the requests.
         task: a name or a task's configuration.
-        seed: of the answers; the harness's own seeds stay its defaults.
-        metric: the score that counts as the accuracy; None for the first.
-        manager: knows the task; None where its configuration says everything.
+        seed: of the answers; the harness's seeds are its defaults.
+        metric: the score reported as accuracy; None for the first.
+        manager: task manager; None for a task given by configuration.
         **options: of `simple_evaluate`.
 
     Raises:
-        ValueError: no such metric, or a data set that cannot be had.
+        ValueError: an unknown metric, or a data set that cannot be loaded.
     """
     from lm_eval import simple_evaluate
 
@@ -202,7 +202,7 @@ def evaluate(runner: Runner, task: Any, seed: int, metric: str | None, manager: 
         )
     if not any(results["samples"].values()):
         name = task["task"] if isinstance(task, Mapping) else task
-        raise ValueError(f"task={name} asks nothing: it has no members, or these no documents; mend its definition")
+        raise ValueError(f"task={name} has no requests: no members, or no documents; fix its definition")
     rows, scores = _by_sample(results["samples"])
     shares = _shares(results, scores)
     if metric is not None and metric not in shares:
@@ -220,7 +220,7 @@ def evaluate(runner: Runner, task: Any, seed: int, metric: str | None, manager: 
 
 
 def _by_sample(found: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, float]]]:
-    """What was asked and answered in each sample, and its scores."""
+    """Question and answer of each sample, and its scores."""
     rows: dict[str, dict[str, Any]] = {}
     scores: dict[str, dict[str, float]] = {}
     for task, samples in found.items():
@@ -237,13 +237,13 @@ def _by_sample(found: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dic
 
 
 def _label(tasks: Mapping[str, Any], task: str, name: str) -> str:
-    """A score by the harness's name, of which "none" is no part, and of which task where there are several."""
+    """A score by the harness's name without the filter "none", prefixed by the task if there are several."""
     name = name.removesuffix(",none")
     return name if len(tasks) == 1 else f"{task}: {name}"
 
 
 def _totals(results: Mapping[str, Any]) -> dict[str, float]:
-    """The harness's own figures, of tasks and groups."""
+    """The harness's aggregated metrics, of tasks and groups."""
     every = [(task, results["results"][task]) for task in results["samples"]]
     totals = {
         _label(results["samples"], task, name): float(value)
@@ -259,7 +259,7 @@ def _totals(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _shares(results: Mapping[str, Any], scores: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
-    """The scores that are a mean over samples, from 0 to 1, and better the higher: those that can be an accuracy."""
+    """The scores that can be an accuracy: means over samples from 0 to 1, higher is better."""
     totals, better = _totals(results), results.get("higher_is_better", {})
     kept = {}
     for name, values in scores.items():
@@ -280,14 +280,14 @@ def _text(arguments: Any) -> str:
 
 @cache
 def _manager(include_path: str | None, state: str) -> Any:
-    """Knows all tasks, which takes it seconds to find; of a folder as it is in some state."""
+    """The task manager, whose indexing takes seconds; cached by the content of the folder."""
     try:
         return _harness().TaskManager(include_path=include_path)
     except Exception as error:
         if fault_of(error, "", __file__) is None or include_path is None:
             raise
-        told = next(refused(Path(include_path)), _reason(error))
-        raise ValueError(f"task.include_path={include_path!r} cannot be used: {told}") from None
+        fault = next(refused(Path(include_path)), _reason(error))
+        raise ValueError(f"task.include_path={include_path!r} cannot be used: {fault}") from None
 
 
 @cache
@@ -305,12 +305,12 @@ def _harness() -> Any:
 
 @contextmanager
 def _calm() -> Iterator[None]:
-    """Only errors of the harness, no bars beside the run's own, and no words of git, whose hash is not kept."""
+    """Suppress the harness's log below errors, its progress bars, and its call of git."""
     from lm_eval import evaluator
     from lm_eval.api import task
 
     bars = is_progress_bar_enabled()
-    # What datasets says of data that it cannot read it raises as well.
+    # datasets also raises the errors that it logs.
     levels = {logging.getLogger("lm_eval"): logging.ERROR, logging.getLogger("datasets"): logging.CRITICAL}
     before = {logger: logger.level for logger in levels}
     for logger, level in levels.items():
@@ -331,7 +331,7 @@ def _calm() -> Iterator[None]:
 
 @contextmanager
 def _read_anew() -> Iterator[None]:
-    """Read local data from its files: datasets keeps what it read under their names and times, whatever they hold."""
+    """Read local data again from its files: datasets caches by their names and times, not by content."""
     before = datasets.load_dataset
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
 
@@ -348,10 +348,10 @@ def _read_anew() -> Iterator[None]:
 
 @contextmanager
 def _naming(task: Any) -> Iterator[None]:
-    """Errors about data that cannot be had, in one line."""
+    """One-line errors about data that cannot be loaded."""
     name = task["task"] if isinstance(task, Mapping) else task
     try:
         yield
     except (ConnectionError, DatasetNotFoundError, DatasetGenerationError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"the data of task={name} cannot be had ({reason}); give files with task.data") from None
+        raise ValueError(f"the data of task={name} cannot be loaded ({reason}); give files with task.data") from None

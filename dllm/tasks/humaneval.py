@@ -1,11 +1,10 @@
 """HumanEval (arXiv 2107.03374): 164 functions to complete, each with tests, for lm-evaluation-harness.
 
-Prompts, stop strings and what is cut from an answer are the harness's own tasks humaneval and
-humaneval_instruct; the difference is what runs the tests. The harness loads a metric from the hub that
-runs each program unconfined; here `dllm.tasks.sandbox` runs it, and only where that is asked for. pass@1 is
-of one answer a problem:
+Prompts, stop strings and post-processing are those of the harness's tasks humaneval and humaneval_instruct;
+the difference is the execution. The harness loads a metric from the hub that runs each program without
+isolation; here `dllm.tasks.sandbox` runs it, and only if enabled. pass@1 uses one answer per problem:
 
-    pass@1 = problems whose program reaches its end / problems,
+    pass@1 = problems whose program runs to completion / problems,
     program = prompt + completion + tests + a call of them
 """
 
@@ -27,15 +26,15 @@ STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 _REQUEST = "Write a solution to the following problem and make sure that it passes the tests:\n"
 
 
-# Data classes, and no functions: the harness writes a task's fields into its results.
+# Data classes instead of functions: the harness writes a task's fields into its results.
 @dataclass(frozen=True)
 class Answers:
-    """The harness's build_predictions, or build_predictions_instruct: from completions to whole functions."""
+    """The harness's build_predictions, or build_predictions_instruct: complete functions from completions."""
 
     instruct: bool
 
     def __call__(self, resps: Sequence[Sequence[str]], docs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-        """Put each completion, cut at its first ``` where it comes from a chat, behind its prompt."""
+        """Append each completion, truncated at its first ``` for chats, to its prompt."""
         return [
             [doc["prompt"] + (text.partition("```")[0] if self.instruct else text) for text in texts]
             for texts, doc in zip(resps, docs, strict=True)
@@ -44,7 +43,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class ProgramGrader:
-    """Runs a whole function against its tests; see `task`."""
+    """Runs a complete function against its tests; see `task`."""
 
     execute: bool
     timeout: float
@@ -52,7 +51,7 @@ class ProgramGrader:
     confined: Sandbox = "full"
 
     def __call__(self, doc: Mapping[str, Any], results: Sequence[Sequence[str]]) -> dict[str, float]:
-        """The metric of one problem: `pass@1`, or `generated` where nothing is to be executed."""
+        """The metric of one problem: `pass@1`, or `generated` without execution."""
         if not self.execute:
             return {"generated": 1.0}
         outcome = sandbox.execute(_tested(doc, results[0][0]), self.timeout, self.memory, self.confined)
@@ -67,23 +66,23 @@ def task(
     instruct: bool = False,
     confined: Sandbox = "full",
 ) -> dict[str, Any]:
-    """Describe the task as ``lm_eval.simple_evaluate(tasks=[...])`` takes it.
+    """The task's configuration for ``lm_eval.simple_evaluate(tasks=[...])``.
 
     Args:
         data: a JSON Lines file of rows with task_id, prompt, test and entry_point, gzipped or not; None for
             openai/openai_humaneval on the hub.
-        execute: run what the model wrote, on this machine; see `dllm.tasks.sandbox` for how far that is
-            confined. False runs nothing: there is no pass@1 then, only `generated`, which is 1 for every
-            problem; the logged samples hold what `program` needs to be graded elsewhere.
-        timeout: seconds a program may run.
-        memory: bytes a program may use, in all of its processes together.
-        instruct: the harness's humaneval_instruct, for models that chat: the function is asked for, its
-            beginning stands at the start of the answer, and the answer ends at its first ```.
-        confined: as `dllm.tasks.sandbox.execute` takes its `sandbox`.
+        execute: run the generated programs on this machine; see `dllm.tasks.sandbox` for the isolation.
+            False: no pass@1, only `generated`, which is 1 for every problem; the logged samples are
+            sufficient to grade them elsewhere with `program`.
+        timeout: time limit per program, in seconds.
+        memory: memory limit of all processes of a program, in bytes.
+        instruct: the harness's humaneval_instruct, for chat models: the answer starts with the beginning
+            of the function and ends at its first ```.
+        confined: `sandbox` of `dllm.tasks.sandbox.execute`.
 
     Raises:
-        ValueError: the file cannot be read or holds something else, a value out of range, or a platform on
-            which programs cannot be executed, or not confined as asked.
+        ValueError: the file cannot be read or has other content, a value out of range, or a platform on
+            which programs cannot be executed or isolated.
     """
     if execute:
         sandbox.check(timeout, memory, confined)
@@ -115,7 +114,7 @@ def task(
 
 
 def program(doc: Mapping[str, Any], completion: str) -> str:
-    """The program that reaches its end where a completion is right: prompt, completion, tests and their call."""
+    """The test program of a completion: prompt, completion, tests and their call."""
     return _tested(doc, doc["prompt"] + completion)
 
 
@@ -124,7 +123,7 @@ def _tested(doc: Mapping[str, Any], answer: str) -> str:
 
 
 def check_rows(data: str) -> None:
-    """Refuse a file that is not rows of problems, before a model answers any of them."""
+    """Reject an invalid file before a model is loaded."""
     where = f"task.data={data!r}"
     check_readable("task.data", Path(data), "HumanEval.jsonl or HumanEval.jsonl.gz")
     for number, row in read_rows(where, Path(data), "HumanEval.jsonl or HumanEval.jsonl.gz"):

@@ -1,4 +1,4 @@
-"""The rows of a task's own data files, looked at before a model answers any of them."""
+"""Validation of a task's data files before a model is loaded."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 
 from dllm.files import parse_json
 
-_WRITTEN = ("doc_to_text", "doc_to_target")  # what a task makes of a row
+_WRITTEN = ("doc_to_text", "doc_to_target")  # templates over the columns of a row
 
 
 def read_rows(where: str, file: Path, give: str) -> Iterator[tuple[int, Any]]:
     """Rows of JSON Lines or of one JSON document, gzipped or not, each with its line or number.
 
     Args:
-        where: what errors call the file.
+        where: name of the file in errors.
         file: the file.
-        give: what errors tell the user to give instead.
+        give: advice in errors.
 
     Raises:
-        ValueError: it cannot be read, holds something else or nothing.
+        ValueError: it cannot be read, has other content or is empty.
     """
     try:
         content = file.read_bytes()
@@ -49,7 +49,7 @@ def read_rows(where: str, file: Path, give: str) -> Iterator[tuple[int, Any]]:
 
 
 def check_data(data: Mapping[str, str], config: Mapping[str, Any], num_fewshot: int | None) -> None:
-    """Refuse files that do not hold what a task of the harness reads.
+    """Reject files without the columns or rows that a task of the harness needs.
 
     Args:
         data: a file for each split.
@@ -57,12 +57,12 @@ def check_data(data: Mapping[str, str], config: Mapping[str, Any], num_fewshot: 
         num_fewshot: examples before each question; None for the task's own.
 
     Raises:
-        ValueError: a file without rows, a row without what is read, or fewer rows than there are to be examples.
+        ValueError: a file without rows, a row with a missing column, or fewer rows than examples.
     """
     own = config.get("num_fewshot")
     shots = own if num_fewshot is None or own == 0 else num_fewshot
     examples = next(filter(None, (config.get(f"{kind}_split") for kind in ("fewshot", "training", "validation"))), None)
-    # What a function makes of the rows may have other columns.
+    # A function may add columns to the rows.
     columns = set() if config.get("process_docs") else _columns(config)
     for split, file in data.items():
         where, count = f"task.data.{split}={file!r}", 0
@@ -80,11 +80,11 @@ def check_data(data: Mapping[str, str], config: Mapping[str, Any], num_fewshot: 
 
 
 def _asked(config: Mapping[str, Any]) -> Any:
-    """The split whose rows are the questions."""
+    """The split of the questions."""
     return config.get("test_split") or config.get("validation_split")
 
 
 def _columns(config: Mapping[str, Any]) -> set[str]:
-    """The columns that a task writes out as they are, where no condition leaves them out."""
+    """The columns that a task's templates use unconditionally."""
     texts = [text for name in _WRITTEN if isinstance(text := config.get(name), str) and "{%" not in text]
     return {column for text in texts for column in re.findall(r"{{\s*([^\W\d]\w*)\s*}}", text)}

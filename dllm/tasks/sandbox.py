@@ -1,18 +1,17 @@
-"""Run a program that a model wrote, and see whether it runs to its end.
+"""Run a generated program in a sandbox, and check whether it runs to completion.
 
-The program gets an interpreter of its own (this one, with its installed packages), a folder of its own
-that is removed afterwards, an environment without the caller's variables, no input, and limits on time,
-memory (of each process, and of all together), the number of processes and threads, the size of a file and
-the number of open ones. Its output goes nowhere; whether it ran to its end is told on a pipe, by a random word.
-On Linux it opens no socket (no network, no unix socket either), has no capabilities, can neither read nor
-signal the process that called, and all processes that it starts are found and ended, whatever session
-they are in. Where the system does not allow that, `execute` and `check` say what is missing and refuse, unless
-told `sandbox="partial"`.
+The program gets its own interpreter (this one, with its installed packages), its own folder, which is
+removed afterwards, an environment without the caller's variables, no input, and limits on time, memory
+(of each process, and of all together), the number of processes and threads, the size of files and the
+number of open files. Its output is discarded; completion is reported on a pipe, by a random token.
+On Linux it cannot open sockets (network or unix), has no capabilities, can neither read nor signal the
+calling process, and all processes that it starts are found and killed, in any session. If the system does
+not support this, `execute` and `check` raise an error that names what is missing, unless
+`sandbox="partial"`.
 
-This is a guard, not a jail: the program runs as the user who called, and reads and writes the files of that user.
-Its tests run in its own process, as they do everywhere with HumanEval: a program that was written to deceive them
-(an __eq__ that always agrees) can. Put whatever must not be touched out of reach, best in a container or a virtual
-machine that runs nothing else.
+This is not a complete isolation: the program runs as the calling user, with access to that user's files. Its tests run
+in its own process, as usual for HumanEval: a malicious program can deceive them (an __eq__ that is always True). Run it
+in a container or a virtual machine to protect other data.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from typing import Literal, get_args
 
 from dllm.checks import choice, number
 
-# Seconds that starting and cleaning up may take beside the program itself, on a busy machine.
+# Maximum seconds for start-up and clean-up, on a busy machine.
 _GRACE = 30.0
 Sandbox = Literal["full", "partial"]
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
@@ -37,13 +36,13 @@ _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended.
+    """The outcome of a program.
 
     Attributes:
-        passed: it ran to its end. One that leaves early did not, whatever its exit code.
-        reason: passed; failed (an exception, SystemExit among them, or it left early); timeout; memory (a
-            MemoryError); or crashed (ended by a signal).
-        detail: what says more: the exception and the first line of its message, cut short; empty where it passed.
+        passed: it ran to completion. An early exit does not count, whatever its exit code.
+        reason: passed; failed (an exception, including SystemExit, or an early exit); timeout; memory (a
+            MemoryError); or crashed (killed by a signal).
+        detail: the exception and the first line of its message, truncated; empty if passed.
     """
 
     passed: bool
@@ -52,15 +51,15 @@ class Outcome:
 
 
 def execute(program: str, timeout: float = 5.0, memory: int = 1 << 30, sandbox: Sandbox = "full") -> Outcome:
-    """Run a Python program as a main module; see the module's docstring for what it is kept from.
+    """Run a Python program as a main module; see the module's docstring for the isolation.
 
-    Everything it starts is ended with it, background processes too. Its string hashes are the same each time.
+    All its processes are killed at the end. Its string hashes are deterministic.
 
     Args:
         program: source code.
-        timeout: seconds it may run; starting the interpreter does not count.
-        memory: bytes of address space it may have in each process, and of memory in all together.
-        sandbox: "full" refuses where the system cannot give all of it, "partial" takes what there is.
+        timeout: time limit in seconds, without the start of the interpreter.
+        memory: limit in bytes, of the address space of each process, and of the memory of all together.
+        sandbox: "full" raises an error if the system does not support all of it, "partial" uses what it supports.
 
     Raises:
         ValueError: a value out of range, a platform without resource limits, or no full sandbox.
@@ -70,8 +69,8 @@ def execute(program: str, timeout: float = 5.0, memory: int = 1 << 30, sandbox: 
     with tempfile.TemporaryDirectory(prefix="dllm-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "program.py"
         path.write_bytes(program.encode("utf-8", "surrogatepass"))
-        # -P and -s keep the folder and the user's own packages off the path, as -I would; that one
-        # would ignore the fixed hash seed as well.
+        # -P and -s remove the folder and the user's packages from the path, like -I, which would also
+        # ignore the fixed hash seed.
         command = [sys.executable, "-B", "-P", "-s", str(_SUPERVISOR), str(path), str(timeout), str(memory), sandbox]
         with subprocess.Popen(
             command,
@@ -88,24 +87,24 @@ def execute(program: str, timeout: float = 5.0, memory: int = 1 << 30, sandbox: 
                 _end(process)
                 said, complaint = process.communicate()
             finally:
-                _end(process)  # where it was interrupted
+                _end(process)  # after an interruption
     lines = said.decode().splitlines()
     if not lines:
         last = complaint.decode(errors="replace").strip().rpartition("\n")[2]
         raise RuntimeError(f"the sandbox cannot start {sys.executable} ({last or f'exit {process.returncode}'})")
     if len(lines) == 1:
-        return Outcome(False, "crashed", "the process that watched it is gone")
+        return Outcome(False, "crashed", "its supervisor process was killed")
     reason, detail = json.loads(lines[1])
     if reason == "refused":
         raise ValueError(
             f"task.sandbox='full' is not possible here: this system does not let it {detail}; "
-            "run where it is, or accept less with task.sandbox=partial"
+            "use another system, or task.sandbox=partial"
         )
     return Outcome(reason == "passed", reason, detail)
 
 
 def check(timeout: float, memory: int, sandbox: Sandbox = "full") -> None:
-    """Refuse what `execute` would refuse, before there is a program: it runs an empty one.
+    """Reject what `execute` would reject, by running an empty program.
 
     Raises:
         ValueError: a value out of range, a platform without resource limits, or no full sandbox.
@@ -116,7 +115,7 @@ def check(timeout: float, memory: int, sandbox: Sandbox = "full") -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Let the supervisor end its program and itself, and end it where it does not."""
+    """Terminate the supervisor, which kills its program; kill it if that fails."""
     if process.poll() is None:
         process.terminate()
         try:
@@ -138,6 +137,6 @@ def _environment(folder: str) -> dict[str, str]:
     kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}  # to find libpython
     places = {"PATH": os.defpath, "HOME": folder, "TMPDIR": folder}
     python = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "LANG": "C.UTF-8"}
-    # A thread for each processor would reserve more memory than the limit.
+    # One thread per processor would exceed the memory limit.
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     return kept | places | python | threads

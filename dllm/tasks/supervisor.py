@@ -1,11 +1,11 @@
-"""What `dllm.tasks.sandbox` starts: runs a program in a child of its own, and says how that ended.
+"""The supervisor process of `dllm.tasks.sandbox`: runs a program in a child process and reports its outcome.
 
-Run by its path and never imported, so that it starts fast: it needs nothing but the standard library. On
+Run by its path and never imported, so that it starts fast: it needs only the standard library. On
 standard output it writes a line when it is ready, and a JSON list of reason and detail at the end.
 
-The child has a session of its own. Whatever it starts, in that session or out of it, stays below this process
-(Linux), which counts the processes, adds up their memory, and ends them all. The child proves that it ran to
-its end by a random word on a pipe; the program sees neither this process's descriptors nor its memory.
+The child has its own session. All its descendants, in any session, are descendants of this process (Linux),
+which counts them, sums up their memory, and kills them all. The child proves completion by a random token on
+a pipe; the program has no access to this process's descriptors or memory.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ def main(path: str, timeout: float, memory: int, partial: bool) -> None:
     """Run the program at `path`; see `dllm.tasks.sandbox.execute` for the arguments."""
     caller, missing = os.getppid(), []
     if _LINUX:
-        # Ended politely, so that nothing is left of the program either, should the caller be gone.
+        # SIGTERM, to clean up the program, if the caller dies.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
         libc = ctypes.CDLL(None)
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)  # out of a program's reach in /proc
+        libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)  # no access through /proc
         libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
         missing.append("find all processes of a program (no children in /proc)")
@@ -81,7 +81,7 @@ def main(path: str, timeout: float, memory: int, partial: bool) -> None:
     if child == 0:
         os.close(receive)
         ours.close()
-        del end, refusal  # a program can look through these frames
+        del end, refusal  # a program can inspect these frames
         _run(path, (send, theirs), words, (timeout, memory), (caller, None if partial else missing))
     os.close(send)
     theirs.close()
@@ -107,7 +107,7 @@ def _run(
     limits: tuple[float, int],
     surroundings: tuple[int, list[str] | None],
 ) -> NoReturn:
-    """Be the program."""
+    """Run the program, in the child process."""
     report = channels[0]
     audit, write, leave, describe = sys.audit, os.write, os._exit, _description
     try:
@@ -124,26 +124,26 @@ def _run(
         words.clear()
         try:
             exec(compile(source, path, "exec", dont_inherit=True), vars(module))
-        except BaseException as error:  # noqa: BLE001  # SystemExit too: whatever it is, the program did not end well
+        except BaseException as error:  # noqa: BLE001  # including SystemExit: the program failed
             if getpid() == own:
                 write(report, describe(error).encode(errors="replace"))
         else:
-            audit(_END)  # a fork of the program gets here as well, and is not heard
+            audit(_END)  # ignored in forks of the program
         leave(0)
     finally:
         leave(1)
 
 
 def _witness(report: int, word: bytes, frame: Any) -> Callable[[str, Any], None]:
-    """Says the word when `frame` itself ends, and no one else asks.
+    """An audit hook that writes the token when `frame` completes.
 
-    Python code cannot list its audit hooks, so that what a program prints, or writes to descriptors that it finds, is
-    no such word. One that reads its own memory, or that moves this frame on with a tracer, can still come by it.
+    Python code cannot list audit hooks, so that a program cannot obtain the token, except by reading its own memory or
+    by advancing this frame with a tracer.
     """
     write, getpid, caller, own = os.write, os.getpid, sys._getframe, os.getpid()
 
     def hook(event: str, _: Any) -> None:
-        if event.startswith("gc."):  # which would find this function
+        if event.startswith("gc."):  # gc could find this function
             raise PermissionError(event)
         if event == _END and getpid() == own and caller(1) is frame:
             write(report, word)
@@ -152,7 +152,7 @@ def _witness(report: int, word: bytes, frame: Any) -> Callable[[str, Any], None]
 
 
 def _confine(timeout: float, memory: int, caller: int, channel: socket.socket) -> list[str]:
-    """Take everything away from this process that the program is not to have; returns what could not be."""
+    """Drop the privileges of this process; returns the unsupported ones."""
     own = os.getppid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     null = os.open(os.devnull, os.O_RDWR)
@@ -160,8 +160,8 @@ def _confine(timeout: float, memory: int, caller: int, channel: socket.socket) -
         os.dup2(null, standard)
     os.close(null)
     os.setsid()
-    os.nice(5)  # whoever watches comes first
-    seconds = math.ceil(timeout) + 1  # should nobody be left to watch the time
+    os.nice(5)  # lower priority than the supervisor
+    seconds = math.ceil(timeout) + 1  # if the supervisor is killed
     for kind, soft, hard in (
         (resource.RLIMIT_AS, memory, memory),
         (resource.RLIMIT_CPU, seconds, seconds + 1),
@@ -176,7 +176,7 @@ def _confine(timeout: float, memory: int, caller: int, channel: socket.socket) -
     if not _LINUX:
         return [f"confine a program on {sys.platform} (Linux can)"]
     libc = ctypes.CDLL(None)
-    # Without a user namespace only root may leave the network; the filter below closes sockets in any case.
+    # Without a user namespace this needs root; the seccomp filter below blocks sockets in any case.
     if libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET | _CLONE_NEWIPC) != 0:
         libc.unshare(_CLONE_NEWNET | _CLONE_NEWIPC)
     libc.capset(struct.pack("II", 0x20080522, 0), bytes(24))
@@ -206,8 +206,8 @@ def _readable(path: str) -> bool:
 
 
 def _keep_inside(libc: Any) -> None:
-    """Landlock: out of reach is who is not below this process, and from Linux 6.12 on for signals as well."""
-    no_devices = 1 << 11  # what no program does: a domain has to forbid something
+    """Landlock: no access to processes that are not descendants; from Linux 6.12 on also no signals."""
+    no_devices = 1 << 11  # a ruleset must restrict something; programs do not need this
     for rules in (struct.pack("QQQ", no_devices, 0, 3), struct.pack("Q", no_devices)):
         domain = libc.syscall(444, rules, ctypes.c_size_t(len(rules)), 0)
         if domain >= 0:
@@ -217,10 +217,10 @@ def _keep_inside(libc: Any) -> None:
 
 
 def _filter_calls(libc: Any, outside: Sequence[int]) -> int | None:
-    """Refuse sockets, and system calls that reach into other processes; `outside` are not to be signalled.
+    """Block sockets, and system calls on other processes; `outside` must not be signalled.
 
     Returns:
-        Where each start of a process or thread asks for leave; None where the system has no such filter.
+        Descriptor of the seccomp notifications for starts of processes and threads; None if unsupported.
     """
     if platform.machine() not in _NUMBERS:
         return None
@@ -228,7 +228,7 @@ def _filter_calls(libc: Any, outside: Sequence[int]) -> int | None:
     load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06
     allow, ask, kill, refuse = (give, 0, 0, 0x7FFF0000), (give, 0, 0, 0x7FC00000), (give, 0, 0, 0x80000000), 0x00050000
     no = (give, 0, 0, refuse | errno.EPERM)
-    # The call's architecture must be this one, and its number no other ABI's of the same.
+    # The architecture must be this one, without its other ABIs.
     code = [(load, 0, 0, 4), (equal, 1, 0, architecture), kill, (load, 0, 0, 0), (at_least, 0, 1, 1 << 30), no]
     for number in starts:
         code += [(equal, 0, 1, number), ask]
@@ -256,7 +256,7 @@ def _description(error: BaseException) -> str:
 
 
 def _wait(child: int, timeout: float, memory: int, forks: int | None) -> tuple[str, str] | None:
-    """Watch until the child ends; reason and detail where it has to be ended."""
+    """Watch until the child ends; reason and detail if a limit is exceeded."""
     deadline, pause, look, tasks = time.monotonic() + timeout, 0.001, 0.0, 0
     listener = select.poll()
     if forks is not None:
@@ -276,23 +276,23 @@ def _wait(child: int, timeout: float, memory: int, forks: int | None) -> tuple[s
                 return "memory", f"more than {memory} bytes in all of its processes"
         if any(event & select.POLLIN for _, event in listener.poll(1000 * min(pause, left))) and forks is not None:
             _allow_one(forks)
-            tasks += 1  # until they are counted again
+            tasks += 1  # until the next count
         pause = min(2 * pause, 0.01)
 
 
 def _allow_one(forks: int) -> None:
-    """Let one process or thread start: as each has to wait for this, none can outrun whoever counts them."""
+    """Allow one process or thread to start; each waits for this, so the count cannot be outrun."""
     asked = bytearray(80)
     try:
         fcntl.ioctl(forks, _SECCOMP_IOCTL_NOTIF_RECV, asked)
         answer = struct.pack("QqiI", struct.unpack_from("Q", asked)[0], 0, 0, _SECCOMP_USER_NOTIF_FLAG_CONTINUE)
         fcntl.ioctl(forks, _SECCOMP_IOCTL_NOTIF_SEND, answer)
-    except OSError:  # who asked is gone
+    except OSError:  # the process is gone
         pass
 
 
 def _below(process: int) -> list[int]:
-    """All descendants that are there now."""
+    """All current descendants."""
     found, last = _children(process), 0
     while last < len(found):
         found += _children(found[last])
@@ -318,17 +318,17 @@ def _tasks(process: int) -> int:
 
 
 def _resident(process: int) -> int:
-    """Bytes in memory, where what several share counts for each."""
+    """Resident bytes; shared memory counts for each process."""
     return _number(f"/proc/{process}/statm", 1) * resource.getpagesize()
 
 
 def _proportional(process: int) -> int:
-    """Bytes in memory, where what several share counts once, if that can be read."""
+    """Proportional set size in bytes, if available: shared memory counts once."""
     return _number(f"/proc/{process}/smaps_rollup", "Pss:") * 1024 or _resident(process)
 
 
 def _number(path: str, place: int | str) -> int:
-    """The number at a place, or after a word, of a file; 0 where it cannot be read."""
+    """The number at an index, or after a word, in a file; 0 if unreadable."""
     try:
         parts = Path(path).read_text().split()
         return int(parts[place if isinstance(place, int) else parts.index(place) + 1])
@@ -337,7 +337,7 @@ def _number(path: str, place: int | str) -> int:
 
 
 def _end_all(child: int) -> int | None:
-    """End everything that the program left behind, generation after generation; returns the child's status."""
+    """Kill all descendants of the program, generation by generation; returns the child's status."""
     found = None
     for kill in (os.kill, os.killpg):
         try:
@@ -345,7 +345,7 @@ def _end_all(child: int) -> int | None:
         except OSError:  # it is gone
             continue
     while True:
-        # Who is killed forks no more: what it left is found below it, or below this process.
+        # Killed processes cannot fork: their children are found below them, or below this process.
         for pid in _children(os.getpid()) if _LINUX else ():
             todo = [pid]
             while todo:

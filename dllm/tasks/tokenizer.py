@@ -1,7 +1,7 @@
 """The word-level tokenizer of the bundled task, built with the `tokenizers` library.
 
-Words carry their leading space; numbers are single digits, the first of which carries the space.
-Decoding joins tokens as they are, so a text survives the round trip.
+Words include their leading space; numbers are single digits, the first of which includes the space.
+Decoding concatenates tokens, so that a text survives the round trip.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SYMBOLS = [".", ",", "?", ":", " +", " -", " ="]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Make the tokenizer: a little over 100 entries, end-of-text padding, a pass-through chat template."""
+    """Build the tokenizer: a little over 100 entries, end-of-text padding, a pass-through chat template."""
     words = dict.fromkeys([*word_problems.PEOPLE, *word_problems.OBJECTS, *_WORDS])
     entries = [EOS, MASK, UNK, *_SYMBOLS]
     entries += [space + digit for space in ("", " ") for digit in string.digits]

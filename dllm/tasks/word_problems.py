@@ -1,6 +1,6 @@
-"""The bundled task: multi-step word problems with several right ways to write the answer.
+"""The bundled task: multi-step word problems with several correct ways to write the answer.
 
-A problem is two or three additions and subtractions over 0..99, told in varied phrasings. Each
+A problem is two or three additions and subtractions over 0..99, in varied phrasings. Each
 answer is written in one of three styles chosen at random, so its tokens depend on each other: the
 first words fix the style, every result is the next equation's operand, and the digits of a number
 must agree. Unmasking too many tokens at once therefore shows up as wrong answers.
@@ -77,7 +77,7 @@ def sample_problem(rng: random.Random, n_steps: int | None = None) -> Problem:
 
 
 def check_count(name: str, value: int, least: int = 1) -> None:
-    """Refuse a number of problems that is more than anybody asks: all of them are made at once.
+    """Reject an excessive number of problems: all of them are generated at once.
 
     Raises:
         ValueError: it is out of range.
@@ -94,7 +94,7 @@ def problems(n: int, seed: int) -> list[Problem]:
 def grade(text: str, problem: Problem) -> Grade:
     """Grade a written answer by its final number and by its whole chain of equations.
 
-    An answer that is stated more than once must be right each time: contradicting oneself earns nothing.
+    An answer that is stated more than once must be correct each time.
     """
     stated = {int(number) for number in _ANSWER.findall(text)}
     final = stated == {problem.answer}
@@ -106,7 +106,7 @@ def _sample_steps(rng: random.Random, n_steps: int) -> tuple[ChainStep, ...]:
     value = rng.randint(5, 95)
     steps = []
     for _ in range(n_steps):
-        # Both directions stay possible and no operand is zero.
+        # Both operations stay possible and no operand is zero.
         gain = value < 2 or (value < 98 and rng.random() < 0.5)
         right = rng.randint(1, 99 - value) if gain else rng.randint(1, value)
         result = value + right if gain else value - right

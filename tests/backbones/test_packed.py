@@ -45,7 +45,7 @@ def test_the_command_line_packs() -> None:
 
 def test_a_packed_model_is_not_saved_without_its_weights(tmp_path: Path) -> None:
     lm = dllm.load("tiny-llada", device="cpu", pack=True)
-    with pytest.raises(ValueError, match="packed weights cannot be saved; load the model with pack=false for that"):
+    with pytest.raises(ValueError, match="packed weights cannot be saved; load the model with pack=false"):
         lm.backbone.save_pretrained(tmp_path)
 
 

@@ -182,7 +182,7 @@ class TestRefusals:
         vocab = {token: number for token, number in guide.tokenizer.get_vocab().items() if token != "<|unk|>"}
         theirs.get_vocab = lambda: vocab  # type: ignore[method-assign,union-attr]
         unknown = lm.tokenizer.unk_token_id
-        with pytest.raises(ValueError, match=f"does not have token {unknown}, which a prompt holds; use "):
+        with pytest.raises(ValueError, match=f"does not have token {unknown} of a prompt; use "):
             dllm.generate(lm, [[5, unknown, 6]], ARGuided(Guide(guide.model, theirs)), gen_length=4)
 
     def test_what_is_no_guide(self) -> None:

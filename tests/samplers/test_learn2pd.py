@@ -193,7 +193,9 @@ class TestRefusals:
         dllm.generate(random_llada(), [[3]], sampler, **{"gen_length": 8, "block_length": 8} | options)
 
     def test_no_bundled_filter_for_this_model(self) -> None:
-        with pytest.raises(ValueError, match=r"filter=null finds no bundled filter .*block_length=8; .*train-filter"):
+        with pytest.raises(
+            ValueError, match=r"filter=null: there is no bundled filter .*block_length=8; .*train-filter"
+        ):
             self.run(Learn2PD())
 
     def test_another_model(self) -> None:
