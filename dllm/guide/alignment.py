@@ -24,7 +24,7 @@ from dllm.decoding.flags import flagged
 from dllm.guide import Guide
 
 NEVER = 2**31
-_CONTEXT = 16  # decided tokens that are decoded again for each border; how a token reads depends on few before it
+_CONTEXT = 16  # tokens decoded again before each boundary: how a token decodes depends on few before it
 
 
 @dataclass(frozen=True)

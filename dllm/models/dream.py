@@ -16,12 +16,7 @@ from dllm.models.published import check_fixed, check_special_ids, check_synonyms
 from dllm.models.qwen import TP_PLAN, QwenDenoiser
 
 # Config keys with a single supported value; null means false.
-_FIXED = {
-    "hidden_act": "silu",
-    "use_mrope": False,
-    "use_sliding_window": False,
-    "tie_word_embeddings": False,
-}
+_FIXED = {"hidden_act": "silu", "use_mrope": False, "use_sliding_window": False, "tie_word_embeddings": False}
 # Keys of the published config that are not read.
 _UNUSED = ("max_window_layers", "sliding_window")
 
