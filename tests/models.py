@@ -11,7 +11,15 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from dllm import LanguageModel
 from dllm.filters import ConfidenceFilter, Filter, NeighbourFilter
-from dllm.models import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM, MaskedDiffusionModel
+from dllm.models import (
+    DreamConfig,
+    DreamModel,
+    LLaDAConfig,
+    LLaDAModelLM,
+    MaskedDiffusionModel,
+    SDARConfig,
+    SDARForCausalLM,
+)
 from dllm.tasks.tokenizer import build_tokenizer
 
 
@@ -86,6 +94,34 @@ def random_dream(
         eos_token_id=words.eos_token_id if words else vocab - 2,
     )
     return LanguageModel(_randomise(DreamModel(config), seed, dtype, sharpness), words, "random-dream")
+
+
+def random_sdar(
+    vocab: int = 64,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    *,
+    layers: int = 2,
+    block_length: int = 4,
+    max_length: int = 256,
+    sharpness: float = 5.0,
+) -> LanguageModel:
+    """A random SDAR, whose attention is causal over blocks; arguments as for `random_llada`."""
+    config = SDARConfig(
+        vocab_size=vocab,
+        hidden_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        intermediate_size=64,
+        max_position_embeddings=max_length,
+        rope_theta=10000.0,
+        block_size=block_length,
+        mask_token_id=vocab - 1,
+        eos_token_id=vocab - 2,
+    )
+    return LanguageModel(_randomise(SDARForCausalLM(config), seed, dtype, sharpness), None, "random-sdar")
 
 
 def random_guide(vocab: int = 64, seed: int = 0, dtype: torch.dtype = torch.float64, sharpness: float = 2.0) -> Any:

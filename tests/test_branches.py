@@ -12,13 +12,12 @@ from torch import Tensor
 import dllm
 from dllm.decoding.window import Edit, Window
 from dllm.samplers.base import Denoise, Policy
-from models import random_dream, random_llada
-from test_pattern import block_llada
+from models import random_dream, random_llada, random_sdar
 from toys import Leftmost, Spying
 
 PROMPTS = [[5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9]]
 OPTIONS: dict[str, Any] = {"gen_length": 10, "block_length": 4, "stop_at_eos": False, "seed": 3}
-MODELS = pytest.mark.parametrize("make", [random_llada, random_dream, block_llada])
+MODELS = pytest.mark.parametrize("make", [random_llada, random_dream, random_sdar])
 
 
 @dataclass(frozen=True)
