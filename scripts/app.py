@@ -19,7 +19,7 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob
+from hydra.core.override_parser.types import Glob, QuotedString
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
@@ -258,10 +258,11 @@ def _check_overrides(overrides: Sequence[str], groups: Mapping[str, str], multir
         name, value = each.key_or_group, each.value()
         if each.is_sweep_override() and not multirun:
             raise ValueError(f"{each.input_line} names several; give one, or add -m to run them one after another")
-        if (each.is_choice_sweep() and not isinstance(value, Glob)) or each.is_range_sweep():
-            count *= sum(1 for _ in islice(each.sweep_iterator(), _MOST_JOBS + 1))
-        nameless = value is not None or groups.get(name) != "null"
-        if name in groups and nameless and not (each.is_delete() or each.is_sweep_override() or isinstance(value, str)):
+        several = (each.is_choice_sweep() and not isinstance(value, Glob)) or each.is_range_sweep()
+        entries = list(islice(each.sweep_iterator(), _MOST_JOBS + 1)) if several else [value]
+        count *= len(entries)
+        named = each.is_delete() or isinstance(value, Glob) or all(isinstance(e, (str, QuotedString)) for e in entries)
+        if name in groups and not named:
             raise ValueError(f"{each.input_line} gives no name; use one of {', '.join(names(name) + variants(name))}")
     if count > _MOST_JOBS and not any(each.startswith(("hydra/sweeper", "sweep=")) for each in overrides):
         raise ValueError(f"these are more than {_MOST_JOBS} jobs; sweep over fewer values")
@@ -283,9 +284,9 @@ def _named(arguments: Sequence[str], option: str) -> list[str]:
 
 def _rewrite_one(argument: str, groups: Mapping[str, Any], multirun: bool) -> list[str]:
     key, separator, value = argument.partition("=")
-    if not separator and not argument.startswith("~"):
-        raise ValueError(f"unknown option {argument!r}; options are written name=value, and {_LISTED}")
     name = key.lstrip("+")
+    if not name or (not separator and not argument.startswith("~")):
+        raise ValueError(f"unknown option {argument!r}; options are written name=value, and {_LISTED}")
     if len(name) > _LONGEST_NAME:
         raise ValueError(f"unknown option {name!r}; {_LISTED}")
     if name in groups and name not in _OTHERS and len(value) > _LONGEST_NAME and not multirun:
