@@ -247,17 +247,15 @@ def rewrite(arguments: Sequence[str], config_name: str) -> list[str]:
     groups = usage.groups(config_name)
     multirun = not {"-m", "--multirun"}.isdisjoint(given)
     written = [part for option in options for part in _rewrite_one(option, groups, multirun)]
-    _check_overrides(written, groups, multirun)
+    _check_overrides(written, groups)
     return [*given, *written]
 
 
-def _check_overrides(overrides: Sequence[str], groups: Mapping[str, str], multirun: bool) -> None:
-    """Refuse groups without a name, sweeps without -m, and too many jobs: Hydra makes all before the first one runs."""
+def _check_overrides(overrides: Sequence[str], groups: Mapping[str, str]) -> None:
+    """Refuse groups without a name, and too many jobs: Hydra's own sweeper makes all before the first one runs."""
     count = 1
     for each in OverridesParser.create().parse_overrides(list(overrides)):
         name, value = each.key_or_group, each.value()
-        if each.is_sweep_override() and not multirun:
-            raise ValueError(f"{each.input_line} names several; give one, or add -m to run them one after another")
         several = (each.is_choice_sweep() and not isinstance(value, Glob)) or each.is_range_sweep()
         entries = list(islice(each.sweep_iterator(), _MOST_JOBS + 1)) if several else [value]
         count *= len(entries)
@@ -445,6 +443,8 @@ def one_line(error: BaseException, config_name: str | None = None) -> str:
         group, _, name = file.rpartition("/") if file.startswith("hydra/") else file.partition("/")
         more = variants(group) if group in flags.GROUPS else []
         return f"{group}={name} is unknown; use one of {', '.join([*error.options, *more])}"
+    if match := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)' ?(?:1\. To use|requires -)", text):
+        return f"{match[1]} names several; give one, or add -m to run them one after another"
     if match := re.search(r"Could not (?:override|delete from config\.) '((?:(\w+)\.)?[^']+)'", text):
         group = match[2] if config_name and match[2] in usage.groups(config_name) else ""
         expected = f"expected one of {', '.join(usage.options(config_name))}" if config_name else _LISTED
