@@ -19,7 +19,7 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob
+from hydra.core.override_parser.types import Glob, QuotedString
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
@@ -247,24 +247,22 @@ def rewrite(arguments: Sequence[str], config_name: str) -> list[str]:
     groups = usage.groups(config_name)
     multirun = not {"-m", "--multirun"}.isdisjoint(given)
     written = [part for option in options for part in _rewrite_one(option, groups, multirun)]
-    _check_overrides(written, groups, multirun)
+    _check_overrides(written, groups)
     return [*given, *written]
 
 
-def _check_overrides(overrides: Sequence[str], groups: Mapping[str, str], multirun: bool) -> None:
-    """Refuse groups without a name, sweeps without -m, and too many jobs: Hydra makes all before the first one runs."""
+def _check_overrides(overrides: Sequence[str], groups: Mapping[str, str]) -> None:
+    """Refuse groups without a name, and too many jobs: Hydra's own sweeper makes all before the first one runs."""
     count = 1
     for each in OverridesParser.create().parse_overrides(list(overrides)):
         name, value = each.key_or_group, each.value()
-        if each.is_sweep_override() and not multirun:
-            raise ValueError(f"{each.input_line} names several; give one, or add -m to run them one after another")
-        if (each.is_choice_sweep() and not isinstance(value, Glob)) or each.is_range_sweep():
-            count *= sum(1 for _ in islice(each.sweep_iterator(), _MOST_JOBS + 1))
-        nameless = value is not None or groups.get(name) != "null"
-        if name in groups and nameless and not (each.is_delete() or each.is_sweep_override() or isinstance(value, str)):
-            raise ValueError(
-                f"{each.input_line} has no name; expected one of {', '.join(names(name) + variants(name))}"
-            )
+        several = (each.is_choice_sweep() and not isinstance(value, Glob)) or each.is_range_sweep()
+        entries = list(islice(each.sweep_iterator(), _MOST_JOBS + 1)) if several else [value]
+        count *= len(entries)
+        named = each.is_delete() or isinstance(value, Glob) or all(isinstance(e, (str, QuotedString)) for e in entries)
+        if name in groups and not named:
+            choices = ", ".join(names(name) + variants(name))
+            raise ValueError(f"{each.input_line} has no name; expected one of {choices}")
     if count > _MOST_JOBS and not any(each.startswith(("hydra/sweeper", "sweep=")) for each in overrides):
         raise ValueError(f"these are more than {_MOST_JOBS} jobs; sweep over fewer values")
 
@@ -285,9 +283,9 @@ def _named(arguments: Sequence[str], option: str) -> list[str]:
 
 def _rewrite_one(argument: str, groups: Mapping[str, Any], multirun: bool) -> list[str]:
     key, separator, value = argument.partition("=")
-    if not separator and not argument.startswith("~"):
-        raise ValueError(f"unknown option {argument!r}; options are written name=value, and {_LISTED}")
     name = key.lstrip("+")
+    if not name or (not separator and not argument.startswith("~")):
+        raise ValueError(f"unknown option {argument!r}; options are written name=value, and {_LISTED}")
     if len(name) > _LONGEST_NAME:
         raise ValueError(f"unknown option {name!r}; {_LISTED}")
     if name in groups and name not in _OTHERS and len(value) > _LONGEST_NAME and not multirun:
@@ -446,6 +444,8 @@ def one_line(error: BaseException, config_name: str | None = None) -> str:
         group, _, name = file.rpartition("/") if file.startswith("hydra/") else file.partition("/")
         more = variants(group) if group in flags.GROUPS else []
         return f"unknown {group}={name}; expected one of {', '.join([*error.options, *more])}"
+    if match := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)' ?(?:1\. To use|requires -)", text):
+        return f"{match[1]} names several; give one, or add -m to run them one after another"
     if match := re.search(r"Could not (?:override|delete from config\.) '((?:(\w+)\.)?[^']+)'", text):
         group = match[2] if config_name and match[2] in usage.groups(config_name) else ""
         expected = f"expected one of {', '.join(usage.options(config_name))}" if config_name else _LISTED

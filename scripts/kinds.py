@@ -79,6 +79,8 @@ def _check_group(group: str, values: Any) -> None:
         )
     if group == "model" and not (isinstance(values, Mapping) and "path" in values):
         raise ValueError("model.path has no value; set it with model.path=...")
+    if group == "sweep":
+        raise ValueError("sweep has no options of its own; begin a YAML of your own with `# @package _global_`")
     made: Any = load if group == "model" else find_class(group, values, _PROTOCOLS[group])
     hints = get_type_hints(made)
     taken = ["path" if name == "name" and made is load else name for name in signature(made).parameters]
