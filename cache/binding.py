@@ -24,38 +24,17 @@ def bind(kept: Kept, selection: Selection) -> KVStore:
         return Joined(kept, selection)
     if not selection.first.all():
         return Gathered(kept, selection)
-    if selection.neighbours is None:
+    slots = selection.neighbours
+    if slots is None:
         runs = selection.runs()
         return Runs([bind(kept, run) for run in runs], [len(run.slots) for run in runs])
     # Contiguous rows, one sequence each: attention reads the store in place, and only fresh columns are copied.
-    host = selection.host
+    (low, high), host = selection.span, selection.host
+    stored, index = [each[:, slots, :, low:high] for each in kept], selection.columns - low
+    memory = slots.start, slots.stop, low, high
     if (host == host[0, 0] + np.arange(host.shape[1])).all():
-        return Slice(kept, selection)
-    return Scattered.of(kept, selection)
-
-
-class Slice:
-    """Contiguous columns, the same in every row."""
-
-    def __init__(self, kept: Kept, selection: Selection) -> None:
-        (low, high), slots = selection.span, selection.neighbours
-        start, width = int(selection.host[0, 0]), selection.host.shape[1]
-        self.everything = (start, start + width) == (low, high)
-        self.stored = [each[:, slots, :, low:high] for each in kept]
-        self.fresh = [each[:, slots, :, start : start + width] for each in kept]
-        self.memory, self.index = _memory(selection), selection.columns - low
-
-    def through(self, index: Int[Tensor, "A C"]) -> Scattered:
-        """The same, with the columns given by a tensor."""
-        return Scattered(self.stored, index, self.memory)
-
-    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write in place."""
-        for stored, fresh in zip(self.fresh, (keys, values), strict=True):
-            stored[layer].copy_(fresh)
-        if self.everything:
-            return keys, values
-        return self.stored[0][layer], self.stored[1][layer]
+        return Slice(stored, index, memory, int(host[0, 0]) - low)
+    return Scattered(stored, index, memory)
 
 
 class Scattered:
@@ -64,13 +43,6 @@ class Scattered:
     def __init__(self, stored: Sequence[Tensor], index: Int[Tensor, "A C"], memory: Hashable) -> None:
         self.stored, self.index, self.memory = stored, index, memory
         self._expanded = index[:, None, :, None]
-
-    @classmethod
-    def of(cls, kept: Kept, selection: Selection) -> Scattered:
-        """Bind some columns of a store."""
-        (low, high), slots = selection.span, selection.neighbours
-        stored = [each[:, slots, :, low:high] for each in kept]
-        return cls(stored, selection.columns - low, _memory(selection))
 
     def through(self, index: Int[Tensor, "A C"]) -> Scattered:
         """The same, with the columns given by a tensor."""
@@ -85,9 +57,22 @@ class Scattered:
         return k, v
 
 
-def _memory(selection: Selection) -> Hashable:
-    """Which part of the store is attended to."""
-    return int(selection.slots[0]), len(selection.slots), selection.span
+class Slice(Scattered):
+    """Contiguous columns, the same in every row."""
+
+    def __init__(self, stored: Sequence[Tensor], index: Int[Tensor, "A C"], memory: Hashable, start: int) -> None:
+        super().__init__(stored, index, memory)
+        width = index.shape[1]
+        self.everything = width == stored[0].shape[3]
+        self.fresh = [each[:, :, :, start : start + width] for each in stored]
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write in place."""
+        for stored, fresh in zip(self.fresh, (keys, values), strict=True):
+            stored[layer].copy_(fresh)
+        if self.everything:
+            return keys, values
+        return self.stored[0][layer], self.stored[1][layer]
 
 
 class Runs:

@@ -86,14 +86,14 @@ class D2Cache(Metered):
 class _ByCertaintyAndRollout(PerRow):
     def __init__(self, options: D2Cache, setup: Setup, store: Watched) -> None:
         super().__init__(setup)
-        self.options, self.shift, self.store = options, setup.logits_shift, store
+        self.options, self.store = options, store
         self.masked = self.per_row(False, setup.length, dtype=bool)
         self.confidence = self.per_row(0, setup.length, dtype=float)
 
     def plan(self, question: Question, due: Flags, stale: Flags) -> Plan:
         canvas, rows, masked = question.canvas, question.rows, question.masked
         # The column at which the prediction for each column is read.
-        at = np.maximum(np.arange(canvas.length) - self.shift, canvas.padding[rows, None])
+        at = np.maximum(np.arange(canvas.length) - self.setup.logits_shift, canvas.padding[rows, None])
         compute = _moved(self._certain(question, masked), at) | (self.masked[rows] & ~masked)
         compute |= question.drafted
         compute |= nucleus(self.store.influence[rows], self.options.rollout_p, ~compute & question.visible)

@@ -82,7 +82,7 @@ class DLLMCache(Metered):
 class _ByChange(PerRow):
     def __init__(self, options: DLLMCache, setup: Setup, store: Features) -> None:
         super().__init__(setup)
-        self.options, self.setup, self.store = options, setup, store
+        self.options, self.store = options, store
         self.forwards = self.per_row(0)
 
     def plan(self, question: Question, due: Flags, stale: Flags) -> Plan:

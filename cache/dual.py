@@ -21,10 +21,7 @@ from dllm.decoding.setup import Setup
 class Dual(Metered):
     """Cache everything before and after the block."""
 
-    @property
-    def repeatable(self) -> bool:
-        """A full refresh at the start of each block."""
-        return True
+    repeatable = True  # a full refresh at the start of each block
 
     def start(self, setup: Setup) -> Reuse:
         """Allocate keys and values for every position."""
@@ -32,10 +29,7 @@ class Dual(Metered):
 
 
 class _BlockAlone(Blocks):
-    def __init__(self, setup: Setup) -> None:
-        super().__init__(setup)
-        self.shift = setup.logits_shift
-
     def plan(self, question: Question, due: Flags, stale: Flags) -> Plan:
-        block = question.since(question.low - self.shift) & ~question.since(question.high - self.shift)
+        shift = self.setup.logits_shift
+        block = question.since(question.low - shift) & ~question.since(question.high - shift)
         return Plan(block | self.entered(question)[:, None])

@@ -72,7 +72,7 @@ class FreeCache(Metered):
 class _Frozen(PerRow):
     def __init__(self, options: FreeCache, setup: Setup) -> None:
         super().__init__(setup)
-        self.options, self.shift = options, setup.logits_shift
+        self.options = options
         self.front = self.per_row(0)  # where the last forward of each row started to compute
         self.raw = self.per_row(True, dtype=bool)  # the prompt has the keys and values of the first forward
 
@@ -83,9 +83,9 @@ class _Frozen(PerRow):
                 # Without the shift: f is decoded by the first forward, or its prediction is requested and so computed.
                 front = start
             case "block":
-                front = question.low - self.shift
+                front = question.low - self.setup.logits_shift
             case _:
-                front = question.masked.argmax(1) - self.shift
+                front = question.masked.argmax(1) - self.setup.logits_shift
         since = front
         if options.freeze == "clean":
             # Positions frozen since the last forward are computed once more; after the first block, the prompt too.

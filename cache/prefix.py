@@ -22,10 +22,7 @@ from dllm.decoding.setup import Setup
 class Prefix(Metered):
     """Cache everything before the block."""
 
-    @property
-    def repeatable(self) -> bool:
-        """A full refresh at the start of each block."""
-        return True
+    repeatable = True  # a full refresh at the start of each block
 
     def start(self, setup: Setup) -> Reuse:
         """Allocate keys and values for every position."""
@@ -33,12 +30,8 @@ class Prefix(Metered):
 
 
 class _FromBlockOn(Blocks):
-    def __init__(self, setup: Setup) -> None:
-        super().__init__(setup)
-        self.shift = setup.logits_shift
-
     def plan(self, question: Question, due: Flags, stale: Flags) -> Plan:
-        end = question.canvas.length - self.shift
-        compute = question.since(question.low - self.shift)
-        compute[:, end:] = False
+        shift = self.setup.logits_shift
+        compute = question.since(question.low - shift)
+        compute[:, question.canvas.length - shift :] = False
         return Plan(compute | self.entered(question)[:, None])

@@ -72,12 +72,12 @@ class PerRow:
     """
 
     def __init__(self, setup: Setup) -> None:
-        self._setup = setup
+        self.setup = setup
         self._kept: list[tuple[NDArray[Any], float]] = []
 
     def per_row(self, initial: float, *shape: int, dtype: type = np.int64) -> NDArray[Any]:
         """An array with one entry per row, which is reset to `initial` when a row enters."""
-        array: NDArray[Any] = np.full((self._setup.slots, *shape), initial, dtype=dtype)
+        array: NDArray[Any] = np.full((self.setup.slots, *shape), initial, dtype=dtype)
         self._kept.append((array, initial))
         return array
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dllm.cache.base import Cache
 from dllm.decoding.engine import Engine, check_model
 from dllm.decoding.options import Options, eos_ids, make_request, parse_options, seeds
 from dllm.decoding.prompts import Mask, Prompts, encode
 from dllm.decoding.request import Request
-from dllm.decoding.result import Generation, Tally, assemble, stack
+from dllm.decoding.result import Generation, Tally, assemble, padded
 from dllm.decoding.step import Answer, Frame, Step
 from dllm.models.loading import LanguageModel
+from dllm.progress import progress_bar
 from dllm.samplers.base import Sampler
 
 Callback: TypeAlias = Callable[[Step], None]
@@ -144,14 +143,16 @@ def prepare(
     Raises:
         ValueError: as `generate`.
     """
+    block_length = options.block_length if isinstance(options.block_length, int) else None
+    pattern = lm.backbone.pattern_of(block_length)
     requests = [
-        make_request(lm, prompt, options, seed, infill, f"prompts[{place}]")
+        make_request(lm, prompt, options, seed, infill, f"prompts[{place}]", pattern)
         for place, (prompt, seed) in enumerate(zip(ids, seeds(options.seed, len(ids)), strict=True))
     ]
     engine = Engine(
         lm, sampler, cache, batch_size=min(options.batch_size, len(ids)),
         max_length=max(len(request.tokens) for request in requests),
-        cfg_scale=options.cfg_scale, cuda_graphs=options.cuda_graphs,
+        cfg_scale=options.cfg_scale, cuda_graphs=options.cuda_graphs, block_length=block_length,
     )  # fmt: skip
     for request in requests:
         engine.submit(request)
@@ -182,17 +183,12 @@ def _run(requests: Sequence[Request], engine: Engine, callback: Callback | None,
     """Decode everything and collect the results."""
     tally = Tally(engine.lm.device)
     total = sum(int(request.region.sum()) for request in requests)
-    columns = TextColumn("decoding"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn()
-    with Progress(*columns) if progress else nullcontext() as bar:
-        if bar:
-            bar.add_task("decoding", total=total)
-        with engine:
-            for step in engine.steps():
-                tally.update(step)
-                if callback is not None:
-                    callback(step)
-                if bar:
-                    bar.advance(bar.task_ids[0], int(step.change.gained.sum()))
+    with progress_bar("decoding", total, note="tokens", show=progress) as update, engine:
+        for step in engine.steps():
+            tally.update(step)
+            if callback is not None:
+                callback(step)
+            update(advance=int(step.change.gained.sum()))
     _check_answered({name: answer.error for name, answer in tally.answers.items()})
     return assemble(requests, tally, engine.measuring_seconds)
 
@@ -210,7 +206,7 @@ def _answers(engine: Engine, callback: Callback | None) -> Iterator[Answer]:
 def _frames(requests: Sequence[Request], engine: Engine) -> Iterator[Frame]:
     """Decode everything, yielding all canvases after each step."""
     mask = engine.lm.backbone.mask_token_id
-    tokens = stack([request.tokens for request in requests], requests[0].eos_token_ids[0])
+    tokens = padded([request.tokens for request in requests], requests[0].eos_token_ids[0], left=True)
     nfe, errors = np.zeros(len(tokens), dtype=np.int64), dict.fromkeys(range(len(tokens)))
     with engine:
         for step in engine.steps():

@@ -146,11 +146,31 @@ def options_of(group: str, name: str, parameter: str | None = None) -> dict[str,
     known = names(group) + variants(group)
     if name not in known:
         raise ValueError(f"unknown {parameter or group}={name!r}; expected one of {', '.join(known)}")
-    text = (resources.files("dllm.conf") / group / f"{name}.yaml").read_text()
-    return deepcopy(_parsed(text))
+    return deepcopy(merged(f"{group}/{name}"))
+
+
+def text(file: str) -> str:
+    """What a YAML of conf/ says, named by its path there without ending."""
+    return (resources.files("dllm.conf") / f"{file}.yaml").read_text(encoding="utf-8")
+
+
+def defaults_list(file: str) -> list[Any]:
+    """What a YAML of conf/ is composed of: paths of others, and `{GROUP: CHOICE}` for groups."""
+    found: Any = OmegaConf.to_container(OmegaConf.create(text(file)))
+    return list(found.get("defaults", []))
 
 
 @cache
-def _parsed(text: str) -> dict[str, Any]:
-    found: Any = OmegaConf.to_container(OmegaConf.create(text))
-    return dict(found)
+def sources(file: str) -> tuple[str, ...]:
+    """The text of a YAML of conf/, and of those that its `defaults` include by their path, as Hydra merges them."""
+    entries = [each for each in defaults_list(file) if isinstance(each, str)]
+    order = entries if "_self_" in entries else [*entries, "_self_"]
+    parts = ((text(file),) if each == "_self_" else sources(each.lstrip("/").partition("@")[0]) for each in order)
+    return tuple(each for part in parts for each in part)
+
+
+@cache
+def merged(file: str) -> dict[str, Any]:
+    """The options of a YAML of conf/, with those that it includes; groups that a user chooses are left out."""
+    found: Any = OmegaConf.to_container(OmegaConf.merge(*map(OmegaConf.create, sources(file))))
+    return {name: value for name, value in found.items() if name not in ("defaults", "hydra")}

@@ -12,7 +12,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from inspect import signature
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,17 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob
 from hydra.core.utils import JobReturn
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import dllm
-from dllm.checks import Notice, first_line, is_text, known, naming, renamed
+from dllm.checks import Notice, first_line, is_text, naming, renamed
 from dllm.escape import brief
 from dllm.files import parse_json
-from dllm.resolve import names
+from dllm.resolve import names, variants
 from dllm.scripts import flags, usage, yaml_files
 from dllm.scripts.ending import fail, leave_quietly, line
 from dllm.scripts.kinds import check_kinds
@@ -90,8 +89,8 @@ def run(task: Callable[[DictConfig], Any], config_name: str, kinds: Mapping[str,
         nonlocal composed
         composed, fields = True, dict[str, Any]()
         try:
-            fields |= _whole(OmegaConf.to_container(cfg, resolve=True))
-            check_kinds(cfg, config_name, kinds or {})
+            fields |= _fields(cfg)
+            check_kinds(fields, config_name, kinds or {})
             _refuse_empty(fields)
             result = task(cfg)
             if sys.stdout is not None:
@@ -182,6 +181,14 @@ def _notices(command: str) -> Iterator[None]:
         yield
 
 
+def _fields(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration; refuses one that lacks a value."""
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
+        raise ValueError(f"{missing[0]} has no value; set it with {missing[0]}=...")
+    found: Any = OmegaConf.to_container(cfg, resolve=True)
+    return dict(found)
+
+
 def _refuse_empty(fields: Mapping[str, Any]) -> None:
     for option in _PATHS:
         value = _value(fields, option)
@@ -240,18 +247,25 @@ def rewrite(arguments: Sequence[str], config_name: str) -> list[str]:
     groups = usage.groups(config_name)
     multirun = not {"-m", "--multirun"}.isdisjoint(given)
     written = [part for option in options for part in _rewrite_one(option, groups, multirun)]
-    if multirun and not any(option.startswith(("hydra/sweeper", "sweep=")) for option in options):
-        _check_jobs(written)
+    _check_overrides(written, groups, multirun)
     return [*given, *written]
 
 
-def _check_jobs(overrides: Sequence[str]) -> None:
-    """Reject too many jobs: Hydra's sweeper creates all of them before the first one runs."""
+def _check_overrides(overrides: Sequence[str], groups: Mapping[str, str], multirun: bool) -> None:
+    """Refuse groups without a name, sweeps without -m, and too many jobs: Hydra makes all before the first one runs."""
     count = 1
     for each in OverridesParser.create().parse_overrides(list(overrides)):
-        if (each.is_choice_sweep() and not isinstance(each.value(), Glob)) or each.is_range_sweep():
+        name, value = each.key_or_group, each.value()
+        if each.is_sweep_override() and not multirun:
+            raise ValueError(f"{each.input_line} names several; give one, or add -m to run them one after another")
+        if (each.is_choice_sweep() and not isinstance(value, Glob)) or each.is_range_sweep():
             count *= sum(1 for _ in islice(each.sweep_iterator(), _MOST_JOBS + 1))
-    if count > _MOST_JOBS:
+        nameless = value is not None or groups.get(name) != "null"
+        if name in groups and nameless and not (each.is_delete() or each.is_sweep_override() or isinstance(value, str)):
+            raise ValueError(
+                f"{each.input_line} has no name; expected one of {', '.join(names(name) + variants(name))}"
+            )
+    if count > _MOST_JOBS and not any(each.startswith(("hydra/sweeper", "sweep=")) for each in overrides):
         raise ValueError(f"these are more than {_MOST_JOBS} jobs; sweep over fewer values")
 
 
@@ -271,8 +285,8 @@ def _named(arguments: Sequence[str], option: str) -> list[str]:
 
 def _rewrite_one(argument: str, groups: Mapping[str, Any], multirun: bool) -> list[str]:
     key, separator, value = argument.partition("=")
-    if not separator:
-        return [argument]
+    if not separator and not argument.startswith("~"):
+        raise ValueError(f"unknown option {argument!r}; options are written name=value, and {_LISTED}")
     name = key.lstrip("+")
     if len(name) > _LONGEST_NAME:
         raise ValueError(f"unknown option {name!r}; {_LISTED}")
@@ -335,9 +349,6 @@ def load_model(model: Mapping[str, Any], option: str | None = None) -> Any:
         option: option of the model's name in errors; None to derive it.
     """
     options = {str(name): value for name, value in model.items() if name != "path"}
-    if model["path"] == "???":
-        raise ValueError("model.path has no value; set it with model.path=...")
-    known(options, signature(dllm.models.loading.load).parameters, "model.")
     with naming({name: f"model.{name}" for name in options} | {"name": option or option_of("model")}):
         return dllm.load(model["path"], **options)
 
@@ -376,17 +387,6 @@ def _quote(value: str) -> str:
     return f"'{escaped}'"
 
 
-def _whole(fields: Any) -> dict[str, Any]:
-    """The configuration; rejects one in which a group is only a name."""
-    for group in flags.GROUPS:
-        if isinstance(value := fields.get(group), str):
-            raise ValueError(
-                f"{group}={value!r} is a name where options are expected; in a custom YAML select it by "
-                f"defaults: [{{override /{group}: {value}}}]"
-            )
-    return dict(fields)
-
-
 def _qualified(error: Exception, fields: Mapping[str, Any]) -> str:
     """An error in terms of the command line: options of a group with their prefix, files by their option."""
     if isinstance(error, (MemoryError, RuntimeError)):  # torch's is one of the latter
@@ -398,7 +398,8 @@ def _qualified(error: Exception, fields: Mapping[str, Any]) -> str:
         given = _value(fields, option)
         fix = "free disk space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "give another path"
         return f"{option}={given!r} cannot be used ({error.strerror}); {fix}"
-    groups: dict[str, Mapping[str, Any]] = {group: fields.get(group) or {} for group in ("sampler", "cache")}
+    given = ((group, fields.get(group)) for group in ("sampler", "cache"))
+    groups = {group: options if isinstance(options, Mapping) else {} for group, options in given}
     for group, options in groups.items():
         for name, value in options.items():
             # An option of both groups is identified by its value.
@@ -435,30 +436,29 @@ def one_line(error: BaseException, config_name: str | None = None) -> str:
         error: the exception.
         config_name: of the command, to list its options; None if the error is about something else.
     """
-    expected = f"expected one of {', '.join(usage.options(config_name))}" if config_name else _LISTED
-    cause: BaseException = error
-    # instantiate() wraps errors of a constructor, whose message names the fix.
-    while isinstance(cause, HydraException) and isinstance(cause.__cause__, (ValueError, TypeError)):
-        cause = cause.__cause__
-    if isinstance(cause, OSError) and cause.strerror:
-        cause = ValueError(f"{cause.filename}: {cause.strerror}" if cause.filename else cause.strerror)
-    text = re.sub(r"\s+", " ", str(cause)).strip() or type(error).__name__
-    if match := re.search(r"Could not override '((?:(sampler|cache)\.)?[^']+)'", text):
-        group = match[2]
+    text, cause = " ".join(str(error).split()), error
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r} cannot be read; close its brackets and quotes, or quote the value as a whole"
+    if isinstance(error, MissingConfigException) and error.options:
+        file = str(error.missing_cfg_file)
+        group, _, name = file.rpartition("/") if file.startswith("hydra/") else file.partition("/")
+        more = variants(group) if group in flags.GROUPS else []
+        return f"unknown {group}={name}; expected one of {', '.join([*error.options, *more])}"
+    if match := re.search(r"Could not (?:override|delete from config\.) '((?:(\w+)\.)?[^']+)'", text):
+        group = match[2] if config_name and match[2] in usage.groups(config_name) else ""
+        expected = f"expected one of {', '.join(usage.options(config_name))}" if config_name else _LISTED
         fix = f"choose with {group}=NAME, and `{group}=NAME --help` lists its options" if group else expected
         return f"unknown option {match[1]!r}; {fix}"
-    if "Config group override must be a string" in text:
-        return "a group such as cache, sampler or model is chosen by its name; --help lists them"
-    if match := re.search(r"Could not find '([^/]+)/([^']*)' Available options in '[^']+': (.*?) Config search", text):
-        return f"unknown {match[1]}={match[2]}; expected one of {', '.join(match[3].split())}"
-    if match := re.search(r"Error parsing override '([^']*)' missing EQUAL", text):
-        return f"unknown option {match[1]!r}; options are written name=value, and {_LISTED}"
-    if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
-        return f"{match[1]} names several; give one, or add -m to run them one after another"
-    if match := re.search(r"Interpolation key '([^']*)' not found full_key: (\S+)", text):
-        return f"{match[2]} refers to the unknown option {match[1]!r}; write the value itself"
-    if match := re.search(r"Missing mandatory value: (\S+)", text):
-        return f"{match[1]} has no value; set it with {match[1]}=..."
-    if match := re.search(r"^(.*?) full_key: ([\w.]+)", text):
-        return f"{match[2]}: {match[1]}"
-    return re.sub(r"(, set env var HYDRA_FULL_ERROR=1[^.]*| full_key:| See https://hydra).*", "", text)
+    while isinstance(cause, HydraException) and isinstance(cause.__cause__, (*BAD_INPUT, TypeError)):
+        cause = cause.__cause__
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        said = first_line(cause)
+        if match := re.search(r"Missing mandatory value: (\S+)", said):
+            return f"{match[1]} has no value; set it with {match[1]}=..."
+        if match := re.search(r"Interpolation key '(.*)' not found", said):
+            return f"{cause.full_key} refers to the unknown option {match[1]!r}; write the value itself"
+        return f"{cause.full_key}: {said}"
+    text = " ".join(str(cause).split()) or type(error).__name__
+    return re.sub(r"(, set env var HYDRA_FULL_ERROR=1| full_key:).*", "", text)

@@ -10,15 +10,15 @@ if __name__ == "__main__":
 import copy
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import dllm
 from dllm.bench import Bench, CommitsPerStep, Cost, random_model
@@ -32,6 +32,7 @@ from dllm.escape import markdown
 from dllm.models.checkpoint import DTYPES
 from dllm.models.loading import find_device
 from dllm.models.packed import pack
+from dllm.progress import progress_bar
 from dllm.resolve import TARGET, build, options_of
 from dllm.samplers.base import Sampler
 from dllm.scripts import app, own
@@ -175,12 +176,10 @@ def _measure(
     peaks = {label: run.peak(*setting) for label, setting in settings.items()}
     references = {name: cfg.commits_per_step or 1 for name in cfg.references if name in REFERENCES}
     console = Console(stderr=True)
-    columns = TextColumn("timing"), BarColumn(), TimeRemainingColumn()
     steps = cfg.gen_length if cfg.steps is None else cfg.steps
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=(len(settings) + len(references)) * (steps * cfg.repeats + 3))
-        advance: Callable[[], object] = lambda: progress.advance(task)  # noqa: E731  # its type
-        costs = run.run(settings, cfg.steps, cfg.repeats, references, advance)
+    total = (len(settings) + len(references)) * (steps * cfg.repeats + 3)
+    with progress_bar("timing", total, console=console, show=console.is_terminal) as update:
+        costs = run.run(settings, cfg.steps, cfg.repeats, references, partial(update, advance=1))
     for label, setting in settings.items():
         costs[label] = replace(costs[label], shares=run.shares(*setting), peak=peaks[label])
     return costs, run.causal(cfg.repeats) if _CAUSAL in cfg.references else None

@@ -9,7 +9,6 @@ if __name__ == "__main__":
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -20,8 +19,6 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import dllm
 from dllm import identity
@@ -36,6 +33,7 @@ from dllm.evaluation.metrics import COSTS
 from dllm.evaluation.run_folder import RunFolder, sessions
 from dllm.evaluation.runner import Runner, Setting
 from dllm.files import parse_json
+from dllm.progress import progress_reports
 from dllm.resolve import build, names, options_of, variants
 from dllm.samplers.base import Sampler
 from dllm.scripts import app
@@ -128,7 +126,7 @@ def _results(cfg: DictConfig, fields: Mapping[str, Any], label: str) -> tuple[di
     if (found := folder.results(main)) is not None:
         return found, folder.path
     _check_out(fields)
-    with _progress(label) as progress:
+    with progress_reports(f"{terminal(label, one_line=True)}:") as progress:
         journal = Journal(folder.journal)
         setting = Setting(lm, sampler, cache, options, estimate)
         guarded = _unless_orphaned(progress)
@@ -260,19 +258,3 @@ def _unless_orphaned(progress: Callable[[int, int], object]) -> Callable[[int, i
         progress(done, total)
 
     return guarded
-
-
-@contextmanager
-def _progress(label: str) -> Iterator[Callable[[int, int], object]]:
-    """A progress bar on a terminal, a line for each tenth elsewhere."""
-    console, tenths, label = Console(stderr=True), [0], terminal(label, one_line=True)
-
-    def line(done: int, total: int) -> None:
-        if (now := 10 * done // total) > tenths[0]:
-            tenths[0] = now
-            print(f"{label}: {done}/{total}", file=sys.stderr)
-
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task(label, total=None)
-        yield (lambda done, total: progress.update(bar, completed=done, total=total)) if console.is_terminal else line

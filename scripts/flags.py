@@ -73,8 +73,8 @@ def _checked(typed: str, flag: str, value: str, after: str) -> str:
 
 
 def _check_names(folder: Path) -> None:
-    """Reject a YAML with the name of a bundled one, which Hydra would read instead."""
-    for group in GROUPS:
+    """Refuse a YAML with the name of one of ours, which Hydra reads first and so instead."""
+    for group in (*GROUPS, "shared"):
         for file in sorted((folder / group).glob("*.yaml")):
             if (resources.files("dllm.conf") / group / file.name).is_file():
                 raise ValueError(f"{file} has the name of a YAML of dllm, which is read instead; give it another name")

@@ -19,7 +19,6 @@ from typing import Any, get_type_hints
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 import dllm
@@ -34,6 +33,7 @@ from dllm.display import CanvasView, live, plain, save_picture
 from dllm.escape import terminal
 from dllm.evaluation.answer_manifest import AnswerManifest, describe, identify
 from dllm.evaluation.jsonl import AnswerFile, PromptLine, read_questions
+from dllm.progress import progress_bar
 from dllm.resolve import build
 from dllm.samplers.base import Sampler
 from dllm.scripts import app, own
@@ -180,15 +180,8 @@ class Session:
                     print(f"{left[answer.index].place} has no answer: {why}", file=sys.stderr)
                     continue
                 identity.check_weights(self.lm, read)
-                answers.add(
-                    {
-                        "id": name,
-                        "text": answer.text,
-                        "tokens": answer.tokens,
-                        "nfe": answer.nfe,
-                        "guide_nfe": answer.guide_nfe,
-                    }
-                )
+                shown = ("text", "tokens", "nfe", "guide_nfe")
+                answers.add({"id": name, **{field: getattr(answer, field) for field in shown}})
                 advance(name)
         answers.verify()
         if (drift := summarise(measured, seconds=0.0)) is not None:
@@ -271,14 +264,12 @@ def _naming(places: Sequence[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _progress(show: str, total: int, done: int) -> Iterator[Callable[[str | int], None]]:
+def _progress(show: str, total: int, done: int) -> Iterator[Callable[[str | int], object]]:
     """A progress bar on a terminal, a line for each answer elsewhere."""
     console = Console(stderr=True)
     if show == "live" or (show == "auto" and console.is_terminal):
-        columns = TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task("answering", total=total, completed=done)
-            yield lambda name: progress.advance(task)
+        with progress_bar("answering", total, done, console=console) as update:
+            yield lambda name: update(advance=1)
     else:
         count = iter(range(done + 1, total + 1))
         yield (

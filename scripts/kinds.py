@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from importlib import resources
+from inspect import signature
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
-
 from dllm.cache.base import Cache
 from dllm.checks import known
 from dllm.models.loading import load
-from dllm.resolve import TARGET, find_class
+from dllm.resolve import TARGET, find_class, merged
 from dllm.samplers.base import Sampler
 from dllm.scripts.usage import groups, options
 from dllm.tasks.base import Task
@@ -23,38 +21,28 @@ _PROTOCOLS: Mapping[str, type] = {"sampler": Sampler, "cache": Cache, "task": Ta
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "text", NoneType: "null"}
 
 
-def check_kinds(cfg: DictConfig, config_name: str, kinds: Mapping[str, Any]) -> None:
-    """Reject unknown options and values of the wrong type.
+def check_kinds(fields: Mapping[str, Any], config_name: str, kinds: Mapping[str, Any]) -> None:
+    """Refuse options that do not exist and values of the wrong type.
 
     Args:
-        cfg: the composed configuration.
-        config_name: its YAML in conf/; a default other than null defines an option's type.
-        kinds: type hints that override the defaults.
+        fields: the composed configuration.
+        config_name: its YAML in conf/; a default other than null tells an option's kind.
+        kinds: type hints that go before the defaults.
 
     Raises:
         ValueError: naming the option, its value and the expected type.
     """
-    source = OmegaConf.create((resources.files("dllm.conf") / f"{config_name}.yaml").read_text(encoding="utf-8"))
-    defaults: Any = OmegaConf.to_container(source)
-    group_names = groups(config_name)
-    known(cfg, options(config_name))  # other options would have no effect
-    for key, value in cfg.items():
-        name = str(key)
-        value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-        if name in group_names:
+    defaults, chosen = merged(config_name), groups(config_name)
+    known(fields, options(config_name))  # what a command does not read would have no effect
+    for name, value in fields.items():
+        if name in chosen:
             _check_group(name, value)
         elif name in kinds:
             _check(name, value, kinds[name])
         else:
             _check_like(name, value, defaults[name])
-    # A custom configuration may lack some; `sweep` is null by default, and then missing.
-    needed = (name for name in options(config_name) if group_names.get(name) != "null")
-    missing = [name for name in needed if name not in cfg]
-    if "model" in group_names and not (
-        OmegaConf.is_dict(cfg.get("model")) and "path" in list(cfg.model)
-    ):  # where it may be "???"
-        missing.append("model.path")
-    if missing:
+    # A configuration of the user's own may lack some; `sweep` is null by default, and then not there.
+    if missing := [name for name in options(config_name) if name not in fields and chosen.get(name) != "null"]:
         raise ValueError(f"{missing[0]} has no value; add it to the configuration")
 
 
@@ -83,18 +71,20 @@ def _spelt(value: Any, hint: Any) -> Any:
 
 
 def _check_group(group: str, values: Any) -> None:
-    """Validate a group's options against the constructor."""
-    if not isinstance(values, Mapping):
-        return  # `sweep`, whose choices set options of the command itself
-    made = group in _PROTOCOLS
-    hints = get_type_hints(find_class(group, values, _PROTOCOLS[group]) if made else load)
+    """Hold a group's options against the constructor, or the function, that they go to."""
+    if isinstance(values, str):
+        raise ValueError(
+            f"{group}={values!r} is a name where options are expected; in a YAML of your own choose it by "
+            f"defaults: [{{override /{group}: {values}}}]"
+        )
+    if group == "model" and not (isinstance(values, Mapping) and "path" in values):
+        raise ValueError("model.path has no value; set it with model.path=...")
+    made: Any = load if group == "model" else find_class(group, values, _PROTOCOLS[group])
+    hints = get_type_hints(made)
+    taken = ["path" if name == "name" and made is load else name for name in signature(made).parameters]
+    known([name for name in values if made is load or name != TARGET], taken, f"{group}.")
     for name, value in values.items():
-        if name in hints:
-            _check(f"{group}.{name}", value, hints[name])
-        elif name == "path":
-            _check("model.path", value, str)
-        elif name != TARGET:
-            known([name], [each for each in hints if each != "return"], f"{group}.")
+        _check(f"{group}.{name}", value, hints.get(name, str if name == "path" else Any))
 
 
 def _check_like(name: str, value: Any, default: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from hashlib import sha256
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from dllm.checks import first_line
 from dllm.evaluation.word_problems import Score, evaluate, evaluate_causal
 from dllm.files import write_whole
 from dllm.models.tokenizers import load_tokenizer
+from dllm.resolve import merged
 from dllm.samplers import Vanilla
 from dllm.stored import misfit, there
 from dllm.tasks import word_problems
@@ -199,10 +199,9 @@ def _yaml(fields: dict[Any, Any]) -> str:
 
 
 def _command(recipe: Any) -> str:
-    """The training command of a recipe: all options that differ from the defaults."""
-    text = (resources.files("dllm.conf") / "train_tiny.yaml").read_text(encoding="utf-8")
-    defaults: Any = OmegaConf.to_container(OmegaConf.create(text))
+    """The command that trains by this recipe: everything that differs from the defaults."""
     fields: Any = OmegaConf.to_container(recipe)
+    defaults = merged("train_tiny")
     words = [f"dllm train-tiny arch={recipe.arch}"]
     if recipe.init:
         words.append(f"init=outputs/{Path(recipe.init).name}")

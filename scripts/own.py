@@ -7,6 +7,7 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from dllm.escape import terminal
-from dllm.files import parse_json, write_whole
+from dllm.files import parse_json, read_json, write_whole
 from dllm.filters import FILTER_FORMAT, filter_layouts
 from dllm.scripts import app
 
@@ -215,8 +216,6 @@ def check_training(option: str, folder: Path, names: Iterable[str]) -> None:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    try:
-        found = parse_json(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    with suppress(ValueError):
+        return read_json(path)
+    return {}

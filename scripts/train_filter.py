@@ -8,9 +8,6 @@ if __name__ == "__main__":
     dllm.scripts.cli.run_file(__file__)
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -20,7 +17,6 @@ from typing import Any, get_type_hints
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
@@ -34,6 +30,7 @@ from dllm.evaluation.jsonl import read_questions
 from dllm.files import check_kept, read_json, write_json, write_whole
 from dllm.filters import Filter, FilterCard
 from dllm.filters.training import Records, Training, collect, fit, measure, split
+from dllm.progress import progress_reports
 from dllm.resolve import build
 from dllm.samplers.base import Sampler
 from dllm.scripts import app, own
@@ -77,8 +74,10 @@ def train_filter(cfg: DictConfig) -> None:
         lm, ids, sampler, cache, options, _records(out), {key: fields[key] for key in _RECIPE} | {"training": trained}
     )
     learn, held_out = split(records, how)
-    with _progress("training", how.epochs) as advance:
-        network, epoch = fit(learn, held_out, how, lambda number, loss: advance(number, f"held-out loss {loss:.4f}"))
+    with progress_reports("training") as report:
+        network, epoch = fit(
+            learn, held_out, how, lambda number, loss: report(number, how.epochs, f"held-out loss {loss:.4f}")
+        )
     quality, calibration = measure(network, held_out)
     card = FilterCard(
         architecture=network.architecture,
@@ -195,7 +194,7 @@ def _collect(
     write_json(file, recipe)
     written = file.read_bytes()
     size, parts = options["batch_size"], []
-    with _progress("collecting", len(ids)) as advance:
+    with progress_reports("collecting") as report:
         for start in range(0, len(ids), size):
             part = folder / f"{start:07}.safetensors"
             found = _part(part, range(start, min(start + size, len(ids))), options["block_length"])
@@ -209,7 +208,7 @@ def _collect(
                 write_whole(part, save(vars(records)))
                 found = records
             parts.append(found)
-            advance(min(start + size, len(ids)), "")
+            report(min(start + size, len(ids)), len(ids))
     return Records.join(parts)
 
 
@@ -231,37 +230,6 @@ def _part(file: Path, prompts: range, block_length: int) -> Records | None:
     good = good and found["confidence"].ndim == 2 and found["confidence"].shape[1] == block_length
     good = good and bool(((found["confidence"] >= 0) & (found["confidence"] <= 1)).all())  # NaN is neither
     return records if good and set(records.prompt.tolist()) == set(prompts) else None
-
-
-@contextmanager
-def _progress(what: str, total: int) -> Iterator[Any]:
-    console = Console(stderr=True)
-    columns = (
-        TextColumn(what),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    if not console.is_terminal:
-        yield _lines(what, total)
-        return
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(what, total=total, note="")
-        yield lambda done, note: progress.update(task, completed=done, note=note)
-
-
-def _lines(what: str, total: int) -> Callable[[int, str], None]:
-    """Progress for a log: a line for each tenth."""
-    tenth = 0
-
-    def advance(done: int, note: str) -> None:
-        nonlocal tenth
-        if done * 10 // total > tenth:
-            tenth = done * 10 // total
-            print(f"{what} {done}/{total}  {note}".rstrip(), file=sys.stderr, flush=True)
-
-    return advance
 
 
 def _plot(card: FilterCard, path: Path) -> Path | None:

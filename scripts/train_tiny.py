@@ -25,13 +25,13 @@ import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from transformers.utils import logging
 
 from dllm.checks import first_line, number, seed, threads
 from dllm.evaluation.claim import Claim
 from dllm.files import write_whole
+from dllm.progress import progress_bar
 from dllm.scripts import app, own
 from dllm.scripts.model_card import RECIPE, check_recipe, model_card, read_recipe, write_card
 from dllm.scripts.tiny_data import BatchMaker, corrupt
@@ -232,22 +232,17 @@ def _publish(out: Path, folder: Path) -> None:
 def _run(trainer: Trainer) -> None:
     """Run the remaining steps, with a progress bar on a terminal and log lines elsewhere."""
     cfg, console, log = trainer.cfg, Console(stderr=True), []
-    loss_column = TextColumn("{task.fields[loss]}")
-    columns = *Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn(), loss_column
-    with (
-        _open_log(trainer) as file,
-        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
-    ):
-        task = progress.add_task(cfg.arch, total=cfg.steps, completed=trainer.step, loss="")
+    bar = progress_bar(cfg.arch, cfg.steps, trainer.step, console=console, show=console.is_terminal)
+    with _open_log(trainer) as file, bar as update:
         while trainer.step < cfg.steps:
             started = time.perf_counter()
             log.append(trainer.train_step())
             trainer.seconds += time.perf_counter() - started
-            progress.update(task, completed=trainer.step)
+            update(completed=trainer.step)
             if trainer.step % cfg.log_every == 0:
                 loss = torch.stack(log).mean().item()
                 log.clear()
-                progress.update(task, loss=f"loss {loss:.4f}")
+                update(note=f"loss {loss:.4f}")
                 if not console.is_terminal:
                     print(f"{trainer.step}/{cfg.steps}  loss {loss:.4f}", flush=True)
                 file.write(f"{trainer.step},{loss:.5f},{trainer.seconds:.0f}\n")

@@ -4,34 +4,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from importlib import resources
-from typing import Any
 
-from omegaconf import OmegaConf
-
-from dllm.resolve import names, variants
+from dllm.resolve import TARGET, defaults_list, names, sources, text, variants
 
 _PACKAGE = "# @package _global_\n"  # first line of a YAML that sets options of the command itself
 
 
 def summary(config_name: str) -> str:
     """The first line of a command's description."""
-    return _split(f"{config_name}.yaml")[0][0]
+    return _comment(config_name)[0]
 
 
 def groups(config_name: str) -> dict[str, str]:
-    """The config groups of a command and their defaults."""
-    text = (resources.files("dllm.conf") / f"{config_name}.yaml").read_text(encoding="utf-8")
-    source: Any = OmegaConf.to_container(OmegaConf.create(text))
-    pairs = [pair for entry in source.get("defaults", []) if isinstance(entry, dict) for pair in entry.items()]
-    return {name: choice or "null" for name, choice in pairs if not name.startswith("override ")}
+    """The config groups of a command and what each is by default."""
+    pairs = [pair for each in defaults_list(config_name) if isinstance(each, dict) for pair in each.items()]
+    return {group: choice or "null" for group, choice in pairs}
 
 
 def options(config_name: str) -> list[str]:
-    """The options and groups of a command."""
-    text = (resources.files("dllm.conf") / f"{config_name}.yaml").read_text(encoding="utf-8")
-    own: Any = OmegaConf.to_container(OmegaConf.create(text))
-    return [name for name in own if name not in ("defaults", "hydra")] + list(groups(config_name))
+    """What a command takes: its own options and its groups."""
+    return [*_entries(config_name), *groups(config_name)]
 
 
 def describe(config_name: str, arguments: Sequence[str] = ()) -> str:
@@ -44,10 +36,9 @@ def describe(config_name: str, arguments: Sequence[str] = ()) -> str:
     Raises:
         ValueError: an unknown choice of a group.
     """
-    head, body = _split(f"{config_name}.yaml")
     defaults = groups(config_name)
     chosen = defaults | {key: value for key, _, value in (a.partition("=") for a in arguments) if key in defaults}
-    parts = [*head, "", "Options and their defaults, changed with NAME=VALUE:", "", *_indent(body)]
+    parts = [*_comment(config_name), "", "Options and their defaults, changed with NAME=VALUE:", *_body(config_name)]
     for group, choice in chosen.items():
         parts += ["", *_describe_group(group, choice, defaults[group])]
     return "\n".join([*parts, "", "Flags of Hydra, which reads the options: --hydra-help."])
@@ -59,29 +50,32 @@ def _describe_group(group: str, choice: str, default: str) -> list[str]:
         raise ValueError(f"unknown {group}={choice}; expected one of {', '.join(choices)}")
     width = max(map(len, choices))
     lines = [f"{group}=NAME, by default {default}:", ""]
-    lines += _indent(f"{name:<{width}}  {_split(f'{group}/{name}.yaml')[0][0]}" for name in choices)
-    body = (
-        []
-        if choice == "null"
-        else [line for line in _split(f"{group}/{choice}.yaml")[1] if not line.startswith("_target_")]
-    )
-    if not body:
+    lines += _indent(f"{name:<{width}}  {_comment(f'{group}/{name}')[0]}" for name in choices)
+    file = f"{group}/{choice}"
+    if choice == "null" or not _entries(file):
         return lines
-    everywhere = (resources.files("dllm.conf") / group / f"{choice}.yaml").read_text().startswith(_PACKAGE)
+    everywhere = text(file).startswith(_PACKAGE)
     title = (
         f"{group}={choice} sets:" if everywhere else f"Options of {group}={choice}, changed with {group}.NAME=VALUE:"
     )
-    return [*lines, "", title, "", *_indent(body)]
+    return [*lines, "", title, *_body(file)]
 
 
-def _split(file: str) -> tuple[list[str], list[str]]:
-    """The leading comment of a YAML, and its options with comments, without Hydra's own keys."""
-    text = (resources.files("dllm.conf") / file).read_text(encoding="utf-8")
-    text = text.removeprefix(_PACKAGE)
-    lines = re.sub(r"^(defaults|hydra):\n(?:[ -].*\n|\n)*", "", text, flags=re.MULTILINE).splitlines()
-    count = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
-    body = "\n".join(lines[count:]).strip("\n").splitlines()
-    return [line.removeprefix("#").removeprefix(" ") for line in lines[:count]], body
+def _comment(file: str) -> list[str]:
+    """The comment that opens a YAML."""
+    head = re.split(r"^(?!#)", text(file).removeprefix(_PACKAGE), maxsplit=1, flags=re.MULTILINE)[0]
+    return [line.removeprefix("#").removeprefix(" ") for line in head.splitlines()]
+
+
+def _entries(file: str) -> dict[str, str]:
+    """The options of a YAML and of those it includes, each with its comment, without what only Hydra reads."""
+    parts = [part for each in sources(file) for part in re.split(r"^(?=\w)", each, flags=re.MULTILINE)[1:]]
+    named = {part.partition(":")[0]: part for part in parts}
+    return {name: part for name, part in named.items() if name not in ("defaults", "hydra", TARGET)}
+
+
+def _body(file: str) -> list[str]:
+    return ["", *_indent("".join(_entries(file).values()).rstrip("\n").splitlines())]
 
 
 def _indent(lines: Iterable[str]) -> list[str]:

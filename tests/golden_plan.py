@@ -74,6 +74,10 @@ def options_of(case: Mapping[str, Any]) -> dict[str, Any]:
         "stop_at_eos": bool(p.get("early_stop")) or guided,
     }
     eos = [token for token in (p.get("eos_id", p.get("eos_token_id")), p.get("eot_id")) if token is not None]
+    if case["algorithm"].startswith("sdar"):  # whole blocks are decoded, and checked for what ends a text after each
+        options["gen_length"] = len(case["sequence"]) - len(case["prompt"])
+        eos, options["stop_at_eos"] = p["stop_ids"], bool(p["stop_ids"])
+        options["top_k"] = None  # 1 there, which makes it greedy; the confidence is of the whole distribution
     return options | ({"eos_token_id": eos} if eos else {})
 
 
@@ -127,6 +131,9 @@ def sampler_of(folder: Path, case: dict[str, Any]) -> Any:
                 return Threshold(p["threshold"], at_least=p.get("num_transfer_tokens", 1))
             order = ORDERS[p.get("alg", "maskgit_plus")]
             return Vanilla(tokens_per_step=p.get("num_transfer_tokens", 1), order=order)
+        case "sdar_greedy" if p["block_length"] % p["denoising_steps"] == 0:
+            count = p["block_length"] // p["denoising_steps"]
+            return Vanilla(tokens_per_step=count) if p["threshold"] >= 1 else Threshold(p["threshold"], at_least=count)
         case "dream_diffusion_generate" | "flashdlm_dream_baseline" | "flashdlm_freecache_dream":
             return Vanilla(steps=p["steps"], order=ORDERS[p["alg"]], schedule="timestep")
         case "fast_dllm_dream_nocache":

@@ -272,3 +272,51 @@ def test_the_same_vocabulary_is_passed_on() -> None:
     assert isinstance(align(guide, lm.tokenizer, lm.backbone.config.vocab_size), SameVocabulary)
     assert isinstance(align(Guide(random_guide(), None), None, 64), SameVocabulary)
     assert random_llada().tokenizer is None
+
+
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """Words that begin with a space, which the first loses, and bytes for everything else."""
+    pieces = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁a", "▁ab", "a", "b", "▁▁", "好"]
+    inner = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    inner.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>")
+
+
+def words(decoder: Any = None) -> PreTrainedTokenizerFast:
+    """Whole words, between which the decoder writes spaces."""
+    pieces = ["<unk>", "</s>", "a", "##b", "don't", "n't", "'", ".", "", "好"]
+    inner = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
+    if decoder is not None:
+        inner.decoder = decoder
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>")
+
+
+TOKENIZERS = {
+    "bytes": plain(), "sentencepiece": sentencepiece(), "words": words(), "word pieces": words(decoders.WordPiece()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@given(data=st.data())
+def test_borders_are_those_of_the_whole_text(kind: str, data: Any) -> None:
+    tokenizer = TOKENIZERS[kind]
+    byte = st.sampled_from("aé好 😀").flatmap(lambda character: st.just(list(character.encode())))
+    ids = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=40))
+    if kind == "sentencepiece":  # runs of bytes, most of them whole characters
+        ids += [2 + each for character in data.draw(st.lists(byte, max_size=12)) for each in character]
+    first = data.draw(st.integers(0, len(ids)))
+    whole = tokenizer.decode(ids)
+    expected = []
+    for count in range(first, len(ids) + 1):
+        part = tokenizer.decode(ids[:count])
+        expected.append(len(part) if whole.startswith(part) and not part.endswith("\ufffd") else None)
+    assert by_text(plain(eos_token="</s>"), tokenizer)._borders(ids, first, whole) == expected
+
+
+def test_a_border_costs_no_more_behind_a_long_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    aligner, decoded = by_text(TestMapping.AB), []
+    text = ByText._text
+    monkeypatch.setattr(ByText, "_text", lambda self, ids: decoded.append(len(ids)) or text(self, ids))
+    aligned(aligner, "c" * 1000, "abcd" * 8)
+    assert sum(count > 100 for count in decoded) <= 5

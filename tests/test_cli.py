@@ -7,6 +7,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import textwrap
 from contextlib import suppress
 from importlib import resources
 from importlib.metadata import version
@@ -76,17 +77,16 @@ class TestHelp:
     @pytest.mark.parametrize("flag", ["--help", "-h"])
     def test_shows_every_option_with_its_comment(self, name: str, flag: str) -> None:
         shown = command(name, flag).out
-        text, options = yaml(config(name))
-        for option in set(options) - {"defaults", "hydra"}:
-            line = re.search(rf"^{option}:.*$", text, re.MULTILINE)
-            assert line is not None
-            assert f"\n  {line[0]}\n" in shown
-
-    @EACH
-    def test_every_option_is_explained(self, name: str) -> None:
-        text, options = yaml(config(name))
-        unexplained = {option for option in options if not re.search(rf"^{option}:.*#", text, re.MULTILINE)}
-        assert unexplained <= {"defaults", "hydra"}
+        with initialize_config_module("dllm.conf", version_base="1.3"):
+            options: Any = OmegaConf.to_container(compose(name.replace("-", "_")))
+        written = re.search(r"\nOptions and their defaults.*?\n\n(.*?)\n(?=\S)", shown, re.DOTALL)
+        assert written is not None
+        values: Any = OmegaConf.to_container(OmegaConf.create(textwrap.dedent(written[1])))
+        assert values == {option: value for option, value in options.items() if option in values}
+        grouped = {group for group in ("model", "sampler", "cache", "task") if f"\n{group}=NAME, " in shown}
+        assert set(options) - grouped == set(values)
+        for option in values:
+            assert re.search(rf"^  {option}:.* # \S", shown, re.MULTILINE), option
 
     @EACH
     def test_shows_every_choice_of_every_group(self, name: str) -> None:
@@ -114,6 +114,12 @@ class TestHelp:
         for line in yaml(f"sampler/{sampler}.yaml")[0].splitlines():
             if not line.startswith(("#", "_target_")):
                 assert f"\n  {line}\n" in shown
+
+    def test_explains_what_a_choice_shares_with_others(self) -> None:
+        shown = helped("generate", "sampler=tiny/threshold", "cache=dual")
+        assert re.findall(r"^  (\w+: \S+) +# least prob", shown, re.MULTILINE) == ["threshold: 0.999"]
+        for option in ("at_least: 1", "measure_every: null", "refresh_above: null", "device: null"):
+            assert re.search(rf"^  {option} +# \w", shown, re.MULTILINE)
 
     def test_a_folder_is_the_custom_model(self) -> None:
         assert "\nOptions of model=custom, " in helped("generate", "model=/some/folder")

@@ -207,3 +207,29 @@ class TestYaml:
         shown = command("generate", "--config-dir", str(tmp_path), "sampler=mine", "--cfg", "job", "-p", "sampler")
         assert (shown.code, shown.err) == (0, "")
         assert "steps: 3\ntokens_per_step: 3\n" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["generate", "cache=[none,dual]"], "cache=[none,dual] gives no name; use one of d2cache, "),
+        (["generate", "cache={a: 1}"], "cache={a: 1} gives no name; use one of d2cache, "),
+        (["generate", "sampler=null"], "sampler=null gives no name; use one of ar_guided, "),
+        (["generate", "sampler=tiny/nope"], "sampler=tiny/nope is unknown; use one of ar_guided, "),
+        (["generate", "+sampler=nope"], ", tiny/threshold"),
+        (["generate", "hydra/launcher=nope"], "hydra/launcher=nope is unknown; use one of basic, "),
+        (["generate", "gen_length=1,2"], "gen_length=1,2 names several; give one, or add -m"),
+        (["generate", "gen_length=range(1,3)"], "gen_length=range(1,3) names several; give one, or add -m"),
+        (["generate", "gen_length=["], "'gen_length=[' cannot be read; "),
+        (["generate", "~nope"], "unknown option 'nope'; expected one of "),
+        (["generate", "task=gsm8k"], "unknown option 'task'; expected one of "),
+        (["evaluate", "task.nope=1"], "unknown option 'task.nope'; choose with task=NAME, and "),
+        (["generate", "++sampler.nope=3"], "unknown option 'sampler.nope'; expected one of steps, "),
+        (["generate", "+model.name=x"], "unknown option 'model.name'; expected one of path, "),
+        (["evaluate", "task=lm_eval"], "task.name has no value; set it with task.name=..."),
+        (["report", "out=${folder}"], "folder has no value; set it with folder=..."),
+        (["generate", "seed=${gen_length}", "gen_length=${seed}"], "gen_length: Recursive interpolation"),
+    ],
+)
+def test_what_hydra_would_refuse_is_one_line_that_names_the_option(arguments: list[str], said: str) -> None:
+    refused(command(*arguments), said)

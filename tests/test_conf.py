@@ -12,6 +12,10 @@ from hydra import compose, initialize_config_module
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
+import dllm
+from dllm.resolve import names, options_of, variants
+from models import random_llada
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"sampler": "samplers", "cache": "cache"}
 CHOICES = [(group, path.stem) for group in FOLDERS for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
@@ -19,7 +23,7 @@ CHOICES = [(group, path.stem) for group in FOLDERS for path in sorted((ROOT / "c
 
 def composed(group: str, name: str) -> DictConfig:
     with initialize_config_module("dllm.conf", version_base="1.3"):
-        return compose(f"{group}/{name}")[group]
+        return compose(overrides=[f"+{group}={name}"])[group]
 
 
 def default(parameter: inspect.Parameter) -> Any:
@@ -56,3 +60,28 @@ def test_every_policy_and_cache_has_a_yaml(group: str) -> None:
             if own and hasattr(cls, method) and not getattr(cls, "_is_protocol", False):
                 missing |= {cls} - offered
     assert not missing
+
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [(group, name) for group in ("sampler", "cache", "model", "task") for name in names(group) + variants(group)],
+)
+def test_the_interface_and_the_commands_read_a_yaml_alike(group: str, name: str) -> None:
+    options = options_of(group, name)
+    assert list(options.items()) == list(OmegaConf.to_container(composed(group, name)).items())
+    options.clear()
+    assert options_of(group, name)
+
+
+def test_what_several_yamls_share_is_no_choice() -> None:
+    assert "metered" not in (*names("cache"), *variants("cache"))
+    with pytest.raises(ValueError, match="cache='shared/metered' is unknown"):
+        dllm.generate(random_llada(), [[5]], cache="shared/metered")
+
+
+def test_commands_share_the_options_of_decoding() -> None:
+    shared = set(OmegaConf.load(ROOT / "conf" / "shared" / "decoding.yaml"))
+    assert shared <= set(dllm.Options.__dataclass_fields__)
+    for command in ("generate", "evaluate", "train_filter"):
+        with initialize_config_module("dllm.conf", version_base="1.3"):
+            assert shared < set(compose(command))

@@ -241,7 +241,7 @@ class TestSpecialIds:
     @FAMILIES
     @pytest.mark.parametrize("value", [None, True, 3.0, "3", [3], {}, -1, 64], ids=str)
     def test_a_mask_that_is_no_id_is_refused(self, make: Maker, value: Any, edited: Callable[..., Path]) -> None:
-        assert f"mask_token_id={value!r} is no " in refusal(edited(make, mask_token_id=value))
+        assert f"mask_token_id={value!r} is not a" in refusal(edited(make, mask_token_id=value))
 
     @FAMILIES
     @pytest.mark.parametrize("value", [True, 3.0, "3", {}, [None], [[3]], [3, "4"], -1, [3, 64]], ids=str)

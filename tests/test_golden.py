@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 
 import dllm
+from dllm.cache import FreeCache
 from golden_plan import Plan, base_of, plan
 
 HERE = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared" / "golden"
+BLOCK = SHARED / "block"  # models whose attention is causal over blocks, a folder for each family
 
 # Here the reference accepts a draft that its base would not have made: its tokens are not those of its own base.
 LOSSY = {
@@ -73,6 +75,15 @@ def test_decodes_as_the_reference(folder: Path, case: dict[str, Any], planned: P
 @pytest.mark.parametrize(("folder", "case", "planned"), list(cases(SHARED, ("llada_cases.jsonl", "dream_cases.jsonl"))))
 def test_decodes_as_the_reference_in_every_shared_case(folder: Path, case: dict[str, Any], planned: Plan) -> None:
     check(folder, case, planned)
+
+
+@pytest.mark.skipif(not BLOCK.exists(), reason="../shared/golden/block is not here")
+@pytest.mark.parametrize(("folder", "case", "planned"), list(cases(BLOCK / "sdar", ("cases.jsonl",))))
+@pytest.mark.parametrize("exact_cache", ["none", FreeCache(window=0)], ids=["none", "freecache"])
+def test_decodes_as_the_reference_block_by_block(
+    folder: Path, case: dict[str, Any], planned: Plan, exact_cache: Any
+) -> None:
+    check(folder, case, planned._replace(cache=exact_cache))
 
 
 def test_committed_steps_are_those_of_the_reference() -> None:

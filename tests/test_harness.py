@@ -25,7 +25,7 @@ lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from dllm import harness_options  # noqa: E402
+from dllm.evaluation import lm_eval_options as harness_options  # noqa: E402
 from dllm.evaluation.lm_eval import DLLM  # noqa: E402
 
 # One worker finds the harness's tasks once for all.

@@ -7,7 +7,6 @@ import json
 import runpy
 import shutil
 from collections.abc import Callable
-from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import huggingface_hub.constants
 import pytest
 import torch
 import transformers
-from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, TorchAoConfig
@@ -24,7 +22,7 @@ from transformers.utils import logging
 
 from dllm.models import DreamModel, LLaDAModelLM, loading
 from dllm.models.loading import LanguageModel, checkpoint_folder, load
-from dllm.resolve import names
+from dllm.resolve import names, options_of
 from dllm.tasks.tokenizer import build_tokenizer
 from models import random_llada, save_folder
 
@@ -215,10 +213,9 @@ class TestNames:
         expected = {p.name: p.default for p in inspect.signature(load).parameters.values() if p.name != "name"}
         assert {"tiny-llada", "tiny-dream", "dream-7b-instruct", "custom"} <= set(names("model"))
         for name in names("model"):
-            text = (resources.files("dllm.conf") / "model" / f"{name}.yaml").read_text()
-            config = OmegaConf.create(text)
-            assert OmegaConf.is_missing(config, "path") == (name == "custom")
-            assert {key: config[key] for key in config if key != "path"} == expected
+            options = options_of("model", name)
+            assert (options.pop("path") == "???") == (name == "custom")
+            assert options == expected
 
 
 class TestNoForeignCode:

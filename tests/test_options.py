@@ -6,12 +6,12 @@ import importlib
 import os
 import random
 from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
@@ -53,15 +53,8 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def options(name: str) -> Iterator[str]:
     """Every option of a command, and those of its default model, sampler, cache and task."""
-    folder = resources.files("dllm.conf")
-    text = (folder / f"{name.replace('-', '_')}.yaml").read_text(encoding="utf-8")
-    fields: Any = OmegaConf.to_container(OmegaConf.create(text))
-    for entry in fields.pop("defaults"):
-        for group, choice in entry.items() if isinstance(entry, dict) else ():
-            if group in ("model", "sampler", "cache", "task"):
-                own: Any = OmegaConf.to_container(OmegaConf.create((folder / group / f"{choice}.yaml").read_text()))
-                yield from (f"{group}.{option}" for option in own)
-    del fields["hydra"]
+    with initialize_config_module("dllm.conf", version_base="1.3"):
+        fields: Any = OmegaConf.to_container(compose(name.replace("-", "_")))
     for option, default in fields.items():
         nested = isinstance(default, dict) and option not in ("settings", "variants", "canvas_lengths")
         yield from (f"{option}.{each}" for each in default) if nested else [option]

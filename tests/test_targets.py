@@ -55,7 +55,7 @@ def test_what_is_no_class_of_the_package_is_refused_at_any_depth(target: Any, pr
     inside = {"_target_": "dllm.samplers.FreeDave" if protocol is Sampler else "dllm.cache.Dual"}
     name = "base" if protocol is Sampler else "measure_every"
     for options in (bad, {**inside, name: bad}, {**inside, name: [bad]}, {**inside, name: {"deep": [bad]}}):
-        with pytest.raises(ValueError, match=r"_target_=.* is no (sampler|cache) of dllm"):
+        with pytest.raises(ValueError, match=r"_target_=.* is not a (sampler|cache) of dllm"):
             build("place", options, protocol)
     assert "canary" not in sys.modules
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -45,28 +47,34 @@ def random_model(preset: str, max_length: int, device: str | torch.device, dtype
     shape = PRESETS[preset]
     special = {"mask_token_id": shape.vocabulary - 1, "eos_token_id": shape.vocabulary - 2}
     torch.manual_seed(0)
+    backbone: MaskedDiffusionModel
+    with _defaults(device, dtype):
+        if shape.family == "dream":
+            config = DreamConfig(
+                shape.vocabulary, shape.width, shape.inner, shape.layers, shape.heads, shape.kv_heads, max_length,
+                **special,
+            )  # fmt: skip
+            backbone = DreamModel(config)
+        else:
+            backbone = LLaDAModelLM(
+                LLaDAConfig(
+                    shape.vocabulary, d_model=shape.width, n_heads=shape.heads, n_kv_heads=shape.kv_heads,
+                    n_layers=shape.layers, mlp_hidden_size=shape.inner, max_sequence_length=max_length, **special,
+                )
+            )  # fmt: skip
+    return LanguageModel(backbone.eval(), None, f"random:{preset}")
+
+
+@contextmanager
+def _defaults(device: str | torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Make tensors on a device and of a dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            backbone: MaskedDiffusionModel
-            if shape.family == "dream":
-                backbone = DreamModel(
-                    DreamConfig(
-                        shape.vocabulary, shape.width, shape.inner, shape.layers, shape.heads, shape.kv_heads,
-                        max_length, **special,
-                    )
-                )  # fmt: skip
-            else:
-                backbone = LLaDAModelLM(
-                    LLaDAConfig(
-                        shape.vocabulary, d_model=shape.width, n_heads=shape.heads, n_kv_heads=shape.kv_heads,
-                        n_layers=shape.layers, mlp_hidden_size=shape.inner, max_sequence_length=max_length, **special,
-                    )
-                )  # fmt: skip
+            yield
     finally:
         torch.set_default_dtype(before)
-    return LanguageModel(backbone.eval(), None, f"random:{preset}")
 
 
 def causal_model(backbone: MaskedDiffusionModel) -> PreTrainedModel:
@@ -84,10 +92,5 @@ def causal_model(backbone: MaskedDiffusionModel) -> PreTrainedModel:
         bos_token_id=None,
         pad_token_id=None,
     )
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(backbone.dtype)
-    try:
-        with torch.device(backbone.device):
-            return LlamaForCausalLM(shape).eval()
-    finally:
-        torch.set_default_dtype(before)
+    with _defaults(backbone.device, backbone.dtype):
+        return LlamaForCausalLM(shape).eval()

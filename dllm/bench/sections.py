@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from dllm.decoding.denoiser import Denoiser
 from dllm.decoding.prediction import Prediction
+from dllm.decoding.result import now
 from dllm.models.base import MaskedDiffusionModel
 
 SECTIONS = ("embedding", "layers", "projection", "selection", "cache", "python")
@@ -25,7 +26,7 @@ class SectionTimer:
         self.device = device
         self.seconds = dict.fromkeys(SECTIONS, 0.0)
         self._open = ["python"]
-        self._since = self._now()
+        self._since = now(device)
 
     def timed(self, section: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, with its time attributed to a section."""
@@ -54,14 +55,8 @@ class SectionTimer:
         return {section: seconds / total for section, seconds in self.seconds.items()}
 
     def _turn(self) -> None:
-        now = self._now()
-        self.seconds[self._open[-1]] += now - self._since
-        self._since = now
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        before, self._since = self._since, now(self.device)
+        self.seconds[self._open[-1]] += self._since - before
 
 
 @contextmanager
@@ -74,19 +69,21 @@ def watching(clock: SectionTimer, backbone: MaskedDiffusionModel, sampler: Any, 
         sampler: the policy.
         denoiser: of the run.
     """
-    with _Patches(clock) as patches:
-        patches.put(backbone.get_input_embeddings(), "forward", "embedding")
-        for block in backbone.blocks:
-            patches.put(block, "forward", "layers")
-        patches.put(backbone.final_norm, "forward", "projection")
-        patches.put(backbone.get_output_embeddings(), "forward", "projection")
-        patches.put(type(sampler), "step", "selection")
-        patches.put(Prediction, "__init__", "selection")
-        patches.put(Denoiser, "__call__", "python")
-        store = getattr(denoiser.cache, "store", None)
+    store = getattr(denoiser.cache, "store", None)
+    methods = [
+        (backbone.get_input_embeddings(), "forward", "embedding"),
+        *((block, "forward", "layers") for block in backbone.blocks),
+        (backbone.final_norm, "forward", "projection"),
+        (backbone.get_output_embeddings(), "forward", "projection"),
+        (type(sampler), "step", "selection"),
+        (Prediction, "__init__", "selection"),
+        (Denoiser, "__call__", "python"),
+        *((denoiser.cache, name, "cache") for name in ("plan", "observe") if store is not None),
+    ]
+    with ExitStack() as patches:
+        for owner, name, section in methods:
+            patches.enter_context(patch.object(owner, name, clock.timed(section, getattr(owner, name))))
         if store is not None:
-            patches.put(denoiser.cache, "plan", "cache")
-            patches.put(denoiser.cache, "observe", "cache")
             bind = store.bind
 
             def watched(selection: Any) -> Any:
@@ -96,33 +93,5 @@ def watching(clock: SectionTimer, backbone: MaskedDiffusionModel, sampler: Any, 
                         setattr(served, name, clock.timed("cache", getattr(served, name)))
                 return served
 
-            patches.set(store, "bind", clock.timed("cache", watched))
+            patches.enter_context(patch.object(store, "bind", clock.timed("cache", watched)))
         yield
-
-
-class _Patches:
-    """Temporarily replaced attributes."""
-
-    def __init__(self, clock: SectionTimer) -> None:
-        self._clock = clock
-        self._undo: list[Callable[[], None]] = []
-
-    def __enter__(self) -> _Patches:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for undo in reversed(self._undo):
-            undo()
-
-    def put(self, owner: Any, name: str, section: str) -> None:
-        """Attribute the time of a method to a section."""
-        self.set(owner, name, self._clock.timed(section, getattr(owner, name)))
-
-    def set(self, owner: Any, name: str, value: Any) -> None:
-        """Replace an attribute."""
-        if name in vars(owner):
-            before = vars(owner)[name]
-            self._undo.append(lambda: setattr(owner, name, before))
-        else:
-            self._undo.append(lambda: delattr(owner, name))
-        setattr(owner, name, value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -23,7 +22,7 @@ from dllm.bench.cost import Cost, Timing, cost_of
 from dllm.bench.models import causal_model
 from dllm.bench.sections import SectionTimer, watching
 from dllm.decoding.options import Options
-from dllm.decoding.result import Clock
+from dllm.decoding.result import Clock, now
 from dllm.models import MaskedDiffusionModel
 from dllm.models.loading import LanguageModel
 
@@ -148,9 +147,9 @@ class Bench:
         target = torch.empty_like(source)
 
         def copy() -> float:
-            started = self._now()
+            started = now(self.lm.device)
             target.copy_(source)
-            return self._now() - started
+            return now(self.lm.device) - started
 
         copy()
         return weights / (2 * _COPIED / median(copy() for _ in range(9)))
@@ -161,12 +160,12 @@ class Bench:
         prompts = torch.tensor(self.prompts, device=self.lm.device)
 
         def decode(count: int) -> float:
-            started = self._now()
+            started = now(self.lm.device)
             model.generate(  # type: ignore[operator]  # of a mixin that PreTrainedModel does not declare
                 prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=count, do_sample=False, use_cache=True,
                 pad_token_id=0,
             )  # fmt: skip
-            return self._now() - started
+            return now(self.lm.device) - started
 
         decode(2)
         return self.batch * self.generated / median(decode(self.generated) for _ in range(repeats))
@@ -178,9 +177,9 @@ class Bench:
         steps = engine.steps()
         while True:
             with listening() as calls:
-                started = self._now()
+                started = now(self.lm.device)
                 found = next(steps, None)
-                seconds = self._now() - started
+                seconds = now(self.lm.device) - started
             if found is None:
                 ends[label] = end.tolist()
                 return
@@ -193,15 +192,16 @@ class Bench:
 
     @torch.inference_mode()
     def _reference(self, label: str, ends: dict[str, list[list[int]]], commits: int) -> Iterator[Timing]:
-        backbone, block = self.plain, self.options.block_length or self.generated
+        backbone, chosen = self.plain, self.options.block_length
+        block = chosen if isinstance(chosen, int) else self.generated
         rows = [[*prompt, *[backbone.mask_token_id] * self.generated] for prompt in self.prompts]
         tokens = torch.tensor(rows, device=self.lm.device)
         steps = REFERENCES[label](backbone, tokens, self.generated, block, commits)
         masks = self.batch * self.generated
         while True:
-            started = self._now()
+            started = now(self.lm.device)
             found = next(steps, None)
-            seconds = self._now() - started
+            seconds = now(self.lm.device) - started
             if found is None:
                 ends[label] = tokens.tolist()
                 return
@@ -212,14 +212,9 @@ class Bench:
     def _bare(self, call: Call) -> float:
         """Seconds of the backbone alone."""
         run = self.bare.prepare(call)
-        started = self._now()
+        started = now(self.lm.device)
         run()
-        return self._now() - started
-
-    def _now(self) -> float:
-        if self.lm.device.type == "cuda":
-            torch.cuda.synchronize(self.lm.device)
-        return time.perf_counter()
+        return now(self.lm.device) - started
 
 
 def _resident(device: torch.device) -> int:

@@ -56,7 +56,7 @@ class Denoiser:
         meter: Meter,
     ) -> None:
         self._run, self.backbone = forward, forward.backbone
-        self._overhead = OVERHEAD[self.backbone.device.type == "cuda"]
+        self._overhead = OVERHEAD.get(self.backbone.device.type, OVERHEAD["cpu"])
         self.canvas, self.cache, self.meter, self.cfg_scale = canvas, cache, meter, cfg_scale
 
     def bind(self, window: Window) -> Denoiser:
@@ -222,9 +222,9 @@ class Denoiser:
         keys: Int[Tensor, "A S"],
     ) -> Bool[Tensor, "A S"] | Bool[Tensor, "A 1 C S"] | None:
         """The attention mask with the pattern of the model."""
-        if self.backbone.pattern is None:
+        if self.canvas.pattern is None:
             return mask
-        own = self.backbone.pattern(positions, keys)
+        own = self.canvas.pattern(positions, keys)
         return own if mask is None else own & (mask if mask.ndim == 4 else mask[:, None, None])
 
     def _measured(self, question: Question, plan: Plan, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:

@@ -58,6 +58,8 @@ class Engine:
             every row twice and counts as one forward.
         cuda_graphs: replay small forwards from CUDA graphs, which avoids the launch overhead of their kernels;
             None: if there is a CUDA device.
+        block_length: positions of a block of attention, of models that are causal over blocks of any length; None for
+            the model's own.
 
     Raises:
         ValueError: an unknown name, a value out of range, or an incompatible sampler and cache.
@@ -73,6 +75,7 @@ class Engine:
         max_length: int | None = None,
         cfg_scale: float = 0.0,
         cuda_graphs: bool | None = None,
+        block_length: int | None = None,
     ) -> None:
         check_model(lm)
         number("batch_size", batch_size, "a whole number of at least 1", low=1, whole=True)
@@ -85,12 +88,15 @@ class Engine:
         self.cache: Cache = resolve("cache", cache, Cache)
         self.cfg_scale, self.cuda_graphs = cfg_scale, cuda_graphs
         compatibility.check(self.sampler, self.cache, cfg_scale, lm.backbone, cuda_graphs)
+        if block_length is not None:
+            number("block_length", block_length, "a whole number of at least 1, or null", low=1, whole=True)
+        self.pattern = lm.backbone.pattern_of(block_length)
         if cuda_graphs and lm.device.type != "cuda":
             raise ValueError(f"cuda_graphs=true needs a CUDA device, and the model is on {lm.device}; use null")
         backbone = lm.backbone
         spare = lm.spare.pop() if lm.spare else None
         self._memory = spare if spare is not None and spare.fits else Memory(backbone)
-        self._canvas = Canvas(batch_size, self.max_length, backbone.mask_token_id, lm.device, backbone.pattern)
+        self._canvas = Canvas(batch_size, self.max_length, backbone.mask_token_id, lm.device, self.pattern)
         self._recorder = Recorder(self._canvas, lm.tokenizer)
         self._meter = Meter(batch_size, self.cache.measure_every, self.cache.refresh_above, backbone.mask_token_id)
         self._setup = Setup(
@@ -99,7 +105,7 @@ class Engine:
             mask_token_id=backbone.mask_token_id,
             logits_shift=backbone.logits_shift,
             kv_shape=backbone.kv_shape,
-            pattern=backbone.pattern,
+            pattern=self.pattern,
             hidden_size=backbone.config.hidden_size,
             dtype=backbone.dtype,
             device=lm.device,
@@ -156,7 +162,7 @@ class Engine:
         own = parse_options(options)
         ids = encode_one(prompt, self.lm.tokenizer, attention_mask)
         (seed,) = seeds(own.seed, 1)
-        request = make_request(self.lm, ids, own, seed, infill, "prompt")
+        request = make_request(self.lm, ids, own, seed, infill, "prompt", self.pattern)
         return self.submit(replace(request, max_forwards=max_forwards))
 
     def submit(self, request: Request) -> int:

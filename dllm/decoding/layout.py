@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 # Fixed cost of a forward, in columns, on a CPU and on a GPU: the time to read the weights. About 50 were measured for
 # 100 million parameters on two cores; while an H200 reads a weight of two bytes, at 4.8 TB/s, it computes about 200
 # columns with it, at 989 TFLOP/s.
-OVERHEAD = 64, 256
+OVERHEAD = {"cpu": 64, "cuda": 256}
 
 
 def pack(compute: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -14,7 +14,10 @@ from dllm.checks import choice, is_text, known, number, seed
 from dllm.decoding.prediction import Sampling
 from dllm.decoding.prompts import entries
 from dllm.decoding.request import Request
+from dllm.models.attention import BlockCausal
 from dllm.models.loading import LanguageModel
+
+_BLOCK_LENGTH = 32  # of models that attend to every position
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,9 @@ class Options:
 
     Attributes:
         gen_length: positions G to generate per prompt; unused by `infill`.
-        block_length: positions K decoded at a time, left to right; None for all at once. The last
-            block is shorter where K does not divide G.
+        block_length: positions K decoded at a time, left to right; None for all at once. The last block is shorter
+            where K does not divide G. "auto" is 32, or the block of a model whose attention is causal over blocks; such
+            a model attends in blocks of K.
         temperature: 0 is greedy; above 0, Gumbel-max sampling.
         top_p: nucleus sampling; None for all tokens.
         top_k: sample from the k most probable tokens; None for all.
@@ -51,7 +55,7 @@ class Options:
     """
 
     gen_length: int = 128
-    block_length: int | None = 32
+    block_length: int | Literal["auto"] | None = "auto"
     temperature: float = 0.0
     top_p: float | None = None
     top_k: int | None = None
@@ -69,8 +73,8 @@ class Options:
         for name, value in vars(self).items():
             object.__setattr__(self, name, _plain(name, value))
         number("gen_length", self.gen_length, "a whole number of at least 1", low=1, whole=True)
-        if self.block_length is not None:
-            number("block_length", self.block_length, "a whole number of at least 1, or null", low=1, whole=True)
+        if self.block_length is not None and self.block_length != "auto":
+            number("block_length", self.block_length, "a whole number of at least 1, auto, or null", low=1, whole=True)
         number("cfg_scale", self.cfg_scale, "0 (off) or a positive number", low=0, high=1e6)
         number("batch_size", self.batch_size, "a whole number of at least 1", low=1, whole=True)
         if self.seed is not None:
@@ -91,7 +95,13 @@ class Options:
 
 
 def make_request(
-    lm: LanguageModel, ids: Sequence[int], options: Options, seed: int, infill: bool, name: str
+    lm: LanguageModel,
+    ids: Sequence[int],
+    options: Options,
+    seed: int,
+    infill: bool,
+    name: str,
+    pattern: BlockCausal | None,
 ) -> Request:
     """Build the request for one prompt.
 
@@ -102,6 +112,7 @@ def make_request(
         seed: of this request.
         infill: `ids` contain the masks.
         name: of the prompt in errors.
+        pattern: the attention pattern of the engine.
 
     Raises:
         ValueError: an option or a prompt that does not fit the model.
@@ -124,15 +135,24 @@ def make_request(
         tokens=tokens,
         mask_token_id=backbone.mask_token_id,
         eos_token_ids=eos,
-        blocks=options.block_length and min(options.block_length, backbone.max_length),
+        blocks=_block_length(options.block_length, backbone.max_length if pattern is None else pattern.length, pattern),
         sampling=sampling,
         seed=seed,
         stop_at_eos=options.stop_at_eos and not infill,
         stops=() if infill else stops,
         tokenizer=lm.tokenizer,
         infill=infill,
-        from_start=backbone.blocks_from_start,
+        from_start=pattern is not None,
     )
+
+
+def _block_length(wanted: int | Literal["auto"] | None, most: int, pattern: BlockCausal | None) -> int | None:
+    """Positions of a block; of a block-causal model at most one block of the attention pattern."""
+    if isinstance(wanted, int):
+        return min(wanted, most)
+    if pattern is not None:
+        return most
+    return None if wanted is None else min(_BLOCK_LENGTH, most)
 
 
 def _check_prompt(lm: LanguageModel, row: Sequence[int], gen_length: int, infill: bool, name: str) -> None:

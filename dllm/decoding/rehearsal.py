@@ -30,6 +30,7 @@ class EngineRehearsal:
         self._engine = type(engine)(
             engine.lm, sampler, engine.cache, batch_size=engine.batch_size, max_length=engine.max_length,
             cfg_scale=engine.cfg_scale, cuda_graphs=engine.cuda_graphs,
+            block_length=None if engine.pattern is None else engine.pattern.length,
         )  # fmt: skip
 
     def check(self, request: Request) -> None:

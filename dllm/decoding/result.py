@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from dllm.decoding.drift import Drift, Measurement, summarise
@@ -91,6 +92,13 @@ class Generation:
     errors: tuple[str | None, ...] = ()
 
 
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once the device's pending work is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class Clock:
     """Wall time and peak memory of a run."""
 
@@ -105,9 +113,7 @@ class Clock:
 
     def seconds(self) -> float:
         """Seconds since the start, including pending work of the device."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter() - self._started
+        return now(self._device) - self._started
 
     def peak_memory(self) -> int:
         """Bytes at the peak."""
@@ -185,19 +191,27 @@ def assemble(requests: Sequence[Request], tally: Tally, measuring_seconds: float
         peak_memory=peak,
     )
     return Generation(
-        sequences=torch.from_numpy(stack(sequences, fill)),
-        completions=torch.from_numpy(stack(completions, fill)),
+        sequences=torch.from_numpy(padded(sequences, fill, left=True)),
+        completions=torch.from_numpy(padded(completions, fill, left=True)),
         texts=[answer.text for answer in answers],
         nfe=torch.from_numpy(np.array(nfe)),
         guide_nfe=torch.from_numpy(np.array([answer.guide_nfe for answer in answers])),
-        commit_step=torch.from_numpy(stack([np.array(answer.commit_step) for answer in answers], -1)),
+        commit_step=torch.from_numpy(padded([answer.commit_step for answer in answers], -1, left=True)),
         stats=stats,
-        attention_mask=torch.from_numpy(stack(real, 0)),
+        attention_mask=torch.from_numpy(padded(real, 0, left=True)),
         errors=tuple(answer.error for answer in answers),
     )
 
 
-def stack(rows: Sequence[NDArray[np.int64]], fill: int) -> NDArray[np.int64]:
-    """Stack rows of unequal length, padded on the left."""
-    width = max(len(row) for row in rows)
-    return np.stack([np.pad(row, (width - len(row), 0), constant_values=fill) for row in rows])
+def padded(
+    rows: Sequence[Sequence[Any] | NDArray[Any]],
+    fill: float,
+    kind: DTypeLike = np.int64,
+    width: int | None = None,
+    left: bool = False,
+) -> NDArray[Any]:
+    """Rows of unequal length as one table, as wide as the longest or `width`, filled up at the right or the left."""
+    table = np.full((len(rows), max(map(len, rows), default=0) if width is None else width), fill, dtype=kind)
+    for place, row in zip(table, rows, strict=True):
+        place[len(place) - len(row) if left else 0 :][: len(row)] = np.asarray(row, dtype=kind)
+    return table

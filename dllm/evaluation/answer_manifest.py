@@ -62,12 +62,7 @@ class AnswerManifest:
         if self.path.exists():
             self._read()
         if not answers.ids:
-            self._prompts, self._made, self._ended, self._sessions = (
-                {},
-                {},
-                False,
-                [],
-            )  # the answers were removed
+            self._prompts, self._made, self._ended, self._sessions = {}, {}, False, []  # the answers were removed
         elif self._sessions and self._began_with(answers.ids):
             del self._sessions[-1]  # it ended before its first answer
         unknown = self._sessions[0]["answers"] if self._sessions else len(answers.ids)

@@ -31,27 +31,14 @@ def split(values: NDArray[Any], counts: Sequence[int]) -> list[NDArray[Any]]:
     return [values[start:end] for start, end in pairwise(ends)]
 
 
-def padded(values: NDArray[Any], lengths: Sequence[int], width: int, fill: float, kind: Any) -> NDArray[Any]:
-    """Joined rows as a table, padded on the right."""
-    table = np.full((len(lengths), width), fill, dtype=kind)
-    for row, part in enumerate(split(values, lengths)):
-        table[row, : len(part)] = part
-    return table
-
-
 def small(values: NDArray[Any]) -> NDArray[Any]:
     """Integers as int16 if possible, else as int32."""
     fits = values.size == 0 or (values.min() >= -(2**15) and values.max() < 2**15)
     return values.astype(np.int16 if fits else np.int32)
 
 
-def bits(flags: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """Flags packed into bytes."""
-    return np.packbits(flags)
-
-
 def flags(packed: NDArray[np.uint8], shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """Inverse of `bits`."""
+    """Inverse of `np.packbits`."""
     return np.unpackbits(packed, count=shape[0] * shape[1]).reshape(shape).astype(bool)
 
 

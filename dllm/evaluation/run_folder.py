@@ -18,9 +18,9 @@ from typing import Any, TypedDict
 import numpy as np
 import pyarrow
 import torch
-from numpy.typing import NDArray
 from pyarrow import parquet
 
+from dllm.decoding.result import padded
 from dllm.evaluation.metrics import COSTS, cost, quality, speedup
 from dllm.evaluation.records import Record
 from dllm.evaluation.runner import BASELINES, Runner
@@ -274,9 +274,9 @@ def trace(runner: Runner, records: Sequence[Record]) -> Trace:
     lengths = tuple(len(record.completion) for record in records)
     return Trace(
         ids=tuple(record.id for record in records),
-        tokens=_stack([record.completion for record in records], eos[0], np.int64),
-        commit_step=_stack([record.commit_step for record in records], -1, np.int64),
-        confidence=_stack([record.confidence for record in records], np.nan, np.float32),
+        tokens=padded([record.completion for record in records], eos[0]),
+        commit_step=padded([record.commit_step for record in records], -1),
+        confidence=padded([record.confidence for record in records], np.nan, np.float32),
         frames=frames,
         words={} if tokenizer is None else {token: str(tokenizer.decode([token])) for token in sorted(used)},
         mask_token_id=backbone.mask_token_id,
@@ -289,13 +289,6 @@ _COSTS = (
     "tokens", "nfe", "guide_nfe", "seconds", "latency", "guide_seconds", "positions", "canvas", "refreshes",
     "peak_memory", "completion", "commit_step",
 )  # fmt: skip
-
-
-def _stack(rows: Sequence[Sequence[Any]], fill: float, kind: Any) -> NDArray[Any]:
-    out = np.full((len(rows), max(map(len, rows), default=0)), fill, dtype=kind)
-    for row, values in zip(out, rows, strict=True):
-        row[: len(values)] = np.array(values, dtype=kind)
-    return out
 
 
 def _session(lm: LanguageModel) -> dict[str, Any]:

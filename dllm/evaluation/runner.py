@@ -173,12 +173,12 @@ class Runner:
         for kind, key in self.journal.keys:
             session = key if kind == "session" else session
             made[kind, key] = session
-        found: dict[str, Baseline] = {}
+        found: dict[str, Any] = {}
         for key, row in self.journal.of("baseline").items():
             session = made["baseline", key]
             if key.split()[0] == name and all(made.get(("record", each)) == session for each in row["ids"]):
-                total = found.get(session) or Baseline(ids=[], tokens=0, seconds=0, nfe=0)
-                found[session] = _added(total, row)
+                total = found.get(session)
+                found[session] = row if total is None else {field: total[field] + row[field] for field in row}
         return list(found.values())
 
     def frames(self, records: Sequence[Record]) -> list[Frames]:
@@ -337,12 +337,3 @@ class Runner:
 
     def _tell(self) -> None:
         self._progress(len(self.journal.of("record")) + len(self.journal.of("likelihood")), self._asked)
-
-
-def _added(one: Baseline, other: Baseline) -> Baseline:
-    return Baseline(
-        ids=one["ids"] + other["ids"],
-        tokens=one["tokens"] + other["tokens"],
-        seconds=one["seconds"] + other["seconds"],
-        nfe=one["nfe"] + other["nfe"],
-    )

@@ -17,18 +17,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialise
 
-from dllm.evaluation.packing import (
-    bits,
-    compact_json,
-    flags,
-    held,
-    joined,
-    padded,
-    small,
-    split,
-    spread,
-    with_sorted_header,
-)
+from dllm.decoding.result import padded
+from dllm.evaluation.packing import compact_json, flags, held, joined, small, split, spread, with_sorted_header
 from dllm.files import parse_json, write_whole
 from dllm.stored import misfit
 
@@ -186,10 +176,10 @@ def _pack(frames: Frames, mask: int) -> dict[str, NDArray[Any]]:
     changed, drafts = frames.canvas != before, frames.drafted != mask
     asked = (frames.predicted != mask) | ~np.isnan(frames.confidence)
     return {
-        "prompt": frames.prompt, "nfe": frames.nfe, "computed": bits(frames.computed),
-        "canvas": frames.canvas[changed], "changed": bits(changed),
-        "predicted": frames.predicted[asked], "confidence": frames.confidence[asked], "asked": bits(asked),
-        "drafted": frames.drafted[drafts], "drafts": bits(drafts),
+        "prompt": frames.prompt, "nfe": frames.nfe, "computed": np.packbits(frames.computed),
+        "canvas": frames.canvas[changed], "changed": np.packbits(changed),
+        "predicted": frames.predicted[asked], "confidence": frames.confidence[asked], "asked": np.packbits(asked),
+        "drafted": frames.drafted[drafts], "drafts": np.packbits(drafts),
     }  # fmt: skip
 
 
@@ -211,9 +201,9 @@ def _trace(metadata: Mapping[str, str], tensors: Mapping[str, NDArray[Any]]) -> 
             raise ValueError(f"{name} holds {tensors[name].dtype}")
     return Trace(
         ids=tuple(map(str, fields["ids"])),
-        tokens=padded(tensors["tokens"], lengths, width, eos[0] if eos else mask, np.int64),
-        commit_step=padded(tensors["commit_step"], lengths, width, -1, np.int64),
-        confidence=padded(tensors["confidence"], lengths, width, np.nan, np.float32),
+        tokens=padded(split(tensors["tokens"], lengths), eos[0] if eos else mask, width=width),
+        commit_step=padded(split(tensors["commit_step"], lengths), -1, width=width),
+        confidence=padded(split(tensors["confidence"], lengths), np.nan, np.float32, width),
         frames=_frames(fields["frames"], tensors, mask),
         words={int(token): str(text) for token, text in fields["words"].items()},
         mask_token_id=mask,

@@ -30,7 +30,6 @@ class Score:
         tpf: generated tokens up to end-of-text over forwards.
         tokens_per_second: generated tokens up to end-of-text over wall time.
         positions: mean positions computed by the denoiser per problem.
-        extra_positions: those beyond one canvas per forward; negative where a cache saved some.
         guide_nfe: mean guide forwards per problem.
         refreshes: mean full refreshes of a cache per problem.
         drift: approximation error of the cache; None if not measured.
@@ -44,7 +43,6 @@ class Score:
     tpf: float
     tokens_per_second: float
     positions: float = 0.0
-    extra_positions: float = 0.0
     guide_nfe: float = 0.0
     refreshes: float = 0.0
     drift: Drift | None = None
@@ -73,7 +71,6 @@ def evaluate(
     return replace(
         score(grades, nfe, stats.tpf, stats.tokens_per_second),
         positions=stats.computed_columns / len(problems),
-        extra_positions=stats.extra_columns / len(problems),
         guide_nfe=float(result.guide_nfe.double().mean()),
         refreshes=stats.cache_refreshes / len(problems),
         drift=stats.drift,

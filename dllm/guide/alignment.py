@@ -17,12 +17,14 @@ from typing import Protocol, runtime_checkable
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from dllm.decoding.flags import flagged
 from dllm.guide import Guide
 
 NEVER = 2**31
+_CONTEXT = 16  # tokens decoded again before each boundary: how a token decodes depends on few before it
 
 
 @dataclass(frozen=True)
@@ -167,9 +169,7 @@ class ByText:
                 if low <= column < low + len(row.upto):
                     upto[b, k] = row.upto[column - low]
             rows.append(row)
-        ids = torch.zeros((len(rows), max(1, *(len(row.ids) for row in rows))), dtype=torch.long, device="cpu")
-        for b, row in enumerate(rows):
-            ids[b, : len(row.ids)] = torch.tensor(row.ids, device="cpu")
+        ids = pad_sequence([torch.tensor(row.ids or [0], device="cpu") for row in rows], batch_first=True)
         device = tokens.device
         lengths = torch.tensor([len(row.ids) for row in rows], device=device)
         start = torch.tensor([row.start for row in rows], device=device)
@@ -199,7 +199,7 @@ class ByText:
         end = next((i for i in range(drafted, len(ids)) if ids[i] in self._special or ids[i] in ends), len(ids))
         text = self._text(ids[at:end])
         theirs, borders = self._encode(text)
-        ours = [self._border(ids[at:i], text) for i in range(drafted, end + 1)]
+        ours = self._borders(ids[at:end], drafted - at, text)
         # A partially committed character is judged as a whole.
         decided = len(self._text(ids[at:drafted]).rstrip("\ufffd"))
         start = max(count for border, count in borders.items() if border <= decided)
@@ -231,10 +231,16 @@ class ByText:
     def _text(self, ids: list[int]) -> str:
         return str(self.ours.decode(ids, clean_up_tokenization_spaces=False))
 
-    def _border(self, ids: list[int], text: str) -> int | None:
-        """Character index in `text` after these leading tokens; None within a character."""
-        part = self._text(ids)
-        return len(part) if text.startswith(part) and not part.endswith("\ufffd") else None
+    def _borders(self, ids: list[int], first: int, text: str) -> list[int | None]:
+        """Character index in `text` after each number of leading tokens from `first` on; None within a character."""
+        near = max(0, first - _CONTEXT)
+        whole = self._text(ids[near:])
+        if not text.endswith(whole):  # they decode differently after the others
+            near, whole = 0, text
+        parts = [self._text(ids[near:i]) for i in range(first, len(ids) + 1)]
+        before = len(text) - len(whole)
+        exact = [whole.startswith(part) and not part.endswith("\ufffd") for part in parts]
+        return [before + len(part) if good else None for part, good in zip(parts, exact, strict=True)]
 
     def _encode(self, text: str) -> tuple[list[int], dict[int, int]]:
         """The guide's tokens of a text, and the number of tokens before each token boundary, where exact."""

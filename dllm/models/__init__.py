@@ -8,10 +8,24 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 from dllm.models.base import MaskedDiffusionModel
 from dllm.models.dream import DreamConfig, DreamModel
 from dllm.models.llada import LLaDAConfig, LLaDAModelLM
+from dllm.models.sdar import SDARConfig, SDARForCausalLM
 
-__all__ = ["FAMILIES", "DreamConfig", "DreamModel", "LLaDAConfig", "LLaDAModelLM", "MaskedDiffusionModel"]
+__all__ = [
+    "FAMILIES",
+    "DreamConfig",
+    "DreamModel",
+    "LLaDAConfig",
+    "LLaDAModelLM",
+    "MaskedDiffusionModel",
+    "SDARConfig",
+    "SDARForCausalLM",
+]
 
-FAMILIES: dict[str, type[MaskedDiffusionModel]] = {"llada": LLaDAModelLM, "Dream": DreamModel}
+FAMILIES: dict[str, type[MaskedDiffusionModel]] = {
+    "llada": LLaDAModelLM,
+    "Dream": DreamModel,
+    "sdar": SDARForCausalLM,
+}
 
 for _model_type, _family in FAMILIES.items():
     AutoConfig.register(_model_type, _family.config_class, exist_ok=True)

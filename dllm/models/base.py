@@ -121,7 +121,7 @@ class MaskedDiffusionModel(PreTrainedModel):
     @property
     def head_dim(self) -> int:
         """Size D of an attention head."""
-        return self.config.hidden_size // self.config.num_attention_heads
+        return _head_dim(self.config)
 
     @property
     def rotary_dim(self) -> int:
@@ -133,10 +133,9 @@ class MaskedDiffusionModel(PreTrainedModel):
         """The attention pattern; None for full attention."""
         return None
 
-    @property
-    def blocks_from_start(self) -> bool:
-        """Whether blocks are counted from a row's first token, and not from the first position to generate."""
-        return self.pattern is not None
+    def pattern_of(self, block_length: int | None) -> BlockCausal | None:
+        """The pattern for blocks of another length, where the family allows it; None for the model's own."""
+        return self.pattern
 
     @classmethod
     def can_generate(cls) -> bool:
@@ -253,18 +252,29 @@ def check_config(config: PretrainedConfig) -> None:
         value = getattr(config, name)
         if not is_positive(value):
             raise ValueError(f"{kind} config: {name}={value!r} is out of range; give a positive number")
-    for whole, part in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")):
+    shared = [("num_attention_heads", "num_key_value_heads")]
+    if "head_dim" in vars(config):
+        if not is_whole(config.head_dim) or config.head_dim < 1 or config.head_dim % 2:
+            raise ValueError(f"{kind} config: head_dim={config.head_dim!r} is out of range; give an even integer")
+    else:
+        shared.insert(0, ("hidden_size", "num_attention_heads"))
+    for whole, part in shared:
         if getattr(config, whole) % getattr(config, part):
             raise ValueError(
                 f"{kind} config: {names[whole]}={getattr(config, whole)} is not divisible by "
                 f"{names[part]}={getattr(config, part)}; give a multiple of it"
             )
-    head_dim = config.hidden_size // config.num_attention_heads
+    head_dim = _head_dim(config)
     if head_dim % 2:
         raise ValueError(
             f"{kind} config: {names['hidden_size']}={config.hidden_size} gives heads of {head_dim}, and the rotary "
             "embedding rotates pairs; make it even"
         )
+
+
+def _head_dim(config: PretrainedConfig) -> int:
+    own: int = vars(config).get("head_dim") or config.hidden_size // config.num_attention_heads
+    return own
 
 
 def _default_positions(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:

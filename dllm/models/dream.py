@@ -8,21 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from dllm.models.base import MaskedDiffusionModel, check_config
+from dllm.models.base import check_config
 from dllm.models.checkpoint import published
 from dllm.models.published import check_fixed, check_special_ids, check_synonyms, take_rope_theta
-from dllm.models.transformer import BlockInputs, BlockParts, RMSNorm, SwiGLU, block_forward
+from dllm.models.qwen import TP_PLAN, QwenDenoiser
 
 # Config keys with a single supported value; null means false.
-_FIXED = {
-    "hidden_act": "silu",
-    "use_mrope": False,
-    "use_sliding_window": False,
-    "tie_word_embeddings": False,
-}
+_FIXED = {"hidden_act": "silu", "use_mrope": False, "use_sliding_window": False, "tie_word_embeddings": False}
 # Keys of the published config that are not read.
 _UNUSED = ("max_window_layers", "sliding_window")
 
@@ -49,15 +43,7 @@ class DreamConfig(PretrainedConfig):
     """
 
     model_type = "Dream"
-    base_model_tp_plan = {
-        "model.layers.*.self_attn.q_proj": "colwise",
-        "model.layers.*.self_attn.k_proj": "colwise",
-        "model.layers.*.self_attn.v_proj": "colwise",
-        "model.layers.*.self_attn.o_proj": "rowwise",
-        "model.layers.*.mlp.gate_proj": "colwise",
-        "model.layers.*.mlp.up_proj": "colwise",
-        "model.layers.*.mlp.down_proj": "rowwise",
-    }
+    base_model_tp_plan = TP_PLAN
 
     def __init__(
         self,
@@ -94,93 +80,11 @@ class DreamConfig(PretrainedConfig):
         check_config(self)
 
 
-class _Attention(nn.Module):
-    """Carries the ``self_attn`` prefix of the published names."""
-
-    def __init__(self, config: DreamConfig) -> None:
-        super().__init__()
-        kv_size = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-
-
-class _MLP(nn.Module):
-    """Carries the ``mlp`` prefix of the published names."""
-
-    def __init__(self, config: DreamConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-
-class DreamBlock(nn.Module):
-    """One block under its published names."""
-
-    def __init__(self, config: DreamConfig) -> None:
-        super().__init__()
-        self.self_attn = _Attention(config)
-        self.mlp = _MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    @property
-    def parts(self) -> BlockParts:
-        """The modules under their common names."""
-        attention, mlp = self.self_attn, self.mlp
-        return BlockParts(
-            self.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
-            self.post_attention_layernorm, SwiGLU(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
-        )  # fmt: skip
-
-    def forward(self, layer: int, hidden: Tensor, inputs: BlockInputs) -> Tensor:
-        """Map hidden states (B, C, d) to the next layer's."""
-        return block_forward(self.parts, layer, hidden, inputs)
-
-
-class _Inner(nn.Module):
-    """Carries the ``model`` prefix of the published names."""
-
-    def __init__(self, config: DreamConfig) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DreamBlock(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-
-class DreamModel(MaskedDiffusionModel):
+class DreamModel(QwenDenoiser):
     """Dream with its vocabulary projection."""
 
     config_class = DreamConfig
     logits_shift = 1
     tempered_confidence = True
     end_of_turn = ("<|im_end|>",)
-    _no_split_modules = ["DreamBlock"]
-
-    def __init__(self, config: DreamConfig) -> None:
-        super().__init__(config)
-        self.model = _Inner(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return self.model.layers
-
-    @property
-    def final_norm(self) -> nn.Module:
-        return self.model.norm
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.embed_tokens = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.lm_head = value
+    qkv_bias, qk_norms = True, False

@@ -11,7 +11,6 @@ _DISTANCES = (7, 14, 24, 36, 50, 66, 84)  # points
 _NEAR = 14  # a label farther away gets a line to its point
 _LINE = 4  # weight of overlap with lines, relative to labels: lines are thin
 
-Place = tuple[float, float]
 Box = tuple[float, float, float, float]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from traceback import walk_tb
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import datasets
 from datasets import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
@@ -317,8 +318,8 @@ def _calm() -> Iterator[None]:
     disable_progress_bars()
     try:
         with (
-            _replaced(evaluator, "get_git_commit_hash", lambda: None),
-            _replaced(task, "tqdm", lambda items, *_, **__: items),
+            patch.object(evaluator, "get_git_commit_hash", lambda: None),
+            patch.object(task, "tqdm", lambda items, *_, **__: items),
         ):
             yield
     finally:
@@ -326,17 +327,6 @@ def _calm() -> Iterator[None]:
             logger.setLevel(level)
         if bars:
             enable_progress_bars()
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Temporarily replace a function of a library."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 @contextmanager
@@ -352,7 +342,7 @@ def _read_anew() -> Iterator[None]:
                 options.setdefault("cache_dir", folder)
             return before(path, *arguments, **options)
 
-        with _replaced(datasets, "load_dataset", load):
+        with patch.object(datasets, "load_dataset", load):
             yield
 
 

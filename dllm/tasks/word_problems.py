@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dllm.checks import number
@@ -90,13 +89,6 @@ def problems(n: int, seed: int) -> list[Problem]:
     """The ``n`` problems of a seed. Training uses seeds below 1,000,000, evaluation those above."""
     rng = random.Random(seed)
     return [sample_problem(rng) for _ in range(n)]
-
-
-def stream(seed: int, n_steps: int | None = None) -> Iterator[Problem]:
-    """Endless problems of one seed."""
-    rng = random.Random(seed)
-    while True:
-        yield sample_problem(rng, n_steps)
 
 
 def grade(text: str, problem: Problem) -> Grade:

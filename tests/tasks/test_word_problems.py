@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from itertools import islice, pairwise
+from itertools import pairwise
 
 import pytest
 
@@ -18,7 +18,6 @@ from dllm.tasks.word_problems import (
     grade,
     problems,
     sample_problem,
-    stream,
 )
 
 MANY = problems(2000, seed=1_000_001)
@@ -72,7 +71,7 @@ class TestProblems:
             assert not re.search(rf"\b{other}\b", problem.question + problem.solution, re.IGNORECASE)
 
     def test_a_seed_always_gives_the_same_problems(self) -> None:
-        assert problems(50, seed=7) == problems(50, seed=7) == list(islice(stream(7), 50))
+        assert problems(50, seed=7) == problems(60, seed=7)[:50]
         assert problems(50, seed=7) == problems(100, seed=7)[:50]
         assert problems(50, seed=7) != problems(50, seed=8)
 

@@ -1,0 +1,120 @@
+"""SDAR (arXiv 2510.06303): a Qwen3 decoder made to denoise blocks, its attention causal over blocks; unshifted logits.
+
+Tensor names are the published ones. Differences: the published code computes attention with flash-attn's kernels; a
+position here attends to its block and to those before it, blocks being counted from the row's first token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from dllm.checks import number
+from dllm.models.attention import BlockCausal
+from dllm.models.base import check_config
+from dllm.models.checkpoint import published
+from dllm.models.published import check_fixed, check_special_ids, check_synonyms, take_rope_theta
+from dllm.models.qwen import TP_PLAN, QwenDenoiser
+
+# What the published config could say and this implementation does not compute otherwise; null means false.
+_FIXED = {
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "use_sliding_window": False,
+    "tie_word_embeddings": False,
+}
+# What the published config says beside that, and nothing here reads.
+_UNUSED = (
+    "debug", "ep_size", "fuse_cross_entropy", "max_window_layers", "micro_forward", "skip_checkpoint", "sliding_window",
+    "use_deepep",
+)  # fmt: skip
+
+
+class SDARConfig(PretrainedConfig):
+    """Configuration in the published layout; published keys it does not read are kept and written back, others dropped.
+
+    Args:
+        vocab_size: entries V of the logits.
+        hidden_size: width d of the hidden states.
+        intermediate_size: width of the feed-forward part.
+        num_hidden_layers: transformer blocks.
+        num_attention_heads: attention heads H.
+        num_key_value_heads: key-value heads; `num_attention_heads` when None.
+        head_dim: size D of an attention head.
+        max_position_embeddings: longest canvas.
+        rms_norm_eps: added to the mean square.
+        initializer_range: standard deviation of fresh weights.
+        block_size: positions of a block.
+        mask_token_id: id of [MASK].
+        eos_token_id: id or ids that end a text; the first one fills what follows.
+        **kwargs: what else is published, such as `rope_theta`, the base of the rotary embedding (1000000 by default).
+
+    Raises:
+        ValueError: the config asks for something other than SDAR's published architecture.
+    """
+
+    model_type = "sdar"
+    base_model_tp_plan = TP_PLAN
+
+    def __init__(
+        self,
+        vocab_size: int = 151936,
+        hidden_size: int = 2560,
+        intermediate_size: int = 9728,
+        num_hidden_layers: int = 36,
+        num_attention_heads: int = 32,
+        num_key_value_heads: int | None = 8,
+        head_dim: int = 128,
+        max_position_embeddings: int = 32768,
+        rms_norm_eps: float = 1e-6,
+        initializer_range: float = 0.02,
+        block_size: int = 4,
+        mask_token_id: int = 151669,
+        eos_token_id: int | list[int] | None = 151643,
+        **kwargs: Any,
+    ) -> None:
+        check_fixed("SDAR", _FIXED, kwargs)
+        check_special_ids("SDAR", mask_token_id, eos_token_id)
+        number("SDAR config: block_size", block_size, "a whole number of at least 1", low=1, whole=True)
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        self.head_dim = head_dim
+        self.max_position_embeddings = max_position_embeddings
+        self.rope_theta = take_rope_theta("SDAR", 1000000.0, kwargs)
+        self.rms_norm_eps = rms_norm_eps
+        self.initializer_range = initializer_range
+        self.block_size = block_size
+        self.mask_token_id = mask_token_id
+        check_synonyms("SDAR", self, kwargs)
+        kwargs.setdefault("tie_word_embeddings", False)
+        kwargs["eos_token_id"] = eos_token_id
+        super().__init__(**published(kwargs, {*_FIXED, *_UNUSED}))
+        check_config(self)
+
+
+class SDARForCausalLM(QwenDenoiser):
+    """SDAR with its vocabulary projection.
+
+    Attributes:
+        block_length: positions of a block, those of the config unless it is set.
+    """
+
+    config_class = SDARConfig
+    end_of_turn = ("<|im_end|>",)
+    qkv_bias, qk_norms = False, True
+
+    def __init__(self, config: SDARConfig) -> None:
+        super().__init__(config)
+        self.block_length: int = config.block_size
+
+    @property
+    def pattern(self) -> BlockCausal:
+        return BlockCausal(self.block_length)
+
+    def pattern_of(self, block_length: int | None) -> BlockCausal:
+        return BlockCausal(block_length or self.block_length)
