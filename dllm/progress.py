@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a line for each tenth of the way elsewhere."""
+"""Progress reports: a bar on a terminal, a line for each tenth elsewhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def progress_bar(
     console: Console | None = None,
     show: bool = True,
 ) -> Iterator[Callable[..., object]]:
-    """A bar, as a function that takes what `rich.progress.Progress.update` does, and a `note` that stands behind it."""
+    """A progress bar, as a function with the arguments of `rich.progress.Progress.update` and a trailing `note`."""
     if not show:
         yield lambda **changed: None  # a `Progress` that is disabled prints an empty line with rich before 14.1
         return
@@ -33,7 +33,7 @@ def progress_bar(
 
 @contextmanager
 def progress_reports(what: str) -> Iterator[Callable[..., None]]:
-    """A bar on a terminal, lines elsewhere, as a function of how much is done, of how much, and a note."""
+    """A bar on a terminal, lines elsewhere, as a function of done, total and a note."""
     console, tenths = Console(stderr=True), 0
     with progress_bar(what, console=console, show=console.is_terminal) as update:
 

@@ -205,7 +205,7 @@ def _check(cfg: DictConfig) -> None:
         raise ValueError(f"input={cfg.input!r} and output={cfg.output!r} belong together; give both or neither")
     for name in ("prompt", "picture"):
         if cfg.input is not None and cfg[name] is not None:
-            raise ValueError(f"{name} and input exclude each other; give one of them")
+            raise ValueError(f"{name} and input are mutually exclusive; give one of them")
     if cfg.input is not None and _is_same(cfg.input, cfg.output):
         raise ValueError(f"output={cfg.output!r} is the input itself; give another file")
     choice("resume", cfg.resume, (None, "mixed"))

@@ -33,7 +33,7 @@ def check_kinds(fields: Mapping[str, Any], config_name: str, kinds: Mapping[str,
         ValueError: naming the option, its value and the expected type.
     """
     defaults, chosen = merged(config_name), groups(config_name)
-    known(fields, options(config_name))  # what a command does not read would have no effect
+    known(fields, options(config_name))  # other options would have no effect
     for name, value in fields.items():
         if name in chosen:
             _check_group(name, value)
@@ -71,10 +71,10 @@ def _spelt(value: Any, hint: Any) -> Any:
 
 
 def _check_group(group: str, values: Any) -> None:
-    """Hold a group's options against the constructor, or the function, that they go to."""
+    """Validate a group's options against the constructor or function."""
     if isinstance(values, str):
         raise ValueError(
-            f"{group}={values!r} is a name where options are expected; in a YAML of your own choose it by "
+            f"{group}={values!r} is a name where options are expected; in a custom YAML select it by "
             f"defaults: [{{override /{group}: {values}}}]"
         )
     if group == "model" and not (isinstance(values, Mapping) and "path" in values):

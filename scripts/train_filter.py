@@ -104,7 +104,7 @@ def _out(cfg: DictConfig) -> Path:
 
 
 def _check_files(out: Path) -> None:
-    """Reject to overwrite files of another kind."""
+    """Reject overwriting files of another kind."""
     kinds = {".safetensors": own.FILTER, ".json": own.CARD, ".svg": own.RELIABILITY}
     own.check("out", str(out), {out.with_suffix(suffix): kind for suffix, kind in kinds.items()})
     own.check_records(str(out), _records(out), ("fingerprint", "prompts", "sampler"))
@@ -115,7 +115,7 @@ def _records(out: Path) -> Path:
 
 
 def _check_finished(out: Path, made: dict[str, Any]) -> None:
-    """Reject to replace a finished filter by one with other options, according to its card and records."""
+    """Reject replacing a finished filter by one with other options, according to its card and records."""
     card, recipe = out.with_suffix(".json"), _records(out) / "recipe.json"
     if not (out.exists() and there(card)):
         return

@@ -264,7 +264,7 @@ def _open_log(trainer: Trainer) -> TextIO:
 
 
 def _check_folders(cfg: DictConfig) -> None:
-    """Reject to overwrite another model."""
+    """Reject overwriting another model."""
     own.check_training("out", Path(cfg.out), (*PUBLISHED, "state.pt", "loss.csv", RECIPE))
     if cfg.publish:
         own.check_training("publish", Path(cfg.publish), PUBLISHED)

@@ -62,13 +62,13 @@ def _describe_group(group: str, choice: str, default: str) -> list[str]:
 
 
 def _comment(file: str) -> list[str]:
-    """The comment that opens a YAML."""
+    """The leading comment of a YAML."""
     head = re.split(r"^(?!#)", text(file).removeprefix(_PACKAGE), maxsplit=1, flags=re.MULTILINE)[0]
     return [line.removeprefix("#").removeprefix(" ") for line in head.splitlines()]
 
 
 def _entries(file: str) -> dict[str, str]:
-    """The options of a YAML and of those it includes, each with its comment, without what only Hydra reads."""
+    """The options of a YAML and of those it includes, with comments, without Hydra's own keys."""
     parts = [part for each in sources(file) for part in re.split(r"^(?=\w)", each, flags=re.MULTILINE)[1:]]
     named = {part.partition(":")[0]: part for part in parts}
     return {name: part for name, part in named.items() if name not in ("defaults", "hydra", TARGET)}

@@ -313,7 +313,7 @@ class TestFullDisks:
             with (
                 room_for(len(whole) + more),
                 pytest.raises(
-                    OSError, match=r"output=.* cannot be written \(.*\), 2 answers are in it; make"
+                    OSError, match=r"output=.* cannot be written \(.*\), 2 answers are in it; free"
                 ) as caught,
             ):
                 answers.add(row(2))

@@ -117,7 +117,7 @@ class TestHelp:
 
     def test_explains_what_a_choice_shares_with_others(self) -> None:
         shown = helped("generate", "sampler=tiny/threshold", "cache=dual")
-        assert re.findall(r"^  (\w+: \S+) +# least prob", shown, re.MULTILINE) == ["threshold: 0.999"]
+        assert re.findall(r"^  (\w+: \S+) +# minimum prob", shown, re.MULTILINE) == ["threshold: 0.999"]
         for option in ("at_least: 1", "measure_every: null", "refresh_above: null", "device: null"):
             assert re.search(rf"^  {option} +# \w", shown, re.MULTILINE)
 

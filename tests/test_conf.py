@@ -75,7 +75,7 @@ def test_the_interface_and_the_commands_read_a_yaml_alike(group: str, name: str)
 
 def test_what_several_yamls_share_is_no_choice() -> None:
     assert "metered" not in (*names("cache"), *variants("cache"))
-    with pytest.raises(ValueError, match="cache='shared/metered' is unknown"):
+    with pytest.raises(ValueError, match="unknown cache='shared/metered'"):
         dllm.generate(random_llada(), [[5]], cache="shared/metered")
 
 

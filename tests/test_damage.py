@@ -262,7 +262,7 @@ class TestRunFolders:
             shutil.rmtree(finished.with_name("there"))
 
     def test_results_of_another_shape_are_refused_or_read(self, finished: Path, tmp_path: Path) -> None:
-        from dllm.scripts.evaluate import _objective, _told
+        from dllm.scripts.evaluate import _objective, _summary
 
         (file,) = finished.glob("out/*/results.json")
         content = json.loads(file.read_text())
@@ -276,7 +276,7 @@ class TestRunFolders:
                 says(error, str(tmp_path / "results.json"))
                 continue
             assert found is not None
-            assert _told(found, tmp_path)
+            assert _summary(found, tmp_path)
             _objective(found, ["n"])
 
     @pytest.mark.parametrize("name", ["manifest.json", "samples.parquet", "trace.safetensors", "error.json"])

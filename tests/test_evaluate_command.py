@@ -228,7 +228,7 @@ class TestSweeps:
         (failed,) = tmp_path.glob("*/error.json")
         error = json.loads(failed.read_text())
         assert error["label"] == "freedave + dkv"
-        assert "depends on the way a block is decoded" in error["message"]
+        assert "depend on the order a block is decoded in" in error["message"]
         # Once it can be made, nothing is left of that.
         data = tmp_path / "HumanEval.jsonl"
         late = ("sampler=tiny/localleap,vanilla", "task=humaneval", f"task.data={data}", "task.limit=1")
@@ -343,7 +343,7 @@ def test_sweeping_may_be_asked_for_anywhere(tmp_path: Path) -> None:
         (("task.seed=5",), "task.seed=5 is out of range"),
         (("baselines=-1",), "baselines=-1 is out of range"),
         (("frames=x",), "frames='x' is of the wrong type"),
-        (("sampler=freedave", "cache=dkv"), "depends on the way a block is decoded"),
+        (("sampler=freedave", "cache=dkv"), "depend on the order a block is decoded in"),
         (("estimate.method=guess",), "unknown estimate.method='guess'"),
         (("objective=[speed]",), "unknown objective='speed'"),
         (("out=pyproject.toml",), "out='pyproject.toml' cannot be written"),

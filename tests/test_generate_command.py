@@ -373,7 +373,7 @@ BAD_OPTIONS = [
     (["sampler.tokens_per_step=true"], "sampler.tokens_per_step=True"),
     (["top_p=true"], "top_p=True"),
     (["sampler.order=up"], "sampler.order='up'"),
-    (["sampler.steps=3", "sampler.tokens_per_step=2"], "exclude each other"),
+    (["sampler.steps=3", "sampler.tokens_per_step=2"], "mutually exclusive"),
     (["sampler.steps=13"], "steps=13"),
     (["sampler=threshold", "sampler.threshold=-1"], "threshold=-1"),
     (["sampler=threshold", "sampler.threshold=x"], "sampler.threshold='x'"),

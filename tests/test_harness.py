@@ -365,7 +365,7 @@ class TestWordsOfOthers:
         ("pretrained=tiny-llada,sampler=guess", "unknown sampler='guess'"),
         ("pretrained=tiny-llada,sampler=localleap,sampler.reach=3", "unknown option 'sampler.reach'; expected"),
         ("pretrained=tiny-llada,gen_lenght=3", "unknown option 'gen_lenght'"),
-        ("pretrained=tiny-llada,sampler=freedave,cache=dkv", "depends on the way a block is decoded"),
+        ("pretrained=tiny-llada,sampler=freedave,cache=dkv", "depend on the order a block is decoded in"),
         ("pretrained=/no/such/model", "/no/such/model"),
     ],
 )

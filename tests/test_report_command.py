@@ -220,7 +220,7 @@ class TestTerminal:
         (["{}/sweep", "traces=-1"], "traces=-1 is out of range; use 0 or more"),
         (["{}/sweep", "out={}/file"], "file' cannot be written"),
         (["{}/sweep", "out={}/file/x"], "cannot be written"),
-        (["{}/sweep", "{}/empty"], "is one folder too many"),
+        (["{}/sweep", "{}/empty"], "is a second folder"),
         (["{}/other"], "other/results.json is of version 7, this dllm reads version 1"),
     ],
 )

@@ -482,14 +482,14 @@ class TestAnswersOfOthers:
     def test_the_file_of_another_run_is_refused(self, both: dict[str, bytes], left: int, unloaded: None) -> None:
         Path("a.jsonl").write_bytes(both["1"])
         keep(left)
-        refused(self.again(), f"holds {left} answers (the first one: 0)", "a.jsonl.manifest.json", "resume=mixed")
+        refused(self.again(), f"has {left} answers (the first one: 0)", "a.jsonl.manifest.json", "resume=mixed")
         assert len(lines()) == left
 
     def test_lines_added_from_another_run_are_refused(self, both: dict[str, bytes], unloaded: None) -> None:
         row = json.loads(lines()[0]) | {"id": 3}
         Path("a.jsonl").write_bytes(both["2"] + json.dumps(row).encode() + b"\n")
         ask(*ASKED, "Mia")
-        refused(self.again(), "holds 1 answers (the first one: 3)")
+        refused(self.again(), "has 1 answers (the first one: 3)")
 
     def test_they_are_kept_where_that_is_asked_for(self, both: dict[str, bytes]) -> None:
         Path("a.jsonl").write_bytes(both["1"])

@@ -67,7 +67,7 @@ def random_model(preset: str, max_length: int, device: str | torch.device, dtype
 
 @contextmanager
 def _defaults(device: str | torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Make tensors on a device and of a dtype."""
+    """Create tensors on a device with a dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

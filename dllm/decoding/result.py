@@ -210,7 +210,7 @@ def padded(
     width: int | None = None,
     left: bool = False,
 ) -> NDArray[Any]:
-    """Rows of unequal length as one table, as wide as the longest or `width`, filled up at the right or the left."""
+    """Rows of unequal length as one table, as wide as the longest or `width`, padded on the right or the left."""
     table = np.full((len(rows), max(map(len, rows), default=0) if width is None else width), fill, dtype=kind)
     for place, row in zip(table, rows, strict=True):
         place[len(place) - len(row) if left else 0 :][: len(row)] = np.asarray(row, dtype=kind)

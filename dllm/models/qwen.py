@@ -1,4 +1,4 @@
-"""The modules of a Qwen decoder under their published names, of which several families are made."""
+"""The modules of a Qwen decoder under their published names, shared by several families."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class QwenBlock(nn.Module):
 
     @property
     def parts(self) -> BlockParts:
-        """The modules under the names that all families share."""
+        """The modules under their common names."""
         attention, mlp = self.self_attn, self.mlp
         return BlockParts(
             self.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,

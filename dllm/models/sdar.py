@@ -1,7 +1,7 @@
-"""SDAR (arXiv 2510.06303): a Qwen3 decoder made to denoise blocks, its attention causal over blocks; unshifted logits.
+"""SDAR (arXiv 2510.06303): a Qwen3 decoder trained to denoise blocks, with block-causal attention; unshifted logits.
 
-Tensor names are the published ones. Differences: the published code computes attention with flash-attn's kernels; a
-position here attends to its block and to those before it, blocks being counted from the row's first token.
+Tensor names are the published ones. Differences: the published code uses flash-attn; here a position attends to its
+block and to those before it, where blocks are counted from the row's first token.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from dllm.models.checkpoint import published
 from dllm.models.published import check_fixed, check_special_ids, check_synonyms, take_rope_theta
 from dllm.models.qwen import TP_PLAN, QwenDenoiser
 
-# What the published config could say and this implementation does not compute otherwise; null means false.
+# Config keys with a single supported value; null means false.
 _FIXED = {
     "attention_bias": False,
     "hidden_act": "silu",
     "use_sliding_window": False,
     "tie_word_embeddings": False,
 }
-# What the published config says beside that, and nothing here reads.
+# Keys of the published config that are not read.
 _UNUSED = (
     "debug", "ep_size", "fuse_cross_entropy", "max_window_layers", "micro_forward", "skip_checkpoint", "sliding_window",
     "use_deepep",
@@ -32,7 +32,7 @@ _UNUSED = (
 
 
 class SDARConfig(PretrainedConfig):
-    """Configuration in the published layout; published keys it does not read are kept and written back, others dropped.
+    """Configuration in the published layout; unread published keys are preserved, others dropped.
 
     Args:
         vocab_size: entries V of the logits.
@@ -44,14 +44,14 @@ class SDARConfig(PretrainedConfig):
         head_dim: size D of an attention head.
         max_position_embeddings: longest canvas.
         rms_norm_eps: added to the mean square.
-        initializer_range: standard deviation of fresh weights.
+        initializer_range: standard deviation of the initial weights.
         block_size: positions of a block.
         mask_token_id: id of [MASK].
-        eos_token_id: id or ids that end a text; the first one fills what follows.
-        **kwargs: what else is published, such as `rope_theta`, the base of the rotary embedding (1000000 by default).
+        eos_token_id: end-of-text id or ids; the first one fills the rest of the canvas.
+        **kwargs: other published keys, such as `rope_theta`, the base of the rotary embedding (1000000 by default).
 
     Raises:
-        ValueError: the config asks for something other than SDAR's published architecture.
+        ValueError: the config differs from SDAR's published architecture.
     """
 
     model_type = "sdar"

@@ -112,8 +112,8 @@ class TestRefused:
         [
             ("", "cannot be read"),
             ("\udcff", "cannot be read"),
-            ("{}", "no dllm-results file"),
-            ("[1]", "no dllm-results file"),
+            ("{}", "not a dllm-results file"),
+            ("[1]", "not a dllm-results file"),
             ('{"format":"dllm-results","version":2}', "version 2"),
             ('{"format":"dllm-results","version":1}', "damaged"),
         ],

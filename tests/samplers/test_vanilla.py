@@ -122,7 +122,7 @@ def test_suppressed_end_of_text_is_committed_where_nothing_else_is_left(sampler:
     [
         ({"steps": 0}, "steps=0"),
         ({"tokens_per_step": 0}, "tokens_per_step=0"),
-        ({"steps": 4, "tokens_per_step": 2}, "exclude each other"),
+        ({"steps": 4, "tokens_per_step": 2}, "mutually exclusive"),
         ({"order": "best"}, "order='best'.*low_confidence"),
         ({"schedule": "cosine"}, "schedule='cosine'.*timestep"),
         ({"schedule": "timestep"}, "needs steps"),
