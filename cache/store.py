@@ -151,14 +151,18 @@ class Reuse(PerRow):
         compute = plan.compute | question.read | stale | due[:, None]
         # Tokens that a draft changes outside the block; within the block the rule decides.
         compute |= question.drafted & (question.since(question.high) | ~question.since(question.low))
-        # Positions to compute that nothing attends to yet are computed once something does.
+        # Planned positions beyond the horizon (later blocks of a block-causal model) stay stale for a later forward.
         self._due[rows[first]], self._stale[rows[first]] = False, (compute & question.since(question.horizon))[first]
         if self._block_length and plan.cost is None:
             compute = self._without_exact(question, compute)
         return replace(plan, compute=compute, store=self.store)
 
     def _without_exact(self, question: Question, compute: Flags) -> Flags:
-        """The positions to compute without the exact ones; marks those that become exact."""
+        """Drop positions whose stored keys and values are exact; mark those that this forward makes exact.
+
+        A position is exact once its block and all before it hold their final tokens (no mask before the open block) and
+        everything it attends to is exact or computed now.
+        """
         rows, first = question.rows, question.first
         exact, visible = self._exact[rows], question.visible
         compute = (compute & visible & ~exact) | question.read

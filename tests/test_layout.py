@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm.decoding.layout import apart, pack
+from dllm.decoding.layout import by_width, pack
 
 rows_of_flags = st.integers(1, 12).flatmap(
     lambda length: st.lists(
@@ -49,7 +49,7 @@ def test_no_other_forwards_take_less_time_together(sizes: list[tuple[int, int]])
     drafts = [count for _, count in sizes]
     rows = np.repeat(np.arange(len(sizes)), drafts)
     cost = np.repeat([width for width, _ in sizes], drafts)
-    groups = apart(cost, rows, 64)
+    groups = by_width(cost, rows, 64)
     assert sorted(np.concatenate(groups).tolist()) == [*range(len(cost))]
     # The drafts of a row stay together.
     assert all(set(np.flatnonzero(np.isin(rows, rows[group])).tolist()) == set(group.tolist()) for group in groups)
@@ -62,5 +62,5 @@ def test_no_other_forwards_take_less_time_together(sizes: list[tuple[int, int]])
 
 
 def test_rows_that_refresh_do_not_widen_those_that_do_not() -> None:
-    groups = apart(np.array([512, 32, 512, 40, 32]), np.arange(5), 64)
+    groups = by_width(np.array([512, 32, 512, 40, 32]), np.arange(5), 64)
     assert [group.tolist() for group in groups] == [[0, 2], [1, 3, 4]]

@@ -19,7 +19,7 @@ from dllm.decoding.canvas import Canvas
 from dllm.decoding.drift import Meter
 from dllm.decoding.flags import flagged
 from dllm.decoding.graphs import Forward
-from dllm.decoding.layout import OVERHEAD, apart, pack, span
+from dllm.decoding.layout import OVERHEAD, by_width, pack, span
 from dllm.decoding.nonfinite import Broken, not_finite, reason
 from dllm.decoding.prediction import Part, Prediction, Sampling
 from dllm.decoding.question import Question, about_drafts, about_window
@@ -126,7 +126,7 @@ class Denoiser:
         forward: Callable[[Question, NDArray[np.int64]], Float[Tensor, "N V"]],
     ) -> Float[Tensor, "N V"]:
         """Logits of the requested positions, split into forwards by the number of columns of each sequence."""
-        groups = apart(cost, question.slots, self._overhead)
+        groups = by_width(cost, question.slots, self._overhead)
         parts = [forward(question.some(group), group) for group in groups]
         if len(parts) == 1:
             return parts[0]

@@ -39,7 +39,7 @@ def span(visible: NDArray[np.bool_]) -> tuple[int, int]:
     return int(columns[0]), int(columns[-1]) + 1
 
 
-def apart(cost: NDArray[np.int64], rows: NDArray[np.int64], overhead: int) -> list[NDArray[np.int64]]:
+def by_width(cost: NDArray[np.int64], rows: NDArray[np.int64], overhead: int) -> list[NDArray[np.int64]]:
     """Split sequences into forwards of minimum total time.
 
     The time of a forward is that of its columns, each sequence padded to the longest one, plus `overhead`.

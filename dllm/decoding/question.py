@@ -73,7 +73,7 @@ class Question:
 
     @cached_property
     def visible(self) -> NDArray[np.bool_]:
-        """(A, L) columns that are attended to, by way of others too, by what is asked."""
+        """(A, L) columns that requested positions attend to, directly or through others."""
         visible = self.canvas.visible(self.rows)
         return visible & ~self.since(self.horizon)
 
