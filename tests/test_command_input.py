@@ -212,9 +212,9 @@ class TestYaml:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["generate", "cache=[none,dual]"], "cache=[none,dual] gives no name; use one of d2cache, "),
-        (["generate", "cache={a: 1}"], "cache={a: 1} gives no name; use one of d2cache, "),
-        (["generate", "sampler=null"], "sampler=null gives no name; use one of ar_guided, "),
+        (["generate", "cache=[none,dual]"], "cache=[none,dual] has no name; expected one of d2cache, "),
+        (["generate", "cache={a: 1}"], "cache={a: 1} has no name; expected one of d2cache, "),
+        (["generate", "sampler=null"], "sampler=null has no name; expected one of ar_guided, "),
         (["generate", "sampler=tiny/nope"], "unknown sampler=tiny/nope; expected one of ar_guided, "),
         (["generate", "+sampler=nope"], ", tiny/threshold"),
         (["generate", "hydra/launcher=nope"], "unknown hydra/launcher=nope; expected one of basic, "),
