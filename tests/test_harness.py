@@ -454,4 +454,4 @@ class TestLocalFiles:
         metrics = json.loads(file.read_text())["metrics"]
         assert metrics["n"] == 20
         assert (metrics["accuracy"] is not None) == execute
-        assert ("not judged" in outcome.out) == (not execute)
+        assert ("not graded" in outcome.out) == (not execute)

@@ -107,7 +107,7 @@ class TestNames:
             (["generate", "seed=-1"], "seed=-1 is out of range; use a whole number from 0 to 2**62 - 1, or"),
             (["evaluate", "seed=-1"], "seed=-1 is out of range; use a whole number from 0 to 2**62 - 1"),
             (["evaluate", "task.seed=1"], "error: task.seed=1 is out of range"),
-            (["generate", "gen_length=${oc.env:HOME}"], "gen_length='${oc.env:HOME}' holds ${oc.env:HOME}, which is"),
+            (["generate", "gen_length=${oc.env:HOME}"], "gen_length='${oc.env:HOME}' contains ${oc.env:HOME}, which"),
             (["generate", "gen_length=${nope}"], "gen_length refers to the unknown option 'nope'"),
             (["generate", "++gen_length=abc"], "gen_length='abc' is of the wrong type"),
             (["generate", "picture="], "picture='' is empty"),
