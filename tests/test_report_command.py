@@ -58,7 +58,7 @@ class TestFiles:
         lines = text.splitlines()
         assert lines[2] == "## tiny-llada, word_problems"
         table = lines[4 : 4 + 2 + len(SETTINGS)]
-        assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {21}
+        assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {23}
         assert [line.split(" | ")[0] for line in table[2:4]] == ["| oracle (bound)", "| threshold 0.999"]
         assert "- vanilla \\| 3: out of memory second line" in lines
         assert "- ar_guided + d2cache: ar_guided does not go with \\<d2cache\\>" in lines
@@ -199,7 +199,7 @@ class TestTerminal:
         plain = self.shown(sweep, 100, tmp_path, monkeypatch)
         assert max(map(len, plain.splitlines())) <= 100
         assert "localleap 0.999/0.99/4 + freecache" in plain
-        assert re.search(r"no room for .*peak MiB; see report\.md", plain.replace("\n", " "))
+        assert re.search(r"no room for .*peak MiB; see report\.md", " ".join(plain.split()))
         assert "not measured: ar_guided + d2cache: ar_guided does not go with <d2cache>" in plain
 
     def test_shows_everything_where_there_is_room(
