@@ -13,7 +13,7 @@ from hydra._internal.sources_registry import SourcesRegistry
 
 import dllm
 from commands import Outcome, command
-from dllm.scripts import yaml_files
+from dllm.scripts import evaluate, yaml_files
 
 TARGET = "_target_: dllm.samplers.Vanilla\n"
 NINES = "9" * 5000
@@ -31,6 +31,7 @@ def idle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         raise Reached
 
     monkeypatch.setattr(dllm, "load", reached)
+    evaluate._load.cache_clear()  # what other tests of this process loaded
     monkeypatch.chdir(tmp_path)
 
 

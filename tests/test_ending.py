@@ -250,7 +250,7 @@ class TestStopping:
 class TestRefusals:
     @pytest.mark.parametrize("stop", ["", ["a", ""], 5, [5], b"x", {"a": 1}])
     def test_what_is_no_stop_string(self, stop: Any) -> None:
-        with pytest.raises(ValueError, match=r"^stop=.*(empty string|wrong kind)"):
+        with pytest.raises(ValueError, match=r"^stop=.*(empty string|wrong type)"):
             Options(stop=stop)
 
     def test_it_needs_a_tokenizer_and_something_to_stop(self) -> None:
