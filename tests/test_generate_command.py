@@ -461,7 +461,10 @@ class TestRefusals:
 
     @pytest.mark.parametrize("argument", ["prompt=Tom", "picture=x.svg"])
     def test_what_would_be_ignored_beside_input_is_refused(self, run: Any, questions: Path, argument: str) -> None:
-        refused(run(f"input={questions}", "output=a.jsonl", argument), f"{argument.split('=')[0]} and input exclude")
+        refused(
+            run(f"input={questions}", "output=a.jsonl", argument),
+            f"{argument.split('=')[0]} and input are mutually exclusive",
+        )
 
     def test_an_output_of_something_else_is_left_alone(self, run: Any, questions: Path, tmp_path: Path) -> None:
         (tmp_path / "notes.jsonl").write_text("notes\n")

@@ -25,6 +25,7 @@ class Branches:
         span: the first canvas column attended to, and the one after the last.
         real: False at padding.
         stored: whether a store holds the keys and values of columns that are not computed.
+        first: number of columns of the first draft.
         shift: a column predicts the token that many to its right.
     """
 
@@ -35,6 +36,7 @@ class Branches:
     span: tuple[int, int]
     real: Bool[Tensor, "R S"]
     stored: bool
+    first: int
     shift: int
 
     def mask(self) -> Bool[Tensor, "R 1 Q K"]:
@@ -51,8 +53,9 @@ class Branches:
         if not self.stored:
             return among[:, None]
         # Each column is attended to once: fresh where the draft computes it, stored elsewhere.
-        first = self.columns[:, self.branch == 0] - low
-        kept = self.real.scatter(1, first, False)[:, None].expand(-1, len(self.branch), -1)
+        kept = self.real.scatter(1, self.columns[:, : self.first] - low, False)[:, None].expand(
+            -1, len(self.branch), -1
+        )
         kept = kept & ~(shadow[None, :, None] & self._hides(torch.arange(low, high, device=self.branch.device)))
         return torch.cat((kept, among), dim=-1)[:, None]
 

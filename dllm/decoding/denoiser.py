@@ -201,6 +201,7 @@ class Denoiser:
             (low, high),
             real.bool(),
             store is not None,
+            int(widths[0]),
             self.backbone.logits_shift,
         )
         keys, bound = positions, None

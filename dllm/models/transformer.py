@@ -220,7 +220,7 @@ def _take(x: Float[Tensor, "B C d"], slots: Int[Tensor, "B U"]) -> Float[Tensor,
     return x.gather(1, slots[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def _of_queries(mask: Bool[Tensor, "B 1 C S"] | None, slots: Int[Tensor, "B U"]) -> Bool[Tensor, "B 1 U S"] | None:
+def _of_queries(mask: Bool[Tensor, "B 1 C S"] | None, slots: Int[Tensor, "B U"]) -> Bool[Tensor, "B 1 #U S"] | None:
     """The attention mask of some of the queries; a mask shared by all queries is unchanged."""
     if mask is None or mask.shape[2] == 1:
         return mask
