@@ -51,7 +51,7 @@ def test_every_cache_is_measured_and_computes_less() -> None:
         assert set(measured) == set(names("cache"))
         exact = measured["none"]
         for name in ("dual", "freecache", "prefix"):
-            assert float(measured[name]["accuracy"]) >= float(exact["accuracy"]) - 0.02
+            assert float(measured[name]["accuracy"]) >= float(exact["accuracy"]) - 0.03
             assert float(measured[name]["positions"]) < float(exact["positions"])
 
 
