@@ -106,7 +106,7 @@ class _ByCertaintyAndRollout(PerRow):
     def _certain(self, question: Question, masked: Flags) -> Flags:
         """The masked positions with the highest certainty prior."""
         canvas, rows, k = question.canvas, question.rows, self.options.current_k
-        start, length = canvas.start[rows], canvas.block_length[rows]
+        start, length = canvas.origin[rows], canvas.block_length[rows]
         enough = masked.cumsum(1) >= k
         last = np.where(enough.any(1), enough.argmax(1), canvas.end[rows] - 1)
         end = start + ((last - start) // length + 1) * length

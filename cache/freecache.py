@@ -78,6 +78,7 @@ class _Frozen(PerRow):
 
     def plan(self, question: Question, due: Flags, stale: Flags) -> Plan:
         options, rows, start = self.options, question.rows, question.canvas.start[question.rows]
+        later = question.low > start  # than the first block
         match options.granularity:
             case "prompt":
                 # Without the shift: f is decoded by the first forward, or its prediction is requested and so computed.
@@ -90,10 +91,10 @@ class _Frozen(PerRow):
         if options.freeze == "clean":
             # Positions frozen since the last forward are computed once more; after the first block, the prompt too.
             since = np.minimum(front, self.front[rows])
-            since = np.where((question.block > 0) & self.raw[rows], 0, since)
+            since = np.where(later & self.raw[rows], 0, since)
         kept, first = rows[question.first], question.first
         self.front[kept] = front[first]
-        self.raw[kept] &= question.block[first] == 0
+        self.raw[kept] &= ~later[first]
         compute = question.since(since)
         if options.window is not None:
             compute &= ~question.since(question.high + min(options.window, question.canvas.length))

@@ -164,14 +164,20 @@ class Reuse(PerRow):
         everything it attends to is exact or computed now.
         """
         rows, first = question.rows, question.first
-        exact, visible = self._exact[rows], question.visible
+        drafted, visible = question.drafted, question.visible
+        changed = np.where(drafted.any(1), drafted.argmax(1), drafted.shape[1])
+        exact = self._exact[rows] & ~question.since(self._block_start(question, changed))
         compute = (compute & visible & ~exact) | question.read
-        padding = question.canvas.padding[rows]
-        position = question.masked.argmax(1) - padding
-        open_block = padding + position // self._block_length * self._block_length
-        settled = np.logical_and.accumulate(exact | compute | ~visible, axis=1) & ~question.since(open_block)
-        self._exact[rows[first]] |= (compute & settled)[first]
+        missing = visible & ~exact & ~compute
+        upto = np.where(missing.any(1), missing.argmax(1), missing.shape[1])
+        upto = self._block_start(question, np.minimum(upto, question.masked.argmax(1)))
+        self._exact[rows[first]] |= (compute & ~question.since(upto))[first]
         return compute
+
+    def _block_start(self, question: Question, column: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(A,) first column of the block of a column of each sequence."""
+        padding = question.canvas.padding[question.rows]
+        return np.asarray(padding + (column - padding) // self._block_length * self._block_length)
 
     def exchange(self, exchange: Exchange) -> None:
         """Reset rows that entered, and move those that changed slots."""

@@ -145,6 +145,7 @@ def prepare(
     """
     block_length = options.block_length if isinstance(options.block_length, int) else None
     pattern = lm.backbone.pattern_of(block_length)
+    block_length = None if pattern is None else block_length
     requests = [
         make_request(lm, prompt, options, seed, infill, f"prompts[{place}]", pattern)
         for place, (prompt, seed) in enumerate(zip(ids, seeds(options.seed, len(ids)), strict=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from jaxtyping import Int
 from torch import Tensor
 
@@ -25,6 +27,15 @@ def check_steps(steps: int, request: Request) -> None:
             f"steps={steps} is out of range; use between {blocks} (one per block) "
             f"and {request.span} (one per generated position)"
         )
+
+
+def steps_of_blocks(steps: int, request: Request) -> list[int]:
+    """Steps of every block of a request; see `steps_of_block`."""
+    span, own = request.span, request.block_length
+    shared = (request.start - request.origin) % own  # positions of the prompt in the first block
+    firsts = [number * own - shared for number in range(request.block_count)]
+    shares = [max(min(first + own, span) * steps // span, number) for number, first in enumerate(firsts, start=1)]
+    return [after - before for before, after in pairwise([0, *shares])]
 
 
 def steps_of_block(steps: int, window: Window) -> Int[Tensor, " B"]:

@@ -25,7 +25,6 @@ length; ties go to the leftmost position.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -39,7 +38,7 @@ from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
 from dllm.decoding.window import Edit, Window
 from dllm.samplers.base import Denoise, Policy, commit
-from dllm.samplers.schedule import check_steps, steps_of_block
+from dllm.samplers.schedule import check_steps, steps_of_block, steps_of_blocks
 from dllm.samplers.selection import perturbed, top
 
 ORDERS = ("low_confidence", "margin", "entropy", "random")
@@ -126,9 +125,7 @@ class Vanilla(Policy):
     def enter(self, state: Timetables, row: int, request: Request) -> None:
         """Tabulate the quotas of its blocks."""
         if self.steps is not None and self.schedule == "timestep":
-            span, length = request.span, request.block_length
-            shares = [min(end, span) * self.steps // span for end in range(0, span + length, length)]
-            for steps in {after - before for before, after in pairwise(shares)}:
+            for steps in set(steps_of_blocks(self.steps, request)):
                 state.add(steps, request.block_length)
 
     def step(self, window: Window, denoise: Denoise, state: Timetables) -> Edit:

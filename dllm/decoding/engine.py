@@ -90,6 +90,8 @@ class Engine:
         compatibility.check(self.sampler, self.cache, cfg_scale, lm.backbone, cuda_graphs)
         if block_length is not None:
             number("block_length", block_length, "a whole number of at least 1, or null", low=1, whole=True)
+            if lm.backbone.pattern is None:
+                raise ValueError(f"block_length={block_length} has no effect on a bidirectional model; give it to add")
         self.pattern = lm.backbone.pattern_of(block_length)
         if cuda_graphs and lm.device.type != "cuda":
             raise ValueError(f"cuda_graphs=true needs a CUDA device, and the model is on {lm.device}; use null")

@@ -28,7 +28,7 @@ class Options:
         gen_length: positions G to generate per prompt; unused by `infill`.
         block_length: positions K decoded at a time, left to right; None for all at once. The last block is shorter
             where K does not divide G. "auto" is 32, or the block of a model whose attention is causal over blocks; such
-            a model attends in blocks of K.
+            a model attends in blocks of K, and None is its own.
         temperature: 0 is greedy; above 0, Gumbel-max sampling.
         top_p: nucleus sampling; None for all tokens.
         top_k: sample from the k most probable tokens; None for all.
@@ -135,7 +135,7 @@ def make_request(
         tokens=tokens,
         mask_token_id=backbone.mask_token_id,
         eos_token_ids=eos,
-        blocks=_block_length(options.block_length, backbone.max_length if pattern is None else pattern.length, pattern),
+        blocks=_block_length(options.block_length, backbone.max_length, pattern),
         sampling=sampling,
         seed=seed,
         stop_at_eos=options.stop_at_eos and not infill,
@@ -147,12 +147,19 @@ def make_request(
 
 
 def _block_length(wanted: int | Literal["auto"] | None, most: int, pattern: BlockCausal | None) -> int | None:
-    """Positions of a block; of a block-causal model at most one block of the attention pattern."""
-    if isinstance(wanted, int):
-        return min(wanted, most)
-    if pattern is not None:
-        return most
-    return None if wanted is None else min(_BLOCK_LENGTH, most)
+    """Positions of a block: of a block-causal model those of its attention pattern.
+
+    Raises:
+        ValueError: another length than that of the pattern.
+    """
+    if pattern is None:
+        return None if wanted is None else min(_BLOCK_LENGTH if wanted == "auto" else wanted, most)
+    if isinstance(wanted, int) and wanted != pattern.length:
+        raise ValueError(
+            f"block_length={wanted} differs from that of the engine, which attends in blocks of {pattern.length}; "
+            f"leave it out, or make an engine with block_length={wanted}"
+        )
+    return min(pattern.length, most)
 
 
 def _check_prompt(lm: LanguageModel, row: Sequence[int], gen_length: int, infill: bool, name: str) -> None:

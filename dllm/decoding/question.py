@@ -191,6 +191,6 @@ def _read_at(
 def _horizon(canvas: Canvas, slots: NDArray[np.int64], places: Places) -> NDArray[np.int64]:
     """(A,) the column from which on nothing is attended to by what is read of each sequence."""
     sequence, column = places
-    last = np.zeros(len(slots), dtype=np.int64)
+    last = canvas.padding[canvas.rows[slots]]
     np.maximum.at(last, sequence, column)
     return canvas.horizon(canvas.rows[slots], last)

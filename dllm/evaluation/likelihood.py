@@ -127,7 +127,8 @@ def is_greedy(lm: LanguageModel, prefix: Sequence[int], target: Sequence[int], c
     """Whether greedy decoding, one token per step by confidence, gives exactly `target` after `prefix`.
 
     LLaDA's suffix_greedy_prediction: one block of as many masks as `target` has tokens, without stopping at
-    end-of-text. Decoding ends at the first token that differs. Difference: [MASK] is never predicted.
+    end-of-text; in models whose attention is causal over blocks, block after block. Decoding ends at the first token
+    that differs. Difference: [MASK] is never predicted.
 
     Raises:
         ValueError: as `loglikelihood`.

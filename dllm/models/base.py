@@ -194,7 +194,7 @@ class MaskedDiffusionModel(PreTrainedModel):
         config = self.config
         hidden = self.get_input_embeddings()(input_ids)
         mask = _per_query(attention_mask)
-        if self.pattern is not None and (mask is None or mask.shape[2] == 1):
+        if self.pattern is not None and (attention_mask is None or attention_mask.ndim == 2):
             own = self.pattern(position_ids, position_ids)
             mask = own if mask is None else _seeing_themselves(own & mask)
         inputs = BlockInputs(
