@@ -15,6 +15,9 @@ As in the published code, probabilities are a plain softmax over the whole vocab
 which is never predicted. Differences: l is stratified over all samples at once, not batch by batch, and
 halves are rounded up, since rounding to even, as in the published code, favours even l; identical states
 are computed once; log-probabilities are float32 or wider.
+
+Both mask positions of all blocks at once. Models whose attention is causal over blocks were trained with clean
+earlier blocks: for them order=left_to_right is the estimate to use.
 """
 
 from __future__ import annotations
