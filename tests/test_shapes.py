@@ -20,11 +20,12 @@ CHECKED = pytest.mark.skipif("DLLM_SHAPES" not in os.environ, reason="run by the
 FILES = (
     "backbones", "samplers", "conftest.py", "test_shapes.py", "test_contract.py", "test_caches.py", "test_api.py",
     "test_prediction.py", "test_canvas.py", "test_pattern.py", "test_drift.py", "test_layout.py", "test_store.py",
+    "test_branches.py",
 )  # fmt: skip
 NAMES = (
     "backbones", "wrong_shape", "within_another", "finishes_without_masks", "masks_anywhere", "lower_precision",
     "edited_position", "drafts_are_lossless", "test_api", "test_prediction", "test_canvas", "test_drift", "test_layout",
-    "test_store", "equals_the_rule", "as_the_method",
+    "test_store", "test_branches", "equals_the_rule", "as_the_method",
 )  # fmt: skip
 
 

@@ -59,7 +59,7 @@ class Branches:
         kept = kept & ~(shadow[None, :, None] & self._hides(torch.arange(low, high, device=self.branch.device)))
         return torch.cat((kept, among), dim=-1)[:, None]
 
-    def _hides(self, columns: Int[Tensor, "*R #Q K"]) -> Bool[Tensor, "R Q K"]:
+    def _hides(self, columns: Int[Tensor, "... K"]) -> Bool[Tensor, "R Q K"]:
         """Columns of the canvas that a shadow does not attend to."""
         own = self.columns[..., None]
         return (columns == own) | (columns == own + self.shift)
