@@ -192,8 +192,9 @@ class Reuse(PerRow):
         changed = change.revoked | change.edited
         self._stale[change.rows] |= changed
         if self._block_length and changed.any():
-            first = np.where(changed.any(1), changed.argmax(1), changed.shape[1]) - self._block_length
-            self._exact[change.rows] &= np.arange(changed.shape[1]) <= first[:, None]
+            # Whatever shares a block with the first change, or comes after it, attends to it.
+            kept = np.where(changed.any(1), changed.argmax(1) - self._block_length, changed.shape[1])
+            self._exact[change.rows] &= np.arange(changed.shape[1]) <= kept[:, None]
 
     def expire(self, rows: NDArray[np.int64]) -> None:
         """Recompute every position in the next forward of these rows."""

@@ -42,22 +42,17 @@ class Branches:
     def mask(self) -> Bool[Tensor, "R 1 Q K"]:
         """The mask over the stored columns, where there is a store, and then the computed ones."""
         low, high = self.span
-        shadow = (self.branch > 0) if self.attention == "shadow" else torch.zeros_like(self.branch, dtype=torch.bool)
-        hidden = self._hides(self.columns[:, None, :])
-        own = self.branch[:, None] == self.branch
-        if self.attention == "shadow":
-            canvas = (self.branch == 0)[None, None] & ~(shadow[None, :, None] & hidden)
-            own = canvas | torch.eye(len(self.branch), dtype=torch.bool, device=self.branch.device)
-        readable = self.fresh & self.real.gather(1, self.columns - low)
-        among = (own & readable[:, None]).expand(len(self.columns), -1, -1)
-        if not self.stored:
-            return among[:, None]
+        rows, width = self.columns.shape
+        among = (self.branch[:, None] == self.branch).expand(rows, -1, -1)
         # Each column is attended to once: fresh where the draft computes it, stored elsewhere.
-        kept = self.real.scatter(1, self.columns[:, : self.first] - low, False)[:, None].expand(
-            -1, len(self.branch), -1
-        )
-        kept = kept & ~(shadow[None, :, None] & self._hides(torch.arange(low, high, device=self.branch.device)))
-        return torch.cat((kept, among), dim=-1)[:, None]
+        kept = self.real.scatter(1, self.columns[:, : self.first] - low, False)[:, None].expand(-1, width, -1)
+        if self.attention == "shadow":
+            canvas, shadow = self.branch == 0, (self.branch > 0)[:, None]
+            itself = torch.eye(width, dtype=torch.bool, device=canvas.device)
+            among = (canvas & ~(shadow & self._hides(self.columns[:, None]))) | itself
+            kept = kept & ~(shadow & self._hides(torch.arange(low, high, device=canvas.device)))
+        among = among & (self.fresh & self.real.gather(1, self.columns - low))[:, None]
+        return (torch.cat((kept, among), dim=-1) if self.stored else among)[:, None]
 
     def _hides(self, columns: Int[Tensor, "... K"]) -> Bool[Tensor, "R Q K"]:
         """Columns of the canvas that a shadow does not attend to."""
