@@ -43,7 +43,7 @@ def test_an_interval_holds_its_share_and_mirrors_its_complement(n: int) -> None:
 
 
 def test_final_and_chain_are_counted_apart() -> None:
-    result = score([RIGHT, ANSWER_ONLY, ANSWER_ONLY, WRONG], nfe=3.0, tpf=2.0, tokens_per_second=1.0)
+    result = score([RIGHT, ANSWER_ONLY, ANSWER_ONLY, WRONG], nfe=3.0, tpf=2.0)
     assert (result.n, result.final, result.chain) == (4, 0.75, 0.25)
     assert result.interval == wilson(3, 4)
 

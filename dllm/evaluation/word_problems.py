@@ -1,17 +1,16 @@
-"""Quality and speed of a model on the bundled word problems."""
+"""Quality and forwards of a model on the bundled word problems."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from dllm.api import generate
-from dllm.decoding.drift import Drift
 from dllm.evaluation.metrics import wilson
 from dllm.models.loading import LanguageModel
 from dllm.tasks.word_problems import Grade, Problem, grade
@@ -28,11 +27,7 @@ class Score:
         interval: 95% Wilson interval of `final`.
         nfe: mean denoiser forwards per problem.
         tpf: generated tokens up to end-of-text over forwards.
-        tokens_per_second: generated tokens up to end-of-text over wall time.
-        positions: mean positions computed by the denoiser per problem.
         guide_nfe: mean guide forwards per problem.
-        refreshes: mean full refreshes of a cache per problem.
-        drift: approximation error of the cache; None if not measured.
     """
 
     n: int
@@ -41,11 +36,7 @@ class Score:
     interval: tuple[float, float]
     nfe: float
     tpf: float
-    tokens_per_second: float
-    positions: float = 0.0
     guide_nfe: float = 0.0
-    refreshes: float = 0.0
-    drift: Drift | None = None
 
 
 def evaluate(
@@ -67,14 +58,8 @@ def evaluate(
     if error := next(filter(None, result.errors), None):
         raise ValueError(f"a problem has no answer: {error}")
     grades = [grade(text or "", problem) for text, problem in zip(result.texts, problems, strict=True)]
-    stats, nfe = result.stats, float(result.nfe.double().mean())
-    return replace(
-        score(grades, nfe, stats.tpf, stats.tokens_per_second),
-        positions=stats.computed_columns / len(problems),
-        guide_nfe=float(result.guide_nfe.double().mean()),
-        refreshes=stats.cache_refreshes / len(problems),
-        drift=stats.drift,
-    )
+    nfe, guide_nfe = (float(each.double().mean()) for each in (result.nfe, result.guide_nfe))
+    return score(grades, nfe, result.stats.tpf, guide_nfe)
 
 
 def evaluate_causal(
@@ -97,10 +82,10 @@ def evaluate_causal(
         texts = tokenizer.batch_decode(out[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
         grades += [grade(text, problem) for text, problem in zip(texts, batch, strict=True)]
         progress(len(grades))
-    return score(grades, nfe=math.nan, tpf=1.0, tokens_per_second=math.nan)
+    return score(grades, nfe=math.nan, tpf=1.0)
 
 
-def score(grades: Sequence[Grade], nfe: float, tpf: float, tokens_per_second: float) -> Score:
+def score(grades: Sequence[Grade], nfe: float, tpf: float, guide_nfe: float = 0.0) -> Score:
     """Aggregate graded answers."""
     right = sum(g.final for g in grades)
     return Score(
@@ -110,5 +95,5 @@ def score(grades: Sequence[Grade], nfe: float, tpf: float, tokens_per_second: fl
         interval=wilson(right, len(grades)),
         nfe=nfe,
         tpf=tpf,
-        tokens_per_second=tokens_per_second,
+        guide_nfe=guide_nfe,
     )
