@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
@@ -38,7 +38,7 @@ class MaskedDiffusionModel(PreTrainedModel):
         logits_shift: the prediction for column i is read at column i - logits_shift.
         tempered_confidence: the published sampler computes confidences from softmax(logits / temperature).
         end_of_turn: tokens that end a chat turn and count as end-of-text if the tokenizer has them.
-        remembered_fingerprint: of packed weights.
+        packed_weights: the weights by name, if they are packed.
         extra_eos_token_ids: end-of-text ids beside the config's; `dllm.load` sets those of `end_of_turn`.
     """
 
@@ -46,7 +46,7 @@ class MaskedDiffusionModel(PreTrainedModel):
     tempered_confidence: ClassVar[bool] = False
     end_of_turn: ClassVar[tuple[str, ...]] = ()
     extra_eos_token_ids: tuple[int, ...] = ()
-    remembered_fingerprint: str | None = None
+    packed_weights: Mapping[str, Callable[[], Tensor]] | None = None
     _supports_sdpa = True
 
     def __init__(self, config: PretrainedConfig) -> None:
@@ -151,12 +151,14 @@ class MaskedDiffusionModel(PreTrainedModel):
 
         A hash of every weight, rounded to bfloat16, and of the config's heads, constants and [MASK] id.
         """
-        if self.remembered_fingerprint is not None:
-            return self.remembered_fingerprint
         config = self.config
         constants = (*self.kv_shape, config.num_attention_heads, config.rope_theta, config.rms_norm_eps)
         settings = ",".join(str(float(value)) for value in (*constants, config.mask_token_id))
-        weights = ((name, _at_hand(self, name, weight)) for name, weight in self.state_dict(keep_vars=True).items())
+        weights: Iterable[tuple[str, Tensor]]
+        if self.packed_weights is not None:
+            weights = ((name, weight()) for name, weight in self.packed_weights.items())
+        else:
+            weights = ((name, _at_hand(self, name, weight)) for name, weight in self.state_dict(keep_vars=True).items())
         return checksum(chain([(settings, torch.empty(0, device="cpu"))], weights))
 
     def forward(
