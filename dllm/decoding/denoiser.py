@@ -19,7 +19,7 @@ from dllm.decoding.canvas import Canvas
 from dllm.decoding.drift import Meter
 from dllm.decoding.flags import flagged
 from dllm.decoding.graphs import Forward
-from dllm.decoding.layout import OVERHEAD, by_width, pack, span
+from dllm.decoding.layout import OVERHEAD, Layout, by_width, pack, span
 from dllm.decoding.nonfinite import Broken, not_finite, reason
 from dllm.decoding.prediction import Part, Prediction, Sampling
 from dllm.decoding.question import Question, about_drafts, about_window
@@ -165,17 +165,32 @@ class Denoiser:
         """Logits of the requested positions, in one forward that computes some columns of each sequence."""
         if question.joined > 1:
             return self._joined(question, store, compute)
-        tokens, visible = question.tokens, question.visible
-        low, high = span(visible)
-        host, places = pack(compute)
-        sequence, column = question.places
-        select = sequence * host.shape[1] + places[sequence, column]
-        columns, select_at, first = send(tokens.device, host, select, self.canvas.padding[question.rows])
-        selection = Selection(question.rows, question.slots, question.first, host, columns, (low, high))
+        tokens, places = question.tokens, question.places
+        layout, within = self._layout(question, store, compute)
+        low, high = layout.span
+        sequence, column = places
+        select = layout.place[sequence] * layout.host.shape[1] + within[sequence, column]
+        source = np.maximum(layout.source, 0)
+        rows = question.rows[source]
+        columns, select_at, first, of = send(tokens.device, layout.host, select, self.canvas.padding[rows], source)
+        if len(source) > len(tokens):
+            tokens = tokens[of]
+        first_of_row = question.first[source]
+        selection = Selection(rows, layout.slots, first_of_row, layout.host, columns, layout.span)
         positions = (columns - first[:, None]).clamp(min=0)
         keys = torch.arange(low, high, device=tokens.device) - first[:, None]
-        mask = self._mask(self._attention_mask(visible[:, low:high]), positions, keys)
-        return self._forward(tokens.gather(1, columns), positions, mask, store.bind(selection), select_at)
+        mask = self._mask(self._attention_mask(layout.visible[:, low:high]), positions, keys)
+        tokens = tokens.gather(1, columns.clamp(max=tokens.shape[1] - 1))
+        return self._forward(tokens, positions, mask, store.bind(selection), select_at)
+
+    def _layout(self, question: Question, store: Store, compute: NDArray[np.bool_]) -> tuple[Layout, NDArray[np.int64]]:
+        """The layout of a forward, and (A, L) the index of each computed column in its sequence."""
+        host, within = pack(compute)
+        visible = question.visible
+        layout = Layout(host, visible, question.slots, np.arange(len(host)), span(visible))
+        if self._run.widest and store.spare and question.first.all():
+            layout = layout.recurring(self.canvas.slots, self._run.widest)
+        return layout, within
 
     def _joined(self, question: Question, store: Store | None, compute: NDArray[np.bool_]) -> Float[Tensor, "N V"]:
         """Logits of the requested positions, with the drafts of each row concatenated to one sequence."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
@@ -193,7 +193,18 @@ class MaskedDiffusionModel(PreTrainedModel):
                 raise TypeError(f"{type(self).__name__}.forward takes no {name}; leave it out")
         if position_ids is None:
             position_ids = _default_positions(input_ids, attention_mask)
-        config = self.config
+        hidden = self.hidden_states(input_ids, attention_mask, position_ids, store, select)
+        return MaskedLMOutput(logits=self.project(hidden))
+
+    def hidden_states(
+        self,
+        input_ids: Int[Tensor, "B C"],
+        attention_mask: Tensor | None,
+        position_ids: Int[Tensor, "B C"],
+        store: KVStore | None,
+        select: Int[Tensor, " N"] | None,
+    ) -> Float[Tensor, "*N d"]:
+        """Output of the last block at the selected columns; arguments are those of `forward`."""
         hidden = self.get_input_embeddings()(input_ids)
         mask = _per_query(attention_mask)
         if self.pattern is not None and (attention_mask is None or attention_mask.ndim == 2):
@@ -201,20 +212,21 @@ class MaskedDiffusionModel(PreTrainedModel):
             mask = own if mask is None else _seeing_themselves(own & mask)
         inputs = BlockInputs(
             self.head_dim,
-            rotary_embedding(position_ids, self.rotary_dim, config.rope_theta, hidden.dtype),
+            rotary_embedding(position_ids, self.rotary_dim, self.config.rope_theta, hidden.dtype),
             mask,
             store,
-            eager=config._attn_implementation == "eager",
+            eager=self.config._attn_implementation == "eager",
             features=store if isinstance(store, FeatureStore) else None,
             watch=store if isinstance(store, AttentionStore) else None,
             parted=store if isinstance(store, PartedStore) else None,
         )
         for layer, block in enumerate(self.blocks):
             hidden = block(layer, hidden, inputs)
-        if select is not None:
-            hidden = hidden.flatten(0, 1)[select]
-        logits = self.get_output_embeddings()(self.final_norm(hidden))
-        return MaskedLMOutput(logits=logits[..., : config.vocab_size])
+        return hidden if select is None else hidden.flatten(0, 1)[select]
+
+    def project(self, hidden: Float[Tensor, "*N d"]) -> Float[Tensor, "*N V"]:
+        """Logits of hidden states of the last block."""
+        return self.get_output_embeddings()(self.final_norm(hidden))[..., : self.config.vocab_size]
 
 
 def _at_hand(model: nn.Module, name: str, weight: Tensor) -> Tensor:
