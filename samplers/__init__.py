@@ -1,6 +1,7 @@
 """Unmasking policies, one per file. A new one is a module here, a YAML in conf/sampler/ and a test."""
 
 from dllm.samplers.ar_guided import ARGuided
+from dllm.samplers.eb import EB
 from dllm.samplers.entropy_threshold import EntropyThreshold
 from dllm.samplers.factor import Factor
 from dllm.samplers.freedave import FreeDave
@@ -11,6 +12,7 @@ from dllm.samplers.threshold import Threshold
 from dllm.samplers.vanilla import Vanilla
 
 __all__ = [
+    "EB",
     "ARGuided",
     "EntropyThreshold",
     "Factor",

@@ -5,8 +5,9 @@ parameters of one decode by published code, with its sequence. `plan` maps it; w
 counterpart here: `stop_until_eos` and FlashDLM's `early_stop`, which change what is decoded before the end of
 text (here stopping never does); guided cases in which the reference's caches lost count; Dream's cases of
 FreeDave and Fast-dLLM with a cache, which commit each block's first token unconditionally; FreeDave's eager
-drafts with a cache, which are refused here; and options that are not here (`gamma`, `sigma`, guided
-`aggressive` and `dynamic_threshold`).
+drafts with a cache, which are refused here; d2Cache's thresholds and factors on a score other than the
+confidence, and factors that commit at least several; and options that are not here (`sigma`, guided `aggressive`
+and `dynamic_threshold`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dllm.cache import DKVCache, DLLMCache, FreeCache
 from dllm.cache.base import Cache
 from dllm.filters import ConfidenceFilter, Filter
 from dllm.samplers import (
+    EB,
     ARGuided,
     EntropyThreshold,
     Factor,
@@ -33,7 +35,7 @@ from dllm.samplers.base import Sampler
 ORDERS = {"maskgit_plus": "low_confidence", "topk_margin": "margin", "entropy": "entropy"}
 MODES = {"batch_expanding": "batch", "tree_attention": "tree"}
 STRATEGIES = {"deterministic": "argmax", "topk": "topk", "topk_relative": "ratio"}
-UNSUPPORTED = ("gamma", "sigma", "stop_until_eos")
+UNSUPPORTED = ("sigma", "stop_until_eos")
 FILTERS = ("filters", "llada_filters")
 SUPPRESSION = {(False, False): None, (True, False): "logits", (False, True): "confidence", (True, True): "both"}
 
@@ -125,12 +127,7 @@ def sampler_of(folder: Path, case: dict[str, Any]) -> Any:
             guide = str(folder / case["guide"])
             return ARGuided(guide, accept, p["acceptance_top_k"], p["relative_threshold"])
         case "d2_vanilla" | "d2cache_repo_vanilla":
-            if p.get("factor") is not None:
-                return Factor(p["factor"])
-            if p.get("threshold") is not None:
-                return Threshold(p["threshold"], at_least=p.get("num_transfer_tokens", 1))
-            order = ORDERS[p.get("alg", "maskgit_plus")]
-            return Vanilla(tokens_per_step=p.get("num_transfer_tokens", 1), order=order)
+            return d2cache_sampler(ORDERS[p.get("alg", "maskgit_plus")], p.get("num_transfer_tokens", 1), p)
         case "sdar_greedy" if p["block_length"] % p["denoising_steps"] == 0:
             count = p["block_length"] // p["denoising_steps"]
             return Vanilla(tokens_per_step=count) if p["threshold"] >= 1 else Threshold(p["threshold"], at_least=count)
@@ -138,6 +135,22 @@ def sampler_of(folder: Path, case: dict[str, Any]) -> Any:
             return Vanilla(steps=p["steps"], order=ORDERS[p["alg"]], schedule="timestep")
         case "fast_dllm_dream_nocache":
             return Threshold(p["threshold"], steps=p["steps"])
+        case _:
+            return None
+
+
+def d2cache_sampler(order: Any, at_least: int, p: dict[str, Any]) -> Any:
+    """The sampler of a case of d2Cache's repository."""
+    bounds = [p.get(name) for name in ("gamma", "factor", "threshold")]
+    match bounds:
+        case [None, None, None]:
+            return Vanilla(tokens_per_step=at_least, order=order)
+        case [gamma, None, None]:
+            return EB(gamma, order, "last", at_least)
+        case [None, factor, None] if order == "low_confidence" and at_least == 1:
+            return Factor(factor)
+        case [None, None, threshold] if order == "low_confidence":
+            return Threshold(threshold, at_least)
         case _:
             return None
 

@@ -12,6 +12,7 @@ import torch
 import dllm
 from contract_rig import BY_NAME, GUIDED, LEARNED, PROMPTS, Maker, backbones, common_token
 from dllm.samplers import (
+    EB,
     EntropyThreshold,
     Factor,
     FreeDave,
@@ -38,6 +39,7 @@ SAMPLERS: dict[str, Any] = {
     "factor-3": Factor(3.0),
     "entropy-2": EntropyThreshold(2.0),
     "localleap-wide": LocalLeap(0.5, 0.2, 3),
+    "eb-wide": EB(3.0, "entropy"),
     "learn2pd-cut": replace(LEARNED, eotp="published"),
     "learn2pd-accepted": replace(LEARNED, eotp="accepted"),
     "learn2pd-safe": replace(LEARNED, eotp="safe"),

@@ -9,6 +9,7 @@ import torch
 
 import dllm
 from dllm.samplers import (
+    EB,
     ARGuided,
     EntropyThreshold,
     Factor,
@@ -33,6 +34,7 @@ BASES = {
     "factor": Factor(2.0),
     "entropy_threshold": EntropyThreshold(1.5),
     "localleap": LocalLeap(0.5, 0.3, 3),
+    "eb": EB(2.0),
     "learn2pd": Learn2PD(random_filter(), 0.8, allow_mismatch=True),
     "oracle": Oracle(),
 }
