@@ -5,6 +5,7 @@ from dllm.samplers.eb import EB
 from dllm.samplers.entropy_threshold import EntropyThreshold
 from dllm.samplers.factor import Factor
 from dllm.samplers.freedave import FreeDave
+from dllm.samplers.klass import KLASS
 from dllm.samplers.learn2pd import Learn2PD
 from dllm.samplers.localleap import LocalLeap
 from dllm.samplers.oracle import Oracle
@@ -13,6 +14,7 @@ from dllm.samplers.vanilla import Vanilla
 
 __all__ = [
     "EB",
+    "KLASS",
     "ARGuided",
     "EntropyThreshold",
     "Factor",

@@ -21,6 +21,7 @@ from dllm.cache.base import Cache
 from dllm.filters import ConfidenceFilter, Filter
 from dllm.samplers import (
     EB,
+    KLASS,
     ARGuided,
     EntropyThreshold,
     Factor,
@@ -128,6 +129,13 @@ def sampler_of(folder: Path, case: dict[str, Any]) -> Any:
             return ARGuided(guide, accept, p["acceptance_top_k"], p["relative_threshold"])
         case "d2_vanilla" | "d2cache_repo_vanilla":
             return d2cache_sampler(ORDERS[p.get("alg", "maskgit_plus")], p.get("num_transfer_tokens", 1), p)
+        case "klass":
+            at_least, order = p.get("num_transfer_tokens", 1), ORDERS[p.get("alg", "maskgit_plus")]
+            if p.get("threshold") is None and p.get("factor") is None:  # nothing qualifies
+                return Vanilla(tokens_per_step=at_least, order=order)
+            if p.get("factor") is not None or order != "low_confidence" or p.get("cache", "none") != "none":
+                return None
+            return KLASS(p["threshold"], p["kl_threshold"], p["kl_history_length"], at_least)
         case "sdar_greedy" if p["block_length"] % p["denoising_steps"] == 0:
             count = p["block_length"] // p["denoising_steps"]
             return Vanilla(tokens_per_step=count) if p["threshold"] >= 1 else Threshold(p["threshold"], at_least=count)

@@ -17,6 +17,7 @@ SAMPLERS: list[tuple[Any, Any]] = [
     (dllm.samplers.Vanilla(tokens_per_step=HUGE), dllm.samplers.Vanilla(tokens_per_step=12)),
     (dllm.samplers.Threshold(at_least=HUGE), dllm.samplers.Threshold(at_least=12)),
     (dllm.samplers.EB(at_least=HUGE), dllm.samplers.EB(at_least=12)),
+    (dllm.samplers.KLASS(history=HUGE, at_least=HUGE), dllm.samplers.KLASS(history=99, at_least=12)),
     (dllm.samplers.LocalLeap(radius=HUGE), dllm.samplers.LocalLeap(radius=12)),
 ]
 CACHES: list[tuple[Any, Any]] = [

@@ -13,6 +13,7 @@ import dllm
 from contract_rig import BY_NAME, GUIDED, LEARNED, PROMPTS, Maker, backbones, common_token
 from dllm.samplers import (
     EB,
+    KLASS,
     EntropyThreshold,
     Factor,
     FreeDave,
@@ -40,6 +41,8 @@ SAMPLERS: dict[str, Any] = {
     "entropy-2": EntropyThreshold(2.0),
     "localleap-wide": LocalLeap(0.5, 0.2, 3),
     "eb-wide": EB(3.0, "entropy"),
+    "klass-loose": KLASS(0.2, 0.8, 1),
+    "klass-block": KLASS(0.2, 0.8, 1, ahead=False),
     "learn2pd-cut": replace(LEARNED, eotp="published"),
     "learn2pd-accepted": replace(LEARNED, eotp="accepted"),
     "learn2pd-safe": replace(LEARNED, eotp="safe"),

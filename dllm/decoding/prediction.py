@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from dllm.checks import choice, number
@@ -174,6 +174,15 @@ class Prediction:
     def broken(self) -> Bool[Tensor, "*B K"]:
         """Where the logits are not finite and the prediction is invalid; False where not requested."""
         return self._spread(self._broken, False)
+
+    @property
+    def index(self) -> Int[Tensor, " N"]:
+        """Flat indices of the requested positions into what was asked, before any arrangement."""
+        return self._index
+
+    def aligned(self, values: Shaped[Tensor, " N"], fill: float) -> Shaped[Tensor, "*B K"]:
+        """Values of the requested positions, aligned to the window; `fill` elsewhere."""
+        return self._spread(values, fill)
 
     def _spread(self, values: Tensor, fill: float) -> Tensor:
         out = values.new_full((self._shape.numel(),), fill)
