@@ -1,10 +1,12 @@
 """Unmasking policies, one per file. A new one is a module here, a YAML in conf/sampler/ and a test."""
 
 from dllm.samplers.ar_guided import ARGuided
+from dllm.samplers.credit import Credit
 from dllm.samplers.eb import EB
 from dllm.samplers.entropy_threshold import EntropyThreshold
 from dllm.samplers.factor import Factor
 from dllm.samplers.freedave import FreeDave
+from dllm.samplers.hierarchical import Hierarchical
 from dllm.samplers.klass import KLASS
 from dllm.samplers.learn2pd import Learn2PD
 from dllm.samplers.localleap import LocalLeap
@@ -16,9 +18,11 @@ __all__ = [
     "EB",
     "KLASS",
     "ARGuided",
+    "Credit",
     "EntropyThreshold",
     "Factor",
     "FreeDave",
+    "Hierarchical",
     "Learn2PD",
     "LocalLeap",
     "Oracle",

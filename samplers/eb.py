@@ -1,4 +1,4 @@
-"""The entropy-bounded sampler, EB-Sampler (arXiv 2505.24857, section 3, algorithm 1).
+"""The entropy-bounded sampler, EB-Sampler (arXiv 2505.24857).
 
 The joint entropy of the positions in a set U is at least their largest entropy and at most the sum of them
 all; predicting them independently costs at most the difference. Per step, with the block's masked positions

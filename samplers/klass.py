@@ -1,4 +1,4 @@
-"""KLASS: KL-adaptive stability sampling (arXiv 2511.05664, section 3, algorithm 1).
+"""KLASS: KL-adaptive stability sampling (arXiv 2511.05664).
 
 Per step, with p_t the distribution at a masked position in this forward and p_(t-1) in the one before: commit
 every masked position of the block with

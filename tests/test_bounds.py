@@ -18,6 +18,7 @@ SAMPLERS: list[tuple[Any, Any]] = [
     (dllm.samplers.Threshold(at_least=HUGE), dllm.samplers.Threshold(at_least=12)),
     (dllm.samplers.EB(at_least=HUGE), dllm.samplers.EB(at_least=12)),
     (dllm.samplers.KLASS(history=HUGE, at_least=HUGE), dllm.samplers.KLASS(history=99, at_least=12)),
+    (dllm.samplers.Credit(at_least=HUGE), dllm.samplers.Credit(at_least=12)),
     (dllm.samplers.LocalLeap(radius=HUGE), dllm.samplers.LocalLeap(radius=12)),
 ]
 CACHES: list[tuple[Any, Any]] = [

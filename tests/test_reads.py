@@ -70,8 +70,12 @@ def steps(sampler: Any, cache: str, rows: int, monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual", "freecache", "dkv", "dllm_cache"])
 @pytest.mark.parametrize(
-    "name", ["vanilla", "threshold", "factor", "entropy_threshold", "localleap", "eb", "klass", "learn2pd"]
-)
+    "name",
+    [
+        "vanilla", "threshold", "factor", "entropy_threshold", "localleap", "eb", "klass", "credit", "hierarchical",
+        "learn2pd",
+    ],
+)  # fmt: skip
 def test_a_step_reads_the_device_once(name: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = name
     if name == "learn2pd":

@@ -14,6 +14,7 @@ from dllm.samplers import (
     EntropyThreshold,
     Factor,
     FreeDave,
+    Hierarchical,
     Learn2PD,
     LocalLeap,
     Oracle,
@@ -35,6 +36,7 @@ BASES = {
     "entropy_threshold": EntropyThreshold(1.5),
     "localleap": LocalLeap(0.5, 0.3, 3),
     "eb": EB(2.0),
+    "hierarchical": Hierarchical(0.5, 0.2),
     "learn2pd": Learn2PD(random_filter(), 0.8, allow_mismatch=True),
     "oracle": Oracle(),
 }
