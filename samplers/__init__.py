@@ -11,6 +11,7 @@ from dllm.samplers.klass import KLASS
 from dllm.samplers.learn2pd import Learn2PD
 from dllm.samplers.localleap import LocalLeap
 from dllm.samplers.oracle import Oracle
+from dllm.samplers.prophet import Prophet
 from dllm.samplers.threshold import Threshold
 from dllm.samplers.vanilla import Vanilla
 
@@ -26,6 +27,7 @@ __all__ = [
     "Learn2PD",
     "LocalLeap",
     "Oracle",
+    "Prophet",
     "Threshold",
     "Vanilla",
 ]

@@ -31,6 +31,7 @@ from dllm.samplers import (
     Hierarchical,
     Learn2PD,
     LocalLeap,
+    Prophet,
     Threshold,
     Vanilla,
 )
@@ -146,6 +147,8 @@ def sampler_of(folder: Path, case: dict[str, Any]) -> Any:
             return Hierarchical(threshold, min(low, threshold))
         case "dinfer_hierarchy_fast_v2" if p["low_threshold"] <= p["threshold"]:  # else another rule
             return Hierarchical(p["threshold"], p["low_threshold"])
+        case "prophet":
+            return Prophet(p["steps"], *p["thresholds"], p["answer_start"])
         case "klass":
             at_least, order = p.get("num_transfer_tokens", 1), ORDERS[p.get("alg", "maskgit_plus")]
             if p.get("threshold") is None and p.get("factor") is None:  # nothing qualifies

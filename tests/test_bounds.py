@@ -19,6 +19,10 @@ SAMPLERS: list[tuple[Any, Any]] = [
     (dllm.samplers.EB(at_least=HUGE), dllm.samplers.EB(at_least=12)),
     (dllm.samplers.KLASS(history=HUGE, at_least=HUGE), dllm.samplers.KLASS(history=99, at_least=12)),
     (dllm.samplers.Credit(at_least=HUGE), dllm.samplers.Credit(at_least=12)),
+    (
+        dllm.samplers.Prophet(answer_start=0, answer_length=HUGE),
+        dllm.samplers.Prophet(answer_start=0, answer_length=12),
+    ),
     (dllm.samplers.LocalLeap(radius=HUGE), dllm.samplers.LocalLeap(radius=12)),
 ]
 CACHES: list[tuple[Any, Any]] = [

@@ -22,6 +22,7 @@ from dllm.samplers import (
     Learn2PD,
     LocalLeap,
     Oracle,
+    Prophet,
     Threshold,
     Vanilla,
 )
@@ -47,6 +48,7 @@ SAMPLERS: dict[str, Any] = {
     "klass-block": KLASS(0.2, 0.8, 1, ahead=False),
     "credit-strong": Credit(0.6, 3.0, 0.5),
     "hierarchical-low": Hierarchical(0.5, 0.1),
+    "prophet-early": Prophet(None, 4.0, 2.5, 1.5),
     "learn2pd-cut": replace(LEARNED, eotp="published"),
     "learn2pd-accepted": replace(LEARNED, eotp="accepted"),
     "learn2pd-safe": replace(LEARNED, eotp="safe"),
