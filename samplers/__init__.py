@@ -12,6 +12,7 @@ from dllm.samplers.learn2pd import Learn2PD
 from dllm.samplers.localleap import LocalLeap
 from dllm.samplers.oracle import Oracle
 from dllm.samplers.prophet import Prophet
+from dllm.samplers.slowfast import SlowFast
 from dllm.samplers.threshold import Threshold
 from dllm.samplers.vanilla import Vanilla
 
@@ -28,6 +29,7 @@ __all__ = [
     "LocalLeap",
     "Oracle",
     "Prophet",
+    "SlowFast",
     "Threshold",
     "Vanilla",
 ]

@@ -32,6 +32,7 @@ from dllm.samplers import (
     Learn2PD,
     LocalLeap,
     Prophet,
+    SlowFast,
     Threshold,
     Vanilla,
 )
@@ -149,6 +150,10 @@ def sampler_of(folder: Path, case: dict[str, Any]) -> Any:
             return Hierarchical(p["threshold"], p["low_threshold"])
         case "prophet":
             return Prophet(p["steps"], *p["thresholds"], p["answer_start"])
+        case "slowfast":
+            limits = p["high_confidence_threshold"], p["cycle_len_confidence_threshold"]
+            window, deviation = p["cycle_length_stability_window"], p["cycle_length_stability_std_dev_threshold"]
+            return SlowFast(*limits, p["k_exploration_steps"], window, deviation)
         case "klass":
             at_least, order = p.get("num_transfer_tokens", 1), ORDERS[p.get("alg", "maskgit_plus")]
             if p.get("threshold") is None and p.get("factor") is None:  # nothing qualifies

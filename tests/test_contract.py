@@ -23,6 +23,7 @@ from dllm.samplers import (
     LocalLeap,
     Oracle,
     Prophet,
+    SlowFast,
     Threshold,
     Vanilla,
 )
@@ -49,6 +50,7 @@ SAMPLERS: dict[str, Any] = {
     "credit-strong": Credit(0.6, 3.0, 0.5),
     "hierarchical-low": Hierarchical(0.5, 0.1),
     "prophet-early": Prophet(None, 4.0, 2.5, 1.5),
+    "slowfast-short": SlowFast(0.4, 0.3, 1, 1),
     "learn2pd-cut": replace(LEARNED, eotp="published"),
     "learn2pd-accepted": replace(LEARNED, eotp="accepted"),
     "learn2pd-safe": replace(LEARNED, eotp="safe"),
