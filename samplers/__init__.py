@@ -11,6 +11,7 @@ from dllm.samplers.klass import KLASS
 from dllm.samplers.learn2pd import Learn2PD
 from dllm.samplers.localleap import LocalLeap
 from dllm.samplers.oracle import Oracle
+from dllm.samplers.pc import PC
 from dllm.samplers.prophet import Prophet
 from dllm.samplers.slowfast import SlowFast
 from dllm.samplers.threshold import Threshold
@@ -19,6 +20,7 @@ from dllm.samplers.vanilla import Vanilla
 __all__ = [
     "EB",
     "KLASS",
+    "PC",
     "ARGuided",
     "Credit",
     "EntropyThreshold",

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dllm.checks import number
@@ -29,7 +29,7 @@ from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
 from dllm.decoding.window import Edit, Window
 from dllm.samplers.base import Denoise, Policy
-from dllm.samplers.schedule import check_steps, steps_around_block
+from dllm.samplers.schedule import check_steps, steps_around_block, uniform_quota
 from dllm.samplers.selection import top
 
 
@@ -87,18 +87,17 @@ class Prophet(Policy):
     def step(self, window: Window, denoise: Denoise, state: int) -> Edit:
         """Commit everything where the answer is decided, and what is scheduled elsewhere."""
         prediction = denoise(decided=True, ahead=True)
-        before, through = steps_around_block(window.span if self.steps is None else self.steps, window)
-        steps, masks = through - before, window.entry_masks
-        quota = masks // steps + (window.step < masks % steps)
+        steps = window.span if self.steps is None else self.steps
+        before, _ = steps_around_block(steps, window)
         confidence = prediction.arranged(lambda values: values.gather(1, window.columns)).confidence
-        scheduled = top(confidence, quota, window.masked)
-        decided = self._decided(window, prediction, before + window.step + 1)
+        scheduled = top(confidence, uniform_quota(steps, window), window.masked)
+        decided = self._decided(window, prediction, (before + window.step + 1).double() / steps)
         everything = (window.tokens == state) & window.region & decided[:, None]
         columns = torch.arange(window.tokens.shape[1], device=decided.device).expand_as(window.tokens)
         return Edit(columns, prediction.tokens, flagged(everything, window.columns, scheduled))
 
-    def _decided(self, window: Window, prediction: Prediction, step: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
-        """Whether the answer's mean gap is wide enough for this step of each row."""
+    def _decided(self, window: Window, prediction: Prediction, progress: Float[Tensor, " B"]) -> Bool[Tensor, " B"]:
+        """Whether the answer's mean gap is wide enough for the progress of each row."""
         gap = prediction.aligned(_gap(prediction.given), 0.0)
         answer = window.region
         if self.answer_start is not None:
@@ -106,7 +105,6 @@ class Prophet(Policy):
             after = place - min(self.answer_start, gap.shape[1])
             answer = answer & (after >= 0) & (after < min(self.answer_length or 5, gap.shape[1]))
         mean = gap.where(answer, 0).sum(-1) / answer.sum(-1)
-        progress = step.double() / (window.span if self.steps is None else self.steps)
         bound = torch.where(progress < 0.33, self.early, torch.where(progress < 0.67, self.mid, self.late))
         return mean >= bound
 

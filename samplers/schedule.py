@@ -50,3 +50,10 @@ def steps_around_block(steps: Int[Tensor, " B"] | int, window: Window) -> tuple[
     before, through = first.clamp(min=0), (first + own).minimum(window.span)
     blocks = (first + 2 * own - 1) // own  # with this one
     return (before * steps // window.span).maximum(blocks - 1), (through * steps // window.span).maximum(blocks)
+
+
+def uniform_quota(steps: Int[Tensor, " B"] | int, window: Window) -> Int[Tensor, " B"]:
+    """Tokens to commit in this step by LLaDA's schedule: floor(masks / steps), the remainder in the first steps."""
+    # With fewer masks than steps, each step commits one until none is left.
+    steps, masks = steps_of_block(steps, window), window.entry_masks
+    return masks // steps + (window.step < masks % steps)
