@@ -1,6 +1,7 @@
 """Unmasking policies, one per file. A new one is a module here, a YAML in conf/sampler/ and a test."""
 
 from dllm.samplers.ar_guided import ARGuided
+from dllm.samplers.certainty import Certainty
 from dllm.samplers.credit import Credit
 from dllm.samplers.eb import EB
 from dllm.samplers.entropy_threshold import EntropyThreshold
@@ -22,6 +23,7 @@ __all__ = [
     "KLASS",
     "PC",
     "ARGuided",
+    "Certainty",
     "Credit",
     "EntropyThreshold",
     "Factor",

@@ -7,8 +7,9 @@ text (here stopping never does); dInfer's blocks that begin within the prompt, a
 threshold is above the other; guided cases in which the reference's caches lost count; Dream's cases of
 FreeDave and Fast-dLLM with a cache, which commit each block's first token unconditionally; FreeDave's eager
 drafts with a cache, which are refused here; d2Cache's thresholds and factors on a score other than the
-confidence, factors that commit at least several, and KLASS with a cache; and options that are not here (`sigma`,
-guided `aggressive` and `dynamic_threshold`).
+confidence, other rules on a confidence times `sigma`'s density, factors that commit at least several, and KLASS
+with a cache; and options that are not here (guided
+`aggressive` and `dynamic_threshold`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dllm.samplers import (
     EB,
     KLASS,
     ARGuided,
+    Certainty,
     Credit,
     EntropyThreshold,
     Factor,
@@ -44,7 +46,7 @@ STRATEGIES = {"deterministic": "argmax", "topk": "topk", "topk_relative": "ratio
 # These end, with `early_stop` or not, after the first block that holds an end-of-text: what is up to it is the same.
 DINFER_BLOCKS = ("dinfer_threshold", "dinfer_credit", "dinfer_hierarchy")
 HIERARCHY = {"threshold": 2.0, "low_threshold": 0.0}  # null: no position, and every one
-UNSUPPORTED = ("sigma", "stop_until_eos")
+UNSUPPORTED = ("stop_until_eos",)
 FILTERS = ("filters", "llada_filters")
 SUPPRESSION = {(False, False): None, (True, False): "logits", (False, True): "confidence", (True, True): "both"}
 
@@ -156,9 +158,14 @@ def sampler_of(folder: Path, case: dict[str, Any]) -> Any:
             return SlowFast(*limits, p["k_exploration_steps"], window, deviation)
         case "klass":
             at_least, order = p.get("num_transfer_tokens", 1), ORDERS[p.get("alg", "maskgit_plus")]
-            if p.get("threshold") is None and p.get("factor") is None:  # nothing qualifies
+            if p.get("threshold") is None and p.get("factor") is None and not p.get("sigma"):  # nothing qualifies
                 return Vanilla(tokens_per_step=at_least, order=order)
-            if p.get("factor") is not None or order != "low_confidence" or p.get("cache", "none") != "none":
+            if (
+                p.get("factor") is not None
+                or p.get("sigma")
+                or order != "low_confidence"
+                or p.get("cache", "none") != "none"
+            ):
                 return None
             return KLASS(p["threshold"], p["kl_threshold"], p["kl_history_length"], at_least)
         case "sdar_greedy" if p["block_length"] % p["denoising_steps"] == 0:
@@ -175,6 +182,9 @@ def sampler_of(folder: Path, case: dict[str, Any]) -> Any:
 def d2cache_sampler(order: Any, at_least: int, p: dict[str, Any]) -> Any:
     """The sampler of a case of d2Cache's repository."""
     bounds = [p.get(name) for name in ("gamma", "factor", "threshold")]
+    if p.get("sigma"):
+        plain = order == "low_confidence" and bounds[:2] == [None, None]
+        return Certainty(p["sigma"], 2.0 if bounds[2] is None else bounds[2], at_least) if plain else None
     match bounds:
         case [None, None, None]:
             return Vanilla(tokens_per_step=at_least, order=order)

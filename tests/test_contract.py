@@ -14,6 +14,7 @@ from contract_rig import BY_NAME, GUIDED, LEARNED, PROMPTS, Maker, backbones, co
 from dllm.samplers import (
     EB,
     KLASS,
+    Certainty,
     Credit,
     EntropyThreshold,
     Factor,
@@ -51,6 +52,7 @@ SAMPLERS: dict[str, Any] = {
     "hierarchical-low": Hierarchical(0.5, 0.1),
     "prophet-early": Prophet(None, 4.0, 2.5, 1.5),
     "slowfast-short": SlowFast(0.4, 0.3, 1, 1),
+    "certainty-near": Certainty(3.0, 0.2),
     "learn2pd-cut": replace(LEARNED, eotp="published"),
     "learn2pd-accepted": replace(LEARNED, eotp="accepted"),
     "learn2pd-safe": replace(LEARNED, eotp="safe"),
