@@ -1,23 +1,39 @@
 """Unmasking policies, one per file. A new one is a module here, a YAML in conf/sampler/ and a test."""
 
 from dllm.samplers.ar_guided import ARGuided
+from dllm.samplers.certainty import Certainty
+from dllm.samplers.credit import Credit
+from dllm.samplers.eb import EB
 from dllm.samplers.entropy_threshold import EntropyThreshold
 from dllm.samplers.factor import Factor
 from dllm.samplers.freedave import FreeDave
+from dllm.samplers.hierarchical import Hierarchical
+from dllm.samplers.klass import KLASS
 from dllm.samplers.learn2pd import Learn2PD
 from dllm.samplers.localleap import LocalLeap
 from dllm.samplers.oracle import Oracle
+from dllm.samplers.pc import PC
+from dllm.samplers.prophet import Prophet
+from dllm.samplers.slowfast import SlowFast
 from dllm.samplers.threshold import Threshold
 from dllm.samplers.vanilla import Vanilla
 
 __all__ = [
+    "EB",
+    "KLASS",
+    "PC",
     "ARGuided",
+    "Certainty",
+    "Credit",
     "EntropyThreshold",
     "Factor",
     "FreeDave",
+    "Hierarchical",
     "Learn2PD",
     "LocalLeap",
     "Oracle",
+    "Prophet",
+    "SlowFast",
     "Threshold",
     "Vanilla",
 ]

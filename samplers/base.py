@@ -33,10 +33,11 @@ class Denoise(Protocol):
         tokens: Int[Tensor, "B D L"] | None = None,
         attention: Attention = "apart",
         decided: bool = False,
+        ahead: bool = False,
     ) -> Prediction:
         """Predict tokens.
 
-        A call about the window's own columns and tokens needs no device synchronization.
+        A call without `asked`, `columns` and `tokens` needs no device synchronization.
 
         Args:
             asked: requested positions; the window's masked positions by default. A row without any is left out
@@ -50,6 +51,7 @@ class Denoise(Protocol):
                 positions of the other drafts; each of these attends to itself and to the canvas except the position
                 it predicts and its own, and nothing attends to it.
             decided: request all positions of the window to be generated, decided ones included.
+            ahead: request those of later blocks, too; the prediction is then aligned to the canvas, (B, L).
         """
         ...
 
@@ -120,6 +122,7 @@ def constant_denoiser(prediction: Prediction) -> Denoise:
         tokens: Tensor | None = None,
         attention: Attention = "apart",
         decided: bool = False,
+        ahead: bool = False,
     ) -> Prediction:
         return prediction
 

@@ -38,7 +38,7 @@ from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
 from dllm.decoding.window import Edit, Window
 from dllm.samplers.base import Denoise, Policy, commit
-from dllm.samplers.schedule import check_steps, steps_of_block, steps_of_blocks
+from dllm.samplers.schedule import check_steps, steps_of_block, steps_of_blocks, uniform_quota
 from dllm.samplers.selection import perturbed, top
 
 ORDERS = ("low_confidence", "margin", "entropy", "random")
@@ -139,11 +139,9 @@ class Vanilla(Policy):
     def _quota(self, window: Window, state: Timetables) -> Int[Tensor, " B"] | int:
         if self.steps is None:
             return self.tokens_per_step
-        steps, masks = steps_of_block(self.steps, window), window.entry_masks
         if self.schedule == "timestep":
-            return state.quota(steps, window)
-        # With fewer masks than steps, each step commits one until none is left.
-        return masks // steps + (window.step < masks % steps)
+            return state.quota(steps_of_block(self.steps, window), window)
+        return uniform_quota(self.steps, window)
 
     def _score(self, window: Window, prediction: Prediction) -> Float[Tensor, "B K"]:
         match self.order:

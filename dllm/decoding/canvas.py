@@ -62,9 +62,10 @@ class Canvas:
         self.padding, self.origin, self.start, self.end, self.block_length = np.zeros((5, slots), dtype=np.int64)
         self.block, self.step, self.entry_masks = np.zeros((3, slots), dtype=np.int64)
         self.ends: NDArray[np.int64] = np.full((slots, 1), -1)
-        # One spare column absorbs masked-out writes, so that an edit is a single scatter; another one carries the
-        # failure flags of rows, so that they need no synchronization of their own.
-        self._buffer = torch.zeros((slots, length + 2), dtype=torch.long, device=device)
+        self.until: NDArray[np.int64] = np.full(slots, length)  # columns from there on are hidden in the next step
+        # One spare column absorbs masked-out writes, so that an edit is a single scatter; others carry what else is
+        # read of each row (`until`, and flags), so that it needs no synchronization of its own.
+        self._buffer = torch.zeros((slots, length + 3), dtype=torch.long, device=device)
         self._region = torch.zeros((slots, length), dtype=torch.bool, device=device)
 
     def exchange(self, leaving: Collection[int], entering: Sequence[Request]) -> Exchange:
@@ -104,6 +105,7 @@ class Canvas:
             self._stops[row] = StopStrings(request.tokenizer, request.stops, request.eos_token_ids)
         self.host[row], self.host[row, padding:] = request.eos_token_ids[0], request.tokens
         self.real[row], self.cut[row] = np.arange(self.length) >= padding, False
+        self.until[row] = self.length
         self.region[row] = (self.host[row] == self.mask_token_id) & self.real[row]
         self.start[row], self.end[row] = padding + request.start, padding + request.end
         self.origin[row] = padding + request.origin
@@ -123,7 +125,7 @@ class Canvas:
         rows, length = self.rows, self.block_length[self.rows]
         offset = np.arange(int(length.max()))
         columns = self.low[rows, None] + offset
-        inside = (columns < self.end[rows, None]) & (offset < length[:, None])
+        inside = (columns < np.minimum(self.end, self.until)[rows, None]) & (offset < length[:, None])
         columns = np.minimum(columns, self.length - 1)
         at = rows[:, None], columns
         inside &= self.region[at]
@@ -170,6 +172,7 @@ class Canvas:
         buffer = self._buffer[: len(rows)]
         buffer.scatter_(1, edit.columns.where(edit.write, self.length), edit.tokens)
         reports = [each for each in (broken, edit.broken) if each is not None]
+        buffer[:, -2] = self.length if edit.until is None else edit.until
         buffer[:, -1] = 0
         for number, each in enumerate(reports):
             buffer[:, -1] |= each.rows.long() << number
@@ -184,7 +187,7 @@ class Canvas:
         if (changed & ~region).any():
             raise RuntimeError("a sampler wrote outside the generated region")
         masked, unset = after == self.mask_token_id, before == self.mask_token_id
-        self.host[rows] = after
+        self.host[rows], self.until[rows] = after, read[:, -2]
         self.step[rows] += 1
         filled = self._cut(rows, edit.end, failed) if edit.end is not None else np.zeros_like(changed)
         stopped = self._stop_at_eos(rows)
@@ -208,8 +211,8 @@ class Canvas:
         return np.asarray(self.origin + self.block * self.block_length)
 
     def visible(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """(A, L) columns of some rows that are attended to: neither padding nor discarded."""
-        return np.asarray(self.real[rows] & ~self.cut[rows])
+        """(A, L) columns of some rows that are attended to: neither padding nor discarded nor hidden."""
+        return np.asarray(self.real[rows] & ~self.cut[rows] & (np.arange(self.length) < self.until[rows, None]))
 
     def horizon(self, rows: NDArray[np.int64], column: NDArray[np.int64]) -> NDArray[np.int64]:
         """(A,) the column from which on nothing is attended to by a column of each row."""

@@ -80,13 +80,17 @@ class Denoiser:
         tokens: Int[Tensor, "B D L"] | None = None,
         attention: Attention = "apart",
         decided: bool = False,
+        ahead: bool = False,
     ) -> Prediction:
         """Predict tokens; see `dllm.samplers.base.Denoise`."""
         window = self.window
         shift = self.backbone.logits_shift
         if asked is None and columns is None and tokens is None:
             asked, columns = window.inside if decided else window.masked, window.columns
-            question = about_window(self.canvas, window, decided, shift)
+            if ahead:
+                columns = torch.arange(self.canvas.length, device=columns.device).expand_as(window.tokens)
+                asked = window.region & (decided | (window.tokens == self.canvas.mask_token_id))
+            question = about_window(self.canvas, window, decided, ahead, shift)
         else:
             asked = window.masked if asked is None else asked
             columns = window.columns if columns is None else columns

@@ -134,16 +134,21 @@ class Question:
         return np.arange(self.canvas.length) >= column[:, None]
 
 
-def about_window(canvas: Canvas, window: Window, decided: bool, shift: int) -> Question:
+def about_window(canvas: Canvas, window: Window, decided: bool, ahead: bool, shift: int) -> Question:
     """A request for the masked positions of the window, or all of them, which the host knows without synchronization.
 
     Args:
         canvas: the canvas.
         window: its active blocks.
         decided: also request predictions for unmasked positions.
+        ahead: also request predictions for later blocks.
         shift: the prediction for column i is read at column i - shift.
     """
     columns, inside, masked = canvas.active
+    if ahead:
+        inside = canvas.region[canvas.rows]
+        masked = inside & (canvas.host[canvas.rows] == canvas.mask_token_id)
+        columns = np.broadcast_to(np.arange(canvas.length), inside.shape)
     grid, slots = inside if decided else masked, np.arange(len(columns))
     sequence, k = np.nonzero(grid)
     places = _read_at(canvas, slots, sequence, columns[sequence, k], shift)

@@ -26,8 +26,8 @@ class Window:
         start: column of the first position to generate.
         span: columns from there to the last position to generate.
         columns: canvas columns of each row's active block; past the end they repeat the last column.
-        inside: True at positions to generate, masked or not; False past the end of a short block and
-            at given tokens.
+        inside: True at positions to generate, masked or not; False past the end of a short block, at
+            given tokens and where the last edit hides them.
         masked: True where a token may be committed now.
         index: flat indices of `masked`, computed on the host.
         block: number of each row's active block.
@@ -75,6 +75,8 @@ class Edit:
         write: where to write.
         end: column before which each row ends: columns from there on are filled with end-of-text, never decoded
             and no longer attended to. None for no change; only without given tokens after a mask.
+        until: column from which on nothing is attended to in the next step, nor part of its window, which must keep a
+            mask; the canvas length to hide nothing. None hides nothing of any row.
         finished: rows that are complete with this edit, for policies that may edit after the last mask is gone; an
             early end of a text still finishes it. None: rows without masks.
         drafted: tokens that were verified as drafts, accepted where they are written; [MASK] where there were none.
@@ -88,6 +90,7 @@ class Edit:
     tokens: Int[Tensor, "B K"]
     write: Bool[Tensor, "B K"]
     end: Int[Tensor, " B"] | None = None
+    until: Int[Tensor, " B"] | None = None
     finished: Bool[Tensor, " B"] | None = None
     drafted: Int[Tensor, "B K"] | None = None
     guide_forwards: NDArray[np.int64] | None = None
