@@ -9,6 +9,7 @@ from dllm.samplers.localleap import LocalLeap
 from dllm.samplers.oracle import Oracle
 from dllm.samplers.threshold import Threshold
 from dllm.samplers.vanilla import Vanilla
+from dllm.samplers.wino import Wino
 
 __all__ = [
     "ARGuided",
@@ -20,4 +21,5 @@ __all__ = [
     "Oracle",
     "Threshold",
     "Vanilla",
+    "Wino",
 ]

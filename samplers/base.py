@@ -47,8 +47,9 @@ class Denoise(Protocol):
                 requested positions is not computed.
             attention: how the drafts of a row are computed. "apart": as D sequences. "tree": as one sequence, in
                 which each draft attends to itself only. "shadow": as one sequence of the canvas and the requested
-                positions of the other drafts; each of these attends to itself and to the canvas except the position
-                it predicts and its own, and nothing attends to it.
+                positions of the other drafts; each of these attends to those of its draft and to the canvas except
+                the position it predicts and its own, and the canvas does not attend to it. Without `tokens` there is
+                one shadow: masks at the positions of the window, requested in rows with a decided one.
             decided: request all positions of the window to be generated, decided ones included.
         """
         ...

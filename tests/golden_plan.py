@@ -27,6 +27,7 @@ from dllm.samplers import (
     LocalLeap,
     Threshold,
     Vanilla,
+    Wino,
 )
 from dllm.samplers.base import Sampler
 
@@ -138,6 +139,8 @@ def sampler_of(folder: Path, case: dict[str, Any]) -> Any:
             return Vanilla(steps=p["steps"], order=ORDERS[p["alg"]], schedule="timestep")
         case "fast_dllm_dream_nocache":
             return Threshold(p["threshold"], steps=p["steps"])
+        case "wino" if p["mask_id"] not in case["sequence"]:  # as shipped it loses what it masked again
+            return Wino(p["wide_in_thres"], p["narrow_out_thres"], p.get("num_transfer_tokens", 1))
         case _:
             return None
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dllm
-from dllm.samplers import EntropyThreshold, Factor, Threshold, Vanilla
+from dllm.samplers import EntropyThreshold, Factor, Threshold, Vanilla, Wino
 from models import random_dream, random_llada
 
 SAMPLERS = st.one_of(
@@ -20,6 +20,7 @@ SAMPLERS = st.one_of(
     st.builds(Threshold, threshold=st.floats(0, 1.1), at_least=st.integers(1, 3)),
     st.builds(Factor, factor=st.floats(0.01, 4)),
     st.builds(EntropyThreshold, threshold=st.floats(0, 4)),
+    st.builds(Wino, wide_in=st.floats(0, 1.1), narrow_out=st.floats(0, 1.1), at_least=st.integers(1, 3)),
 )
 PROMPTS = st.lists(st.lists(st.integers(0, 61), min_size=1, max_size=12), min_size=1, max_size=5)
 

@@ -187,8 +187,9 @@ class Canvas:
         self.host[rows] = after
         self.step[rows] += 1
         filled = self._cut(rows, edit.end, failed) if edit.end is not None else np.zeros_like(changed)
-        stopped = self._stop_at_eos(rows)
-        stopped |= self._stop_at_strings(rows, changed & ~unset)
+        settled = self._settled(rows, edit.final, edit.finished is not None and finished == 0)
+        stopped = self._stop_at_eos(rows, settled)
+        stopped |= self._stop_at_strings(rows, changed & ~unset, settled)
         filled |= stopped
         left = (self.host[rows] == self.mask_token_id) & self.region[rows]
         gained = unset.sum(1) - (self.host[rows] == self.mask_token_id).sum(1)
@@ -247,29 +248,39 @@ class Canvas:
             self._send(np.flatnonzero(beyond.any(1)))
         return beyond
 
-    def _stop_at_eos(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Fill the masks after each first end-of-text that has no mask before it, in rows with `stop_at_eos`."""
+    def _settled(self, rows: NDArray[np.int64], final: bool, unfinished: NDArray[np.bool_] | bool) -> NDArray[np.int64]:
+        """(B,) the column before which tokens stay: the first mask, or the start of the first incomplete block."""
+        masked = (self.host[rows] == self.mask_token_id) & self.region[rows]
+        first = np.where(masked.any(1), masked.argmax(1), self.length)
+        if final:
+            return first
+        origin, length = self.origin[rows], self.block_length[rows]
+        start = origin + (first - origin) // length * length
+        return np.where(masked.any(1), start, np.where(unfinished, self.low[rows], self.length))
+
+    def _stop_at_eos(self, rows: NDArray[np.int64], settled: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Fill the masks after each first end-of-text among settled tokens, in rows with `stop_at_eos`."""
         region, tokens = self.region[rows], self.host[rows]
         stop = np.array([request.stop_at_eos for request in self._requests(rows)])
         masked = (tokens == self.mask_token_id) & region
         ended = (tokens[..., None] == self.ends[rows, None]).any(-1) & region
-        first_masked = np.where(masked.any(1), masked.argmax(1), self.length)
-        done = stop & ended.any(1) & (ended.argmax(1) < first_masked)
+        done = stop & ended.any(1) & (ended.argmax(1) < settled)
         filled = masked & done[:, None]
         if filled.any():
             self._fill(rows, filled)
             self._send(np.flatnonzero(filled.any(1)))
         return filled
 
-    def _stop_at_strings(self, rows: NDArray[np.int64], rewritten: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """End rows after the token that completes a stop string, once there is no mask before it."""
+    def _stop_at_strings(
+        self, rows: NDArray[np.int64], rewritten: NDArray[np.bool_], settled: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
+        """End rows after the settled token that completes a stop string."""
         end = np.full(len(rows), self.length)
         for entry, row in enumerate(rows.tolist()):
             if (stops := self._stops.get(row)) is None:
                 continue
             start, tokens = self.start[row], self.host[row]
-            masked = (tokens == self.mask_token_id) & self.region[row]
-            upto = masked.argmax() if masked.any() else self.length
+            upto = settled[entry]
             if rewritten[entry, start : start + stops.read].any():
                 stops.read = 0
             if upto - start > stops.read and (count := stops.find(tokens[start:upto])) is not None:
