@@ -7,11 +7,14 @@ from dllm.samplers.freedave import FreeDave
 from dllm.samplers.learn2pd import Learn2PD
 from dllm.samplers.localleap import LocalLeap
 from dllm.samplers.oracle import Oracle
+from dllm.samplers.remdm import ReMDM
+from dllm.samplers.t2m import T2M
 from dllm.samplers.threshold import Threshold
 from dllm.samplers.vanilla import Vanilla
 from dllm.samplers.wino import Wino
 
 __all__ = [
+    "T2M",
     "ARGuided",
     "EntropyThreshold",
     "Factor",
@@ -19,6 +22,7 @@ __all__ = [
     "Learn2PD",
     "LocalLeap",
     "Oracle",
+    "ReMDM",
     "Threshold",
     "Vanilla",
     "Wino",

@@ -7,6 +7,7 @@ from math import nan
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 import dllm
@@ -85,3 +86,35 @@ def two_way(probability: Tensor, tokens: Tensor, vocab: int) -> Tensor:
     logits = rest[:, None].expand(-1, vocab).clone()
     logits[:, -1] = -1e9
     return logits.scatter(1, tokens[:, None], probability.log()[:, None])
+
+
+def rows_by_hand(
+    lm: dllm.LanguageModel, prompt: list[int], span: int, length: int, step: Any, stays: Any = None
+) -> tuple[list[int], int]:
+    """Decode one row greedily block by block, with one whole forward a step; return its tokens and the forwards.
+
+    Args:
+        lm: a model.
+        prompt: of the row.
+        span: positions to generate.
+        length: of a block.
+        step: maps the block's tokens, its logits and the number of the step to the block's next tokens.
+        stays: called after a step, whether the row stays at a block without masks.
+    """
+    backbone, pattern = lm.backbone, lm.backbone.pattern_of(length)
+    mask, start = backbone.mask_token_id, len(prompt)
+    row = torch.tensor([*prompt, *[mask] * span])
+    origin = 0 if pattern is not None else start
+    positions = torch.arange(len(row))[None]
+    sees = None if pattern is None else pattern(positions, positions)
+    forwards = 0
+    while (row == mask).any():
+        low = origin + (int((row == mask).int().argmax()) - origin) // length * length
+        block = torch.arange(max(low, start), min(low + length, len(row)))
+        number = 0
+        while (row[block] == mask).any() or (number and stays is not None and stays()):
+            with torch.no_grad():
+                logits = backbone(row[None], sees, positions).logits[0][(block - backbone.logits_shift).clamp(min=0)]
+            row[block] = step(row[block], logits, number)
+            forwards, number = forwards + 1, number + 1
+    return row.tolist(), forwards

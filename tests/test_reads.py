@@ -69,7 +69,9 @@ def steps(sampler: Any, cache: str, rows: int, monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual", "freecache", "dkv", "dllm_cache"])
-@pytest.mark.parametrize("name", ["vanilla", "threshold", "factor", "entropy_threshold", "localleap", "learn2pd"])
+@pytest.mark.parametrize(
+    "name", ["vanilla", "threshold", "factor", "entropy_threshold", "localleap", "learn2pd", "remdm", "t2m"]
+)
 def test_a_step_reads_the_device_once(name: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = name
     if name == "learn2pd":

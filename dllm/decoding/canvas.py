@@ -173,11 +173,13 @@ class Canvas:
         buffer[:, -1] = 0
         for number, each in enumerate(reports):
             buffer[:, -1] |= each.rows.long() << number
-        if edit.finished is not None:
-            buffer[:, -1] |= edit.finished.long() << len(reports)
+        for number, wanted in enumerate((edit.finished, edit.held), start=len(reports)):
+            if wanted is not None:
+                buffer[:, -1] |= wanted.long() << number
         read = buffer.cpu().numpy()  # the only synchronization of the step
         before, region = self.host[rows], self.region[rows]
-        finished, codes = np.divmod(read[:, -1], 1 << len(reports))
+        flags, codes = np.divmod(read[:, -1], 1 << len(reports))
+        finished, held = flags & 1 > 0, flags & 2 > 0
         failed = self._failed(rows, codes, [each.reason for each in reports])
         after = np.where(failed[:, None], before, read[:, : self.length])
         changed = after != before
@@ -187,7 +189,7 @@ class Canvas:
         self.host[rows] = after
         self.step[rows] += 1
         filled = self._cut(rows, edit.end, failed) if edit.end is not None else np.zeros_like(changed)
-        settled = self._settled(rows, edit.final, edit.finished is not None and finished == 0)
+        settled = self._settled(rows, held, edit.final)
         stopped = self._stop_at_eos(rows, settled)
         stopped |= self._stop_at_strings(rows, changed & ~unset, settled)
         filled |= stopped
@@ -195,11 +197,11 @@ class Canvas:
         gained = unset.sum(1) - (self.host[rows] == self.mask_token_id).sum(1)
         done = ~left.any(1)
         if edit.finished is not None:
-            if (left.any(1) & (finished > 0) & ~failed).any():
+            if (left.any(1) & finished & ~failed).any():
                 raise RuntimeError("a sampler finished a row that has masks")
-            done &= (finished > 0) | stopped.any(1)
-        done &= ~failed
-        self._enter_blocks(rows[~done & ~failed])
+            done &= finished | stopped.any(1)
+        done &= ~failed & (~held | stopped.any(1))
+        self._enter_blocks(rows[~done & ~failed], held[~done & ~failed])
         committed, revoked = changed & ~masked & ~filled, changed & masked & ~filled
         return Change(rows, committed, committed & ~unset, revoked, filled, gained, rows[done], rows[failed])
 
@@ -248,15 +250,14 @@ class Canvas:
             self._send(np.flatnonzero(beyond.any(1)))
         return beyond
 
-    def _settled(self, rows: NDArray[np.int64], final: bool, unfinished: NDArray[np.bool_] | bool) -> NDArray[np.int64]:
-        """(B,) the column before which tokens stay: the first mask, or the start of the first incomplete block."""
+    def _settled(self, rows: NDArray[np.int64], held: NDArray[np.bool_], final: bool) -> NDArray[np.int64]:
+        """(B,) the column before which tokens stay: the first mask, or the start of a block that may change."""
         masked = (self.host[rows] == self.mask_token_id) & self.region[rows]
         first = np.where(masked.any(1), masked.argmax(1), self.length)
-        if final:
-            return first
-        origin, length = self.origin[rows], self.block_length[rows]
-        start = origin + (first - origin) // length * length
-        return np.where(masked.any(1), start, np.where(unfinished, self.low[rows], self.length))
+        if not final:
+            origin, length = self.origin[rows], self.block_length[rows]
+            first = np.where(masked.any(1), origin + (first - origin) // length * length, first)
+        return np.where(held, np.minimum(first, self.low[rows]), first)
 
     def _stop_at_eos(self, rows: NDArray[np.int64], settled: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Fill the masks after each first end-of-text among settled tokens, in rows with `stop_at_eos`."""
@@ -294,11 +295,13 @@ class Canvas:
         """Write end-of-text."""
         self.host[rows] = np.where(where, self.ends[rows, :1], self.host[rows])
 
-    def _enter_blocks(self, rows: NDArray[np.int64]) -> None:
-        """Set the active block to that of the first mask; rows without masks keep theirs."""
+    def _enter_blocks(self, rows: NDArray[np.int64], held: NDArray[np.bool_] | None = None) -> None:
+        """Set the active block to that of the first mask; rows without masks and those that are held keep theirs."""
         masked = (self.host[rows] == self.mask_token_id) & self.region[rows]
         block = (masked.argmax(1) - self.origin[rows]) // self.block_length[rows]
         new = (block != self.block[rows]) & masked.any(1)
+        if held is not None:
+            new &= ~held | (block < self.block[rows])
         rows, masked = rows[new], masked[new]
         self.block[rows], self.step[rows] = block[new], 0
         low, column = self.low[rows, None], np.arange(self.length)

@@ -77,6 +77,8 @@ class Edit:
             and no longer attended to. None for no change; only without given tokens after a mask.
         finished: rows that are complete with this edit, for policies that may edit after the last mask is gone; an
             early end of a text still finishes it. None: rows without masks.
+        held: rows that stay at their block although it has no mask left, so that the policy may revise it; they are not
+            finished either. None: no row.
         final: whether committed tokens stay. Where they may change until their block is complete, neither end-of-text
             nor a stop string in an incomplete block finishes a row, as what it follows may change too.
         drafted: tokens that were verified as drafts, accepted where they are written; [MASK] where there were none.
@@ -91,6 +93,7 @@ class Edit:
     write: Bool[Tensor, "B K"]
     end: Int[Tensor, " B"] | None = None
     finished: Bool[Tensor, " B"] | None = None
+    held: Bool[Tensor, " B"] | None = None
     final: bool = True
     drafted: Int[Tensor, "B K"] | None = None
     guide_forwards: NDArray[np.int64] | None = None
