@@ -1,5 +1,6 @@
 """Unmasking policies, one per file. A new one is a module here, a YAML in conf/sampler/ and a test."""
 
+from dllm.samplers.adablock import AdaBlock
 from dllm.samplers.ar_guided import ARGuided
 from dllm.samplers.entropy_threshold import EntropyThreshold
 from dllm.samplers.factor import Factor
@@ -16,6 +17,7 @@ from dllm.samplers.wino import Wino
 __all__ = [
     "T2M",
     "ARGuided",
+    "AdaBlock",
     "EntropyThreshold",
     "Factor",
     "FreeDave",

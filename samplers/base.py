@@ -75,6 +75,13 @@ class Sampler(Protocol):
         """The files that its result depends on."""
         ...
 
+    def reach(self, request: Request) -> int | None:
+        """Positions that the window shows when a block begins, where the policy chooses its end (`Edit.block_length`).
+
+        Such a block begins at the first mask. None: blocks of the request's length, side by side.
+        """
+        ...
+
     def start(self, setup: Setup) -> Any:
         """Load resources, reject invalid setups (ValueError), and return the state of an engine."""
         ...
@@ -101,6 +108,10 @@ class Policy:
     def files(self) -> Iterable[Path]:
         """None."""
         return ()
+
+    def reach(self, request: Request) -> int | None:
+        """Blocks of the request's length."""
+        return None
 
     def start(self, setup: Setup) -> Any:
         """No state."""

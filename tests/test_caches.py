@@ -17,7 +17,7 @@ from dllm.cache.base import Cache
 from dllm.decoding.compatibility import unmet
 from dllm.decoding.window import Edit, Window
 from dllm.resolve import names, resolve
-from dllm.samplers import T2M, FreeDave, LocalLeap, Oracle, Threshold, Vanilla
+from dllm.samplers import T2M, AdaBlock, FreeDave, LocalLeap, Oracle, Threshold, Vanilla
 from dllm.samplers.base import Denoise, Policy
 from engine_rig import observed
 from models import random_dream, random_llada
@@ -25,6 +25,7 @@ from toys import Drafting, Editing, Leftmost, Remembering, Revoking, Spying
 
 SAMPLERS: dict[str, Any] = {
     **BY_NAME,
+    "adablock-short": AdaBlock(0.5, range(0, 62, 3), 0.05, 0.6),
     "vanilla-3": Vanilla(tokens_per_step=3),
     "threshold-0.3": Threshold(0.3),
     "localleap-wide": LocalLeap(0.5, 0.2, 3),

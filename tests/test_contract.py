@@ -13,6 +13,7 @@ import dllm
 from contract_rig import BY_NAME, GUIDED, LEARNED, PROMPTS, Maker, backbones, common_token
 from dllm.samplers import (
     T2M,
+    AdaBlock,
     EntropyThreshold,
     Factor,
     FreeDave,
@@ -30,6 +31,7 @@ from toys import Drafting, Refreshing, Remembering, Revoking, Rewriting, Stallin
 
 SAMPLERS: dict[str, Any] = {
     **BY_NAME,
+    "adablock-short": AdaBlock(0.5, range(0, 62, 3), 0.05, 0.6),
     "vanilla-steps": Vanilla(steps=10),
     "vanilla-3": Vanilla(tokens_per_step=3),
     "vanilla-timestep": Vanilla(steps=14, schedule="timestep"),

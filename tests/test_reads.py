@@ -86,6 +86,12 @@ def test_shadows_of_the_block_are_known_to_the_host(cache: str, monkeypatch: pyt
         assert {tuple(seen) for seen in steps(dllm.samplers.Wino(0.2), cache, rows, monkeypatch)} == {("cpu",)}
 
 
+def test_where_a_block_ends_is_read_with_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cache in ("none", "dual"):
+        sampler = dllm.samplers.AdaBlock(0.5, range(0, 62, 3), 0.05)
+        assert {tuple(seen) for seen in steps(sampler, cache, 6, monkeypatch)} == {("cpu",)}
+
+
 def test_sampling_reads_the_device_no_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = steps("threshold", "dual", 3, monkeypatch, temperature=0.7, top_k=9, top_p=0.9, eos_suppression="both")
     assert {tuple(seen) for seen in drawn} == {("cpu",)}

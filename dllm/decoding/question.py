@@ -132,7 +132,7 @@ class Question:
     @property
     def high(self) -> NDArray[np.int64]:
         """(A,) the column after the active block."""
-        return np.asarray(np.minimum(self.low + self.canvas.block_length[self.rows], self.canvas.end[self.rows]))
+        return np.asarray(np.minimum(self.canvas.high, self.canvas.end)[self.rows])
 
     @property
     def masked(self) -> NDArray[np.bool_]:
