@@ -1,5 +1,6 @@
 """Unmasking policies, one per file. A new one is a module here, a YAML in conf/sampler/ and a test."""
 
+from dllm.samplers.adablock import AdaBlock
 from dllm.samplers.ar_guided import ARGuided
 from dllm.samplers.certainty import Certainty
 from dllm.samplers.credit import Credit
@@ -14,15 +15,20 @@ from dllm.samplers.localleap import LocalLeap
 from dllm.samplers.oracle import Oracle
 from dllm.samplers.pc import PC
 from dllm.samplers.prophet import Prophet
+from dllm.samplers.remdm import ReMDM
 from dllm.samplers.slowfast import SlowFast
+from dllm.samplers.t2m import T2M
 from dllm.samplers.threshold import Threshold
 from dllm.samplers.vanilla import Vanilla
+from dllm.samplers.wino import Wino
 
 __all__ = [
     "EB",
     "KLASS",
     "PC",
+    "T2M",
     "ARGuided",
+    "AdaBlock",
     "Certainty",
     "Credit",
     "EntropyThreshold",
@@ -33,7 +39,9 @@ __all__ = [
     "LocalLeap",
     "Oracle",
     "Prophet",
+    "ReMDM",
     "SlowFast",
     "Threshold",
     "Vanilla",
+    "Wino",
 ]

@@ -24,6 +24,7 @@ from dllm.filters import ConfidenceFilter, Filter
 from dllm.samplers import (
     EB,
     KLASS,
+    AdaBlock,
     ARGuided,
     Certainty,
     Credit,
@@ -37,6 +38,7 @@ from dllm.samplers import (
     SlowFast,
     Threshold,
     Vanilla,
+    Wino,
 )
 from dllm.samplers.base import Sampler
 
@@ -86,6 +88,8 @@ def options_of(case: Mapping[str, Any]) -> dict[str, Any]:
         "eos_suppression": SUPPRESSION[p.get("logits_eos_inf", False), p.get("confidence_eos_eot_inf", False)],
         "stop_at_eos": bool(p.get("early_stop")) or guided or case["algorithm"] in DINFER_BLOCKS,
     }
+    if case["algorithm"] == "adablock":
+        options["block_length"] = p["init_block_length"]
     eos = [token for token in (p.get("eos_id", p.get("eos_token_id")), p.get("eot_id")) if token is not None]
     if case["algorithm"].startswith("sdar"):  # whole blocks are decoded, and checked for what ends a text after each
         options["gen_length"] = len(case["sequence"]) - len(case["prompt"])
@@ -175,6 +179,10 @@ def sampler_of(folder: Path, case: dict[str, Any]) -> Any:
             return Vanilla(steps=p["steps"], order=ORDERS[p["alg"]], schedule="timestep")
         case "fast_dllm_dream_nocache":
             return Threshold(p["threshold"], steps=p["steps"])
+        case "adablock":
+            return AdaBlock(p["threshold"], p["delimiter_ids"], p["delimiter_threshold"])
+        case "wino" if p["mask_id"] not in case["sequence"]:  # as shipped it loses what it masked again
+            return Wino(p["wide_in_thres"], p["narrow_out_thres"], p.get("num_transfer_tokens", 1))
         case _:
             return None
 

@@ -79,6 +79,12 @@ def test_decodes_as_the_reference_in_every_shared_case(folder: Path, case: dict[
 
 
 @pytest.mark.skipif(not BLOCK.exists(), reason="../shared/golden/block is not here")
+@pytest.mark.parametrize(("folder", "case", "planned"), list(cases(SHARED, ("block/llada_policies/cases.jsonl",))))
+def test_decodes_as_the_reference_of_further_policies(folder: Path, case: dict[str, Any], planned: Plan) -> None:
+    check(folder, case, planned)
+
+
+@pytest.mark.skipif(not BLOCK.exists(), reason="../shared/golden/block is not here")
 @pytest.mark.parametrize(("folder", "case", "planned"), list(cases(BLOCK / "sdar", ("cases.jsonl",))))
 @pytest.mark.parametrize("exact_cache", ["none", FreeCache(window=0)], ids=["none", "freecache"])
 def test_decodes_as_the_reference_block_by_block(

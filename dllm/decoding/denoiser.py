@@ -22,9 +22,9 @@ from dllm.decoding.graphs import Forward
 from dllm.decoding.layout import OVERHEAD, Layout, by_width, pack, span
 from dllm.decoding.nonfinite import Broken, not_finite, reason
 from dllm.decoding.prediction import Part, Prediction, Sampling
-from dllm.decoding.question import Question, about_drafts, about_window
+from dllm.decoding.question import Question, about_drafts, about_shadows, about_window
 from dllm.decoding.transfer import put, send
-from dllm.decoding.window import Window
+from dllm.decoding.window import Edit, Window
 from dllm.models.transformer import KVStore
 
 
@@ -85,7 +85,11 @@ class Denoiser:
         """Predict tokens; see `dllm.samplers.base.Denoise`."""
         window = self.window
         shift = self.backbone.logits_shift
-        if asked is None and columns is None and tokens is None:
+        own = asked is None and columns is None and tokens is None
+        if own and attention == "shadow":
+            asked, columns, tokens = self._shadows()
+            question = about_shadows(self.canvas, window, tokens, shift)
+        elif own:
             asked, columns = window.inside if decided else window.masked, window.columns
             if ahead:
                 columns = torch.arange(self.canvas.length, device=columns.device).expand_as(window.tokens)
@@ -107,6 +111,18 @@ class Denoiser:
         self.last = shown, columns if columns.ndim == 2 else columns[:, 0]
         return prediction
 
+    def _shadows(self) -> tuple[Bool[Tensor, "B 2 K"], Int[Tensor, "B 2 K"], Int[Tensor, "B 2 L"]]:
+        """The masked positions of the window and, in rows with decided ones, a shadow of each."""
+        window = self.window
+        decided = (window.inside & ~window.masked).any(-1, keepdim=True)
+        masks = torch.full_like(window.columns, self.canvas.mask_token_id)
+        hidden = Edit(window.columns, masks, window.inside).on(window.tokens)
+        return (
+            torch.stack((window.masked, window.inside & decided), dim=1),
+            torch.stack((window.columns, window.columns), dim=1),
+            torch.stack((window.tokens, hidden), dim=1),
+        )
+
     def _logits(self, question: Question) -> Float[Tensor, "N V"]:
         """Logits of the requested positions."""
         plan, visible = self.cache.plan(question), question.visible
@@ -118,7 +134,7 @@ class Denoiser:
         compute = question.together(visible)
         self.looked.append((question.slots, compute))
         cost = compute.sum(1)
-        np.add.at(self.computed, question.slots, cost)
+        np.add.at(self.computed, question.slots, question.count(compute))
         if question.joined > 1:
             return self._in_forwards(question, cost, lambda some, group: self._joined(some, None, compute[group]))
         return self._in_forwards(question, cost, lambda some, group: self._whole(some))
@@ -157,7 +173,7 @@ class Denoiser:
         np.add.at(self.refreshes, question.slots[plan.whole(question.visible) & question.first], 1)
         compute = question.together(plan.compute)
         cost = compute.sum(1) if plan.cost is None else plan.cost
-        np.add.at(self.computed, question.slots, cost)
+        np.add.at(self.computed, question.slots, question.count(compute) if plan.cost is None else cost)
         wanted = question if plan.probe is None else question.and_about(plan.probe.read)
         logits = self._in_forwards(wanted, cost, lambda some, group: self._part(some, store, compute[group]))
         if plan.probe is not None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
@@ -178,6 +179,15 @@ class Prediction:
         own, others = _weights(self.logits, self._chosen)
         probability = own / (own + others.sum(-1).double())
         return self._spread(probability.masked_fill(self._last, 0.0), -torch.inf)
+
+    def probability(self, tokens: Int[Tensor, "*B K"]) -> Float[Tensor, "*B K"]:
+        """Probability of given tokens, in float64; -inf where not requested."""
+        count = len(self.logits)
+        place = self._spread(torch.arange(count, device=tokens.device), count)  # of each position among the requested
+        of = tokens.new_zeros(count + 1).scatter_(0, place.flatten(), tokens.flatten())[:count]
+        own, others = _weights(self.logits, of)
+        found = F.pad(own / (own + others.sum(-1).double()), (0, 1), value=-torch.inf)
+        return found[place]
 
     @cached_property
     def margin(self) -> Float[Tensor, "*B K"]:

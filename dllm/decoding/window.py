@@ -33,7 +33,7 @@ class Window:
         block: number of each row's active block.
         entry_masks: masked positions the row had when it entered this block.
         step: steps of the row in this block so far.
-        block_length: block length of this row, at most K.
+        block_length: length of the active block, at most K; it may exceed what is left of the row.
         ends: (B, E) end-of-text ids of a row, the fill token first; -1 where a row has fewer.
         stop_at_eos: True where a row is finished once everything up to its first end-of-text is decoded.
         uniform: draws (B, K) numbers in [0, 1), each row from its own generator.
@@ -79,6 +79,12 @@ class Edit:
             mask; the canvas length to hide nothing. None hides nothing of any row.
         finished: rows that are complete with this edit, for policies that may edit after the last mask is gone; an
             early end of a text still finishes it. None: rows without masks.
+        block_length: length of the active block from now on, of policies that choose it (`Sampler.reach`): at most that
+            of the window; 0 for no change. None: no change.
+        held: rows that stay at their block although it has no mask left, so that the policy may revise it; they are not
+            finished either. None: no row.
+        final: whether committed tokens stay. Where they may change until their block is complete, neither end-of-text
+            nor a stop string in an incomplete block finishes a row, as what it follows may change too.
         drafted: tokens that were verified as drafts, accepted where they are written; [MASK] where there were none.
             None if the policy does not draft.
         guide_forwards: forwards of a guide model per row for this edit; None for none.
@@ -92,6 +98,9 @@ class Edit:
     end: Int[Tensor, " B"] | None = None
     until: Int[Tensor, " B"] | None = None
     finished: Bool[Tensor, " B"] | None = None
+    block_length: Int[Tensor, " B"] | None = None
+    held: Bool[Tensor, " B"] | None = None
+    final: bool = True
     drafted: Int[Tensor, "B K"] | None = None
     guide_forwards: NDArray[np.int64] | None = None
     guide_seconds: float = 0.0
