@@ -22,6 +22,7 @@ from dllm.identity import Stamp, stamps
 from dllm.models import FAMILIES, MaskedDiffusionModel, adapters, family_of
 from dllm.models.base import token_ids
 from dllm.models.checkpoint import ATTENTION, DTYPES, QUANTISED, check_values, read_config
+from dllm.models.linear import join_products
 from dllm.models.packed import pack as pack_weights
 from dllm.models.tokenizers import load_tokenizer
 from dllm.resolve import names
@@ -111,6 +112,8 @@ def load(
             tokenizer = load_tokenizer(adapter_folder) or tokenizer
     if pack:
         pack_weights(backbone)
+    elif backbone.device.type == "cuda":  # where launching and reading the weights is most of the time
+        join_products(backbone.blocks)
     backbone.extra_eos_token_ids = _extra_eos(backbone, tokenizer, folder)
     _check_vocabulary(backbone, tokenizer, folder)
     if tokenizer is not None and tokenizer.mask_token_id != backbone.mask_token_id:

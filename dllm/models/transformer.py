@@ -6,7 +6,6 @@ computation is implemented once, here, independent of policies and caches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -15,6 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+from dllm.models.linear import Layer, outputs
 
 
 @runtime_checkable
@@ -68,12 +69,12 @@ class AttentionStore(KVStore, Protocol):
 class SwiGLU:
     """The dense feed-forward part: down(silu(gate) * up) (arXiv 2002.05202)."""
 
-    gate: nn.Module
-    up: nn.Module
-    down: nn.Module
+    gate: Layer
+    up: Layer
+    down: Layer
 
     def __call__(self, x: Float[Tensor, "B C d"]) -> Float[Tensor, "B C d"]:
-        gate, up = self.gate(x), self.up(x)
+        gate, up = outputs(x, self.gate, self.up)
         if torch.is_grad_enabled():
             return self.down(F.silu(gate) * up)
         # The largest activations: in place they take half the memory.
@@ -86,7 +87,7 @@ class BlockParts:
 
     Attributes:
         attention_norm: before attention.
-        query: projects to H heads.
+        query: projects to H heads; a layer, or some rows of a layer for all three (`Rows`).
         key: projects to the key-value heads.
         value: as `key`.
         output: output projection of attention.
@@ -97,14 +98,20 @@ class BlockParts:
     """
 
     attention_norm: nn.Module
-    query: nn.Module
-    key: nn.Module
-    value: nn.Module
-    output: nn.Module
+    query: Layer
+    key: Layer
+    value: Layer
+    output: Layer
     feed_forward_norm: nn.Module
-    feed_forward: Callable[[Tensor], Tensor]
+    feed_forward: Layer
     query_norm: nn.Module | None = None
     key_norm: nn.Module | None = None
+
+    @property
+    def of_one_input(self) -> list[list[Layer]]:
+        """The linear layers that can be computed as one, group by group."""
+        dense = self.feed_forward
+        return [[self.query, self.key, self.value], *([[dense.gate, dense.up]] if isinstance(dense, SwiGLU) else [])]
 
 
 @dataclass(frozen=True)
@@ -185,14 +192,19 @@ def block_forward(
 ) -> Float[Tensor, "B C d"]:
     """One pre-norm block: x + attention(norm(x)), then + feed_forward of its norm."""
     features, rotation = inputs.features, inputs.rotation
-    h = parts.attention_norm(x)
-    v = _heads(parts.value(h), inputs.head_dim)
-    slots = None if features is None else features.stale(layer, v)
-    if slots is not None:
-        h, rotation = _take(h, slots), rotation.at(slots)
-        inputs = replace(inputs, mask=_of_queries(inputs.mask, slots))
-    q = _projected(h, parts.query, parts.query_norm, rotation, inputs.head_dim)
-    k = _projected(h, parts.key, parts.key_norm, rotation, inputs.head_dim)
+    h, slots = parts.attention_norm(x), None
+    if features is None:
+        q, k, v = outputs(h, parts.query, parts.key, parts.value)
+        v = _heads(v, inputs.head_dim)
+    else:
+        v = _heads(parts.value(h), inputs.head_dim)
+        slots = features.stale(layer, v)
+        if slots is not None:
+            h, rotation = _take(h, slots), rotation.at(slots)
+            inputs = replace(inputs, mask=_of_queries(inputs.mask, slots))
+        q, k = outputs(h, parts.query, parts.key)
+    q = _rotated(q, parts.query_norm, rotation, inputs.head_dim)
+    k = _rotated(k, parts.key_norm, rotation, inputs.head_dim)
     if inputs.parted is not None and not inputs.eager:
         attended = _attention_in_parts(q, inputs.parted.parts(layer, k, v), inputs.mask)
     else:
@@ -205,10 +217,10 @@ def block_forward(
     return x + (added if features is None else features.blend("mlp", layer, added))
 
 
-def _projected(
-    x: Float[Tensor, "B C d"], project: nn.Module, norm: nn.Module | None, rotation: Rotation, head_dim: int
+def _rotated(
+    x: Float[Tensor, "B C d"], norm: nn.Module | None, rotation: Rotation, head_dim: int
 ) -> Float[Tensor, "B H C D"]:
-    heads = _heads(project(x), head_dim)
+    heads = _heads(x, head_dim)
     return rotation(heads if norm is None else norm(heads))
 
 
