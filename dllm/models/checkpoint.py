@@ -273,6 +273,8 @@ def _compare(family: Any, config: PretrainedConfig, stored: Mapping[str, Stored]
     seen, owners = set(), {name.rpartition(".")[0] for name in stored}
     for name, shape in _expected(family, config):
         tensor = stored.get(name)
+        if tensor is None and config.tie_word_embeddings and name in (family._tied_weights_keys or ()):
+            continue
         if tensor is None:
             owner = name.rpartition(".")[0]
             if not (quantised and (owner in owners or name in owners)):

@@ -17,10 +17,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dllm.checks import number
+from dllm.models.linear import Layer, is_plain
 from dllm.models.transformer import SwiGLU
 
 Routed: TypeAlias = tuple[Int[Tensor, "N k"], Float[Tensor, "N k"]]
 
+# Each expert is divided like a dense part; the router is not.
+SPARSE_TP_PLAN = {
+    "model.layers.*.mlp.experts.*.gate_proj": "colwise",
+    "model.layers.*.mlp.experts.*.up_proj": "colwise",
+    "model.layers.*.mlp.experts.*.down_proj": "rowwise",
+}
 _MOST = 4096  # experts of a layer
 _GROUPED = {"cpu": (torch.float32, torch.bfloat16, torch.float16), "cuda": (torch.bfloat16,)}
 _ALIGNED = 16  # bytes a row must be a multiple of, for grouped products on CUDA
@@ -40,6 +47,11 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, gate: nn.Module, experts: Experts, shared_experts: nn.Module | None = None) -> None:
         super().__init__()
         self.gate, self.experts, self.shared_experts = gate, experts, shared_experts
+
+    @property
+    def part(self) -> Layer:
+        """What a block computes."""
+        return self
 
     def forward(self, x: Float[Tensor, "B C d"]) -> Float[Tensor, "B C d"]:
         """Apply it."""
@@ -62,9 +74,14 @@ class GatedMLP(nn.Module):
         self.up_proj = nn.Linear(size, width, bias=False)
         self.down_proj = nn.Linear(width, size, bias=False)
 
+    @property
+    def part(self) -> SwiGLU:
+        """What a block computes."""
+        return SwiGLU(self.gate_proj, self.up_proj, self.down_proj)
+
     def forward(self, x: Float[Tensor, "*B d"]) -> Float[Tensor, "*B d"]:
         """Apply it to any number of positions."""
-        return SwiGLU(self.gate_proj, self.up_proj, self.down_proj)(x)
+        return self.part(x)
 
 
 class GroupLimitedRouter(nn.Module):
@@ -225,21 +242,18 @@ class _Joined:
 
 
 def _is_plain(layer: Any, x: Tensor) -> bool:
-    """Whether a layer is no more than its weight: not quantised, packed, offloaded, sharded or adapted."""
-    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook"):
-        return False
-    weight = layer.weight
-    return type(weight.data) is Tensor and weight.dtype == x.dtype and weight.device == x.device
+    """Whether a layer is no more than a weight like the input: not quantised, packed, offloaded, sharded or adapted."""
+    return is_plain(layer) and layer.weight.dtype == x.dtype and layer.weight.device == x.device
 
 
-def check_experts(kind: str, count: Any, chosen: Any, width: Any) -> None:
+def check_experts(kind: str, count: Any, chosen: Any, width: Any = 1) -> None:
     """Reject numbers of experts that make no sense.
 
     Args:
         kind: of the model, for errors.
         count: experts of a layer.
         chosen: experts of a position.
-        width: of an expert.
+        width: of an expert (`moe_intermediate_size`).
 
     Raises:
         ValueError: one that is out of range.
@@ -248,4 +262,4 @@ def check_experts(kind: str, count: Any, chosen: Any, width: Any) -> None:
     use = f"a whole number from 1 to num_experts={count}"
     number(f"{kind} config: num_experts_per_tok", chosen, use, low=1, high=count, whole=True)
     use = "a whole number from 1 to 2**24"
-    number(f"{kind} config: width of an expert", width, use, low=1, high=2**24, whole=True)
+    number(f"{kind} config: moe_intermediate_size", width, use, low=1, high=2**24, whole=True)

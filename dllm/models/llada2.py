@@ -7,9 +7,9 @@ where it is given such a mask, and to every position without one; here blocks ar
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
@@ -17,7 +17,15 @@ from dllm.checks import number
 from dllm.models.attention import BlockCausal
 from dllm.models.base import MaskedDiffusionModel, check_config
 from dllm.models.checkpoint import published
-from dllm.models.experts import Experts, GatedMLP, GroupLimitedRouter, MixtureOfExperts, check_experts
+from dllm.models.experts import (
+    SPARSE_TP_PLAN,
+    Experts,
+    GatedMLP,
+    GroupLimitedRouter,
+    MixtureOfExperts,
+    check_experts,
+)
+from dllm.models.linear import Rows
 from dllm.models.published import check_fixed, check_special_ids, check_synonyms, take_rope_theta, take_rotary_share
 from dllm.models.transformer import BlockInputs, BlockParts, RMSNorm, block_forward
 
@@ -77,9 +85,9 @@ class LLaDA2MoeConfig(PretrainedConfig):
     model_type = "llada2_moe"
     default_ids = ("mask_token_id", "eos_token_id")
     # Attention is computed everywhere: its joined projection does not divide into consecutive heads.
-    base_model_tp_plan = {
+    base_model_tp_plan = SPARSE_TP_PLAN | {
         f"model.layers.*.mlp.{part}{name}": style
-        for part in ("", "experts.*.", "shared_experts.")
+        for part in ("", "shared_experts.")
         for name, style in (("gate_proj", "colwise"), ("up_proj", "colwise"), ("down_proj", "rowwise"))
     }
 
@@ -199,16 +207,16 @@ class LLaDA2MoeDecoderLayer(nn.Module):
         self.attention = _Attention(config, head_dim)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size) if dense else _experts(config)
-        self._sizes = [head_dim * config.num_attention_heads, *[head_dim * config.num_key_value_heads] * 2]
+        heads, shared = config.num_attention_heads, config.num_key_value_heads
+        self._starts = [head_dim * each for each in (0, heads, heads + shared, heads + 2 * shared)]
 
     @property
     def parts(self) -> BlockParts:
         """The modules under their common names."""
         own = self.attention
-        rows = own.query_key_value.weight.split(self._sizes)
-        query, key, value = (lambda x, weight=weight: F.linear(x, weight) for weight in rows)
+        query, key, value = (Rows(own.query_key_value, low, high) for low, high in pairwise(self._starts))
         return BlockParts(
-            self.input_layernorm, query, key, value, own.dense, self.post_attention_layernorm, self.mlp,
+            self.input_layernorm, query, key, value, own.dense, self.post_attention_layernorm, self.mlp.part,
             own.query_layernorm, own.key_layernorm,
         )  # fmt: skip
 
@@ -247,6 +255,7 @@ class LLaDA2MoeModelLM(MaskedDiffusionModel):
     """
 
     config_class = LLaDA2MoeConfig
+    tempered_confidence = True
     constants = ("num_experts_per_tok", "n_group", "topk_group", "routed_scaling_factor", "partial_rotary_factor")
     _no_split_modules = ["LLaDA2MoeDecoderLayer"]
     _keep_in_fp32_modules_strict = ["expert_bias"]  # as it is published beside bfloat16 weights

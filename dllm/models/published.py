@@ -34,9 +34,9 @@ def check_synonyms(kind: str, config: Any, given: Mapping[str, Any]) -> None:
         ValueError: an entry differs.
     """
     for names in _SYNONYMS:
-        own = next(name for name in names if name in vars(config))
+        own = next((name for name in names if name in vars(config)), None)
         for name in names:
-            if name != own and given.get(name) not in (None, used := getattr(config, own)):
+            if own is not None and name != own and given.get(name) not in (None, used := getattr(config, own)):
                 raise ValueError(f"{kind} config: {name}={given[name]!r} is not read, and {own} is {used}; use {own}")
 
 
