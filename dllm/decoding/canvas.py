@@ -171,13 +171,13 @@ class Canvas:
         buffer.scatter_(1, edit.columns.where(edit.write, self.length), edit.tokens)
         reports = [each for each in (broken, edit.broken) if each is not None]
         buffer[:, -1] = 0
-        for number, each in enumerate(reports):
-            buffer[:, -1] |= each.rows.long() << number
-        if edit.finished is not None:
-            buffer[:, -1] |= edit.finished.long() << len(reports)
+        for number, each in enumerate([*(report.rows for report in reports), edit.finished, edit.stay]):
+            if each is not None:
+                buffer[:, -1] |= each.long() << number
         read = buffer.cpu().numpy()  # the only synchronization of the step
         before, region = self.host[rows], self.region[rows]
-        finished, codes = np.divmod(read[:, -1], 1 << len(reports))
+        claims, codes = np.divmod(read[:, -1], 1 << len(reports))
+        finished, stay = claims & 1, claims > 1
         failed = self._failed(rows, codes, [each.reason for each in reports])
         after = np.where(failed[:, None], before, read[:, : self.length])
         changed = after != before
@@ -187,18 +187,18 @@ class Canvas:
         self.host[rows] = after
         self.step[rows] += 1
         filled = self._cut(rows, edit.end, failed) if edit.end is not None else np.zeros_like(changed)
-        stopped = self._stop_at_eos(rows)
-        stopped |= self._stop_at_strings(rows, changed & ~unset)
+        stopped = self._stop_at_eos(rows, stay)
+        stopped |= self._stop_at_strings(rows, stay, changed & ~unset)
         filled |= stopped
         left = (self.host[rows] == self.mask_token_id) & self.region[rows]
         gained = unset.sum(1) - (self.host[rows] == self.mask_token_id).sum(1)
-        done = ~left.any(1)
+        done = ~left.any(1) & ~stay
         if edit.finished is not None:
             if (left.any(1) & (finished > 0) & ~failed).any():
                 raise RuntimeError("a sampler finished a row that has masks")
             done &= (finished > 0) | stopped.any(1)
         done &= ~failed
-        self._enter_blocks(rows[~done & ~failed])
+        self._enter_blocks(rows[~done & ~failed & ~stay])
         committed, revoked = changed & ~masked & ~filled, changed & masked & ~filled
         return Change(rows, committed, committed & ~unset, revoked, filled, gained, rows[done], rows[failed])
 
@@ -247,10 +247,10 @@ class Canvas:
             self._send(np.flatnonzero(beyond.any(1)))
         return beyond
 
-    def _stop_at_eos(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Fill the masks after each first end-of-text that has no mask before it, in rows with `stop_at_eos`."""
+    def _stop_at_eos(self, rows: NDArray[np.int64], stay: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Fill the masks after each first end-of-text that has no mask before it, in rows that stop there."""
         region, tokens = self.region[rows], self.host[rows]
-        stop = np.array([request.stop_at_eos for request in self._requests(rows)])
+        stop = np.array([request.stop_at_eos for request in self._requests(rows)]) & ~stay
         masked = (tokens == self.mask_token_id) & region
         ended = (tokens[..., None] == self.ends[rows, None]).any(-1) & region
         first_masked = np.where(masked.any(1), masked.argmax(1), self.length)
@@ -261,7 +261,9 @@ class Canvas:
             self._send(np.flatnonzero(filled.any(1)))
         return filled
 
-    def _stop_at_strings(self, rows: NDArray[np.int64], rewritten: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    def _stop_at_strings(
+        self, rows: NDArray[np.int64], stay: NDArray[np.bool_], rewritten: NDArray[np.bool_]
+    ) -> NDArray[np.bool_]:
         """End rows after the token that completes a stop string, once there is no mask before it."""
         end = np.full(len(rows), self.length)
         for entry, row in enumerate(rows.tolist()):
@@ -272,7 +274,7 @@ class Canvas:
             upto = masked.argmax() if masked.any() else self.length
             if rewritten[entry, start : start + stops.read].any():
                 stops.read = 0
-            if upto - start > stops.read and (count := stops.find(tokens[start:upto])) is not None:
+            if not stay[entry] and upto - start > stops.read and (count := stops.find(tokens[start:upto])) is not None:
                 end[entry] = start + count
         # These rows are finished, so the device needs no update.
         beyond = (np.arange(self.length) >= end[:, None]) & self.region[rows]

@@ -123,6 +123,7 @@ class Prediction:
     def _set(self, chosen: _Chosen, asked: Bool[Tensor, "*B K"], index: Int[Tensor, " N"]) -> None:
         self.asked, self._shape, self._index = asked, asked.shape, index
         self._arrange: Callable[[Tensor], Tensor] = lambda values: values
+        self._within: Tensor | None = None
         self.logits, self._chosen, self._broken, self._last = chosen.logits, chosen.tokens, chosen.broken, chosen.last
 
     def arranged(self, arrange: Callable[[Tensor], Tensor]) -> Prediction:
@@ -135,6 +136,14 @@ class Prediction:
         # Properties computed already have the old arrangement.
         vars(other).update({name: value for name, value in vars(self).items() if name not in _ALIGNED})
         other.asked, other._arrange = arrange(self.asked), lambda values: arrange(inner(values))
+        other._within = None if self._within is None else arrange(self._within)
+        return other
+
+    def within(self, asked: Bool[Tensor, "*B K"]) -> Prediction:
+        """The same predictions as if only these of the requested positions had been requested."""
+        other = object.__new__(Prediction)
+        vars(other).update({name: value for name, value in vars(self).items() if name not in _ALIGNED})
+        other.asked = other._within = asked
         return other
 
     def kept(self, arrange: Callable[[Tensor], Tensor]) -> Prediction:
@@ -177,7 +186,8 @@ class Prediction:
 
     def _spread(self, values: Tensor, fill: float) -> Tensor:
         out = values.new_full((self._shape.numel(),), fill)
-        return self._arrange(out.index_copy_(0, self._index, values).view(self._shape))
+        arranged = self._arrange(out.index_copy_(0, self._index, values).view(self._shape))
+        return arranged if self._within is None else arranged.masked_fill(~self._within, fill)
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,6 +77,8 @@ class Edit:
             and no longer attended to. None for no change; only without given tokens after a mask.
         finished: rows that are complete with this edit, for policies that may edit after the last mask is gone; an
             early end of a text still finishes it. None: rows without masks.
+        stay: rows whose active block may be edited again: it stays active, with masks or without, and nothing ends
+            the row before its block is left. None for none.
         drafted: tokens that were verified as drafts, accepted where they are written; [MASK] where there were none.
             None if the policy does not draft.
         guide_forwards: forwards of a guide model per row for this edit; None for none.
@@ -89,6 +91,7 @@ class Edit:
     write: Bool[Tensor, "B K"]
     end: Int[Tensor, " B"] | None = None
     finished: Bool[Tensor, " B"] | None = None
+    stay: Bool[Tensor, " B"] | None = None
     drafted: Int[Tensor, "B K"] | None = None
     guide_forwards: NDArray[np.int64] | None = None
     guide_seconds: float = 0.0

@@ -47,7 +47,9 @@ FAMILIES: dict[str, type[MaskedDiffusionModel]] = {
     "Fast_dLLM_Qwen": Fast_dLLM_QwenForCausalLM,
 }
 # By the published name of the class; not every one has a model_type of its own.
-ARCHITECTURES = {family.__name__: family for family in (*FAMILIES.values(), LLaDAMoEModelLM)}
+ARCHITECTURES: dict[str, type[MaskedDiffusionModel]] = {
+    family.__name__: family for family in (*FAMILIES.values(), LLaDAMoEModelLM)
+}
 _ALIASES = {"llada21_moe": "llada2_moe"}  # of copies of LLaDA2.1
 
 for _model_type, _family in FAMILIES.items():
