@@ -11,7 +11,6 @@ a forward of its own. Over models that attend to every position nothing is ever 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,11 +25,6 @@ class Block(Metered):
     """Keep the keys and values of finished blocks."""
 
     repeatable = True  # exact
-
-    @property
-    def refuses(self) -> Mapping[str, str]:
-        """As other caches, except that drafts may run into the next block: nothing depends on when it is entered."""
-        return {need: reason for need, reason in super().refuses.items() if need != "next_block"}
 
     def start(self, setup: Setup) -> Reuse:
         """Allocate keys and values for every position."""

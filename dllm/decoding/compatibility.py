@@ -18,7 +18,7 @@ NEEDS = {
     "next_block": ("drafts that run into the next block (eager=true)", "eager=false"),
     "repeatable": (
         "lossless drafting (freedave)",
-        "block, prefix, dual or freecache with freeze=clean, granularity=block and refresh_above=null",
+        "prefix, dual or freecache with freeze=clean, granularity=block and refresh_above=null",
     ),
     "shadows": ("positions that only attend to the canvas", "a cache that keeps the keys and values of whole layers"),
     "graphs": ("CUDA graphs (cuda_graphs=true)", "cuda_graphs=null"),
