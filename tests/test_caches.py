@@ -48,7 +48,6 @@ caches = pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
 # All but those that reuse what is exact alone: nothing, over models that attend to every position.
 REUSING = {name: cache for name, cache in CACHES.items() if not isinstance(cache, Block)}
 reusing = pytest.mark.parametrize("cache", REUSING.values(), ids=REUSING)
-MORE_FORWARDS = (Drafting, TokenEditing)  # than tokens
 sizes = cycle([2, 3, 4])
 
 
@@ -81,6 +80,8 @@ combined = pytest.mark.parametrize(("sampler", "cache", "size"), combinations())
 def test_every_sampler_runs_in_batches_with_every_cache(make: Maker, sampler: Any, cache: Any, size: int) -> None:
     lm = make()
     prompts = PROMPTS[:5]
+    # Two forwards a step, or 16 more for each of three blocks.
+    most = 20 if isinstance(sampler, Drafting) else 58 if isinstance(sampler, TokenEditing) else 10
     alone = [run(lm, [prompt], sampler, cache, seed=[50 + i]) for i, prompt in enumerate(prompts)]
     for batch_size in (size, 5):
         batch = run(lm, prompts, sampler, cache, batch_size=batch_size, seed=50)
@@ -88,7 +89,7 @@ def test_every_sampler_runs_in_batches_with_every_cache(make: Maker, sampler: An
         for row, (single, prompt) in enumerate(zip(alone, prompts, strict=True)):
             assert batch.completions[row].tolist() == single.completions[0].tolist()
             assert batch.commit_step[row].tolist() == single.commit_step[0].tolist()
-            assert batch.nfe[row] == single.nfe[0] <= 10 * (2 if isinstance(sampler, MORE_FORWARDS) else 1)
+            assert batch.nfe[row] == single.nfe[0] <= most
             assert batch.sequences[row, -10 - len(prompt) : -10].tolist() == prompt
     assert batch.stats.cache_refreshes == sum(single.stats.cache_refreshes for single in alone) >= len(prompts)
 
