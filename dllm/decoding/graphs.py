@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dllm.models.base import MaskedDiffusionModel
 from dllm.models.transformer import KVStore
@@ -24,6 +26,13 @@ _WIDEST = 512  # columns of a forward, over all sequences, up to which launch ov
 _AFTER = 3  # forwards of a shape are launched before it is captured, which takes as long as a few of them
 _MOST = 64  # graphs kept
 _FEWEST = 16  # projected positions
+# Fastest first for few queries on an H200: 13, 35 and 18 us a layer. cuDNN is last since it plans each new shape.
+_ATTENTION = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 @runtime_checkable
@@ -118,6 +127,12 @@ class Forward:
         select: Int[Tensor, " N"],
     ) -> Float[Tensor, "N V"]:
         """Logits of the selected positions."""
+        with sdpa_kernel(_ATTENTION, set_priority=True) if tokens.is_cuda else nullcontext():
+            return self._replayed(tokens, mask, positions, store, select)
+
+    def _replayed(
+        self, tokens: Tensor, mask: Tensor | None, positions: Tensor, store: KVStore | None, select: Tensor
+    ) -> Tensor:
         if not self.graphs or tokens.numel() > _WIDEST or not isinstance(store, FixedStore):
             return self.backbone(tokens, mask, positions, store, select).logits
         # The number of requested positions varies between steps: it is padded to the next power of two.

@@ -15,6 +15,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from dllm.models.kernels import add_rms_norm, gated, rms_norm, rotate
 from dllm.models.linear import Layer, outputs
 
 
@@ -74,11 +75,7 @@ class SwiGLU:
     down: Layer
 
     def __call__(self, x: Float[Tensor, "B C d"]) -> Float[Tensor, "B C d"]:
-        gate, up = outputs(x, self.gate, self.up)
-        if torch.is_grad_enabled():
-            return self.down(F.silu(gate) * up)
-        # The largest activations: in place they take half the memory.
-        return self.down(F.silu(gate, inplace=True).mul_(up))
+        return self.down(gated(*outputs(x, self.gate, self.up)))
 
 
 @dataclass(frozen=True)
@@ -97,12 +94,12 @@ class BlockParts:
         key_norm: as `query_norm`.
     """
 
-    attention_norm: nn.Module
+    attention_norm: RMSNorm
     query: Layer
     key: Layer
     value: Layer
     output: Layer
-    feed_forward_norm: nn.Module
+    feed_forward_norm: RMSNorm
     feed_forward: Layer
     query_norm: nn.Module | None = None
     key_norm: nn.Module | None = None
@@ -130,13 +127,7 @@ class Rotation:
         return Rotation(self.cos.gather(2, index), self.sin.gather(2, index))
 
     def __call__(self, x: Float[Tensor, "B H C D"]) -> Float[Tensor, "B H C D"]:
-        turned, size = x, self.cos.shape[-1]
-        if size < x.shape[-1]:
-            turned, rest = x[..., :size], x[..., size:]
-        wide = turned.to(self.cos.dtype)
-        left, right = wide.chunk(2, dim=-1)
-        turned = (wide * self.cos + torch.cat((-right, left), dim=-1) * self.sin).to(x.dtype)
-        return turned if size == x.shape[-1] else torch.cat((turned, rest), dim=-1)
+        return rotate(x, self.cos, self.sin)
 
 
 @dataclass(frozen=True)
@@ -165,7 +156,7 @@ class BlockInputs:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with statistics in float32 or wider."""
+    """Root-mean-square norm."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -173,9 +164,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Float[Tensor, "*B d"]) -> Float[Tensor, "*B d"]:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
+
+    def of_sum(self, x: Float[Tensor, "*B d"], added: Float[Tensor, "*B d"]) -> tuple[Tensor, Tensor]:
+        """The sum, and its norm."""
+        return add_rms_norm(x, added, self.weight, self.eps)
 
 
 def rotary_embedding(position_ids: Int[Tensor, "B C"], size: int, theta: float, dtype: torch.dtype) -> Rotation:
@@ -212,9 +205,12 @@ def block_forward(
             k, v = inputs.store.update(layer, k, v)
         attended = _attention(q, k, v, layer, inputs)
     added = parts.output(rearrange(attended, "b h c d -> b c (h d)"))
-    x = x + (added if features is None else features.blend("attention", layer, added))
-    added = parts.feed_forward(parts.feed_forward_norm(x if slots is None else _take(x, slots)))
-    return x + (added if features is None else features.blend("mlp", layer, added))
+    if features is None:
+        x, h = parts.feed_forward_norm.of_sum(x, added)
+        return x + parts.feed_forward(h)
+    x = x + features.blend("attention", layer, added)
+    h = parts.feed_forward_norm(x if slots is None else _take(x, slots))
+    return x + features.blend("mlp", layer, parts.feed_forward(h))
 
 
 def _rotated(
