@@ -173,7 +173,9 @@ class Reuse(PerRow):
         compute = (compute & visible & ~exact) | question.read
         missing = visible & ~exact & ~compute
         upto = np.where(missing.any(1), missing.argmax(1), missing.shape[1])
-        upto = self._block_start(question, np.minimum(upto, question.masked.argmax(1)))
+        masked = question.masked
+        final = np.where(masked.any(1), masked.argmax(1), masked.shape[1])  # a block may be edited without masks
+        upto = self._block_start(question, np.minimum(upto, final))
         self._exact[rows[first]] |= (compute & ~question.since(upto))[first]
         return compute
 

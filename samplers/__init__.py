@@ -5,6 +5,7 @@ from dllm.samplers.ar_guided import ARGuided
 from dllm.samplers.certainty import Certainty
 from dllm.samplers.credit import Credit
 from dllm.samplers.eb import EB
+from dllm.samplers.edit import Editing
 from dllm.samplers.entropy_threshold import EntropyThreshold
 from dllm.samplers.factor import Factor
 from dllm.samplers.freedave import FreeDave
@@ -17,6 +18,7 @@ from dllm.samplers.pc import PC
 from dllm.samplers.prophet import Prophet
 from dllm.samplers.remdm import ReMDM
 from dllm.samplers.slowfast import SlowFast
+from dllm.samplers.sub_blocks import SubBlocks
 from dllm.samplers.t2m import T2M
 from dllm.samplers.threshold import Threshold
 from dllm.samplers.vanilla import Vanilla
@@ -31,6 +33,7 @@ __all__ = [
     "AdaBlock",
     "Certainty",
     "Credit",
+    "Editing",
     "EntropyThreshold",
     "Factor",
     "FreeDave",
@@ -41,6 +44,7 @@ __all__ = [
     "Prophet",
     "ReMDM",
     "SlowFast",
+    "SubBlocks",
     "Threshold",
     "Vanilla",
     "Wino",

@@ -125,6 +125,23 @@ class Policy:
         """No state to reset."""
 
 
+def single_forward(base: Sampler, given: Any) -> None:
+    """Reject a base policy whose step another policy cannot run on predictions of its own.
+
+    Args:
+        base: the policy.
+        given: what it was called.
+
+    Raises:
+        ValueError: its step is not one forward about the active block, or changes its state.
+    """
+    if not base.single_forward:
+        raise ValueError(
+            f"base={given!r} cannot be a base: its step is more than one forward about the active block; use a policy "
+            "such as vanilla or threshold (learn2pd with eotp=off)"
+        )
+
+
 def constant_denoiser(prediction: Prediction) -> Denoise:
     """A denoiser that always returns this prediction: applies a policy to a prediction that was made before."""
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 
 from jaxtyping import Int
 from torch import Tensor
 
+from dllm.checks import number
 from dllm.decoding.request import Request
 from dllm.decoding.window import Window
 
@@ -29,6 +31,24 @@ def check_steps(steps: int, request: Request) -> None:
         )
 
 
+def check_steps_per_block(steps: int | None, others: Mapping[str, int | None]) -> None:
+    """Reject a number of steps for each block that is out of range, or beside another option of the same meaning.
+
+    Args:
+        steps: for each block; None for none.
+        others: the options that it replaces; 1 or None where they are not set.
+
+    Raises:
+        ValueError: it is rejected.
+    """
+    if steps is None:
+        return
+    number("steps_per_block", steps, "a whole number of at least 1, or null", low=1, whole=True)
+    for name, value in others.items():
+        if value not in (None, 1):
+            raise ValueError(f"steps_per_block={steps} and {name}={value} are mutually exclusive; set one")
+
+
 def steps_of_blocks(steps: int, request: Request) -> list[int]:
     """Steps of every block of a request; see `steps_of_block`."""
     span, own = request.span, request.block_length
@@ -36,6 +56,15 @@ def steps_of_blocks(steps: int, request: Request) -> list[int]:
     firsts = [number * own - shared for number in range(request.block_count)]
     shares = [max(min(first + own, span) * steps // span, number) for number, first in enumerate(firsts, start=1)]
     return [after - before for before, after in pairwise([0, *shares])]
+
+
+def quota_of_step(steps: int, window: Window) -> Int[Tensor, " B"]:
+    """Tokens of a step where each block has this many steps: its length divided evenly, the remainder first.
+
+    Tokens of the prompt in the block count as well, so that such a block takes fewer steps.
+    """
+    length = window.block_length
+    return (length // steps + (window.step < length % steps)).clamp(min=1)
 
 
 def steps_of_block(steps: Int[Tensor, " B"] | int, window: Window) -> Int[Tensor, " B"]:

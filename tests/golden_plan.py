@@ -4,7 +4,8 @@ A case is a row of tests/golden/cases.jsonl, or of the files of ../shared/golden
 parameters of one decode by published code, with its sequence. `plan` maps it; what it does not map has no
 counterpart here: `stop_until_eos` and FlashDLM's `early_stop`, which change what is decoded before the end of
 text (here stopping never does); dInfer's blocks that begin within the prompt, and its second hierarchy where the low
-threshold is above the other; guided cases in which the reference's caches lost count; Dream's cases of
+threshold is above the other; what published code does by fault where a prompt holds an end-of-text, fills exactly
+one block, or is a sequence of rows; guided cases in which the reference's caches lost count; Dream's cases of
 FreeDave and Fast-dLLM with a cache, which commit each block's first token unconditionally; FreeDave's eager
 drafts with a cache, which are refused here; d2Cache's thresholds and factors on a score other than the
 confidence, other rules on a confidence times `sigma`'s density, factors that commit at least several, and KLASS
@@ -14,11 +15,13 @@ with a cache; and options that are not here (guided
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dllm.cache import DKVCache, DLLMCache, FreeCache
+from dllm.cache import SubBlocks as SubBlockCache
 from dllm.cache.base import Cache
 from dllm.filters import ConfidenceFilter, Filter
 from dllm.samplers import (
@@ -28,6 +31,7 @@ from dllm.samplers import (
     ARGuided,
     Certainty,
     Credit,
+    Editing,
     EntropyThreshold,
     Factor,
     FreeDave,
@@ -36,6 +40,7 @@ from dllm.samplers import (
     LocalLeap,
     Prophet,
     SlowFast,
+    SubBlocks,
     Threshold,
     Vanilla,
     Wino,
@@ -48,6 +53,7 @@ STRATEGIES = {"deterministic": "argmax", "topk": "topk", "topk_relative": "ratio
 # These end, with `early_stop` or not, after the first block that holds an end-of-text: what is up to it is the same.
 DINFER_BLOCKS = ("dinfer_threshold", "dinfer_credit", "dinfer_hierarchy")
 HIERARCHY = {"threshold": 2.0, "low_threshold": 0.0}  # null: no position, and every one
+BLOCKWISE = ("llada2_generate", "llada21_generate", "fastdllm_v2_generate")
 UNSUPPORTED = ("stop_until_eos",)
 FILTERS = ("filters", "llada_filters")
 SUPPRESSION = {(False, False): None, (True, False): "logits", (False, True): "confidence", (True, True): "both"}
@@ -80,6 +86,8 @@ def options_of(case: Mapping[str, Any]) -> dict[str, Any]:
     """The decoding options of a case."""
     p = case["params"]
     guided = case.get("guide") is not None
+    if case["algorithm"] in BLOCKWISE:
+        return blockwise_options(case)
     options = {
         "gen_length": p["gen_length"],
         "block_length": None if guided and "block_length" not in p else p.get("block_length", p.get("block_size")),
@@ -98,6 +106,47 @@ def options_of(case: Mapping[str, Any]) -> dict[str, Any]:
     return options | ({"eos_token_id": eos} if eos else {})
 
 
+def blockwise_options(case: Mapping[str, Any]) -> dict[str, Any]:
+    """The decoding options of a case of a block-causal model: whole blocks, counted from the prompt's first token."""
+    p, given = case["params"], len(case["prompt"])
+    if case["algorithm"] == "fastdllm_v2_generate":  # and the first token of the block after them
+        length, eos = p["block_size"], p["stop_token"]
+        end = (given // length + p["max_new_tokens"] // length) * length + 1
+    else:
+        length, eos = p["block_length"], p["eos_id"]
+        end = -(-(given + p["gen_length"]) // length) * length
+    stops = eos >= 0
+    own = {"gen_length": end - given, "block_length": length, "stop_at_eos": stops}
+    return own | ({"eos_token_id": eos} if stops else {})
+
+
+def blockwise_sampler(case: Mapping[str, Any]) -> Sampler | None:
+    """The sampler of a case of LLaDA2 or Fast-dLLM v2; None where the published code is at fault."""
+    p, given = case["params"], len(case["prompt"])
+    if p.get("temperature", 0.0) != 0.0:
+        return None
+    match case["algorithm"]:
+        case "llada2_generate":
+            if len(case["sequence"]) == given:  # an end-of-text in the prompt ends the decode as soon as one is written
+                return None
+            steps = min(p["steps"], p["gen_length"] // p["minimal_topk"])
+            return Threshold(above(p["threshold"]), steps_per_block=steps) if steps else None
+        case "llada21_generate":
+            base = Threshold(above(p["threshold"]), at_least=p["num_to_transfer"])
+            return Editing(p["editing_threshold"], p["max_post_steps"], base)
+        case _:
+            length = p["block_size"]
+            # Denoising there attends in blocks of 32 whatever the block; a prompt of one block is not attended to.
+            if 32 % length or given == length or p["max_new_tokens"] < length:
+                return None
+            return SubBlocks(p["small_block_size"], Threshold(above(p["threshold"])))
+
+
+def above(threshold: float) -> float:
+    """The least number above a threshold, where the reference compares by > and not >=."""
+    return math.nextafter(threshold, math.inf)
+
+
 def sampler_of(folder: Path, case: dict[str, Any]) -> Any:
     """The sampler that a case of the reference corresponds to; None where this file does not cover it."""
     p = case["params"]
@@ -105,6 +154,8 @@ def sampler_of(folder: Path, case: dict[str, Any]) -> Any:
         return None
     if cache_of(case) is None or any(p.get(name) for name in UNSUPPORTED):
         return None
+    if case["algorithm"] in BLOCKWISE:
+        return blockwise_sampler(case)
     match case["algorithm"]:
         case "llada_vanilla" | "flashdlm_llada_baseline" | "flashdlm_freecache_llada" | "dkv_decode":
             return Vanilla(steps=p["steps"], order=p.get("remasking", "low_confidence"))
@@ -172,9 +223,8 @@ def sampler_of(folder: Path, case: dict[str, Any]) -> Any:
             ):
                 return None
             return KLASS(p["threshold"], p["kl_threshold"], p["kl_history_length"], at_least)
-        case "sdar_greedy" if p["block_length"] % p["denoising_steps"] == 0:
-            count = p["block_length"] // p["denoising_steps"]
-            return Vanilla(tokens_per_step=count) if p["threshold"] >= 1 else Threshold(p["threshold"], at_least=count)
+        case "sdar_greedy" | "sdar_generate":
+            return sdar_sampler(case)
         case "dream_diffusion_generate" | "flashdlm_dream_baseline" | "flashdlm_freecache_dream":
             return Vanilla(steps=p["steps"], order=ORDERS[p["alg"]], schedule="timestep")
         case "fast_dllm_dream_nocache":
@@ -206,6 +256,24 @@ def d2cache_sampler(order: Any, at_least: int, p: dict[str, Any]) -> Any:
             return None
 
 
+def sdar_sampler(case: Mapping[str, Any]) -> Sampler | None:
+    """The sampler of a case of SDAR; None where its published code takes ties at random, or overwrites the prompt."""
+    p, strategy = case["params"], case["params"]["remasking_strategy"]
+    if (p["top_k"], p["temperature"], p["top_p"]) != (1, 1.0, 1.0):
+        return None
+    steps, length = p["denoising_steps"], p["block_length"]
+    if case["algorithm"] == "sdar_generate":
+        if strategy == "sequential":
+            return Vanilla(steps_per_block=steps, order="left_to_right")
+        # The confidence, after top-k, is 1: the whole block at once, unless it has fewer masks than are due.
+        masks = length - len(case["prompt"]) % length
+        certain = strategy == "low_confidence_dynamic" and p["threshold"] < 1 and masks >= -(-length // steps)
+        return Threshold(0.0) if certain else None
+    if p["threshold"] >= 1:
+        return Vanilla(steps_per_block=steps)
+    return Threshold(above(p["threshold"]), steps_per_block=steps)
+
+
 def cache_of(case: dict[str, Any]) -> Any:
     """The cache that a case of the reference corresponds to; None where this file does not cover it."""
     p = case["params"]
@@ -215,6 +283,8 @@ def cache_of(case: dict[str, Any]) -> Any:
         case "flashdlm_guided_diffusion":
             frozen = {"prompt": "prompt", "aggressive": "token"}.get(p["caching"])
             return FreeCache(freeze="last_forward", granularity=frozen) if frozen else "none"
+    if case["algorithm"] == "fastdllm_v2_generate":
+        return SubBlockCache(length=p["small_block_size"]) if p["use_block_cache"] else "none"
     match p.get("cache", "none"):
         case "none" | "dual" as name:
             return name

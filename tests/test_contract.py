@@ -18,6 +18,7 @@ from dllm.samplers import (
     AdaBlock,
     Certainty,
     Credit,
+    Editing,
     EntropyThreshold,
     Factor,
     FreeDave,
@@ -180,7 +181,9 @@ def test_row_result_ignores_batchmates_when_rows_stop_and_draw(make: Maker, samp
 
 
 @backbones
-@only(lambda sampler: not isinstance(sampler, (Drafting, T2M)) and not getattr(sampler, "loop", 0))  # by design
+@only(
+    lambda sampler: not isinstance(sampler, (Drafting, Editing, T2M)) and not getattr(sampler, "loop", 0)
+)  # by design
 def test_every_forward_commits(make: Maker, sampler: Any) -> None:
     result = run(make(), PROMPTS, sampler)
     assert (result.nfe <= LENGTH).all()

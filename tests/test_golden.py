@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 import dllm
-from dllm.cache import FreeCache
 from golden_plan import Plan, base_of, plan
 
 HERE = Path(__file__).parent / "golden"
@@ -42,6 +41,17 @@ def cases(folder: Path, files: tuple[str, ...]) -> Iterator[Any]:
                 yield pytest.param(folder, case, planned, id=case["id"])
 
 
+def batches(folder: Path) -> Iterator[Any]:
+    """Batches whose rows do not depend on each other there: without stale keys and values, or overwritten prompts."""
+    path = folder / "cases.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else ():
+        case = json.loads(line)
+        if case["algorithm"] == "fastdllm_v2_batch" and not (case["fragile"] or case["params"]["use_block_cache"]):
+            longest = max(map(len, case["prompt"]))
+            if "prompt_overwritten" not in str(case.get("note")) and longest % case["params"]["block_size"] != 1:
+                yield pytest.param(case, id=case["id"])
+
+
 @cache
 def model(folder: Path) -> dllm.LanguageModel:
     return dllm.load(folder, device="cpu")
@@ -55,8 +65,8 @@ def decode(folder: Path, case: dict[str, Any], planned: Plan) -> dllm.Generation
 def check(folder: Path, case: dict[str, Any], planned: Plan) -> None:
     result = decode(folder, case, planned)
     compared = len(case["sequence"])
-    if planned.options["stop_at_eos"]:
-        compared = len(case["prompt"]) + result.stats.tokens
+    if planned.options["stop_at_eos"]:  # the reference may cut what is decoded, in whole blocks, before its end
+        compared = min(compared, len(case["prompt"]) + result.stats.tokens)
     if case["id"] in LOSSY:
         base = decode(folder, case, planned._replace(sampler=base_of(case)))
         assert base.sequences[0].tolist() != case["sequence"]
@@ -78,6 +88,18 @@ def test_decodes_as_the_reference_in_every_shared_case(folder: Path, case: dict[
     check(folder, case, planned)
 
 
+def block_by_block() -> Iterator[Any]:
+    """The cases of block-causal models, with exact caches where the reference has one too."""
+    for family in ("sdar", "llada2", "fastdllm_v2"):
+        for each in cases(BLOCK / family, ("cases.jsonl",)):
+            folder, case, planned = each.values
+            stale = planned.cache != "none"
+            for name in ("own",) if stale else ("none", "block"):
+                yield pytest.param(
+                    folder, case, planned if stale else planned._replace(cache=name), id=f"{case['id']}-{name}"
+                )
+
+
 @pytest.mark.skipif(not BLOCK.exists(), reason="../shared/golden/block is not here")
 @pytest.mark.parametrize(("folder", "case", "planned"), list(cases(SHARED, ("block/llada_policies/cases.jsonl",))))
 def test_decodes_as_the_reference_of_further_policies(folder: Path, case: dict[str, Any], planned: Plan) -> None:
@@ -85,12 +107,23 @@ def test_decodes_as_the_reference_of_further_policies(folder: Path, case: dict[s
 
 
 @pytest.mark.skipif(not BLOCK.exists(), reason="../shared/golden/block is not here")
-@pytest.mark.parametrize(("folder", "case", "planned"), list(cases(BLOCK / "sdar", ("cases.jsonl",))))
-@pytest.mark.parametrize("exact_cache", ["none", FreeCache(window=0)], ids=["none", "freecache"])
-def test_decodes_as_the_reference_block_by_block(
-    folder: Path, case: dict[str, Any], planned: Plan, exact_cache: Any
-) -> None:
-    check(folder, case, planned._replace(cache=exact_cache))
+@pytest.mark.parametrize(("folder", "case", "planned"), list(block_by_block()))
+def test_decodes_as_the_reference_block_by_block(folder: Path, case: dict[str, Any], planned: Plan) -> None:
+    check(folder, case, planned)
+
+
+@pytest.mark.skipif(not BLOCK.exists(), reason="../shared/golden/block is not here")
+@pytest.mark.parametrize("case", list(batches(BLOCK / "fastdllm_v2")))
+def test_rows_decode_as_those_of_a_batch_of_the_reference(case: dict[str, Any]) -> None:
+    for prompt, sequence in zip(case["prompt"], case["sequence"], strict=True):
+        single = case | {"algorithm": "fastdllm_v2_generate", "prompt": prompt, "sequence": sequence}
+        planned = plan(single, BLOCK / "fastdllm_v2")
+        assert planned is not None
+        written = decode(BLOCK / "fastdllm_v2", single, planned).sequences[0].tolist()
+        ends = [i for i in range(len(prompt), len(sequence)) if sequence[i] == case["params"]["stop_token"]]
+        count = min(len(written), len(sequence), ends[0] + 1 if ends else len(sequence))
+        assert count > len(prompt)
+        assert written[:count] == sequence[:count]
 
 
 def test_committed_steps_are_those_of_the_reference() -> None:

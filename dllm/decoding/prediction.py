@@ -137,6 +137,7 @@ class Prediction:
         self.given = logits.to(torch.promote_types(logits.dtype, torch.float32))
         self._mask_token_id, self._parts = mask_token_id, parts
         chosen = _choose_in_parts(self.given, mask_token_id, parts)
+        self._within: Tensor | None = None
         self.logits, self._chosen, self._broken, self._last = chosen.logits, chosen.tokens, chosen.broken, chosen.last
 
     def adjusted(self, tokens: Int[Tensor, "N S"], by: Float[Tensor, "N S"]) -> Prediction:
@@ -160,6 +161,14 @@ class Prediction:
         # Properties computed already have the old arrangement.
         vars(other).update({name: value for name, value in vars(self).items() if name not in _ALIGNED})
         other.asked, other._arrange = arrange(self.asked), lambda values: arrange(inner(values))
+        other._within = None if self._within is None else arrange(self._within)
+        return other
+
+    def within(self, asked: Bool[Tensor, "*B K"]) -> Prediction:
+        """The same predictions as if only these of the requested positions had been requested."""
+        other = object.__new__(Prediction)
+        vars(other).update({name: value for name, value in vars(self).items() if name not in _ALIGNED})
+        other.asked = other._within = asked
         return other
 
     def kept(self, arrange: Callable[[Tensor], Tensor]) -> Prediction:
@@ -220,7 +229,8 @@ class Prediction:
 
     def _spread(self, values: Tensor, fill: float) -> Tensor:
         out = values.new_full((self._shape.numel(),), fill)
-        return self._arrange(out.index_copy_(0, self._index, values).view(self._shape))
+        arranged = self._arrange(out.index_copy_(0, self._index, values).view(self._shape))
+        return arranged if self._within is None else arranged.masked_fill(~self._within, fill)
 
 
 @dataclass(frozen=True, slots=True)

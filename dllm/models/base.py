@@ -39,12 +39,14 @@ class MaskedDiffusionModel(PreTrainedModel):
         tempered_confidence: the published sampler computes confidences from softmax(logits / temperature).
         end_of_turn: tokens that end a chat turn and count as end-of-text if the tokenizer has them.
         packed_weights: the weights by name, if they are packed.
+        constants: entries of the config beside those of every family that change results and not the weights.
         extra_eos_token_ids: end-of-text ids beside the config's; `dllm.load` sets those of `end_of_turn`.
     """
 
     logits_shift: ClassVar[int] = 0
     tempered_confidence: ClassVar[bool] = False
     end_of_turn: ClassVar[tuple[str, ...]] = ()
+    constants: ClassVar[tuple[str, ...]] = ()
     extra_eos_token_ids: tuple[int, ...] = ()
     packed_weights: Mapping[str, Callable[[], Tensor]] | None = None
     _supports_sdpa = True
@@ -68,6 +70,11 @@ class MaskedDiffusionModel(PreTrainedModel):
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         _check_attention(attn_implementation)
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
+    @classmethod
+    def layer_alone(cls, config: PretrainedConfig, layer: int) -> dict[str, Any]:
+        """Entries of the config of a model whose only layer is like this one; none where all layers are alike."""
+        return {}
 
     @property
     @abstractmethod
@@ -152,7 +159,8 @@ class MaskedDiffusionModel(PreTrainedModel):
         A hash of every weight, rounded to bfloat16, and of the config's heads, constants and [MASK] id.
         """
         config = self.config
-        constants = (*self.kv_shape, config.num_attention_heads, config.rope_theta, config.rms_norm_eps)
+        constants = [*self.kv_shape, config.num_attention_heads, config.rope_theta, config.rms_norm_eps]
+        constants += [getattr(config, name) for name in self.constants]
         settings = ",".join(str(float(value)) for value in (*constants, config.mask_token_id))
         weights: Iterable[tuple[str, Tensor]]
         if self.packed_weights is not None:

@@ -29,7 +29,7 @@ class Rows:
 
     def __call__(self, x: Float[Tensor, "*B d"]) -> Float[Tensor, "*B e"]:
         rows = slice(self.low, self.high)
-        if not _is_plain(self.whole) or self.high - self.low == self.whole.out_features:
+        if not is_plain(self.whole) or self.high - self.low == self.whole.out_features:
             return self.whole(x)[..., rows]
         bias = self.whole.bias
         return F.linear(x, self.whole.weight[rows], None if bias is None else bias[rows])
@@ -55,7 +55,7 @@ def _leading(x: Tensor, layers: Sequence[Layer]) -> Sequence[Tensor]:
         run = _run(layers, _continues)
         sizes = [each.high - each.low for each in run]
         return Rows(first.whole, first.low, run[-1].high)(x).split(sizes, -1)
-    run = _run(layers, _is_next) if not torch.is_grad_enabled() and _is_plain(first) else [first]
+    run = _run(layers, _is_next) if not torch.is_grad_enabled() and is_plain(first) else [first]
     if len(run) == 1:
         return [first(x)]
     sizes = [each.out_features for each in run]
@@ -78,7 +78,7 @@ def _continues(before: Rows, layer: Any) -> bool:
 
 def _is_next(before: nn.Linear, layer: Any) -> bool:
     """Whether the weights and biases of a layer follow those of another in the same memory."""
-    if not _is_plain(layer) or (before.bias is None) != (layer.bias is None):
+    if not is_plain(layer) or (before.bias is None) != (layer.bias is None):
         return False
     pairs = [(before.weight, layer.weight)]
     if before.bias is not None:
@@ -97,7 +97,7 @@ def _adjacent(left: Tensor, right: Tensor) -> bool:
     )
 
 
-def _is_plain(layer: Any) -> bool:
+def is_plain(layer: Any) -> bool:
     """Whether a layer is a matrix product with ordinary weights, and nothing else runs with it."""
     return (
         type(layer) is nn.Linear
@@ -109,7 +109,7 @@ def _is_plain(layer: Any) -> bool:
 
 def joinable(*layers: Any) -> bool:
     """Whether layers are ordinary, and their weights and biases can be stored in one tensor."""
-    if not all(_is_plain(layer) and not layer.weight.is_meta for layer in layers):
+    if not all(is_plain(layer) and not layer.weight.is_meta for layer in layers):
         return False
     return all(
         len({None if each is None else (each.shape[1:], each.dtype, each.device) for each in own}) == 1

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from dllm.checks import choice, first_line
 from dllm.files import BUNDLED, expanded, is_folder, read_json
 from dllm.identity import Stamp, stamps
-from dllm.models import FAMILIES, MaskedDiffusionModel, adapters, packed
+from dllm.models import FAMILIES, MaskedDiffusionModel, adapters, family_of, packed
 from dllm.models.base import token_ids
 from dllm.models.checkpoint import ATTENTION, DTYPES, QUANTISED, check_values, read_config
 from dllm.models.linear import join_products
@@ -278,14 +278,14 @@ def find_device(device: str | torch.device | None, parameter: str = "device") ->
 def _family(folder: Path) -> type[MaskedDiffusionModel]:
     """The model class for a `config.json`."""
     path, config = folder / "config.json", read_config(folder)
-    model_type = str(config.get("model_type"))
-    if model_type not in FAMILIES:
+    family = family_of(config)
+    if family is None:
+        model_type = str(config.get("model_type"))
         raise ValueError(f"{path}: model_type={model_type!r} is not supported; use one of {', '.join(FAMILIES)}")
-    family = FAMILIES[model_type]
-    for key, what in (("mask_token_id", "the id of [MASK]"), ("eos_token_id", "the id that ends a text")):
-        if key not in config:
-            raise ValueError(f"{path} has no {key}; add {what}")
     config_class: Any = family.config_class
+    for key, what in (("mask_token_id", "the id of [MASK]"), ("eos_token_id", "the id that ends a text")):
+        if key not in config and key not in getattr(config_class, "default_ids", ()):
+            raise ValueError(f"{path} has no {key}; add {what}")
     try:
         with quiet():
             check_values(config_class, config)
@@ -344,7 +344,9 @@ def _load_weights(family: type[MaskedDiffusionModel], folder: Path, options: dic
         ],
         "is missing": info["missing_keys"],
         f"is not part of {family.__name__}": info["unexpected_keys"],
-        "holds NaN or infinity": [name for name, weight in backbone.named_parameters() if not _is_finite(weight)],
+        "holds NaN or infinity": [
+            name for name, weight in backbone.state_dict(keep_vars=True).items() if not _is_finite(weight)
+        ],
     }
     for problem, tensors in problems.items():
         if tensors:
