@@ -14,6 +14,7 @@ from dllm.samplers.localleap import LocalLeap
 from dllm.samplers.oracle import Oracle
 from dllm.samplers.pc import PC
 from dllm.samplers.prophet import Prophet
+from dllm.samplers.saber import Saber
 from dllm.samplers.slowfast import SlowFast
 from dllm.samplers.threshold import Threshold
 from dllm.samplers.vanilla import Vanilla
@@ -33,6 +34,7 @@ __all__ = [
     "LocalLeap",
     "Oracle",
     "Prophet",
+    "Saber",
     "SlowFast",
     "Threshold",
     "Vanilla",
