@@ -92,7 +92,8 @@ class Saber(Policy):
 
         masks = (window.masked & ~chosen).any(-1)
         number = ((count + 7) // 8).clamp(min=self.at_least // 2).minimum(count - 1).where(masks, 0)
-        revoked = top(last - highest, number, window.inside & (chosen | ~window.masked))
+        # Rounded, as a cache may leave predictions unchanged: then the leftmost goes, and not what rounding decides.
+        revoked = top((last - highest).round(decimals=6), number, window.inside & (chosen | ~window.masked))
         state.last[at, :width] = highest
         state.committed[at, :width] = torch.where(chosen, confidence, state.committed[at, :width])
         tokens = prediction.tokens.masked_fill(revoked, state.mask_token_id)
