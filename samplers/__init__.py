@@ -17,6 +17,7 @@ from dllm.samplers.oracle import Oracle
 from dllm.samplers.pc import PC
 from dllm.samplers.prophet import Prophet
 from dllm.samplers.remdm import ReMDM
+from dllm.samplers.saber import Saber
 from dllm.samplers.slowfast import SlowFast
 from dllm.samplers.sub_blocks import SubBlocks
 from dllm.samplers.t2m import T2M
@@ -43,6 +44,7 @@ __all__ = [
     "Oracle",
     "Prophet",
     "ReMDM",
+    "Saber",
     "SlowFast",
     "SubBlocks",
     "Threshold",

@@ -3,9 +3,9 @@
 A case is a row of tests/golden/cases.jsonl, or of the files of ../shared/golden: the checkpoint, prompt and
 parameters of one decode by published code, with its sequence. `plan` maps it; what it does not map has no
 counterpart here: `stop_until_eos` and FlashDLM's `early_stop`, which change what is decoded before the end of
-text (here stopping never does); dInfer's blocks that begin within the prompt, and its second hierarchy where the low
-threshold is above the other; what published code does by fault where a prompt holds an end-of-text, fills exactly
-one block, or is a sequence of rows; guided cases in which the reference's caches lost count; Dream's cases of
+text (here stopping never does); dInfer with a cache, its blocks that begin within the prompt, and its second hierarchy
+where the low threshold is above the other; what published code does by fault where a prompt holds an end-of-text, fills
+exactly one block, or is a sequence of rows; guided cases in which the reference's caches lost count; Dream's cases of
 FreeDave and Fast-dLLM with a cache, which commit each block's first token unconditionally; FreeDave's eager
 drafts with a cache, which are refused here; d2Cache's thresholds and factors on a score other than the
 confidence, other rules on a confidence times `sigma`'s density, factors that commit at least several, and KLASS
@@ -151,6 +151,8 @@ def sampler_of(folder: Path, case: dict[str, Any]) -> Any:
     """The sampler that a case of the reference corresponds to; None where this file does not cover it."""
     p = case["params"]
     if p.get("early_stop") and case["algorithm"] not in ("localleap", *DINFER_BLOCKS):
+        return None
+    if case["algorithm"].startswith("dinfer") and p.get("cache", "none") != "none":
         return None
     if cache_of(case) is None or any(p.get(name) for name in UNSUPPORTED):
         return None

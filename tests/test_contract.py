@@ -28,6 +28,7 @@ from dllm.samplers import (
     Oracle,
     Prophet,
     ReMDM,
+    Saber,
     SlowFast,
     Threshold,
     Vanilla,
@@ -87,12 +88,12 @@ def only(keep: Callable[[Any], bool]) -> Any:
 def by_place(sampler: Any) -> bool:
     """Whether it may prefer a position to its equals for where it stands."""
     base = getattr(sampler, "base", sampler)
-    return isinstance(base, (Drafting, Revoking, Learn2PD, ReMDM, T2M))
+    return isinstance(base, (Drafting, Revoking, Saber, Learn2PD, ReMDM, T2M))
 
 
 def revises(sampler: Any) -> bool:
     """Whether it takes committed tokens back."""
-    return isinstance(sampler, (ReMDM, Revoking, T2M, Wino))
+    return isinstance(sampler, (ReMDM, Revoking, Saber, T2M, Wino))
 
 
 def cuts(sampler: Any) -> bool:

@@ -73,7 +73,7 @@ def steps(sampler: Any, cache: str, rows: int, monkeypatch: pytest.MonkeyPatch, 
     "name",
     [
         "vanilla", "threshold", "factor", "entropy_threshold", "localleap", "eb", "klass", "credit", "hierarchical",
-        "prophet", "slowfast", "pc", "certainty", "learn2pd", "remdm", "t2m",
+        "prophet", "slowfast", "pc", "certainty", "saber", "learn2pd", "remdm", "t2m",
     ],
 )  # fmt: skip
 def test_a_step_reads_the_device_once(name: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
