@@ -2,6 +2,7 @@
 
 from dllm.samplers.adablock import AdaBlock
 from dllm.samplers.ar_guided import ARGuided
+from dllm.samplers.daedal import Daedal
 from dllm.samplers.entropy_threshold import EntropyThreshold
 from dllm.samplers.factor import Factor
 from dllm.samplers.freedave import FreeDave
@@ -18,6 +19,7 @@ __all__ = [
     "T2M",
     "ARGuided",
     "AdaBlock",
+    "Daedal",
     "EntropyThreshold",
     "Factor",
     "FreeDave",

@@ -14,6 +14,7 @@ from contract_rig import BY_NAME, GUIDED, LEARNED, PROMPTS, Maker, backbones, co
 from dllm.samplers import (
     T2M,
     AdaBlock,
+    Daedal,
     EntropyThreshold,
     Factor,
     FreeDave,
@@ -32,6 +33,7 @@ from toys import Drafting, Refreshing, Remembering, Revoking, Rewriting, Stallin
 SAMPLERS: dict[str, Any] = {
     **BY_NAME,
     "adablock-short": AdaBlock(0.5, range(0, 62, 3), 0.05, 0.6),
+    "daedal-short": Daedal(4, 3, 0.2, 0.9, 0.5, 0.3, 4),
     "vanilla-steps": Vanilla(steps=10),
     "vanilla-3": Vanilla(tokens_per_step=3),
     "vanilla-timestep": Vanilla(steps=14, schedule="timestep"),
@@ -71,7 +73,7 @@ def only(keep: Callable[[Any], bool]) -> Any:
 def by_place(sampler: Any) -> bool:
     """Whether it may prefer a position to its equals for where it stands."""
     base = getattr(sampler, "base", sampler)
-    return isinstance(base, (Drafting, Revoking, Learn2PD, ReMDM, T2M))
+    return isinstance(base, (Daedal, Drafting, Revoking, Learn2PD, ReMDM, T2M))
 
 
 def revises(sampler: Any) -> bool:
@@ -124,6 +126,7 @@ def test_row_result_ignores_batchmates(make: Maker, sampler: Any) -> None:
         sampler not in (Vanilla(steps=10), Vanilla(steps=14, schedule="timestep"), Threshold(0.2, steps=8))
         and getattr(sampler, "steps", None) != 10
         and not cuts(sampler)
+        and not isinstance(sampler, Daedal)
     )
 )
 @pytest.mark.parametrize("block_length", [4, None])
@@ -165,7 +168,7 @@ def test_row_result_ignores_batchmates_when_rows_stop_and_draw(make: Maker, samp
 
 
 @backbones
-@only(lambda sampler: not isinstance(sampler, (Drafting, T2M)) and not getattr(sampler, "loop", 0))  # by design
+@only(lambda sampler: not isinstance(sampler, (Daedal, Drafting, T2M)) and not getattr(sampler, "loop", 0))  # by design
 def test_every_forward_commits(make: Maker, sampler: Any) -> None:
     result = run(make(), PROMPTS, sampler)
     assert (result.nfe <= LENGTH).all()
