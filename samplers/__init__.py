@@ -8,6 +8,7 @@ from dllm.samplers.factor import Factor
 from dllm.samplers.freedave import FreeDave
 from dllm.samplers.learn2pd import Learn2PD
 from dllm.samplers.localleap import LocalLeap
+from dllm.samplers.lopa import LoPA
 from dllm.samplers.oracle import Oracle
 from dllm.samplers.remdm import ReMDM
 from dllm.samplers.t2m import T2M
@@ -24,6 +25,7 @@ __all__ = [
     "Factor",
     "FreeDave",
     "Learn2PD",
+    "LoPA",
     "LocalLeap",
     "Oracle",
     "ReMDM",

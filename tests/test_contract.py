@@ -20,6 +20,7 @@ from dllm.samplers import (
     FreeDave,
     Learn2PD,
     LocalLeap,
+    LoPA,
     Oracle,
     ReMDM,
     Threshold,
@@ -44,6 +45,7 @@ SAMPLERS: dict[str, Any] = {
     "threshold-paced": Threshold(0.2, steps=8),
     "factor-3": Factor(3.0),
     "entropy-2": EntropyThreshold(2.0),
+    "lopa-wide": LoPA(0.5, 3, 0.1),
     "localleap-wide": LocalLeap(0.5, 0.2, 3),
     "learn2pd-cut": replace(LEARNED, eotp="published"),
     "learn2pd-accepted": replace(LEARNED, eotp="accepted"),
@@ -73,7 +75,7 @@ def only(keep: Callable[[Any], bool]) -> Any:
 def by_place(sampler: Any) -> bool:
     """Whether it may prefer a position to its equals for where it stands."""
     base = getattr(sampler, "base", sampler)
-    return isinstance(base, (Daedal, Drafting, Revoking, Learn2PD, ReMDM, T2M))
+    return isinstance(base, (Daedal, Drafting, LoPA, Revoking, Learn2PD, ReMDM, T2M))
 
 
 def revises(sampler: Any) -> bool:
