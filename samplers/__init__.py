@@ -9,6 +9,7 @@ from dllm.samplers.freedave import FreeDave
 from dllm.samplers.learn2pd import Learn2PD
 from dllm.samplers.localleap import LocalLeap
 from dllm.samplers.lopa import LoPA
+from dllm.samplers.multiblock import MultiBlock
 from dllm.samplers.oracle import Oracle
 from dllm.samplers.remdm import ReMDM
 from dllm.samplers.t2m import T2M
@@ -27,6 +28,7 @@ __all__ = [
     "Learn2PD",
     "LoPA",
     "LocalLeap",
+    "MultiBlock",
     "Oracle",
     "ReMDM",
     "Threshold",

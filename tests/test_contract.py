@@ -21,6 +21,7 @@ from dllm.samplers import (
     Learn2PD,
     LocalLeap,
     LoPA,
+    MultiBlock,
     Oracle,
     ReMDM,
     Threshold,
@@ -55,6 +56,7 @@ SAMPLERS: dict[str, Any] = {
     "freedave-threshold": FreeDave(5, Threshold(0.3), eager=True),
     "freedave-learned": FreeDave(3, LEARNED),
     "ar_guided-ratio": replace(GUIDED, accept="ratio", ratio=0.2, on_reject="guide"),
+    "multiblock-early": MultiBlock(Threshold(0.3), 3, 0.0, 0.5, 0.2),
     "oracle-threshold": Oracle(Threshold(0.3)),
     "remdm-loop": ReMDM(10, "rescale", 0.5, True, loop=2, loop_at=0.5),
     "t2m-change": T2M(0.3, "change", 0.2),
@@ -75,7 +77,8 @@ def only(keep: Callable[[Any], bool]) -> Any:
 def by_place(sampler: Any) -> bool:
     """Whether it may prefer a position to its equals for where it stands."""
     base = getattr(sampler, "base", sampler)
-    return isinstance(base, (Daedal, Drafting, LoPA, Revoking, Learn2PD, ReMDM, T2M))
+    several = isinstance(sampler, MultiBlock)  # commits ahead
+    return several or isinstance(base, (Daedal, Drafting, LoPA, Revoking, Learn2PD, ReMDM, T2M))
 
 
 def revises(sampler: Any) -> bool:

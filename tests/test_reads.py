@@ -105,6 +105,12 @@ def test_drafts_are_read_before_they_are_judged(cache: str, most: int, monkeypat
     assert max(len(seen) for seen in steps(dllm.samplers.LoPA(0.5), cache, 4, monkeypatch)) == most
 
 
+def test_blocks_ahead_are_read_before_they_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cache in ("none", "dual"):
+        sampler = dllm.samplers.MultiBlock(dllm.samplers.Threshold(0.3), 2, 0.0, 0.0)
+        assert max(len(seen) for seen in steps(sampler, cache, 4, monkeypatch)) == 2
+
+
 @pytest.mark.parametrize(("eotp", "most"), [("accepted", 2), ("safe", 2), ("published", 3)])
 def test_where_a_row_ends_is_read(eotp: Any, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = dllm.samplers.Learn2PD(filter="tiny-llada", allow_mismatch=True, eotp=eotp)
