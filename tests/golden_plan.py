@@ -31,6 +31,7 @@ from dllm.samplers import (
     ARGuided,
     Certainty,
     Credit,
+    Daedal,
     Editing,
     EntropyThreshold,
     Factor,
@@ -89,7 +90,7 @@ def options_of(case: Mapping[str, Any]) -> dict[str, Any]:
     if case["algorithm"] in BLOCKWISE:
         return blockwise_options(case)
     options = {
-        "gen_length": p["gen_length"],
+        "gen_length": p["max_gen_length"] if case["algorithm"] == "daedal" else p["gen_length"],
         "block_length": None if guided and "block_length" not in p else p.get("block_length", p.get("block_size")),
         "top_k": p.get("top_k"),
         "cfg_scale": p.get("cfg_scale", 0.0),
@@ -231,6 +232,12 @@ def sampler_of(folder: Path, case: dict[str, Any]) -> Any:
             return Vanilla(steps=p["steps"], order=ORDERS[p["alg"]], schedule="timestep")
         case "fast_dllm_dream_nocache":
             return Threshold(p["threshold"], steps=p["steps"])
+        case "daedal":
+            return Daedal(
+                p["initial_gen_length"], p["expansion_factor"], p["eos_confidence_threshold"],
+                p["expand_eos_confidence_threshold"], p["high_conf_threshold"], p["low_conf_threshold"],
+                p["eos_check_tokens"],
+            )  # fmt: skip
         case "adablock":
             return AdaBlock(p["threshold"], p["delimiter_ids"], p["delimiter_threshold"])
         case "wino" if p["mask_id"] not in case["sequence"]:  # as shipped it loses what it masked again

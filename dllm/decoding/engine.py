@@ -282,8 +282,12 @@ class Engine:
             if not leaving and not entering:
                 return
             self._entering = [request for _, request in entering]
-            reach = [self.sampler.reach(request) for request in self._entering]
-            exchange = self._canvas.exchange(leaving, self._entering, reach)
+            exchange = self._canvas.exchange(
+                leaving,
+                self._entering,
+                [self.sampler.reach(request) for request in self._entering],
+                [self.sampler.opening(request) for request in self._entering],
+            )
             self._leaving, self._aborted = set(), set()
             self._ids[exchange.rows] = [name for name, _ in entering]
         self._idle[exchange.rows] = self._steps[exchange.rows] = 0
