@@ -33,10 +33,11 @@ class Denoise(Protocol):
         tokens: Int[Tensor, "B D L"] | None = None,
         attention: Attention = "apart",
         decided: bool = False,
+        ahead: bool = False,
     ) -> Prediction:
         """Predict tokens.
 
-        A call about the window's own columns and tokens needs no device synchronization.
+        A call without `asked`, `columns` and `tokens` needs no device synchronization.
 
         Args:
             asked: requested positions; the window's masked positions by default. A row without any is left out
@@ -47,9 +48,11 @@ class Denoise(Protocol):
                 requested positions is not computed.
             attention: how the drafts of a row are computed. "apart": as D sequences. "tree": as one sequence, in
                 which each draft attends to itself only. "shadow": as one sequence of the canvas and the requested
-                positions of the other drafts; each of these attends to itself and to the canvas except the position
-                it predicts and its own, and nothing attends to it.
+                positions of the other drafts; each of these attends to those of its draft and to the canvas except
+                the position it predicts and its own, and the canvas does not attend to it. Without `tokens` there is
+                one shadow: masks at the positions of the window, requested in rows with a decided one.
             decided: request all positions of the window to be generated, decided ones included.
+            ahead: request those of later blocks, too; the prediction is then aligned to the canvas, (B, L).
         """
         ...
 
@@ -72,6 +75,13 @@ class Sampler(Protocol):
 
     def files(self) -> Iterable[Path]:
         """The files that its result depends on."""
+        ...
+
+    def reach(self, request: Request) -> int | None:
+        """Positions that the window shows when a block begins, where the policy chooses its end (`Edit.block_length`).
+
+        Such a block begins at the first mask. None: blocks of the request's length, side by side.
+        """
         ...
 
     def start(self, setup: Setup) -> Any:
@@ -100,6 +110,10 @@ class Policy:
     def files(self) -> Iterable[Path]:
         """None."""
         return ()
+
+    def reach(self, request: Request) -> int | None:
+        """Blocks of the request's length."""
+        return None
 
     def start(self, setup: Setup) -> Any:
         """No state."""
@@ -137,6 +151,7 @@ def constant_denoiser(prediction: Prediction) -> Denoise:
         tokens: Tensor | None = None,
         attention: Attention = "apart",
         decided: bool = False,
+        ahead: bool = False,
     ) -> Prediction:
         return prediction
 

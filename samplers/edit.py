@@ -110,4 +110,4 @@ class Editing(Policy):
         left = (window.masked & ~edit.write).any(-1)
         again = (masked | replaced.any(-1)) & (post < self.max_post_steps)
         tokens = prediction.tokens.where(replaced, edit.tokens)
-        return replace(edit, tokens=tokens, write=edit.write | replaced, stay=left | again)
+        return replace(edit, tokens=tokens, write=edit.write | replaced, held=left | again)

@@ -67,9 +67,22 @@ def quota_of_step(steps: int, window: Window) -> Int[Tensor, " B"]:
     return (length // steps + (window.step < length % steps)).clamp(min=1)
 
 
-def steps_of_block(steps: int, window: Window) -> Int[Tensor, " B"]:
+def steps_of_block(steps: Int[Tensor, " B"] | int, window: Window) -> Int[Tensor, " B"]:
     """Steps of each row's active block, in proportion to its length, and at least one."""
+    before, through = steps_around_block(steps, window)
+    return through - before
+
+
+def steps_around_block(steps: Int[Tensor, " B"] | int, window: Window) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
+    """Steps before each row's active block, and those up to its end; see `steps_of_block`."""
     own, first = window.block_length, window.columns[:, 0] - window.start  # negative where the prompt shares the block
     before, through = first.clamp(min=0), (first + own).minimum(window.span)
     blocks = (first + 2 * own - 1) // own  # with this one
-    return (through * steps // window.span).maximum(blocks) - (before * steps // window.span).maximum(blocks - 1)
+    return (before * steps // window.span).maximum(blocks - 1), (through * steps // window.span).maximum(blocks)
+
+
+def uniform_quota(steps: Int[Tensor, " B"] | int, window: Window) -> Int[Tensor, " B"]:
+    """Tokens to commit in this step by LLaDA's schedule: floor(masks / steps), the remainder in the first steps."""
+    # With fewer masks than steps, each step commits one until none is left.
+    steps, masks = steps_of_block(steps, window), window.entry_masks
+    return masks // steps + (window.step < masks % steps)

@@ -46,6 +46,7 @@ from dllm.samplers.schedule import (
     quota_of_step,
     steps_of_block,
     steps_of_blocks,
+    uniform_quota,
 )
 from dllm.samplers.selection import perturbed, top
 
@@ -154,11 +155,9 @@ class Vanilla(Policy):
             return quota_of_step(self.steps_per_block, window)
         if self.steps is None:
             return self.tokens_per_step
-        steps, masks = steps_of_block(self.steps, window), window.entry_masks
         if self.schedule == "timestep":
-            return state.quota(steps, window)
-        # With fewer masks than steps, each step commits one until none is left.
-        return masks // steps + (window.step < masks % steps)
+            return state.quota(steps_of_block(self.steps, window), window)
+        return uniform_quota(self.steps, window)
 
     def _score(self, window: Window, prediction: Prediction) -> Float[Tensor, "B K"]:
         match self.order:

@@ -11,6 +11,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from dllm import LanguageModel
 from dllm.filters import ConfidenceFilter, Filter, NeighbourFilter
+from dllm.frequencies import Frequencies
 from dllm.models import (
     DreamConfig,
     DreamModel,
@@ -245,6 +246,12 @@ def random_filter(seed: int = 0, block_length: int | None = None) -> Filter:
         for parameter in network.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
     return Filter(network, None, "random")
+
+
+def random_frequencies(seed: int = 0) -> Frequencies:
+    """A table over the tokens of the random models, from rare to very frequent ones."""
+    draw = torch.rand(60, generator=torch.Generator().manual_seed(seed))
+    return Frequencies({str(token): int(10 ** (4 * share)) for token, share in enumerate(draw.tolist())})
 
 
 def save_folder(lm: LanguageModel, path: Path) -> Path:

@@ -17,8 +17,8 @@ from dllm.cache.base import Cache
 from dllm.decoding.compatibility import unmet
 from dllm.decoding.window import Edit, Window
 from dllm.resolve import names, resolve
+from dllm.samplers import T2M, AdaBlock, FreeDave, LocalLeap, Oracle, SlowFast, Threshold, Vanilla
 from dllm.samplers import Editing as TokenEditing
-from dllm.samplers import FreeDave, LocalLeap, Oracle, Threshold, Vanilla
 from dllm.samplers.base import Denoise, Policy
 from engine_rig import observed
 from models import random_dream, random_llada
@@ -26,9 +26,11 @@ from toys import Drafting, Editing, Leftmost, Remembering, Revoking, Spying
 
 SAMPLERS: dict[str, Any] = {
     **BY_NAME,
+    "adablock-short": AdaBlock(0.5, range(0, 62, 3), 0.05, 0.6),
     "vanilla-3": Vanilla(tokens_per_step=3),
     "threshold-0.3": Threshold(0.3),
     "localleap-wide": LocalLeap(0.5, 0.2, 3),
+    "slowfast-short": SlowFast(0.6, 0.2, 1, 1),
     "learn2pd-cut": replace(LEARNED, eotp="published"),
     "freedave-tree": FreeDave(3, draft_mode="tree"),
     "drafting": Drafting(exact=False),
@@ -80,8 +82,8 @@ combined = pytest.mark.parametrize(("sampler", "cache", "size"), combinations())
 def test_every_sampler_runs_in_batches_with_every_cache(make: Maker, sampler: Any, cache: Any, size: int) -> None:
     lm = make()
     prompts = PROMPTS[:5]
-    # Two forwards a step, or 16 more for each of three blocks.
-    most = 20 if isinstance(sampler, Drafting) else 58 if isinstance(sampler, TokenEditing) else 10
+    # Two forwards a step, or some more for each of three blocks.
+    most = {Drafting: 20, TokenEditing: 58, T2M: 80}.get(type(sampler), 10)
     alone = [run(lm, [prompt], sampler, cache, seed=[50 + i]) for i, prompt in enumerate(prompts)]
     for batch_size in (size, 5):
         batch = run(lm, prompts, sampler, cache, batch_size=batch_size, seed=50)

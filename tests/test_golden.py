@@ -20,6 +20,7 @@ from golden_plan import Plan, base_of, plan
 
 HERE = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared" / "golden"
+SHARED_FILES = ("llada_cases.jsonl", "dream_cases.jsonl", "block/llada_policies/cases.jsonl")
 BLOCK = SHARED / "block"  # models whose attention is causal over blocks, a folder for each family
 
 # Here the reference accepts a draft that its base would not have made: its tokens are not those of its own base.
@@ -82,7 +83,7 @@ def test_decodes_as_the_reference(folder: Path, case: dict[str, Any], planned: P
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="../shared/golden is not here")
-@pytest.mark.parametrize(("folder", "case", "planned"), list(cases(SHARED, ("llada_cases.jsonl", "dream_cases.jsonl"))))
+@pytest.mark.parametrize(("folder", "case", "planned"), list(cases(SHARED, SHARED_FILES)))
 def test_decodes_as_the_reference_in_every_shared_case(folder: Path, case: dict[str, Any], planned: Plan) -> None:
     check(folder, case, planned)
 
@@ -97,6 +98,12 @@ def block_by_block() -> Iterator[Any]:
                 yield pytest.param(
                     folder, case, planned if stale else planned._replace(cache=name), id=f"{case['id']}-{name}"
                 )
+
+
+@pytest.mark.skipif(not BLOCK.exists(), reason="../shared/golden/block is not here")
+@pytest.mark.parametrize(("folder", "case", "planned"), list(cases(SHARED, ("block/llada_policies/cases.jsonl",))))
+def test_decodes_as_the_reference_of_further_policies(folder: Path, case: dict[str, Any], planned: Plan) -> None:
+    check(folder, case, planned)
 
 
 @pytest.mark.skipif(not BLOCK.exists(), reason="../shared/golden/block is not here")

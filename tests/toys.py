@@ -130,6 +130,10 @@ class Watching(Policy):
 
     inner: Any
 
+    def reach(self, request: Request) -> int | None:
+        reach: int | None = self.inner.reach(request)
+        return reach
+
     def start(self, setup: Setup) -> Any:
         return self.inner.start(setup)
 

@@ -279,7 +279,8 @@ class Engine:
             if not leaving and not entering:
                 return
             self._entering = [request for _, request in entering]
-            exchange = self._canvas.exchange(leaving, self._entering)
+            reach = [self.sampler.reach(request) for request in self._entering]
+            exchange = self._canvas.exchange(leaving, self._entering, reach)
             self._leaving, self._aborted = set(), set()
             self._ids[exchange.rows] = [name for name, _ in entering]
         self._idle[exchange.rows] = self._steps[exchange.rows] = 0

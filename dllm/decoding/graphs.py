@@ -1,8 +1,8 @@
 """CUDA graphs: a forward over a window is a thousand small kernels, dominated by launch overhead.
 
 A forward whose shape recurs is captured and replayed from then on: its inputs (tokens, positions, columns, selected
-slots) are copied to the static inputs of the graph. Keys and values have fixed addresses. Wide forwards keep the
-device busy anyway and are launched as usual.
+slots) are copied to the static inputs of the graph. Keys and values have fixed addresses. `Layout.recurring` widens a
+forward to one of few shapes. Those over many columns keep the device busy anyway and are launched as usual.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dllm.models.base import MaskedDiffusionModel
 from dllm.models.transformer import KVStore
 
 _WIDEST = 512  # columns of a forward, over all sequences, up to which launch overhead dominates
-_AFTER = 3  # forwards of a shape are launched before it is captured, which takes as long as a few of them
+_AFTER = 1  # forwards of a shape that are launched before it is captured, which takes as long as a few of them
 _MOST = 64  # graphs kept
 _FEWEST = 16  # projected positions
 # Fastest first for few queries on an H200: 13, 35 and 18 us a layer. cuDNN is last since it plans each new shape.
@@ -91,7 +91,7 @@ class Capture:
 class _Captured:
     graph: Graph
     inputs: tuple[Tensor, ...]
-    logits: Float[Tensor, "N V"]
+    hidden: Float[Tensor, "N d"]
 
 
 class Forward:
@@ -118,6 +118,11 @@ class Forward:
         self._seen: Counter[Hashable] = Counter()
         self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
 
+    @property
+    def widest(self) -> int:
+        """Columns of a forward, over all sequences, up to which it is replayed."""
+        return _WIDEST if self.graphs else 0
+
     def __call__(
         self,
         tokens: Int[Tensor, "A C"],
@@ -133,7 +138,7 @@ class Forward:
     def _replayed(
         self, tokens: Tensor, mask: Tensor | None, positions: Tensor, store: KVStore | None, select: Tensor
     ) -> Tensor:
-        if not self.graphs or tokens.numel() > _WIDEST or not isinstance(store, FixedStore):
+        if tokens.numel() > self.widest or not isinstance(store, FixedStore):
             return self.backbone(tokens, mask, positions, store, select).logits
         # The number of requested positions varies between steps: it is padded to the next power of two.
         places = F.pad(select, (0, max(_FEWEST, 1 << (len(select) - 1).bit_length()) - len(select)))
@@ -151,7 +156,7 @@ class Forward:
         for kept, fresh in zip(found.inputs, inputs, strict=True):
             kept.copy_(fresh)
         found.graph.replay()
-        return found.logits[: len(select)].clone()  # the next replay overwrites it
+        return self.backbone.project(found.hidden[: len(select)])
 
     def _new(self, store: FixedStore, inputs: tuple[Tensor, ...]) -> _Captured:
         if self._capture is None:
@@ -159,5 +164,7 @@ class Forward:
         own = tuple(each.clone() for each in inputs)
         tokens, positions, index, places, *masks = own
         bound, mask = store.through(index), masks[0] if masks else None
-        graph, logits = self._capture(lambda: self.backbone(tokens, mask, positions, bound, places).logits)
-        return _Captured(graph, own, logits)
+        # Logits stay outside: each graph keeps the memory of its result.
+        run = self.backbone.hidden_states
+        graph, hidden = self._capture(lambda: run(tokens, mask, positions, bound, places))
+        return _Captured(graph, own, hidden)
