@@ -101,7 +101,7 @@ class Sampler(Protocol):
         ...
 
     def step(self, window: Window, denoise: Denoise, state: Any) -> Edit:
-        """Take one step: every row that is part of a forward commits at least one token."""
+        """Take one step: every row that is part of a forward commits a token, or leaves the block it stayed in."""
         ...
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 import dllm
+from commands import command
 from dllm.models import (
     ARCHITECTURES,
     Fast_dLLM_QwenConfig,
@@ -19,6 +22,7 @@ from dllm.models import (
     SDARMoeConfig,
     family_of,
 )
+from dllm.tasks.tokenizer import build_tokenizer
 from models import random_fast_dllm, random_llada, random_llada2, random_llada_moe, random_sdar_moe, save_folder
 
 Maker = Callable[..., dllm.LanguageModel]
@@ -124,3 +128,28 @@ def test_only_the_first_part_of_a_head_is_rotated() -> None:
     assert whole.backbone.rotary_dim == whole.backbone.head_dim == 8
     assert half.backbone.rotary_dim == 6
     assert half.backbone.head_dim == 12
+
+
+@pytest.mark.parametrize("sampler", ["edit", "sub_blocks", "threshold"])
+@makers
+def test_the_command_decodes_with_each_family(make: Maker, sampler: str, tmp_path: Path) -> None:
+    words = build_tokenizer()
+    folder = save_folder(make(vocab=len(words) + 2, dtype=torch.float32), tmp_path)
+    words.save_pretrained(folder)
+    out = command(
+        "generate", f"model={folder}", "prompt=Tom has 23 apples.", f"sampler={sampler}", "cache=block", "show=none",
+        "gen_length=8", "seed=1",
+    )  # fmt: skip
+    assert out.code == 0, out.err
+    assert "computed" in out.out
+
+
+def test_published_commands_name_options_that_exist() -> None:
+    text = "\n".join(page.read_text() for page in sorted((Path(__file__).parents[1] / "docs" / "models").iterdir()))
+    commands = re.findall(r"^    dllm (generate (?:.*\\\n)*.*)$", text, re.MULTILINE)
+    assert len(commands) == 6
+    for each in commands:
+        name, *words = shlex.split(each.replace("\\\n", " "))
+        options = [word for word in words if not word.startswith(("model=", "chat="))]
+        out = command(name, *options, "model=/nowhere", "--cfg", "job", "--resolve")
+        assert out.code == 0, out.err

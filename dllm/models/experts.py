@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dllm.checks import number
+from dllm.models.kernels import gated
 from dllm.models.linear import Layer, is_plain
 from dllm.models.transformer import SwiGLU
 
@@ -186,7 +187,7 @@ class Experts(nn.ModuleList):
 
     def _side_by_side(self, x: Tensor) -> _Joined | None:
         """The joined weights, which the experts' own are views of; None where there is no grouped product of them."""
-        if torch.is_grad_enabled() or x.dtype not in _GROUPED.get(x.device.type, ()):
+        if torch.is_grad_enabled() or not _has_groups(x):
             return None
         if self._joined is None or not self._joined.current(self):
             self._joined = _Joined.of(self, x)
@@ -237,8 +238,14 @@ class _Joined:
         index, order = experts.flatten().sort(stable=True)
         ends = torch.searchsorted(index, torch.arange(len(self.down), device=x.device), right=True).int()
         gate, up = F.grouped_mm(x[order // experts.shape[1]], self.gate_up.mT, offs=ends).chunk(2, dim=-1)
-        out = F.grouped_mm(F.silu(gate) * up, self.down.mT, offs=ends)
+        out = F.grouped_mm(gated(gate, up), self.down.mT, offs=ends)
         return torch.empty_like(out).index_copy_(0, order, out).view(*experts.shape, -1)
+
+
+def _has_groups(x: Tensor) -> bool:
+    """Whether torch multiplies groups of such rows."""
+    able = not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return able and x.dtype in _GROUPED.get(x.device.type, ()) and hasattr(F, "grouped_mm")
 
 
 def _is_plain(layer: Any, x: Tensor) -> bool:

@@ -88,7 +88,7 @@ class LLaDAMoEConfig(PretrainedConfig):
         check_special_ids("LLaDA-MoE", mask_token_id, eos_token_id)
         check_experts("LLaDA-MoE", num_experts, num_experts_per_tok)
         layers = kwargs.get("moe_layer_freq")
-        if layers not in (None, 1, [1] * num_hidden_layers):
+        if layers is not None and not (isinstance(layers, list) and all(each == 1 for each in layers)):
             raise ValueError(
                 f"LLaDA-MoE config: moe_layer_freq={layers!r} is not supported; the published models have experts in "
                 "every layer"

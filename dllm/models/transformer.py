@@ -74,7 +74,7 @@ class SwiGLU:
     up: Layer
     down: Layer
 
-    def __call__(self, x: Float[Tensor, "B C d"]) -> Float[Tensor, "B C d"]:
+    def __call__(self, x: Float[Tensor, "*B d"]) -> Float[Tensor, "*B d"]:
         return self.down(gated(*outputs(x, self.gate, self.up)))
 
 

@@ -72,7 +72,8 @@ def test_sdar_moe_in_blocks_of_one_is_qwen3_moe(tmp_path: Path, normalised: bool
     torch.manual_seed(0)
     config = Qwen3MoeConfig(**SIZES, **EXPERTS, norm_topk_prob=normalised, tie_word_embeddings=False)
     relative = Qwen3MoeForCausalLM(config).eval()
-    relative.set_experts_implementation("eager")  # before float64, which grouped products do not take
+    if hasattr(relative, "set_experts_implementation"):  # grouped products do not take float64
+        relative.set_experts_implementation("eager")
     family, entries = RELATIVES[1]
     own = saved(relative.double(), tmp_path, family, EXPERTS | entries | {"norm_topk_prob": normalised})
     assert not torch.allclose(logits(own), logits(relative), atol=1e-3)
