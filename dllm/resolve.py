@@ -16,6 +16,8 @@ from omegaconf import OmegaConf
 from dllm.checks import known, naming
 
 TARGET = "_target_"
+# An option of every policy that can be calibrated: a card of `dllm calibrate`.
+CALIBRATION, CALIBRATED = "calibration", "dllm.samplers.Calibrated"
 _CLASS = TypeVar("_CLASS", bound=type)
 _REGISTERED: dict[str, type] = {}
 
@@ -81,6 +83,13 @@ def build(place: str, options: Any, protocol: type) -> Any:
         ValueError: a class that may not be named, an option it does not have, or what the class refuses.
     """
     fields: Any = OmegaConf.to_container(options, resolve=True) if OmegaConf.is_config(options) else options
+    if isinstance(fields, Mapping) and CALIBRATION in fields and fields.get(TARGET) != CALIBRATED:
+        base = {name: value for name, value in fields.items() if name != CALIBRATION}
+        built = build(place, base, protocol)
+        if (card := fields[CALIBRATION]) is None:
+            return built
+        with naming({CALIBRATION: f"{place}.{CALIBRATION}"}):
+            return find_class(place, {TARGET: CALIBRATED}, protocol)(card, built)
     cls = find_class(place, fields, protocol)
     parameters = [name for name in inspect.signature(cls).parameters if name.isidentifier()]
     known([name for name in fields if name != TARGET], parameters, f"{place}.")

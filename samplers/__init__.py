@@ -2,6 +2,7 @@
 
 from dllm.samplers.adablock import AdaBlock
 from dllm.samplers.ar_guided import ARGuided
+from dllm.samplers.calibrated import Calibrated
 from dllm.samplers.certainty import Certainty
 from dllm.samplers.credit import Credit
 from dllm.samplers.daedal import Daedal
@@ -35,6 +36,7 @@ __all__ = [
     "T2M",
     "ARGuided",
     "AdaBlock",
+    "Calibrated",
     "Certainty",
     "Credit",
     "Daedal",

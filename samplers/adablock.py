@@ -25,7 +25,7 @@ from dllm.checks import number
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
 from dllm.decoding.window import Edit, Window
-from dllm.samplers.base import Denoise, Policy
+from dllm.samplers.base import CONFIDENCES, Denoise, Knob, Policy
 from dllm.samplers.selection import top
 
 
@@ -50,6 +50,8 @@ class AdaBlock(Policy):
     Raises:
         ValueError: a value out of range; at the start of a run: a delimiter that is not one token of the model.
     """
+
+    knob = Knob("threshold", CONFIDENCES)
 
     threshold: float = 0.9
     delimiters: Sequence[int | str] | None = None

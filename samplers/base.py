@@ -8,8 +8,9 @@ numbers are reused: `enter` announces that a number now belongs to another reque
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -105,11 +106,29 @@ class Sampler(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Knob:
+    """The option of a policy that trades quality for speed.
+
+    Attributes:
+        name: of the option.
+        values: from safe to fast, as `dllm calibrate` tests them.
+    """
+
+    name: str
+    values: tuple[float, ...]
+
+
+# Of policies that commit what is at least this probable.
+CONFIDENCES = (0.9999, 0.9995, 0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.93, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)
+
+
 class Policy:
     """A stateless sampler without requirements; subclasses override what they need."""
 
     single_forward = False
     needs: frozenset[str] = frozenset()
+    knob: ClassVar[Knob | None] = None
 
     def files(self) -> Iterable[Path]:
         """None."""

@@ -27,7 +27,7 @@ from dllm.decoding.prediction import Prediction
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
 from dllm.decoding.window import Edit, Window
-from dllm.samplers.base import Denoise, Policy, commit
+from dllm.samplers.base import CONFIDENCES, Denoise, Knob, Policy, commit
 from dllm.samplers.selection import top
 
 SLOTS = 128
@@ -60,6 +60,8 @@ class Credit(Policy):
     Raises:
         ValueError: a number out of range.
     """
+
+    knob = Knob("threshold", CONFIDENCES)
 
     threshold: float = 0.9
     strength: float = 0.7

@@ -29,7 +29,7 @@ from dllm.decoding.prediction import Prediction
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
 from dllm.decoding.window import Edit, Window
-from dllm.samplers.base import Denoise, Policy, become
+from dllm.samplers.base import CONFIDENCES, Denoise, Knob, Policy, become
 from dllm.samplers.selection import is_eos, leftmost, top
 
 
@@ -67,6 +67,7 @@ class Daedal(Policy):
         ValueError: a value out of range; a request to infill; a model that is causal over blocks.
     """
 
+    knob = Knob("high", CONFIDENCES)
     needs = frozenset({"growth"})
 
     initial: int = 64

@@ -25,7 +25,7 @@ from torch import Tensor
 from dllm.checks import choice, number
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.window import Edit, Window
-from dllm.samplers.base import Denoise, Policy, commit
+from dllm.samplers.base import Denoise, Knob, Policy, commit
 from dllm.samplers.selection import ranks, top
 
 
@@ -43,6 +43,7 @@ class EB(Policy):
         ValueError: a number out of range, or an unknown choice.
     """
 
+    knob = Knob("gamma", (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0))
     single_forward = True
 
     gamma: float = 0.1

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from dllm.checks import number
 from dllm.decoding.window import Edit, Window
-from dllm.samplers.base import Denoise, Policy, commit
+from dllm.samplers.base import Denoise, Knob, Policy, commit
 from dllm.samplers.selection import top
 
 
@@ -25,6 +25,7 @@ class EntropyThreshold(Policy):
         ValueError: a negative threshold.
     """
 
+    knob = Knob("threshold", (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0))
     single_forward = True
 
     threshold: float = 0.5

@@ -16,7 +16,7 @@ import torch
 
 from dllm.checks import number
 from dllm.decoding.window import Edit, Window
-from dllm.samplers.base import Denoise, Policy, commit
+from dllm.samplers.base import Denoise, Knob, Policy, commit
 from dllm.samplers.selection import ranks, top
 
 
@@ -31,6 +31,7 @@ class Factor(Policy):
         ValueError: a factor that is not positive.
     """
 
+    knob = Knob("factor", (0.001, 0.003, 0.01, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5))
     single_forward = True
 
     factor: float = 1.0

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dllm.checks import number
 from dllm.decoding.window import Edit, Window
-from dllm.samplers.base import Denoise, Policy, commit
+from dllm.samplers.base import CONFIDENCES, Denoise, Knob, Policy, commit
 from dllm.samplers.selection import ranks, top
 
 
@@ -36,6 +36,7 @@ class Hierarchical(Policy):
         ValueError: a negative number, or a low threshold above the threshold.
     """
 
+    knob = Knob("threshold", CONFIDENCES)
     single_forward = True
 
     threshold: float = 0.9

@@ -26,7 +26,7 @@ from dllm.decoding.prediction import Prediction
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
 from dllm.decoding.window import Edit, Window
-from dllm.samplers.base import Denoise, Policy, commit
+from dllm.samplers.base import CONFIDENCES, Denoise, Knob, Policy, commit
 from dllm.samplers.selection import top
 
 EPSILON = 1e-12  # inside the logarithms, as in the reference
@@ -61,6 +61,8 @@ class KLASS(Policy):
     Raises:
         ValueError: an option out of range.
     """
+
+    knob = Knob("threshold", CONFIDENCES)
 
     threshold: float = 0.9
     kl_threshold: float = 0.01

@@ -43,7 +43,7 @@ from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
 from dllm.decoding.window import Edit, Window
 from dllm.filters import Filter, FilterNetwork, filter_files, find_filter, load_filter
-from dllm.samplers.base import Denoise, Policy, commit
+from dllm.samplers.base import Denoise, Knob, Policy, commit
 from dllm.samplers.selection import is_eos, leftmost, top
 
 
@@ -72,6 +72,8 @@ class Learn2PD(Policy):
         ValueError: an option out of range; at the start of a run: no such filter, or one for another
             block length or model.
     """
+
+    knob = Knob("threshold", (0.999, 0.998, 0.995, 0.99, 0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5))
 
     filter: str | Filter | None = None
     threshold: float = 0.96

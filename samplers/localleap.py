@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from dllm.checks import number
 from dllm.decoding.window import Edit, Window
-from dllm.samplers.base import Denoise, Policy, commit
+from dllm.samplers.base import CONFIDENCES, Denoise, Knob, Policy, commit
 from dllm.samplers.selection import top
 
 
@@ -37,6 +37,7 @@ class LocalLeap(Policy):
         ValueError: a negative number, or a relaxed threshold above the threshold.
     """
 
+    knob = Knob("threshold", CONFIDENCES)
     single_forward = True
 
     threshold: float = 0.9

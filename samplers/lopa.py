@@ -28,7 +28,7 @@ from dllm.checks import number
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
 from dllm.decoding.window import Edit, Window
-from dllm.samplers.base import Denoise, Policy
+from dllm.samplers.base import CONFIDENCES, Denoise, Knob, Policy
 from dllm.samplers.selection import ranks, remember, top
 
 
@@ -53,6 +53,8 @@ class LoPA(Policy):
     Raises:
         ValueError: a value out of range.
     """
+
+    knob = Knob("threshold", CONFIDENCES)
 
     threshold: float = 0.9
     branches: int = 4

@@ -30,7 +30,7 @@ from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
 from dllm.decoding.window import Edit, Window
 from dllm.resolve import resolve
-from dllm.samplers.base import Denoise, Policy, Sampler
+from dllm.samplers.base import CONFIDENCES, Denoise, Knob, Policy, Sampler
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class MultiBlock(Policy):
     Raises:
         ValueError: a value out of range, an unknown name, or a base of another kind.
     """
+
+    knob = Knob("threshold", CONFIDENCES)
 
     base: str | Sampler = "threshold"
     blocks: int = 4

@@ -28,7 +28,7 @@ from dllm.decoding.prediction import Prediction
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
 from dllm.decoding.window import Edit, Window
-from dllm.samplers.base import Denoise, Policy
+from dllm.samplers.base import Denoise, Knob, Policy
 from dllm.samplers.schedule import check_steps, steps_around_block, uniform_quota
 from dllm.samplers.selection import top
 
@@ -48,6 +48,8 @@ class Prophet(Policy):
     Raises:
         ValueError: a number out of range, or an answer length without a start.
     """
+
+    knob = Knob("late", (20.0, 15.0, 12.0, 10.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.5, 2.0))
 
     steps: int | None = None
     early: float = 7.5

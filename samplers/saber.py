@@ -25,7 +25,7 @@ from dllm.checks import number
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
 from dllm.decoding.window import Edit, Window
-from dllm.samplers.base import Denoise, Policy
+from dllm.samplers.base import Denoise, Knob, Policy
 from dllm.samplers.selection import top
 
 
@@ -58,6 +58,8 @@ class Saber(Policy):
     Raises:
         ValueError: a number below 1.
     """
+
+    knob = Knob("at_least", (1, 2, 3, 4, 6, 8))
 
     at_least: int = 2
 

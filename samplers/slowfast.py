@@ -27,7 +27,7 @@ from dllm.checks import number
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
 from dllm.decoding.window import Edit, Window
-from dllm.samplers.base import Denoise, Policy, commit
+from dllm.samplers.base import CONFIDENCES, Denoise, Knob, Policy, commit
 from dllm.samplers.selection import top
 
 
@@ -66,6 +66,8 @@ class SlowFast(Policy):
     Raises:
         ValueError: a number out of range.
     """
+
+    knob = Knob("threshold", CONFIDENCES)
 
     threshold: float = 0.9
     cycle_threshold: float = 0.3

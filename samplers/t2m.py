@@ -29,7 +29,7 @@ from dllm.checks import choice, number
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
 from dllm.decoding.window import Edit, Window
-from dllm.samplers.base import Denoise, Policy
+from dllm.samplers.base import CONFIDENCES, Denoise, Knob, Policy
 from dllm.samplers.selection import remember, top
 
 _BOUNDS = {"low_prob": 0.1, "t2t": 0.9, "change": 0.3}
@@ -69,6 +69,8 @@ class T2M(Policy):
     Raises:
         ValueError: an unknown trigger, or a value out of range.
     """
+
+    knob = Knob("threshold", CONFIDENCES)
 
     threshold: float = 0.7
     trigger: Literal["low_prob", "t2t", "change"] = "low_prob"

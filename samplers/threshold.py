@@ -19,7 +19,7 @@ from typing import Any
 from dllm.checks import number
 from dllm.decoding.request import Request
 from dllm.decoding.window import Edit, Window
-from dllm.samplers.base import Denoise, Policy, commit
+from dllm.samplers.base import CONFIDENCES, Denoise, Knob, Policy, commit
 from dllm.samplers.schedule import check_steps, check_steps_per_block, quota_of_step, steps_of_block
 from dllm.samplers.selection import top
 
@@ -38,6 +38,7 @@ class Threshold(Policy):
         ValueError: a negative threshold, or a number below 1.
     """
 
+    knob = Knob("threshold", CONFIDENCES)
     single_forward = True
 
     threshold: float = 0.9

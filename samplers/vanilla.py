@@ -39,7 +39,7 @@ from dllm.decoding.prediction import Prediction
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
 from dllm.decoding.window import Edit, Window
-from dllm.samplers.base import Denoise, Policy, commit
+from dllm.samplers.base import Denoise, Knob, Policy, commit
 from dllm.samplers.schedule import (
     check_steps,
     check_steps_per_block,
@@ -99,6 +99,7 @@ class Vanilla(Policy):
             effect.
     """
 
+    knob = Knob("tokens_per_step", (1, 2, 3, 4, 6, 8))
     single_forward = True
 
     steps: int | None = None

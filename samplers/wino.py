@@ -25,7 +25,7 @@ import torch
 from dllm.checks import number
 from dllm.decoding.setup import Setup
 from dllm.decoding.window import Edit, Window
-from dllm.samplers.base import Denoise, Policy
+from dllm.samplers.base import CONFIDENCES, Denoise, Knob, Policy
 from dllm.samplers.selection import top
 
 # Bounds of the commits of a step, as published: at least, at most, and the share of the masks in between in tenths.
@@ -45,6 +45,7 @@ class Wino(Policy):
         ValueError: a negative threshold, or a number below 1.
     """
 
+    knob = Knob("wide_in", CONFIDENCES)
     needs = frozenset({"shadows"})
 
     wide_in: float = 0.6

@@ -67,8 +67,8 @@ def evaluate(cfg: DictConfig) -> float | tuple[float, ...] | None:
     out, label = Path(fields["out"]), _label(fields, hydra.runtime.choices)
     refused, sweeping = RunFolder(out, label, canonical(fields, KINDS)), hydra.mode == RunMode.MULTIRUN
     try:
-        with _threads(fields["threads"]):
-            results, path = _results(cfg, fields, label)
+        with limited_threads(fields["threads"]):
+            results, path = run(cfg, fields, label, hydra.runtime.choices)
     except Exception as error:
         if sweeping and not isinstance(
             error, BrokenPipeError
@@ -99,8 +99,17 @@ def _check_out(fields: Mapping[str, Any]) -> None:
     app.check_writable("out", fields["out"], f"{fields['out']}/results.json")
 
 
-def _results(cfg: DictConfig, fields: Mapping[str, Any], label: str) -> tuple[dict[str, Any], Path]:
-    """The results of a run and its folder; computed unless they exist."""
+def run(
+    cfg: DictConfig, fields: Mapping[str, Any], label: str, chosen: Mapping[str, Any]
+) -> tuple[dict[str, Any], Path]:
+    """The results of a run and its folder; computed unless they exist.
+
+    Args:
+        cfg: the configuration of `dllm evaluate`.
+        fields: the same as a dictionary.
+        label: display name.
+        chosen: names of the sampler and the cache.
+    """
     sampler, cache = build("sampler", cfg.sampler, Sampler), build("cache", cfg.cache, Cache)
     task: Task = build("task", cfg.task, Task)
     options = {name: fields[name] for name in _OPTIONS if fields[name] is not None or name == "block_length"}
@@ -119,9 +128,9 @@ def _results(cfg: DictConfig, fields: Mapping[str, Any], label: str) -> tuple[di
     by_path = read | identity.contents(asked["model"].get("adapter"), paths=True)
     state = [identity.checkpoint(Path(path)), identity.stamps(Path(path))] if Path(path).is_dir() else []
     lm, weights = _load(json.dumps(fields["model"]), json.dumps([state, by_path], default=str), app.option_of("model"))
-    folder = RunFolder(Path(fields["out"]), label, _identity(asked, weights, task, files, by_path))
+    folder = RunFolder(Path(fields["out"]), label, _identity(asked, weights, task, files, by_path, chosen))
     if Path(path).is_dir() and not folder.path.exists():  # existing runs keep the path as typed
-        folder = RunFolder(Path(fields["out"]), label, _identity(_by_name(asked), weights, task, files, read))
+        folder = RunFolder(Path(fields["out"]), label, _identity(_by_name(asked), weights, task, files, read, chosen))
     main = fields["task"].get("metric")
     if (found := folder.results(main)) is not None:
         return found, folder.path
@@ -167,11 +176,15 @@ def _load(model: str, state: str, option: str) -> tuple[dllm.LanguageModel, dict
 
 
 def _identity(
-    fields: Mapping[str, Any], weights: Mapping[str, str], task: Task, data: Mapping[str, str], read: Mapping[str, str]
+    fields: Mapping[str, Any],
+    weights: Mapping[str, str],
+    task: Task,
+    data: Mapping[str, str],
+    read: Mapping[str, str],
+    chosen: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Everything that the results depend on, except the code, by the names in results.json."""
     apart = ("model", "sampler", "cache", "task", "out", "objective")
-    chosen = HydraConfig.get().runtime.choices
     own = lambda group: {k: v for k, v in fields[group].items() if k != "_target_"}  # noqa: E731
     named = lambda group: {"name": str(chosen[group]).rpartition("/")[2], **own(group)}  # noqa: E731
     return {
@@ -237,7 +250,8 @@ def _summary(results: Mapping[str, Any], path: Path) -> str:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def limited_threads(count: int | None) -> Iterator[None]:
+    """Use this many CPU threads; None for torch's default."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from dllm.cache.base import Cache
 from dllm.checks import known
 from dllm.models.loading import load
-from dllm.resolve import TARGET, find_class, merged
+from dllm.resolve import CALIBRATION, TARGET, find_class, merged
 from dllm.samplers.base import Sampler
 from dllm.scripts.usage import groups, options
 from dllm.tasks.base import Task
@@ -84,6 +84,8 @@ def _check_group(group: str, values: Any) -> None:
     made: Any = load if group == "model" else find_class(group, values, _PROTOCOLS[group])
     hints = get_type_hints(made)
     taken = ["path" if name == "name" and made is load else name for name in signature(made).parameters]
+    if group == "sampler":
+        taken, hints = [*taken, CALIBRATION], hints | {CALIBRATION: str | None}
     known([name for name in values if made is load or name != TARGET], taken, f"{group}.")
     for name, value in values.items():
         _check(f"{group}.{name}", value, hints.get(name, str if name == "path" else Any))

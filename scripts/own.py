@@ -150,6 +150,10 @@ CARD = _text(
 RELIABILITY = _text("plot of dllm train-filter", r"<\?xml.*Matplotlib v.*[> ]share that was final[< ]")
 
 
+CALIBRATION = _text("card of dllm calibrate", r'\{\s*"format": "dllm-calibration"')
+CERTIFICATE = _text("plot of dllm calibrate", r"<\?xml.*Matplotlib v.*[> ]answers lost against one token per step[< ]")
+
+
 def _has_rows_of_a_report(path: Path) -> bool:
     """Whether it is a complete CSV table with our columns."""
     try:

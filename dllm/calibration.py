@@ -1,0 +1,85 @@
+"""The card of `dllm calibrate`: the setting of a policy that was certified for a model, and how."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dllm.files import read_json, write_json
+from dllm.stored import misfit, there
+
+FORMAT, VERSION = "dllm-calibration", 1
+_FIX = "make it again with dllm calibrate"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A card.
+
+    Attributes:
+        model: name of the denoiser.
+        weights: its fingerprint.
+        sampler: the policy: `_target_` and options.
+        knob: the option that was calibrated.
+        value: the fastest certified value; None if none was.
+        cache: the cache, likewise.
+        options: decoding options.
+        task: name of the task.
+        data: what identifies its problems.
+        n: problems.
+        loss: limit of the risk: the mean loss against one token per step, where gains do not count.
+        delta: probability of a false certificate.
+        bound: upper confidence bound on the risk of the chosen value; None without one.
+        baseline: accuracy and NFE of one token per step.
+        tests: of each value in order: mean loss, p-value, bound, accuracy, NFE, whether it is certified.
+    """
+
+    model: str
+    weights: str
+    sampler: dict[str, Any]
+    knob: str
+    value: float | int | None
+    cache: dict[str, Any]
+    options: dict[str, Any]
+    task: str
+    data: dict[str, Any]
+    n: int
+    loss: float
+    delta: float
+    bound: float | None
+    baseline: dict[str, float]
+    tests: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Calibration:
+        """Read a card.
+
+        Raises:
+            ValueError: no such file, or it is damaged or something else.
+        """
+        file = Path(path)
+        if not there(file, _FIX):
+            raise ValueError(f"calibration={str(path)!r} does not exist; {_FIX}")
+        found = read_json(file, _FIX)
+        if found.pop("format", None) != FORMAT or found.pop("version", None) != VERSION:
+            raise ValueError(f"calibration={str(path)!r} is not a card of dllm calibrate; {_FIX}")
+        if wrong := misfit(found, cls, "the card"):
+            raise ValueError(f"calibration={str(path)!r} is damaged ({wrong}); {_FIX}")
+        return cls(**found)
+
+    def write(self, file: Path) -> None:
+        """Write the card."""
+        write_json(file, {"format": FORMAT, "version": VERSION, **asdict(self)})
+
+    def check(self, fingerprint: str) -> None:
+        """Reject another model.
+
+        Raises:
+            ValueError: the card is of another model.
+        """
+        if fingerprint != self.weights:
+            raise ValueError(
+                f"calibration is of {self.model} with weights {self.weights}, and this model has {fingerprint}; "
+                "calibrate this model with dllm calibrate"
+            )

@@ -1,0 +1,247 @@
+"""`dllm calibrate`: the fastest setting of a policy that keeps the quality of one token per step, with a guarantee."""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    import dllm.scripts.cli
+
+    dllm.scripts.cli.run_file(__file__)
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import numpy as np
+from hydra.core.hydra_config import HydraConfig
+from numpy.typing import NDArray
+from omegaconf import DictConfig, OmegaConf
+from pyarrow import parquet
+
+import dllm
+from dllm.calibration import Calibration
+from dllm.checks import number, seed, threads
+from dllm.escape import terminal
+from dllm.evaluation.risk import Test, fixed_sequence, losses_of
+from dllm.resolve import CALIBRATION, TARGET, build, options_of
+from dllm.samplers.base import Knob, Sampler
+from dllm.scripts import app, evaluate, own
+from dllm.scripts.kinds import canonical
+
+KINDS = get_type_hints(dllm.Options) | {
+    "knob": str | None,
+    "values": Sequence[float] | None,
+    "gen_length": int | None,
+    "temperature": float | None,
+    "seed": int,
+    "threads": int | None,
+}
+# Options of `dllm evaluate` that a certificate does not need.
+_UNUSED = {
+    "baselines": 0,
+    "frames": 0,
+    "estimate": {"method": "monte_carlo", "samples": 128, "order": "random", "batch_size": 32},
+}
+
+
+def main() -> None:
+    """Entry point."""
+    app.run(calibrate, "calibrate", KINDS)
+
+
+def calibrate(cfg: DictConfig) -> None:
+    """Test the values of a knob from safe to fast, and write the card of the fastest certified one."""
+    fields: Any = OmegaConf.to_container(cfg, resolve=True)
+    knob, values = _check(fields)
+    out = Path(fields["out"])
+    card_file, plot_file = out / "calibration.json", out / "calibration.svg"
+    own.check("out", fields["out"], {card_file: own.CALIBRATION, plot_file: own.CERTIFICATE})
+    runs = _Runs(cfg, fields)
+    with evaluate.limited_threads(fields["threads"]):
+        base = runs.scores({**options_of("sampler", "vanilla"), CALIBRATION: None}, "vanilla")
+        tests: list[dict[str, Any]] = []
+        named = str(HydraConfig.get().runtime.choices["sampler"])
+
+        def losses(value: float) -> NDArray[np.float64]:
+            scores = runs.scores({**fields["sampler"], knob: value}, named, f"{knob}={value:g}")
+            return losses_of(*_paired(base, scores))
+
+        print(f"one token per step: {_shown(runs.last)}", flush=True)
+        for test in fixed_sequence(values, losses, fields["loss"], fields["delta"]):
+            tests.append(_row(test, runs.last))
+            print(f"{knob}={test.setting:g}: {_shown(runs.last)}  {_verdict(test)}", flush=True)
+    card = runs.card(knob, tests)
+    own.write("out", fields["out"], {plot_file: (own.CERTIFICATE, plot)} if (plot := _plot(card)) else {})
+    card.write(card_file)
+    print(_summary(card, card_file))
+
+
+class _Runs:
+    """Evaluates samplers on the problems.
+
+    Args:
+        cfg: of the command.
+        fields: the same as a dictionary.
+    """
+
+    def __init__(self, cfg: DictConfig, fields: Mapping[str, Any]) -> None:
+        self._cfg, self._fields = cfg, fields
+        self.first: dict[str, Any] = {}
+        self.last: dict[str, Any] = {}
+
+    def scores(self, sampler: Mapping[str, Any], name: str, setting: str = "") -> dict[str, float]:
+        """The score of each problem, by id.
+
+        Args:
+            sampler: `_target_` and options.
+            name: of the sampler.
+            setting: of the knob.
+
+        Raises:
+            ValueError: the task does not score generated answers one by one.
+        """
+        ours = ("knob", "values", "loss", "delta")
+        fields = {key: value for key, value in self._fields.items() if key not in ours} | _UNUSED
+        fields |= {"sampler": dict(sampler), "objective": ["accuracy"]}
+        chosen = {**HydraConfig.get().runtime.choices, "sampler": name}
+        cache = "" if chosen["cache"] == "none" else f" + {chosen['cache']}"
+        self.last, folder = evaluate.run(
+            OmegaConf.create(fields), fields, " ".join(filter(None, (name, setting))) + cache, chosen
+        )
+        metrics, task = self.last["metrics"], self.last["task"]
+        if metrics["nfe"] is None or metrics["accuracy"] is None:
+            raise ValueError(f"task={task!r} does not grade generated answers; use a task that does")
+        main = metrics["accuracy_name"]
+        table = parquet.read_table(folder / "samples.parquet", columns=["id", main]).to_pydict()
+        found = {str(name): float(score) for name, score in zip(table["id"], table[main], strict=True)}
+        if not all(0 <= score <= 1 for score in found.values()):
+            raise ValueError(f"task={task!r} has scores outside 0 to 1; use task.metric= for another score")
+        self.first = self.first or self.last
+        return found
+
+    def card(self, knob: str, tests: Sequence[Mapping[str, Any]]) -> Calibration:
+        """The card of the fastest certified value."""
+        fields, model = self._fields, self.first["loading"]
+        asked = canonical(fields, KINDS)
+        certified = [test for test in tests if test["certified"]]
+        best = min(certified, key=lambda test: test["nfe"], default=None)
+        return Calibration(
+            model=self.first["model"],
+            weights=model["weights"],
+            sampler={name: value for name, value in fields["sampler"].items() if name != CALIBRATION},
+            knob=knob,
+            value=None if best is None else best["value"],
+            cache=dict(fields["cache"]),
+            options={name: asked[name] for name in sorted(dllm.Options.__dataclass_fields__) if name in asked},
+            task=self.first["task"],
+            data=self.first["asked"],
+            n=self.first["metrics"]["n"],
+            loss=fields["loss"],
+            delta=fields["delta"],
+            bound=None if best is None else best["bound"],
+            baseline={name: self.first["metrics"][name] for name in ("accuracy", "nfe")},
+            tests=[dict(test) for test in tests],
+        )
+
+
+def _check(fields: Mapping[str, Any]) -> tuple[str, Sequence[float]]:
+    """The knob and its values; bad options are rejected before the model is loaded."""
+    for name in ("loss", "delta"):
+        number(name, fields[name], "a number above 0 and below 1", above=0, high=1 - 1e-12)
+    seed("seed", fields["seed"])
+    threads(fields["threads"])
+    if fields["sampler"].get(CALIBRATION) is not None:
+        raise ValueError(f"sampler.{CALIBRATION} has no effect here: a card is what is made; leave it out")
+    sampler = build("sampler", fields["sampler"], Sampler)
+    usual: Knob | None = getattr(sampler, "knob", None)
+    if fields["knob"] is None and usual is None:
+        raise ValueError(
+            f"sampler={_name()} has no knob of its own; give knob= one of its options, and values= from safe to fast"
+        )
+    knob = str(usual.name if fields["knob"] is None and usual is not None else fields["knob"])
+    if knob not in fields["sampler"] or knob in (TARGET, CALIBRATION):
+        given = ", ".join(name for name in fields["sampler"] if name not in (TARGET, CALIBRATION))
+        raise ValueError(f"unknown knob={knob!r}; expected one of {given or 'none'}")
+    values = list(usual.values) if usual is not None and usual.name == knob else []
+    if fields["values"] is not None:
+        values = list(fields["values"])
+    elif not values:
+        raise ValueError(f"knob={knob} needs values=; give them from safe to fast, such as values=[1,2,4]")
+    if not values or len(set(values)) < len(values):
+        raise ValueError(f"values={values!r} are none, or not distinct; give some, each once, from safe to fast")
+    for place, value in enumerate(values):
+        number(f"values[{place}]", value, "a number", high=float("inf"))
+        try:
+            build("sampler", {**fields["sampler"], knob: value}, Sampler)
+        except ValueError as error:
+            raise ValueError(f"values[{place}]={value!r} is not valid for {knob} ({error})") from None
+    return knob, values
+
+
+def _name() -> str:
+    return str(HydraConfig.get().runtime.choices["sampler"])
+
+
+def _paired(base: Mapping[str, float], other: Mapping[str, float]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Both scores of each problem."""
+    if base.keys() != other.keys():
+        raise RuntimeError("two runs of one task have other problems")
+    return np.array(list(base.values())), np.array([other[name] for name in base])
+
+
+def _row(test: Test, results: Mapping[str, Any]) -> dict[str, Any]:
+    metrics = results["metrics"]
+    return {
+        "value": test.setting,
+        "n": test.n,
+        "mean_loss": test.mean,
+        "p_value": test.p_value,
+        "bound": test.bound,
+        "accuracy": metrics["accuracy"],
+        "nfe": metrics["nfe"],
+        "certified": test.certified,
+    }
+
+
+def _shown(results: Mapping[str, Any]) -> str:
+    metrics = results["metrics"]
+    return f"{metrics['accuracy']:.1%} of {metrics['n']}  NFE {metrics['nfe']:.1f}"
+
+
+def _verdict(test: Test) -> str:
+    verdict = "certified" if test.certified else "not certified"
+    return f"lost {test.mean:.2%}, at most {test.bound:.2%}  p = {test.p_value:.2g}  {verdict}"
+
+
+def _summary(card: Calibration, file: Path) -> str:
+    what = f"of {card.knob} loses at most {card.loss:g} of the answers with probability {1 - card.delta:g}"
+    where = terminal(str(file), one_line=True)
+    if card.value is None:
+        return f"no value {what}; use safer values, more problems or a larger loss  -> {where}"
+    best = next(test for test in card.tests if test["value"] == card.value)
+    faster = card.baseline["nfe"] / best["nfe"]
+    return (
+        f"{card.knob}={card.value:g} is the fastest that {what.partition(' ')[2].partition(' ')[2]}: "
+        f"NFE {best['nfe']:.1f}, {faster:.1f}x fewer forwards than one token per step  -> {where}"
+    )
+
+
+def _plot(card: Calibration) -> bytes | None:
+    """The bound on the loss of each value over its NFE; None without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.axhline(card.loss, color="#bbbbbb", linewidth=1)
+    nfe = [test["nfe"] for test in card.tests]
+    for name, style in (("mean_loss", "o-"), ("bound", "v--")):
+        axes.plot(nfe, [test[name] for test in card.tests], style, label={"mean_loss": "lost"}.get(name, name))
+    for test in card.tests:
+        axes.annotate(f"{test['value']:g}", (test["nfe"], test["bound"]), fontsize=8, ha="left", va="bottom")
+    title = f"{card.model}, {card.knob} of {card.sampler[TARGET].rpartition('.')[2]}, n = {card.n}"
+    axes.set(xlabel="NFE per sample", ylabel="answers lost against one token per step", title=title)
+    axes.legend()
+    return own.svg(figure)

@@ -1,0 +1,150 @@
+"""`dllm calibrate`: cards that certify, resume, and are of one model and one policy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dllm
+from commands import Outcome, command
+from dllm.calibration import Calibration
+from dllm.samplers import Calibrated, LocalLeap, Threshold
+
+SETTINGS = "task.limit=30", "batch_size=30", "threads=1", "model.device=cpu", "loss=0.2", "sampler.at_least=2"
+
+
+def run(out: Path, *options: str) -> Outcome:
+    return command("calibrate", *SETTINGS, f"out={out}", "values=[0.999,0.9,0.0]", *options)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    out = tmp_path_factory.mktemp("calibrate") / "out"
+    return out, run(out)
+
+
+@pytest.fixture
+def card(made: tuple[Path, Outcome]) -> Path:
+    return made[0] / "calibration.json"
+
+
+def test_the_fastest_certified_value_is_chosen(made: tuple[Path, Outcome], card: Path) -> None:
+    outcome = made[1]
+    assert outcome.code == 0, outcome.err
+    found = Calibration.read(card)
+    assert [test["value"] for test in found.tests] == [0.999, 0.9, 0.0]
+    assert [test["certified"] for test in found.tests] == [True, True, False]
+    assert (found.knob, found.value, found.n, found.loss, found.delta) == ("threshold", 0.9, 30, 0.2, 0.05)
+    assert found.bound is not None
+    assert found.bound <= 0.2
+    assert found.weights == dllm.load("tiny-llada", device="cpu").backbone.fingerprint()
+    assert "threshold=0.9 is the fastest that loses at most 0.2 of the answers with probability 0.95" in outcome.out
+    assert "not certified" in outcome.out
+    assert (made[0] / "calibration.svg").read_text().startswith("<?xml")
+
+
+def test_finished_runs_are_not_repeated(made: tuple[Path, Outcome], card: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in made[0].rglob("*.parquet")}
+    again = run(made[0])
+    assert (again.code, again.out) == (0, made[1].out)
+    assert {path: path.stat().st_mtime_ns for path in made[0].rglob("*.parquet")} == before
+    assert len(before) == 4
+
+
+def test_losses_are_those_of_the_samples(made: tuple[Path, Outcome], card: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    folders = {path.parent.name.rpartition("-")[0]: path for path in made[0].rglob("samples.parquet")}
+    base = pandas.read_parquet(folders["vanilla"]).set_index("id")["final_answer"]
+    for test in Calibration.read(card).tests:
+        name = next(name for name in folders if name.endswith(f"threshold={test['value']:g}"))
+        other = pandas.read_parquet(folders[name]).set_index("id")["final_answer"]
+        assert test["mean_loss"] == pytest.approx((base - other).clip(lower=0).mean())
+
+
+def test_a_card_sets_the_policy(card: Path) -> None:
+    lm = dllm.load("tiny-llada", device="cpu")
+    prompts = ["Tom has 3 apples and buys 4.", "Ann has 20 pens. She gives 6 away."]
+    expected = dllm.generate(lm, prompts, Threshold(0.9, at_least=2), gen_length=32)
+    for sampler in (Calibrated(card), Calibrated(card, Threshold(0.3, at_least=2))):
+        found = dllm.generate(lm, prompts, sampler, gen_length=32)
+        assert found.sequences.tolist() == expected.sequences.tolist()
+        assert found.nfe.tolist() == expected.nfe.tolist()
+    options = ["prompt=Tom has 3 apples and buys 4.", "gen_length=32", "show=none", "sampler=threshold"]
+    cards = ["sampler.at_least=2", f"sampler.calibration={card}"]
+    told = command("generate", *options, *cards)
+    plain = command("generate", *options, "sampler.at_least=2", "sampler.threshold=0.9")
+    assert (told.code, told.err) == (0, "")
+    assert told.out.splitlines()[:2] == plain.out.splitlines()[:2]
+
+
+def test_a_card_is_of_one_model_and_policy(card: Path) -> None:
+    with pytest.raises(ValueError, match="calibration is of tiny-llada with weights .* calibrate this model with dllm"):
+        dllm.generate(dllm.load("tiny-dream", device="cpu"), ["Tom"], Calibrated(card))
+    for other in (Threshold(0.9), LocalLeap()):
+        with pytest.raises(ValueError, match=r"is of .*use this policy with these options"):
+            Calibrated(card, other)
+    refused = command("generate", "prompt=Tom", "sampler=threshold", f"sampler.calibration={card}")
+    assert refused.code == 2
+    assert refused.err.count("\n") == 1
+    assert f"sampler.calibration='{card}' is of" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        ("{", "is not JSON"),
+        ("{}", "is not a card of dllm calibrate"),
+        ('{"format": "dllm-calibration", "version": 1}', "is damaged"),
+    ],
+)
+def test_what_is_no_card_is_refused(content: str | None, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "card.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        Calibrated(file)
+    refused = command("generate", "prompt=Tom", "sampler=threshold", f"sampler.calibration={file}")
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert message in refused.err
+
+
+def test_a_card_without_a_certified_value_says_so(card: Path, tmp_path: Path) -> None:
+    content: dict[str, Any] = json.loads(card.read_text())
+    none = tmp_path / "none.json"
+    none.write_text(json.dumps(content | {"value": None}))
+    with pytest.raises(ValueError, match="certifies no threshold: none lost at most 0.2 with probability 0.95"):
+        Calibrated(none)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["loss=0"], "loss=0"),
+        (["delta=1"], "delta=1"),
+        (["values=[]"], "values=[] are none"),
+        (["values=[0.9,0.9]"], "not distinct"),
+        (["values=[0.9,-1]"], "values[1]=-1 is not valid for threshold"),
+        (["knob=nothing"], "unknown knob='nothing'; expected one of threshold, at_least, steps, steps_per_block"),
+        (["knob=at_least", "values=null"], "knob=at_least needs values="),
+        (["sampler=freedave", "values=null", "~sampler.at_least"], "sampler"),
+        (["sampler.calibration=x.json"], "sampler.calibration has no effect here"),
+        (["knob=at_least", "values=[1.5]"], "values[0]=1.5 is not valid for at_least"),
+    ],
+)
+def test_bad_options_are_told_in_one_line(options: list[str], message: str, tmp_path: Path) -> None:
+    outcome = run(tmp_path / "out", *options)
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert message in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_of_others_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "calibration.json").write_text("mine")
+    outcome = run(tmp_path)
+    assert outcome.code == 2
+    assert "is not a card of dllm calibrate" in outcome.err
+    assert (tmp_path / "calibration.json").read_text() == "mine"
