@@ -17,7 +17,7 @@ from dllm.cache.base import Cache
 from dllm.decoding.compatibility import unmet
 from dllm.decoding.window import Edit, Window
 from dllm.resolve import names, resolve
-from dllm.samplers import T2M, AdaBlock, FreeDave, LocalLeap, Oracle, SlowFast, Threshold, Vanilla
+from dllm.samplers import T2M, AdaBlock, FreeDave, LocalLeap, Oracle, Threshold, Vanilla
 from dllm.samplers import Editing as TokenEditing
 from dllm.samplers.base import Denoise, Policy
 from engine_rig import observed
@@ -30,7 +30,6 @@ SAMPLERS: dict[str, Any] = {
     "vanilla-3": Vanilla(tokens_per_step=3),
     "threshold-0.3": Threshold(0.3),
     "localleap-wide": LocalLeap(0.5, 0.2, 3),
-    "slowfast-short": SlowFast(0.6, 0.2, 1, 1),
     "learn2pd-cut": replace(LEARNED, eotp="published"),
     "freedave-tree": FreeDave(3, draft_mode="tree"),
     "drafting": Drafting(exact=False),
