@@ -25,7 +25,7 @@ FILES = (
 NAMES = (
     "backbones", "wrong_shape", "within_another", "finishes_without_masks", "masks_anywhere", "lower_precision",
     "edited_position", "drafts_are_lossless", "test_api", "test_prediction", "test_canvas", "test_drift", "test_layout",
-    "test_store", "test_branches", "equals_the_rule", "as_the_method",
+    "test_store", "test_branches", "equals_the_rule", "as_the_method", "as_by_hand",
 )  # fmt: skip
 
 
