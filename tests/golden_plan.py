@@ -1,12 +1,12 @@
 """What a recorded decode of a reference implementation is called here: sampler, cache and options.
 
-A case is a row of tests/golden/cases.jsonl, or of the files of ../shared/golden: the checkpoint, prompt and
+A case is a row of a file of tests/golden, or of the files of ../shared/golden: the checkpoint, prompt and
 parameters of one decode by published code, with its sequence. `plan` maps it; what it does not map has no
 counterpart here: `stop_until_eos` and FlashDLM's `early_stop`, which change what is decoded before the end of
 text (here stopping never does); guided cases in which the reference's caches lost count; Dream's cases of
 FreeDave and Fast-dLLM with a cache, which commit each block's first token unconditionally; FreeDave's eager
-drafts with a cache, which are refused here; and options that are not here (`gamma`, `sigma`, guided
-`aggressive` and `dynamic_threshold`).
+drafts with a cache, which are refused here; WINO as shipped, where it loses what it masked again; and options
+that are not here (`gamma`, `sigma`, guided `aggressive` and `dynamic_threshold`).
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def sampler_of(folder: Path, case: dict[str, Any]) -> Any:
             )  # fmt: skip
         case "adablock":
             return AdaBlock(p["threshold"], p["delimiter_ids"], p["delimiter_threshold"])
-        case "wino" if p["mask_id"] not in case["sequence"]:  # as shipped it loses what it masked again
+        case "wino" if p["mask_id"] not in case["sequence"] and p.get("alg", "maskgit_plus") == "maskgit_plus":
             return Wino(p["wide_in_thres"], p["narrow_out_thres"], p.get("num_transfer_tokens", 1))
         case _:
             return None
