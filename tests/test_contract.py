@@ -64,7 +64,6 @@ SAMPLERS: dict[str, Any] = {
     "oracle-threshold": Oracle(Threshold(0.3)),
     "remdm-loop": ReMDM(10, "rescale", 0.5, True, loop=2, loop_at=0.5),
     "t2m-change": T2M(0.3, "change", 0.2),
-    "t2m-edit": T2M(0.3, "t2t", 0.4, 7),
     "wino-wide": Wino(0.2, 0.6, 2),
     "drafting": Drafting(),
     "remembering": Remembering(),
