@@ -156,6 +156,10 @@ def test_further_families_ask_for_nothing_that_cuda_lacks(make: Maker, dtype: to
 @more_backbones
 def test_defaults_that_the_user_set_for_tensors_change_no_tokens_of_further_families(make: Maker) -> None:
     lm = make()
-    _same_whatever_the_defaults(
-        lambda: dllm.generate(lm, [[5], [6, 7, 8]], "edit", "block", gen_length=7, block_length=4).sequences.tolist()
-    )
+
+    def decode() -> list[Any]:
+        out = dllm.generate(lm, [[5], [6, 7, 8]], "edit", "block", gen_length=7, block_length=4)
+        tokens: list[Any] = out.sequences.tolist()
+        return tokens
+
+    _same_whatever_the_defaults(decode)
