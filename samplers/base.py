@@ -84,6 +84,10 @@ class Sampler(Protocol):
         """
         ...
 
+    def opening(self, request: Request) -> int | None:
+        """Positions to generate that a row begins with, where the policy lets it grow (`Edit.grown`); None: all."""
+        ...
+
     def start(self, setup: Setup) -> Any:
         """Load resources, reject invalid setups (ValueError), and return the state of an engine."""
         ...
@@ -113,6 +117,10 @@ class Policy:
 
     def reach(self, request: Request) -> int | None:
         """Blocks of the request's length."""
+        return None
+
+    def opening(self, request: Request) -> int | None:
+        """All positions."""
         return None
 
     def start(self, setup: Setup) -> Any:

@@ -11,9 +11,11 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from typing import NamedTuple
 from unittest import mock
 
+import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from dllm.scripts import cli
+from warm import Process
 
 
 class Outcome(NamedTuple):
@@ -41,8 +43,17 @@ def command(*arguments: str) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    """Start `dllm ARGUMENTS` as a process of its own."""
+# Tests of processes share the one that starts them.
+in_a_process = pytest.mark.xdist_group("processes")
+
+
+def start(*arguments: str) -> Process:
+    """Start `dllm ARGUMENTS` as a process of its own, in which everything is imported already."""
+    return Process(*arguments)
+
+
+def start_cold(*arguments: str) -> subprocess.Popen[str]:
+    """Start `dllm ARGUMENTS` as a process of its own, with a new interpreter."""
     pipe = subprocess.PIPE
     return subprocess.Popen([sys.executable, "-m", "dllm.scripts.cli", *arguments], stdout=pipe, stderr=pipe, text=True)
 
@@ -52,13 +63,8 @@ class Terminal:
 
     def __init__(self, *arguments: str) -> None:
         self._master, slave = pty.openpty()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "dllm.scripts.cli", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=slave,
-            stderr=slave,
-            env=os.environ | {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30", "NO_COLOR": ""},
-        )
+        environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30", "NO_COLOR": ""}
+        self._process = Process(*arguments, stdout=slave, stderr=slave, env=environment)
         os.close(slave)
 
     def read(self) -> str:

@@ -3,9 +3,9 @@
 A case is a row of tests/golden/cases.jsonl, or of the files of ../shared/golden: the checkpoint, prompt and
 parameters of one decode by published code, with its sequence. `plan` maps it; what it does not map has no
 counterpart here: `stop_until_eos` and FlashDLM's `early_stop`, which change what is decoded before the end of
-text (here stopping never does); dInfer's blocks that begin within the prompt, and its second hierarchy where the low
-threshold is above the other; what published code does by fault where a prompt holds an end-of-text, fills exactly
-one block, or is a sequence of rows; guided cases in which the reference's caches lost count; Dream's cases of
+text (here stopping never does); dInfer with a cache, its blocks that begin within the prompt, and its second hierarchy
+where the low threshold is above the other; what published code does by fault where a prompt holds an end-of-text, fills
+exactly one block, or is a sequence of rows; guided cases in which the reference's caches lost count; Dream's cases of
 FreeDave and Fast-dLLM with a cache, which commit each block's first token unconditionally; FreeDave's eager
 drafts with a cache, which are refused here; d2Cache's thresholds and factors on a score other than the
 confidence, other rules on a confidence times `sigma`'s density, factors that commit at least several, and KLASS
@@ -31,6 +31,7 @@ from dllm.samplers import (
     ARGuided,
     Certainty,
     Credit,
+    Daedal,
     Editing,
     EntropyThreshold,
     Factor,
@@ -89,7 +90,7 @@ def options_of(case: Mapping[str, Any]) -> dict[str, Any]:
     if case["algorithm"] in BLOCKWISE:
         return blockwise_options(case)
     options = {
-        "gen_length": p["gen_length"],
+        "gen_length": p["max_gen_length"] if case["algorithm"] == "daedal" else p["gen_length"],
         "block_length": None if guided and "block_length" not in p else p.get("block_length", p.get("block_size")),
         "top_k": p.get("top_k"),
         "cfg_scale": p.get("cfg_scale", 0.0),
@@ -151,6 +152,8 @@ def sampler_of(folder: Path, case: dict[str, Any]) -> Any:
     """The sampler that a case of the reference corresponds to; None where this file does not cover it."""
     p = case["params"]
     if p.get("early_stop") and case["algorithm"] not in ("localleap", *DINFER_BLOCKS):
+        return None
+    if case["algorithm"].startswith("dinfer") and p.get("cache", "none") != "none":
         return None
     if cache_of(case) is None or any(p.get(name) for name in UNSUPPORTED):
         return None
@@ -229,6 +232,12 @@ def sampler_of(folder: Path, case: dict[str, Any]) -> Any:
             return Vanilla(steps=p["steps"], order=ORDERS[p["alg"]], schedule="timestep")
         case "fast_dllm_dream_nocache":
             return Threshold(p["threshold"], steps=p["steps"])
+        case "daedal":
+            return Daedal(
+                p["initial_gen_length"], p["expansion_factor"], p["eos_confidence_threshold"],
+                p["expand_eos_confidence_threshold"], p["high_conf_threshold"], p["low_conf_threshold"],
+                p["eos_check_tokens"],
+            )  # fmt: skip
         case "adablock":
             return AdaBlock(p["threshold"], p["delimiter_ids"], p["delimiter_threshold"])
         case "wino" if p["mask_id"] not in case["sequence"]:  # as shipped it loses what it masked again

@@ -25,6 +25,7 @@ SAMPLERS: list[tuple[Any, Any]] = [
     ),
     (dllm.samplers.SlowFast(exploration=HUGE, window=HUGE), dllm.samplers.SlowFast(exploration=99, window=99)),
     (dllm.samplers.Certainty(at_least=HUGE), dllm.samplers.Certainty(at_least=12)),
+    (dllm.samplers.Saber(HUGE), dllm.samplers.Saber(12)),
     (dllm.samplers.LocalLeap(radius=HUGE), dllm.samplers.LocalLeap(radius=12)),
 ]
 CACHES: list[tuple[Any, Any]] = [

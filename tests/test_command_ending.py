@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from commands import command, start
+from commands import command, in_a_process, start, start_cold
 from dllm.scripts import cli, ending, generate, show
 
 LONG = ("evaluate", "task.limit=5000", "batch_size=1", "baselines=0")
@@ -110,14 +110,18 @@ class TestSignals:
         with pytest.raises(ending.Stopped):
             list(show.keys(read))
 
+    @in_a_process
     @pytest.mark.parametrize(
-        ("number", "delay", "code"), [(signal.SIGINT, 0.3, 130), (signal.SIGTERM, 1.5, 143), (signal.SIGINT, 9, 130)]
+        ("number", "delay", "code"), [(signal.SIGINT, 0.3, 130), (signal.SIGTERM, 1.5, 143), (signal.SIGINT, None, 130)]
     )
     def test_a_process_ends_at_any_moment_with_one_line(
-        self, number: int, delay: float, code: int, tmp_path: Path
+        self, number: int, delay: float | None, code: int, tmp_path: Path
     ) -> None:
-        process = start(*LONG, f"out={tmp_path}")
-        time.sleep(delay)
+        process: Any = (start if delay is None else start_cold)(*LONG, f"out={tmp_path}")
+        if delay is None:  # once it is at work; before, it imports
+            while not any(tmp_path.rglob("journal.jsonl")):
+                time.sleep(0.05)
+        time.sleep(delay or 0.5)
         process.send_signal(number)
         err = process.communicate(timeout=60)[1]
         told = [line for line in err.splitlines() if not line.startswith("vanilla: ")]  # how far it was

@@ -18,6 +18,7 @@ from dllm.samplers import (
     AdaBlock,
     Certainty,
     Credit,
+    Daedal,
     Editing,
     EntropyThreshold,
     Factor,
@@ -25,9 +26,12 @@ from dllm.samplers import (
     Hierarchical,
     Learn2PD,
     LocalLeap,
+    LoPA,
+    MultiBlock,
     Oracle,
     Prophet,
     ReMDM,
+    Saber,
     SlowFast,
     Threshold,
     Vanilla,
@@ -40,6 +44,7 @@ from toys import Drafting, Refreshing, Remembering, Revoking, Rewriting, Stallin
 SAMPLERS: dict[str, Any] = {
     **BY_NAME,
     "adablock-short": AdaBlock(0.5, range(0, 62, 3), 0.05, 0.6),
+    "daedal-short": Daedal(4, 3, 0.2, 0.9, 0.5, 0.3, 4),
     "vanilla-steps": Vanilla(steps=10),
     "vanilla-3": Vanilla(tokens_per_step=3),
     "vanilla-timestep": Vanilla(steps=14, schedule="timestep"),
@@ -50,6 +55,7 @@ SAMPLERS: dict[str, Any] = {
     "threshold-paced": Threshold(0.2, steps=8),
     "factor-3": Factor(3.0),
     "entropy-2": EntropyThreshold(2.0),
+    "lopa-wide": LoPA(0.5, 3, 0.1),
     "localleap-wide": LocalLeap(0.5, 0.2, 3),
     "eb-wide": EB(3.0, "entropy"),
     "klass-loose": KLASS(0.2, 0.8, 1),
@@ -67,6 +73,7 @@ SAMPLERS: dict[str, Any] = {
     "freedave-threshold": FreeDave(5, Threshold(0.3), eager=True),
     "freedave-learned": FreeDave(3, LEARNED),
     "ar_guided-ratio": replace(GUIDED, accept="ratio", ratio=0.2, on_reject="guide"),
+    "multiblock-early": MultiBlock(Threshold(0.3), 3, 0.0, 0.5, 0.2),
     "oracle-threshold": Oracle(Threshold(0.3)),
     "remdm-loop": ReMDM(10, "rescale", 0.5, True, loop=2, loop_at=0.5),
     "t2m-change": T2M(0.3, "change", 0.2),
@@ -87,12 +94,13 @@ def only(keep: Callable[[Any], bool]) -> Any:
 def by_place(sampler: Any) -> bool:
     """Whether it may prefer a position to its equals for where it stands."""
     base = getattr(sampler, "base", sampler)
-    return isinstance(base, (Drafting, Revoking, Learn2PD, ReMDM, T2M))
+    several = isinstance(sampler, MultiBlock)  # commits ahead
+    return several or isinstance(base, (Daedal, Drafting, LoPA, Revoking, Saber, Learn2PD, ReMDM, T2M))
 
 
 def revises(sampler: Any) -> bool:
     """Whether it takes committed tokens back."""
-    return isinstance(sampler, (ReMDM, Revoking, T2M, Wino))
+    return isinstance(sampler, (ReMDM, Revoking, Saber, T2M, Wino))
 
 
 def cuts(sampler: Any) -> bool:
@@ -140,6 +148,7 @@ def test_row_result_ignores_batchmates(make: Maker, sampler: Any) -> None:
         sampler not in (Vanilla(steps=10), Vanilla(steps=14, schedule="timestep"), Threshold(0.2, steps=8))
         and getattr(sampler, "steps", None) != 10
         and not cuts(sampler)
+        and not isinstance(sampler, Daedal)
     )
 )
 @pytest.mark.parametrize("block_length", [4, None])
@@ -182,7 +191,7 @@ def test_row_result_ignores_batchmates_when_rows_stop_and_draw(make: Maker, samp
 
 @backbones
 @only(
-    lambda sampler: not isinstance(sampler, (Drafting, Editing, T2M)) and not getattr(sampler, "loop", 0)
+    lambda sampler: not isinstance(sampler, (Daedal, Drafting, Editing, T2M)) and not getattr(sampler, "loop", 0)
 )  # by design
 def test_every_forward_commits(make: Maker, sampler: Any) -> None:
     result = run(make(), PROMPTS, sampler)

@@ -17,7 +17,7 @@ import pytest
 from pyarrow import parquet
 
 import dllm
-from commands import Outcome, command, start
+from commands import Outcome, command, in_a_process, start
 from dllm.evaluation import run_folder
 from dllm.evaluation.metrics import wilson
 from dllm.evaluation.run_folder import RunFolder
@@ -162,6 +162,7 @@ def test_other_weights_are_another_run(tmp_path: Path) -> None:
     assert len(folders(tmp_path / "out")) == 2
 
 
+@in_a_process
 class TestInterrupted:
     ARGUMENTS = ("-m", "cache=none,dual", "model.dtype=float64", "sampler=vanilla", "task.limit=8", "batch_size=2")
 
@@ -242,12 +243,14 @@ class TestSweeps:
         assert not list(out.glob("*/error.json"))
         assert len(folders(out)) == 2
 
+    @in_a_process
     @pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "ray"])
     def test_launchers_run_two_jobs(self, launcher: str, tmp_path: Path) -> None:
         pytest.importorskip({"joblib": "hydra_plugins.hydra_joblib_launcher", "ray": "ray"}.get(launcher, "submitit"))
+        plain = ["+hydra.launcher.ray.init.include_dashboard=false"] if launcher == "ray" else []
         process = start(
             "evaluate", f"out={tmp_path}", *FAST, "-m", f"hydra/launcher={launcher}", "task.limit=2",
-            "sampler.radius=1,2",
+            "sampler.radius=1,2", *plain,
         )  # fmt: skip
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, out + err

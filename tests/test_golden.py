@@ -2,20 +2,23 @@
 
 Cases lie in tests/golden/cases.jsonl (a few of each kind) and, where it exists, in ../shared/golden
 (all of them); tests/golden_plan.py says what each is called here. Where the reference stops at its
-end-of-text, what is compared ends there.
+end-of-text, what is compared ends there. Cases with the same sampler and cache are decoded together; where rounding
+makes another result of that than of a batch of one, which is the reference's, the latter counts.
 """
 
 from __future__ import annotations
 
+import filecmp
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import dllm
+from golden_batches import Batches, Decoded, alone
 from golden_plan import Plan, base_of, plan
 
 HERE = Path(__file__).parent / "golden"
@@ -29,6 +32,7 @@ LOSSY = {
     "freedave-a-none-batch-d4-std-ct0.9-2", "freedave-a-none-batch-d4-eager-ct0.9-0",
     "freedave-a-prefix-batch-d4-std-ct0.9-0", "freedave-a-dual-batch-d4-std-ct0.9-0",
 }  # fmt: skip
+BATCHES = Batches()
 
 
 def cases(folder: Path, files: tuple[str, ...]) -> Iterator[Any]:
@@ -36,9 +40,11 @@ def cases(folder: Path, files: tuple[str, ...]) -> Iterator[Any]:
         path = folder / name
         for line in path.read_text().splitlines() if path.exists() else ():
             case = json.loads(line)
-            planned = None if case["fragile"] else plan(case, folder)
+            home = SHARED if case == shared().get(case["id"]) else folder
+            planned = None if case["fragile"] else plan(case, home)
             if planned is not None:
-                yield pytest.param(folder, case, planned, id=case["id"])
+                together = pytest.mark.xdist_group(BATCHES.add(home, case, planned))
+                yield pytest.param(home, case, planned, id=case["id"], marks=together)
 
 
 def batches(folder: Path) -> Iterator[Any]:
@@ -53,28 +59,35 @@ def batches(folder: Path) -> Iterator[Any]:
 
 
 @cache
-def model(folder: Path) -> dllm.LanguageModel:
-    return dllm.load(folder, device="cpu")
-
-
-def decode(folder: Path, case: dict[str, Any], planned: Plan) -> dllm.Generation:
-    lm = model(folder / case["checkpoint"])
-    return dllm.generate(lm, [case["prompt"]], planned.sampler, planned.cache, **planned.options)
+def shared() -> dict[str, Any]:
+    """The shared cases, if the files they read are those here: what both folders have is decoded once then."""
+    both = (path.relative_to(HERE) for path in HERE.rglob("*.*") if (SHARED / path.relative_to(HERE)).is_file())
+    if not all(filecmp.cmp(HERE / path, SHARED / path, shallow=False) for path in both):
+        return {}
+    files = [SHARED / name for name in SHARED_FILES if (SHARED / name).exists()]
+    return {case["id"]: case for path in files for case in map(json.loads, path.read_text().splitlines())}
 
 
 def check(folder: Path, case: dict[str, Any], planned: Plan) -> None:
-    result = decode(folder, case, planned)
+    if case["id"] in LOSSY:
+        result, base = alone(folder, case, planned), alone(folder, case, planned._replace(sampler=base_of(case)))
+        assert base.sequence != case["sequence"]
+        assert result.sequence == base.sequence
+        return
+    if (beside_others := BATCHES.decode(folder, case, planned)) is not None:
+        with suppress(AssertionError):
+            compare(case, planned, beside_others)
+            return
+    compare(case, planned, alone(folder, case, planned))
+
+
+def compare(case: dict[str, Any], planned: Plan, result: Decoded) -> None:
     compared = len(case["sequence"])
     if planned.options["stop_at_eos"]:  # the reference may cut what is decoded, in whole blocks, before its end
-        compared = min(compared, len(case["prompt"]) + result.stats.tokens)
-    if case["id"] in LOSSY:
-        base = decode(folder, case, planned._replace(sampler=base_of(case)))
-        assert base.sequences[0].tolist() != case["sequence"]
-        assert result.sequences[0].tolist() == base.sequences[0].tolist()
-        return
-    assert result.sequences[0].tolist()[:compared] == case["sequence"][:compared]
-    assert int(result.nfe[0]) <= case["nfe"]
-    assert int(result.guide_nfe[0]) <= (case.get("ar_forwards") or 0)
+        compared = min(compared, len(case["prompt"]) + result.tokens)
+    assert result.sequence[:compared] == case["sequence"][:compared]
+    assert result.nfe <= case["nfe"]
+    assert result.guide_nfe <= (case.get("ar_forwards") or 0)
 
 
 @pytest.mark.parametrize(("folder", "case", "planned"), list(cases(HERE, ("cases.jsonl",))))
@@ -98,12 +111,6 @@ def block_by_block() -> Iterator[Any]:
 
 
 @pytest.mark.skipif(not BLOCK.exists(), reason="../shared/golden/block is not here")
-@pytest.mark.parametrize(("folder", "case", "planned"), list(cases(SHARED, ("block/llada_policies/cases.jsonl",))))
-def test_decodes_as_the_reference_of_further_policies(folder: Path, case: dict[str, Any], planned: Plan) -> None:
-    check(folder, case, planned)
-
-
-@pytest.mark.skipif(not BLOCK.exists(), reason="../shared/golden/block is not here")
 @pytest.mark.parametrize(("folder", "case", "planned"), list(block_by_block()))
 def test_decodes_as_the_reference_block_by_block(folder: Path, case: dict[str, Any], planned: Plan) -> None:
     check(folder, case, planned)
@@ -116,7 +123,7 @@ def test_rows_decode_as_those_of_a_batch_of_the_reference(case: dict[str, Any]) 
         single = case | {"algorithm": "fastdllm_v2_generate", "prompt": prompt, "sequence": sequence}
         planned = plan(single, BLOCK / "fastdllm_v2")
         assert planned is not None
-        written = decode(BLOCK / "fastdllm_v2", single, planned).sequences[0].tolist()
+        written = alone(BLOCK / "fastdllm_v2", single, planned).sequence
         ends = [i for i in range(len(prompt), len(sequence)) if sequence[i] == case["params"]["stop_token"]]
         count = min(len(written), len(sequence), ends[0] + 1 if ends else len(sequence))
         assert count > len(prompt)
@@ -127,5 +134,5 @@ def test_committed_steps_are_those_of_the_reference() -> None:
     folder, case, planned = next(
         c.values for c in cases(HERE, ("cases.jsonl",)) if c.values[1]["algorithm"] == "llada_vanilla"
     )
-    result = decode(folder, case, planned)
-    assert result.commit_step[0].tolist() == case["commit_step"][-case["params"]["gen_length"] :]
+    result = alone(folder, case, planned)
+    assert result.commit_step == case["commit_step"][-case["params"]["gen_length"] :]

@@ -73,7 +73,7 @@ def steps(sampler: Any, cache: str, rows: int, monkeypatch: pytest.MonkeyPatch, 
     "name",
     [
         "vanilla", "threshold", "factor", "entropy_threshold", "localleap", "eb", "klass", "credit", "hierarchical",
-        "prophet", "slowfast", "pc", "certainty", "learn2pd", "remdm", "t2m",
+        "prophet", "slowfast", "pc", "certainty", "saber", "learn2pd", "remdm", "t2m",
     ],
 )  # fmt: skip
 def test_a_step_reads_the_device_once(name: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,6 +108,13 @@ def test_drafts_are_read_before_they_are_judged(cache: str, most: int, monkeypat
     for mode in ("batch", "tree"):
         sampler = dllm.samplers.FreeDave(3, draft_mode=mode)  # type: ignore[arg-type]
         assert max(len(seen) for seen in steps(sampler, cache, 4, monkeypatch)) == most
+    assert max(len(seen) for seen in steps(dllm.samplers.LoPA(0.5), cache, 4, monkeypatch)) == most
+
+
+def test_blocks_ahead_are_read_before_they_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cache in ("none", "dual"):
+        sampler = dllm.samplers.MultiBlock(dllm.samplers.Threshold(0.3), 2, 0.0, 0.0)
+        assert max(len(seen) for seen in steps(sampler, cache, 4, monkeypatch)) == 2
 
 
 @pytest.mark.parametrize(("eotp", "most"), [("accepted", 2), ("safe", 2), ("published", 3)])

@@ -7,18 +7,17 @@ import os
 import pty
 import re
 import select
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from rich.console import Console, RenderableType
 
-from commands import command
+from commands import command, in_a_process
 from dllm.reports.player import line
 from dllm.scripts.show import View, keys, play
 from report_rig import trace
+from warm import Process
 
 TRACE = trace()
 STEPS = len(TRACE.frames[0].canvas)
@@ -143,6 +142,7 @@ class TestKeys:
         assert list(keys(read)) == []
 
 
+@in_a_process
 def test_on_a_terminal_keys_step_through_it(run: Path) -> None:
     with typing(str(run)) as (press, wait):
         wait("step 1 of 14")
@@ -159,8 +159,7 @@ class typing:
     def __init__(self, *arguments: str) -> None:
         self.master, slave = pty.openpty()
         environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30"}
-        arguments = (sys.executable, "-m", "dllm.scripts.cli", "show", *arguments)
-        self.process = subprocess.Popen(arguments, stdin=slave, stdout=slave, stderr=slave, env=environment)
+        self.process = Process("show", *arguments, stdin=slave, stdout=slave, stderr=slave, env=environment)
         os.close(slave)
 
     def __enter__(self) -> tuple[Callable[[str], object], Callable[[str], None]]:

@@ -18,7 +18,7 @@ from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file, save_file
 
 import dllm
-from commands import Outcome, command, start
+from commands import Outcome, command, in_a_process, start
 from dllm.filters import ConfidenceFilter, load_filter
 from dllm.samplers import Learn2PD
 from dllm.scripts import train_filter as application
@@ -174,6 +174,7 @@ class TestInterruption:
         assert train(model, out, "architecture=published").code == 0  # another filter over the same records
         assert sizes == [2]
 
+    @in_a_process
     def test_a_killed_run_goes_on(self, model: Path, tmp_path: Path) -> None:
         out = tmp_path / "f.safetensors"
         many = [

@@ -134,6 +134,10 @@ class Watching(Policy):
         reach: int | None = self.inner.reach(request)
         return reach
 
+    def opening(self, request: Request) -> int | None:
+        opening: int | None = self.inner.opening(request)
+        return opening
+
     def start(self, setup: Setup) -> Any:
         return self.inner.start(setup)
 

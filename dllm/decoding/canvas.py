@@ -21,6 +21,8 @@ from dllm.decoding.transfer import put, send
 from dllm.decoding.window import Change, Edit, Exchange, Window
 from dllm.models.attention import BlockCausal
 
+_BITS = 24  # of a length that is read back with the tokens
+
 
 class Canvas:
     """Rows being decoded, each in a slot, left-padded to one length.
@@ -44,6 +46,7 @@ class Canvas:
         ends: (slots, E) end-of-text ids of each row, the fill token first; -1 where a row has fewer.
         low: first column of each row's active block.
         high: the column after it, which may lie past the end.
+        end: the column after the last position to generate; with what a row may still gain, `full`.
         active: columns, inside and masked of the latest window.
     """
 
@@ -63,6 +66,7 @@ class Canvas:
         self.real, self.cut, self.region = np.zeros((3, slots, length), dtype=bool)
         self.padding, self.origin, self.start, self.end, self.block_length = np.zeros((5, slots), dtype=np.int64)
         self.block, self.step, self.entry_masks = np.zeros((3, slots), dtype=np.int64)
+        self.full: NDArray[np.int64] = np.zeros(slots, dtype=np.int64)
         self.low, self.high, self.reach = np.zeros((3, slots), dtype=np.int64)  # reach 0: blocks of fixed length
         self.ends: NDArray[np.int64] = np.full((slots, 1), -1)
         self.until: NDArray[np.int64] = np.full(slots, length)  # columns from there on are hidden in the next step
@@ -72,7 +76,11 @@ class Canvas:
         self._region = torch.zeros((slots, length), dtype=torch.bool, device=device)
 
     def exchange(
-        self, leaving: Collection[int], entering: Sequence[Request], reach: Sequence[int | None] | None = None
+        self,
+        leaving: Collection[int],
+        entering: Sequence[Request],
+        reach: Sequence[int | None] | None = None,
+        opening: Sequence[int | None] | None = None,
     ) -> Exchange:
         """Remove rows and add others.
 
@@ -81,6 +89,7 @@ class Canvas:
             entering: new requests, at most as many as there are free rows.
             reach: of each, positions of a block before its end is chosen (`Edit.block_length`); None for blocks of the
                 request's length.
+            opening: of each, positions to generate that are there at first (`Edit.grown`); None for all.
         """
         stay = ~np.isin(self.rows, list(leaving))
         for row in self.rows[~stay].tolist():
@@ -88,9 +97,12 @@ class Canvas:
             for notes in (self.errors, self.doomed, self._stops):
                 notes.pop(row, None)
         numbers = [row for row in range(self.slots) if self.requests[row] is None][: len(entering)]
-        for row, request, far in zip(numbers, entering, reach or [None] * len(entering), strict=True):
+        every = [None] * len(entering)
+        for row, request, far, first in zip(numbers, entering, reach or every, opening or every, strict=True):
             self._lay_out(row, request)
             self.reach[row] = far or 0
+            if first is not None:
+                self._close(row, first)
         entered, gaps = np.split(np.flatnonzero(~stay), [len(numbers)])
         added = np.arange(len(self.rows), len(self.rows) + len(numbers) - len(entered))
         entered = np.concatenate((entered, added))
@@ -116,12 +128,18 @@ class Canvas:
         self.until[row] = self.length
         self.region[row] = (self.host[row] == self.mask_token_id) & self.real[row]
         self.start[row], self.end[row] = padding + request.start, padding + request.end
-        self.origin[row] = padding + request.origin
+        self.full[row], self.origin[row] = padding + request.end, padding + request.origin
         self.block_length[row], self.block[row], self.low[row], self.high[row] = request.block_length, -1, 0, 0
         more = len(request.eos_token_ids) - self.ends.shape[1]
         self.ends = np.pad(self.ends, ((0, 0), (0, max(more, 0))), constant_values=-1)
         self.ends[row] = -1
         self.ends[row, : len(request.eos_token_ids)] = request.eos_token_ids
+
+    def _close(self, row: int, opening: int) -> None:
+        """Leave a row its first positions to generate; the others are there once it grows."""
+        self.end[row] = min(self.start[row] + opening, self.full[row])
+        later = slice(self.end[row], self.full[row])
+        self.region[row, later], self.cut[row, later] = False, True
 
     @property
     def spans(self) -> NDArray[np.int64]:
@@ -184,14 +202,16 @@ class Canvas:
         buffer[:, -1] = 0
         for number, each in enumerate(reports):
             buffer[:, -1] |= each.rows.long() << number
-        for number, wanted in enumerate((edit.finished, edit.held, edit.block_length), start=len(reports)):
+        fields = (0, edit.finished), (1, edit.held), (2, edit.block_length), (2 + _BITS, edit.grown)
+        for bit, wanted in fields:
             if wanted is not None:
-                buffer[:, -1] |= wanted.long() << number
+                buffer[:, -1] |= wanted.long() << bit + len(reports)
         read = buffer.cpu().numpy()  # the only synchronization of the step
-        before, region = self.host[rows], self.region[rows]
         flags, codes = np.divmod(read[:, -1], 1 << len(reports))
         finished, held = flags & 1 > 0, flags & 2 > 0
-        self._end_blocks(rows, flags >> 2)
+        self._end_blocks(rows, flags >> 2 & (1 << _BITS) - 1)
+        grown = self._grow(rows, flags >> 2 + _BITS)
+        before, region = self.host[rows], self.region[rows]
         failed = self._failed(rows, codes, [each.reason for each in reports])
         after = np.where(failed[:, None], before, read[:, : self.length])
         changed = after != before
@@ -206,16 +226,17 @@ class Canvas:
         stopped |= self._stop_at_strings(rows, changed & ~unset, settled)
         filled |= stopped
         left = (self.host[rows] == self.mask_token_id) & self.region[rows]
-        gained = unset.sum(1) - (self.host[rows] == self.mask_token_id).sum(1)
         done = ~left.any(1)
         if edit.finished is not None:
             if (left.any(1) & finished & ~failed).any():
                 raise RuntimeError("a sampler finished a row that has masks")
             done &= finished | stopped.any(1)
         done &= ~failed & (~held | stopped.any(1))
+        filled |= self._fill_rest(rows, done)
         self._enter_blocks(rows[~done & ~failed], held[~done & ~failed])
+        gained = unset.sum(1) - (self.host[rows] == self.mask_token_id).sum(1)
         committed, revoked = changed & ~masked & ~filled, changed & masked & ~filled
-        return Change(rows, committed, committed & ~unset, revoked, filled, gained, rows[done], rows[failed])
+        return Change(rows, committed, committed & ~unset, revoked, filled, gained, rows[done], rows[failed], grown)
 
     def visible(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """(A, L) columns of some rows that are attended to: neither padding nor discarded nor hidden."""
@@ -264,10 +285,34 @@ class Canvas:
         self.high[rows] = np.minimum(self.high[rows], self.low[rows] + length)
         self.entry_masks[rows] = np.minimum(self.entry_masks[rows], length)
 
+    def _grow(self, rows: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Add positions at the end of rows, as far as their request allows; return how many."""
+        end = self.end[rows]
+        grown = np.asarray(np.minimum(count, self.full[rows] - end))
+        if grown.any():
+            self.high[rows] += np.where(self.high[rows] >= end, grown, 0)
+            self.end[rows] += grown
+            column = np.arange(self.length)
+            opened = (column >= end[:, None]) & (column < self.end[rows, None])
+            self.region[rows] |= opened
+            self.cut[rows] &= ~opened
+            at = np.flatnonzero(grown)
+            self._region[self._put(at)] = self._put(self.region[rows[at]])
+        return grown
+
+    def _fill_rest(self, rows: NDArray[np.int64], done: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Fill the positions that finished rows have not gained with end-of-text."""
+        column = np.arange(self.length)
+        rest = done[:, None] & (column >= self.end[rows, None]) & (column < self.full[rows, None])
+        if rest.any():
+            self._fill(rows, rest)
+        return rest
+
     def _settled(self, rows: NDArray[np.int64], held: NDArray[np.bool_], final: bool) -> NDArray[np.int64]:
         """(B,) the column before which tokens stay: the first mask, or the start of a block that may change."""
         masked = (self.host[rows] == self.mask_token_id) & self.region[rows]
-        first = np.where(masked.any(1), masked.argmax(1), self.length)
+        whole = np.where(self.end[rows] < self.full[rows], self.end[rows], self.length)
+        first = np.where(masked.any(1), masked.argmax(1), whole)
         if not final:
             origin, length = self.origin[rows], self.block_length[rows]
             start = np.where(self.reach[rows] > 0, first, origin + (first - origin) // length * length)

@@ -81,6 +81,8 @@ class Edit:
             early end of a text still finishes it. None: rows without masks.
         block_length: length of the active block from now on, of policies that choose it (`Sampler.reach`): at most that
             of the window; 0 for no change. None: no change.
+        grown: positions by which each row grows at its end, of policies that choose the length (`Sampler.opening`);
+            this edit may write them, and they are [MASK] otherwise. None: no growth.
         held: rows that stay at their block although it has no mask left, so that the policy may revise it; they are not
             finished either. None: no row.
         final: whether committed tokens stay. Where they may change until their block is complete, neither end-of-text
@@ -99,6 +101,7 @@ class Edit:
     until: Int[Tensor, " B"] | None = None
     finished: Bool[Tensor, " B"] | None = None
     block_length: Int[Tensor, " B"] | None = None
+    grown: Int[Tensor, " B"] | None = None
     held: Bool[Tensor, " B"] | None = None
     final: bool = True
     drafted: Int[Tensor, "B K"] | None = None
@@ -126,6 +129,7 @@ class Change:
         gained: (B,) decrease of the number of masks of each row.
         finished: rows that are complete.
         failed: rows that failed.
+        grown: (B,) positions that rows gained at their end.
     """
 
     rows: NDArray[np.int64]
@@ -136,11 +140,12 @@ class Change:
     gained: NDArray[np.int64]
     finished: NDArray[np.int64]
     failed: NDArray[np.int64]
+    grown: NDArray[np.int64]
 
     @property
     def idle(self) -> NDArray[np.bool_]:
         """(B,) unfinished rows without any change."""
-        touched = (self.committed | self.revoked | self.filled).any(1)
+        touched = (self.committed | self.revoked | self.filled).any(1) | (self.grown > 0)
         return ~touched & ~np.isin(self.rows, [*self.finished, *self.failed])
 
 

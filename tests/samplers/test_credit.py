@@ -108,6 +108,20 @@ def test_infilled_rows_ignore_batchmates_and_whoever_had_their_number(make: Any)
             assert batch.nfe[row] == alone.nfe[0]
 
 
+def test_requests_of_one_engine_have_their_own_options() -> None:
+    lm = random_llada()
+    engine = dllm.Engine(lm, Credit(0.6, 2.0), batch_size=3, max_length=32)
+    each: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 0.9, "top_k": 9}, {"eos_suppression": "both"}]
+    for prompt, own in zip(PROMPTS, each, strict=True):
+        engine.add(prompt, seed=4, gen_length=16, block_length=8, stop_at_eos=False, **own)
+    answers = {event.id: event.answer for step in engine.steps() for event in step if event.answer is not None}
+    for number, (prompt, own) in enumerate(zip(PROMPTS, each, strict=True)):
+        alone = dllm.generate(
+            lm, [prompt], Credit(0.6, 2.0), seed=4, gen_length=16, block_length=8, stop_at_eos=False, **own
+        )
+        assert list(answers[number].completion) == alone.completions[0].tolist()
+
+
 def test_the_state_holds_a_few_tokens_a_position_and_not_the_vocabulary() -> None:
     lm = random_llada(max_length=512)
     engine = dllm.Engine(lm, Credit(), batch_size=2, max_length=400)
