@@ -42,6 +42,8 @@ GUIDED = ARGuided(random_guide(), accept="topk", top_k=9)
 # What these come with is for the bundled models.
 BY_NAME: dict[str, Any] = {name: resolve("sampler", name, Sampler) for name in names("sampler")}
 BY_NAME |= {"learn2pd": LEARNED, "ar_guided": GUIDED, "pc": PC(random_frequencies())}
+# Of models whose attention is causal over blocks as well: they do not see the end of the canvas.
+IN_ORDER = {name: sampler for name, sampler in BY_NAME.items() if name != "daedal"}
 # No empty prompt here: all masks are alike then, and rounding alone decides among them.
 PROMPTS = [[5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [50], [11, 12], [30, 31, 32, 33], [8, 8], [4, 40, 4, 40, 4]]
 

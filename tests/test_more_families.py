@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dllm
-from contract_rig import BY_NAME, PROMPTS, Maker, common_token, more_backbones
+from contract_rig import IN_ORDER, PROMPTS, Maker, common_token, more_backbones
 from dllm.cache.base import Cache
 from dllm.decoding.compatibility import unmet
 from dllm.evaluation.likelihood import Estimate, loglikelihood
@@ -19,7 +19,7 @@ from models import random_fast_dllm, random_llada2, random_llada_moe
 from toys import Drafting, Refreshing, Revoking
 
 SAMPLERS: dict[str, Any] = {
-    **BY_NAME, "freedave-tree": FreeDave(3, Threshold(0.3), "tree"), "drafting": Drafting(), "revoking": Revoking()
+    **IN_ORDER, "freedave-tree": FreeDave(3, Threshold(0.3), "tree"), "drafting": Drafting(), "revoking": Revoking()
 }  # fmt: skip
 OPTIONS: dict[str, Any] = {"gen_length": 11, "block_length": 4, "batch_size": 2, "seed": 50}
 
