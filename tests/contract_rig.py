@@ -59,6 +59,8 @@ BY_NAME |= {
     "hierarchical": Hierarchical(0.5, 0.1), "klass": KLASS(0.2, 0.8, 1), "prophet": Prophet(None, 4.0, 2.5, 1.5),
     "slowfast": SlowFast(0.4, 0.3, 1, 1),
 }  # fmt: skip
+# Of models whose attention is causal over blocks as well: they do not see the end of the canvas.
+IN_ORDER = {name: sampler for name, sampler in BY_NAME.items() if name != "daedal"}
 # No empty prompt here: all masks are alike then, and rounding alone decides among them.
 PROMPTS = [[5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [50], [11, 12], [30, 31, 32, 33], [8, 8], [4, 40, 4, 40, 4]]
 
