@@ -1,5 +1,6 @@
 """Caches, one per file. A new one is a module here, a YAML in conf/cache/ and a test."""
 
+from dllm.cache.block import Block
 from dllm.cache.d2cache import D2Cache
 from dllm.cache.dkv import DKVCache
 from dllm.cache.dllm_cache import DLLMCache
@@ -7,5 +8,6 @@ from dllm.cache.dual import Dual
 from dllm.cache.freecache import FreeCache
 from dllm.cache.none import NoCache
 from dllm.cache.prefix import Prefix
+from dllm.cache.sub_blocks import SubBlocks
 
-__all__ = ["D2Cache", "DKVCache", "DLLMCache", "Dual", "FreeCache", "NoCache", "Prefix"]
+__all__ = ["Block", "D2Cache", "DKVCache", "DLLMCache", "Dual", "FreeCache", "NoCache", "Prefix", "SubBlocks"]

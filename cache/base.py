@@ -116,6 +116,7 @@ class Metered:
     def refuses(self) -> Mapping[str, str]:
         """Requirements of samplers that this cache does not meet, with the reason."""
         reasons = {
+            "growth": "it keeps keys and values by position, and inserted masks move what follows them",
             "guidance": "it keeps one set of keys and values per row, and guidance computes every row twice",
             "next_block": "entering a block recomputes every position, which invalidates earlier drafts for it",
             "several_devices": "it keeps keys and values on one device",

@@ -30,23 +30,30 @@ def bind(kept: Kept, selection: Selection) -> KVStore:
         return Runs([bind(kept, run) for run in runs], [len(run.slots) for run in runs])
     # Contiguous rows, one sequence each: attention reads the store in place, and only fresh columns are copied.
     (low, high), host = selection.span, selection.host
-    stored, index = [each[:, slots, :, low:high] for each in kept], selection.columns - low
+    stored, index = [each[:, slots, :, low:] for each in kept], selection.columns - low
     memory = slots.start, slots.stop, low, high
-    if (host == host[0, 0] + np.arange(host.shape[1])).all():
-        return Slice(stored, index, memory, int(host[0, 0]) - low)
-    return Scattered(stored, index, memory)
+    if (host == host[0, 0] + np.arange(host.shape[1])).all() and int(host[0, -1]) < high:
+        return Slice(stored, high - low, index, memory, int(host[0, 0]) - low)
+    return Scattered(stored, high - low, index, memory)
 
 
 class Scattered:
-    """Columns that differ between the rows."""
+    """Columns that differ between the rows.
 
-    def __init__(self, stored: Sequence[Tensor], index: Int[Tensor, "A C"], memory: Hashable) -> None:
-        self.stored, self.index, self.memory = stored, index, memory
+    Args:
+        stored: keys and values from the first column attended to on, (layers, A, H, ..., D) each.
+        width: columns attended to.
+        index: computed columns, within `stored`; beyond `width` they are only written.
+        memory: as in `FixedStore`.
+    """
+
+    def __init__(self, stored: Sequence[Tensor], width: int, index: Int[Tensor, "A C"], memory: Hashable) -> None:
+        self.stored, self.width, self.index, self.memory = stored, width, index, memory
         self._expanded = index[:, None, :, None]
 
     def through(self, index: Int[Tensor, "A C"]) -> Scattered:
         """The same, with the columns given by a tensor."""
-        return Scattered(self.stored, index, self.memory)
+        return Scattered(self.stored, self.width, index, self.memory)
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write in place."""
@@ -54,17 +61,19 @@ class Scattered:
         k, v = (
             stored[layer].scatter_(2, index, fresh) for stored, fresh in zip(self.stored, (keys, values), strict=True)
         )
-        return k, v
+        return k[:, :, : self.width], v[:, :, : self.width]
 
 
 class Slice(Scattered):
     """Contiguous columns, the same in every row."""
 
-    def __init__(self, stored: Sequence[Tensor], index: Int[Tensor, "A C"], memory: Hashable, start: int) -> None:
-        super().__init__(stored, index, memory)
-        width = index.shape[1]
-        self.everything = width == stored[0].shape[3]
-        self.fresh = [each[:, :, :, start : start + width] for each in stored]
+    def __init__(
+        self, stored: Sequence[Tensor], width: int, index: Int[Tensor, "A C"], memory: Hashable, start: int
+    ) -> None:
+        super().__init__(stored, width, index, memory)
+        count = index.shape[1]
+        self.everything = count == width
+        self.fresh = [each[:, :, :, start : start + count] for each in stored]
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write in place."""
@@ -72,7 +81,7 @@ class Slice(Scattered):
             stored[layer].copy_(fresh)
         if self.everything:
             return keys, values
-        return self.stored[0][layer], self.stored[1][layer]
+        return self.stored[0][layer][:, :, : self.width], self.stored[1][layer][:, :, : self.width]
 
 
 class Runs:

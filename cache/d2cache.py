@@ -190,6 +190,7 @@ class Watched(KeyValues):
     """
 
     joinable = False
+    spare = 0
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)

@@ -113,6 +113,7 @@ class Features(KeyValues):
     """
 
     joinable = False
+    spare = 0
 
     def __init__(self, ratio: float, setup: Setup) -> None:
         super().__init__(setup)

@@ -23,7 +23,8 @@ class Selection:
         rows: (A,) canvas row of each sequence.
         slots: (A,) slot of that row, ascending.
         first: (A,) True at each row's first sequence, whose keys and values are stored.
-        host: (A, C) the columns, ascending; a sequence with fewer of them repeats its last.
+        host: (A, C) the columns, ascending; a sequence with fewer of them repeats its last. Those after the canvas only
+            fill the forward.
         columns: the same on the device.
         span: the first column that is attended to, and the one after the last.
         drafts: sequences of a row that are joined into one.
@@ -68,9 +69,11 @@ class Store(Protocol):
 
     Attributes:
         joinable: it supports drafts joined into one sequence.
+        spare: columns after those of the canvas, which hold what is computed only to fill a forward.
     """
 
     joinable: bool
+    spare: int
 
     def bind(self, selection: Selection) -> KVStore:
         """Access for a forward that computes these columns."""

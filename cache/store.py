@@ -24,14 +24,17 @@ class KeyValues:
 
     Bytes: 2 * layers * slots * H * L * D * (bytes per number), from the first forward on; the next engine of the
     same size reuses them.
-    Keys are stored after the rotary embedding, since a column never changes its position.
+    Keys are stored after the rotary embedding, since a column never changes its position. The last column belongs to
+    no canvas: what is computed only to fill a forward is written there.
     """
 
     joinable = True
+    spare = 1
 
     def __init__(self, setup: Setup) -> None:
         layers, heads, size = setup.kv_shape
-        shape = layers, setup.slots, heads, setup.length, size
+        shape = layers, setup.slots, heads, setup.length + self.spare, size
+        self.length = setup.length
         self.keys, self.values = setup.tensor("keys", shape), setup.tensor("values", shape)
 
     @property
@@ -45,7 +48,7 @@ class KeyValues:
 
     def held(self, layer: int, slots: Int[Tensor, " M"]) -> tuple[Float[Tensor, "M H L D"], Float[Tensor, "M H L D"]]:
         """Stored keys and values of some slots."""
-        return self.keys[layer][slots], self.values[layer][slots]
+        return self.keys[layer][slots, :, : self.length], self.values[layer][slots, :, : self.length]
 
     def clear(self, slots: NDArray[np.int64]) -> None:
         """Zero some slots."""
@@ -170,7 +173,9 @@ class Reuse(PerRow):
         compute = (compute & visible & ~exact) | question.read
         missing = visible & ~exact & ~compute
         upto = np.where(missing.any(1), missing.argmax(1), missing.shape[1])
-        upto = self._block_start(question, np.minimum(upto, question.masked.argmax(1)))
+        masked = question.masked
+        final = np.where(masked.any(1), masked.argmax(1), masked.shape[1])  # a block may be edited without masks
+        upto = self._block_start(question, np.minimum(upto, final))
         self._exact[rows[first]] |= (compute & ~question.since(upto))[first]
         return compute
 

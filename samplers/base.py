@@ -33,10 +33,11 @@ class Denoise(Protocol):
         tokens: Int[Tensor, "B D L"] | None = None,
         attention: Attention = "apart",
         decided: bool = False,
+        ahead: bool = False,
     ) -> Prediction:
         """Predict tokens.
 
-        A call about the window's own columns and tokens needs no device synchronization.
+        A call without `asked`, `columns` and `tokens` needs no device synchronization.
 
         Args:
             asked: requested positions; the window's masked positions by default. A row without any is left out
@@ -47,9 +48,11 @@ class Denoise(Protocol):
                 requested positions is not computed.
             attention: how the drafts of a row are computed. "apart": as D sequences. "tree": as one sequence, in
                 which each draft attends to itself only. "shadow": as one sequence of the canvas and the requested
-                positions of the other drafts; each of these attends to itself and to the canvas except the position
-                it predicts and its own, and nothing attends to it.
+                positions of the other drafts; each of these attends to those of its draft and to the canvas except
+                the position it predicts and its own, and the canvas does not attend to it. Without `tokens` there is
+                one shadow: masks at the positions of the window, requested in rows with a decided one.
             decided: request all positions of the window to be generated, decided ones included.
+            ahead: request those of later blocks, too; the prediction is then aligned to the canvas, (B, L).
         """
         ...
 
@@ -74,6 +77,17 @@ class Sampler(Protocol):
         """The files that its result depends on."""
         ...
 
+    def reach(self, request: Request) -> int | None:
+        """Positions that the window shows when a block begins, where the policy chooses its end (`Edit.block_length`).
+
+        Such a block begins at the first mask. None: blocks of the request's length, side by side.
+        """
+        ...
+
+    def opening(self, request: Request) -> int | None:
+        """Positions to generate that a row begins with, where the policy lets it grow (`Edit.grown`); None: all."""
+        ...
+
     def start(self, setup: Setup) -> Any:
         """Load resources, reject invalid setups (ValueError), and return the state of an engine."""
         ...
@@ -87,7 +101,7 @@ class Sampler(Protocol):
         ...
 
     def step(self, window: Window, denoise: Denoise, state: Any) -> Edit:
-        """Take one step: every row that is part of a forward commits at least one token."""
+        """Take one step: every row that is part of a forward commits a token, or leaves the block it stayed in."""
         ...
 
 
@@ -101,6 +115,14 @@ class Policy:
         """None."""
         return ()
 
+    def reach(self, request: Request) -> int | None:
+        """Blocks of the request's length."""
+        return None
+
+    def opening(self, request: Request) -> int | None:
+        """All positions."""
+        return None
+
     def start(self, setup: Setup) -> Any:
         """No state."""
 
@@ -109,6 +131,23 @@ class Policy:
 
     def enter(self, state: Any, row: int, request: Request) -> None:
         """No state to reset."""
+
+
+def single_forward(base: Sampler, given: Any) -> None:
+    """Reject a base policy whose step another policy cannot run on predictions of its own.
+
+    Args:
+        base: the policy.
+        given: what it was called.
+
+    Raises:
+        ValueError: its step is not one forward about the active block, or changes its state.
+    """
+    if not base.single_forward:
+        raise ValueError(
+            f"base={given!r} cannot be a base: its step is more than one forward about the active block; use a policy "
+            "such as vanilla or threshold (learn2pd with eotp=off)"
+        )
 
 
 def constant_denoiser(prediction: Prediction) -> Denoise:
@@ -120,6 +159,7 @@ def constant_denoiser(prediction: Prediction) -> Denoise:
         tokens: Tensor | None = None,
         attention: Attention = "apart",
         decided: bool = False,
+        ahead: bool = False,
     ) -> Prediction:
         return prediction
 

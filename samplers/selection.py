@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from dllm.decoding.window import Window
@@ -42,6 +42,14 @@ def perturbed(score: Float[Tensor, "B K"], temperature: float, uniform: Float[Te
 def leftmost(where: Bool[Tensor, "B K"]) -> Bool[Tensor, "B K"]:
     """The first True of each row."""
     return where & (where.cumsum(-1) == 1)
+
+
+def remember(kept: Shaped[Tensor, "rows L"], window: Window, values: Shaped[Tensor, "B K"]) -> None:
+    """Keep values of the positions to generate of the window, by row number and column."""
+    own = kept[window.rows]
+    spare = torch.cat((own, own[:, :1]), dim=1)  # the last column absorbs other positions
+    columns = window.columns.where(window.inside, own.shape[1])
+    kept[window.rows] = spare.scatter(1, columns, values.to(kept.dtype))[:, :-1]
 
 
 def is_eos(tokens: Int[Tensor, "B K"], window: Window) -> Bool[Tensor, "B K"]:

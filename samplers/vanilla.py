@@ -8,12 +8,14 @@ score, where score is
     margin          p(top) - p(second)      (Dream: topk_margin)
     entropy         -H(p)
     random          uniform noise
+    left_to_right   the leftmost first (SDAR, arXiv 2510.06303: sequential)
 
 With `alg_temp` above 0 (Dream) the k positions are drawn without replacement, each with a
 probability proportional to exp(score / alg_temp). Above temperature 0 Dream's p is softmax(logits /
 temperature) after top_p and top_k, LLaDA's is softmax(logits); see `tempered_confidence` of `dllm.Options`.
 
-schedule=uniform (LLaDA) gives each step floor(masks / steps), with the remainder in the first
+With `steps_per_block` (SDAR: denoising_steps) k is the length of a block divided evenly over that many steps, the
+remainder first. schedule=uniform (LLaDA) gives each step floor(masks / steps), with the remainder in the first
 steps. schedule=timestep (Dream) commits int(m (1 - s/t)) of m masks on the grid
 t = linspace(1, 0.001, steps + 1), and the remaining masks in the last step.
 
@@ -38,10 +40,17 @@ from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
 from dllm.decoding.window import Edit, Window
 from dllm.samplers.base import Denoise, Policy, commit
-from dllm.samplers.schedule import check_steps, steps_of_block, steps_of_blocks
+from dllm.samplers.schedule import (
+    check_steps,
+    check_steps_per_block,
+    quota_of_step,
+    steps_of_block,
+    steps_of_blocks,
+    uniform_quota,
+)
 from dllm.samplers.selection import perturbed, top
 
-ORDERS = ("low_confidence", "margin", "entropy", "random")
+ORDERS = ("low_confidence", "margin", "entropy", "random", "left_to_right")
 SCHEDULES = ("uniform", "timestep")
 
 
@@ -80,9 +89,10 @@ class Vanilla(Policy):
     Args:
         steps: denoising steps for the whole generated region; None to use `tokens_per_step`.
         tokens_per_step: tokens committed per step where `steps` is None; the last step of a block takes the rest.
-        order: score that ranks masked positions: low_confidence, margin, entropy or random.
+        order: score that ranks masked positions: low_confidence, margin, entropy, random or left_to_right.
         schedule: uniform (LLaDA) or timestep (Dream).
         alg_temp: 0 takes the positions with the highest scores; above 0 they are drawn, more evenly at higher values.
+        steps_per_block: denoising steps for each block; None to use the others.
 
     Raises:
         ValueError: an unknown order or schedule, a number out of range, both numbers given, or an `alg_temp` without
@@ -93,9 +103,10 @@ class Vanilla(Policy):
 
     steps: int | None = None
     tokens_per_step: int = 1
-    order: Literal["low_confidence", "margin", "entropy", "random"] = "low_confidence"
+    order: Literal["low_confidence", "margin", "entropy", "random", "left_to_right"] = "low_confidence"
     schedule: Literal["uniform", "timestep"] = "uniform"
     alg_temp: float = 0.0
+    steps_per_block: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps is not None:
@@ -110,8 +121,11 @@ class Vanilla(Policy):
         if self.schedule == "timestep" and self.steps is None:
             raise ValueError("schedule=timestep needs steps; set steps, or use schedule=uniform")
         number("alg_temp", self.alg_temp, "0 (the highest scores) or a positive number", low=0, high=1e6)
-        if self.alg_temp > 0 and self.order == "random":
-            raise ValueError(f"alg_temp={self.alg_temp} has no effect with order=random; use another order, or 0")
+        if self.alg_temp > 0 and self.order in ("random", "left_to_right"):
+            raise ValueError(f"alg_temp={self.alg_temp} has no effect with order={self.order}; use another order, or 0")
+        check_steps_per_block(self.steps_per_block, {"steps": self.steps, "tokens_per_step": self.tokens_per_step})
+        if self.steps_per_block is not None and self.schedule != "uniform":
+            raise ValueError("schedule=timestep divides steps, not steps_per_block; use schedule=uniform")
 
     def start(self, setup: Setup) -> Timetables:
         """Start with an empty table."""
@@ -137,13 +151,13 @@ class Vanilla(Policy):
         return commit(window, prediction, top(score, self._quota(window, state), window.masked))
 
     def _quota(self, window: Window, state: Timetables) -> Int[Tensor, " B"] | int:
+        if self.steps_per_block is not None:
+            return quota_of_step(self.steps_per_block, window)
         if self.steps is None:
             return self.tokens_per_step
-        steps, masks = steps_of_block(self.steps, window), window.entry_masks
         if self.schedule == "timestep":
-            return state.quota(steps, window)
-        # With fewer masks than steps, each step commits one until none is left.
-        return masks // steps + (window.step < masks % steps)
+            return state.quota(steps_of_block(self.steps, window), window)
+        return uniform_quota(self.steps, window)
 
     def _score(self, window: Window, prediction: Prediction) -> Float[Tensor, "B K"]:
         match self.order:
@@ -153,6 +167,8 @@ class Vanilla(Policy):
                 return prediction.margin
             case "entropy":
                 return -prediction.entropy
+            case "left_to_right":
+                return torch.zeros_like(prediction.confidence)  # ties go to the leftmost
             case _:
                 return window.uniform()
 

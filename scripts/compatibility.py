@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from dllm.cache.base import Cache
 from dllm.decoding.compatibility import NEEDS, unmet
-from dllm.models import FAMILIES
+from dllm.models import ARCHITECTURES
 from dllm.resolve import build, names, resolve
 from dllm.samplers.base import Sampler
 from dllm.scripts import app, own
@@ -59,7 +59,7 @@ def matrix(samplers: dict[str, Any], caches: dict[str, Any]) -> str:
         [NEEDS[need][0], *(cell(cache, {need} & set(cache.refuses)) for cache in caches.values())]
         for need in ("guidance", "several_devices", "graphs")
     ]
-    families = ", ".join(family.__name__ for family in FAMILIES.values())
+    families = ", ".join(ARCHITECTURES)
     lines = [
         "# Compatibility",
         "",

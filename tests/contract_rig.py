@@ -10,18 +10,38 @@ import pytest
 
 import dllm
 from dllm.resolve import names, resolve
-from dllm.samplers import ARGuided, Learn2PD
+from dllm.samplers import PC, ARGuided, Learn2PD
 from dllm.samplers.base import Sampler
-from models import random_dream, random_filter, random_guide, random_llada
+from models import (
+    random_dream,
+    random_fast_dllm,
+    random_filter,
+    random_frequencies,
+    random_guide,
+    random_llada,
+    random_llada2,
+    random_llada_moe,
+    random_sdar,
+    random_sdar_moe,
+)
 
 Maker: TypeAlias = Callable[..., dllm.LanguageModel]
 BACKBONES = {"llada": random_llada, "dream": random_dream}
+# One of each further family; the first four are causal over blocks.
+MORE_BACKBONES: dict[str, Maker] = {
+    "llada2": random_llada2,
+    "fast_dllm": random_fast_dllm,
+    "sdar_moe": random_sdar_moe,
+    "sdar": random_sdar,
+    "llada_moe": random_llada_moe,
+}
+more_backbones = pytest.mark.parametrize("make", MORE_BACKBONES.values(), ids=MORE_BACKBONES)
 backbones = pytest.mark.parametrize("make", BACKBONES.values(), ids=BACKBONES)
 LEARNED = Learn2PD(random_filter(), threshold=0.8, allow_mismatch=True)
 GUIDED = ARGuided(random_guide(), accept="topk", top_k=9)
 # What these come with is for the bundled models.
 BY_NAME: dict[str, Any] = {name: resolve("sampler", name, Sampler) for name in names("sampler")}
-BY_NAME |= {"learn2pd": LEARNED, "ar_guided": GUIDED}
+BY_NAME |= {"learn2pd": LEARNED, "ar_guided": GUIDED, "pc": PC(random_frequencies())}
 # No empty prompt here: all masks are alike then, and rounding alone decides among them.
 PROMPTS = [[5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [50], [11, 12], [30, 31, 32, 33], [8, 8], [4, 40, 4, 40, 4]]
 

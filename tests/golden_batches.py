@@ -60,7 +60,7 @@ def alone(folder: Path, case: dict[str, Any], planned: Plan) -> Decoded:
 
 
 def _key(folder: Path, case: dict[str, Any], planned: Plan) -> Any:
-    return folder, case["checkpoint"], planned.sampler, repr(planned.cache), planned.options["cfg_scale"]
+    return folder, case["checkpoint"], planned.sampler, repr(planned.cache), planned.options.get("cfg_scale", 0.0)
 
 
 def _together(lm: dllm.LanguageModel, members: list[tuple[dict[str, Any], Plan]]) -> dict[str, Decoded]:
@@ -69,7 +69,7 @@ def _together(lm: dllm.LanguageModel, members: list[tuple[dict[str, Any], Plan]]
     sampler, kept, options = members[0][1]
     length = max(len(case["prompt"]) + planned.options["gen_length"] for case, planned in members)
     with dllm.Engine(
-        lm, sampler, kept, batch_size=len(members), max_length=length, cfg_scale=options["cfg_scale"]
+        lm, sampler, kept, batch_size=len(members), max_length=length, cfg_scale=options.get("cfg_scale", 0.0)
     ) as engine:
         for case, planned in members:
             engine.add(

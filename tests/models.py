@@ -11,15 +11,25 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from dllm import LanguageModel
 from dllm.filters import ConfidenceFilter, Filter, NeighbourFilter
+from dllm.frequencies import Frequencies
 from dllm.models import (
     DreamConfig,
     DreamModel,
+    Fast_dLLM_QwenConfig,
+    Fast_dLLM_QwenForCausalLM,
+    LLaDA2MoeConfig,
+    LLaDA2MoeModelLM,
     LLaDAConfig,
     LLaDAModelLM,
+    LLaDAMoEConfig,
+    LLaDAMoEModelLM,
     MaskedDiffusionModel,
     SDARConfig,
     SDARForCausalLM,
+    SDARMoeConfig,
+    SDARMoeForCausalLM,
 )
+from dllm.models.experts import GroupLimitedRouter, SoftmaxRouter
 from dllm.tasks.tokenizer import build_tokenizer
 
 
@@ -124,6 +134,87 @@ def random_sdar(
     return LanguageModel(_randomise(SDARForCausalLM(config), seed, dtype, sharpness), None, "random-sdar")
 
 
+def random_llada2(
+    vocab: int = 64,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    *,
+    layers: int = 2,
+    block_length: int = 4,
+    max_length: int = 256,
+    sharpness: float = 5.0,
+) -> LanguageModel:
+    """A random LLaDA2, whose first layer is dense and whose others have experts; arguments as for `random_llada`."""
+    config = LLaDA2MoeConfig(
+        **_sizes(vocab, layers, max_length),
+        head_dim=12,
+        partial_rotary_factor=0.5,
+        moe_intermediate_size=16,
+        num_experts=8,
+        num_experts_per_tok=3,
+        n_group=4,
+        topk_group=2,
+        block_size=block_length,
+    )
+    return LanguageModel(_randomise(LLaDA2MoeModelLM(config), seed, dtype, sharpness), None, "random-llada2")
+
+
+def random_fast_dllm(
+    vocab: int = 64,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    *,
+    layers: int = 2,
+    block_length: int = 4,
+    max_length: int = 256,
+    sharpness: float = 5.0,
+) -> LanguageModel:
+    """A random Fast-dLLM v2, causal over blocks with shifted logits; arguments as for `random_llada`."""
+    config = Fast_dLLM_QwenConfig(**_sizes(vocab, layers, max_length), bd_size=block_length)
+    return LanguageModel(_randomise(Fast_dLLM_QwenForCausalLM(config), seed, dtype, sharpness), None, "random-fast")
+
+
+def random_sdar_moe(
+    vocab: int = 64, seed: int = 0, dtype: torch.dtype = torch.float64, *, layers: int = 2, sharpness: float = 5.0
+) -> LanguageModel:
+    """A random SDAR-MoE in blocks of 4, whose second layer has experts; arguments as for `random_llada`."""
+    config = SDARMoeConfig(
+        **_sizes(vocab, layers, 256),
+        head_dim=12,
+        moe_intermediate_size=16,
+        num_experts=6,
+        num_experts_per_tok=2,
+        decoder_sparse_step=2,
+    )
+    return LanguageModel(_randomise(SDARMoeForCausalLM(config), seed, dtype, sharpness), None, "random-sdar-moe")
+
+
+def random_llada_moe(
+    vocab: int = 64, seed: int = 0, dtype: torch.dtype = torch.float64, *, layers: int = 2, sharpness: float = 5.0
+) -> LanguageModel:
+    """A random LLaDA-MoE, which attends to every position; arguments as for `random_llada`."""
+    sizes = _sizes(vocab, layers, 256)
+    sizes["expert_intermediate_size"] = sizes.pop("intermediate_size")
+    config = LLaDAMoEConfig(**sizes, num_experts=6, num_experts_per_tok=2)
+    return LanguageModel(_randomise(LLaDAMoEModelLM(config), seed, dtype, sharpness), None, "random-llada-moe")
+
+
+def _sizes(vocab: int, layers: int, max_length: int) -> dict[str, Any]:
+    """What the configs of the families of Qwen's layout have in common."""
+    return {
+        "vocab_size": vocab,
+        "hidden_size": 32,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": max_length,
+        "rope_theta": 10000.0,
+        "mask_token_id": vocab - 1,
+        "eos_token_id": vocab - 2,
+    }
+
+
 def random_guide(vocab: int = 64, seed: int = 0, dtype: torch.dtype = torch.float64, sharpness: float = 2.0) -> Any:
     """A random causal Qwen2 over the same vocabulary, to guide the random denoisers."""
     config = Qwen2Config(
@@ -157,6 +248,12 @@ def random_filter(seed: int = 0, block_length: int | None = None) -> Filter:
     return Filter(network, None, "random")
 
 
+def random_frequencies(seed: int = 0) -> Frequencies:
+    """A table over the tokens of the random models, from rare to very frequent ones."""
+    draw = torch.rand(60, generator=torch.Generator().manual_seed(seed))
+    return Frequencies({str(token): int(10 ** (4 * share)) for token, share in enumerate(draw.tolist())})
+
+
 def save_folder(lm: LanguageModel, path: Path) -> Path:
     """Write a model, and its tokenizer where it has one, as a folder that `dllm.load` takes; return the folder."""
     lm.backbone.save_pretrained(path)
@@ -172,6 +269,11 @@ def _randomise(backbone: MaskedDiffusionModel, seed: int, dtype: torch.dtype, sh
     head = backbone.get_output_embeddings()
     with torch.no_grad():
         for name, module in backbone.named_modules():
+            if isinstance(module, (GroupLimitedRouter, SoftmaxRouter)):
+                weight = torch.randn(module.weight.shape, generator=generator, dtype=torch.float64)
+                module.weight.copy_(weight * 1.5 * weight.shape[1] ** -0.5)
+            if isinstance(module, GroupLimitedRouter):
+                module.expert_bias.copy_(0.1 * torch.randn(len(module.weight), generator=generator))
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 spread = 1.0 if isinstance(module, nn.Embedding) else module.in_features**-0.5
                 gain = sharpness if module is head else 2.0 if name.endswith(("q_proj", "k_proj")) else 1.5

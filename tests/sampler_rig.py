@@ -90,3 +90,16 @@ def two_way(confidence: Tensor) -> Tensor:
     """Logits whose token 0 has the given probability, the rest spread over so many that none is larger."""
     rest = ((1 - confidence) / GUESSES).clamp(min=1e-300).log()
     return torch.cat((confidence.log()[:, None], rest[:, None].expand(-1, GUESSES), rest[:, None] - 1e9), dim=1)
+
+
+def logits_at(lm: Any, canvas: list[int]) -> Tensor:
+    """Logits of a whole forward, each row about its own position."""
+    with torch.no_grad():
+        logits = lm.backbone(torch.tensor([canvas])).logits[0]
+    return torch.cat((logits[:1], logits[:-1])) if lm.backbone.logits_shift else logits
+
+
+def best_at(lm: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The most probable token other than [MASK] of each row of logits, and its probability."""
+    tokens = logits.index_fill(-1, torch.tensor([lm.backbone.mask_token_id]), -torch.inf).argmax(-1)
+    return tokens, logits.softmax(-1).gather(-1, tokens[:, None])[:, 0]

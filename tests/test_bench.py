@@ -64,7 +64,7 @@ def test_the_record_holds_what_the_table_shows(benched: tuple[Outcome, Path]) ->
     # One full forward, then windows of eight columns; six steps saw one block.
     assert costs["dual"]["columns"] == (48 + 5 * 8) / 6
     assert costs["none"]["store_bytes"] == 0
-    assert costs["dual"]["store_bytes"] == 2 * 4 * 2 * 4 * 48 * 32 * 4
+    assert costs["dual"]["store_bytes"] == 2 * 4 * 2 * 4 * (48 + 1) * 32 * 4
     for cost in costs.values():
         assert cost["steps"] == 6
         assert cost["to_bare"] > 0.3
@@ -163,7 +163,7 @@ def test_settings_end_where_the_canvas_is_full() -> None:
         (["model=random:huge"], "random:huge"),
         (["model.dtype=int8"], "dtype='int8'"),
         (["caches=[]"], "caches=[] is empty"),
-        (["samplers=[nothing]"], "unknown samplers[0]='nothing'; expected one of ar_guided"),
+        (["samplers=[nothing]"], "unknown samplers[0]='nothing'; expected one of adablock"),
         (["caches=[{dual:{measure_every:0}}]"], "caches[0].measure_every=0"),
         (["caches=[none,{dual:{speed:1}}]"], "unknown option 'caches[1].dual.speed'; expected one of measure_every"),
         (["caches=[5]"], "caches[0]=5 is not a cache; give a name, or {name: {option: value}}"),

@@ -16,6 +16,16 @@ SAMPLERS: list[tuple[Any, Any]] = [
     (dllm.samplers.FreeDave(HUGE), dllm.samplers.FreeDave(13)),
     (dllm.samplers.Vanilla(tokens_per_step=HUGE), dllm.samplers.Vanilla(tokens_per_step=12)),
     (dllm.samplers.Threshold(at_least=HUGE), dllm.samplers.Threshold(at_least=12)),
+    (dllm.samplers.EB(at_least=HUGE), dllm.samplers.EB(at_least=12)),
+    (dllm.samplers.KLASS(history=HUGE, at_least=HUGE), dllm.samplers.KLASS(history=99, at_least=12)),
+    (dllm.samplers.Credit(at_least=HUGE), dllm.samplers.Credit(at_least=12)),
+    (
+        dllm.samplers.Prophet(answer_start=0, answer_length=HUGE),
+        dllm.samplers.Prophet(answer_start=0, answer_length=12),
+    ),
+    (dllm.samplers.SlowFast(exploration=HUGE, window=HUGE), dllm.samplers.SlowFast(exploration=99, window=99)),
+    (dllm.samplers.Certainty(at_least=HUGE), dllm.samplers.Certainty(at_least=12)),
+    (dllm.samplers.Saber(HUGE), dllm.samplers.Saber(12)),
     (dllm.samplers.LocalLeap(radius=HUGE), dllm.samplers.LocalLeap(radius=12)),
 ]
 CACHES: list[tuple[Any, Any]] = [

@@ -140,3 +140,29 @@ def test_masks_anywhere_leave_the_rest_alone() -> None:
 
 def test_one_block_for_all() -> None:
     assert canvas([[1, MASK, MASK, MASK], [MASK] * 5], block=None).window().columns.shape == (2, 5)
+
+
+def test_an_edit_hides_columns_in_the_next_step_alone() -> None:
+    c = canvas([[1, 2, MASK, MASK, MASK, MASK], [1, MASK, MASK, MASK, MASK]], block=4, stop=False)
+    assert c.visible(c.rows).sum(1).tolist() == [6, 5]
+    window = c.window()
+    nothing = torch.zeros_like(window.masked)
+    first = nothing.clone()
+    first[:, 0] = True
+    hidden = Edit(window.columns, torch.full_like(window.columns, 5), first, until=torch.tensor([4, 6]))
+    c.apply(window, hidden)
+    assert c.visible(c.rows).tolist() == [[True] * 4 + [False] * 2, [False] + [True] * 5]
+    window = c.window()
+    assert window.masked.tolist() == [[False, True, False, False], [False, True, True, True]]
+    c.apply(window, Edit(window.columns, window.columns, nothing))
+    assert c.window().masked.sum(1).tolist() == [3, 3]
+    assert c.visible(c.rows).sum(1).tolist() == [6, 5]
+
+
+def test_who_takes_the_place_of_a_row_sees_everything() -> None:
+    c = canvas([[1, MASK, MASK, MASK]], stop=False)
+    window = c.window()
+    tokens = torch.full_like(window.columns, 5)
+    change = c.apply(window, Edit(window.columns, tokens, window.masked, until=torch.tensor([2])))
+    c.exchange(change.finished.tolist(), requests([[1, 2, MASK, MASK]]))
+    assert c.visible(c.rows).all()

@@ -20,7 +20,7 @@ from dllm.decoding.request import Request
 from dllm.decoding.window import Edit
 from dllm.resolve import names
 from dllm.tasks import word_problems
-from models import random_dream, random_guide, random_llada
+from models import random_dream, random_frequencies, random_guide, random_llada
 
 MASK, EOS = 9, 7
 
@@ -36,6 +36,8 @@ def sampler(name: str) -> Any:
             return dllm.samplers.Learn2PD(filter="tiny-llada", allow_mismatch=True, threshold=0.4)
         case "ar_guided":
             return dllm.samplers.ARGuided(random_guide(), accept="topk")
+        case "pc":
+            return dllm.samplers.PC(random_frequencies())
         case _:
             return name
 

@@ -349,3 +349,31 @@ def test_a_closed_engine_takes_nothing_and_lends_its_memory_once() -> None:
     engine.close()
     assert lm.spare == []
     assert other.add([5], gen_length=4) == 0
+
+
+class TestLengthFromMemory:
+    """The longest request where none is given: the model's context, or what fits."""
+
+    @pytest.mark.parametrize("cache", ["none", "dual", "dllm_cache", "d2cache"])
+    def test_they_take_four_fifths_of_what_is_free(self, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        lm = random_llada(max_length=256)
+        layers, heads, size = lm.backbone.kv_shape
+        column = 3 * layers * 8 * (2 * heads * size + (2 * 32 if cache == "dllm_cache" else 0))
+        monkeypatch.setattr("dllm.decoding.memory.free_bytes", lambda device: 100 * column)
+        lengths = [dllm.Engine(lm, "threshold", cache, batch_size=3).max_length for _ in range(2)]
+        spare = 1 if cache == "dual" else 0
+        assert lengths == [256 if cache == "none" else 80 - spare] * 2
+
+    def test_they_count_as_free_for_the_next_engine(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        lm = random_llada(max_length=256)
+        free = [10**6]
+        monkeypatch.setattr("dllm.decoding.memory.free_bytes", lambda device: free[0])
+        with dllm.Engine(lm, "threshold", "dual", batch_size=8) as engine:
+            length = engine.max_length
+            free[0] -= sum(each.nbytes for each in engine._memory._tensors.values())
+        assert 10 < dllm.Engine(lm, "threshold", "dual", batch_size=8).max_length == length < 256
+
+    def test_no_room_at_all_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("dllm.decoding.memory.free_bytes", lambda device: 1000)
+        with pytest.raises(ValueError, match=r"batch_size=8 leaves no room for keys and values: .* 800 are free"):
+            dllm.Engine(random_llada(), "threshold", "dual")

@@ -18,13 +18,12 @@ from typing import Any
 
 import pytest
 
-from dllm.cache import FreeCache
 from golden_batches import Batches, Decoded, alone
 from golden_plan import Plan, base_of, plan
 
 HERE = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared" / "golden"
-SHARED_FILES = ("llada_cases.jsonl", "dream_cases.jsonl")
+SHARED_FILES = ("llada_cases.jsonl", "dream_cases.jsonl", "block/llada_policies/cases.jsonl")
 BLOCK = SHARED / "block"  # models whose attention is causal over blocks, a folder for each family
 
 # Here the reference accepts a draft that its base would not have made: its tokens are not those of its own base.
@@ -46,6 +45,17 @@ def cases(folder: Path, files: tuple[str, ...]) -> Iterator[Any]:
             if planned is not None:
                 together = pytest.mark.xdist_group(BATCHES.add(home, case, planned))
                 yield pytest.param(home, case, planned, id=case["id"], marks=together)
+
+
+def batches(folder: Path) -> Iterator[Any]:
+    """Batches whose rows do not depend on each other there: without stale keys and values, or overwritten prompts."""
+    path = folder / "cases.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else ():
+        case = json.loads(line)
+        if case["algorithm"] == "fastdllm_v2_batch" and not (case["fragile"] or case["params"]["use_block_cache"]):
+            longest = max(map(len, case["prompt"]))
+            if "prompt_overwritten" not in str(case.get("note")) and longest % case["params"]["block_size"] != 1:
+                yield pytest.param(case, id=case["id"])
 
 
 @cache
@@ -72,7 +82,9 @@ def check(folder: Path, case: dict[str, Any], planned: Plan) -> None:
 
 
 def compare(case: dict[str, Any], planned: Plan, result: Decoded) -> None:
-    compared = len(case["prompt"]) + result.tokens if planned.options["stop_at_eos"] else len(case["sequence"])
+    compared = len(case["sequence"])
+    if planned.options["stop_at_eos"]:  # the reference may cut what is decoded, in whole blocks, before its end
+        compared = min(compared, len(case["prompt"]) + result.tokens)
     assert result.sequence[:compared] == case["sequence"][:compared]
     assert result.nfe <= case["nfe"]
     assert result.guide_nfe <= (case.get("ar_forwards") or 0)
@@ -89,13 +101,36 @@ def test_decodes_as_the_reference_in_every_shared_case(folder: Path, case: dict[
     check(folder, case, planned)
 
 
+def block_by_block() -> Iterator[Any]:
+    """The cases of block-causal models, with exact caches where the reference has one too."""
+    for family in ("sdar", "llada2", "fastdllm_v2"):
+        for each in cases(BLOCK / family, ("cases.jsonl",)):
+            folder, case, planned = each.values
+            stale = planned.cache != "none"
+            for name in ("own",) if stale else ("none", "block"):
+                yield pytest.param(
+                    folder, case, planned if stale else planned._replace(cache=name), id=f"{case['id']}-{name}"
+                )
+
+
 @pytest.mark.skipif(not BLOCK.exists(), reason="../shared/golden/block is not here")
-@pytest.mark.parametrize(("folder", "case", "planned"), list(cases(BLOCK / "sdar", ("cases.jsonl",))))
-@pytest.mark.parametrize("exact_cache", ["none", FreeCache(window=0)], ids=["none", "freecache"])
-def test_decodes_as_the_reference_block_by_block(
-    folder: Path, case: dict[str, Any], planned: Plan, exact_cache: Any
-) -> None:
-    check(folder, case, planned._replace(cache=exact_cache))
+@pytest.mark.parametrize(("folder", "case", "planned"), list(block_by_block()))
+def test_decodes_as_the_reference_block_by_block(folder: Path, case: dict[str, Any], planned: Plan) -> None:
+    check(folder, case, planned)
+
+
+@pytest.mark.skipif(not BLOCK.exists(), reason="../shared/golden/block is not here")
+@pytest.mark.parametrize("case", list(batches(BLOCK / "fastdllm_v2")))
+def test_rows_decode_as_those_of_a_batch_of_the_reference(case: dict[str, Any]) -> None:
+    for prompt, sequence in zip(case["prompt"], case["sequence"], strict=True):
+        single = case | {"algorithm": "fastdllm_v2_generate", "prompt": prompt, "sequence": sequence}
+        planned = plan(single, BLOCK / "fastdllm_v2")
+        assert planned is not None
+        written = alone(BLOCK / "fastdllm_v2", single, planned).sequence
+        ends = [i for i in range(len(prompt), len(sequence)) if sequence[i] == case["params"]["stop_token"]]
+        count = min(len(written), len(sequence), ends[0] + 1 if ends else len(sequence))
+        assert count > len(prompt)
+        assert written[:count] == sequence[:count]
 
 
 def test_committed_steps_are_those_of_the_reference() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -65,8 +66,55 @@ def test_a_shape_is_captured_once_it_comes_again(device: Device) -> None:
         random_llada(), [[5, 6, 7]], "vanilla", "dual", gen_length=16, block_length=8, stop_at_eos=False,
         callback=lambda step: seen.append(len(device.made)),
     )  # fmt: skip
-    # Each block begins with everything; the window that follows is launched three times and captured then.
-    assert seen == [0, 0, 0, 0, *[1] * 12]
+    # Each block begins with everything, which here is a narrow forward as well; each shape is launched once.
+    assert seen == [0, 0, *[1] * 6, *[2] * 8]
+
+
+def launches(lm: dllm.LanguageModel, patch: pytest.MonkeyPatch) -> list[int]:
+    """The columns of each launched forward from now on."""
+    widths, forward = [], lm.backbone.forward
+
+    def counted(tokens: Any, *inputs: Any, **options: Any) -> Any:
+        widths.append(tokens.numel())
+        return forward(tokens, *inputs, **options)
+
+    patch.setattr(lm.backbone, "forward", counted)
+    return widths
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual", "freecache", "dkv"])
+def test_later_requests_are_replayed_whatever_their_lengths(
+    cache: str, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = random_llada(max_length=128)
+    launched = launches(lm, monkeypatch)
+    engine = dllm.Engine(lm, "threshold", cache, batch_size=3, max_length=128)
+    generator = random.Random(0)
+
+    def decode(count: int) -> None:
+        for _ in range(count):
+            prompt = [generator.randrange(60) for _ in range(generator.randrange(1, 30))]
+            engine.add(prompt, gen_length=generator.randrange(8, 40), block_length=8)
+        for _ in engine.steps():
+            pass
+
+    decode(24)
+    made, before = len(device.made), len(launched)
+    decode(24)
+    again = [width for width in launched[before:] if width <= graphs._WIDEST]
+    assert len(device.made) - made <= 4
+    assert len(again) <= 8
+
+
+def test_rows_that_are_not_asked_about_keep_their_keys_and_values(device: Device) -> None:
+    # With a batch of four at different blocks, the rows of a forward are seldom neighbours.
+    lm, options = random_llada(), {"gen_length": 30, "block_length": 6, "batch_size": 4}
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12], [5, 9], [6, 6, 6], [7, 1], [3], [12, 40, 2, 8]]
+    for cache in ("dual", "freecache", "prefix"):
+        together = dllm.generate(lm, prompts, "threshold", cache, **options)
+        alone = [dllm.generate(lm, [prompt], "threshold", cache, **options) for prompt in prompts]
+        assert [each.completions[0].tolist() for each in alone] == together.completions.tolist()
+    assert device.made
 
 
 def test_wide_forwards_are_launched(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,7 +128,9 @@ def test_steps_are_shared_by_the_blocks_that_are_generated() -> None:
         assert not (paced.completions == 63).any()
 
 
-@pytest.mark.parametrize("sampler", ["vanilla", Threshold(0.3), "localleap", Revoking(), Editing()], ids=repr)
+@pytest.mark.parametrize(
+    "sampler", ["vanilla", Threshold(0.3), "localleap", "remdm", "t2m", "wino", Revoking(), Editing()], ids=repr
+)
 def test_what_is_exact_is_computed_once(sampler: Any) -> None:
     exact, reused = (dllm.generate(block_model(), PROMPTS, sampler, each, **OPTIONS) for each in ("none", Everything()))
     assert torch.equal(exact.sequences, reused.sequences)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dllm
 from engine_rig import waiting_engine
-from models import random_guide, random_llada
+from models import random_frequencies, random_guide, random_llada
 
 _WAITING = {
     torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.masked_select.default,
@@ -69,13 +69,33 @@ def steps(sampler: Any, cache: str, rows: int, monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual", "freecache", "dkv", "dllm_cache"])
-@pytest.mark.parametrize("name", ["vanilla", "threshold", "factor", "entropy_threshold", "localleap", "learn2pd"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vanilla", "threshold", "factor", "entropy_threshold", "localleap", "eb", "klass", "credit", "hierarchical",
+        "prophet", "slowfast", "pc", "certainty", "saber", "learn2pd", "remdm", "t2m",
+    ],
+)  # fmt: skip
 def test_a_step_reads_the_device_once(name: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = name
     if name == "learn2pd":
         sampler = dllm.samplers.Learn2PD(filter="tiny-llada", allow_mismatch=True)  # type: ignore[assignment]
+    if name == "pc":
+        sampler = dllm.samplers.PC(random_frequencies())  # type: ignore[assignment]
     for rows in (1, 6):
         assert {tuple(seen) for seen in steps(sampler, cache, rows, monkeypatch)} == {("cpu",)}
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "freecache", "dkv"])
+def test_shadows_of_the_block_are_known_to_the_host(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rows in (1, 6):
+        assert {tuple(seen) for seen in steps(dllm.samplers.Wino(0.2), cache, rows, monkeypatch)} == {("cpu",)}
+
+
+def test_where_a_block_ends_is_read_with_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cache in ("none", "dual"):
+        sampler = dllm.samplers.AdaBlock(0.5, range(0, 62, 3), 0.05)
+        assert {tuple(seen) for seen in steps(sampler, cache, 6, monkeypatch)} == {("cpu",)}
 
 
 def test_sampling_reads_the_device_no_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,6 +108,13 @@ def test_drafts_are_read_before_they_are_judged(cache: str, most: int, monkeypat
     for mode in ("batch", "tree"):
         sampler = dllm.samplers.FreeDave(3, draft_mode=mode)  # type: ignore[arg-type]
         assert max(len(seen) for seen in steps(sampler, cache, 4, monkeypatch)) == most
+    assert max(len(seen) for seen in steps(dllm.samplers.LoPA(0.5), cache, 4, monkeypatch)) == most
+
+
+def test_blocks_ahead_are_read_before_they_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cache in ("none", "dual"):
+        sampler = dllm.samplers.MultiBlock(dllm.samplers.Threshold(0.3), 2, 0.0, 0.0)
+        assert max(len(seen) for seen in steps(sampler, cache, 4, monkeypatch)) == 2
 
 
 @pytest.mark.parametrize(("eotp", "most"), [("accepted", 2), ("safe", 2), ("published", 3)])

@@ -159,7 +159,7 @@ class TestOptions:
         assert run() == Outcome(0, "3 of 3 answers are in a.jsonl\n", "")
 
     def test_options_that_change_nothing_are_no_others(self, answered: bytes) -> None:
-        done = run("batch_size=1", "show=none", "cuda_graphs=false", "model.device=cpu", "model.pack=true")
+        done = run("batch_size=1", "show=none", "cuda_graphs=false", "model.device=cpu", "model.pack=false")
         assert done.out.endswith("3 of 3 answers are in a.jsonl\n")
         assert Path("a.jsonl").read_bytes().startswith(answered)
         assert [each["answers"] for each in manifest()["sessions"]] == [0, 2]

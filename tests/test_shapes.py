@@ -29,6 +29,7 @@ NAMES = (
     "(drafts_are_lossless and not threshold)", "test_api", "test_prediction", "test_canvas",
     "(test_drift and not measuring_changes_nothing and not refreshing_above_nothing)", "test_layout",
     "(test_store and not grows)", "test_branches", "equals_the_rule", "as_the_method",
+    "published_loop",
 )  # fmt: skip
 
 

@@ -130,6 +130,14 @@ class Watching(Policy):
 
     inner: Any
 
+    def reach(self, request: Request) -> int | None:
+        reach: int | None = self.inner.reach(request)
+        return reach
+
+    def opening(self, request: Request) -> int | None:
+        opening: int | None = self.inner.opening(request)
+        return opening
+
     def start(self, setup: Setup) -> Any:
         return self.inner.start(setup)
 

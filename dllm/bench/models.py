@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from dllm.models import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM
 from dllm.models.base import MaskedDiffusionModel
+from dllm.models.linear import join_products
 from dllm.models.loading import LanguageModel
 
 
@@ -62,6 +63,8 @@ def random_model(preset: str, max_length: int, device: str | torch.device, dtype
                     n_layers=shape.layers, mlp_hidden_size=shape.inner, max_sequence_length=max_length, **special,
                 )
             )  # fmt: skip
+    if backbone.device.type == "cuda":
+        join_products(backbone.blocks)
     return LanguageModel(backbone.eval(), None, f"random:{preset}")
 
 

@@ -48,8 +48,7 @@ class Branches:
         kept = self.real.scatter(1, self.columns[:, : self.first] - low, False)[:, None].expand(-1, width, -1)
         if self.attention == "shadow":
             canvas, shadow = self.branch == 0, (self.branch > 0)[:, None]
-            itself = torch.eye(width, dtype=torch.bool, device=canvas.device)
-            among = (canvas & ~(shadow & self._hides(self.columns[:, None]))) | itself
+            among = among | (shadow & canvas & ~self._hides(self.columns[:, None]))
             kept = kept & ~(shadow & self._hides(torch.arange(low, high, device=canvas.device)))
         among = among & (self.fresh & self.real.gather(1, self.columns - low))[:, None]
         return (torch.cat((kept, among), dim=-1) if self.stored else among)[:, None]

@@ -21,6 +21,8 @@ from dllm.decoding.transfer import put, send
 from dllm.decoding.window import Change, Edit, Exchange, Window
 from dllm.models.attention import BlockCausal
 
+_BITS = 24  # of a length that is read back with the tokens
+
 
 class Canvas:
     """Rows being decoded, each in a slot, left-padded to one length.
@@ -42,6 +44,9 @@ class Canvas:
         errors: reasons of failed rows.
         doomed: rows that fail in their first step, with the reason.
         ends: (slots, E) end-of-text ids of each row, the fill token first; -1 where a row has fewer.
+        low: first column of each row's active block.
+        high: the column after it, which may lie past the end.
+        end: the column after the last position to generate; with what a row may still gain, `full`.
         active: columns, inside and masked of the latest window.
     """
 
@@ -61,18 +66,30 @@ class Canvas:
         self.real, self.cut, self.region = np.zeros((3, slots, length), dtype=bool)
         self.padding, self.origin, self.start, self.end, self.block_length = np.zeros((5, slots), dtype=np.int64)
         self.block, self.step, self.entry_masks = np.zeros((3, slots), dtype=np.int64)
+        self.full: NDArray[np.int64] = np.zeros(slots, dtype=np.int64)
+        self.low, self.high, self.reach = np.zeros((3, slots), dtype=np.int64)  # reach 0: blocks of fixed length
         self.ends: NDArray[np.int64] = np.full((slots, 1), -1)
-        # One spare column absorbs masked-out writes, so that an edit is a single scatter; another one carries the
-        # failure flags of rows, so that they need no synchronization of their own.
-        self._buffer = torch.zeros((slots, length + 2), dtype=torch.long, device=device)
+        self.until: NDArray[np.int64] = np.full(slots, length)  # columns from there on are hidden in the next step
+        # One spare column absorbs masked-out writes, so that an edit is a single scatter; others carry what else is
+        # read of each row (`until`, and flags), so that it needs no synchronization of its own.
+        self._buffer = torch.zeros((slots, length + 3), dtype=torch.long, device=device)
         self._region = torch.zeros((slots, length), dtype=torch.bool, device=device)
 
-    def exchange(self, leaving: Collection[int], entering: Sequence[Request]) -> Exchange:
+    def exchange(
+        self,
+        leaving: Collection[int],
+        entering: Sequence[Request],
+        reach: Sequence[int | None] | None = None,
+        opening: Sequence[int | None] | None = None,
+    ) -> Exchange:
         """Remove rows and add others.
 
         Args:
             leaving: numbers of rows.
             entering: new requests, at most as many as there are free rows.
+            reach: of each, positions of a block before its end is chosen (`Edit.block_length`); None for blocks of the
+                request's length.
+            opening: of each, positions to generate that are there at first (`Edit.grown`); None for all.
         """
         stay = ~np.isin(self.rows, list(leaving))
         for row in self.rows[~stay].tolist():
@@ -80,8 +97,12 @@ class Canvas:
             for notes in (self.errors, self.doomed, self._stops):
                 notes.pop(row, None)
         numbers = [row for row in range(self.slots) if self.requests[row] is None][: len(entering)]
-        for row, request in zip(numbers, entering, strict=True):
+        every = [None] * len(entering)
+        for row, request, far, first in zip(numbers, entering, reach or every, opening or every, strict=True):
             self._lay_out(row, request)
+            self.reach[row] = far or 0
+            if first is not None:
+                self._close(row, first)
         entered, gaps = np.split(np.flatnonzero(~stay), [len(numbers)])
         added = np.arange(len(self.rows), len(self.rows) + len(numbers) - len(entered))
         entered = np.concatenate((entered, added))
@@ -104,14 +125,21 @@ class Canvas:
             self._stops[row] = StopStrings(request.tokenizer, request.stops, request.eos_token_ids)
         self.host[row], self.host[row, padding:] = request.eos_token_ids[0], request.tokens
         self.real[row], self.cut[row] = np.arange(self.length) >= padding, False
+        self.until[row] = self.length
         self.region[row] = (self.host[row] == self.mask_token_id) & self.real[row]
         self.start[row], self.end[row] = padding + request.start, padding + request.end
-        self.origin[row] = padding + request.origin
-        self.block_length[row], self.block[row] = request.block_length, -1
+        self.full[row], self.origin[row] = padding + request.end, padding + request.origin
+        self.block_length[row], self.block[row], self.low[row], self.high[row] = request.block_length, -1, 0, 0
         more = len(request.eos_token_ids) - self.ends.shape[1]
         self.ends = np.pad(self.ends, ((0, 0), (0, max(more, 0))), constant_values=-1)
         self.ends[row] = -1
         self.ends[row, : len(request.eos_token_ids)] = request.eos_token_ids
+
+    def _close(self, row: int, opening: int) -> None:
+        """Leave a row its first positions to generate; the others are there once it grows."""
+        self.end[row] = min(self.start[row] + opening, self.full[row])
+        later = slice(self.end[row], self.full[row])
+        self.region[row, later], self.cut[row, later] = False, True
 
     @property
     def spans(self) -> NDArray[np.int64]:
@@ -120,19 +148,19 @@ class Canvas:
 
     def window(self) -> Window:
         """The active block of every row."""
-        rows, length = self.rows, self.block_length[self.rows]
+        rows, length = self.rows, (self.high - self.low)[self.rows]
         offset = np.arange(int(length.max()))
         columns = self.low[rows, None] + offset
-        inside = (columns < self.end[rows, None]) & (offset < length[:, None])
+        inside = (columns < np.minimum(self.end, self.until)[rows, None]) & (offset < length[:, None])
         columns = np.minimum(columns, self.length - 1)
         at = rows[:, None], columns
         inside &= self.region[at]
         masked = inside & (self.host[at] == self.mask_token_id)
         self.active = columns, inside, masked
         stop = np.array([request.stop_at_eos for request in self._requests(rows)])
-        each = self.padding, self.start, self.spans, self.block, self.entry_masks, self.step, self.block_length
+        each = self.padding, self.start, self.spans, self.block, self.entry_masks, self.step
         sent = send(
-            self.device, rows, *[values[rows] for values in each], self.ends[rows], stop, *self.active,
+            self.device, rows, *[values[rows] for values in each], length, self.ends[rows], stop, *self.active,
             np.flatnonzero(masked),
         )  # fmt: skip
         return Window(
@@ -170,46 +198,49 @@ class Canvas:
         buffer = self._buffer[: len(rows)]
         buffer.scatter_(1, edit.columns.where(edit.write, self.length), edit.tokens)
         reports = [each for each in (broken, edit.broken) if each is not None]
+        buffer[:, -2] = self.length if edit.until is None else edit.until
         buffer[:, -1] = 0
         for number, each in enumerate(reports):
             buffer[:, -1] |= each.rows.long() << number
-        if edit.finished is not None:
-            buffer[:, -1] |= edit.finished.long() << len(reports)
+        fields = (0, edit.finished), (1, edit.held), (2, edit.block_length), (2 + _BITS, edit.grown)
+        for bit, wanted in fields:
+            if wanted is not None:
+                buffer[:, -1] |= wanted.long() << bit + len(reports)
         read = buffer.cpu().numpy()  # the only synchronization of the step
+        flags, codes = np.divmod(read[:, -1], 1 << len(reports))
+        finished, held = flags & 1 > 0, flags & 2 > 0
+        self._end_blocks(rows, flags >> 2 & (1 << _BITS) - 1)
+        grown = self._grow(rows, flags >> 2 + _BITS)
         before, region = self.host[rows], self.region[rows]
-        finished, codes = np.divmod(read[:, -1], 1 << len(reports))
         failed = self._failed(rows, codes, [each.reason for each in reports])
         after = np.where(failed[:, None], before, read[:, : self.length])
         changed = after != before
         if (changed & ~region).any():
             raise RuntimeError("a sampler wrote outside the generated region")
         masked, unset = after == self.mask_token_id, before == self.mask_token_id
-        self.host[rows] = after
+        self.host[rows], self.until[rows] = after, read[:, -2]
         self.step[rows] += 1
         filled = self._cut(rows, edit.end, failed) if edit.end is not None else np.zeros_like(changed)
-        stopped = self._stop_at_eos(rows)
-        stopped |= self._stop_at_strings(rows, changed & ~unset)
+        settled = self._settled(rows, held, edit.final)
+        stopped = self._stop_at_eos(rows, settled)
+        stopped |= self._stop_at_strings(rows, changed & ~unset, settled)
         filled |= stopped
         left = (self.host[rows] == self.mask_token_id) & self.region[rows]
-        gained = unset.sum(1) - (self.host[rows] == self.mask_token_id).sum(1)
         done = ~left.any(1)
         if edit.finished is not None:
-            if (left.any(1) & (finished > 0) & ~failed).any():
+            if (left.any(1) & finished & ~failed).any():
                 raise RuntimeError("a sampler finished a row that has masks")
-            done &= (finished > 0) | stopped.any(1)
-        done &= ~failed
-        self._enter_blocks(rows[~done & ~failed])
+            done &= finished | stopped.any(1)
+        done &= ~failed & (~held | stopped.any(1))
+        filled |= self._fill_rest(rows, done)
+        self._enter_blocks(rows[~done & ~failed], held[~done & ~failed])
+        gained = unset.sum(1) - (self.host[rows] == self.mask_token_id).sum(1)
         committed, revoked = changed & ~masked & ~filled, changed & masked & ~filled
-        return Change(rows, committed, committed & ~unset, revoked, filled, gained, rows[done], rows[failed])
-
-    @property
-    def low(self) -> NDArray[np.int64]:
-        """(rows,) first column of each row's active block."""
-        return np.asarray(self.origin + self.block * self.block_length)
+        return Change(rows, committed, committed & ~unset, revoked, filled, gained, rows[done], rows[failed], grown)
 
     def visible(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """(A, L) columns of some rows that are attended to: neither padding nor discarded."""
-        return np.asarray(self.real[rows] & ~self.cut[rows])
+        """(A, L) columns of some rows that are attended to: neither padding nor discarded nor hidden."""
+        return np.asarray(self.real[rows] & ~self.cut[rows] & (np.arange(self.length) < self.until[rows, None]))
 
     def horizon(self, rows: NDArray[np.int64], column: NDArray[np.int64]) -> NDArray[np.int64]:
         """(A,) the column from which on nothing is attended to by a column of each row."""
@@ -247,29 +278,71 @@ class Canvas:
             self._send(np.flatnonzero(beyond.any(1)))
         return beyond
 
-    def _stop_at_eos(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Fill the masks after each first end-of-text that has no mask before it, in rows with `stop_at_eos`."""
+    def _end_blocks(self, rows: NDArray[np.int64], length: NDArray[np.int64]) -> None:
+        """Shorten the active blocks of rows with a reach; 0 leaves a block as it is."""
+        chosen = (length > 0) & (self.reach[rows] > 0)
+        rows, length = rows[chosen], length[chosen]
+        self.high[rows] = np.minimum(self.high[rows], self.low[rows] + length)
+        self.entry_masks[rows] = np.minimum(self.entry_masks[rows], length)
+
+    def _grow(self, rows: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Add positions at the end of rows, as far as their request allows; return how many."""
+        end = self.end[rows]
+        grown = np.asarray(np.minimum(count, self.full[rows] - end))
+        if grown.any():
+            self.high[rows] += np.where(self.high[rows] >= end, grown, 0)
+            self.end[rows] += grown
+            column = np.arange(self.length)
+            opened = (column >= end[:, None]) & (column < self.end[rows, None])
+            self.region[rows] |= opened
+            self.cut[rows] &= ~opened
+            at = np.flatnonzero(grown)
+            self._region[self._put(at)] = self._put(self.region[rows[at]])
+        return grown
+
+    def _fill_rest(self, rows: NDArray[np.int64], done: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Fill the positions that finished rows have not gained with end-of-text."""
+        column = np.arange(self.length)
+        rest = done[:, None] & (column >= self.end[rows, None]) & (column < self.full[rows, None])
+        if rest.any():
+            self._fill(rows, rest)
+        return rest
+
+    def _settled(self, rows: NDArray[np.int64], held: NDArray[np.bool_], final: bool) -> NDArray[np.int64]:
+        """(B,) the column before which tokens stay: the first mask, or the start of a block that may change."""
+        masked = (self.host[rows] == self.mask_token_id) & self.region[rows]
+        whole = np.where(self.end[rows] < self.full[rows], self.end[rows], self.length)
+        first = np.where(masked.any(1), masked.argmax(1), whole)
+        if not final:
+            origin, length = self.origin[rows], self.block_length[rows]
+            start = np.where(self.reach[rows] > 0, first, origin + (first - origin) // length * length)
+            active = (first >= self.low[rows]) & (first < self.high[rows])
+            first = np.where(masked.any(1), np.where(active, self.low[rows], start), first)
+        return np.where(held, np.minimum(first, self.low[rows]), first)
+
+    def _stop_at_eos(self, rows: NDArray[np.int64], settled: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Fill the masks after each first end-of-text among settled tokens, in rows with `stop_at_eos`."""
         region, tokens = self.region[rows], self.host[rows]
         stop = np.array([request.stop_at_eos for request in self._requests(rows)])
         masked = (tokens == self.mask_token_id) & region
         ended = (tokens[..., None] == self.ends[rows, None]).any(-1) & region
-        first_masked = np.where(masked.any(1), masked.argmax(1), self.length)
-        done = stop & ended.any(1) & (ended.argmax(1) < first_masked)
+        done = stop & ended.any(1) & (ended.argmax(1) < settled)
         filled = masked & done[:, None]
         if filled.any():
             self._fill(rows, filled)
             self._send(np.flatnonzero(filled.any(1)))
         return filled
 
-    def _stop_at_strings(self, rows: NDArray[np.int64], rewritten: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """End rows after the token that completes a stop string, once there is no mask before it."""
+    def _stop_at_strings(
+        self, rows: NDArray[np.int64], rewritten: NDArray[np.bool_], settled: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
+        """End rows after the settled token that completes a stop string."""
         end = np.full(len(rows), self.length)
         for entry, row in enumerate(rows.tolist()):
             if (stops := self._stops.get(row)) is None:
                 continue
             start, tokens = self.start[row], self.host[row]
-            masked = (tokens == self.mask_token_id) & self.region[row]
-            upto = masked.argmax() if masked.any() else self.length
+            upto = settled[entry]
             if rewritten[entry, start : start + stops.read].any():
                 stops.read = 0
             if upto - start > stops.read and (count := stops.find(tokens[start:upto])) is not None:
@@ -283,20 +356,29 @@ class Canvas:
         """Write end-of-text."""
         self.host[rows] = np.where(where, self.ends[rows, :1], self.host[rows])
 
-    def _enter_blocks(self, rows: NDArray[np.int64]) -> None:
-        """Set the active block to that of the first mask; rows without masks keep theirs."""
+    def _enter_blocks(self, rows: NDArray[np.int64], held: NDArray[np.bool_] | None = None) -> None:
+        """Set the active block to that of the first mask; rows without masks and those that are held keep theirs."""
         masked = (self.host[rows] == self.mask_token_id) & self.region[rows]
-        block = (masked.argmax(1) - self.origin[rows]) // self.block_length[rows]
+        first, length, reach = masked.argmax(1), self.block_length[rows], self.reach[rows]
+        block = (first - self.origin[rows]) // length
+        outside = (first < self.low[rows]) | (first >= self.high[rows])
+        block = np.where(reach > 0, self.block[rows] + outside, block)
         new = (block != self.block[rows]) & masked.any(1)
-        rows, masked = rows[new], masked[new]
+        if held is not None:
+            new &= ~held | (first < self.low[rows])
+        rows, masked, first, length, reach = rows[new], masked[new], first[new], length[new], reach[new]
         self.block[rows], self.step[rows] = block[new], 0
-        low, column = self.low[rows, None], np.arange(self.length)
-        within = (column >= low) & (column < low + self.block_length[rows, None])
+        start = np.where(reach > 0, first, self.origin[rows] + self.block[rows] * length)
+        far = np.minimum(np.minimum(first + reach, self.horizon(rows, first)), self.end[rows])
+        self.low[rows], self.high[rows] = start, np.where(reach > 0, far, start + length)
+        column = np.arange(self.length)
+        within = (column >= start[:, None]) & (column < self.high[rows, None])
         self.entry_masks[rows] = (masked & within).sum(1)
 
     def _uniform(self, rows: NDArray[np.int64], width: int) -> Callable[[], Tensor]:
         # A loop over rows on purpose: a row's draws must not depend on the other rows of the batch.
-        counts = np.minimum(self.block_length, self.end - self.origin)[rows].tolist()
+        fixed = np.minimum(self.block_length, self.end - self.origin)
+        counts = np.where(self.reach > 0, self.high - self.low, fixed)[rows].tolist()
         sources = [self.generators[row] for row in rows.tolist()]
 
         def draw() -> Tensor:

@@ -14,6 +14,7 @@ from dllm.resolve import names, resolve
 
 # Source of each need, and how to avoid it.
 NEEDS = {
+    "growth": ("a canvas that grows (daedal)", "another sampler"),
     "guidance": ("classifier-free guidance (cfg_scale above 0)", "cfg_scale=0"),
     "next_block": ("drafts that run into the next block (eager=true)", "eager=false"),
     "repeatable": (

@@ -19,12 +19,12 @@ from dllm.decoding.canvas import Canvas
 from dllm.decoding.drift import Meter
 from dllm.decoding.flags import flagged
 from dllm.decoding.graphs import Forward
-from dllm.decoding.layout import OVERHEAD, by_width, pack, span
+from dllm.decoding.layout import OVERHEAD, Layout, by_width, pack, span
 from dllm.decoding.nonfinite import Broken, not_finite, reason
 from dllm.decoding.prediction import Part, Prediction, Sampling
-from dllm.decoding.question import Question, about_drafts, about_window
+from dllm.decoding.question import Question, about_drafts, about_shadows, about_window
 from dllm.decoding.transfer import put, send
-from dllm.decoding.window import Window
+from dllm.decoding.window import Edit, Window
 from dllm.models.transformer import KVStore
 
 
@@ -80,13 +80,21 @@ class Denoiser:
         tokens: Int[Tensor, "B D L"] | None = None,
         attention: Attention = "apart",
         decided: bool = False,
+        ahead: bool = False,
     ) -> Prediction:
         """Predict tokens; see `dllm.samplers.base.Denoise`."""
         window = self.window
         shift = self.backbone.logits_shift
-        if asked is None and columns is None and tokens is None:
+        own = asked is None and columns is None and tokens is None
+        if own and attention == "shadow":
+            asked, columns, tokens = self._shadows()
+            question = about_shadows(self.canvas, window, tokens, shift)
+        elif own:
             asked, columns = window.inside if decided else window.masked, window.columns
-            question = about_window(self.canvas, window, decided, shift)
+            if ahead:
+                columns = torch.arange(self.canvas.length, device=columns.device).expand_as(window.tokens)
+                asked = window.region & (decided | (window.tokens == self.canvas.mask_token_id))
+            question = about_window(self.canvas, window, decided, ahead, shift)
         else:
             asked = window.masked if asked is None else asked
             columns = window.columns if columns is None else columns
@@ -103,6 +111,18 @@ class Denoiser:
         self.last = shown, columns if columns.ndim == 2 else columns[:, 0]
         return prediction
 
+    def _shadows(self) -> tuple[Bool[Tensor, "B 2 K"], Int[Tensor, "B 2 K"], Int[Tensor, "B 2 L"]]:
+        """The masked positions of the window and, in rows with decided ones, a shadow of each."""
+        window = self.window
+        decided = (window.inside & ~window.masked).any(-1, keepdim=True)
+        masks = torch.full_like(window.columns, self.canvas.mask_token_id)
+        hidden = Edit(window.columns, masks, window.inside).on(window.tokens)
+        return (
+            torch.stack((window.masked, window.inside & decided), dim=1),
+            torch.stack((window.columns, window.columns), dim=1),
+            torch.stack((window.tokens, hidden), dim=1),
+        )
+
     def _logits(self, question: Question) -> Float[Tensor, "N V"]:
         """Logits of the requested positions."""
         plan, visible = self.cache.plan(question), question.visible
@@ -114,7 +134,7 @@ class Denoiser:
         compute = question.together(visible)
         self.looked.append((question.slots, compute))
         cost = compute.sum(1)
-        np.add.at(self.computed, question.slots, cost)
+        np.add.at(self.computed, question.slots, question.count(compute))
         if question.joined > 1:
             return self._in_forwards(question, cost, lambda some, group: self._joined(some, None, compute[group]))
         return self._in_forwards(question, cost, lambda some, group: self._whole(some))
@@ -153,7 +173,7 @@ class Denoiser:
         np.add.at(self.refreshes, question.slots[plan.whole(question.visible) & question.first], 1)
         compute = question.together(plan.compute)
         cost = compute.sum(1) if plan.cost is None else plan.cost
-        np.add.at(self.computed, question.slots, cost)
+        np.add.at(self.computed, question.slots, question.count(compute) if plan.cost is None else cost)
         wanted = question if plan.probe is None else question.and_about(plan.probe.read)
         logits = self._in_forwards(wanted, cost, lambda some, group: self._part(some, store, compute[group]))
         if plan.probe is not None:
@@ -165,17 +185,32 @@ class Denoiser:
         """Logits of the requested positions, in one forward that computes some columns of each sequence."""
         if question.joined > 1:
             return self._joined(question, store, compute)
-        tokens, visible = question.tokens, question.visible
-        low, high = span(visible)
-        host, places = pack(compute)
-        sequence, column = question.places
-        select = sequence * host.shape[1] + places[sequence, column]
-        columns, select_at, first = send(tokens.device, host, select, self.canvas.padding[question.rows])
-        selection = Selection(question.rows, question.slots, question.first, host, columns, (low, high))
+        tokens, places = question.tokens, question.places
+        layout, within = self._layout(question, store, compute)
+        low, high = layout.span
+        sequence, column = places
+        select = layout.place[sequence] * layout.host.shape[1] + within[sequence, column]
+        source = np.maximum(layout.source, 0)
+        rows = question.rows[source]
+        columns, select_at, first, of = send(tokens.device, layout.host, select, self.canvas.padding[rows], source)
+        if len(source) > len(tokens):
+            tokens = tokens[of]
+        first_of_row = question.first[source]
+        selection = Selection(rows, layout.slots, first_of_row, layout.host, columns, layout.span)
         positions = (columns - first[:, None]).clamp(min=0)
         keys = torch.arange(low, high, device=tokens.device) - first[:, None]
-        mask = self._mask(self._attention_mask(visible[:, low:high]), positions, keys)
-        return self._forward(tokens.gather(1, columns), positions, mask, store.bind(selection), select_at)
+        mask = self._mask(self._attention_mask(layout.visible[:, low:high]), positions, keys)
+        tokens = tokens.gather(1, columns.clamp(max=tokens.shape[1] - 1))
+        return self._forward(tokens, positions, mask, store.bind(selection), select_at)
+
+    def _layout(self, question: Question, store: Store, compute: NDArray[np.bool_]) -> tuple[Layout, NDArray[np.int64]]:
+        """The layout of a forward, and (A, L) the index of each computed column in its sequence."""
+        host, within = pack(compute)
+        visible = question.visible
+        layout = Layout(host, visible, question.slots, np.arange(len(host)), span(visible))
+        if self._run.widest and store.spare and question.first.all():
+            layout = layout.recurring(self.canvas.slots, self._run.widest)
+        return layout, within
 
     def _joined(self, question: Question, store: Store | None, compute: NDArray[np.bool_]) -> Float[Tensor, "N V"]:
         """Logits of the requested positions, with the drafts of each row concatenated to one sequence."""

@@ -53,7 +53,8 @@ class Engine:
         sampler: the unmasking policy: a name of conf/sampler or an object.
         cache: the cache: a name of conf/cache or an object.
         batch_size: rows decoded at once; a finished row is replaced by a waiting request.
-        max_length: maximum length of a request, prompt and generated region; None for the context of the model.
+        max_length: maximum length of a request, prompt and generated region; None for the context of the model, or for
+            as much of it as leaves a fifth of the free memory (`dllm.decoding.memory.Memory.fitting_length`).
         cfg_scale: classifier-free guidance against the masked prompt (LLaDA's convention: 0 is off); it computes
             every row twice and counts as one forward.
         cuda_graphs: replay small forwards from CUDA graphs, which avoids the launch overhead of their kernels;
@@ -83,7 +84,7 @@ class Engine:
         if max_length is not None:
             use = f"a whole number from 1 to the model's context of {context}, or null for all of it"
             number("max_length", max_length, use, low=1, high=context, whole=True)
-        self.lm, self.batch_size, self.max_length = lm, batch_size, max_length or context
+        self.lm, self.batch_size = lm, batch_size
         self.sampler: Sampler = resolve("sampler", sampler, Sampler)
         self.cache: Cache = resolve("cache", cache, Cache)
         self.cfg_scale, self.cuda_graphs = cfg_scale, cuda_graphs
@@ -98,12 +99,10 @@ class Engine:
         backbone = lm.backbone
         spare = lm.spare.pop() if lm.spare else None
         self._memory = spare if spare is not None and spare.fits else Memory(backbone)
-        self._canvas = Canvas(batch_size, self.max_length, backbone.mask_token_id, lm.device, self.pattern)
-        self._recorder = Recorder(self._canvas, lm.tokenizer)
         self._meter = Meter(batch_size, self.cache.measure_every, self.cache.refresh_above, backbone.mask_token_id)
-        self._setup = Setup(
+        setup = Setup(
             slots=batch_size,
-            length=self.max_length,
+            length=max_length or context,
             mask_token_id=backbone.mask_token_id,
             logits_shift=backbone.logits_shift,
             kv_shape=backbone.kv_shape,
@@ -117,6 +116,10 @@ class Engine:
             rehearsal=lambda other: EngineRehearsal(self, other),
             tensor=self._memory.tensor,
         )
+        self.max_length = setup.length if max_length is not None else self._memory.fitting_length(self.cache, setup)
+        self._setup = replace(setup, length=self.max_length)
+        self._canvas = Canvas(batch_size, self.max_length, backbone.mask_token_id, lm.device, self.pattern)
+        self._recorder = Recorder(self._canvas, lm.tokenizer)
         with torch.inference_mode():
             with torch.device("cpu"):  # tables are made there and then moved, whatever the user's default device
                 self._state = self.sampler.start(self._setup)
@@ -279,7 +282,12 @@ class Engine:
             if not leaving and not entering:
                 return
             self._entering = [request for _, request in entering]
-            exchange = self._canvas.exchange(leaving, self._entering)
+            exchange = self._canvas.exchange(
+                leaving,
+                self._entering,
+                [self.sampler.reach(request) for request in self._entering],
+                [self.sampler.opening(request) for request in self._entering],
+            )
             self._leaving, self._aborted = set(), set()
             self._ids[exchange.rows] = [name for name, _ in entering]
         self._idle[exchange.rows] = self._steps[exchange.rows] = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,6 +11,9 @@ from numpy.typing import NDArray
 # 100 million parameters on two cores; while an H200 reads a weight of two bytes, at 4.8 TB/s, it computes about 200
 # columns with it, at 989 TFLOP/s.
 OVERHEAD = {"cpu": 64, "cuda": 256}
+# Of forwards that are replayed from CUDA graphs: columns of a sequence, and steps of the ends of what is attended to.
+WIDTHS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+_SPAN = 64
 
 
 def pack(compute: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -37,6 +42,57 @@ def span(visible: NDArray[np.bool_]) -> tuple[int, int]:
     """The first column that some sequence (A, L) attends to, and the one after the last."""
     columns = np.flatnonzero(visible.any(0))
     return int(columns[0]), int(columns[-1]) + 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The columns of one forward.
+
+    Attributes:
+        host: (A, C) columns that each sequence computes.
+        visible: (A, L) columns that it attends to.
+        slots: (A,) slot of its row, ascending.
+        source: (A,) the sequence laid out here, one of those that are asked about; -1 where none is, whose result and
+            stored values are not used.
+        span: the first column that is attended to, and the one after the last.
+    """
+
+    host: NDArray[np.int64]
+    visible: NDArray[np.bool_]
+    slots: NDArray[np.int64]
+    source: NDArray[np.int64]
+    span: tuple[int, int]
+
+    @property
+    def place(self) -> NDArray[np.int64]:
+        """The place of each sequence that is asked about."""
+        return np.flatnonzero(self.source >= 0)
+
+    def recurring(self, slots: int, most: int) -> Layout:
+        """The same forward in one of few shapes, so that its graph is likely to exist: larger, and masked where larger.
+
+        Args:
+            slots: of the engine.
+            most: columns, over all sequences, up to which a forward may grow; beyond it stays as it is.
+        """
+        length, (low, high) = self.visible.shape[1], self.span
+        # The smallest aligned group of slots, a power of two of them, that holds all sequences.
+        first, last, size = int(self.slots[0]), int(self.slots[-1]), 1
+        while first // size != last // size:
+            size *= 2
+        start = first // size * size
+        rows = np.arange(start, min(start + size, slots))
+        width = next((each for each in WIDTHS if each >= self.host.shape[1]), most + 1)
+        if len(rows) * width > most:
+            return self
+        low, high = low // _SPAN * _SPAN, min(-(-high // _SPAN) * _SPAN, length)
+        source, place = np.full(len(rows), -1), self.slots - start
+        source[place] = self.source
+        # What nobody asks about is written behind the canvas, and attends to whatever is there.
+        host, visible = np.full((len(rows), width), length), np.ones((len(rows), length), dtype=bool)
+        host[place] = np.pad(self.host, ((0, 0), (0, width - self.host.shape[1])), mode="edge")
+        visible[place] = self.visible
+        return replace(self, host=host, visible=visible, slots=rows, source=source, span=(low, high))
 
 
 def by_width(cost: NDArray[np.int64], rows: NDArray[np.int64], overhead: int) -> list[NDArray[np.int64]]:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
+import psutil
 import torch
 from torch import Tensor
 
+from dllm.cache.base import Cache
 from dllm.decoding.graphs import Forward
+from dllm.decoding.setup import Setup
 from dllm.models.base import MaskedDiffusionModel
+
+_SHARE = 0.8  # of free memory, that keys and values may take
 
 
 class Memory:
@@ -48,6 +55,46 @@ class Memory:
             kept = torch.empty(tuple(shape), dtype=dtype, device=device)
         self._tensors[name] = kept
         return kept.zero_()
+
+    def fitting_length(self, cache: Cache, setup: Setup) -> int:
+        """Columns of the longest canvas, at most those of a setup, whose cached tensors take 80% of the free memory.
+
+        Their bytes are a + b * columns, with a and b from what the cache asks for at two lengths.
+
+        Raises:
+            ValueError: not even one column fits.
+        """
+        one, two = (_bytes(cache, replace(setup, length=length)) for length in (1, 2))
+        if one == two:
+            return setup.length
+        room = int(_SHARE * (free_bytes(setup.device) + sum(each.nbytes for each in self._tensors.values())))
+        length = 1 + (room - one) // (two - one)
+        if length < 1:
+            raise ValueError(
+                f"batch_size={setup.slots} leaves no room for keys and values: a token of a row takes "
+                f"{(two - one) // setup.slots} bytes, and {room} are free; use less"
+            )
+        return min(length, setup.length)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of a device, including what torch reserves and does not use."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def _bytes(cache: Cache, setup: Setup) -> int:
+    """Bytes of the tensors that a cache allocates."""
+    sizes: list[int] = []
+
+    def tensor(name: str, shape: Sequence[int]) -> Tensor:
+        sizes.append(setup.dtype.itemsize * math.prod(shape))
+        return torch.empty(tuple(shape), dtype=setup.dtype, device="meta")
+
+    cache.start(replace(setup, tensor=tensor))
+    return sum(sizes)
 
 
 def _weights(backbone: MaskedDiffusionModel) -> tuple[int, ...]:

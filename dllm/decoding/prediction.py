@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from dllm.checks import choice, number
@@ -82,6 +83,11 @@ class Prediction:
         mask_token_id: never predicted, but part of the softmax.
         sampling: how to choose tokens.
         generators: of the N positions as (generator, count) runs; used above temperature 0.
+
+    Attributes:
+        asked: the requested positions.
+        given: (N, V) logits as the model gave them.
+        logits: (N, V) logits after the options, of which the probabilities are.
     """
 
     def __init__(
@@ -93,7 +99,8 @@ class Prediction:
         sampling: Sampling,
         generators: Sequence[tuple[torch.Generator, int]] = (),
     ) -> None:
-        self._set(_choose(logits, mask_token_id, sampling, generators), asked, index)
+        part = Part(sampling, torch.arange(len(logits), device=logits.device), generators)
+        self._set(logits, asked, index, mask_token_id, [part])
 
     @classmethod
     def mixed(
@@ -113,17 +120,36 @@ class Prediction:
             mask_token_id: never predicted.
             parts: positions with the same sampling; together all of them.
         """
-        chosen = [_choose(logits[part.at], mask_token_id, part.sampling, part.generators) for part in parts]
-        order = torch.cat([part.at for part in parts]).argsort()
-        joined = _Chosen(*(torch.cat([getattr(each, name) for each in chosen])[order] for name in _Chosen.__slots__))
         prediction = object.__new__(cls)
-        prediction._set(joined, asked, index)
+        prediction._set(logits, asked, index, mask_token_id, parts)
         return prediction
 
-    def _set(self, chosen: _Chosen, asked: Bool[Tensor, "*B K"], index: Int[Tensor, " N"]) -> None:
+    def _set(
+        self,
+        logits: Float[Tensor, "N V"],
+        asked: Bool[Tensor, "*B K"],
+        index: Int[Tensor, " N"],
+        mask_token_id: int,
+        parts: Sequence[Part],
+    ) -> None:
         self.asked, self._shape, self._index = asked, asked.shape, index
         self._arrange: Callable[[Tensor], Tensor] = lambda values: values
+        self.given = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        self._mask_token_id, self._parts = mask_token_id, parts
+        chosen = _choose_in_parts(self.given, mask_token_id, parts)
+        self._within: Tensor | None = None
         self.logits, self._chosen, self._broken, self._last = chosen.logits, chosen.tokens, chosen.broken, chosen.last
+
+    def adjusted(self, tokens: Int[Tensor, "N S"], by: Float[Tensor, "N S"]) -> Prediction:
+        """The prediction of other logits, by the same sampling, which draws again.
+
+        Args:
+            tokens: tokens of each requested position; repeated ones add up.
+            by: what is added to their logits, as the model gave them.
+        """
+        other, logits = object.__new__(Prediction), self.given.scatter_add(-1, tokens, by.to(self.given.dtype))
+        other._set(logits, self.asked, self._index, self._mask_token_id, self._parts)
+        return other
 
     def arranged(self, arrange: Callable[[Tensor], Tensor]) -> Prediction:
         """The same predictions, with everything aligned to the window passed through `arrange`.
@@ -135,6 +161,14 @@ class Prediction:
         # Properties computed already have the old arrangement.
         vars(other).update({name: value for name, value in vars(self).items() if name not in _ALIGNED})
         other.asked, other._arrange = arrange(self.asked), lambda values: arrange(inner(values))
+        other._within = None if self._within is None else arrange(self._within)
+        return other
+
+    def within(self, asked: Bool[Tensor, "*B K"]) -> Prediction:
+        """The same predictions as if only these of the requested positions had been requested."""
+        other = object.__new__(Prediction)
+        vars(other).update({name: value for name, value in vars(self).items() if name not in _ALIGNED})
+        other.asked = other._within = asked
         return other
 
     def kept(self, arrange: Callable[[Tensor], Tensor]) -> Prediction:
@@ -154,6 +188,15 @@ class Prediction:
         own, others = _weights(self.logits, self._chosen)
         probability = own / (own + others.sum(-1).double())
         return self._spread(probability.masked_fill(self._last, 0.0), -torch.inf)
+
+    def probability(self, tokens: Int[Tensor, "*B K"]) -> Float[Tensor, "*B K"]:
+        """Probability of given tokens, in float64; -inf where not requested."""
+        count = len(self.logits)
+        place = self._spread(torch.arange(count, device=tokens.device), count)  # of each position among the requested
+        of = tokens.new_zeros(count + 1).scatter_(0, place.flatten(), tokens.flatten())[:count]
+        own, others = _weights(self.logits, of)
+        found = F.pad(own / (own + others.sum(-1).double()), (0, 1), value=-torch.inf)
+        return found[place]
 
     @cached_property
     def margin(self) -> Float[Tensor, "*B K"]:
@@ -175,9 +218,19 @@ class Prediction:
         """Where the logits are not finite and the prediction is invalid; False where not requested."""
         return self._spread(self._broken, False)
 
+    @property
+    def index(self) -> Int[Tensor, " N"]:
+        """Flat indices of the requested positions into what was asked, before any arrangement."""
+        return self._index
+
+    def aligned(self, values: Shaped[Tensor, " N"], fill: float) -> Shaped[Tensor, "*B K"]:
+        """Values of the requested positions, aligned to the window; `fill` elsewhere."""
+        return self._spread(values, fill)
+
     def _spread(self, values: Tensor, fill: float) -> Tensor:
         out = values.new_full((self._shape.numel(),), fill)
-        return self._arrange(out.index_copy_(0, self._index, values).view(self._shape))
+        arranged = self._arrange(out.index_copy_(0, self._index, values).view(self._shape))
+        return arranged if self._within is None else arranged.masked_fill(~self._within, fill)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,13 +250,20 @@ class _Chosen:
     last: Bool[Tensor, " N"]
 
 
+def _choose_in_parts(logits: Float[Tensor, "N V"], mask_token_id: int, parts: Sequence[Part]) -> _Chosen:
+    if len(parts) == 1:
+        return _choose(logits, mask_token_id, parts[0].sampling, parts[0].generators)
+    chosen = [_choose(logits[part.at], mask_token_id, part.sampling, part.generators) for part in parts]
+    order = torch.cat([part.at for part in parts]).argsort()
+    return _Chosen(*(torch.cat([getattr(each, name) for each in chosen])[order] for name in _Chosen.__slots__))
+
+
 def _choose(
     logits: Float[Tensor, "N V"],
     mask_token_id: int,
     sampling: Sampling,
     generators: Sequence[tuple[torch.Generator, int]],
 ) -> _Chosen:
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     broken = not_finite(logits)
     if sampling.eos_suppression in ("logits", "both"):
         logits = _without(logits, sampling.eos_token_ids[:1])

@@ -59,8 +59,11 @@ class Question:
 
     @cached_property
     def drafted(self) -> NDArray[np.bool_]:
-        """(A, L) where a sequence differs from the current canvas; synchronizes if there are drafts."""
-        if not self.draft.any():
+        """(A, L) where a sequence differs from the current canvas; synchronizes if there are drafts.
+
+        Nothing of the canvas attends to shadows, so they count as equal to it.
+        """
+        if self.attention == "shadow" or not self.draft.any():
             return np.zeros((len(self.slots), self.canvas.length), dtype=bool)
         return np.asarray(self.tokens.cpu().numpy() != self.canvas.host[self.rows])
 
@@ -88,6 +91,13 @@ class Question:
         least = canvas & (canvas.cumsum(1) == 1)  # a draft without requested positions computes one column
         shadows = np.where(self.read.any(1, keepdims=True), self.read, np.repeat(least, self.joined, axis=0))
         return np.where(self.first[:, None], compute, shadows)
+
+    def count(self, compute: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """(A,) columns of `together`, without the one that fills a draft of shadows without requested positions."""
+        count = compute.sum(1)
+        if self.joined == 1 or self.attention == "tree":
+            return np.asarray(count)
+        return np.asarray(count * (self.first | self.read.any(1)))
 
     def some(self, sequences: NDArray[np.int64]) -> Question:
         """The same for some of the sequences, in ascending order."""
@@ -122,7 +132,7 @@ class Question:
     @property
     def high(self) -> NDArray[np.int64]:
         """(A,) the column after the active block."""
-        return np.asarray(np.minimum(self.low + self.canvas.block_length[self.rows], self.canvas.end[self.rows]))
+        return np.asarray(np.minimum(self.canvas.high, self.canvas.end)[self.rows])
 
     @property
     def masked(self) -> NDArray[np.bool_]:
@@ -134,16 +144,21 @@ class Question:
         return np.arange(self.canvas.length) >= column[:, None]
 
 
-def about_window(canvas: Canvas, window: Window, decided: bool, shift: int) -> Question:
+def about_window(canvas: Canvas, window: Window, decided: bool, ahead: bool, shift: int) -> Question:
     """A request for the masked positions of the window, or all of them, which the host knows without synchronization.
 
     Args:
         canvas: the canvas.
         window: its active blocks.
         decided: also request predictions for unmasked positions.
+        ahead: also request predictions for later blocks.
         shift: the prediction for column i is read at column i - shift.
     """
     columns, inside, masked = canvas.active
+    if ahead:
+        inside = canvas.region[canvas.rows]
+        masked = inside & (canvas.host[canvas.rows] == canvas.mask_token_id)
+        columns = np.broadcast_to(np.arange(canvas.length), inside.shape)
     grid, slots = inside if decided else masked, np.arange(len(columns))
     sequence, k = np.nonzero(grid)
     places = _read_at(canvas, slots, sequence, columns[sequence, k], shift)
@@ -164,6 +179,34 @@ def about_drafts(
     flat = torch.cat((asked.flatten(), columns.flatten())).cpu().numpy()  # synchronizes
     grid = flat[: asked.numel()].astype(bool).reshape(rows, drafts, -1)
     where = np.broadcast_to(flat[asked.numel() :].reshape(rows, -1, grid.shape[2]), grid.shape)
+    return _about_grid(canvas, grid, where, tokens, attention, shift)
+
+
+def about_shadows(canvas: Canvas, window: Window, tokens: Int[Tensor, "B D L"], shift: int) -> Question:
+    """A request for the masked positions of the window and, in rows with decided ones, for shadows of all of them.
+
+    Args:
+        canvas: the canvas.
+        window: its active blocks.
+        tokens: the canvases, and the same with masks at the positions of the window.
+        shift: the prediction for column i is read at column i - shift.
+    """
+    columns, inside, masked = canvas.active
+    decided = (inside & ~masked).any(1, keepdims=True)
+    grid = np.stack((masked, inside & decided), axis=1)
+    return _about_grid(canvas, grid, np.stack((columns, columns), axis=1), tokens, "shadow", shift)
+
+
+def _about_grid(
+    canvas: Canvas,
+    grid: NDArray[np.bool_],
+    where: NDArray[np.int64],
+    tokens: Int[Tensor, "B D L"],
+    attention: Attention,
+    shift: int,
+) -> Question:
+    """A request for positions known to the host: (B, D, K) of them, and their columns."""
+    drafts = tokens.shape[1]
     wanted: NDArray[np.bool_] = np.any(grid, axis=2)
     joined = attention != "apart" and bool(wanted[:, 1:].any())
     if joined:  # a row's drafts are computed together or not at all

@@ -26,14 +26,14 @@ class Window:
         start: column of the first position to generate.
         span: columns from there to the last position to generate.
         columns: canvas columns of each row's active block; past the end they repeat the last column.
-        inside: True at positions to generate, masked or not; False past the end of a short block and
-            at given tokens.
+        inside: True at positions to generate, masked or not; False past the end of a short block, at
+            given tokens and where the last edit hides them.
         masked: True where a token may be committed now.
         index: flat indices of `masked`, computed on the host.
         block: number of each row's active block.
         entry_masks: masked positions the row had when it entered this block.
         step: steps of the row in this block so far.
-        block_length: block length of this row, at most K.
+        block_length: length of the active block, at most K; it may exceed what is left of the row.
         ends: (B, E) end-of-text ids of a row, the fill token first; -1 where a row has fewer.
         stop_at_eos: True where a row is finished once everything up to its first end-of-text is decoded.
         uniform: draws (B, K) numbers in [0, 1), each row from its own generator.
@@ -75,8 +75,18 @@ class Edit:
         write: where to write.
         end: column before which each row ends: columns from there on are filled with end-of-text, never decoded
             and no longer attended to. None for no change; only without given tokens after a mask.
+        until: column from which on nothing is attended to in the next step, nor part of its window, which must keep a
+            mask; the canvas length to hide nothing. None hides nothing of any row.
         finished: rows that are complete with this edit, for policies that may edit after the last mask is gone; an
             early end of a text still finishes it. None: rows without masks.
+        block_length: length of the active block from now on, of policies that choose it (`Sampler.reach`): at most that
+            of the window; 0 for no change. None: no change.
+        grown: positions by which each row grows at its end, of policies that choose the length (`Sampler.opening`);
+            this edit may write them, and they are [MASK] otherwise. None: no growth.
+        held: rows that stay at their block although it has no mask left, so that the policy may revise it; they are not
+            finished either. None: no row.
+        final: whether committed tokens stay. Where they may change until their block is complete, neither end-of-text
+            nor a stop string in an incomplete block finishes a row, as what it follows may change too.
         drafted: tokens that were verified as drafts, accepted where they are written; [MASK] where there were none.
             None if the policy does not draft.
         guide_forwards: forwards of a guide model per row for this edit; None for none.
@@ -88,7 +98,12 @@ class Edit:
     tokens: Int[Tensor, "B K"]
     write: Bool[Tensor, "B K"]
     end: Int[Tensor, " B"] | None = None
+    until: Int[Tensor, " B"] | None = None
     finished: Bool[Tensor, " B"] | None = None
+    block_length: Int[Tensor, " B"] | None = None
+    grown: Int[Tensor, " B"] | None = None
+    held: Bool[Tensor, " B"] | None = None
+    final: bool = True
     drafted: Int[Tensor, "B K"] | None = None
     guide_forwards: NDArray[np.int64] | None = None
     guide_seconds: float = 0.0
@@ -114,6 +129,7 @@ class Change:
         gained: (B,) decrease of the number of masks of each row.
         finished: rows that are complete.
         failed: rows that failed.
+        grown: (B,) positions that rows gained at their end.
     """
 
     rows: NDArray[np.int64]
@@ -124,11 +140,12 @@ class Change:
     gained: NDArray[np.int64]
     finished: NDArray[np.int64]
     failed: NDArray[np.int64]
+    grown: NDArray[np.int64]
 
     @property
     def idle(self) -> NDArray[np.bool_]:
         """(B,) unfinished rows without any change."""
-        touched = (self.committed | self.revoked | self.filled).any(1)
+        touched = (self.committed | self.revoked | self.filled).any(1) | (self.grown > 0)
         return ~touched & ~np.isin(self.rows, [*self.finished, *self.failed])
 
 

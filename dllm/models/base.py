@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
@@ -38,15 +38,17 @@ class MaskedDiffusionModel(PreTrainedModel):
         logits_shift: the prediction for column i is read at column i - logits_shift.
         tempered_confidence: the published sampler computes confidences from softmax(logits / temperature).
         end_of_turn: tokens that end a chat turn and count as end-of-text if the tokenizer has them.
-        remembered_fingerprint: of packed weights.
+        packed_weights: the weights by name, if they are packed.
+        constants: entries of the config beside those of every family that change results and not the weights.
         extra_eos_token_ids: end-of-text ids beside the config's; `dllm.load` sets those of `end_of_turn`.
     """
 
     logits_shift: ClassVar[int] = 0
     tempered_confidence: ClassVar[bool] = False
     end_of_turn: ClassVar[tuple[str, ...]] = ()
+    constants: ClassVar[tuple[str, ...]] = ()
     extra_eos_token_ids: tuple[int, ...] = ()
-    remembered_fingerprint: str | None = None
+    packed_weights: Mapping[str, Callable[[], Tensor]] | None = None
     _supports_sdpa = True
 
     def __init__(self, config: PretrainedConfig) -> None:
@@ -68,6 +70,11 @@ class MaskedDiffusionModel(PreTrainedModel):
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         _check_attention(attn_implementation)
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
+    @classmethod
+    def layer_alone(cls, config: PretrainedConfig, layer: int) -> dict[str, Any]:
+        """Entries of the config of a model whose only layer is like this one; none where all layers are alike."""
+        return {}
 
     @property
     @abstractmethod
@@ -151,12 +158,15 @@ class MaskedDiffusionModel(PreTrainedModel):
 
         A hash of every weight, rounded to bfloat16, and of the config's heads, constants and [MASK] id.
         """
-        if self.remembered_fingerprint is not None:
-            return self.remembered_fingerprint
         config = self.config
-        constants = (*self.kv_shape, config.num_attention_heads, config.rope_theta, config.rms_norm_eps)
+        constants = [*self.kv_shape, config.num_attention_heads, config.rope_theta, config.rms_norm_eps]
+        constants += [getattr(config, name) for name in self.constants]
         settings = ",".join(str(float(value)) for value in (*constants, config.mask_token_id))
-        weights = ((name, _at_hand(self, name, weight)) for name, weight in self.state_dict(keep_vars=True).items())
+        weights: Iterable[tuple[str, Tensor]]
+        if self.packed_weights is not None:
+            weights = ((name, weight()) for name, weight in self.packed_weights.items())
+        else:
+            weights = ((name, _at_hand(self, name, weight)) for name, weight in self.state_dict(keep_vars=True).items())
         return checksum(chain([(settings, torch.empty(0, device="cpu"))], weights))
 
     def forward(
@@ -191,7 +201,18 @@ class MaskedDiffusionModel(PreTrainedModel):
                 raise TypeError(f"{type(self).__name__}.forward takes no {name}; leave it out")
         if position_ids is None:
             position_ids = _default_positions(input_ids, attention_mask)
-        config = self.config
+        hidden = self.hidden_states(input_ids, attention_mask, position_ids, store, select)
+        return MaskedLMOutput(logits=self.project(hidden))
+
+    def hidden_states(
+        self,
+        input_ids: Int[Tensor, "B C"],
+        attention_mask: Tensor | None,
+        position_ids: Int[Tensor, "B C"],
+        store: KVStore | None,
+        select: Int[Tensor, " N"] | None,
+    ) -> Float[Tensor, "*N d"]:
+        """Output of the last block at the selected columns; arguments are those of `forward`."""
         hidden = self.get_input_embeddings()(input_ids)
         mask = _per_query(attention_mask)
         if self.pattern is not None and (attention_mask is None or attention_mask.ndim == 2):
@@ -199,20 +220,21 @@ class MaskedDiffusionModel(PreTrainedModel):
             mask = own if mask is None else _seeing_themselves(own & mask)
         inputs = BlockInputs(
             self.head_dim,
-            rotary_embedding(position_ids, self.rotary_dim, config.rope_theta, hidden.dtype),
+            rotary_embedding(position_ids, self.rotary_dim, self.config.rope_theta, hidden.dtype),
             mask,
             store,
-            eager=config._attn_implementation == "eager",
+            eager=self.config._attn_implementation == "eager",
             features=store if isinstance(store, FeatureStore) else None,
             watch=store if isinstance(store, AttentionStore) else None,
             parted=store if isinstance(store, PartedStore) else None,
         )
         for layer, block in enumerate(self.blocks):
             hidden = block(layer, hidden, inputs)
-        if select is not None:
-            hidden = hidden.flatten(0, 1)[select]
-        logits = self.get_output_embeddings()(self.final_norm(hidden))
-        return MaskedLMOutput(logits=logits[..., : config.vocab_size])
+        return hidden if select is None else hidden.flatten(0, 1)[select]
+
+    def project(self, hidden: Float[Tensor, "*N d"]) -> Float[Tensor, "*N V"]:
+        """Logits of hidden states of the last block."""
+        return self.get_output_embeddings()(self.final_norm(hidden))[..., : self.config.vocab_size]
 
 
 def _at_hand(model: nn.Module, name: str, weight: Tensor) -> Tensor:

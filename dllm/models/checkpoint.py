@@ -273,6 +273,8 @@ def _compare(family: Any, config: PretrainedConfig, stored: Mapping[str, Stored]
     seen, owners = set(), {name.rpartition(".")[0] for name in stored}
     for name, shape in _expected(family, config):
         tensor = stored.get(name)
+        if tensor is None and config.tie_word_embeddings and name in (family._tied_weights_keys or ()):
+            continue
         if tensor is None:
             owner = name.rpartition(".")[0]
             if not (quantised and (owner in owners or name in owners)):
@@ -296,20 +298,32 @@ def _compare(family: Any, config: PretrainedConfig, stored: Mapping[str, Stored]
 
 
 def _expected(family: Any, config: PretrainedConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of a model, layer by layer, derived from a model with one layer."""
+    """Names and shapes of a model, layer by layer, derived from models with one layer each of every kind."""
+    kinds: dict[str, dict[str, tuple[int, ...]]] = {}
+    for layer in range(config.num_hidden_layers):
+        alone = family.layer_alone(config, layer)
+        shapes = kinds.get(str(alone))
+        if shapes is None:
+            place, shapes = _single_layer(family, config, alone)
+            if not kinds:
+                yield from ((name, shape) for name, shape in shapes.items() if not name.startswith(f"{place}.0."))
+            first = f"{place}.0"
+            own = {name: shape for name, shape in shapes.items() if name.startswith(f"{first}.")}
+            kinds[str(alone)] = shapes = {name.removeprefix(first): shape for name, shape in own.items()}
+        yield from ((f"{place}.{layer}{name}", shape) for name, shape in shapes.items())
+
+
+def _single_layer(
+    family: Any, config: PretrainedConfig, alone: Mapping[str, Any]
+) -> tuple[str, dict[str, tuple[int, ...]]]:
+    """Name of the blocks of a model with one layer, and the shapes of its tensors."""
     single = deepcopy(config)
-    single.num_hidden_layers = 1
-    single.quantization_config = None
+    for name, value in {"num_hidden_layers": 1, "quantization_config": None, **alone}.items():
+        setattr(single, name, value)
     with torch.device("meta"):
         model: nn.Module = family(single)
     place = next(name for name, module in model.named_modules() if module is model.blocks)
-    first = f"{place}.0."
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    yield from ((name, shape) for name, shape in shapes.items() if not name.startswith(first))
-    for layer in range(config.num_hidden_layers):
-        for name, shape in shapes.items():
-            if name.startswith(first):
-                yield f"{place}.{layer}.{name.removeprefix(first)}", shape
+    return place, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
@@ -19,10 +19,10 @@ from transformers.utils import logging
 from dllm.checks import choice, first_line
 from dllm.files import BUNDLED, expanded, is_folder, read_json
 from dllm.identity import Stamp, stamps
-from dllm.models import FAMILIES, MaskedDiffusionModel, adapters
+from dllm.models import FAMILIES, MaskedDiffusionModel, adapters, family_of, packed
 from dllm.models.base import token_ids
 from dllm.models.checkpoint import ATTENTION, DTYPES, QUANTISED, check_values, read_config
-from dllm.models.packed import pack as pack_weights
+from dllm.models.linear import join_products
 from dllm.models.tokenizers import load_tokenizer
 from dllm.resolve import names
 
@@ -71,7 +71,7 @@ def load(
     device_map: str | dict[str, Any] | None = None,
     attn_implementation: str | None = None,
     revision: str | None = None,
-    pack: bool = False,
+    pack: bool | Literal["auto"] = False,
     adapter: str | Path | None = None,
 ) -> LanguageModel:
     """Load a denoiser and its tokenizer.
@@ -88,7 +88,7 @@ def load(
         attn_implementation: "sdpa" (the default) or "eager".
         revision: branch, tag or commit of a hub id.
         pack: reorder the weights for small forwards on a CPU, in float32: faster with the same results up to rounding,
-            but such a model cannot be saved, moved or trained.
+            but such a model cannot be saved, moved or trained. "auto", as in the commands, does so where it can.
         adapter: folder or hub id of a LoRA, or of another adapter that peft can merge into the weights. Its tokenizer,
             if any, replaces the model's. If `name` is an adapter, its base model is loaded.
 
@@ -97,7 +97,7 @@ def load(
             architecture, or holds NaN or infinite weights.
     """
     options = _options(device, dtype, device_map, attn_implementation)
-    choice("pack", pack, (True, False))
+    choice("pack", pack, (True, False, "auto"))
     base, revision, adapter_folder = _base_and_adapter(name, revision, adapter)
     # The config comes first, to reject an unsupported model before downloading its weights.
     family = _family(checkpoint_folder(base, revision, files=("config.json",)))
@@ -109,8 +109,10 @@ def load(
         if adapter_folder is not None:
             adapters.merge(backbone, adapter_folder)
             tokenizer = load_tokenizer(adapter_folder) or tokenizer
-    if pack:
-        pack_weights(backbone)
+    if pack is True or (pack and packed.why_not(backbone) is None):
+        packed.pack(backbone)
+    elif backbone.device.type == "cuda":  # where launching and reading the weights is most of the time
+        join_products(backbone.blocks)
     backbone.extra_eos_token_ids = _extra_eos(backbone, tokenizer, folder)
     _check_vocabulary(backbone, tokenizer, folder)
     if tokenizer is not None and tokenizer.mask_token_id != backbone.mask_token_id:
@@ -276,14 +278,14 @@ def find_device(device: str | torch.device | None, parameter: str = "device") ->
 def _family(folder: Path) -> type[MaskedDiffusionModel]:
     """The model class for a `config.json`."""
     path, config = folder / "config.json", read_config(folder)
-    model_type = str(config.get("model_type"))
-    if model_type not in FAMILIES:
+    family = family_of(config)
+    if family is None:
+        model_type = str(config.get("model_type"))
         raise ValueError(f"{path}: model_type={model_type!r} is not supported; use one of {', '.join(FAMILIES)}")
-    family = FAMILIES[model_type]
-    for key, what in (("mask_token_id", "the id of [MASK]"), ("eos_token_id", "the id that ends a text")):
-        if key not in config:
-            raise ValueError(f"{path} has no {key}; add {what}")
     config_class: Any = family.config_class
+    for key, what in (("mask_token_id", "the id of [MASK]"), ("eos_token_id", "the id that ends a text")):
+        if key not in config and key not in getattr(config_class, "default_ids", ()):
+            raise ValueError(f"{path} has no {key}; add {what}")
     try:
         with quiet():
             check_values(config_class, config)
@@ -342,7 +344,9 @@ def _load_weights(family: type[MaskedDiffusionModel], folder: Path, options: dic
         ],
         "is missing": info["missing_keys"],
         f"is not part of {family.__name__}": info["unexpected_keys"],
-        "holds NaN or infinity": [name for name, weight in backbone.named_parameters() if not _is_finite(weight)],
+        "holds NaN or infinity": [
+            name for name, weight in backbone.state_dict(keep_vars=True).items() if not _is_finite(weight)
+        ],
     }
     for problem, tensors in problems.items():
         if tensors:

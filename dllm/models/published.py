@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from math import isfinite
 from typing import Any
 
+from dllm.checks import number
+
 # Keys of other models that change results without changing weights, with their neutral values.
 _ELSEWHERE = {
     "hidden_act": "silu", "activation_type": "silu", "clip_qkv": None, "attn_logit_softcapping": None,
@@ -32,9 +34,9 @@ def check_synonyms(kind: str, config: Any, given: Mapping[str, Any]) -> None:
         ValueError: an entry differs.
     """
     for names in _SYNONYMS:
-        own = next(name for name in names if name in vars(config))
+        own = next((name for name in names if name in vars(config)), None)
         for name in names:
-            if name != own and given.get(name) not in (None, used := getattr(config, own)):
+            if own is not None and name != own and given.get(name) not in (None, used := getattr(config, own)):
                 raise ValueError(f"{kind} config: {name}={given[name]!r} is not read, and {own} is {used}; use {own}")
 
 
@@ -91,6 +93,30 @@ def take_rope_theta(kind: str, default: float, given: dict[str, Any]) -> Any:
         if other != theta:
             raise ValueError(f"{kind} config: {first}={theta!r} and {name}={other!r} disagree; keep the right one")
     return theta
+
+
+def take_rotary_share(kind: str, default: float, given: dict[str, Any]) -> Any:
+    """Pop the share of a head that has rotary embedding, in either layout of `take_rope_theta`, which comes after.
+
+    Args:
+        kind: of the model, for errors.
+        default: if nothing is given.
+        given: entries of the config; those of the share are removed.
+
+    Raises:
+        ValueError: a share out of range, or inconsistent entries.
+    """
+    entries = {"partial_rotary_factor": given.pop("partial_rotary_factor", None)}
+    for key in ("rope_parameters", "rope_scaling"):
+        if isinstance(given.get(key), dict):
+            given[key] = dict(given[key])
+            entries[f"{key}.partial_rotary_factor"] = given[key].pop("partial_rotary_factor", None)
+    found = {name: share for name, share in entries.items() if share is not None}
+    for name, share in found.items():
+        number(f"{kind} config: {name}", share, "a number above 0 and at most 1", above=0, high=1)
+        if share != next(iter(found.values())):
+            raise ValueError(f"{kind} config: {next(iter(found))} and {name}={share!r} disagree; keep the right one")
+    return next(iter(found.values()), default)
 
 
 def _is_plain(parameters: dict[str, Any]) -> bool:

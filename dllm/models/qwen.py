@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
 from dllm.models.base import MaskedDiffusionModel
-from dllm.models.transformer import BlockInputs, BlockParts, RMSNorm, SwiGLU, block_forward
+from dllm.models.experts import GatedMLP, MixtureOfExperts
+from dllm.models.transformer import BlockInputs, BlockParts, RMSNorm, block_forward
 
-TP_PLAN = {
+ATTENTION_TP_PLAN = {
     "model.layers.*.self_attn.q_proj": "colwise",
     "model.layers.*.self_attn.k_proj": "colwise",
     "model.layers.*.self_attn.v_proj": "colwise",
     "model.layers.*.self_attn.o_proj": "rowwise",
+}
+TP_PLAN = ATTENTION_TP_PLAN | {
     "model.layers.*.mlp.gate_proj": "colwise",
     "model.layers.*.mlp.up_proj": "colwise",
     "model.layers.*.mlp.down_proj": "rowwise",
@@ -34,16 +38,6 @@ class _Attention(nn.Module):
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if norms else None
 
 
-class _MLP(nn.Module):
-    """Carries the ``mlp`` prefix of the published names."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-
 class QwenBlock(nn.Module):
     """One block.
 
@@ -52,23 +46,23 @@ class QwenBlock(nn.Module):
         head_dim: size of an attention head.
         bias: whether the projections to queries, keys and values have one.
         norms: whether queries and keys are normalised.
+        mlp: its feed-forward part.
     """
 
-    def __init__(self, config: Any, head_dim: int, bias: bool, norms: bool) -> None:
+    def __init__(self, config: Any, head_dim: int, bias: bool, norms: bool, mlp: GatedMLP | MixtureOfExperts) -> None:
         super().__init__()
         self.self_attn = _Attention(config, head_dim, bias, norms)
-        self.mlp = _MLP(config)
+        self.mlp = mlp
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     @property
     def parts(self) -> BlockParts:
         """The modules under their common names."""
-        attention, mlp = self.self_attn, self.mlp
+        attention = self.self_attn
         return BlockParts(
             self.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
-            self.post_attention_layernorm, SwiGLU(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
-            attention.q_norm, attention.k_norm,
+            self.post_attention_layernorm, self.mlp.part, attention.q_norm, attention.k_norm,
         )  # fmt: skip
 
     def forward(self, layer: int, hidden: Tensor, inputs: BlockInputs) -> Tensor:
@@ -79,10 +73,10 @@ class QwenBlock(nn.Module):
 class _Inner(nn.Module):
     """Carries the ``model`` prefix of the published names."""
 
-    def __init__(self, config: Any, head_dim: int, bias: bool, norms: bool) -> None:
+    def __init__(self, config: Any, blocks: Iterable[QwenBlock]) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(QwenBlock(config, head_dim, bias, norms) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(blocks)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -100,9 +94,16 @@ class QwenDenoiser(MaskedDiffusionModel):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.model = _Inner(config, self.head_dim, self.qkv_bias, self.qk_norms)
+        own = config, self.head_dim, self.qkv_bias, self.qk_norms
+        layers = range(config.num_hidden_layers)
+        self.model = _Inner(config, (QwenBlock(*own, self.feed_forward(config, layer)) for layer in layers))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def feed_forward(cls, config: Any, layer: int) -> GatedMLP | MixtureOfExperts:
+        """The feed-forward part of a layer."""
+        return GatedMLP(config.hidden_size, config.intermediate_size)
 
     @property
     def blocks(self) -> nn.ModuleList:

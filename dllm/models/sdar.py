@@ -6,7 +6,7 @@ block and to those before it, where blocks are counted from the row's first toke
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
@@ -56,6 +56,7 @@ class SDARConfig(PretrainedConfig):
 
     model_type = "sdar"
     base_model_tp_plan = TP_PLAN
+    unread: ClassVar[tuple[str, ...]] = _UNUSED
 
     def __init__(
         self,
@@ -93,7 +94,7 @@ class SDARConfig(PretrainedConfig):
         check_synonyms("SDAR", self, kwargs)
         kwargs.setdefault("tie_word_embeddings", False)
         kwargs["eos_token_id"] = eos_token_id
-        super().__init__(**published(kwargs, {*_FIXED, *_UNUSED}))
+        super().__init__(**published(kwargs, {*_FIXED, *self.unread}))
         check_config(self)
 
 

@@ -6,7 +6,6 @@ computation is implemented once, here, independent of policies and caches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -15,6 +14,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+from dllm.models.kernels import add_rms_norm, gated, rms_norm, rotate
+from dllm.models.linear import Layer, outputs
 
 
 @runtime_checkable
@@ -68,16 +70,12 @@ class AttentionStore(KVStore, Protocol):
 class SwiGLU:
     """The dense feed-forward part: down(silu(gate) * up) (arXiv 2002.05202)."""
 
-    gate: nn.Module
-    up: nn.Module
-    down: nn.Module
+    gate: Layer
+    up: Layer
+    down: Layer
 
-    def __call__(self, x: Float[Tensor, "B C d"]) -> Float[Tensor, "B C d"]:
-        gate, up = self.gate(x), self.up(x)
-        if torch.is_grad_enabled():
-            return self.down(F.silu(gate) * up)
-        # The largest activations: in place they take half the memory.
-        return self.down(F.silu(gate, inplace=True).mul_(up))
+    def __call__(self, x: Float[Tensor, "*B d"]) -> Float[Tensor, "*B d"]:
+        return self.down(gated(*outputs(x, self.gate, self.up)))
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ class BlockParts:
 
     Attributes:
         attention_norm: before attention.
-        query: projects to H heads.
+        query: projects to H heads; a layer, or some rows of a layer for all three (`Rows`).
         key: projects to the key-value heads.
         value: as `key`.
         output: output projection of attention.
@@ -96,15 +94,21 @@ class BlockParts:
         key_norm: as `query_norm`.
     """
 
-    attention_norm: nn.Module
-    query: nn.Module
-    key: nn.Module
-    value: nn.Module
-    output: nn.Module
-    feed_forward_norm: nn.Module
-    feed_forward: Callable[[Tensor], Tensor]
+    attention_norm: RMSNorm
+    query: Layer
+    key: Layer
+    value: Layer
+    output: Layer
+    feed_forward_norm: RMSNorm
+    feed_forward: Layer
     query_norm: nn.Module | None = None
     key_norm: nn.Module | None = None
+
+    @property
+    def of_one_input(self) -> list[list[Layer]]:
+        """The linear layers that can be computed as one, group by group."""
+        dense = self.feed_forward
+        return [[self.query, self.key, self.value], *([[dense.gate, dense.up]] if isinstance(dense, SwiGLU) else [])]
 
 
 @dataclass(frozen=True)
@@ -123,13 +127,7 @@ class Rotation:
         return Rotation(self.cos.gather(2, index), self.sin.gather(2, index))
 
     def __call__(self, x: Float[Tensor, "B H C D"]) -> Float[Tensor, "B H C D"]:
-        turned, size = x, self.cos.shape[-1]
-        if size < x.shape[-1]:
-            turned, rest = x[..., :size], x[..., size:]
-        wide = turned.to(self.cos.dtype)
-        left, right = wide.chunk(2, dim=-1)
-        turned = (wide * self.cos + torch.cat((-right, left), dim=-1) * self.sin).to(x.dtype)
-        return turned if size == x.shape[-1] else torch.cat((turned, rest), dim=-1)
+        return rotate(x, self.cos, self.sin)
 
 
 @dataclass(frozen=True)
@@ -158,7 +156,7 @@ class BlockInputs:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with statistics in float32 or wider."""
+    """Root-mean-square norm."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -166,9 +164,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Float[Tensor, "*B d"]) -> Float[Tensor, "*B d"]:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
+
+    def of_sum(self, x: Float[Tensor, "*B d"], added: Float[Tensor, "*B d"]) -> tuple[Tensor, Tensor]:
+        """The sum, and its norm."""
+        return add_rms_norm(x, added, self.weight, self.eps)
 
 
 def rotary_embedding(position_ids: Int[Tensor, "B C"], size: int, theta: float, dtype: torch.dtype) -> Rotation:
@@ -185,14 +185,19 @@ def block_forward(
 ) -> Float[Tensor, "B C d"]:
     """One pre-norm block: x + attention(norm(x)), then + feed_forward of its norm."""
     features, rotation = inputs.features, inputs.rotation
-    h = parts.attention_norm(x)
-    v = _heads(parts.value(h), inputs.head_dim)
-    slots = None if features is None else features.stale(layer, v)
-    if slots is not None:
-        h, rotation = _take(h, slots), rotation.at(slots)
-        inputs = replace(inputs, mask=_of_queries(inputs.mask, slots))
-    q = _projected(h, parts.query, parts.query_norm, rotation, inputs.head_dim)
-    k = _projected(h, parts.key, parts.key_norm, rotation, inputs.head_dim)
+    h, slots = parts.attention_norm(x), None
+    if features is None:
+        q, k, v = outputs(h, parts.query, parts.key, parts.value)
+        v = _heads(v, inputs.head_dim)
+    else:
+        v = _heads(parts.value(h), inputs.head_dim)
+        slots = features.stale(layer, v)
+        if slots is not None:
+            h, rotation = _take(h, slots), rotation.at(slots)
+            inputs = replace(inputs, mask=_of_queries(inputs.mask, slots))
+        q, k = outputs(h, parts.query, parts.key)
+    q = _rotated(q, parts.query_norm, rotation, inputs.head_dim)
+    k = _rotated(k, parts.key_norm, rotation, inputs.head_dim)
     if inputs.parted is not None and not inputs.eager:
         attended = _attention_in_parts(q, inputs.parted.parts(layer, k, v), inputs.mask)
     else:
@@ -200,15 +205,18 @@ def block_forward(
             k, v = inputs.store.update(layer, k, v)
         attended = _attention(q, k, v, layer, inputs)
     added = parts.output(rearrange(attended, "b h c d -> b c (h d)"))
-    x = x + (added if features is None else features.blend("attention", layer, added))
-    added = parts.feed_forward(parts.feed_forward_norm(x if slots is None else _take(x, slots)))
-    return x + (added if features is None else features.blend("mlp", layer, added))
+    if features is None:
+        x, h = parts.feed_forward_norm.of_sum(x, added)
+        return x + parts.feed_forward(h)
+    x = x + features.blend("attention", layer, added)
+    h = parts.feed_forward_norm(x if slots is None else _take(x, slots))
+    return x + features.blend("mlp", layer, parts.feed_forward(h))
 
 
-def _projected(
-    x: Float[Tensor, "B C d"], project: nn.Module, norm: nn.Module | None, rotation: Rotation, head_dim: int
+def _rotated(
+    x: Float[Tensor, "B C d"], norm: nn.Module | None, rotation: Rotation, head_dim: int
 ) -> Float[Tensor, "B H C D"]:
-    heads = _heads(project(x), head_dim)
+    heads = _heads(x, head_dim)
     return rotation(heads if norm is None else norm(heads))
 
 

@@ -9,6 +9,7 @@ import torch
 
 import dllm
 from commands import command
+from dllm.models.base import MaskedDiffusionModel
 from dllm.models.packed import PackedLinear, pack
 from models import random_dream, random_llada
 
@@ -26,7 +27,7 @@ def test_logits_are_the_same_up_to_rounding(make: type) -> None:
         assert torch.allclose(lm.backbone(tokens).logits, before, atol=1e-4)
     assert lm.backbone.fingerprint() == fingerprint
     assert not any(type(module) is torch.nn.Linear for module in lm.backbone.modules())
-    assert sum(isinstance(module, PackedLinear) for module in lm.backbone.modules()) == 7 * 2 + 1
+    assert sum(isinstance(module, PackedLinear) for module in lm.backbone.modules()) == 5 * 2 + 1
 
 
 @pytest.mark.parametrize("name", ["tiny-llada", "tiny-dream"])
@@ -36,9 +37,12 @@ def test_bundled_models_answer_the_same(name: str) -> None:
     assert results[0] == results[1]
 
 
-def test_the_command_line_packs() -> None:
+def test_the_command_line_packs_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[MaskedDiffusionModel] = []
+    monkeypatch.setattr("dllm.models.packed.pack", lambda backbone: (seen.append(backbone), pack(backbone)))
     options = ["prompt=Tom has 3 apples and buys 4.", "gen_length=32", "show=none", "model.device=cpu"]
-    packed, plain = (command("generate", *options, f"model.pack={wanted}") for wanted in ("true", "false"))
+    packed, plain = (command("generate", *options, *wanted) for wanted in ([], ["model.pack=false"]))
+    assert len(seen) == 1
     assert (packed.code, packed.err) == (0, "")
     assert packed.out.splitlines()[:2] == plain.out.splitlines()[:2]
 
@@ -54,3 +58,9 @@ def test_what_cannot_be_packed_is_refused() -> None:
         dllm.load("tiny-llada", device="cpu", dtype="bfloat16", pack=True)
     with pytest.raises(ValueError, match="pack='yes'"):
         dllm.load("tiny-llada", pack="yes")  # type: ignore[arg-type]
+
+
+def test_auto_packs_what_can_be_packed() -> None:
+    for dtype, wanted in (("float32", True), ("bfloat16", False)):
+        backbone = dllm.load("tiny-llada", device="cpu", dtype=dtype, pack="auto").backbone
+        assert any(isinstance(module, PackedLinear) for module in backbone.modules()) is wanted

@@ -10,10 +10,14 @@ import torch
 
 import dllm
 from dllm.samplers import (
+    EB,
+    PC,
     ARGuided,
+    Certainty,
     EntropyThreshold,
     Factor,
     FreeDave,
+    Hierarchical,
     Learn2PD,
     LocalLeap,
     Oracle,
@@ -21,7 +25,7 @@ from dllm.samplers import (
     Vanilla,
 )
 from dllm.tasks import word_problems
-from models import random_dream, random_filter, random_llada
+from models import random_dream, random_filter, random_frequencies, random_llada
 
 BACKBONES = {"llada": random_llada, "dream": random_dream}
 BASES = {
@@ -34,6 +38,10 @@ BASES = {
     "factor": Factor(2.0),
     "entropy_threshold": EntropyThreshold(1.5),
     "localleap": LocalLeap(0.5, 0.3, 3),
+    "eb": EB(2.0),
+    "pc": PC(random_frequencies(), steps=15),
+    "certainty": Certainty(3.0, 0.2),
+    "hierarchical": Hierarchical(0.5, 0.2),
     "learn2pd": Learn2PD(random_filter(), 0.8, allow_mismatch=True),
     "oracle": Oracle(),
 }

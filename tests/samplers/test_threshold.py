@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import nan
+from typing import Any
 
 import pytest
 import torch
@@ -68,3 +69,14 @@ def test_values_out_of_range_are_named(name: str, value: float) -> None:
 def test_fewer_steps_than_blocks_are_refused() -> None:
     with pytest.raises(ValueError, match=r"steps=1 .*between 2"):
         Threshold(steps=1).check(None, request())
+
+
+def test_with_steps_of_each_block_it_is_complete_after_them() -> None:
+    lm = random_llada()
+    options: dict[str, Any] = {"gen_length": 16, "block_length": 8, "stop_at_eos": False}
+    none = dllm.generate(lm, [[5, 9, 3]], Threshold(2.0, steps_per_block=3), **options)
+    assert none.commit_step[0].bincount().tolist() == [3, 3, 2, 3, 3, 2]
+    paced = dllm.generate(lm, [[5, 9, 3]], Threshold(0.4, steps_per_block=3), **options)
+    assert int(paced.nfe[0]) < 6
+    with pytest.raises(ValueError, match="steps_per_block=3 and at_least=2 are mutually exclusive"):
+        Threshold(at_least=2, steps_per_block=3)

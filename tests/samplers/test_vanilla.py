@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import nan
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 import dllm
 from dllm.samplers import EntropyThreshold, Vanilla
 from dllm.samplers.base import Sampler
-from models import random_dream, random_llada
+from models import random_dream, random_llada, random_sdar
 from sampler_rig import chosen, facts, request, window
 
 
@@ -137,3 +138,43 @@ def test_options_that_cannot_be_are_refused(options: dict[str, object], words: s
 def test_steps_that_do_not_fit_the_run_are_refused(steps: int) -> None:
     with pytest.raises(ValueError, match=rf"steps={steps} .*between 2 .* and 16"):
         Vanilla(steps=steps).check(Vanilla().start(facts()), request())
+
+
+@pytest.mark.parametrize(("steps", "counts"), [(1, [8]), (3, [3, 3, 2]), (4, [2, 2, 2, 2]), (20, [1] * 8)])
+def test_steps_of_each_block_share_its_length_the_remainder_first(steps: int, counts: list[int]) -> None:
+    out = dllm.generate(
+        random_llada(), [[5, 9, 3]], Vanilla(steps_per_block=steps), gen_length=16, block_length=8, stop_at_eos=False
+    )
+    for block in range(2):
+        committed = out.commit_step[0, 8 * block : 8 * block + 8] - len(counts) * block
+        assert committed.bincount().tolist() == counts
+
+
+def test_steps_of_a_block_that_holds_some_of_the_prompt_are_those_of_its_length() -> None:
+    lm = random_sdar()
+    out = dllm.generate(lm, [[5, 9, 3]], Vanilla(steps_per_block=2), gen_length=5, block_length=4, stop_at_eos=False)
+    assert out.commit_step[0].bincount().tolist() == [1, 2, 2]
+
+
+@pytest.mark.parametrize("make", [random_llada, random_sdar])
+def test_from_left_to_right(make: Any) -> None:
+    sampler = Vanilla(tokens_per_step=2, order="left_to_right")
+    out = dllm.generate(make(), [[5, 9, 3, 4]], sampler, gen_length=8, block_length=4, stop_at_eos=False)
+    assert out.commit_step[0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps_per_block": 0}, "steps_per_block=0 is out of range"),
+        ({"steps_per_block": 2, "steps": 8}, "steps_per_block=2 and steps=8 are mutually exclusive"),
+        (
+            {"steps_per_block": 2, "tokens_per_step": 2},
+            "steps_per_block=2 and tokens_per_step=2 are mutually exclusive",
+        ),
+        ({"alg_temp": 0.5, "order": "left_to_right"}, "alg_temp=0.5 has no effect with order=left_to_right"),
+    ],
+)
+def test_bad_steps_of_a_block_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Vanilla(**options)

@@ -1,0 +1,37 @@
+"""Block cache: exact, for models whose attention is causal over blocks (arXiv 2503.09573, section 3).
+
+A position attends to its own block and to those before it. So once a block and all before it are decoded, one more
+forward gives it keys and values that stay exact, and
+
+    compute every position that is not exact yet: the active block, and what was finished since the last forward.
+
+The finished block is computed once more together with the next one, where the published samplers of these models take
+a forward of its own. Over models that attend to every position nothing is ever exact, and everything is computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dllm.cache.base import Flags, Metered, Plan, Question
+from dllm.cache.store import PerRow, Reuse
+from dllm.decoding.setup import Setup
+
+
+@dataclass(frozen=True)
+class Block(Metered):
+    """Keep the keys and values of finished blocks."""
+
+    repeatable = True  # exact
+
+    def start(self, setup: Setup) -> Reuse:
+        """Allocate keys and values for every position."""
+        return Reuse(setup, _Everything(setup))
+
+
+class _Everything(PerRow):
+    def plan(self, question: Question, due: Flags, stale: Flags) -> Plan:
+        # `Reuse` leaves out what is exact.
+        return Plan(np.ones_like(question.read))

@@ -1,0 +1,113 @@
+"""Token editing: committed tokens of the active block are replaced while it is decoded (LLaDA2.1, arXiv 2602.08676).
+
+Per step, with the predictions of one forward for the whole block: the base policy commits masked positions, and every
+position that was decided before is replaced by the predicted token where
+
+    that token is another one, and p(predicted token) > editing_threshold.
+
+When no mask is left, the block is denoised again, up to `max_post_steps` times and until nothing is replaced; only
+then does the row go on to its next block, or end. The prompt is never edited.
+
+Differences: any base with one forward a step (the published one is a threshold); a row that may stop ends with the
+block of its first end-of-text, whether `stop_at_eos` is checked while decoding or afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from dllm.checks import number
+from dllm.decoding.request import Request
+from dllm.decoding.setup import Setup
+from dllm.decoding.window import Edit, Window
+from dllm.resolve import resolve
+from dllm.samplers.base import Denoise, Policy, Sampler, constant_denoiser, single_forward
+
+
+@dataclass(frozen=True)
+class EditState:
+    """State of an engine.
+
+    Attributes:
+        base: the policy that commits.
+        state: its state.
+        post: steps of each row since its block has no mask.
+    """
+
+    base: Sampler
+    state: Any
+    post: Int[Tensor, " rows"]
+
+
+@dataclass(frozen=True)
+class Editing(Policy):
+    """Let another policy commit, and replace what it committed where the model has changed its mind.
+
+    Args:
+        editing_threshold: probability that a token must exceed to replace another.
+        max_post_steps: steps of a block after its last mask is gone; 0 for none.
+        base: the policy that commits: a name of conf/sampler or an object; any stateless policy with one forward per
+            step.
+
+    Raises:
+        ValueError: a number out of range, an unknown name, or a base of another kind.
+    """
+
+    editing_threshold: float = 0.9
+    max_post_steps: int = 16
+    base: str | Sampler = "threshold"
+
+    def __post_init__(self) -> None:
+        use = "a number of at least 0 (published: 0 to 0.9); 1 edits nothing"
+        number("editing_threshold", self.editing_threshold, use, low=0)
+        use = "a whole number of at least 0 (16 is published)"
+        number("max_post_steps", self.max_post_steps, use, low=0, whole=True)
+        single_forward(self._base, self.base)
+
+    @property
+    def _base(self) -> Sampler:
+        return resolve("sampler", self.base, Sampler, "base")
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """Those of the base (`dllm.decoding.compatibility`)."""
+        return self._base.needs
+
+    def files(self) -> Iterable[Path]:
+        """The files of the base."""
+        return self._base.files()
+
+    def start(self, setup: Setup) -> EditState:
+        """Start the base."""
+        base = self._base
+        return EditState(base, base.start(setup), torch.zeros(setup.slots, dtype=torch.long, device=setup.device))
+
+    def check(self, state: EditState, request: Request) -> None:
+        """Reject what the base rejects."""
+        state.base.check(state.state, request)
+
+    def enter(self, state: EditState, row: int, request: Request) -> None:
+        """Begin the row of the base; its block has masks."""
+        state.base.enter(state.state, row, request)
+
+    def step(self, window: Window, denoise: Denoise, state: EditState) -> Edit:
+        """Commit and replace in one forward; stay in a block while it may change."""
+        prediction = denoise(decided=True)
+        asked = constant_denoiser(prediction.within(window.masked))
+        edit = state.base.step(window, asked, state.state)
+        other = prediction.tokens != window.tokens.gather(1, window.columns)
+        replaced = window.inside & ~window.masked & other & (prediction.confidence > self.editing_threshold)
+        masked = window.masked.any(-1)
+        post = (state.post[window.rows] + 1).masked_fill(masked, 0)
+        state.post[window.rows] = post
+        left = (window.masked & ~edit.write).any(-1)
+        again = (masked | replaced.any(-1)) & (post < self.max_post_steps)
+        tokens = prediction.tokens.where(replaced, edit.tokens)
+        return replace(edit, tokens=tokens, write=edit.write | replaced, held=left | again)
