@@ -50,6 +50,10 @@ class Frequencies:
             what = f"token {wrong[0]!r} has the count {self.counts[wrong[0]]}" if wrong else "no token is counted"
             raise ValueError(what)
 
+    def __hash__(self) -> int:
+        """Policies with a table can be keys, like those without."""
+        return hash((frozenset(self.counts.items()), self.vocabulary))
+
     def save(self, path: str | Path) -> None:
         """Write the table as JSON."""
         write_json(expanded(path), asdict(self))

@@ -125,13 +125,15 @@ class Daedal(Policy):
         filling = ~grows & (ends == 0)
 
         chosen, place = self._choose(window, prediction, filling, (ended < self.expand) & (length < most), state)
+        column = torch.arange(window.tokens.shape[1], device=window.tokens.device)
+        end = (window.start + length)[:, None]
         tokens = Edit(window.columns, prediction.tokens, chosen).on(window.tokens)
+        tokens = tokens.masked_fill(column >= end, state.mask_token_id)  # where the row may grow
         inserted = torch.where(place.any(-1), (most - length).clamp(max=self.factor - 1), 0)
         grown = torch.where(grows, (most - length).clamp(max=self.factor), ends + inserted)
-        tokens = self._inserted(window, tokens, place, length + grown, state.mask_token_id)
-        column = torch.arange(tokens.shape[1], device=tokens.device)
-        end = (window.start + length)[:, None]
+        tokens = self._inserted(window, tokens, place, state.mask_token_id)
         tokens = torch.where((column >= end) & (column < end + ends[:, None]), window.ends[:, :1], tokens)
+        tokens = tokens.where(column < end + grown[:, None], window.tokens)
         return replace(become(window, tokens), grown=grown)
 
     def _ended(self, window: Window, prediction: Prediction) -> Float[Tensor, " B"]:
@@ -164,13 +166,11 @@ class Daedal(Policy):
         window: Window,
         tokens: Int[Tensor, "B L"],
         place: Bool[Tensor, "B K"],
-        length: Int[Tensor, " B"],
         mask_token_id: int,
     ) -> Int[Tensor, "B L"]:
-        """The canvases with one mask replaced by several; what does not fit at the end is lost."""
+        """The canvases with one mask replaced by several, which moves what follows it."""
         column = torch.arange(tokens.shape[1], device=tokens.device)
         at = window.columns.masked_fill(~place, tokens.shape[1]).amin(-1, keepdim=True)
         moved = column >= at + self.factor
         shifted = tokens.gather(1, (column - (self.factor - 1) * moved).clamp(min=0))
-        shifted = torch.where((column >= at) & ~moved, mask_token_id, shifted)
-        return torch.where(column < (window.start + length)[:, None], shifted, tokens)
+        return torch.where((column >= at) & ~moved, mask_token_id, shifted)

@@ -119,7 +119,10 @@ class Session:
     def answer_prompt(self, prompt: str, show: str, picture: Path | None) -> None:
         """Decode one prompt with a display of its canvas; print the answer and statistics."""
         console = Console()
-        view = CanvasView(self.lm.tokenizer, self.options.get("gen_length"))
+        ids, generated = self._encode([("prompt", prompt)]), self.options.get("gen_length")
+        if generated == "auto":
+            generated = self.lm.backbone.max_length - len(ids[0])
+        view = CanvasView(self.lm.tokenizer, generated)
         frames: list[Text] = []
         if show == "auto":
             show = "live" if console.is_terminal else "lines"
@@ -134,7 +137,6 @@ class Session:
             if picture:
                 frames.append(view.draw(step))
 
-        ids = self._encode([("prompt", prompt)])
         with display, _naming(["prompt"]):
             fill = dllm.infill if self.infill else dllm.generate
             result = fill(self.lm, ids, self.sampler, self.cache, callback=callback, **self.options)

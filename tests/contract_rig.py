@@ -10,7 +10,18 @@ import pytest
 
 import dllm
 from dllm.resolve import names, resolve
-from dllm.samplers import PC, ARGuided, Learn2PD
+from dllm.samplers import (
+    EB,
+    KLASS,
+    PC,
+    ARGuided,
+    Certainty,
+    Credit,
+    Hierarchical,
+    Learn2PD,
+    Prophet,
+    SlowFast,
+)
 from dllm.samplers.base import Sampler
 from models import (
     random_dream,
@@ -42,6 +53,14 @@ GUIDED = ARGuided(random_guide(), accept="topk", top_k=9)
 # What these come with is for the bundled models.
 BY_NAME: dict[str, Any] = {name: resolve("sampler", name, Sampler) for name in names("sampler")}
 BY_NAME |= {"learn2pd": LEARNED, "ar_guided": GUIDED, "pc": PC(random_frequencies())}
+# With their own options these hardly ever commit more than one token of a random model.
+BY_NAME |= {
+    "certainty": Certainty(3.0, 0.2), "credit": Credit(0.6, 3.0, 0.5), "eb": EB(3.0, "entropy"),
+    "hierarchical": Hierarchical(0.5, 0.1), "klass": KLASS(0.2, 0.8, 1), "prophet": Prophet(None, 4.0, 2.5, 1.5),
+    "slowfast": SlowFast(0.4, 0.3, 1, 1),
+}  # fmt: skip
+# Of models whose attention is causal over blocks as well: they do not see the end of the canvas.
+IN_ORDER = {name: sampler for name, sampler in BY_NAME.items() if name != "daedal"}
 # No empty prompt here: all masks are alike then, and rounding alone decides among them.
 PROMPTS = [[5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [50], [11, 12], [30, 31, 32, 33], [8, 8], [4, 40, 4, 40, 4]]
 

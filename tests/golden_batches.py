@@ -60,7 +60,11 @@ def alone(folder: Path, case: dict[str, Any], planned: Plan) -> Decoded:
 
 
 def _key(folder: Path, case: dict[str, Any], planned: Plan) -> Any:
-    return folder, case["checkpoint"], planned.sampler, repr(planned.cache), planned.options.get("cfg_scale", 0.0)
+    try:  # a filter or a model within a sampler is like itself alone
+        hash(sampler := planned.sampler)
+    except TypeError:
+        sampler = repr(planned.sampler)
+    return folder, case["checkpoint"], sampler, repr(planned.cache), planned.options.get("cfg_scale", 0.0)
 
 
 def _together(lm: dllm.LanguageModel, members: list[tuple[dict[str, Any], Plan]]) -> dict[str, Decoded]:

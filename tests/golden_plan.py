@@ -1,16 +1,16 @@
 """What a recorded decode of a reference implementation is called here: sampler, cache and options.
 
-A case is a row of tests/golden/cases.jsonl, or of the files of ../shared/golden: the checkpoint, prompt and
+A case is a row of a file of tests/golden, or of the files of ../shared/golden: the checkpoint, prompt and
 parameters of one decode by published code, with its sequence. `plan` maps it; what it does not map has no
 counterpart here: `stop_until_eos` and FlashDLM's `early_stop`, which change what is decoded before the end of
 text (here stopping never does); dInfer with a cache, its blocks that begin within the prompt, and its second hierarchy
 where the low threshold is above the other; what published code does by fault where a prompt holds an end-of-text, fills
 exactly one block, or is a sequence of rows; guided cases in which the reference's caches lost count; Dream's cases of
 FreeDave and Fast-dLLM with a cache, which commit each block's first token unconditionally; FreeDave's eager
-drafts with a cache, which are refused here; d2Cache's thresholds and factors on a score other than the
-confidence, other rules on a confidence times `sigma`'s density, factors that commit at least several, and KLASS
-with a cache; and options that are not here (guided
-`aggressive` and `dynamic_threshold`).
+drafts with a cache, which are refused here; WINO as shipped, where it loses what it masked again; d2Cache's
+thresholds and factors on a score other than the confidence, other rules on a confidence times `sigma`'s density,
+factors that commit at least several, and KLASS with a cache; and options that are not here (guided `aggressive` and
+`dynamic_threshold`).
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ def sampler_of(folder: Path, case: dict[str, Any]) -> Any:
             )  # fmt: skip
         case "adablock":
             return AdaBlock(p["threshold"], p["delimiter_ids"], p["delimiter_threshold"])
-        case "wino" if p["mask_id"] not in case["sequence"]:  # as shipped it loses what it masked again
+        case "wino" if p["mask_id"] not in case["sequence"] and p.get("alg", "maskgit_plus") == "maskgit_plus":
             return Wino(p["wide_in_thres"], p["narrow_out_thres"], p.get("num_transfer_tokens", 1))
         case _:
             return None

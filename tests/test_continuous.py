@@ -141,7 +141,7 @@ def test_two_hundred_ragged_prompts_keep_the_slots_busy(tmp_path: Path) -> None:
     questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
     lines = [{"id": n, "prompt": each.question} for n, each in enumerate(word_problems.problems(200, seed=4))]
     questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    options = ["sampler=tiny/threshold", "cache=freecache", "gen_length=96", "batch_size=8", "show=none"]
+    options = ["sampler=tiny/threshold", "cache=freecache", "gen_length=48", "batch_size=8", "show=none"]
     result = command("generate", f"input={questions}", f"output={answers}", *options)
     assert (result.code, result.err) == (0, "")
     told = next(line for line in result.out.splitlines() if "row slots busy" in line)
@@ -151,7 +151,7 @@ def test_two_hundred_ragged_prompts_keep_the_slots_busy(tmp_path: Path) -> None:
     assert len(few) == 5
     freecache, threshold = dllm.cache.FreeCache(), dllm.resolve.resolve("sampler", "tiny/threshold", object)
     for answer in few:
-        alone = dllm.generate(lm, lines[answer["id"]]["prompt"], threshold, freecache, gen_length=96)
+        alone = dllm.generate(lm, lines[answer["id"]]["prompt"], threshold, freecache, gen_length=48)
         assert alone.texts == [answer["text"]]
         assert alone.nfe.tolist() == [answer["nfe"]]
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dllm
-from contract_rig import BY_NAME, GUIDED, LEARNED, Maker, backbones
+from contract_rig import BY_NAME, GUIDED, LEARNED, Maker, backbones, more_backbones
 from dllm.decoding.compatibility import unmet
 from dllm.evaluation.likelihood import Estimate, is_greedy, loglikelihood
 from dllm.filters.training import collect
@@ -142,3 +142,24 @@ def test_what_a_cuda_device_cannot_reduce_is_refused(reduce: str, dtype: torch.d
                 flags.scatter_reduce(1, index, flags[:, :2], reduce)
         else:
             flags.scatter_reduce(1, index, flags[:, :2], reduce)
+
+
+@more_backbones
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_further_families_ask_for_nothing_that_cuda_lacks(make: Maker, dtype: torch.dtype) -> None:
+    lm = make(dtype=dtype)
+    with OnCuda():
+        for sampler, cache in (("edit", "block"), ("sub_blocks", "sub_blocks"), ("threshold", "none")):
+            dllm.generate(lm, [[5], [6, 7, 8]], sampler, cache, gen_length=7, block_length=4, seed=0)
+
+
+@more_backbones
+def test_defaults_that_the_user_set_for_tensors_change_no_tokens_of_further_families(make: Maker) -> None:
+    lm = make()
+
+    def decode() -> list[Any]:
+        out = dllm.generate(lm, [[5], [6, 7, 8]], "edit", "block", gen_length=7, block_length=4)
+        tokens: list[Any] = out.sequences.tolist()
+        return tokens
+
+    _same_whatever_the_defaults(decode)

@@ -36,7 +36,7 @@ SAMPLERS = BY_NAME | {
         for eotp in ("published", "accepted", "safe")
     },
 }
-assert {LEARNED, GUIDED} <= {*BY_NAME.values()}
+assert all(each in BY_NAME.values() for each in (LEARNED, GUIDED))
 
 
 BYTES = byte_tokenizer()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import dllm
-from contract_rig import BY_NAME
+from contract_rig import IN_ORDER
 from dllm.cache import FreeCache
 from dllm.cache.base import Flags, Metered, Plan, Question
 from dllm.cache.store import PerRow, Reuse
@@ -79,7 +79,7 @@ def test_blocks_are_counted_from_the_first_token() -> None:
     assert committed[5] == 8
 
 
-@pytest.mark.parametrize("sampler", BY_NAME.values(), ids=BY_NAME)
+@pytest.mark.parametrize("sampler", IN_ORDER.values(), ids=IN_ORDER)
 def test_a_row_ignores_its_batchmates(sampler: Any) -> None:
     for reuse in ("none", FROZEN, "dual", "prefix", "d2cache"):
         if unmet(sampler, dllm.resolve.resolve("cache", reuse, object)):

@@ -136,10 +136,10 @@ class Canvas:
         self.ends[row, : len(request.eos_token_ids)] = request.eos_token_ids
 
     def _close(self, row: int, opening: int) -> None:
-        """Leave a row its first positions to generate; the others are there once it grows."""
+        """Leave a row its first positions to generate; the others hold end-of-text until it grows."""
         self.end[row] = min(self.start[row] + opening, self.full[row])
         later = slice(self.end[row], self.full[row])
-        self.region[row, later], self.cut[row, later] = False, True
+        self.region[row, later], self.cut[row, later], self.host[row, later] = False, True, self.ends[row, 0]
 
     @property
     def spans(self) -> NDArray[np.int64]:
@@ -232,10 +232,11 @@ class Canvas:
                 raise RuntimeError("a sampler finished a row that has masks")
             done &= finished | stopped.any(1)
         done &= ~failed & (~held | stopped.any(1))
-        filled |= self._fill_rest(rows, done)
+        rest = self._rest(rows) & done[:, None]
         self._enter_blocks(rows[~done & ~failed], held[~done & ~failed])
-        gained = unset.sum(1) - (self.host[rows] == self.mask_token_id).sum(1)
+        gained = unset.sum(1) - (self.host[rows] == self.mask_token_id).sum(1) + rest.sum(1)
         committed, revoked = changed & ~masked & ~filled, changed & masked & ~filled
+        filled |= rest
         return Change(rows, committed, committed & ~unset, revoked, filled, gained, rows[done], rows[failed], grown)
 
     def visible(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -296,17 +297,15 @@ class Canvas:
             opened = (column >= end[:, None]) & (column < self.end[rows, None])
             self.region[rows] |= opened
             self.cut[rows] &= ~opened
+            self.host[rows] = np.where(opened, self.mask_token_id, self.host[rows])
             at = np.flatnonzero(grown)
             self._region[self._put(at)] = self._put(self.region[rows[at]])
         return grown
 
-    def _fill_rest(self, rows: NDArray[np.int64], done: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Fill the positions that finished rows have not gained with end-of-text."""
+    def _rest(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """(B, L) positions that rows have not gained."""
         column = np.arange(self.length)
-        rest = done[:, None] & (column >= self.end[rows, None]) & (column < self.full[rows, None])
-        if rest.any():
-            self._fill(rows, rest)
-        return rest
+        return np.asarray((column >= self.end[rows, None]) & (column < self.full[rows, None]))
 
     def _settled(self, rows: NDArray[np.int64], held: NDArray[np.bool_], final: bool) -> NDArray[np.int64]:
         """(B,) the column before which tokens stay: the first mask, or the start of a block that may change."""

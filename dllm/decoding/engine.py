@@ -191,6 +191,8 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Reject (ValueError) what the sampler cannot decode."""
+        if request.open_ended and self.sampler.opening(request) is None:
+            raise ValueError("gen_length=auto needs a sampler that finds the length (daedal); use it, or give a number")
         with torch.device("cpu"):
             self.sampler.check(self._state, request)
 

@@ -25,7 +25,8 @@ class Options:
     """All options of a run except model, prompts, sampler and cache.
 
     Attributes:
-        gen_length: positions G to generate per prompt; unused by `infill`.
+        gen_length: positions G to generate per prompt; unused by `infill`. "auto" is what the model's context leaves,
+            for samplers that find the length themselves (`daedal`); the rest is filled with end-of-text.
         block_length: positions K decoded at a time, left to right; None for all at once. The last block is shorter
             where K does not divide G. "auto" is 32, or the block of a model whose attention is causal over blocks; such
             a model attends in blocks of K, and None is its own.
@@ -54,7 +55,7 @@ class Options:
         ValueError: a value out of range.
     """
 
-    gen_length: int = 128
+    gen_length: int | Literal["auto"] = 128
     block_length: int | Literal["auto"] | None = "auto"
     temperature: float = 0.0
     top_p: float | None = None
@@ -72,7 +73,8 @@ class Options:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             object.__setattr__(self, name, _plain(name, value))
-        number("gen_length", self.gen_length, "a whole number of at least 1", low=1, whole=True)
+        if self.gen_length != "auto":
+            number("gen_length", self.gen_length, "a whole number of at least 1, or auto", low=1, whole=True)
         if self.block_length is not None and self.block_length != "auto":
             number("block_length", self.block_length, "a whole number of at least 1, auto, or null", low=1, whole=True)
         number("cfg_scale", self.cfg_scale, "0 (off) or a positive number", low=0, high=1e6)
@@ -129,8 +131,10 @@ def make_request(
         options.temperature, options.top_p, options.top_k, options.eos_suppression, eos,
         backbone.tempered_confidence if tempered is None else tempered,
     )  # fmt: skip
-    _check_prompt(lm, ids, options.gen_length, infill, name)
-    tokens = np.asarray([*ids, *[backbone.mask_token_id] * (0 if infill else options.gen_length)], dtype=np.int64)
+    open_ended = not infill and options.gen_length == "auto"
+    length = max(1, backbone.max_length - len(ids)) if options.gen_length == "auto" else options.gen_length
+    _check_prompt(lm, ids, length, infill, name)
+    tokens = np.asarray([*ids, *[backbone.mask_token_id] * (0 if infill else length)], dtype=np.int64)
     return Request(
         tokens=tokens,
         mask_token_id=backbone.mask_token_id,
@@ -143,6 +147,7 @@ def make_request(
         tokenizer=lm.tokenizer,
         infill=infill,
         from_start=pattern is not None,
+        open_ended=open_ended,
     )
 
 

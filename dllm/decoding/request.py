@@ -29,6 +29,7 @@ class Request:
         infill: the answer is the whole text, not only what follows the prompt.
         max_forwards: denoiser forwards after which the request fails; None for no limit.
         from_start: blocks are counted from the first token, and not from the first position to generate.
+        open_ended: the sampler is to find the length (gen_length=auto).
     """
 
     tokens: Int[np.ndarray, " n"]
@@ -43,6 +44,7 @@ class Request:
     infill: bool = False
     max_forwards: int | None = None
     from_start: bool = False
+    open_ended: bool = False
 
     @cached_property
     def region(self) -> Bool[np.ndarray, " n"]:

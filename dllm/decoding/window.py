@@ -82,7 +82,7 @@ class Edit:
         block_length: length of the active block from now on, of policies that choose it (`Sampler.reach`): at most that
             of the window; 0 for no change. None: no change.
         grown: positions by which each row grows at its end, of policies that choose the length (`Sampler.opening`);
-            this edit may write them, and they are [MASK] otherwise. None: no growth.
+            this edit writes them. None: no growth.
         held: rows that stay at their block although it has no mask left, so that the policy may revise it; they are not
             finished either. None: no row.
         final: whether committed tokens stay. Where they may change until their block is complete, neither end-of-text

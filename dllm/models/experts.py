@@ -175,15 +175,19 @@ class Experts(nn.ModuleList):
 
     def _one_by_one(self, x: Float[Tensor, "N d"], experts: Int[Tensor, "N k"]) -> Float[Tensor, "N k d"]:
         """The outputs of the chosen experts, each computed where it is chosen."""
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph has fixed shapes: every expert, everywhere
-            every = torch.stack([expert(x) for expert in self], dim=1)
-            return every.gather(1, experts[..., None].expand(-1, -1, x.shape[-1]))
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph has fixed shapes
+            return self._everywhere(x, experts)
         out = x.new_zeros((*experts.shape, x.shape[-1]))
         for index, expert in enumerate(self):
             where = (experts == index).nonzero(as_tuple=True)
             if len(where[0]):
                 out = out.index_put(where, expert(x[where[0]]))
         return out
+
+    def _everywhere(self, x: Float[Tensor, "N d"], experts: Int[Tensor, "N k"]) -> Float[Tensor, "N k d"]:
+        """The same, with every expert computed at every position."""
+        every = torch.stack([expert(x) for expert in self], dim=1)
+        return every.gather(1, experts[..., None].expand(-1, -1, x.shape[-1]))
 
     def _side_by_side(self, x: Tensor) -> _Joined | None:
         """The joined weights, which the experts' own are views of; None where there is no grouped product of them."""

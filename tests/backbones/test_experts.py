@@ -44,6 +44,12 @@ def test_a_grouped_product_is_the_sum_over_the_experts(rows: int) -> None:
     torch.testing.assert_close(experts(x, index, weights), spelt, rtol=0, atol=1e-5)  # with gradients
 
 
+def test_experts_computed_at_every_position_give_the_same() -> None:
+    experts = small(dtype=torch.float64)
+    x, index, _ = chosen(9, experts)
+    torch.testing.assert_close(experts._everywhere(x.double(), index), experts._one_by_one(x.double(), index))
+
+
 def test_weights_that_change_after_a_product_are_those_of_the_next() -> None:
     experts = small()
     x, index, weights = chosen(9, experts)

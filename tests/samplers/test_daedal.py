@@ -191,3 +191,23 @@ def test_what_it_cannot_do_is_refused() -> None:
 def test_values_out_of_range_are_named(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"{name}=.*use "):
         Daedal(**{name: value})
+
+
+@MODELS
+def test_an_automatic_length_is_what_the_context_leaves(make: Any) -> None:
+    lm, options = make(max_length=40), OPTIONS | {"eos_token_id": ENDS}
+    for prompt in PROMPTS:
+        auto, given = (
+            dllm.generate(lm, [prompt], GROWING[0], **options | {"gen_length": length})
+            for length in ("auto", 40 - len(prompt))
+        )
+        assert torch.equal(auto.sequences, given.sequences)
+    with pytest.raises(ValueError, match="gen_length=auto needs a sampler that finds the length"):
+        dllm.generate(lm, PROMPTS, "threshold", gen_length="auto")
+    with pytest.raises(ValueError, match="gen_length=auto needs a sampler that finds the length"):
+        dllm.Engine(lm, "vanilla").add([5], gen_length="auto")
+    with pytest.raises(ValueError, match="has 40 tokens; the model's context of 40 leaves room for 39"):
+        dllm.generate(lm, [[5] * 40], "daedal", gen_length="auto")
+    for wrong in ("long", 0, None):
+        with pytest.raises(ValueError, match=r"gen_length=.*or auto"):
+            dllm.Options(gen_length=wrong)

@@ -38,6 +38,7 @@ def spelt_out(values: list[float], gamma: float, leave_out: str = "largest", at_
 def test_the_longest_prefix_within_the_bound_is_committed(
     values: list[float], gamma: float, leave_out: Any, at_least: int
 ) -> None:
+    values = [round(value, 6) for value in values]
     found = chosen(EB(gamma, leave_out=leave_out, at_least=at_least), values)
     near = [spelt_out(values, max(gamma + off, 0), leave_out, at_least) for off in (-1e-9, 1e-9)]
     assert len(near[0]) <= len(found) <= len(near[1])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import dllm
@@ -31,7 +31,10 @@ def spelt_out(values: list[float], threshold: float, low: float) -> list[int]:
 
 @given(confidences, st.floats(0, 1.2), st.floats(0, 1))
 def test_commits_as_spelt_out(values: list[float], threshold: float, share: float) -> None:
-    assert chosen(Hierarchical(threshold, share * threshold), values) == spelt_out(values, threshold, share * threshold)
+    values, low = [round(value, 6) for value in values], share * threshold
+    # The rig gives a confidence up to rounding.
+    assume(all(min(abs(value - threshold), abs(value - low)) > 1e-9 for value in values if value == value))
+    assert chosen(Hierarchical(threshold, low), values) == spelt_out(values, threshold, low)
 
 
 def test_each_run_gives_its_best_above_the_low_threshold() -> None:

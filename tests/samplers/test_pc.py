@@ -101,6 +101,11 @@ class TestTables:
         shares = Frequencies({"1": 3, "2": 1}).shares(4)
         assert shares.tolist() == [0.25, 0.75, 0.25, 0.25]
 
+    def test_equal_tables_are_one_key(self) -> None:
+        one, same, other = (PC(Frequencies({"1": count, "2": 1})) for count in (3, 3, 4))
+        assert {one: "found"}[same] == "found"
+        assert other not in {one}
+
     def test_is_read_as_it_was_written(self, tmp_path: Path) -> None:
         lm = random_llada(tokenizer=True)
         table = count_tokens(["Tom has 12 pens."], lm.tokenizer)

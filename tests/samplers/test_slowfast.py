@@ -94,7 +94,7 @@ def test_decodes_as_spelt_out(make: Any, sampler: SlowFast) -> None:
     assert out.stats.computed_share == pytest.approx(1 - hidden / whole)
 
 
-def test_fast_steps_hide_what_is_behind_the_cycle() -> None:
+def test_fast_steps_hide_what_comes_after_the_cycle() -> None:
     lm = random_llada()
     sampler = SlowFast(0.3, 0.2, 3, 3, 1.0)
     assert dllm.generate(lm, PROMPTS, sampler, **OPTIONS).stats.computed_share < 0.97
