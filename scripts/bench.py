@@ -73,9 +73,10 @@ def bench(cfg: DictConfig) -> None:
         torch.set_num_threads(cfg.threads)
     lm = _load(cfg)
     weights = sum(each.nbytes for each in lm.backbone.parameters())
-    # The reference implementations run on unpacked weights.
-    plain = copy.deepcopy(lm.backbone) if cfg.model.pack and cfg.references else None
-    if cfg.model.pack:
+    # The reference implementations run on unpacked weights, and so does everything unless told otherwise.
+    packed = cfg.model.pack is True
+    plain = copy.deepcopy(lm.backbone) if packed and cfg.references else None
+    if packed:
         pack(lm.backbone)
     for sampler, cache in settings.values():
         compatibility.check(sampler, cache, 0.0, lm.backbone)
@@ -86,7 +87,7 @@ def bench(cfg: DictConfig) -> None:
     names = ("canvas", "gen_length", "block_length", "batch_size", "commits_per_step", "repeats")
     sizes = ", ".join(f"{name}={cfg[name]}" for name in names)
     dtype = str(lm.backbone.dtype).removeprefix("torch.")
-    if cfg.model.pack:
+    if packed:
         dtype += " packed (not for reference implementations)"
     caption = f"{lm.name}, {dtype}, {sizes}, {device} with {torch.get_num_threads()} thread(s)"
     text = f"{markdown(caption)}\n\n{_costs_table(costs, weights)}\n{_shares_table(costs)}"

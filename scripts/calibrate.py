@@ -22,6 +22,7 @@ from dllm.calibration import Calibration
 from dllm.checks import number, seed, threads
 from dllm.escape import terminal
 from dllm.evaluation.risk import Test, fixed_sequence, losses_of
+from dllm.evaluation.run_folder import sessions
 from dllm.resolve import CALIBRATION, TARGET, build, options_of
 from dllm.samplers.base import Knob, Sampler
 from dllm.scripts import app, evaluate, own
@@ -85,6 +86,7 @@ class _Runs:
 
     def __init__(self, cfg: DictConfig, fields: Mapping[str, Any]) -> None:
         self._cfg, self._fields = cfg, fields
+        self._weights: list[dict[str, Any]] = []
         self.first: dict[str, Any] = {}
         self.last: dict[str, Any] = {}
 
@@ -115,18 +117,21 @@ class _Runs:
         found = {str(name): float(score) for name, score in zip(table["id"], table[main], strict=True)}
         if not all(0 <= score <= 1 for score in found.values()):
             raise ValueError(f"task={task!r} has scores outside 0 to 1; use task.metric= for another score")
-        self.first = self.first or self.last
+        if not self.first:
+            self.first, self._weights = self.last, sessions(folder)[-1:]
+            if not self._weights or "weights" not in self._weights[0]:
+                raise ValueError(f"{folder}/manifest.json is damaged; remove {folder} to run that setting again")
         return found
 
     def card(self, knob: str, tests: Sequence[Mapping[str, Any]]) -> Calibration:
         """The card of the fastest certified value."""
-        fields, model = self._fields, self.first["loading"]
+        fields = self._fields
         asked = canonical(fields, KINDS)
         certified = [test for test in tests if test["certified"]]
         best = min(certified, key=lambda test: test["nfe"], default=None)
         return Calibration(
             model=self.first["model"],
-            weights=model["weights"],
+            weights=str(self._weights[0]["weights"]),
             sampler={name: value for name, value in fields["sampler"].items() if name != CALIBRATION},
             knob=knob,
             value=None if best is None else best["value"],
