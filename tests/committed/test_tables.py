@@ -48,7 +48,7 @@ def test_pages_show_the_measured_tables(page: str, heading: str, file: str) -> N
 def test_every_cache_is_measured_and_computes_less() -> None:
     for model in ("tiny-llada", "tiny-dream"):
         measured = {run["cache.name"]: run for run in runs(f"caches/{model}")}
-        assert set(measured) == set(names("cache"))
+        assert set(measured) == set(names("cache")) - {"block", "sub_blocks"}  # for block-causal models
         exact = measured["none"]
         for name in ("dual", "freecache", "prefix"):
             assert float(measured[name]["accuracy"]) >= float(exact["accuracy"]) - 0.03
@@ -96,7 +96,9 @@ def test_every_method_stays_within_a_point_of_one_token_per_step_at_most_at_60_p
 
 def test_the_frontier_shown_is_of_every_policy_with_three_caches() -> None:
     pairs = {(run["sampler.name"], run["cache.name"]) for run in runs("frontier")}
-    assert pairs == {(name, cache) for name in names("sampler") for cache in ("none", "dual", "freecache")}
+    # A canvas that grows takes no cache.
+    policies = set(names("sampler")) - {"daedal"}
+    assert pairs == {(name, cache) for name in policies for cache in ("none", "dual", "freecache")}
     assert {run["n"] for run in runs("frontier")} == {"100"}
     # Over the same cache these give the very answers of one token per step, in fewer forwards.
     found = {(run["sampler.name"], run["cache.name"]): run for run in runs("frontier")}
