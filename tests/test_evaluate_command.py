@@ -23,6 +23,7 @@ from dllm.evaluation.metrics import wilson
 from dllm.evaluation.run_folder import RunFolder
 from dllm.evaluation.trace import Trace
 from dllm.files import write_json
+from dllm.resolve import names, text
 from dllm.scripts import evaluate as application
 from dllm.tasks import word_problems
 from models import random_llada, save_folder
@@ -64,8 +65,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 class TestFiles:
     def test_a_run_leaves_results_samples_trace_and_manifest(self, finished: Path) -> None:
-        names = {path.name for path in finished.iterdir()}
-        assert names == {"results.json", "samples.parquet", "trace.safetensors", "manifest.json"}
+        members = {path.name for path in finished.iterdir()}
+        assert members == {"results.json", "samples.parquet", "trace.safetensors", "manifest.json"}
 
     def test_samples_are_what_generate_answers(self, finished: Path) -> None:
         rows = parquet.read_table(finished / "samples.parquet").to_pylist()
@@ -136,11 +137,11 @@ def test_the_same_command_gives_the_same_numbers_and_does_nothing_twice(finished
 def test_a_kill_after_the_results_leaves_nothing_behind(tmp_path: Path) -> None:
     assert run(tmp_path, "task.limit=1").code == 0
     (folder,) = folders(tmp_path)
-    names = {path.name for path in folder.iterdir()}
+    members = {path.name for path in folder.iterdir()}
     (folder / "frames").mkdir()
     (folder / "journal.jsonl").write_text("")
     assert run(tmp_path, "task.limit=1").code == 0
-    assert {path.name for path in folder.iterdir()} == names
+    assert {path.name for path in folder.iterdir()} == members
 
 
 def test_what_the_results_depend_on_has_a_folder_of_its_own(tmp_path: Path) -> None:
@@ -280,19 +281,23 @@ class TestSweeps:
         assert "radius=-1 is out of range" in json.loads(next(tmp_path.glob("*/error.json")).read_text())["message"]
 
     @pytest.mark.parametrize(
-        ("sweep", "samplers", "caches"), [("frontier", 9, 3), ("thresholds", 1, 1), ("caches", 1, 7)]
+        ("sweep", "samplers", "caches"),
+        [("frontier cache=freecache", len(names("sampler")) - 1, 1), ("thresholds", 1, 1), ("caches", 1, 7)],
     )
     def test_ready_sweeps_run_and_are_reported(self, sweep: str, samplers: int, caches: int, tmp_path: Path) -> None:
         fast = ("task.limit=1", "gen_length=32", "baselines=0")
-        outcome = command("evaluate", f"sweep={sweep}", f"out={tmp_path}", *fast)
+        outcome = command("evaluate", "-m", *f"sweep={sweep}".split(), f"out={tmp_path}", *fast)
         assert outcome.code == 0, outcome.err
         found = results(tmp_path)
         assert len({each["sampler"]["name"] for each in found}) == samplers
         assert len({each["cache"]["name"] for each in found}) == caches
         assert len(found) == max(samplers * caches, 7)
         assert command("report", str(tmp_path)).code == 0
-        names = {"report.md", "report.csv", "report.html", "quality-nfe.svg", "quality-speed.svg"}
-        assert names <= {path.name for path in tmp_path.iterdir()}
+        files = {"report.md", "report.csv", "report.html", "quality-nfe.svg", "quality-speed.svg"}
+        assert files <= {path.name for path in tmp_path.iterdir()}
+
+    def test_the_frontier_is_of_three_caches(self) -> None:
+        assert "cache: none,dual,freecache\n" in text("sweep/frontier")
 
     def test_slurm_has_a_configuration(self) -> None:
         pytest.importorskip("submitit")
