@@ -29,7 +29,7 @@ class Calibrated:
 
     calibration: str | Path
     base: Sampler | None = None
-    card: Calibration = field(init=False, repr=False)
+    card: Calibration = field(init=False, repr=False, compare=False)
     policy: Sampler = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -30,6 +30,8 @@ from dllm.decoding.window import Edit, Window
 from dllm.resolve import resolve
 from dllm.samplers.base import Denoise, Policy, Sampler, constant_denoiser, single_forward
 
+_PER_POSITION = 12  # steps after the last mask, of the engine's budget
+
 
 @dataclass(frozen=True)
 class EditState:
@@ -90,8 +92,14 @@ class Editing(Policy):
         return EditState(base, base.start(setup), torch.zeros(setup.slots, dtype=torch.long, device=setup.device))
 
     def check(self, state: EditState, request: Request) -> None:
-        """Reject what the base rejects."""
+        """Reject what the base rejects, and more steps than a row may take."""
         state.base.check(state.state, request)
+        most = _PER_POSITION * request.span // request.block_count
+        if self.max_post_steps > max(most, 16):
+            raise ValueError(
+                f"max_post_steps={self.max_post_steps} is out of range; use at most {max(most, 16)} "
+                f"({_PER_POSITION} steps per generated position)"
+            )
 
     def enter(self, state: EditState, row: int, request: Request) -> None:
         """Begin the row of the base; its block has masks."""

@@ -99,7 +99,7 @@ class Saber(Policy):
         state.last[at, :width] = highest
         state.committed[at, :width] = torch.where(chosen, confidence, state.committed[at, :width])
         tokens = prediction.tokens.masked_fill(revoked, state.mask_token_id)
-        return Edit(window.columns, tokens, chosen | revoked)
+        return Edit(window.columns, tokens, chosen | revoked, final=False)
 
     def _recalled(self, window: Window, state: Confidences) -> tuple[Float[Tensor, "B K"], Float[Tensor, " B"]]:
         """The last probabilities in the block, and the mean confidence of what was committed so far."""

@@ -79,7 +79,9 @@ class Timetables:
     def quota(self, steps: Int[Tensor, " B"], window: Window) -> Int[Tensor, " B"]:
         """Tokens to commit in this step."""
         kind = torch.searchsorted(torch.tensor(self.kinds, device=steps.device), steps)
-        return self.table[kind, window.entry_masks, window.step]
+        # Wrappers may take more steps in a block than it has: then one token each.
+        step = window.step.clamp(max=self.table.shape[2] - 1)
+        return self.table[kind, window.entry_masks, step].maximum(window.masked.any(-1).long())
 
 
 @dataclass(frozen=True)

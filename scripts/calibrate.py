@@ -27,6 +27,7 @@ from dllm.resolve import CALIBRATION, TARGET, build, options_of
 from dllm.samplers.base import Knob, Sampler
 from dllm.scripts import app, evaluate, own
 from dllm.scripts.kinds import canonical
+from dllm.tasks.base import Task
 
 KINDS = get_type_hints(dllm.Options) | {
     "knob": str | None,
@@ -63,13 +64,13 @@ def calibrate(cfg: DictConfig) -> None:
         named = str(HydraConfig.get().runtime.choices["sampler"])
 
         def losses(value: float) -> NDArray[np.float64]:
-            scores = runs.scores({**fields["sampler"], knob: value}, named, f"{knob}={value:g}")
+            scores = runs.scores({**fields["sampler"], knob: value}, named, f"{knob}={value!r}")
             return losses_of(*_paired(base, scores))
 
         print(f"one token per step: {_shown(runs.last)}", flush=True)
         for test in fixed_sequence(values, losses, fields["loss"], fields["delta"]):
             tests.append(_row(test, runs.last))
-            print(f"{knob}={test.setting:g}: {_shown(runs.last)}  {_verdict(test)}", flush=True)
+            print(f"{knob}={test.setting!r}: {_shown(runs.last)}  {_verdict(test)}", flush=True)
     card = runs.card(knob, tests)
     own.write("out", fields["out"], {plot_file: (own.CERTIFICATE, plot)} if (plot := _plot(card)) else {})
     card.write(card_file)
@@ -127,6 +128,8 @@ class _Runs:
         """The card of the fastest certified value."""
         fields = self._fields
         asked = canonical(fields, KINDS)
+        task: Task = build("task", self._cfg.task, Task)
+        used = {"gen_length": task.gen_length} if asked["gen_length"] is None else {}
         certified = [test for test in tests if test["certified"]]
         best = min(certified, key=lambda test: test["nfe"], default=None)
         return Calibration(
@@ -136,7 +139,9 @@ class _Runs:
             knob=knob,
             value=None if best is None else best["value"],
             cache=dict(fields["cache"]),
-            options={name: asked[name] for name in sorted(dllm.Options.__dataclass_fields__) if name in asked},
+            options={
+                name: used.get(name, asked[name]) for name in sorted(dllm.Options.__dataclass_fields__) if name in asked
+            },
             task=self.first["task"],
             data=self.first["asked"],
             n=self.first["metrics"]["n"],
@@ -225,7 +230,7 @@ def _summary(card: Calibration, file: Path) -> str:
     best = next(test for test in card.tests if test["value"] == card.value)
     faster = card.baseline["nfe"] / best["nfe"]
     return (
-        f"{card.knob}={card.value:g} is the fastest that {what.partition(' ')[2].partition(' ')[2]}: "
+        f"{card.knob}={card.value!r} is the fastest that {what.partition(' ')[2].partition(' ')[2]}: "
         f"NFE {best['nfe']:.1f}, {faster:.1f}x fewer forwards than one token per step  -> {where}"
     )
 
@@ -245,7 +250,7 @@ def _plot(card: Calibration) -> bytes | None:
     for name, style in (("mean_loss", "o-"), ("bound", "v--")):
         axes.plot(nfe, [test[name] for test in card.tests], style, label={"mean_loss": "lost"}.get(name, name))
     for test in card.tests:
-        axes.annotate(f"{test['value']:g}", (test["nfe"], test["bound"]), fontsize=8, ha="left", va="bottom")
+        axes.annotate(repr(test["value"]), (test["nfe"], test["bound"]), fontsize=8, ha="left", va="bottom")
     title = f"{card.model}, {card.knob} of {card.sampler[TARGET].rpartition('.')[2]}, n = {card.n}"
     axes.set(xlabel="NFE per sample", ylabel="answers lost against one token per step", title=title)
     axes.legend()

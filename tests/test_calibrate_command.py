@@ -59,7 +59,7 @@ def test_losses_are_those_of_the_samples(made: tuple[Path, Outcome], card: Path)
     folders = {path.parent.name.rpartition("-")[0]: path for path in made[0].rglob("samples.parquet")}
     base = pandas.read_parquet(folders["vanilla"]).set_index("id")["final answer"]
     for test in Calibration.read(card).tests:
-        name = next(name for name in folders if name.endswith(f"threshold={test['value']:g}"))
+        name = next(name for name in folders if name.endswith(f"threshold={test['value']!r}"))
         other = pandas.read_parquet(folders[name]).set_index("id")["final answer"]
         assert test["mean_loss"] == pytest.approx((base - other).clip(lower=0).mean())
 

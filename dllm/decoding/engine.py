@@ -167,7 +167,7 @@ class Engine:
         own = parse_options(options)
         ids = encode_one(prompt, self.lm.tokenizer, attention_mask)
         (seed,) = seeds(own.seed, 1)
-        request = make_request(self.lm, ids, own, seed, infill, "prompt", self.pattern)
+        request = make_request(self.lm, ids, own, seed, infill, "prompt", self.pattern, self.max_length)
         return self.submit(replace(request, max_forwards=max_forwards))
 
     def submit(self, request: Request) -> int:

@@ -104,6 +104,7 @@ def make_request(
     infill: bool,
     name: str,
     pattern: BlockCausal | None,
+    most: int | None = None,
 ) -> Request:
     """Build the request for one prompt.
 
@@ -115,6 +116,7 @@ def make_request(
         infill: `ids` contain the masks.
         name: of the prompt in errors.
         pattern: the attention pattern of the engine.
+        most: positions of a row; None for the model's context.
 
     Raises:
         ValueError: an option or a prompt that does not fit the model.
@@ -132,7 +134,7 @@ def make_request(
         backbone.tempered_confidence if tempered is None else tempered,
     )  # fmt: skip
     open_ended = not infill and options.gen_length == "auto"
-    length = max(1, backbone.max_length - len(ids)) if options.gen_length == "auto" else options.gen_length
+    length = max(1, (most or backbone.max_length) - len(ids)) if options.gen_length == "auto" else options.gen_length
     _check_prompt(lm, ids, length, infill, name)
     tokens = np.asarray([*ids, *[backbone.mask_token_id] * (0 if infill else length)], dtype=np.int64)
     return Request(

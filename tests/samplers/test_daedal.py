@@ -211,3 +211,10 @@ def test_an_automatic_length_is_what_the_context_leaves(make: Any) -> None:
     for wrong in ("long", 0, None):
         with pytest.raises(ValueError, match=r"gen_length=.*or auto"):
             dllm.Options(gen_length=wrong)
+
+
+def test_the_longest_length_is_what_the_engine_holds() -> None:
+    engine = dllm.Engine(random_llada(), "daedal", batch_size=2, max_length=40)
+    engine.add([5, 6, 7], gen_length="auto")
+    answers = [answer for step in engine.steps() for answer in step.answers.values()]
+    assert [len(answer.completion) for answer in answers] == [37]

@@ -141,3 +141,11 @@ def test_masks_in_a_text_are_filled_and_its_tokens_kept() -> None:
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Editing(**options)
+
+
+def test_more_steps_than_a_row_may_take_are_refused() -> None:
+    lm, options = random_llada(), {"gen_length": 32, "block_length": 4}
+    with pytest.raises(ValueError, match="max_post_steps=64 is out of range; use at most 48"):
+        dllm.generate(lm, [[5]], Editing(max_post_steps=64), **options)
+    result = dllm.generate(lm, [[5], [6]], Editing(0.0, 48), temperature=1.0, seed=0, **options)
+    assert not any(result.errors)

@@ -98,3 +98,16 @@ def test_infilled_text_is_kept_and_rows_ignore_whoever_had_their_number(make: An
 def test_values_out_of_range_are_named(value: Any) -> None:
     with pytest.raises(ValueError, match=r"at_least=.*use "):
         Saber(value)
+
+
+@pytest.mark.parametrize("block_length", [8, 24])
+def test_an_end_of_text_that_may_be_revoked_ends_nothing(block_length: int) -> None:
+    lm, options = random_dream(vocab=16, seed=1), {"gen_length": 24, "block_length": block_length}
+    for seed in range(4):
+        stopped, whole = (
+            dllm.generate(lm, [[5, 6, 7], [3]], Saber(2), stop_at_eos=stop, seed=seed, **options)
+            for stop in (True, False)
+        )
+        for row, tokens in enumerate(whole.completions.tolist()):
+            end = tokens.index(14) + 1 if 14 in tokens else len(tokens)
+            assert stopped.completions[row, :end].tolist() == tokens[:end]

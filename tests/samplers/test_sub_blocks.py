@@ -87,3 +87,10 @@ def test_a_part_as_long_as_the_block_is_the_base(make: Maker) -> None:
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SubBlocks(**options)
+
+
+def test_a_base_with_a_timetable_may_take_more_steps_than_it_has() -> None:
+    base = Vanilla(steps=8, schedule="timestep")
+    result = dllm.generate(random_llada(), [[5], [6, 7]], SubBlocks(2, base), gen_length=32, block_length=8)
+    assert (result.nfe <= 32).all()
+    assert not any(result.errors)

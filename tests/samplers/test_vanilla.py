@@ -48,11 +48,11 @@ def quotas_of(sampler: Vanilla, length: int, masks: int) -> list[int]:
     sampler.check(state, whole)
     sampler.enter(state, 0, whole)
     assert sampler.steps is not None
-    views = [
-        window(torch.ones(length, dtype=torch.bool), step, entry_masks=masks, span=length)
-        for step in range(sampler.steps)
-    ]
-    return [int(sampler._quota(view, state)) for view in views]
+    quotas: list[int] = []
+    for step in range(sampler.steps):
+        left = torch.arange(length) < masks - sum(quotas)
+        quotas.append(int(sampler._quota(window(left, step, entry_masks=masks, span=length), state)))
+    return quotas
 
 
 def test_the_uniform_schedule_gives_the_remainder_to_the_first_steps() -> None:
