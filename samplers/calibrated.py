@@ -11,7 +11,7 @@ from dllm.calibration import Calibration
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
 from dllm.decoding.window import Edit, Window
-from dllm.resolve import build
+from dllm.resolve import CALIBRATION, build
 from dllm.samplers.base import Denoise, Sampler
 
 
@@ -39,7 +39,14 @@ class Calibrated:
                 f"calibration={str(self.calibration)!r} certifies no {card.knob}: none lost at most {card.loss:g} with "
                 f"probability {1 - card.delta:g}; calibrate with safer values, more problems or a larger loss"
             )
-        own: Any = build("calibration.sampler", {**card.sampler, card.knob: card.value}, Sampler)
+        try:
+            if CALIBRATION in card.sampler:
+                raise ValueError("it names another card")
+            own: Any = build("sampler", {**card.sampler, card.knob: card.value}, Sampler)
+        except ValueError as error:
+            raise ValueError(
+                f"calibration={str(self.calibration)!r} is damaged ({error}); make it again with dllm calibrate"
+            ) from None
         if self.base is not None:
             given: Any = self.base
             if type(given) is not type(own) or replace(given, **{card.knob: card.value}) != own:

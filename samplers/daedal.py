@@ -13,6 +13,8 @@ end-of-text. Every step commits a token or adds positions, so a row ends within 
 It needs predictions for the whole canvas, and inserted masks move what follows them: there is no cache for it, it does
 not infill, and it needs a model that attends to the whole canvas.
 
+Near the longest length an insertion moves what no longer fits off the end, as in the reference.
+
 Differences: where no end-of-text tokens fit, the reference repeats the forward over the same canvas.
 """
 

@@ -133,7 +133,7 @@ class FreeDave(Policy):
     def enter(self, state: DraftState, row: int, request: Request) -> None:
         """Reset the row: there are no predictions to draft from."""
         state.base.enter(state.state, row, request)
-        state.block[row] = -1
+        state.block[row], state.entry[row] = -1, 0
         # Each draft that differs from the previous one has at least one more token.
         state.deepest = max(state.deepest, request.span + 1)
 

@@ -10,7 +10,8 @@ before its first forward, so it qualifies after history + 1 forwards at the earl
 
 With ahead=true, as in d2Cache's implementation, the positions of later blocks are predicted, too, so that a
 block begins with a history. With ahead=false each block begins without: a cache then has fewer positions to
-compute, and a forward fewer to project to the vocabulary.
+compute, and a forward fewer to project to the vocabulary. The distributions that are compared take several times the
+memory of a step's logits, which with ahead=true are those of all masks.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def quota_of_step(steps: int, window: Window) -> Int[Tensor, " B"]:
 def steps_of_block(steps: Int[Tensor, " B"] | int, window: Window) -> Int[Tensor, " B"]:
     """Steps of each row's active block, in proportion to its length, and at least one."""
     before, through = steps_around_block(steps, window)
-    return through - before
+    return (through - before).clamp(min=1)  # of blocks beyond the end, as views have, there are none
 
 
 def steps_around_block(steps: Int[Tensor, " B"] | int, window: Window) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
@@ -83,6 +83,6 @@ def steps_around_block(steps: Int[Tensor, " B"] | int, window: Window) -> tuple[
 
 def uniform_quota(steps: Int[Tensor, " B"] | int, window: Window) -> Int[Tensor, " B"]:
     """Tokens to commit in this step by LLaDA's schedule: floor(masks / steps), the remainder in the first steps."""
-    # With fewer masks than steps, each step commits one until none is left.
+    # With fewer masks than steps, each step commits one until none is left, as do steps that a wrapper takes beyond.
     steps, masks = steps_of_block(steps, window), window.entry_masks
-    return masks // steps + (window.step < masks % steps)
+    return (masks // steps + (window.step < masks % steps)).maximum(window.masked.any(-1).long())

@@ -19,7 +19,7 @@ from pyarrow import parquet
 
 import dllm
 from dllm.calibration import Calibration
-from dllm.checks import number, seed, threads
+from dllm.checks import naming, number, seed, threads
 from dllm.escape import terminal
 from dllm.evaluation.risk import Test, fixed_sequence, losses_of
 from dllm.evaluation.run_folder import sessions
@@ -57,6 +57,7 @@ def calibrate(cfg: DictConfig) -> None:
     out = Path(fields["out"])
     card_file, plot_file = out / "calibration.json", out / "calibration.svg"
     own.check("out", fields["out"], {card_file: own.CALIBRATION, plot_file: own.CERTIFICATE})
+    _check_card(fields, knob, card_file)
     runs = _Runs(cfg, fields)
     with evaluate.limited_threads(fields["threads"]):
         base = runs.scores({**options_of("sampler", "vanilla"), CALIBRATION: None}, "vanilla")
@@ -176,15 +177,41 @@ def _check(fields: Mapping[str, Any]) -> tuple[str, Sequence[float]]:
         values = list(fields["values"])
     elif not values:
         raise ValueError(f"knob={knob} needs values=; give them from safe to fast, such as values=[1,2,4]")
+    else:  # other options may rule some out
+        values = [value for value in values if _refused({**fields["sampler"], knob: value}) is None]
     if not values or len(set(values)) < len(values):
         raise ValueError(f"values={values!r} are none, or not distinct; give some, each once, from safe to fast")
     for place, value in enumerate(values):
         number(f"values[{place}]", value, "a number", high=float("inf"))
-        try:
-            build("sampler", {**fields["sampler"], knob: value}, Sampler)
-        except ValueError as error:
-            raise ValueError(f"values[{place}]={value!r} is not valid for {knob} ({error})") from None
+        if (reason := _refused({**fields["sampler"], knob: value})) is not None:
+            raise ValueError(f"values[{place}]={value!r} is not valid for {knob} ({reason})")
     return knob, values
+
+
+def _refused(sampler: Mapping[str, Any]) -> str | None:
+    """Why the options of a sampler are refused; None if they are not."""
+    try:
+        build("sampler", sampler, Sampler)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _check_card(fields: Mapping[str, Any], knob: str, file: Path) -> None:
+    """Reject a card of another policy, knob, cache or loss in the same place; others rely on it."""
+    if not file.is_file() or file.stat().st_size == 0:
+        return
+    with naming({"calibration": "out"}):
+        card = Calibration.read(file)
+    own = {name: value for name, value in fields["sampler"].items() if name not in (CALIBRATION, knob)}
+    theirs = {name: value for name, value in card.sampler.items() if name != knob}
+    pairs = {"knob": (knob, card.knob), "sampler": (own, theirs), "cache": (dict(fields["cache"]), card.cache)}
+    pairs |= {name: (fields[name], getattr(card, name)) for name in ("loss", "delta")}
+    for name, (asked, made) in pairs.items():
+        if asked != made:
+            raise ValueError(
+                f"out={fields['out']!r} holds a card of another {name} ({made}); give another out, or remove {file}"
+            )
 
 
 def _name() -> str:

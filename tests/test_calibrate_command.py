@@ -143,9 +143,32 @@ def test_bad_options_are_told_in_one_line(options: list[str], message: str, tmp_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["tiny/localleap", "hierarchical", "prophet", "learn2pd", "eb"])
+def test_the_usual_values_suit_the_other_options(name: str, tmp_path: Path) -> None:
+    outcome = command("calibrate", f"sampler={name}", "task.limit=1", "gen_length=32", "threads=1", f"out={tmp_path}")
+    assert (outcome.code, outcome.out.count("not certified")) == (0, 1)
+
+
 def test_files_of_others_are_kept(tmp_path: Path) -> None:
     (tmp_path / "calibration.json").write_text("mine")
     outcome = run(tmp_path)
     assert outcome.code == 2
     assert "is not a card of dllm calibrate" in outcome.err
     assert (tmp_path / "calibration.json").read_text() == "mine"
+
+
+def test_a_card_of_another_setting_is_kept(made: tuple[Path, Outcome], card: Path) -> None:
+    before = card.read_bytes()
+    for other in ("cache=dual", "sampler=credit", "sampler.at_least=2", "delta=0.2"):
+        refused = run(made[0], other)
+        assert (refused.code, refused.err.count("\n")) == (2, 1)
+        assert "holds a card of another" in refused.err
+    assert card.read_bytes() == before
+
+
+@pytest.mark.parametrize("change", [{"knob": "nothing"}, {"value": -3}, {"sampler": {}}])
+def test_damaged_cards_are_named(change: dict[str, Any], card: Path, tmp_path: Path) -> None:
+    file = tmp_path / "card.json"
+    file.write_text(json.dumps(json.loads(card.read_text()) | change))
+    with pytest.raises(ValueError, match=r"card\.json' is damaged .*make it again with dllm calibrate"):
+        Calibrated(file)

@@ -117,7 +117,7 @@ class GroupLimitedRouter(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         score = F.linear(x.to(wide), self.weight.to(wide)).sigmoid()
         rank = score + self.expert_bias.to(wide)
-        grouped = rank.view(len(x), self.groups, -1)
+        grouped = rank.view(len(x), self.groups, rank.shape[1] // self.groups)
         best = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1).topk(self.best, dim=-1).indices
         outside = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, False)
         experts = grouped.masked_fill(outside[..., None], -torch.inf).flatten(1).topk(self.chosen, dim=-1).indices

@@ -172,3 +172,9 @@ def test_packed_experts_give_the_same(make: Maker, tmp_path: Path) -> None:
     plain, packed = (dllm.load(folder, device="cpu", pack=pack).backbone for pack in (False, True))
     with torch.inference_mode():
         torch.testing.assert_close(packed(INPUT).logits, plain(INPUT).logits, rtol=0, atol=1e-3)
+
+
+def test_a_layer_may_compute_no_position() -> None:
+    lm = random_llada2()
+    result = dllm.generate(lm, [[37, 49, 9, 9, 11]], "threshold", "dllm_cache", gen_length=12, stop_at_eos=False)
+    assert lm.backbone.mask_token_id not in result.completions

@@ -194,3 +194,19 @@ def test_a_trained_model_takes_the_forwards_of_the_published_rule(depth: int) ->
         prompt = lm.tokenizer(problem.question).input_ids  # type: ignore[misc]
         result = dllm.generate(lm, [prompt], FreeDave(depth), gen_length=24, block_length=24, stop_at_eos=False)
         assert (result.completions[0].tolist(), int(result.nfe[0])) == spelt_out(lm, prompt, depth, 24)
+
+
+def test_a_row_that_another_left_begins_anew() -> None:
+    lm = random_llada()
+    engine = dllm.Engine(lm, FreeDave(base="threshold"), batch_size=2, max_length=32)
+    engine.add([5, 6, 7], gen_length=24)
+    left = engine.add([8, 9], gen_length=12)
+    for stop in (False, True, False):
+        for _ in range(2):
+            engine.step()
+        if not stop:
+            engine.abort(left)
+    late = engine.add([4, 10], gen_length=8)
+    answers = {number: answer for step in engine.steps() for number, answer in step.answers.items()}
+    alone = dllm.generate(lm, [[4, 10]], FreeDave(base="threshold"), gen_length=8)
+    assert answers[late].completion == alone.completions[0].tolist()

@@ -139,3 +139,10 @@ def test_what_is_recorded_is_what_was_done(make: Any) -> None:
 def test_values_out_of_range_are_named(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"{name}=.*use "):
         MultiBlock(**{name: value})
+
+
+def test_blocks_beyond_the_end_have_no_schedule() -> None:
+    mask = random_llada().backbone.mask_token_id
+    text = [[5, mask, 53, mask, mask, mask, 14, mask, mask, 50, mask, 2]]
+    policy = MultiBlock(base=Vanilla(steps=8), activate=0.5, threshold=0.2)
+    assert mask not in dllm.infill(random_llada(), text, policy).completions
