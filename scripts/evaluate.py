@@ -34,7 +34,7 @@ from dllm.evaluation.run_folder import RunFolder, sessions
 from dllm.evaluation.runner import Runner, Setting
 from dllm.files import parse_json
 from dllm.progress import progress_reports
-from dllm.resolve import build, names, options_of, variants
+from dllm.resolve import CALIBRATION, TARGET, build, names, options_of, variants
 from dllm.samplers.base import Sampler
 from dllm.scripts import app
 from dllm.scripts.kinds import canonical
@@ -185,7 +185,9 @@ def _identity(
 ) -> dict[str, Any]:
     """Everything that the results depend on, except the code, by the names in results.json."""
     apart = ("model", "sampler", "cache", "task", "out", "objective")
-    own = lambda group: {k: v for k, v in fields[group].items() if k != "_target_"}  # noqa: E731
+    own = lambda group: {  # noqa: E731
+        name: value for name, value in fields[group].items() if name != TARGET and (name, value) != (CALIBRATION, None)
+    }
     named = lambda group: {"name": str(chosen[group]).rpartition("/")[2], **own(group)}  # noqa: E731
     return {
         "model": Path(fields["model"]["path"]).name,

@@ -100,5 +100,5 @@ def test_the_choice_of_a_group_is_one_line(value: str) -> None:
     result = command("generate", f"cache={value}", "prompt=x")
     assert result.code == 2
     assert result.err.count("\n") == 1
-    assert "; expected one of d2cache" in result.err
+    assert "; expected one of block" in result.err
     assert len(result.err) < 500

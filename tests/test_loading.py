@@ -215,7 +215,7 @@ class TestNames:
         for name in names("model"):
             options = options_of("model", name)
             assert (options.pop("path") == "???") == (name == "custom")
-            assert options == expected
+            assert options == expected | {"pack": "auto"}  # commands neither save nor train
 
 
 class TestNoForeignCode:

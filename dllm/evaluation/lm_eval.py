@@ -84,7 +84,7 @@ class DLLM(TemplateLM):
         shared = {"cfg_scale": given.get("cfg_scale", 0.0)} | _parts("estimate", given)
         draws = shared.get("order", "random") == "random"
         estimate = Estimate(**({"seed": seed} if draws else {}) | shared)
-        loading = {name: given.pop(name) for name in _LOADING if name in given}
+        loading = {"pack": "auto"} | {name: given.pop(name) for name in _LOADING if name in given}
         pretrained = given.pop("pretrained", "tiny-llada")
         compatibility.check(sampler, cache, parse_options(given).cfg_scale)
         runner = Runner(Setting(load(pretrained, **loading), sampler, cache, given, estimate), Journal(None))

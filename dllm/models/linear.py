@@ -103,8 +103,13 @@ def is_plain(layer: Any) -> bool:
         type(layer) is nn.Linear
         and type(layer.weight) is nn.Parameter
         and type(layer.weight.data) is Tensor
-        and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
+        and not is_hooked(layer)
     )
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether something runs with the forward of a module, such as a hook that fetches its weights."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def joinable(*layers: Any) -> bool:

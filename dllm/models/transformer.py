@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dllm.models.kernels import add_rms_norm, gated, rms_norm, rotate
-from dllm.models.linear import Layer, outputs
+from dllm.models.linear import Layer, is_hooked, outputs
 
 
 @runtime_checkable
@@ -168,6 +168,9 @@ class RMSNorm(nn.Module):
 
     def of_sum(self, x: Float[Tensor, "*B d"], added: Float[Tensor, "*B d"]) -> tuple[Tensor, Tensor]:
         """The sum, and its norm."""
+        if is_hooked(self):
+            x = x + added
+            return x, self(x)
         return add_rms_norm(x, added, self.weight, self.eps)
 
 
