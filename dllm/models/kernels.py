@@ -94,8 +94,10 @@ def gated(gate: Float[Tensor, "*B m"], up: Float[Tensor, "*B m"]) -> Float[Tenso
     """Hidden activations of SwiGLU (arXiv 2002.05202): silu(gate) * up, in place without gradients."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return F.silu(gate) * up
-    # The largest activations: in place they take half the memory.
-    return F.silu(gate, inplace=True).mul_(up)
+    # The largest activations: in place they take half the memory. Of joined layers they are strided, and the next layer
+    # would copy them.
+    hidden = F.silu(gate, inplace=True)
+    return hidden.mul_(up) if hidden.is_contiguous() else hidden * up
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
