@@ -21,6 +21,7 @@ from dllm.decoding.prediction import Prediction
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
 from dllm.decoding.window import Edit, Window
+from dllm.resolve import resolve
 
 
 @runtime_checkable
@@ -152,21 +153,43 @@ class Policy:
         """No state to reset."""
 
 
-def single_forward(base: Sampler, given: Any) -> None:
-    """Reject a base policy whose step another policy cannot run on predictions of its own.
+class OverPolicy(Policy):
+    """A policy that runs the steps of another one on predictions of its own.
 
-    Args:
-        base: the policy.
-        given: what it was called.
-
-    Raises:
-        ValueError: its step is not one forward about the active block, or changes its state.
+    Attributes:
+        base: that policy: a name of conf/sampler or an object; any stateless policy with one forward per step.
     """
-    if not base.single_forward:
-        raise ValueError(
-            f"base={given!r} cannot be a base: its step is more than one forward about the active block; use a policy "
-            "such as vanilla or threshold (learn2pd with eotp=off)"
-        )
+
+    base: str | Sampler
+
+    @property
+    def _base(self) -> Sampler:
+        return resolve("sampler", self.base, Sampler, "base")
+
+    def _check_base(self, what: str = "be a base") -> None:
+        """Reject a base whose step is not one forward about the active block, or changes its state (ValueError)."""
+        if not self._base.single_forward:
+            raise ValueError(
+                f"base={self.base!r} cannot {what}: its step is more than one forward about the active block, or "
+                "depends on earlier ones; use a policy such as vanilla or threshold (learn2pd with eotp=off)"
+            )
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """Requirements for the cache (`dllm.decoding.compatibility`): those of the base."""
+        return self._base.needs
+
+    def files(self) -> Iterable[Path]:
+        """The files of the base."""
+        return self._base.files()
+
+    def check(self, state: Any, request: Request) -> None:
+        """Reject what the base rejects; `state` holds the base and its state."""
+        state.base.check(state.state, request)
+
+    def enter(self, state: Any, row: int, request: Request) -> None:
+        """Begin the row in the base."""
+        state.base.enter(state.state, row, request)
 
 
 def constant_denoiser(prediction: Prediction) -> Denoise:

@@ -14,9 +14,7 @@ block of its first end-of-text, whether `stop_at_eos` is checked while decoding 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +25,7 @@ from dllm.checks import number
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
 from dllm.decoding.window import Edit, Window
-from dllm.resolve import resolve
-from dllm.samplers.base import Denoise, Policy, Sampler, constant_denoiser, single_forward
+from dllm.samplers.base import Denoise, OverPolicy, Sampler, constant_denoiser
 
 _PER_POSITION = 12  # steps after the last mask, of the engine's budget
 
@@ -49,7 +46,7 @@ class EditState:
 
 
 @dataclass(frozen=True)
-class Editing(Policy):
+class Editing(OverPolicy):
     """Let another policy commit, and replace what it committed where the model has changed its mind.
 
     Args:
@@ -71,20 +68,7 @@ class Editing(Policy):
         number("editing_threshold", self.editing_threshold, use, low=0)
         use = "a whole number of at least 0 (16 is published)"
         number("max_post_steps", self.max_post_steps, use, low=0, whole=True)
-        single_forward(self._base, self.base)
-
-    @property
-    def _base(self) -> Sampler:
-        return resolve("sampler", self.base, Sampler, "base")
-
-    @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """Those of the base (`dllm.decoding.compatibility`)."""
-        return self._base.needs
-
-    def files(self) -> Iterable[Path]:
-        """The files of the base."""
-        return self._base.files()
+        self._check_base()
 
     def start(self, setup: Setup) -> EditState:
         """Start the base."""
@@ -100,10 +84,6 @@ class Editing(Policy):
                 f"max_post_steps={self.max_post_steps} is out of range; use at most {max(most, 16)} "
                 f"({_PER_POSITION} steps per generated position)"
             )
-
-    def enter(self, state: EditState, row: int, request: Request) -> None:
-        """Begin the row of the base; its block has masks."""
-        state.base.enter(state.state, row, request)
 
     def step(self, window: Window, denoise: Denoise, state: EditState) -> Edit:
         """Commit and replace in one forward; stay in a block while it may change."""

@@ -27,10 +27,8 @@ Differences from the reference:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -44,8 +42,7 @@ from dllm.decoding.prediction import Prediction
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
 from dllm.decoding.window import Edit, Window
-from dllm.resolve import resolve
-from dllm.samplers.base import Denoise, Policy, Sampler, become, constant_denoiser
+from dllm.samplers.base import Denoise, OverPolicy, Sampler, become, constant_denoiser
 from dllm.samplers.selection import enter_next_blocks, stopped
 
 
@@ -77,7 +74,7 @@ class DraftState:
 
 
 @dataclass(frozen=True)
-class FreeDave(Policy):
+class FreeDave(OverPolicy):
     """Run several steps of another policy in one forward, losslessly.
 
     Args:
@@ -100,15 +97,7 @@ class FreeDave(Policy):
         number("draft_steps", self.draft_steps, "a whole number of at least 1 (published: 4, 8)", low=1, whole=True)
         choice("draft_mode", self.draft_mode, ("batch", "tree"))
         choice("eager", self.eager, (True, False))
-        if not self._base.single_forward:
-            raise ValueError(
-                f"base={self.base!r} cannot be drafted: its step is more than one forward about the active block; "
-                "use a policy such as vanilla or threshold (learn2pd with eotp=off)"
-            )
-
-    @property
-    def _base(self) -> Sampler:
-        return resolve("sampler", self.base, Sampler, "base")
+        self._check_base("be drafted")
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -116,19 +105,11 @@ class FreeDave(Policy):
         own = ["repeatable", *["next_block"] * self.eager] if self.draft_steps > 1 else []  # 1 is the base itself
         return frozenset(own) | self._base.needs
 
-    def files(self) -> Iterable[Path]:
-        """The files of the base."""
-        return self._base.files()
-
     def start(self, setup: Setup) -> DraftState:
         """Start the base."""
         base = self._base
         block, *zeros = torch.zeros((4, setup.slots), dtype=torch.long, device=setup.device)
         return DraftState(base, base.start(setup), setup.mask_token_id, block - 1, *zeros)
-
-    def check(self, state: DraftState, request: Request) -> None:
-        """Reject what the base rejects."""
-        state.base.check(state.state, request)
 
     def enter(self, state: DraftState, row: int, request: Request) -> None:
         """Reset the row: there are no predictions to draft from."""

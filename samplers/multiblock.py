@@ -14,9 +14,7 @@ are causal; here every position sees what the model lets it see.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,11 +24,9 @@ from torch import Tensor
 
 from dllm.checks import number
 from dllm.decoding.prediction import Prediction
-from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
 from dllm.decoding.window import Edit, Window
-from dllm.resolve import resolve
-from dllm.samplers.base import CONFIDENCES, Denoise, Knob, Policy, Sampler
+from dllm.samplers.base import CONFIDENCES, Denoise, Knob, OverPolicy, Sampler
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ class Inner:
 
 
 @dataclass(frozen=True)
-class MultiBlock(Policy):
+class MultiBlock(OverPolicy):
     """Decode several blocks at once under another policy.
 
     Args:
@@ -71,37 +67,12 @@ class MultiBlock(Policy):
         number("add", self.add, "a number from 0 to 1 (0.1 is published)", low=0, high=1)
         number("activate", self.activate, "a number from 0 to 1 (0.95 is published)", low=0, high=1)
         number("threshold", self.threshold, "0 or more (0.9 is published)", low=0)
-        if not self._base.single_forward:
-            raise ValueError(
-                f"base={self.base!r} cannot decode several blocks: its step is more than one forward about the active "
-                "block; use a policy such as threshold or vanilla"
-            )
-
-    @property
-    def _base(self) -> Sampler:
-        return resolve("sampler", self.base, Sampler, "base")
-
-    @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """Requirements for the cache (`dllm.decoding.compatibility`): those of the base."""
-        return self._base.needs
-
-    def files(self) -> Iterable[Path]:
-        """The files of the base."""
-        return self._base.files()
+        self._check_base("decode several blocks")
 
     def start(self, setup: Setup) -> Inner:
         """Start the base."""
         base = self._base
         return Inner(base, base.start(setup), setup.mask_token_id)
-
-    def check(self, state: Inner, request: Request) -> None:
-        """Reject what the base rejects."""
-        state.base.check(state.state, request)
-
-    def enter(self, state: Inner, row: int, request: Request) -> None:
-        """Begin the row in the base."""
-        state.base.enter(state.state, row, request)
 
     def step(self, window: Window, denoise: Denoise, state: Inner) -> Edit:
         """Open blocks, and let the base choose in each."""

@@ -14,19 +14,15 @@ keys and values within the block: `cache=sub_blocks`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from dllm.checks import number
-from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
 from dllm.decoding.window import Edit, Window
-from dllm.resolve import resolve
-from dllm.samplers.base import Denoise, Policy, Sampler, constant_denoiser, single_forward
+from dllm.samplers.base import Denoise, OverPolicy, Sampler, constant_denoiser
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,7 @@ class SubBlockState:
 
 
 @dataclass(frozen=True)
-class SubBlocks(Policy):
+class SubBlocks(OverPolicy):
     """Decode each block in parts.
 
     Args:
@@ -62,33 +58,12 @@ class SubBlocks(Policy):
 
     def __post_init__(self) -> None:
         number("length", self.length, "a whole number of at least 1 (8 is published)", low=1, whole=True)
-        single_forward(self._base, self.base)
-
-    @property
-    def _base(self) -> Sampler:
-        return resolve("sampler", self.base, Sampler, "base")
-
-    @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """Those of the base (`dllm.decoding.compatibility`)."""
-        return self._base.needs
-
-    def files(self) -> Iterable[Path]:
-        """The files of the base."""
-        return self._base.files()
+        self._check_base()
 
     def start(self, setup: Setup) -> SubBlockState:
         """Start the base."""
         base = self._base
         return SubBlockState(base, base.start(setup), setup.pattern is not None and setup.logits_shift > 0)
-
-    def check(self, state: SubBlockState, request: Request) -> None:
-        """Reject what the base rejects."""
-        state.base.check(state.state, request)
-
-    def enter(self, state: SubBlockState, row: int, request: Request) -> None:
-        """Begin the row of the base."""
-        state.base.enter(state.state, row, request)
 
     def step(self, window: Window, denoise: Denoise, state: SubBlockState) -> Edit:
         """Commit in the part with the first mask."""
