@@ -46,12 +46,14 @@ class Plan:
         store: takes their keys and values and returns those of all L columns.
         cost: (A,) columns computed through a whole layer, where that is fewer than in `compute`.
         probe: confidences that the cache needs.
+        taken: (A,) columns that are not computed as an earlier request had them; None for none.
     """
 
     compute: Flags | None = None
     store: Store | None = None
     cost: NDArray[np.int64] | None = None
     probe: Probe | None = None
+    taken: NDArray[np.int64] | None = None
 
     def whole(self, visible: Flags) -> Flags:
         """(A,) where every column that is attended to is computed, through all layers."""

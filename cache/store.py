@@ -14,6 +14,8 @@ from torch import Tensor
 from dllm.cache.base import Plan, Question
 from dllm.cache.binding import bind
 from dllm.cache.selection import Flags, Selection, Store
+from dllm.cache.shared import SharedBlocks
+from dllm.decoding.canvas import Canvas
 from dllm.decoding.setup import Setup
 from dllm.decoding.window import Change, Exchange
 from dllm.models.transformer import KVStore
@@ -129,21 +131,34 @@ class Reuse(PerRow):
     Tracks, for all caches, the rows due for a full refresh and the positions whose cached keys and values are
     stale because their token was revoked or rewritten. In models whose attention is causal over blocks it also tracks
     the positions that are exact, computed when neither their block nor any before it had a mask; these are not
-    recomputed.
+    recomputed, and are shared with later requests (`dllm.cache.shared`).
 
     Args:
         setup: of the engine.
         rule: which columns are computed when.
         store: of the keys and values; None for `KeyValues`.
+        shared: where attention is causal over blocks: columns kept for later requests that begin alike; 0 for none,
+            None for as many as a canvas has.
+
+    Raises:
+        ValueError: columns to share of a model that attends to every position.
     """
 
-    def __init__(self, setup: Setup, rule: Rule, store: Store | None = None) -> None:
+    def __init__(self, setup: Setup, rule: Rule, store: Store | None = None, shared: int | None = 0) -> None:
         super().__init__(setup)
         self.rule, self.store = rule, store or KeyValues(setup)
         self._due = self.per_row(True, dtype=bool)
         self._stale = self.per_row(False, setup.length, dtype=bool)
         self._exact = self.per_row(False, setup.length, dtype=bool)
         self._block_length = 0 if setup.pattern is None else setup.pattern.length  # 0: nothing is ever exact
+        self._new = self.per_row(True, dtype=bool)
+        self._finished = self.per_row(0)
+        self._shared: SharedBlocks | None = None
+        if setup.pattern is not None and shared != 0:
+            self._shared = SharedBlocks(setup, self.store, setup.length if shared is None else shared)
+        elif shared:
+            raise ValueError(f"shared={shared} has no effect on a model that attends to every position; use null")
+        self._canvas: Canvas | None = None
 
     def plan(self, question: Question) -> Plan:
         """The columns that the rule selects, those that are read, and stale ones."""
@@ -156,9 +171,34 @@ class Reuse(PerRow):
         compute |= question.drafted & (question.since(question.high) | ~question.since(question.low))
         # Planned positions beyond the horizon (later blocks of a block-causal model) stay stale for a later forward.
         self._due[rows[first]], self._stale[rows[first]] = False, (compute & question.since(question.horizon))[first]
+        taken = np.zeros(len(rows), dtype=np.int64)
         if self._block_length and plan.cost is None:
+            taken = self._take(question)
             compute = self._without_exact(question, compute)
-        return replace(plan, compute=compute, store=self.store)
+        return replace(plan, compute=compute, store=self.store, taken=taken)
+
+    def _take(self, question: Question) -> NDArray[np.int64]:
+        """(A,) columns that rows take over from earlier requests, in their first forward."""
+        taken = np.zeros(len(question.rows), dtype=np.int64)
+        canvas = self._canvas = question.canvas
+        if self._shared is not None:
+            for at in np.flatnonzero(self._new[question.rows] & question.first).tolist():
+                row, padding = question.rows[at], canvas.padding[question.rows[at]]
+                taken[at] = self._shared.take(canvas, int(row), int(question.slots[at]))
+                self._exact[row, padding : padding + taken[at]] = True
+        self._new[question.rows] = False
+        return taken
+
+    def _keep(self, change: Change) -> None:
+        """Keep what the last step finished for later requests."""
+        if self._shared is None or (canvas := self._canvas) is None:
+            return
+        whole = self._exact[change.rows].sum(1) // self._block_length
+        more = (whole > self._finished[change.rows]) & ~np.isin(change.rows, change.failed)
+        slots = {int(row): slot for slot, row in enumerate(canvas.rows)}
+        for row in change.rows[more].tolist():
+            self._shared.keep(canvas, row, slots[row], self._exact[row])
+        self._finished[change.rows] = whole
 
     def _without_exact(self, question: Question, compute: Flags) -> Flags:
         """Drop positions whose stored keys and values are exact; mark those that this forward makes exact.
@@ -200,6 +240,7 @@ class Reuse(PerRow):
             # Whatever shares a block with the first change, or comes after it, attends to it.
             kept = np.where(changed.any(1), changed.argmax(1) - self._block_length, changed.shape[1])
             self._exact[change.rows] &= np.arange(changed.shape[1]) <= kept[:, None]
+        self._keep(change)
 
     def expire(self, rows: NDArray[np.int64]) -> None:
         """Recompute every position in the next forward of these rows."""

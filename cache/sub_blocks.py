@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dllm.cache.base import Flags, Metered, Plan, Question
+from dllm.cache.shared import check_shared
 from dllm.cache.store import PerRow, Reuse
 from dllm.checks import number
 from dllm.decoding.setup import Setup
@@ -27,20 +28,24 @@ class SubBlocks(Metered):
 
     Args:
         length: positions of a part.
+        shared: as for `dllm.cache.Block`.
 
     Raises:
-        ValueError: a length below 1.
+        ValueError: an option out of range; at the start of a run: `shared` given for a model that attends to every
+            position.
     """
 
     length: int = 8
+    shared: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         number("length", self.length, "a whole number of at least 1 (8 is published)", low=1, whole=True)
+        check_shared(self.shared)
 
     def start(self, setup: Setup) -> Reuse:
         """Allocate keys and values for every position."""
-        return Reuse(setup, _Parts(self.length, setup))
+        return Reuse(setup, _Parts(self.length, setup), shared=self.shared)
 
 
 class _Parts(PerRow):

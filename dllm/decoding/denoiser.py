@@ -45,6 +45,7 @@ class Denoiser:
         looked: columns computed in each forward of the current window, as (slots, (A, L) columns).
         computed: (B,) columns computed for each entry of the window; padding of any kind is not counted.
         refreshes: (B,) forwards of the current window in which a cache recomputed every position.
+        reused: (B,) columns that entries of the window took from earlier requests.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Denoiser:
     def bind(self, window: Window) -> Denoiser:
         """Switch to a new window."""
         self.window = window
-        self.forwards, self.computed, self.refreshes = np.zeros((3, len(window.rows)), dtype=np.int64)
+        self.forwards, self.computed, self.refreshes, self.reused = np.zeros((4, len(window.rows)), dtype=np.int64)
         self.last: tuple[Prediction, Tensor] | None = None
         self.looked: list[tuple[NDArray[np.int64], NDArray[np.bool_]]] = []
         self._broken = torch.zeros_like(window.rows, dtype=torch.bool)
@@ -171,6 +172,8 @@ class Denoiser:
         store, asked = plan.store, len(question.places[0])
         question = question if store.joinable else replace(question, joined=1)
         np.add.at(self.refreshes, question.slots[plan.whole(question.visible) & question.first], 1)
+        if plan.taken is not None:
+            np.add.at(self.reused, question.slots, plan.taken)
         compute = question.together(plan.compute)
         cost = compute.sum(1) if plan.cost is None else plan.cost
         np.add.at(self.computed, question.slots, question.count(compute) if plan.cost is None else cost)

@@ -26,14 +26,16 @@ class Recorder:
 
     def __init__(self, canvas: Canvas, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self._canvas, self._tokenizer = canvas, tokenizer
-        self.nfe, self._guide_nfe, self._positions, self._refreshes = np.zeros((4, canvas.slots), dtype=np.int64)
+        self.nfe, self._guide_nfe, self._positions, self._refreshes, self._reused = np.zeros(
+            (5, canvas.slots), dtype=np.int64
+        )
         self._commit_step = np.full((canvas.slots, canvas.length), -1, dtype=np.int64)
         self._seconds, self._guide_seconds, self._started = np.zeros((3, canvas.slots))
         self._elapsed = 0.0
 
     def enter(self, rows: NDArray[np.int64]) -> None:
         """Reset rows."""
-        for counts in (self.nfe, self._guide_nfe, self._positions, self._refreshes):
+        for counts in (self.nfe, self._guide_nfe, self._positions, self._refreshes, self._reused):
             counts[rows] = 0
         self._commit_step[rows] = -1
         self._seconds[rows], self._guide_seconds[rows], self._started[rows] = 0, 0, self._elapsed
@@ -44,6 +46,7 @@ class Recorder:
         self.nfe[rows] += denoiser.forwards
         self._positions[rows] += denoiser.computed
         self._refreshes[rows] += denoiser.refreshes
+        self._reused[rows] += denoiser.reused
         if edit.guide_forwards is not None:
             self._guide_nfe[rows] += edit.guide_forwards
         settled = self._commit_step[rows]
@@ -82,4 +85,5 @@ class Recorder:
             positions=int(self._positions[row]),
             canvas=len(request.tokens),
             refreshes=int(self._refreshes[row]),
+            reused=int(self._reused[row]),
         )

@@ -40,6 +40,7 @@ class Stats:
         extra_columns: those beyond one canvas per forward, for drafts; negative where a cache saved some.
         guide_seconds: wall time of the guide's forwards, part of `seconds`.
         cache_refreshes: full refreshes of a cache, over all rows.
+        reused_columns: columns of prompts taken from earlier requests of the run that begin alike, over all rows.
         drift: approximation error of the cache, if measured (`measure_every`); None otherwise.
         slots_busy: mean share of busy row slots, over all steps; there are `batch_size` of them, or one per prompt
             if these are fewer.
@@ -55,6 +56,7 @@ class Stats:
     extra_columns: int
     guide_seconds: float
     cache_refreshes: int
+    reused_columns: int
     drift: Drift | None
     slots_busy: float
     peak_memory: int
@@ -186,6 +188,7 @@ def assemble(requests: Sequence[Request], tally: Tally, measuring_seconds: float
         guide_seconds=tally.guide_seconds,
         computed_share=computed / max(1, full),
         cache_refreshes=sum(answer.refreshes for answer in answers),
+        reused_columns=sum(answer.reused for answer in answers),
         drift=summarise(tally.measurements, measuring_seconds),
         slots_busy=tally.rows / max(1, tally.slots),
         peak_memory=peak,

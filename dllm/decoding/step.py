@@ -40,6 +40,7 @@ class Answer:
         positions: computed positions.
         canvas: positions of prompt and generated region.
         refreshes: forwards in which a cache recomputed every position.
+        reused: positions whose keys and values came from earlier requests that begin alike.
     """
 
     index: int
@@ -56,6 +57,7 @@ class Answer:
     positions: int
     canvas: int
     refreshes: int
+    reused: int = 0
 
 
 @dataclass(frozen=True)
