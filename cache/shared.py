@@ -12,13 +12,14 @@ memory; a copy reads and writes a block once, where computing it reads all weigh
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-from dllm.cache.selection import Flags, Store
+from dllm.cache.selection import Flags
 from dllm.checks import number
 from dllm.decoding.canvas import Canvas
 from dllm.decoding.setup import Setup
@@ -37,15 +38,15 @@ class SharedBlocks:
 
     Args:
         setup: of an engine whose model is causal over blocks.
-        store: keys and values of the rows.
+        stored: keys and values of the rows, (layers, slots, H, L, D) each.
         columns: kept at most.
     """
 
-    def __init__(self, setup: Setup, store: Store, columns: int) -> None:
+    def __init__(self, setup: Setup, stored: Sequence[Tensor], columns: int) -> None:
         assert setup.pattern is not None
         layers, heads, size = setup.kv_shape
         shape = layers, 1, heads, columns, size
-        self._store, self._length = store, setup.pattern.length
+        self._stored, self._length = stored, setup.pattern.length
         self._kept = setup.tensor("shared keys", shape), setup.tensor("shared values", shape)
         self._most = columns // self._length
         # Pages by hash, from the one that leaves first to the one that leaves last.
@@ -93,7 +94,7 @@ class SharedBlocks:
 
     def _copy(self, page: int, slot: int, column: int, save: bool) -> None:
         of_row, of_page = (slice(start, start + self._length) for start in (column, page * self._length))
-        for stored, kept in zip(self._store.tensors(), self._kept, strict=True):
+        for stored, kept in zip(self._stored, self._kept, strict=True):
             row, shared = stored[:, slot, :, of_row], kept[:, 0, :, of_page]
             if save:
                 shared.copy_(row)

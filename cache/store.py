@@ -154,8 +154,8 @@ class Reuse(PerRow):
         self._new = self.per_row(True, dtype=bool)
         self._finished = self.per_row(0)
         self._shared: SharedBlocks | None = None
-        if setup.pattern is not None and shared != 0:
-            self._shared = SharedBlocks(setup, self.store, setup.length if shared is None else shared)
+        if setup.pattern is not None and shared != 0 and isinstance(self.store, KeyValues):
+            self._shared = SharedBlocks(setup, self.store.tensors(), setup.length if shared is None else shared)
         elif shared:
             raise ValueError(f"shared={shared} has no effect on a model that attends to every position; use null")
         self._canvas: Canvas | None = None
