@@ -1,6 +1,7 @@
 """Unmasking policies, one per file. A new one is a module here, a YAML in conf/sampler/ and a test."""
 
 from dllm.samplers.adablock import AdaBlock
+from dllm.samplers.anchored import Anchored
 from dllm.samplers.ar_guided import ARGuided
 from dllm.samplers.calibrated import Calibrated
 from dllm.samplers.certainty import Certainty
@@ -36,6 +37,7 @@ __all__ = [
     "T2M",
     "ARGuided",
     "AdaBlock",
+    "Anchored",
     "Calibrated",
     "Certainty",
     "Credit",

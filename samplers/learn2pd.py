@@ -42,7 +42,7 @@ from dllm.decoding.prediction import Prediction
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
 from dllm.decoding.window import Edit, Window
-from dllm.filters import Filter, FilterNetwork, filter_files, find_filter, load_filter
+from dllm.filters import ANCHORED, Filter, FilterNetwork, filter_files, find_filter, load_filter
 from dllm.samplers.base import Denoise, Knob, Policy, commit
 from dllm.samplers.selection import is_eos, leftmost, top
 
@@ -60,7 +60,8 @@ class Learn2PD(Policy):
     """Commit the predictions that a learned filter classifies as final.
 
     Args:
-        filter: a bundled filter or a file; None for the bundled filter of the model.
+        filter: a bundled filter or a file; None for the bundled filter of the model, "anchored" for its bundled filter
+            under the policy of that name.
         threshold: a position is committed where the filter's probability exceeds this.
         eotp: end-of-text prediction: off, published, accepted or safe.
         at_least: tokens committed per step whatever the filter's output.
@@ -107,8 +108,8 @@ class Learn2PD(Policy):
         setup, length = state.setup, request.block_length
         if length in state.networks:
             return
-        if self.filter is None:
-            found = find_filter(setup.fingerprint(), length)
+        if self.filter in (None, ANCHORED):
+            found = find_filter(setup.fingerprint(), length, None if self.filter is None else ANCHORED)
         else:
             found = self.filter if isinstance(self.filter, Filter) else load_filter(self.filter)
         _check(found, setup.fingerprint, length, self.allow_mismatch)

@@ -331,7 +331,7 @@ BAD_OPTIONS = [
     (["nonsense"], "unknown option 'nonsense'; options are written name=value"),
     (["--prompt", "x"], "unknown flag '--prompt'"),
     (["-x"], "unknown flag '-x'"),
-    (["sampler=nope"], "unknown sampler=nope; expected one of adablock, ar_guided, "),
+    (["sampler=nope"], "unknown sampler=nope; expected one of adablock, anchored, ar_guided, "),
     (["cache=nope"], "unknown cache=nope; expected one of"),
     (["sampler=vanilla,threshold"], "sampler=vanilla,threshold names several"),
     (["gen_length=["], "["),

@@ -1,6 +1,7 @@
 """Learn2PD filters: `filter` reads and writes them, `training` makes them."""
 
 from dllm.filters.filter import (
+    ANCHORED,
     FILTER_FORMAT,
     ConfidenceFilter,
     Filter,
@@ -15,6 +16,7 @@ from dllm.filters.filter import (
 )
 
 __all__ = [
+    "ANCHORED",
     "FILTER_FORMAT",
     "ConfidenceFilter",
     "Filter",

@@ -29,7 +29,9 @@ from dllm.files import BUNDLED, expanded, parse_json, write_json, write_whole
 from dllm.models.checkpoint import FLOATS, read_header
 from dllm.stored import misfit, there
 
-_FILE = "learn2pd.safetensors"
+# Of the bundled filters, by what they were trained for: the order of confidence, or that of `anchored`.
+_CONFIDENT, ANCHORED = "learn2pd", "anchored"
+_FOUND = (None, ANCHORED)  # filters that are found by the model
 FILTER_FORMAT = "dllm-filter"  # in the metadata of the files
 
 
@@ -151,32 +153,41 @@ def filter_layouts() -> list[set[str]]:
     return [set(_PUBLISHED), set(_NEIGHBOURS)]
 
 
-def bundled_filters() -> list[str]:
-    """Names of the bundled filters, which are those of their models."""
-    return sorted(path.parent.name for path in BUNDLED.glob(f"*/{_FILE}"))
+def bundled_filters(kind: str | None = None) -> list[str]:
+    """Names of the bundled filters: MODEL, or MODEL/anchored for those under `anchored`; of both kinds by default."""
+    kinds = (_CONFIDENT, ANCHORED) if kind is None else (kind,)
+    found = {each: sorted(path.parent.name for path in BUNDLED.glob(f"*/{each}.safetensors")) for each in kinds}
+    return [model if each == _CONFIDENT else f"{model}/{each}" for each, models in found.items() for model in models]
 
 
 def filter_files(name: str | Path | None) -> list[Path]:
-    """The files that `load_filter` reads for a name, or `find_filter` for None."""
-    tensors = [_path_of(each) for each in (bundled_filters() if name is None else [name])]
+    """The files that `load_filter` reads for a name, or `find_filter` for None and "anchored"."""
+    tensors = [_path_of(each) for each in (bundled_filters(name or _CONFIDENT) if name in _FOUND else [name])]
     return [file for each in tensors for file in (each, each.with_suffix(".json")) if file.is_file()]
 
 
-def find_filter(fingerprint: str, block_length: int) -> Filter:
+def find_filter(fingerprint: str, block_length: int, kind: str | None = None) -> Filter:
     """The bundled filter of a denoiser.
+
+    Args:
+        fingerprint: of its weights.
+        block_length: positions of a block.
+        kind: "anchored" for the filter under that policy; None for the other.
 
     Raises:
         ValueError: there is none for this model and block length.
     """
-    for name in bundled_filters():
+    names = bundled_filters(kind or _CONFIDENT)
+    for name in names:
         found = load_filter(name)
         if found.card is not None and (found.card.fingerprint, found.card.block_length) == (fingerprint, block_length):
             return found
+    order = " sampler.order=left_to_right" if kind == ANCHORED else ""
     raise ValueError(
-        "filter=null: there is no bundled filter for this model in its dtype at "
+        f"filter={kind or 'null'}: there is no bundled filter for this model in its dtype at "
         f"block_length={block_length}; train one with "
-        "`dllm train-filter model=... block_length=...` and give its file, or set "
-        f"filter={bundled_filters()[0]} (of {', '.join(bundled_filters())}) and allow_mismatch=true"
+        f"`dllm train-filter model=... block_length=...{order}` and give its file, or set "
+        f"filter={names[0]} (of {', '.join(names)}) and allow_mismatch=true"
     )
 
 
@@ -219,7 +230,10 @@ def load_filter(name: str | Path) -> Filter:
 
 
 def _path_of(name: str | Path) -> Path:
-    return BUNDLED / name / _FILE if str(name) in bundled_filters() else expanded(name)
+    if str(name) not in bundled_filters():
+        return expanded(name)
+    model, _, kind = str(name).partition("/")
+    return BUNDLED / model / f"{kind or _CONFIDENT}.safetensors"
 
 
 def _build(shapes: dict[str, tuple[int, ...]], name: str) -> FilterNetwork:
