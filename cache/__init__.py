@@ -8,6 +8,7 @@ from dllm.cache.dual import Dual
 from dllm.cache.freecache import FreeCache
 from dllm.cache.none import NoCache
 from dllm.cache.prefix import Prefix
+from dllm.cache.sparse import Sparse
 from dllm.cache.sub_blocks import SubBlocks
 
-__all__ = ["Block", "D2Cache", "DKVCache", "DLLMCache", "Dual", "FreeCache", "NoCache", "Prefix", "SubBlocks"]
+__all__ = ["Block", "D2Cache", "DKVCache", "DLLMCache", "Dual", "FreeCache", "NoCache", "Prefix", "Sparse", "SubBlocks"]

@@ -24,6 +24,8 @@ from dllm.models.transformer import (
     FeatureStore,
     KVStore,
     PartedStore,
+    QueryStore,
+    SparseStore,
     rotary_embedding,
 )
 
@@ -227,6 +229,8 @@ class MaskedDiffusionModel(PreTrainedModel):
             features=store if isinstance(store, FeatureStore) else None,
             watch=store if isinstance(store, AttentionStore) else None,
             parted=store if isinstance(store, PartedStore) else None,
+            queries=store if isinstance(store, QueryStore) else None,
+            sparse=store if isinstance(store, SparseStore) else None,
         )
         for layer, block in enumerate(self.blocks):
             hidden = block(layer, hidden, inputs)

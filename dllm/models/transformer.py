@@ -66,6 +66,24 @@ class AttentionStore(KVStore, Protocol):
         ...
 
 
+@runtime_checkable
+class QueryStore(KVStore, Protocol):
+    """A store that needs the queries."""
+
+    def queried(self, layer: int, queries: Float[Tensor, "B H C D"]) -> None:
+        """Receive the queries of the computed columns, after `update`."""
+        ...
+
+
+@runtime_checkable
+class SparseStore(KVStore, Protocol):
+    """A store of which each layer attends to some columns."""
+
+    def mask(self, layer: int, mask: Bool[Tensor, "B 1 #C S"] | None) -> Bool[Tensor, "B 1 #C S"] | None:
+        """The attention mask of a layer, given what holds for every layer."""
+        ...
+
+
 @dataclass(frozen=True)
 class SwiGLU:
     """The dense feed-forward part: down(silu(gate) * up) (arXiv 2002.05202)."""
@@ -143,6 +161,8 @@ class BlockInputs:
         features: the store, if it is a `FeatureStore`.
         watch: the store, if it is an `AttentionStore`.
         parted: the store, if it is a `PartedStore`.
+        queries: the store, if it is a `QueryStore`.
+        sparse: the store, if it is a `SparseStore`.
     """
 
     head_dim: int
@@ -153,6 +173,8 @@ class BlockInputs:
     features: FeatureStore | None = None
     watch: AttentionStore | None = None
     parted: PartedStore | None = None
+    queries: QueryStore | None = None
+    sparse: SparseStore | None = None
 
 
 class RMSNorm(nn.Module):
@@ -201,12 +223,16 @@ def block_forward(
         q, k = outputs(h, parts.query, parts.key)
     q = _rotated(q, parts.query_norm, rotation, inputs.head_dim)
     k = _rotated(k, parts.key_norm, rotation, inputs.head_dim)
+    if inputs.sparse is not None:
+        inputs = replace(inputs, mask=inputs.sparse.mask(layer, inputs.mask))
     if inputs.parted is not None and not inputs.eager:
         attended = _attention_in_parts(q, inputs.parted.parts(layer, k, v), inputs.mask)
     else:
         if inputs.store is not None:
             k, v = inputs.store.update(layer, k, v)
         attended = _attention(q, k, v, layer, inputs)
+    if inputs.queries is not None:
+        inputs.queries.queried(layer, q)
     added = parts.output(rearrange(attended, "b h c d -> b c (h d)"))
     if features is None:
         x, h = parts.feed_forward_norm.of_sum(x, added)
