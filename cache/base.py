@@ -46,12 +46,14 @@ class Plan:
         store: takes their keys and values and returns those of all L columns.
         cost: (A,) columns computed through a whole layer, where that is fewer than in `compute`.
         probe: confidences that the cache needs.
+        more: called after the forward: (A,) columns computed through a whole layer that were not planned.
     """
 
     compute: Flags | None = None
     store: Store | None = None
     cost: NDArray[np.int64] | None = None
     probe: Probe | None = None
+    more: Callable[[], NDArray[np.int64]] | None = None
 
     def whole(self, visible: Flags) -> Flags:
         """(A,) where every column that is attended to is computed, through all layers."""

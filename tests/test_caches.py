@@ -12,7 +12,7 @@ import torch
 
 import dllm
 from contract_rig import BACKBONES, BY_NAME, LEARNED, PROMPTS, Maker, backbones, common_token
-from dllm.cache import Block, D2Cache, DKVCache, DLLMCache, Dual, FreeCache, Prefix, Sparse
+from dllm.cache import Block, D2Cache, DKVCache, DLLMCache, Dual, Elastic, FreeCache, Prefix, Sparse
 from dllm.cache.base import Cache
 from dllm.decoding.compatibility import unmet
 from dllm.decoding.window import Edit, Window
@@ -45,6 +45,7 @@ CACHES: dict[str, Any] = {
     "dllm_cache-often": DLLMCache(3, 2, 0.4),
     "d2cache-few": D2Cache(current_k=3, sigma=2.0, rollout_p=0.3, inflate_w=2),
     "sparse-now": Sparse(0.3, 1, delay=0),
+    "elastic-narrow": Elastic(0.8, 2, 3),
 }
 caches = pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
 # All but those that reuse what is exact alone: nothing, over models that attend to every position.

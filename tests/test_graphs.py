@@ -30,7 +30,9 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
 
 
 @pytest.mark.parametrize("make", [random_llada, random_dream])
-@pytest.mark.parametrize("cache", ["prefix", "dual", "freecache", "dkv", "dllm_cache", "d2cache", "sparse", "none"])
+@pytest.mark.parametrize(
+    "cache", ["prefix", "dual", "freecache", "dkv", "dllm_cache", "d2cache", "sparse", "elastic", "none"]
+)
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_replayed_forwards_give_what_launched_ones_do(
     make: Callable[..., dllm.LanguageModel], cache: str, batch_size: int, device: Device
@@ -132,7 +134,7 @@ def test_the_oldest_graphs_are_given_up(monkeypatch: pytest.MonkeyPatch, device:
     assert len(device.made) > 1
 
 
-@pytest.mark.parametrize("cache", ["none", "dllm_cache", "d2cache"])
+@pytest.mark.parametrize("cache", ["none", "dllm_cache", "d2cache", "elastic"])
 def test_graphs_that_would_have_no_effect_are_refused(cache: str) -> None:
     with pytest.raises(ValueError, match=f"cache={cache} is not compatible with CUDA graphs .*; use cuda_graphs=null"):
         dllm.generate(random_llada(), PROMPTS, cache=cache, cuda_graphs=True)

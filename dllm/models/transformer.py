@@ -75,6 +75,38 @@ class QueryStore(KVStore, Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Wider:
+    """The input of a layer for more columns.
+
+    Attributes:
+        hidden: of the columns.
+        positions: of the columns.
+        mask: as in `BlockInputs`.
+    """
+
+    hidden: Float[Tensor, "B W d"]
+    positions: Int[Tensor, "B W"]
+    mask: Bool[Tensor, "B 1 #W S"] | None
+
+
+@runtime_checkable
+class WideningStore(QueryStore, Protocol):
+    """A store that may have a layer computed again, for more columns, which are then those of the layers after it."""
+
+    def enter(self, layer: int, hidden: Float[Tensor, "B C d"]) -> None:
+        """Receive the input of a layer."""
+        ...
+
+    def wider(self, layer: int, hidden: Float[Tensor, "B C d"], mask: Bool[Tensor, "B 1 #C S"] | None) -> Wider | None:
+        """The input with which the layer is computed again, given that of its first time; None where it is not."""
+        ...
+
+    def narrow(self, hidden: Float[Tensor, "B W d"]) -> Float[Tensor, "B C d"]:
+        """The columns that the forward began with."""
+        ...
+
+
 @runtime_checkable
 class SparseStore(KVStore, Protocol):
     """A store of which each layer attends to some columns."""
@@ -287,10 +319,18 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    weights = attention_weights(q, k, mask)
+    v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    return weights.to(v.dtype) @ v, weights
+
+
+def attention_weights(
+    q: Float[Tensor, "B Q C D"], k: Float[Tensor, "B H S D"], mask: Bool[Tensor, "B 1 #C S"] | None
+) -> Float[Tensor, "B Q C S"]:
+    """The attention of each query, in float32 or wider."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    weights = scores.softmax(-1)
-    return weights.to(v.dtype) @ v, weights
+    return scores.softmax(-1)
