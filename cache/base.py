@@ -47,6 +47,7 @@ class Plan:
         cost: (A,) columns computed through a whole layer, where that is fewer than in `compute`.
         probe: confidences that the cache needs.
         taken: (A,) columns that are not computed as an earlier request had them; None for none.
+        more: called after the forward: (A,) columns computed through a whole layer that were not planned.
     """
 
     compute: Flags | None = None
@@ -54,6 +55,7 @@ class Plan:
     cost: NDArray[np.int64] | None = None
     probe: Probe | None = None
     taken: NDArray[np.int64] | None = None
+    more: Callable[[], NDArray[np.int64]] | None = None
 
     def whole(self, visible: Flags) -> Flags:
         """(A,) where every column that is attended to is computed, through all layers."""

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from dllm.cache.base import Flags, Metered, Plan, Probe, Question
 from dllm.cache.selection import Selection
-from dllm.cache.store import KeyValues, PerRow, Reuse
+from dllm.cache.store import KeyValues, PerRow, Reuse, moved
 from dllm.checks import number
 from dllm.decoding.setup import Setup
 from dllm.models.transformer import KVStore
@@ -94,11 +94,11 @@ class _ByCertaintyAndRollout(PerRow):
         canvas, rows, masked = question.canvas, question.rows, question.masked
         # The column at which the prediction for each column is read.
         at = np.maximum(np.arange(canvas.length) - self.setup.logits_shift, canvas.padding[rows, None])
-        compute = _moved(self._certain(question, masked), at) | (self.masked[rows] & ~masked)
+        compute = moved(self._certain(question, masked), at) | (self.masked[rows] & ~masked)
         compute |= question.drafted
         compute |= nucleus(self.store.influence[rows], self.options.rollout_p, ~compute & question.visible)
         compute = inflate(compute, self.options.inflate_w) | question.read
-        probe = _moved(masked, at) & (compute | due[:, None]) & question.visible
+        probe = moved(masked, at) & (compute | due[:, None]) & question.visible
         self.masked[rows[question.first]] = masked[question.first]
         self.store.visible[rows] = question.visible
         return Plan(compute, probe=Probe(probe, partial(self._learn, question, probe, at)))
@@ -169,14 +169,6 @@ def inflate(chosen: Flags, width: int) -> Flags:
     before = np.maximum.accumulate(np.where(chosen, column, -far), axis=1)
     after = np.minimum.accumulate(np.where(chosen, column, 2 * far)[:, ::-1], axis=1)[:, ::-1]
     return np.asarray(chosen | (after - before <= width))
-
-
-def _moved(flags: Flags, at: NDArray[np.int64]) -> Flags:
-    """The columns that some columns are mapped to."""
-    moved = np.zeros_like(flags)
-    sequence, column = np.nonzero(flags)
-    moved[sequence, at[sequence, column]] = True
-    return moved
 
 
 class Watched(KeyValues):

@@ -245,3 +245,11 @@ class Reuse(PerRow):
     def expire(self, rows: NDArray[np.int64]) -> None:
         """Recompute every position in the next forward of these rows."""
         self._due[rows] = True
+
+
+def moved(flags: Flags, at: NDArray[np.int64]) -> Flags:
+    """The columns that some columns are mapped to."""
+    found = np.zeros_like(flags)
+    sequence, column = np.nonzero(flags)
+    found[sequence, at[sequence, column]] = True
+    return found

@@ -49,7 +49,7 @@ def test_every_cache_is_timed(benched: tuple[Outcome, Path]) -> None:
     assert (result.code, result.err) == (0, "")
     text = Path(f"{out}.md").read_text()
     assert result.out == f"{text}\nwritten to {out}.md and {out}.json\n"
-    caches = ["none", "prefix", "dual", "freecache", "dkv", "dllm_cache", "d2cache"]
+    caches = ["none", "prefix", "dual", "freecache", "dkv", "dllm_cache", "d2cache", "sparse", "elastic"]
     for head, *rows in tables(text):
         assert [row[0] for row in rows] == [f"threshold + {cache}" for cache in caches]
         assert {len(row) for row in rows} == {len(head)}

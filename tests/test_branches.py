@@ -140,7 +140,7 @@ def test_the_shadows_of_the_window_need_no_words(make: Any, cache: str) -> None:
     assert not (out.completions == 63).any()
 
 
-@pytest.mark.parametrize("cache", ["d2cache", "dllm_cache"])
+@pytest.mark.parametrize("cache", ["d2cache", "dllm_cache", "elastic"])
 def test_caches_that_choose_within_a_layer_refuse_them(cache: str) -> None:
     with pytest.raises(ValueError, match="positions that only attend to the canvas"):
         dllm.generate(random_llada(), PROMPTS, Shadowing(), cache, **OPTIONS)

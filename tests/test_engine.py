@@ -205,7 +205,7 @@ def test_several_threads_add_and_one_steps() -> None:
     assert all(answers[name].completion == expected[token - 5] for name, token in found.items())
 
 
-@pytest.mark.parametrize("cache", ["none", "dual", "d2cache", "dllm_cache"])
+@pytest.mark.parametrize("cache", ["none", "dual", "d2cache", "dllm_cache", "sparse", "elastic"])
 def test_nothing_grows_over_a_thousand_requests(cache: str) -> None:
     lm = random_llada(layers=1)
     engine = dllm.Engine(lm, dllm.samplers.Threshold(0.0), cache, batch_size=16, max_length=8)

@@ -30,7 +30,9 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
 
 
 @pytest.mark.parametrize("make", [random_llada, random_dream])
-@pytest.mark.parametrize("cache", ["prefix", "dual", "freecache", "dkv", "dllm_cache", "d2cache", "none"])
+@pytest.mark.parametrize(
+    "cache", ["prefix", "dual", "freecache", "dkv", "dllm_cache", "d2cache", "sparse", "elastic", "none"]
+)
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_replayed_forwards_give_what_launched_ones_do(
     make: Callable[..., dllm.LanguageModel], cache: str, batch_size: int, device: Device
@@ -44,7 +46,7 @@ def test_replayed_forwards_give_what_launched_ones_do(
     assert torch.equal(replayed.sequences, launched.sequences)
     assert torch.equal(replayed.nfe, launched.nfe)
     # Those that choose within the layers, look at attention or reuse nothing have no memory that stays where it is.
-    assert bool(device.made) == (cache in ("prefix", "dual", "freecache", "dkv"))
+    assert bool(device.made) == (cache in ("prefix", "dual", "freecache", "dkv", "sparse"))
 
 
 def test_positions_that_share_a_column_are_all_answered(device: Device) -> None:
@@ -110,7 +112,7 @@ def test_rows_that_are_not_asked_about_keep_their_keys_and_values(device: Device
     # With a batch of four at different blocks, the rows of a forward are seldom neighbours.
     lm, options = random_llada(), {"gen_length": 30, "block_length": 6, "batch_size": 4}
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12], [5, 9], [6, 6, 6], [7, 1], [3], [12, 40, 2, 8]]
-    for cache in ("dual", "freecache", "prefix"):
+    for cache in ("dual", "freecache", "prefix", "sparse"):
         together = dllm.generate(lm, prompts, "threshold", cache, **options)
         alone = [dllm.generate(lm, [prompt], "threshold", cache, **options) for prompt in prompts]
         assert [each.completions[0].tolist() for each in alone] == together.completions.tolist()
@@ -132,7 +134,7 @@ def test_the_oldest_graphs_are_given_up(monkeypatch: pytest.MonkeyPatch, device:
     assert len(device.made) > 1
 
 
-@pytest.mark.parametrize("cache", ["none", "dllm_cache", "d2cache"])
+@pytest.mark.parametrize("cache", ["none", "dllm_cache", "d2cache", "elastic"])
 def test_graphs_that_would_have_no_effect_are_refused(cache: str) -> None:
     with pytest.raises(ValueError, match=f"cache={cache} is not compatible with CUDA graphs .*; use cuda_graphs=null"):
         dllm.generate(random_llada(), PROMPTS, cache=cache, cuda_graphs=True)

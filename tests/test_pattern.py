@@ -146,7 +146,7 @@ def test_nothing_after_the_active_block_is_computed_nor_what_is_exact() -> None:
     assert computed == [(0, 11), (8, 11), (8, 11), (8, 15), *[(12, 15)] * 3, (12, 17), (16, 17)]
 
 
-@pytest.mark.parametrize("name", ["prefix", "dual", "freecache", "dkv", "dllm_cache", "d2cache"])
+@pytest.mark.parametrize("name", ["prefix", "dual", "freecache", "dkv", "dllm_cache", "d2cache", "sparse", "elastic"])
 def test_every_cache_fills_what_is_masked(name: str) -> None:
     batch = dllm.generate(block_model(), PROMPTS, "threshold", name, batch_size=3, **OPTIONS)
     assert not (batch.completions == 63).any()

@@ -68,7 +68,7 @@ def steps(sampler: Any, cache: str, rows: int, monkeypatch: pytest.MonkeyPatch, 
         found.append(seen)
 
 
-@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "freecache", "dkv", "dllm_cache"])
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "freecache", "dkv", "dllm_cache", "sparse"])
 @pytest.mark.parametrize(
     "name",
     [

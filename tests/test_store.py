@@ -36,7 +36,9 @@ def test_a_store_has_the_size_its_docstring_says(make: Callable[..., dllm.Langua
     observed(watch, lm, [[5, 6], [7, 8, 9]], "threshold", name, gen_length=12)
     layers, heads, size = lm.backbone.kv_shape
     columns = heads * size + (lm.backbone.config.hidden_size if name == "dllm_cache" else 0)
-    assert {store.nbytes for store in stores} == {2 * layers * 2 * (15 + stores[0].spare) * columns * 4}
+    own = {"sparse": 1, "elastic": lm.backbone.config.num_attention_heads * size + lm.backbone.config.hidden_size}
+    numbers = 2 * columns + own.get(name, 0)  # of a column in a layer
+    assert {store.nbytes for store in stores} == {layers * 2 * (15 + stores[0].spare) * numbers * 4}
     assert len({id(store) for store in stores}) == 1
     tensors = [value for value in vars(stores[0]).values() if isinstance(value, torch.Tensor)]
     tensors += [*getattr(stores[0], "added", {}).values()]

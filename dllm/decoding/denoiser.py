@@ -179,6 +179,11 @@ class Denoiser:
         np.add.at(self.computed, question.slots, question.count(compute) if plan.cost is None else cost)
         wanted = question if plan.probe is None else question.and_about(plan.probe.read)
         logits = self._in_forwards(wanted, cost, lambda some, group: self._part(some, store, compute[group]))
+        if plan.more is not None:
+            more = plan.more()
+            np.add.at(self.computed, question.slots, more)
+            everything = (more > 0) & (cost + more >= question.visible.sum(1))
+            np.add.at(self.refreshes, question.slots[everything & question.first], 1)
         if plan.probe is not None:
             plan.probe.tell(_top_probability(logits[asked:], plan.probe.read, self.canvas.mask_token_id))
             logits = logits[:asked].clone()  # a slice would keep all logits alive

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
@@ -24,6 +25,9 @@ from dllm.models.transformer import (
     FeatureStore,
     KVStore,
     PartedStore,
+    QueryStore,
+    SparseStore,
+    WideningStore,
     rotary_embedding,
 )
 
@@ -227,10 +231,28 @@ class MaskedDiffusionModel(PreTrainedModel):
             features=store if isinstance(store, FeatureStore) else None,
             watch=store if isinstance(store, AttentionStore) else None,
             parted=store if isinstance(store, PartedStore) else None,
+            queries=store if isinstance(store, QueryStore) else None,
+            sparse=store if isinstance(store, SparseStore) else None,
         )
-        for layer, block in enumerate(self.blocks):
-            hidden = block(layer, hidden, inputs)
+        if isinstance(store, WideningStore):
+            hidden = self._widening(hidden, inputs, store)
+        else:
+            for layer, block in enumerate(self.blocks):
+                hidden = block(layer, hidden, inputs)
         return hidden if select is None else hidden.flatten(0, 1)[select]
+
+    def _widening(self, hidden: Tensor, inputs: BlockInputs, store: WideningStore) -> Float[Tensor, "B C d"]:
+        """Output of the last block, where a block may be computed again for more columns."""
+        for layer, block in enumerate(self.blocks):
+            store.enter(layer, hidden)
+            after = block(layer, hidden, inputs)
+            wider = store.wider(layer, hidden, inputs.mask)
+            if wider is not None:
+                rotation = rotary_embedding(wider.positions, self.rotary_dim, self.config.rope_theta, hidden.dtype)
+                inputs = replace(inputs, rotation=rotation, mask=wider.mask)
+                after = block(layer, wider.hidden, inputs)
+            hidden = after
+        return store.narrow(hidden)
 
     def project(self, hidden: Float[Tensor, "*N d"]) -> Float[Tensor, "*N V"]:
         """Logits of hidden states of the last block."""

@@ -66,6 +66,56 @@ class AttentionStore(KVStore, Protocol):
         ...
 
 
+@runtime_checkable
+class QueryStore(KVStore, Protocol):
+    """A store that needs the queries."""
+
+    def queried(self, layer: int, queries: Float[Tensor, "B H C D"]) -> None:
+        """Receive the queries of the computed columns, after `update`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Wider:
+    """The input of a layer for more columns.
+
+    Attributes:
+        hidden: of the columns.
+        positions: of the columns.
+        mask: as in `BlockInputs`.
+    """
+
+    hidden: Float[Tensor, "B W d"]
+    positions: Int[Tensor, "B W"]
+    mask: Bool[Tensor, "B 1 #W S"] | None
+
+
+@runtime_checkable
+class WideningStore(QueryStore, Protocol):
+    """A store that may have a layer computed again, for more columns, which are then those of the layers after it."""
+
+    def enter(self, layer: int, hidden: Float[Tensor, "B C d"]) -> None:
+        """Receive the input of a layer."""
+        ...
+
+    def wider(self, layer: int, hidden: Float[Tensor, "B C d"], mask: Bool[Tensor, "B 1 #C S"] | None) -> Wider | None:
+        """The input with which the layer is computed again, given that of its first time; None where it is not."""
+        ...
+
+    def narrow(self, hidden: Float[Tensor, "B W d"]) -> Float[Tensor, "B C d"]:
+        """The columns that the forward began with."""
+        ...
+
+
+@runtime_checkable
+class SparseStore(KVStore, Protocol):
+    """A store of which each layer attends to some columns."""
+
+    def mask(self, layer: int, mask: Bool[Tensor, "B 1 #C S"] | None) -> Bool[Tensor, "B 1 #C S"] | None:
+        """The attention mask of a layer, given what holds for every layer."""
+        ...
+
+
 @dataclass(frozen=True)
 class SwiGLU:
     """The dense feed-forward part: down(silu(gate) * up) (arXiv 2002.05202)."""
@@ -143,6 +193,8 @@ class BlockInputs:
         features: the store, if it is a `FeatureStore`.
         watch: the store, if it is an `AttentionStore`.
         parted: the store, if it is a `PartedStore`.
+        queries: the store, if it is a `QueryStore`.
+        sparse: the store, if it is a `SparseStore`.
     """
 
     head_dim: int
@@ -153,6 +205,8 @@ class BlockInputs:
     features: FeatureStore | None = None
     watch: AttentionStore | None = None
     parted: PartedStore | None = None
+    queries: QueryStore | None = None
+    sparse: SparseStore | None = None
 
 
 class RMSNorm(nn.Module):
@@ -201,12 +255,16 @@ def block_forward(
         q, k = outputs(h, parts.query, parts.key)
     q = _rotated(q, parts.query_norm, rotation, inputs.head_dim)
     k = _rotated(k, parts.key_norm, rotation, inputs.head_dim)
+    if inputs.sparse is not None:
+        inputs = replace(inputs, mask=inputs.sparse.mask(layer, inputs.mask))
     if inputs.parted is not None and not inputs.eager:
         attended = _attention_in_parts(q, inputs.parted.parts(layer, k, v), inputs.mask)
     else:
         if inputs.store is not None:
             k, v = inputs.store.update(layer, k, v)
         attended = _attention(q, k, v, layer, inputs)
+    if inputs.queries is not None:
+        inputs.queries.queried(layer, q)
     added = parts.output(rearrange(attended, "b h c d -> b c (h d)"))
     if features is None:
         x, h = parts.feed_forward_norm.of_sum(x, added)
@@ -261,10 +319,18 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    weights = attention_weights(q, k, mask)
+    v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    return weights.to(v.dtype) @ v, weights
+
+
+def attention_weights(
+    q: Float[Tensor, "B Q C D"], k: Float[Tensor, "B H S D"], mask: Bool[Tensor, "B 1 #C S"] | None
+) -> Float[Tensor, "B Q C S"]:
+    """The attention of each query, in float32 or wider."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    weights = scores.softmax(-1)
-    return weights.to(v.dtype) @ v, weights
+    return scores.softmax(-1)
