@@ -171,8 +171,10 @@ class Prediction:
         other.asked = other._within = asked
         return other
 
-    def kept(self, arrange: Callable[[Tensor], Tensor]) -> Prediction:
-        """The properties computed so far, passed through `arrange`, without the logits."""
+    def kept(self, arrange: Callable[[Tensor], Tensor], also: Sequence[str] = ()) -> Prediction:
+        """The properties computed so far, and `also` these, passed through `arrange`, without the logits."""
+        for name in also:
+            getattr(self, name)
         other = object.__new__(Prediction)
         vars(other).update({name: arrange(value) for name, value in vars(self).items() if name in _ALIGNED})
         return other
