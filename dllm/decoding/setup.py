@@ -51,6 +51,7 @@ class Setup:
         fingerprint: identifies the denoiser by its weights.
         rehearsal: creates a `Rehearsal` for a sampler.
         tensor: allocates zeros by name and shape, in the backbone's dtype; they may outlive the engine.
+        cache: the engine's cache, for samplers that were measured with one; None if unknown.
     """
 
     slots: int
@@ -67,3 +68,4 @@ class Setup:
     fingerprint: Callable[[], str]
     rehearsal: Callable[[Any], Rehearsal]
     tensor: Callable[[str, Sequence[int]], Tensor]
+    cache: Any = None
