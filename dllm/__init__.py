@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dllm import cache, samplers
-    from dllm.api import as_completed, generate, infill, stream
+    from dllm.api import as_completed, generate, infill, load, stream
     from dllm.decoding.engine import Engine
     from dllm.decoding.options import Options
     from dllm.decoding.result import Generation, Stats
     from dllm.decoding.step import Answer, Event, Frame, Step
-    from dllm.models.loading import LanguageModel, load
+    from dllm.models.loading import LanguageModel
     from dllm.resolve import register
 
 __all__ = [
@@ -41,7 +41,7 @@ _MODULES = {
     "Answer": "decoding.step", "Engine": "decoding.engine", "Event": "decoding.step", "Frame": "decoding.step",
     "Generation": "decoding.result", "LanguageModel": "models.loading", "Options": "decoding.options",
     "Stats": "decoding.result", "Step": "decoding.step", "as_completed": "api", "generate": "api", "infill": "api",
-    "load": "models.loading", "register": "resolve", "stream": "api",
+    "load": "api", "register": "resolve", "stream": "api",
 }  # fmt: skip
 
 

@@ -1,8 +1,10 @@
-"""The Python API: `generate`, `as_completed`, `stream` and `infill`, each of which runs an engine."""
+"""The Python API: `load`, and `generate`, `as_completed`, `stream` and `infill`, each of which runs an engine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,17 +17,39 @@ from dllm.decoding.prompts import Mask, Prompts, encode
 from dllm.decoding.request import Request
 from dllm.decoding.result import Generation, Tally, assemble, padded
 from dllm.decoding.step import Answer, Frame, Step
+from dllm.models import loading
 from dllm.models.loading import LanguageModel
 from dllm.progress import progress_bar
+from dllm.samplers import Calibrated
 from dllm.samplers.base import Sampler
 
 Callback: TypeAlias = Callable[[Step], None]
 
 
+def load(name: str | Path, *, calibration: str | Path | None = None, **options: Any) -> LanguageModel:
+    """Load a denoiser and its tokenizer.
+
+    Args:
+        name: a model of conf/model such as "tiny-llada" or "llada-8b-instruct", a local folder, or a hub id.
+        calibration: card of `dllm calibrate`, whose policy is used where no sampler is given; None for vanilla.
+        **options: of `dllm.models.loading.load`: device, dtype, device_map, attn_implementation, revision, pack and
+            adapter.
+
+    Raises:
+        ValueError: as `dllm.models.loading.load`; a card that is damaged, certifies nothing, or is of another model.
+    """
+    if calibration is None:
+        return loading.load(name, **options)
+    sampler = Calibrated(calibration)
+    lm = loading.load(name, **options)
+    sampler.card.check(lm.backbone.fingerprint())
+    return replace(lm, sampler=sampler)
+
+
 def generate(
     lm: LanguageModel,
     prompts: Prompts,
-    sampler: str | Sampler = "vanilla",
+    sampler: str | Sampler | None = None,
     cache: str | Cache = "none",
     *,
     attention_mask: Mask | None = None,
@@ -39,7 +63,8 @@ def generate(
         lm: a loaded model.
         prompts: a text, texts, chat messages, chats, or token ids: lists, a (B, P) LongTensor, or what a tokenizer
             returns. A chat that ends with a partial assistant message is continued.
-        sampler: the unmasking policy: a name of conf/sampler or an object.
+        sampler: the unmasking policy: a name of conf/sampler or an object; None for that of the model's card (`load`),
+            else vanilla.
         cache: the cache: a name of conf/cache or an object.
         attention_mask: of token ids: 1 at tokens, 0 at padding on either side. Not needed with the output of a
             tokenizer. A tensor that may be padded is rejected without one (`dllm.decoding.prompts.encode`).
@@ -59,7 +84,7 @@ def generate(
 def as_completed(
     lm: LanguageModel,
     prompts: Prompts,
-    sampler: str | Sampler = "vanilla",
+    sampler: str | Sampler | None = None,
     cache: str | Cache = "none",
     *,
     attention_mask: Mask | None = None,
@@ -81,7 +106,7 @@ def as_completed(
 def stream(
     lm: LanguageModel,
     prompts: Prompts,
-    sampler: str | Sampler = "vanilla",
+    sampler: str | Sampler | None = None,
     cache: str | Cache = "none",
     *,
     attention_mask: Mask | None = None,
@@ -101,7 +126,7 @@ def stream(
 def infill(
     lm: LanguageModel,
     texts: Prompts,
-    sampler: str | Sampler = "vanilla",
+    sampler: str | Sampler | None = None,
     cache: str | Cache = "none",
     *,
     attention_mask: Mask | None = None,
@@ -125,7 +150,7 @@ def infill(
 def prepare(
     lm: LanguageModel,
     ids: Sequence[Sequence[int]],
-    sampler: str | Sampler,
+    sampler: str | Sampler | None,
     cache: str | Cache,
     options: Options,
     infill: bool = False,
@@ -135,7 +160,7 @@ def prepare(
     Args:
         lm: a loaded model.
         ids: token ids of each prompt, or of each text with masks.
-        sampler: a name of conf/sampler or an object.
+        sampler: a name of conf/sampler or an object; None for the model's own.
         cache: a name of conf/cache or an object.
         options: everything else.
         infill: `ids` contain the masks.
@@ -163,7 +188,7 @@ def prepare(
 def _prepare(
     lm: LanguageModel,
     prompts: Prompts,
-    sampler: str | Sampler,
+    sampler: str | Sampler | None,
     cache: str | Cache,
     attention_mask: Mask | None,
     options: dict[str, Any],

@@ -24,6 +24,7 @@ from dllm.samplers.prophet import Prophet
 from dllm.samplers.remdm import ReMDM
 from dllm.samplers.saber import Saber
 from dllm.samplers.slowfast import SlowFast
+from dllm.samplers.ssd import SSD
 from dllm.samplers.sub_blocks import SubBlocks
 from dllm.samplers.t2m import T2M
 from dllm.samplers.threshold import Threshold
@@ -34,6 +35,7 @@ __all__ = [
     "EB",
     "KLASS",
     "PC",
+    "SSD",
     "T2M",
     "ARGuided",
     "AdaBlock",

@@ -7,19 +7,23 @@ position i given everything to its left, a draft y at i is accepted under
     argmax  y = argmax p
     topk    y among the `top_k` most probable
     ratio   y among the `top_k`, and p(y) >= ratio * max p
+    sample  with probability min(1, p(y) / q(y)), q being the distribution that y was drawn from
 
 and the longest accepted prefix from the first mask on is committed; tokens committed earlier count as
 accepted. If even the first draft is rejected, the denoiser's draft is committed there anyway
 (on_reject=draft, the reference: the guide only decides how many), or the guide's token replaces the
 first rejected draft (on_reject=guide, as in speculative decoding). Every step commits at least one token.
 
+With on_reject=guide this is Speculative Diffusion Decoding (arXiv 2408.05636): the denoiser drafts for the guide. Under
+argmax the text is the one that the guide writes greedily. Under sample the token at the first rejected position is
+always drawn from max(0, p - q), normalized, so that every token is distributed as p, whatever the drafts; p is subject
+to the temperature, top_p and top_k of the request, as q is. Tokens that the denoiser lacks are excluded from p.
+
 Differences from the reference:
-- The block is drafted; block_length=null drafts the whole remainder, as published. The guide verifies a
-  draft in one forward, not in chunks.
-- The guide's KV cache keeps the accepted prefix of each row, in batches; the reference's is misaligned
-  after several fully accepted chunks. A single last draft is committed without calling the guide.
-- A guide with another vocabulary reads the text; see `dllm.guide.alignment`. The reference keeps the first
-  subtoken of each re-encoded token.
+- The block is drafted, with block_length=null the whole remainder, as published; verified in one forward, not chunks.
+- The guide's KV cache keeps the accepted prefix of each row, in batches; the reference's is misaligned after
+  several fully accepted chunks. With on_reject=draft a single last draft is committed without calling the guide.
+- A guide with other tokens reads the text (`dllm.guide.alignment`); the reference keeps a first subtoken each.
 """
 
 from __future__ import annotations
@@ -30,8 +34,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -44,6 +47,7 @@ from dllm.decoding.setup import Setup
 from dllm.decoding.window import Edit, Window
 from dllm.guide import Guide, Judging, guide_folder, load_guide
 from dllm.guide.alignment import Aligned, Aligner, SameVocabulary, align
+from dllm.guide.rejection import accepted, remainder
 from dllm.samplers.base import Denoise, Policy, commit
 from dllm.samplers.selection import leftmost
 
@@ -55,13 +59,13 @@ class GuideState:
     Attributes:
         judging: the guide and its KV cache.
         aligner: maps the canvas to the guide's tokens.
-        writable: tokens of the guide that may be written; None where its vocabulary differs.
+        numbers: the guide's id of each token that may be written, -1 for others; None where their tokens differ.
         mask_token_id: of the denoiser.
     """
 
     judging: Judging
     aligner: Aligner
-    writable: Bool[Tensor, " V"] | None
+    numbers: Int[Tensor, " V"] | None
     mask_token_id: int
 
 
@@ -72,10 +76,11 @@ class ARGuided(Policy):
     Args:
         guide: the causal model: a bundled name, a local folder, a hub id, or a loaded model (one that
             takes the denoiser's token ids, or a `dllm.guide.Guide` with its tokenizer).
-        accept: when a draft is accepted: argmax, topk or ratio.
+        accept: when a draft is accepted: argmax, topk, ratio or sample.
         top_k: drafts among the k most probable tokens are accepted, under topk and ratio; None for 5.
         ratio: minimum probability of a draft as a fraction of the highest, under ratio; None for 0.5.
-        on_reject: token at the first rejected position: the draft, or the guide's prediction.
+        on_reject: token at the first rejected position: the draft, or the guide's prediction; under sample always one
+            that is drawn by the guide.
 
     Raises:
         ValueError: an option out of range or without effect; at the start of a run: a guide that cannot be
@@ -83,7 +88,7 @@ class ARGuided(Policy):
     """
 
     guide: str | Path | Guide | PreTrainedModel = "tiny-guide"
-    accept: Literal["argmax", "topk", "ratio"] = "argmax"
+    accept: Literal["argmax", "topk", "ratio", "sample"] = "argmax"
     top_k: int | None = None
     ratio: float | None = None
     on_reject: Literal["draft", "guide"] = "draft"
@@ -95,16 +100,23 @@ class ARGuided(Policy):
             raise ValueError(
                 f"guide={self.guide!r} is not a guide; use a name, a folder, a hub id or a loaded causal model"
             )
-        choice("accept", self.accept, ("argmax", "topk", "ratio"))
+        choice("accept", self.accept, ("argmax", "topk", "ratio", "sample"))
         if self.top_k is not None:
             number("top_k", self.top_k, "a whole number of at least 1, or null for 5", low=1, whole=True)
-            if self.accept == "argmax":
-                raise ValueError(f"top_k={self.top_k} has no effect with accept=argmax; use accept=topk or ratio")
+            if self.accept not in ("topk", "ratio"):
+                raise ValueError(
+                    f"top_k={self.top_k} has no effect with accept={self.accept}; use accept=topk or ratio"
+                )
         if self.ratio is not None:
             number("ratio", self.ratio, "a number from 0 to 1, or null for 0.5", low=0, high=1)
             if self.accept != "ratio":
                 raise ValueError(f"ratio={self.ratio} has no effect with accept={self.accept}; use accept=ratio")
         choice("on_reject", self.on_reject, ("draft", "guide"))
+
+    @property
+    def _replaces(self) -> bool:
+        """Whether the guide's token is committed at the first rejected position."""
+        return self.on_reject == "guide" or self.accept == "sample"
 
     def files(self) -> Iterable[Path]:
         """The folder of the guide."""
@@ -120,14 +132,16 @@ class ARGuided(Policy):
             case PreTrainedModel():
                 guide = Guide(self.guide, setup.tokenizer)
         aligner = align(guide, setup.tokenizer, setup.vocab_size)
-        writable = None
+        numbers = None
         if isinstance(aligner, SameVocabulary):
-            shared = min(guide.vocab_size, setup.vocab_size)
-            writable = F.pad(aligner.readable[:shared], (0, guide.vocab_size - shared))
-            writable[setup.mask_token_id : setup.mask_token_id + 1] = False
-        elif self.on_reject == "guide":
-            raise ValueError("on_reject=guide needs a guide with the model's own vocabulary; use on_reject=draft")
-        return GuideState(Judging(guide), aligner, writable, setup.mask_token_id)
+            numbers = aligner.numbers.masked_fill(aligner.numbers >= guide.vocab_size, -1)
+            numbers[setup.mask_token_id : setup.mask_token_id + 1] = -1
+        elif self._replaces:
+            option, use = "on_reject=guide", "on_reject=draft"
+            if self.accept == "sample":
+                option, use = "accept=sample", "accept=argmax"
+            raise ValueError(f"{option} needs a guide with the model's own vocabulary; use {use}")
+        return GuideState(Judging(guide), aligner, numbers, setup.mask_token_id)
 
     def check(self, state: GuideState, request: Request) -> None:
         """Reject a prompt that the guide cannot represent."""
@@ -141,15 +155,17 @@ class ARGuided(Policy):
         """Draft the block, verify it with the guide, commit the accepted prefix."""
         prediction = denoise()
         drafted = commit(window, prediction, window.masked).on(window.tokens)
+        # Drawn in every step, whoever is judged in it: what a row draws does not depend on the others.
+        chances = (window.uniform(), window.uniform()) if self.accept == "sample" else None
         aligned = state.aligner(drafted, window.first, window.columns, window.masked, window.ends)
-        asks = (window.masked.sum(-1) > (1 if self.on_reject == "draft" else 0)) & (aligned.lengths > aligned.start)
+        asks = (window.masked.sum(-1) > (0 if self._replaces else 1)) & (aligned.lengths > aligned.start)
         before = state.judging.seconds
         judged = state.judging.logits(
             window.rows, aligned.ids, aligned.lengths.where(asks, aligned.start), aligned.start
         )
         if judged is None:
             return commit(window, prediction, leftmost(window.masked))
-        edit, held = self._judge(window, prediction, aligned, judged, state.writable)
+        edit, held = self._judge(window, prediction, aligned, judged, state.numbers, chances)
         forwards = asks.long().cpu().numpy()  # synchronizes: forwards are counted on the host, per row
         # A rejected draft that is committed anyway does not count as a draft.
         judged_drafts = window.masked & asks[:, None] & (held | ~edit.write)
@@ -169,25 +185,32 @@ class ARGuided(Policy):
         prediction: Prediction,
         aligned: Aligned,
         judged: tuple[Tensor, Tensor],
-        writable: Bool[Tensor, " V"] | None,
+        numbers: Int[Tensor, " V"] | None,
+        chances: tuple[Tensor, Tensor] | None,
     ) -> tuple[Edit, Bool[Tensor, "B K"]]:
         """The edit, and which drafts are accepted."""
         logits, about = judged
         length = aligned.ids.shape[1]
-        draft = torch.cat((aligned.ids, aligned.ids[:, :1]), dim=1).gather(1, about)
-        holds = self._holds(logits, draft)
+        expected = None
+        if chances is not None and numbers is not None:
+            holds, expected = _drawn(prediction, aligned.slots(about), logits, numbers, chances)
+            about = (aligned.upto - 1).where(window.masked, length).clamp(max=length)
+        else:
+            draft = torch.cat((aligned.ids, aligned.ids[:, :1]), dim=1).gather(1, about)
+            holds = self._holds(logits, draft)
+            if self._replaces and numbers is not None:
+                slots = aligned.slots(about)
+                greedy = _ours(logits, numbers).argmax(-1).gather(1, slots.clamp(min=0))
+                expected = greedy.where(slots >= 0, -1)
         index = torch.arange(length, device=about.device)
         # Tokens that were not judged are accepted where they precede the drafts or are committed.
         verdict = (index < aligned.start[:, None]) | (index == 0) | aligned.free
         verdict = flagged(torch.cat((verdict, verdict[:, :1]), dim=1), about, holds)[:, :length]
-        accepted = verdict.long().cumprod(-1).sum(-1)
-        held = (aligned.upto <= accepted[:, None]) & window.masked
-        if self.on_reject == "draft" or writable is None:
+        count = verdict.long().cumprod(-1).sum(-1)
+        held = (aligned.upto <= count[:, None]) & window.masked
+        if expected is None:
             return commit(window, prediction, held | leftmost(window.masked)), held
-        rejected = (aligned.upto == accepted[:, None] + 1) & window.masked
-        choices = logits.masked_fill(~writable, -torch.inf).argmax(-1)
-        expected = torch.full((len(choices), length + 1), -1, device=about.device).scatter(1, about, choices)
-        expected = expected.gather(1, (aligned.upto - 1).clamp(0, length - 1))
+        rejected = (aligned.upto == count[:, None] + 1) & window.masked
         tokens = torch.where(rejected & (expected >= 0), expected, prediction.tokens)
         return Edit(window.columns, tokens, held | rejected), held
 
@@ -204,3 +227,26 @@ class ARGuided(Policy):
                 0.5 if self.ratio is None else self.ratio
             )
         return among & known
+
+
+def _ours(logits: Float[Tensor, "*N G"], numbers: Int[Tensor, " V"]) -> Float[Tensor, "*N V"]:
+    """The guide's logits of the denoiser's tokens."""
+    return logits[..., numbers.clamp(min=0)].masked_fill(numbers < 0, -torch.inf)
+
+
+def _drawn(
+    prediction: Prediction,
+    slots: Int[Tensor, "B K"],
+    logits: Float[Tensor, "B N G"],
+    numbers: Int[Tensor, " V"],
+    chances: tuple[Float[Tensor, "B K"], Float[Tensor, "B K"]],
+) -> tuple[Bool[Tensor, "B K"], Int[Tensor, "B K"]]:
+    """Whether each draft is accepted by rejection sampling, and what replaces it if not; -1 where it was not judged."""
+    at = prediction.index
+    row, slot = at // slots.shape[1], slots.flatten()[at]
+    p = prediction.distribution(_ours(logits[row, slot.clamp(min=0)], numbers).to(prediction.given.dtype))
+    q = prediction.distribution()
+    first, second = (each.flatten()[at] for each in chances)
+    holds = accepted(p, q, prediction.tokens.flatten()[at], first) & (slot >= 0)
+    tokens = remainder(p, q, second).where(slot >= 0, -1)
+    return prediction.aligned(holds, False), prediction.aligned(tokens, -1)

@@ -1,18 +1,40 @@
-"""A policy with the setting that `dllm calibrate` certified, for the model it was certified for."""
+"""A policy with the setting that `dllm calibrate` certified, for the model it was certified for.
+
+The guarantee is for the cache and the lengths that the card was made with; under others a notice says so.
+"""
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from dllm.calibration import Calibration
+from dllm.checks import Notice
+from dllm.decoding.options import block_length_of
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
 from dllm.decoding.window import Edit, Window
-from dllm.resolve import CALIBRATION, build
+from dllm.resolve import CALIBRATION, build, names, resolve
 from dllm.samplers.base import Denoise, Sampler
+
+
+@dataclass
+class CalibratedState:
+    """State of an engine.
+
+    Attributes:
+        state: that of the policy.
+        setup: of the engine.
+        told: whether the notice was given.
+    """
+
+    state: Any
+    setup: Setup
+    told: bool = False
 
 
 @dataclass(frozen=True)
@@ -31,6 +53,7 @@ class Calibrated:
     base: Sampler | None = None
     card: Calibration = field(init=False, repr=False, compare=False)
     policy: Sampler = field(init=False, repr=False)
+    cache: Any = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         card = Calibration.read(self.calibration)
@@ -43,6 +66,7 @@ class Calibrated:
             if CALIBRATION in card.sampler:
                 raise ValueError("it names another card")
             own: Any = build("sampler", {**card.sampler, card.knob: card.value}, Sampler)
+            cache = build("cache", card.cache, object)
         except ValueError as error:
             raise ValueError(
                 f"calibration={str(self.calibration)!r} is damaged ({error}); make it again with dllm calibrate"
@@ -55,6 +79,7 @@ class Calibrated:
                 )
         object.__setattr__(self, "card", card)
         object.__setattr__(self, "policy", own)
+        object.__setattr__(self, "cache", cache)
 
     @property
     def single_forward(self) -> bool:
@@ -78,19 +103,55 @@ class Calibrated:
         """As the policy."""
         return self.policy.opening(request)
 
-    def start(self, setup: Setup) -> Any:
+    def start(self, setup: Setup) -> CalibratedState:
         """Reject another model, and start the policy."""
         self.card.check(setup.fingerprint())
-        return self.policy.start(setup)
+        return CalibratedState(self.policy.start(setup), setup)
 
-    def check(self, state: Any, request: Request) -> None:
+    def check(self, state: CalibratedState, request: Request) -> None:
+        """As the policy; once, warn of a request that the guarantee does not cover."""
+        self.policy.check(state.state, request)
+        if not state.told and (differing := self._differing(state.setup, request)):
+            state.told = True
+            measured, used = (", ".join(f"{name}={_text(pair[k])}" for name, pair in differing.items()) for k in (0, 1))
+            message = f"calibration={str(self.calibration)!r} was measured with {measured}, and is used with {used}"
+            warnings.warn(f"{message}: its guarantee does not hold; calibrate with these", Notice, stacklevel=2)
+
+    def enter(self, state: CalibratedState, row: int, request: Request) -> None:
         """As the policy."""
-        self.policy.check(state, request)
+        self.policy.enter(state.state, row, request)
 
-    def enter(self, state: Any, row: int, request: Request) -> None:
-        """As the policy."""
-        self.policy.enter(state, row, request)
-
-    def step(self, window: Window, denoise: Denoise, state: Any) -> Edit:
+    def step(self, window: Window, denoise: Denoise, state: CalibratedState) -> Edit:
         """One step of the policy."""
-        return self.policy.step(window, denoise, state)
+        return self.policy.step(window, denoise, state.state)
+
+    def _differing(self, setup: Setup, request: Request) -> dict[str, tuple[Any, Any]]:
+        """The settings of the card that are others here, with both values."""
+        found: dict[str, tuple[Any, Any]] = {}
+        if setup.cache is not None:
+            measured, used = _written(self.cache), _written(setup.cache)
+            names = [name for name in measured if name in used] if measured["cache"] == used["cache"] else ["cache"]
+            found = {name: (measured[name], used[name]) for name in names}
+        options = self.card.options
+        if not request.infill:
+            found["gen_length"] = options.get("gen_length"), "auto" if request.open_ended else request.span
+        block = options.get("block_length")
+        if not isinstance(block, int):
+            block = block_length_of(block, sys.maxsize, setup.pattern)
+        # A block that is longer than what is generated is all of it.
+        if len({min(each or request.span, request.span) for each in (block, request.blocks)}) > 1:
+            found["block_length"] = block, request.blocks
+        return {name: pair for name, pair in found.items() if pair[0] != pair[1]}
+
+
+def _written(cache: Any) -> dict[str, Any]:
+    """A cache as it is chosen: its name, and its options but for what changes nothing."""
+    kinds = {type(resolve("cache", name, object)): name for name in names("cache")}
+    own = {f"cache.{name}": value for name, value in vars(cache).items()}
+    if own.get("cache.refresh_above") is None:
+        own.pop("cache.measure_every", None)
+    return {"cache": kinds.get(type(cache), type(cache).__name__), **own}
+
+
+def _text(value: Any) -> str:
+    return {None: "null", True: "true", False: "false"}.get(value, str(value))

@@ -116,7 +116,12 @@ class _Runs:
             raise ValueError(f"task={task!r} does not grade generated answers; use a task that does")
         main = metrics["accuracy_name"]
         table = parquet.read_table(folder / "samples.parquet", columns=["id", main]).to_pydict()
-        found = {str(name): float(score) for name, score in zip(table["id"], table[main], strict=True)}
+        found: dict[str, float] = {}
+        for name, score in zip(table["id"], table[main], strict=True):
+            if score is None:
+                raise ValueError(f"task={task!r} leaves answers without a score; use a task that grades each problem")
+            # Several answers to a problem are one draw, with one score.
+            found[str(name).partition("#")[0]] = float(score)
         if not all(0 <= score <= 1 for score in found.values()):
             raise ValueError(f"task={task!r} has scores outside 0 to 1; use task.metric= for another score")
         if not self.first:

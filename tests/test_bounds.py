@@ -14,6 +14,7 @@ LM = random_llada()
 HUGE = 2**62
 SAMPLERS: list[tuple[Any, Any]] = [
     (dllm.samplers.FreeDave(HUGE), dllm.samplers.FreeDave(13)),
+    (dllm.samplers.SSD(HUGE), dllm.samplers.SSD(12)),
     (dllm.samplers.Vanilla(tokens_per_step=HUGE), dllm.samplers.Vanilla(tokens_per_step=12)),
     (dllm.samplers.Threshold(at_least=HUGE), dllm.samplers.Threshold(at_least=12)),
     (dllm.samplers.EB(at_least=HUGE), dllm.samplers.EB(at_least=12)),

@@ -67,12 +67,12 @@ def test_losses_are_those_of_the_samples(made: tuple[Path, Outcome], card: Path)
 def test_a_card_sets_the_policy(card: Path) -> None:
     lm = dllm.load("tiny-llada", device="cpu")
     prompts = ["Tom has 3 apples and buys 4.", "Ann has 20 pens. She gives 6 away."]
-    expected = dllm.generate(lm, prompts, Threshold(0.99), gen_length=32)
+    expected = dllm.generate(lm, prompts, Threshold(0.99), gen_length=64)
     for sampler in (Calibrated(card), Calibrated(card, Threshold(0.3))):
-        found = dllm.generate(lm, prompts, sampler, gen_length=32)
+        found = dllm.generate(lm, prompts, sampler, gen_length=64)
         assert found.sequences.tolist() == expected.sequences.tolist()
         assert found.nfe.tolist() == expected.nfe.tolist()
-    options = ["prompt=Tom has 3 apples and buys 4.", "gen_length=32", "show=none", "sampler=threshold"]
+    options = ["prompt=Tom has 3 apples and buys 4.", "gen_length=64", "show=none", "sampler=threshold"]
     told = command("generate", *options, f"sampler.calibration={card}")
     plain = command("generate", *options, "sampler.threshold=0.99")
     assert (told.code, told.err) == (0, "")

@@ -60,6 +60,7 @@ SAMPLERS: dict[str, Any] = {
     "freedave-threshold": FreeDave(5, Threshold(0.3), eager=True),
     "freedave-learned": FreeDave(3, LEARNED),
     "ar_guided-ratio": replace(GUIDED, accept="ratio", ratio=0.2, on_reject="guide"),
+    "ar_guided-sample": replace(GUIDED, accept="sample", top_k=None),
     "multiblock-early": MultiBlock(Threshold(0.3), 3, 0.0, 0.5, 0.2),
     "oracle-threshold": Oracle(Threshold(0.3)),
     "remdm-loop": ReMDM(10, "rescale", 0.5, True, loop=2, loop_at=0.5),

@@ -63,6 +63,7 @@ SAMPLERS: dict[str, Any] = {
     "freedave-eager": FreeDave(3, eager=True),
     "ar_guided-argmax": replace(GUIDED, accept="argmax", top_k=None),
     "ar_guided-ratio": replace(GUIDED, accept="ratio", ratio=0.2, on_reject="guide"),
+    "ar_guided-sample": replace(GUIDED, accept="sample", top_k=None),
 }
 
 

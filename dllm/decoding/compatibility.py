@@ -18,7 +18,7 @@ NEEDS = {
     "guidance": ("classifier-free guidance (cfg_scale above 0)", "cfg_scale=0"),
     "next_block": ("drafts that run into the next block (eager=true)", "eager=false"),
     "repeatable": (
-        "lossless drafting (freedave)",
+        "lossless drafting (freedave, ssd)",
         "prefix, dual or freecache with freeze=clean, granularity=block and refresh_above=null",
     ),
     "shadows": ("positions that only attend to the canvas", "a cache that keeps the keys and values of whole layers"),

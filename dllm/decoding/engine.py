@@ -50,7 +50,8 @@ class Engine:
 
     Args:
         lm: a loaded model.
-        sampler: the unmasking policy: a name of conf/sampler or an object.
+        sampler: the unmasking policy: a name of conf/sampler or an object; None for that of the model's card, else
+            vanilla.
         cache: the cache: a name of conf/cache or an object.
         batch_size: rows decoded at once; a finished row is replaced by a waiting request.
         max_length: maximum length of a request, prompt and generated region; None for the context of the model, or for
@@ -69,7 +70,7 @@ class Engine:
     def __init__(
         self,
         lm: LanguageModel,
-        sampler: str | Sampler = "vanilla",
+        sampler: str | Sampler | None = None,
         cache: str | Cache = "none",
         *,
         batch_size: int = 8,
@@ -85,7 +86,7 @@ class Engine:
             use = f"a whole number from 1 to the model's context of {context}, or null for all of it"
             number("max_length", max_length, use, low=1, high=context, whole=True)
         self.lm, self.batch_size = lm, batch_size
-        self.sampler: Sampler = resolve("sampler", sampler, Sampler)
+        self.sampler: Sampler = resolve("sampler", lm.sampler if sampler is None else sampler, Sampler)
         self.cache: Cache = resolve("cache", cache, Cache)
         self.cfg_scale, self.cuda_graphs = cfg_scale, cuda_graphs
         compatibility.check(self.sampler, self.cache, cfg_scale, lm.backbone, cuda_graphs)
@@ -116,6 +117,7 @@ class Engine:
             rehearsal=lambda other: EngineRehearsal(self, other),
             tensor=self._memory.tensor,
             query_heads=backbone.config.num_attention_heads,
+            cache=self.cache,
         )
         self.max_length = setup.length if max_length is not None else self._memory.fitting_length(self.cache, setup)
         self._setup = replace(setup, length=self.max_length)

@@ -141,7 +141,7 @@ def make_request(
         tokens=tokens,
         mask_token_id=backbone.mask_token_id,
         eos_token_ids=eos,
-        blocks=_block_length(options.block_length, backbone.max_length, pattern),
+        blocks=block_length_of(options.block_length, backbone.max_length, pattern),
         sampling=sampling,
         seed=seed,
         stop_at_eos=options.stop_at_eos and not infill,
@@ -153,7 +153,7 @@ def make_request(
     )
 
 
-def _block_length(wanted: int | Literal["auto"] | None, most: int, pattern: BlockCausal | None) -> int | None:
+def block_length_of(wanted: int | Literal["auto"] | None, most: int, pattern: BlockCausal | None) -> int | None:
     """Positions of a block: of a block-causal model those of its attention pattern.
 
     Raises:

@@ -171,8 +171,10 @@ class Prediction:
         other.asked = other._within = asked
         return other
 
-    def kept(self, arrange: Callable[[Tensor], Tensor]) -> Prediction:
-        """The properties computed so far, passed through `arrange`, without the logits."""
+    def kept(self, arrange: Callable[[Tensor], Tensor], also: Sequence[str] = ()) -> Prediction:
+        """The properties computed so far, and `also` these, passed through `arrange`, without the logits."""
+        for name in also:
+            getattr(self, name)
         other = object.__new__(Prediction)
         vars(other).update({name: arrange(value) for name, value in vars(self).items() if name in _ALIGNED})
         return other
@@ -197,6 +199,16 @@ class Prediction:
         own, others = _weights(self.logits, of)
         found = F.pad(own / (own + others.sum(-1).double()), (0, 1), value=-torch.inf)
         return found[place]
+
+    def distribution(self, logits: Float[Tensor, "N V"] | None = None) -> Float[Tensor, "N V"]:
+        """The probabilities that the tokens of the requested positions are drawn with, in float64.
+
+        Args:
+            logits: others for the same positions; None for those of the model.
+        """
+        given = self.given if logits is None else logits
+        found = [_distribution(given[part.at], self._mask_token_id, part.sampling) for part in self._parts]
+        return torch.cat(found)[torch.cat([part.at for part in self._parts]).argsort()]
 
     @cached_property
     def margin(self) -> Float[Tensor, "*B K"]:
@@ -282,6 +294,18 @@ def _choose(
         logits = _without(logits, sampling.eos_token_ids)
         last = torch.isin(tokens, torch.tensor(sampling.eos_token_ids, device=logits.device))
     return _Chosen(logits, tokens, broken, last)
+
+
+def _distribution(logits: Float[Tensor, "N V"], mask_token_id: int, sampling: Sampling) -> Float[Tensor, "N V"]:
+    """What `_choose` draws from; 1 for its token where it does not draw."""
+    if sampling.eos_suppression in ("logits", "both"):
+        logits = _without(logits, sampling.eos_token_ids[:1])
+    certain = F.one_hot(_argmax(logits, mask_token_id), logits.shape[-1]).double()
+    if sampling.temperature == 0:
+        return certain
+    left = _without(_filter(logits, sampling), [mask_token_id])
+    drawn = _tempered(left.double(), sampling.temperature).softmax(-1)
+    return drawn.where((left > -torch.inf).any(-1, keepdim=True), certain)
 
 
 def _weights(

@@ -52,6 +52,7 @@ class Setup:
         rehearsal: creates a `Rehearsal` for a sampler.
         tensor: allocates zeros by name and shape, in the backbone's dtype; they may outlive the engine.
         query_heads: attention heads of the backbone; None for as many as key-value heads.
+        cache: the engine's cache, for samplers that were measured with one; None if unknown.
     """
 
     slots: int
@@ -69,3 +70,4 @@ class Setup:
     rehearsal: Callable[[Any], Rehearsal]
     tensor: Callable[[str, Sequence[int]], Tensor]
     query_heads: int | None = None
+    cache: Any = None

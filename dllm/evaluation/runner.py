@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import re
 import shutil
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count, islice
@@ -125,7 +125,13 @@ class Runner:
         Args:
             requests: with ids that are unique in the run.
             **options: fields of `dllm.Options` that override the setting's.
+
+        Raises:
+            ValueError: an id that occurs twice.
         """
+        counts = Counter(request.id for request in requests)
+        if repeated := [name for name, count in counts.items() if count > 1]:
+            raise ValueError(f"id {repeated[0]!r} occurs twice among the problems; make ids unique")
         room = max(0, self.traced - len(self._ids))
         self._traced |= frozenset(request.id for request in requests[:room])
         first = not self._ids

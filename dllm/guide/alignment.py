@@ -1,6 +1,6 @@
 """Mapping a denoiser's canvas to a guide's tokens, and accepted tokens back to positions.
 
-If both models share a vocabulary, token ids are passed through. Otherwise the text between special
+If both models have the same tokens, in whatever numbering, these are passed through. Otherwise the text between special
 tokens is re-tokenized for the guide, and the two tokenizations are aligned by characters: a position is
 accepted if all guide tokens in the shortest span of text are accepted that contains the position and
 that starts and ends at token boundaries of both tokenizations. Text that a tokenizer cannot represent
@@ -46,6 +46,13 @@ class Aligned:
     free: Bool[Tensor, "B T"]
     upto: Int[Tensor, "B K"]
 
+    def slots(self, about: Int[Tensor, "B N"]) -> Int[Tensor, "B K"]:
+        """Which of the guide's logits are about each position of the window, by the tokens they are about; -1: none."""
+        length = self.ids.shape[1]
+        slot = torch.arange(about.shape[1], device=about.device).expand_as(about)
+        slots = torch.full((len(about), length + 1), -1, device=about.device).scatter(1, about, slot)
+        return slots.gather(1, (self.upto - 1).clamp(0, length - 1))
+
 
 @runtime_checkable
 class Aligner(Protocol):
@@ -87,20 +94,20 @@ class Aligner(Protocol):
 
 @dataclass(frozen=True)
 class SameVocabulary:
-    """The guide has the denoiser's vocabulary.
+    """The guide has the denoiser's tokens.
 
     Attributes:
         name: of the guide.
-        readable: ids with the same meaning in both vocabularies.
+        numbers: the guide's id of each of the denoiser's tokens; -1 for tokens that it lacks.
     """
 
     name: str
-    readable: Bool[Tensor, " V"]
+    numbers: Int[Tensor, " V"]
 
     def check(self, prompt: Sequence[int], ends: Container[int]) -> None:
         """See `Aligner`."""
-        readable = self.readable.tolist()
-        unknown = next((token for token in prompt if not readable[token]), None)
+        numbers = self.numbers.tolist()
+        unknown = next((token for token in prompt if numbers[token] < 0), None)
         if unknown is not None:
             raise ValueError(
                 f"guide={self.name!r} does not have token {unknown} of a prompt; "
@@ -121,8 +128,7 @@ class SameVocabulary:
         start = columns.masked_fill(~masked, length).amin(-1) - first
         index = torch.arange(int((end - first).amax()), device=tokens.device)  # synchronizes: the width of the forward
         column = (first[:, None] + index).clamp(max=length - 1)
-        ids = tokens.gather(1, column)
-        ids = ids.where(self.readable[ids], -1)
+        ids = self.numbers[tokens.gather(1, column)]
         drafted = flagged(torch.zeros_like(tokens, dtype=torch.bool), columns, masked)
         unreadable = ((ids < 0) & (index < start[:, None])).any(-1)
         free = ~drafted.gather(1, column) & (ids >= 0)
@@ -320,7 +326,7 @@ def align(guide: Guide, tokenizer: PreTrainedTokenizerBase | None, vocab_size: i
     device = guide.model.device
     if guide.tokenizer is None or tokenizer is None:
         if guide.tokenizer is tokenizer and guide.vocab_size == vocab_size:
-            return SameVocabulary(guide.name, torch.ones(vocab_size, dtype=torch.bool, device=device))
+            return SameVocabulary(guide.name, torch.arange(vocab_size, device=device))
         raise ValueError(
             f"guide={guide.name!r} and the model cannot be aligned: without a tokenizer for both, their vocabularies "
             f"({guide.vocab_size} and {vocab_size} entries) must be the same and have no tokenizer; use another guide"
@@ -330,16 +336,32 @@ def align(guide: Guide, tokenizer: PreTrainedTokenizerBase | None, vocab_size: i
             f"guide={guide.name!r} has {guide.vocab_size} tokens and the model {vocab_size}: a guide without its own "
             "tokenizer must use the model's; give dllm.guide.Guide(model, tokenizer)"
         )
-    theirs, ours, special = guide.tokenizer.get_vocab(), tokenizer.get_vocab(), tokenizer.get_added_vocab()
+    if numbers := _same_tokens(guide.tokenizer, tokenizer):
+        found = torch.full((vocab_size,), -1, device=device)
+        for ours, theirs in numbers.items():
+            if ours < vocab_size:
+                found[ours] = theirs
+        return SameVocabulary(guide.name, found)
+    if not guide.tokenizer.is_fast:
+        raise ValueError(f"guide={guide.name!r} has a tokenizer without offsets; use a guide with a fast tokenizer")
+    return ByText(guide.name, tokenizer, guide.tokenizer)
+
+
+def _same_tokens(guide: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase) -> dict[int, int]:
+    """The guide's id of each of our tokens that it has, if both have the same but for special ones; else none."""
+    theirs, ours, special = guide.get_vocab(), tokenizer.get_vocab(), tokenizer.get_added_vocab()
     # Either may have additional special tokens, such as [MASK]; all others must be the same.
     taken = set(ours.values())
     shared = {token: number for token, number in ours.items() if theirs.get(token) == number}
     if all(token in shared or token in special for token in ours) and all(
         token in shared or (token not in ours and number not in taken) for token, number in theirs.items()
     ):
-        readable = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-        readable[[number for number in shared.values() if number < vocab_size]] = True
-        return SameVocabulary(guide.name, readable)
-    if not guide.tokenizer.is_fast:
-        raise ValueError(f"guide={guide.name!r} has a tokenizer without offsets; use a guide with a fast tokenizer")
-    return ByText(guide.name, tokenizer, guide.tokenizer)
+        return {number: number for number in shared.values()}
+    if not all(token in theirs or token in special for token in ours):
+        return {}
+    # In another numbering, unless it opens or ends a text otherwise, which its tokenizer knows.
+    added, shared = guide.get_added_vocab(), {token: theirs[token] for token in ours if token in theirs}
+    alike = all(token in ours or token in added for token in theirs)
+    if alike and guide.eos_token == tokenizer.eos_token and not guide("").input_ids:
+        return {ours[token]: number for token, number in shared.items()}
+    return {}

@@ -47,6 +47,7 @@ class LanguageModel:
         folder: of its files; None for a model created in memory.
         spare: memory not used by any engine (`dllm.decoding.memory.Memory`).
         stamps: of its files, and of the adapter's, before reading; see `dllm.identity.stamps`.
+        sampler: the policy used where none is given: a name of conf/sampler or an object.
     """
 
     backbone: MaskedDiffusionModel
@@ -56,6 +57,7 @@ class LanguageModel:
     folder: Path | None = None
     stamps: tuple[Stamp, ...] = ()
     spare: list[Any] = field(default_factory=list, repr=False, compare=False)
+    sampler: Any = field(default="vanilla", kw_only=True)
 
     @property
     def device(self) -> torch.device:

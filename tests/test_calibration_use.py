@@ -1,0 +1,216 @@
+"""Where a card is used: as the policy of a loaded model, and under settings that it was not made with."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dllm
+from commands import command
+from dllm.calibration import Calibration
+from dllm.checks import Notice
+from dllm.evaluation.journal import Journal
+from dllm.evaluation.likelihood import Estimate
+from dllm.evaluation.records import Query
+from dllm.evaluation.runner import Runner, Setting
+from dllm.samplers import Calibrated, Threshold
+from models import random_llada, random_sdar, save_folder
+
+CARD = {
+    "sampler": {"_target_": "dllm.samplers.Threshold", "threshold": 0.5}, "knob": "threshold", "value": 0.2,
+    "cache": {"_target_": "dllm.cache.Dual"}, "options": {"gen_length": 12, "block_length": 4}, "task": "toy",
+    "data": {}, "n": 300, "loss": 0.1, "delta": 0.05, "bound": 0.05, "baseline": {"accuracy": 1.0, "nfe": 12.0},
+}  # fmt: skip
+ASK: dict[str, Any] = {"gen_length": 12, "block_length": 4}
+PROMPTS = [[5, 6, 7], [8, 9], [10]]
+
+
+@pytest.fixture
+def lm() -> dllm.LanguageModel:
+    return random_llada()
+
+
+@pytest.fixture
+def made(tmp_path: Path, lm: dllm.LanguageModel) -> Callable[..., Path]:
+    """Writes a card of this model."""
+
+    def write(model: dllm.LanguageModel = lm, **changes: Any) -> Path:
+        fields = CARD | {"model": "toy", "weights": model.backbone.fingerprint()} | changes
+        Calibration(**fields).write(tmp_path / "card.json")
+        return tmp_path / "card.json"
+
+    return write
+
+
+def notices(call: Callable[[], Any]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(each.message) for each in caught if issubclass(each.category, Notice)]
+
+
+class TestLoading:
+    @pytest.fixture
+    def folder(self, tmp_path: Path, lm: dllm.LanguageModel) -> Path:
+        save_folder(lm, tmp_path / "model")
+        return tmp_path / "model"
+
+    def test_the_policy_of_the_card_is_used_where_none_is_given(self, folder: Path, made: Callable[..., Path]) -> None:
+        plain = dllm.load(folder, device="cpu")
+        lm = dllm.load(folder, calibration=made(plain), device="cpu")
+        m = lm.backbone.mask_token_id
+        calls: list[Callable[..., Any]] = [
+            lambda lm, *sampler: dllm.generate(lm, PROMPTS, *sampler, cache="dual", **ASK).nfe.tolist(),
+            lambda lm, *sampler: [
+                answer.nfe for answer in dllm.as_completed(lm, PROMPTS, *sampler, cache="dual", **ASK)
+            ],
+            lambda lm, *sampler: [
+                frame.nfe.tolist() for frame in dllm.stream(lm, PROMPTS, *sampler, cache="dual", **ASK)
+            ],
+            lambda lm, *sampler: dllm.infill(lm, [[5, *[m] * 12]], *sampler, cache="dual", block_length=4).nfe.tolist(),
+            engine_nfe,
+        ]
+        for call in calls:
+            wanted = call(plain, Threshold(0.2))
+            assert call(lm) == wanted
+            assert call(plain) != wanted
+            assert call(lm, "vanilla") == call(plain)
+
+    def test_a_card_of_another_model_is_refused_in_one_line(self, folder: Path, made: Callable[..., Path]) -> None:
+        with pytest.raises(
+            ValueError, match=r"^calibration is of toy with weights .*calibrate this model with"
+        ) as caught:
+            dllm.load(folder, calibration=str(made(random_llada(seed=1))))
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [({"value": None}, "certifies no threshold"), ({"value": -1}, "is damaged"), ({"cache": {}}, "is damaged")],
+    )
+    def test_a_card_of_no_use_is_refused_before_loading(
+        self, change: dict[str, Any], message: str, made: Callable[..., Path]
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            dllm.load("/no/such/model", calibration=made(**change))
+        with pytest.raises(ValueError, match=r"calibration='/no/card.json' does not exist"):
+            dllm.load("/no/such/model", calibration="/no/card.json")
+
+
+def engine_nfe(lm: dllm.LanguageModel, *sampler: Any) -> list[int]:
+    engine = dllm.Engine(lm, *sampler, cache="dual", batch_size=3)
+    for prompt in PROMPTS:
+        engine.add(prompt, **ASK)
+    answers = [answer for step in engine.steps() for answer in step.answers.values()]
+    return [answer.nfe for answer in answers]
+
+
+class TestOtherSettings:
+    @pytest.mark.parametrize(
+        ("cache", "options", "told"),
+        [
+            ("dual", {}, None),
+            (dllm.cache.Dual(measure_every=3), {}, None),
+            ("none", {}, ("cache=dual", "cache=none")),
+            (
+                dllm.cache.Dual(measure_every=3, refresh_above=0.5), {},
+                ("cache.refresh_above=null", "cache.refresh_above=0.5"),
+            ),
+            ("dual", {"gen_length": 16}, ("gen_length=12", "gen_length=16")),
+            ("dual", {"block_length": None}, ("block_length=4", "block_length=null")),
+            ("dual", {"block_length": "auto"}, ("block_length=4", "block_length=32")),
+            (
+                "prefix", {"gen_length": 8, "block_length": 5},
+                ("cache=dual, gen_length=12, block_length=4", "cache=prefix, gen_length=8, block_length=5"),
+            ),
+        ],
+    )  # fmt: skip
+    def test_are_told_once_with_both_values(
+        self, cache: Any, options: dict[str, Any], told: tuple[str, str] | None, lm: Any, made: Callable[..., Path]
+    ) -> None:
+        sampler = Calibrated(made())
+        found = notices(lambda: dllm.generate(lm, PROMPTS, sampler, cache, batch_size=2, **ASK | options))
+        if told is None:
+            assert found == []
+            return
+        (message,) = found
+        assert (
+            f"card.json' was measured with {told[0]}, and is used with {told[1]}: its guarantee does not hold"
+            in message
+        )
+
+    def test_a_block_longer_than_the_text_is_all_of_it(self, lm: Any, made: Callable[..., Path]) -> None:
+        sampler = Calibrated(made(options={"gen_length": 12, "block_length": "auto"}))
+        for block_length in ("auto", None, 12, 40):
+            assert (
+                notices(
+                    lambda length=block_length: dllm.generate(
+                        lm, PROMPTS, sampler, "dual", gen_length=12, block_length=length
+                    )
+                )
+                == []
+            )  # type: ignore[misc]
+
+    def test_a_block_causal_model_has_its_own_block(self, made: Callable[..., Path]) -> None:
+        lm = random_sdar()
+        sampler = Calibrated(
+            made(lm, cache={"_target_": "dllm.cache.Block"}, options={"gen_length": 12, "block_length": "auto"})
+        )
+        assert notices(lambda: dllm.generate(lm, PROMPTS, sampler, "block", gen_length=12)) == []
+
+    def test_what_is_filled_in_has_no_length_of_its_own(self, lm: Any, made: Callable[..., Path]) -> None:
+        m, sampler = lm.backbone.mask_token_id, Calibrated(made())
+        rows = [[5, *[m] * 20, 7]]
+        assert notices(lambda: dllm.infill(lm, rows, sampler, "dual", block_length=4)) == []
+        (message,) = notices(lambda: dllm.infill(lm, rows, sampler, "none", block_length=4))
+        assert "gen_length" not in message
+
+    def test_on_a_command_they_are_one_line(self, tmp_path: Path, made: Callable[..., Path]) -> None:
+        lm = dllm.load("tiny-llada", device="cpu")
+        card = made(lm, options={"gen_length": 64, "block_length": "auto"})
+        asked = ["prompt=Tom", "show=none", "sampler=threshold", f"sampler.calibration={card}", "model.device=cpu"]
+        said = command("generate", *asked, "gen_length=64", "cache=dual")
+        assert (said.code, said.err) == (0, "")
+        said = command("generate", *asked, "gen_length=32")
+        assert (said.code, said.err.count("\n")) == (0, 1)
+        assert said.err.startswith("dllm generate: warning: calibration=")
+        assert "cache=dual, gen_length=64, and is used with cache=none, gen_length=32" in said.err
+        evaluated = command(
+            "evaluate",
+            *asked[2:],
+            "cache=dual",
+            "task.limit=2",
+            "baselines=1",
+            f"out={tmp_path / 'out'}",
+            "batch_size=1",
+        )
+        assert (evaluated.code, evaluated.err.count("warning")) == (0, 0)
+
+
+def test_several_answers_to_a_problem_are_one_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from dllm.evaluation import run_folder
+
+    real = run_folder.samples
+
+    def twice(*arguments: Any) -> list[dict[str, Any]]:
+        rows = real(*arguments)
+        return [row | {"id": f"{row['id']}#{answer}"} for row in rows for answer in "01"]
+
+    monkeypatch.setattr(run_folder, "samples", twice)
+    said = command(
+        "calibrate", "task.limit=12", "batch_size=12", "threads=1", "model.device=cpu", "loss=0.5", "gen_length=32",
+        "values=[0.9999]", f"out={tmp_path}",
+    )  # fmt: skip
+    assert said.code == 0, said.err
+    card = json.loads((tmp_path / "calibration.json").read_text())
+    assert (card["n"], card["tests"][0]["n"]) == (12, 12)
+
+
+def test_problems_with_the_same_id_are_refused(lm: dllm.LanguageModel) -> None:
+    setting = Setting(lm, Threshold(0.5), dllm.cache.NoCache(), {"gen_length": 4}, Estimate())
+    with pytest.raises(ValueError, match="id 'a' occurs twice among the problems; make ids unique"):
+        Runner(setting, Journal(None)).answer([Query("a", [5]), Query("b", [6]), Query("a", [7])])
