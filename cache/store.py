@@ -143,7 +143,7 @@ class Reuse(PerRow):
         self._due = self.per_row(True, dtype=bool)
         self._stale = self.per_row(False, setup.length, dtype=bool)
         self._exact = self.per_row(False, setup.length, dtype=bool)
-        self._block_length = 0 if setup.pattern is None else setup.pattern.length  # 0: nothing is ever exact
+        self._block_length = 0 if setup.pattern is None else setup.pattern.grain  # 0: nothing is ever exact
 
     def plan(self, question: Question) -> Plan:
         """The columns that the rule selects, those that are read, and stale ones."""
@@ -175,6 +175,8 @@ class Reuse(PerRow):
         upto = np.where(missing.any(1), missing.argmax(1), missing.shape[1])
         masked = question.masked
         final = np.where(masked.any(1), masked.argmax(1), masked.shape[1])  # a block may be edited without masks
+        if self.setup.pattern is not None and self.setup.pattern.encodes:
+            final = np.minimum(final, question.low)
         upto = self._block_start(question, np.minimum(upto, final))
         self._exact[rows[first]] |= (compute & ~question.since(upto))[first]
         return compute
