@@ -69,6 +69,7 @@ class Renoise(Policy):
         ValueError: a number out of range.
     """
 
+    needs = frozenset({"noise", "whole_blocks"})
     knob = Knob("entropy_bound", (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0))
 
     max_steps: int = 48
@@ -91,10 +92,6 @@ class Renoise(Policy):
 
     def start(self, setup: Setup) -> Canvases:
         """Allocate the state of every row."""
-        if not setup.uniform:
-            raise ValueError(
-                "renoise needs a model that denoises uniformly random tokens, and this one has [MASK]; use eb or remdm"
-            )
         noise = torch.zeros((setup.slots, setup.length), dtype=torch.long, device=setup.device)
         best = noise[:, None].repeat(1, self.stability_threshold, 1)
         return Canvases(setup.mask_token_id, noise, best)
@@ -129,7 +126,8 @@ class Renoise(Policy):
         both = denoise(inside[:, None], tokens=shown[:, None], temperature=temperature)
         prediction = both.arranged(lambda values: values[:, 0])
         logits = prediction.logits[:, : state.mask_token_id]
-        shares = logits.softmax(-1, dtype=torch.float32)
+        # Rows whose logits are not finite fail; they draw from ones, as NaN would be an error.
+        shares = logits.softmax(-1, dtype=torch.float32).where(logits.amax(-1, keepdim=True).isfinite(), 1.0)
         entropy = prediction.aligned(torch.special.entr(shares).sum(-1), torch.inf)
         drawn = prediction.aligned(self._drawn(shares, rows, inside, state), 0)
         best = prediction.aligned(logits.argmax(-1), 0)

@@ -18,6 +18,7 @@ NEEDS = {
     "growth": ("a canvas that grows (daedal)", "another sampler"),
     "guidance": ("classifier-free guidance (cfg_scale above 0)", "cfg_scale=0"),
     "next_block": ("drafts that run into the next block (eager=true)", "eager=false"),
+    "noise": ("a policy over uniformly random tokens (renoise)", "eb or remdm"),
     "repeatable": (
         "lossless drafting (freedave)",
         "prefix, dual or freecache with freeze=clean, granularity=block and refresh_above=null",

@@ -3,6 +3,7 @@
 The canvas has [MASK] at undecided positions for every model; such a model is shown random tokens there, drawn anew for
 each forward from the row's generator, unless the policy gives other tokens. Each forward of a block is conditioned on
 the last prediction for it (`dllm/models/encoder.py`), which is kept here, row by row, until the row leaves the block.
+Where predictions for earlier blocks are requested, these are part of the open one.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ class Encoded:
         self._encoder: Encoder = backbone
         self._vocabulary, self._width, self._dtype = backbone.mask_token_id, backbone.embedding_size, backbone.dtype
         self._canvas = canvas
-        self._signals: dict[int, Float[Tensor, "K d"]] = {}
-        self._given: dict[int, Float[Tensor, "K d"]] = {}  # those of the current forward
+        # By row, with the column of the first; and those of the current forward.
+        self._signals: dict[int, tuple[int, Float[Tensor, "K d"]]] = {}
+        self._given: dict[int, tuple[int, Float[Tensor, "K d"]]] = {}
         self._temperature: Float[Tensor, " B"] | None = None
 
     def begin(self) -> None:
@@ -70,32 +72,36 @@ class Encoded:
             compute: (A, L) columns to compute; the open block always is.
             store: keys and values of the other finished columns; None if all are computed.
         """
-        canvas, rows = self._canvas, question.rows
-        low, device = canvas.low[rows], question.tokens.device
-        visible = question.visible
+        canvas, rows, device = self._canvas, question.rows, question.tokens.device
+        sequence, column = question.places
+        low, visible = canvas.low[rows], question.visible
+        np.minimum.at(low, sequence, column)
         finished = np.arange(canvas.length) < low[:, None]
         context = self._context(question, visible & finished, compute & finished, store)
         widths = (visible & ~finished).sum(1)
         offset = np.arange(int(widths.max()))
         columns = np.minimum(low[:, None] + offset, canvas.length - 1)
-        sequence, column = question.places
         place = sequence * len(offset) + column - low[sequence]
         at, first, real, select = send(device, columns, canvas.padding[rows], offset < widths[:, None], place)
-        block = Open(question.tokens.gather(1, at), at - first[:, None], real.bool(), self._signal(rows, len(offset)))
+        block = Open(
+            question.tokens.gather(1, at), at - first[:, None], real.bool(), self._signal(rows, low, len(offset))
+        )
         logits = self._encoder.decode(context, block)
         if self._temperature is not None:
             logits = logits / self._temperature[put(device, question.slots)][:, None, None]
         for entry in np.flatnonzero(question.first).tolist():
             own = logits[entry : entry + 1, : int(widths[entry])]
-            self._signals[int(rows[entry])] = self._encoder.signal(own)[0]
+            self._signals[int(rows[entry])] = int(low[entry]), self._encoder.signal(own)[0]
         return logits.flatten(0, 1)[select]
 
-    def _signal(self, rows: NDArray[np.int64], width: int) -> Float[Tensor, "A K d"]:
+    def _signal(self, rows: NDArray[np.int64], low: NDArray[np.int64], width: int) -> Float[Tensor, "A K d"]:
         signal = torch.zeros((len(rows), width, self._width), dtype=self._dtype, device=self._canvas.device)
         for entry, row in enumerate(rows.tolist()):
-            if (given := self._given.get(row)) is not None:
-                count = min(width, len(given))
-                signal[entry, :count] = given[:count]
+            first, given = self._given.get(row, (0, signal[entry, :0]))
+            first -= int(low[entry])
+            low_k, high_k = max(first, 0), min(first + len(given), width)
+            if low_k < high_k:
+                signal[entry, low_k:high_k] = given[low_k - first : high_k - first]
         return signal
 
     def _context(

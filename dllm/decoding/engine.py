@@ -115,7 +115,6 @@ class Engine:
             fingerprint=backbone.fingerprint,
             rehearsal=lambda other: EngineRehearsal(self, other),
             tensor=self._memory.tensor,
-            uniform=backbone.uniform,
         )
         self.max_length = setup.length if max_length is not None else self._memory.fitting_length(self.cache, setup)
         self._setup = replace(setup, length=self.max_length)

@@ -51,7 +51,6 @@ class Setup:
         fingerprint: identifies the denoiser by its weights.
         rehearsal: creates a `Rehearsal` for a sampler.
         tensor: allocates zeros by name and shape, in the backbone's dtype; they may outlive the engine.
-        uniform: the model has no [MASK], and undecided positions hold uniformly random tokens.
     """
 
     slots: int
@@ -68,4 +67,3 @@ class Setup:
     fingerprint: Callable[[], str]
     rehearsal: Callable[[Any], Rehearsal]
     tensor: Callable[[str, Sequence[int]], Tensor]
-    uniform: bool = False

@@ -290,6 +290,11 @@ def _own_seed(seed: int, prefix: Sequence[int], target: Sequence[int]) -> int:
 def _check(lm: LanguageModel, prefix: Sequence[int], target: Sequence[int]) -> tuple[list[int], list[int]]:
     """Both as lists, after validation."""
     backbone = lm.backbone
+    if backbone.uniform:
+        raise ValueError(
+            f"{type(backbone).__name__} has no [MASK], which estimates of the log-likelihood need; use a task that "
+            "generates, or another model"
+        )
     vocabulary = backbone.vocab_size
     lists = []
     for name, given in (("prefix", prefix), ("target", target)):

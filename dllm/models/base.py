@@ -53,7 +53,7 @@ class MaskedDiffusionModel(PreTrainedModel):
     constants: ClassVar[tuple[str, ...]] = ()
     uniform: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
-    refuses: ClassVar[Mapping[str, str]] = {}
+    refuses: ClassVar[Mapping[str, str]] = {"noise": "it has [MASK] at undecided positions"}
     extra_eos_token_ids: tuple[int, ...] = ()
     packed_weights: Mapping[str, Callable[[], Tensor]] | None = None
     _supports_sdpa = True
