@@ -129,6 +129,8 @@ class Metered:
             reasons["repeatable"] = "when it refreshes (refresh_above) depends on the order a block is decoded in"
         elif not self.repeatable:
             reasons["repeatable"] = "its keys and values depend on the order a block is decoded in"
+        if not self.repeatable:
+            reasons["whole_blocks"] = "it reuses keys and values within a block"
         return reasons
 
 

@@ -105,7 +105,9 @@ class Gathered:
     """Several drafts of a row: each sequence gets a copy of its row's keys and values."""
 
     def __init__(self, kept: Kept, selection: Selection) -> None:
-        self.kept, self.columns, self.span = kept, selection.columns, slice(*selection.span)
+        self.kept, self.columns, (low, high) = kept, selection.columns, selection.span
+        # Columns behind those that are attended to are only written.
+        self.span, self.width = slice(low, max(high, int(selection.host.max()) + 1)), high - low
         self.rows = put(self.columns.device, selection.slots)
         self.first = put(self.columns.device, np.flatnonzero(selection.first))
 
@@ -117,7 +119,7 @@ class Gathered:
         index = (self.columns - self.span.start)[:, None, :, None].expand_as(fresh)
         whole = stored[:, :, self.span][self.rows].scatter_(2, index, fresh)
         _write(stored, self.rows[self.first], self.columns[self.first], fresh[self.first])
-        return whole
+        return whole[:, :, : self.width]
 
 
 class Joined:

@@ -40,15 +40,18 @@ class SharedBlocks:
         setup: of an engine whose model is causal over blocks.
         stored: keys and values of the rows, (layers, slots, H, L, D) each.
         columns: kept at most.
+
+    Attributes:
+        length: positions of a block.
     """
 
     def __init__(self, setup: Setup, stored: Sequence[Tensor], columns: int) -> None:
         assert setup.pattern is not None
         layers, heads, size = setup.kv_shape
         shape = layers, 1, heads, columns, size
-        self._stored, self._length = stored, setup.pattern.length
+        self._stored, self.length = stored, setup.pattern.length
         self._kept = setup.tensor("shared keys", shape), setup.tensor("shared values", shape)
-        self._most = columns // self._length
+        self._most = columns // self.length
         # Pages by hash, from the one that leaves first to the one that leaves last.
         self._pages: OrderedDict[bytes, int] = OrderedDict()
 
@@ -62,9 +65,9 @@ class SharedBlocks:
                 break
             found.append(name)
         for count, name in enumerate(found):
-            self._copy(self._pages[name], slot, first + count * self._length, save=False)
+            self._copy(self._pages[name], slot, first + count * self.length, save=False)
         self._use(found)
-        return len(found) * self._length
+        return len(found) * self.length
 
     def keep(self, canvas: Canvas, row: int, slot: int, exact: Flags) -> None:
         """Keep the blocks of a row that are exact, the (L,) columns given, from its first on."""
@@ -77,14 +80,14 @@ class SharedBlocks:
                 full = len(self._pages) == self._most
                 page = self._pages.popitem(last=False)[1] if full else len(self._pages)
                 self._pages[name] = page
-                self._copy(page, slot, first + count * self._length, save=True)
+                self._copy(page, slot, first + count * self.length, save=True)
             self._use(names[: count + 1])
 
     def _names(self, tokens: NDArray[np.int64]) -> Iterator[bytes]:
         """The hash of each whole block and all before it."""
         name = b""
-        for end in range(self._length, len(tokens) + 1, self._length):
-            name = sha256(name + tokens[end - self._length : end].tobytes()).digest()
+        for end in range(self.length, len(tokens) + 1, self.length):
+            name = sha256(name + tokens[end - self.length : end].tobytes()).digest()
             yield name
 
     def _use(self, names: list[bytes]) -> None:
@@ -93,7 +96,7 @@ class SharedBlocks:
             self._pages.move_to_end(name)
 
     def _copy(self, page: int, slot: int, column: int, save: bool) -> None:
-        of_row, of_page = (slice(start, start + self._length) for start in (column, page * self._length))
+        of_row, of_page = (slice(start, start + self.length) for start in (column, page * self.length))
         for stored, kept in zip(self._stored, self._kept, strict=True):
             row, shared = stored[:, slot, :, of_row], kept[:, 0, :, of_page]
             if save:

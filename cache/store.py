@@ -150,7 +150,7 @@ class Reuse(PerRow):
         self._due = self.per_row(True, dtype=bool)
         self._stale = self.per_row(False, setup.length, dtype=bool)
         self._exact = self.per_row(False, setup.length, dtype=bool)
-        self._block_length = 0 if setup.pattern is None else setup.pattern.length  # 0: nothing is ever exact
+        self._block_length = 0 if setup.pattern is None else setup.pattern.grain  # 0: nothing is ever exact
         self._new = self.per_row(True, dtype=bool)
         self._finished = self.per_row(0)
         self._shared: SharedBlocks | None = None
@@ -193,7 +193,7 @@ class Reuse(PerRow):
         """Keep what the last step finished for later requests."""
         if self._shared is None or (canvas := self._canvas) is None:
             return
-        whole = self._exact[change.rows].sum(1) // self._block_length
+        whole = self._exact[change.rows].sum(1) // self._shared.length
         more = (whole > self._finished[change.rows]) & ~np.isin(change.rows, change.failed)
         slots = {int(row): slot for slot, row in enumerate(canvas.rows)}
         for row in change.rows[more].tolist():
@@ -215,6 +215,8 @@ class Reuse(PerRow):
         upto = np.where(missing.any(1), missing.argmax(1), missing.shape[1])
         masked = question.masked
         final = np.where(masked.any(1), masked.argmax(1), masked.shape[1])  # a block may be edited without masks
+        if self.setup.pattern is not None and self.setup.pattern.encodes:
+            final = np.minimum(final, question.low)
         upto = self._block_start(question, np.minimum(upto, final))
         self._exact[rows[first]] |= (compute & ~question.since(upto))[first]
         return compute

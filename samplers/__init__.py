@@ -22,6 +22,7 @@ from dllm.samplers.oracle import Oracle
 from dllm.samplers.pc import PC
 from dllm.samplers.prophet import Prophet
 from dllm.samplers.remdm import ReMDM
+from dllm.samplers.renoise import Renoise
 from dllm.samplers.saber import Saber
 from dllm.samplers.slowfast import SlowFast
 from dllm.samplers.ssd import SSD
@@ -56,6 +57,7 @@ __all__ = [
     "Oracle",
     "Prophet",
     "ReMDM",
+    "Renoise",
     "Saber",
     "SlowFast",
     "SubBlocks",

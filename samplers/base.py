@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm.decoding.branches import Attention
@@ -36,6 +36,7 @@ class Denoise(Protocol):
         attention: Attention = "apart",
         decided: bool = False,
         ahead: bool = False,
+        temperature: Float[Tensor, " B"] | None = None,
     ) -> Prediction:
         """Predict tokens.
 
@@ -55,6 +56,8 @@ class Denoise(Protocol):
                 one shadow: masks at the positions of the window, requested in rows with a decided one.
             decided: request all positions of the window to be generated, decided ones included.
             ahead: request those of later blocks, too; the prediction is then aligned to the canvas, (B, L).
+            temperature: divides the logits of each row, before all else; what a model is told of its last prediction
+                is of these. None divides by 1.
         """
         ...
 
@@ -202,6 +205,7 @@ def constant_denoiser(prediction: Prediction) -> Denoise:
         attention: Attention = "apart",
         decided: bool = False,
         ahead: bool = False,
+        temperature: Tensor | None = None,
     ) -> Prediction:
         return prediction
 

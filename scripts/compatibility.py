@@ -7,7 +7,7 @@ if __name__ == "__main__":
 
     dllm.scripts.cli.run_file(__file__)
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from dllm.cache.base import Cache
 from dllm.decoding.compatibility import NEEDS, unmet
-from dllm.models import ARCHITECTURES
+from dllm.models import ARCHITECTURES, MaskedDiffusionModel
 from dllm.resolve import build, names, resolve
 from dllm.samplers.base import Sampler
 from dllm.scripts import app, own
@@ -42,6 +42,19 @@ def compatibility(cfg: DictConfig) -> None:
         print(f"written to {cfg.out}")
 
 
+def _exceptions() -> Iterator[str]:
+    """Which needs families do not meet that others do, and the reverse."""
+    usual = MaskedDiffusionModel.refuses
+    for name, family in ARCHITECTURES.items():
+        if family.refuses == usual:
+            continue
+        kind = " and ".join(NEEDS[need][0] for need in sorted(family.needs))
+        alone = " and ".join(NEEDS[need][0] for need in sorted(usual.keys() - family.refuses.keys()))
+        yield from ("", f"{name} is {kind}. It is compatible with {alone}, as no other is, and not with", "")
+        yield from (f"- {NEEDS[need][0]}: {reason};" for need, reason in family.refuses.items())
+        yield "- samplers and caches that say so themselves: `daedal`, and those of the last row."
+
+
 def matrix(samplers: dict[str, Any], caches: dict[str, Any]) -> str:
     """The compatibility table as Markdown; samplers and caches by label."""
     reasons: dict[str, int] = {}
@@ -57,7 +70,7 @@ def matrix(samplers: dict[str, Any], caches: dict[str, Any]) -> str:
     ]
     rows += [
         [NEEDS[need][0], *(cell(cache, {need} & set(cache.refuses)) for cache in caches.values())]
-        for need in ("guidance", "several_devices", "graphs")
+        for need in ("guidance", "several_devices", "graphs", "whole_blocks")
     ]
     families = ", ".join(ARCHITECTURES)
     lines = [
@@ -69,6 +82,7 @@ def matrix(samplers: dict[str, Any], caches: dict[str, Any]) -> str:
         "*yes*: in batches of any size, with rows at different blocks; `freedave` and `ssd` are lossless with respect",
         "to their base with the same cache. `freecache` is listed with its defaults: with freeze=last_forward, another",
         "granularity than block, or refresh_above, its keys and values depend on the order a block is decoded in.",
+        *_exceptions(),
         "",
         app.markdown(head, rows),
         "",

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import pytest
 
 import dllm
-from dllm.resolve import names, resolve
+from dllm.resolve import resolve
 from dllm.samplers import (
     EB,
     KLASS,
@@ -35,6 +35,7 @@ from models import (
     random_sdar,
     random_sdar_moe,
 )
+from policies import over_masks
 
 Maker: TypeAlias = Callable[..., dllm.LanguageModel]
 BACKBONES = {"llada": random_llada, "dream": random_dream}
@@ -51,7 +52,7 @@ backbones = pytest.mark.parametrize("make", BACKBONES.values(), ids=BACKBONES)
 LEARNED = Learn2PD(random_filter(), threshold=0.8, allow_mismatch=True)
 GUIDED = ARGuided(random_guide(), accept="topk", top_k=9)
 # What these come with is for the bundled models.
-BY_NAME: dict[str, Any] = {name: resolve("sampler", name, Sampler) for name in names("sampler")}
+BY_NAME: dict[str, Any] = {name: resolve("sampler", name, Sampler) for name in over_masks()}
 BY_NAME |= {"learn2pd": LEARNED, "ar_guided": GUIDED, "pc": PC(random_frequencies())}
 # With their own options these hardly ever commit more than one token of a random model.
 BY_NAME |= {

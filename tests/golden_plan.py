@@ -16,9 +16,13 @@ factors that commit at least several, and KLASS with a cache; and options that a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from dllm.cache import DKVCache, DLLMCache, FreeCache
 from dllm.cache import SubBlocks as SubBlockCache
@@ -40,6 +44,7 @@ from dllm.samplers import (
     Learn2PD,
     LocalLeap,
     Prophet,
+    Renoise,
     SlowFast,
     SubBlocks,
     Threshold,
@@ -68,6 +73,29 @@ class Plan(NamedTuple):
     options: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Replayed(Renoise):
+    """Renoising by recorded draws, in their order, so that nothing depends on a generator.
+
+    Attributes:
+        canvases: random tokens: of each block, those at first, and those after each step.
+        draws: sampled tokens, of each step.
+    """
+
+    canvases: list[list[int]] = field(default_factory=list)
+    draws: list[list[int]] = field(default_factory=list)
+
+    def enter(self, state: Any, row: int, request: Any) -> None:
+        """Begin anew."""
+        state.sources[row] = iter(self.canvases), iter(self.draws)
+
+    def _uniform(self, count: int, vocabulary: int, source: tuple[Iterator[list[int]], ...]) -> Tensor:  # type: ignore[override]
+        return torch.tensor(next(source[0]))
+
+    def _sample(self, shares: Tensor, source: tuple[Iterator[list[int]], ...]) -> Tensor:  # type: ignore[override]
+        return torch.tensor(next(source[1]))
+
+
 def plan(case: Mapping[str, Any], folder: Path) -> Plan | None:
     """Map a case of a reference implementation to the settings that give its tokens.
 
@@ -89,6 +117,10 @@ def options_of(case: Mapping[str, Any]) -> dict[str, Any]:
     guided = case.get("guide") is not None
     if case["algorithm"] in BLOCKWISE:
         return blockwise_options(case)
+    if case["algorithm"] == "diffusion_gemma_generate":  # whole canvases; the seed repeats the draws as well
+        length, eos = p["canvas_length"], p["eos_token_id"]
+        own = {"gen_length": -(-p["max_new_tokens"] // length) * length, "block_length": length, "seed": p["seed"]}
+        return own | {"stop_at_eos": eos is not None} | ({} if eos is None else {"eos_token_id": eos})
     options = {
         "gen_length": p["max_gen_length"] if case["algorithm"] == "daedal" else p["gen_length"],
         "block_length": None if guided and "block_length" not in p else p.get("block_length", p.get("block_size")),
@@ -240,6 +272,11 @@ def sampler_of(folder: Path, case: dict[str, Any]) -> Any:
             )  # fmt: skip
         case "adablock":
             return AdaBlock(p["threshold"], p["delimiter_ids"], p["delimiter_threshold"])
+        case "diffusion_gemma_generate":
+            return Replayed(
+                p["max_denoising_steps"], p["entropy_bound"], p["t_min"], p["t_max"], p["stability_threshold"],
+                p["confidence_threshold"], case["random_canvases"], case["multinomial_draws"],
+            )  # fmt: skip
         case "wino" if p["mask_id"] not in case["sequence"] and p.get("alg", "maskgit_plus") == "maskgit_plus":
             return Wino(p["wide_in_thres"], p["narrow_out_thres"], p.get("num_transfer_tokens", 1))
         case _:

@@ -199,6 +199,51 @@ def random_llada_moe(
     return LanguageModel(_randomise(LLaDAMoEModelLM(config), seed, dtype, sharpness), None, "random-llada-moe")
 
 
+def random_diffusion_gemma(
+    vocab: int = 64,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    *,
+    tokenizer: bool = False,
+    canvas: int = 8,
+    window: int = 6,
+    max_length: int = 256,
+    sharpness: float = 5.0,
+) -> LanguageModel:
+    """A random DiffusionGemma, whose first layers see a window; arguments as for `random_llada`."""
+    from dllm.models.diffusion_gemma import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
+
+    words = build_tokenizer() if tokenizer else None
+    vocab = len(words) if words else vocab
+    sizes = _sizes(vocab, 3, max_length)
+    del sizes["mask_token_id"], sizes["rope_theta"]
+    text = {
+        **sizes, "head_dim": 12, "moe_intermediate_size": 16, "num_experts": 4, "top_k_experts": 2,
+        "sliding_window": window, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "per_layer_config": {"2": {"head_dim": 16, "num_key_value_heads": 1}},
+        "eos_token_id": words.eos_token_id if words else vocab - 2,
+    }  # fmt: skip
+    vision = {
+        "model_type": "gemma4_vision", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 16, "position_embedding_size": 16,
+    }  # fmt: skip
+    config = DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=canvas)
+    backbone = DiffusionGemmaForBlockDiffusion(config).to(dtype).eval()
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = backbone.get_input_embeddings().weight
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            if parameter is embeddings:
+                parameter.copy_(drawn * sharpness * parameter.shape[1] ** -0.5)
+            elif parameter.ndim > 1:
+                parameter.copy_(drawn * 1.5 * parameter.shape[-1] ** -0.5)
+        for layers in (backbone.model.encoder.language_model.layers, backbone.model.decoder.layers):
+            for layer in layers:
+                layer.layer_scalar.copy_(0.7 + 0.6 * torch.rand(1, generator=generator))
+    return LanguageModel(backbone, words, "random-diffusion-gemma")
+
+
 def _sizes(vocab: int, layers: int, max_length: int) -> dict[str, Any]:
     """What the configs of the families of Qwen's layout have in common."""
     return {

@@ -21,6 +21,7 @@ from dllm.decoding.window import Edit
 from dllm.resolve import names
 from dllm.tasks import word_problems
 from models import random_dream, random_frequencies, random_guide, random_llada
+from policies import over_masks
 
 MASK, EOS = 9, 7
 
@@ -104,7 +105,7 @@ def test_results_are_those_of_rows_alone(make: Any, cache: str) -> None:
         assert together.nfe[number] == alone.nfe[0]
 
 
-@pytest.mark.parametrize("name", names("sampler"))
+@pytest.mark.parametrize("name", over_masks())
 def test_every_policy_goes_on_with_rows_that_come_later(name: str) -> None:
     lm, options = random_llada(), {"gen_length": 14, "block_length": 6, "seed": 3}
     prompts = ragged(11)

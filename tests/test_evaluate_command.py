@@ -23,10 +23,11 @@ from dllm.evaluation.metrics import wilson
 from dllm.evaluation.run_folder import RunFolder
 from dllm.evaluation.trace import Trace
 from dllm.files import write_json
-from dllm.resolve import names, text
+from dllm.resolve import text
 from dllm.scripts import evaluate as application
 from dllm.tasks import word_problems
 from models import random_llada, save_folder
+from policies import over_masks
 
 FAST = ("task.limit=8", "batch_size=4", "baselines=0", "frames=2", "sampler=tiny/localleap")
 TIMES = {"tokens_per_second", "seconds", "latency_p50", "latency_p95", "guide_seconds", "peak_memory", "time"}
@@ -282,7 +283,7 @@ class TestSweeps:
 
     @pytest.mark.parametrize(
         ("sweep", "samplers", "caches"),
-        [("frontier cache=freecache", len(names("sampler")) - 1, 1), ("thresholds", 1, 1), ("caches", 1, 7)],
+        [("frontier cache=freecache", len(over_masks()) - 1, 1), ("thresholds", 1, 1), ("caches", 1, 7)],
     )
     def test_ready_sweeps_run_and_are_reported(self, sweep: str, samplers: int, caches: int, tmp_path: Path) -> None:
         fast = ("task.limit=1", "gen_length=32", "baselines=0")

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from dllm.models import FAMILIES
 from golden_batches import Batches, Decoded, alone
 from golden_plan import Plan, base_of, plan
 
@@ -102,8 +103,8 @@ def test_decodes_as_the_reference_in_every_shared_case(folder: Path, case: dict[
 
 
 def block_by_block() -> Iterator[Any]:
-    """The cases of block-causal models, every other one with the exact cache where nothing stale is reused there."""
-    for family in ("sdar", "llada2", "fastdllm_v2"):
+    """The cases of models with blocks, every other one with the exact cache where nothing stale is reused there."""
+    for family in ("sdar", "llada2", "fastdllm_v2", *(["diffusion_gemma"] if "diffusion_gemma" in FAMILIES else [])):
         for index, each in enumerate(cases(BLOCK / family, ("cases.jsonl",))):
             folder, case, planned = each.values
             exact = index % 2 and planned.cache == "none"

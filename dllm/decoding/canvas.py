@@ -237,7 +237,8 @@ class Canvas:
         gained = unset.sum(1) - (self.host[rows] == self.mask_token_id).sum(1) + rest.sum(1)
         committed, revoked = changed & ~masked & ~filled, changed & masked & ~filled
         filled |= rest
-        return Change(rows, committed, committed & ~unset, revoked, filled, gained, rows[done], rows[failed], grown)
+        ends = rows[done], rows[failed]
+        return Change(rows, committed, committed & ~unset, revoked, filled, gained, *ends, grown, held)
 
     def visible(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """(A, L) columns of some rows that are attended to: neither padding nor discarded nor hidden."""
@@ -247,7 +248,7 @@ class Canvas:
         """(A,) the column from which on nothing is attended to by a column of each row."""
         if self.pattern is None:
             return np.full(len(rows), self.length)
-        first = self.padding[rows]
+        first = self.padding[rows] if self.pattern.from_start else self.origin[rows]
         return np.asarray(np.minimum(first + self.pattern.end(column - first), self.length))
 
     def _failed(self, rows: NDArray[np.int64], codes: NDArray[np.int64], reasons: Sequence[str]) -> NDArray[np.bool_]:

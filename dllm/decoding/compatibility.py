@@ -1,12 +1,13 @@
 """Compatibility of sampler, cache and backbone; checked before the first forward.
 
-A sampler lists its requirements in `needs`, a cache in `refuses` those that it does not meet, and why.
-Options of a run and the placement of a model add needs. Samplers and caches are independent of each
-other: they share the names below.
+A sampler lists its requirements in `needs`, a cache in `refuses` those that it does not meet, and why; a
+backbone has either. Options of a run and the placement of a model add needs. Samplers, caches and backbones are
+independent of each other: they share the names below.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from dllm.models.base import MaskedDiffusionModel
@@ -17,14 +18,19 @@ NEEDS = {
     "growth": ("a canvas that grows (daedal)", "another sampler"),
     "guidance": ("classifier-free guidance (cfg_scale above 0)", "cfg_scale=0"),
     "next_block": ("drafts that run into the next block (eager=true)", "eager=false"),
+    "noise": ("a policy over uniformly random tokens (renoise)", "eb or remdm"),
     "repeatable": (
         "lossless drafting (freedave, ssd)",
         "prefix, dual or freecache with freeze=clean, granularity=block and refresh_above=null",
     ),
     "shadows": ("positions that only attend to the canvas", "a cache that keeps the keys and values of whole layers"),
     "graphs": ("CUDA graphs (cuda_graphs=true)", "cuda_graphs=null"),
+    "measured": ("measuring the error of a cache (measure_every)", "measure_every=null"),
     "several_devices": ("a model spread over several devices", "a model on one"),
+    "whole_blocks": ("a model that computes a block as a whole", "block or prefix"),
 }
+# How to avoid a need that the backbone does not meet, where that is another way.
+_FOR_BACKBONES = {"repeatable": "another sampler"} | dict.fromkeys(("growth", "shadows"), "another sampler")
 
 
 def check(
@@ -37,8 +43,13 @@ def check(
     """Reject an incompatible combination.
 
     Raises:
-        ValueError: the needs that the cache does not meet, why, and what to use.
+        ValueError: the needs that the backbone or the cache does not meet, why, and what to use.
     """
+    refused: Mapping[str, str] = {} if backbone is None else backbone.refuses
+    if lacking := sorted(_needs(sampler, cache, cfg_scale, backbone, cuda_graphs) & refused.keys()):
+        reasons = "; nor with ".join(f"{NEEDS[need][0]}: {refused[need]}" for need in lacking)
+        ways = " and ".join(dict.fromkeys(_FOR_BACKBONES.get(need, NEEDS[need][1]) for need in lacking))
+        raise ValueError(f"{type(backbone).__name__} is not compatible with {reasons}; use {ways}")
     needs = unmet(sampler, cache, cfg_scale, backbone, cuda_graphs)
     if needs:
         reasons = "; nor with ".join(f"{NEEDS[need][0]}: {cache.refuses[need]}" for need in needs)
@@ -55,11 +66,18 @@ def unmet(
     cuda_graphs: bool | None = None,
 ) -> list[str]:
     """The needs that a cache does not meet, by the names of `NEEDS`; empty if compatible."""
-    needs = set(sampler.needs)
+    return sorted(_needs(sampler, cache, cfg_scale, backbone, cuda_graphs) & set(cache.refuses))
+
+
+def _needs(
+    sampler: Any, cache: Any, cfg_scale: float, backbone: MaskedDiffusionModel | None, cuda_graphs: bool | None
+) -> set[str]:
+    needs = set(sampler.needs) | set(() if backbone is None else backbone.needs)
+    needs |= {"measured"} if cache.measure_every is not None else set()
     needs |= {"guidance"} if cfg_scale > 0 else set()
     needs |= {"graphs"} if cuda_graphs else set()
     needs |= {"several_devices"} if backbone is not None and spread(backbone) else set()
-    return sorted(needs & set(cache.refuses))
+    return needs
 
 
 def _named(cache: Any) -> str:

@@ -17,6 +17,7 @@ from dllm.cache.selection import Selection, Store
 from dllm.decoding.branches import Attention, Branches
 from dllm.decoding.canvas import Canvas
 from dllm.decoding.drift import Meter
+from dllm.decoding.encoded import Encoded
 from dllm.decoding.flags import flagged
 from dllm.decoding.graphs import Forward
 from dllm.decoding.layout import OVERHEAD, Layout, by_width, pack, span
@@ -59,6 +60,7 @@ class Denoiser:
         self._run, self.backbone = forward, forward.backbone
         self._overhead = OVERHEAD.get(self.backbone.device.type, OVERHEAD["cpu"])
         self.canvas, self.cache, self.meter, self.cfg_scale = canvas, cache, meter, cfg_scale
+        self._encoded = Encoded(self.backbone, canvas) if self.backbone.uniform else None
 
     def bind(self, window: Window) -> Denoiser:
         """Switch to a new window."""
@@ -67,6 +69,8 @@ class Denoiser:
         self.last: tuple[Prediction, Tensor] | None = None
         self.looked: list[tuple[NDArray[np.int64], NDArray[np.bool_]]] = []
         self._broken = torch.zeros_like(window.rows, dtype=torch.bool)
+        if self._encoded is not None:
+            self._encoded.begin()
         return self
 
     @property
@@ -82,6 +86,7 @@ class Denoiser:
         attention: Attention = "apart",
         decided: bool = False,
         ahead: bool = False,
+        temperature: Float[Tensor, " B"] | None = None,
     ) -> Prediction:
         """Predict tokens; see `dllm.samplers.base.Denoise`."""
         window = self.window
@@ -102,7 +107,11 @@ class Denoiser:
             tokens = window.tokens[:, None] if tokens is None else tokens
             question = about_drafts(self.canvas, asked, columns, tokens, attention, shift)
         self.forwards[np.unique(question.slots)] += 1
+        if self._encoded is not None:
+            question = self._encoded.shown(question, temperature)
         logits = self._logits(question)
+        if temperature is not None and self._encoded is None:
+            logits = logits / temperature[self._put(question.slots[question.places[0]])][:, None]
         # The indices of the window's masks are on the device already.
         index = window.index if asked is window.masked and columns is window.columns else self._put(question.index)
         prediction = self._predict(logits, asked, index, question)
@@ -156,6 +165,8 @@ class Denoiser:
 
     def _whole(self, question: Question, store: KVStore | None = None) -> Float[Tensor, "N V"]:
         """Logits of the requested positions, with every attended column computed."""
+        if self._encoded is not None:
+            return self._encoded.logits(question, question.visible, None)
         tokens, visible = question.tokens, question.visible
         low, high = span(visible)
         sequence, column = question.places
@@ -191,6 +202,8 @@ class Denoiser:
 
     def _part(self, question: Question, store: Store, compute: NDArray[np.bool_]) -> Float[Tensor, "N V"]:
         """Logits of the requested positions, in one forward that computes some columns of each sequence."""
+        if self._encoded is not None:
+            return self._encoded.logits(question, compute, store)
         if question.joined > 1:
             return self._joined(question, store, compute)
         tokens, places = question.tokens, question.places

@@ -108,15 +108,15 @@ class Engine:
             logits_shift=backbone.logits_shift,
             kv_shape=backbone.kv_shape,
             pattern=self.pattern,
-            hidden_size=backbone.config.hidden_size,
+            hidden_size=backbone.embedding_size,
             dtype=backbone.dtype,
             device=lm.device,
             tokenizer=lm.tokenizer,
-            vocab_size=backbone.config.vocab_size,
+            vocab_size=backbone.vocab_size,
             fingerprint=backbone.fingerprint,
             rehearsal=lambda other: EngineRehearsal(self, other),
             tensor=self._memory.tensor,
-            query_heads=backbone.config.num_attention_heads,
+            query_heads=backbone.config.get_text_config().num_attention_heads,
             cache=self.cache,
         )
         self.max_length = setup.length if max_length is not None else self._memory.fitting_length(self.cache, setup)

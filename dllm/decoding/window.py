@@ -130,6 +130,7 @@ class Change:
         finished: rows that are complete.
         failed: rows that failed.
         grown: (B,) positions that rows gained at their end.
+        held: (B,) rows that the policy keeps at their block.
     """
 
     rows: NDArray[np.int64]
@@ -141,11 +142,12 @@ class Change:
     finished: NDArray[np.int64]
     failed: NDArray[np.int64]
     grown: NDArray[np.int64]
+    held: NDArray[np.bool_]
 
     @property
     def idle(self) -> NDArray[np.bool_]:
-        """(B,) unfinished rows without any change."""
-        touched = (self.committed | self.revoked | self.filled).any(1) | (self.grown > 0)
+        """(B,) unfinished rows without any change, other than those held."""
+        touched = (self.committed | self.revoked | self.filled).any(1) | (self.grown > 0) | self.held
         return ~touched & ~np.isin(self.rows, [*self.finished, *self.failed])
 
 

@@ -290,7 +290,12 @@ def _own_seed(seed: int, prefix: Sequence[int], target: Sequence[int]) -> int:
 def _check(lm: LanguageModel, prefix: Sequence[int], target: Sequence[int]) -> tuple[list[int], list[int]]:
     """Both as lists, after validation."""
     backbone = lm.backbone
-    vocabulary = backbone.config.vocab_size
+    if backbone.uniform:
+        raise ValueError(
+            f"{type(backbone).__name__} has no [MASK], which estimates of the log-likelihood need; use a task that "
+            "generates, or another model"
+        )
+    vocabulary = backbone.vocab_size
     lists = []
     for name, given in (("prefix", prefix), ("target", target)):
         empty = isinstance(given, (Tensor, np.ndarray)) and entries(name, given) == []  # of floats by default

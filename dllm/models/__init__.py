@@ -4,6 +4,7 @@ A registered type takes precedence over a checkpoint's ``auto_map``, so remote c
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
@@ -20,6 +21,7 @@ from dllm.models.sdar_moe import SDARMoeConfig, SDARMoeForCausalLM
 __all__ = [
     "ARCHITECTURES",
     "FAMILIES",
+    "NEWER",
     "DreamConfig",
     "DreamModel",
     "Fast_dLLM_QwenConfig",
@@ -46,16 +48,23 @@ FAMILIES: dict[str, type[MaskedDiffusionModel]] = {
     "llada2_moe": LLaDA2MoeModelLM,
     "Fast_dLLM_Qwen": Fast_dLLM_QwenForCausalLM,
 }
+for _model_type, _family in FAMILIES.items():
+    AutoConfig.register(_model_type, _family.config_class, exist_ok=True)
+    AutoModel.register(_family.config_class, _family, exist_ok=True)
+    AutoModelForMaskedLM.register(_family.config_class, _family, exist_ok=True)
+
+# Families of transformers' own modules, whose types stay its own, and the first release that has them.
+NEWER = {"diffusion_gemma": "5.13"}
+with suppress(ImportError):
+    from dllm.models.diffusion_gemma import DiffusionGemmaForBlockDiffusion
+
+    FAMILIES["diffusion_gemma"] = DiffusionGemmaForBlockDiffusion
+
 # By the published name of the class; not every one has a model_type of its own.
 ARCHITECTURES: dict[str, type[MaskedDiffusionModel]] = {
     family.__name__: family for family in (*FAMILIES.values(), LLaDAMoEModelLM)
 }
 _ALIASES = {"llada21_moe": "llada2_moe"}  # of copies of LLaDA2.1
-
-for _model_type, _family in FAMILIES.items():
-    AutoConfig.register(_model_type, _family.config_class, exist_ok=True)
-    AutoModel.register(_family.config_class, _family, exist_ok=True)
-    AutoModelForMaskedLM.register(_family.config_class, _family, exist_ok=True)
 
 
 def family_of(config: Mapping[str, Any]) -> type[MaskedDiffusionModel] | None:

@@ -44,6 +44,10 @@ class MaskedDiffusionModel(PreTrainedModel):
         end_of_turn: tokens that end a chat turn and count as end-of-text if the tokenizer has them.
         packed_weights: the weights by name, if they are packed.
         constants: entries of the config beside those of every family that change results and not the weights.
+        uniform: the model has no [MASK] (`mask_token_id` is the id after its vocabulary) and was trained to denoise
+            uniformly random tokens; it implements `Encoder` (`dllm/models/encoder.py`).
+        needs: requirements that a cache may not meet, by the names in `dllm.decoding.compatibility`.
+        refuses: what it does not support, by the names in `dllm.decoding.compatibility`, with the reason.
         extra_eos_token_ids: end-of-text ids beside the config's; `dllm.load` sets those of `end_of_turn`.
     """
 
@@ -51,6 +55,9 @@ class MaskedDiffusionModel(PreTrainedModel):
     tempered_confidence: ClassVar[bool] = False
     end_of_turn: ClassVar[tuple[str, ...]] = ()
     constants: ClassVar[tuple[str, ...]] = ()
+    uniform: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset()
+    refuses: ClassVar[Mapping[str, str]] = {"noise": "it has [MASK] at undecided positions"}
     extra_eos_token_ids: tuple[int, ...] = ()
     packed_weights: Mapping[str, Callable[[], Tensor]] | None = None
     _supports_sdpa = True
@@ -68,8 +75,13 @@ class MaskedDiffusionModel(PreTrainedModel):
         """
         folder = Path(str(pretrained_model_name_or_path))
         if folder.is_dir():
-            check_folder(cls, folder)
+            cls.check_folder(folder)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
+    def check_folder(cls, folder: Path) -> None:
+        """Reject (ValueError) a folder without a complete checkpoint of this family."""
+        check_folder(cls, folder)
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         _check_attention(attn_implementation)
@@ -110,7 +122,7 @@ class MaskedDiffusionModel(PreTrainedModel):
         return tuple(self._own("eos_token_id", token) for token in ids or (None,))
 
     def _own(self, name: str, token: int | None) -> int:
-        vocabulary = self.config.vocab_size
+        vocabulary = self.config.get_text_config().vocab_size
         rows = min(vocabulary, getattr(self.get_input_embeddings(), "num_embeddings", vocabulary))
         if token is None or not 0 <= token < rows:
             raise ValueError(
@@ -120,9 +132,19 @@ class MaskedDiffusionModel(PreTrainedModel):
         return token
 
     @property
+    def vocab_size(self) -> int:
+        """Entries V of the logits."""
+        return self.config.get_text_config().vocab_size
+
+    @property
+    def embedding_size(self) -> int:
+        """Width d of the hidden states."""
+        return self.config.get_text_config().hidden_size
+
+    @property
     def max_length(self) -> int:
         """Maximum canvas length, in tokens."""
-        return self.config.max_position_embeddings
+        return self.config.get_text_config().max_position_embeddings
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
@@ -162,16 +184,20 @@ class MaskedDiffusionModel(PreTrainedModel):
 
         A hash of every weight, rounded to bfloat16, and of the config's heads, constants and [MASK] id.
         """
-        config = self.config
-        constants = [*self.kv_shape, config.num_attention_heads, config.rope_theta, config.rms_norm_eps]
-        constants += [getattr(config, name) for name in self.constants]
-        settings = ",".join(str(float(value)) for value in (*constants, config.mask_token_id))
+        settings = self.settings()
         weights: Iterable[tuple[str, Tensor]]
         if self.packed_weights is not None:
             weights = ((name, weight()) for name, weight in self.packed_weights.items())
         else:
             weights = ((name, _at_hand(self, name, weight)) for name, weight in self.state_dict(keep_vars=True).items())
         return checksum(chain([(settings, torch.empty(0, device="cpu"))], weights))
+
+    def settings(self) -> str:
+        """What changes results and is not in the weights, as a text."""
+        config = self.config
+        constants = [*self.kv_shape, config.num_attention_heads, config.rope_theta, config.rms_norm_eps]
+        constants += [getattr(config, name) for name in self.constants]
+        return ",".join(str(float(value)) for value in (*constants, config.mask_token_id))
 
     def forward(
         self,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from copy import deepcopy
 from math import isfinite, prod
 from pathlib import Path
@@ -122,8 +122,9 @@ def check_folder(family: Any, folder: Path) -> None:
         raise ValueError(f"{path} cannot be used ({error}); copy it again from the published model") from None
     stored = read_headers(folder)
     if stored is not None:
-        _compare(family, config, stored, folder)
-    _check_ids(config, folder)
+        tied = (family._tied_weights_keys or ()) if config.tie_word_embeddings else ()
+        compare(family.__name__, config, _expected(family, config), stored, folder, tied)
+    check_ids(config.vocab_size, config.mask_token_id, config.eos_token_id, folder)
 
 
 def check_values(config_class: Any, content: Mapping[str, Any]) -> None:
@@ -135,7 +136,7 @@ def check_values(config_class: Any, content: Mapping[str, Any]) -> None:
     for size in _SIZES:
         name = config_class.attribute_map.get(size, size)
         if name in content and not (content[name] is None and size in _OPTIONAL):
-            _check_size(name, content[name])
+            check_size(name, content[name])
     for name in ("rms_norm_eps", "rope_theta"):
         if content.get(name) is not None:
             number(name, content[name], "a positive number", above=0, high=1e15)
@@ -160,7 +161,7 @@ def check_causal_folder(folder: Path) -> None:
     for names in (("num_hidden_layers",), ("vocab_size", "hidden_size"), ("intermediate_size", "hidden_size")):
         sizes = [config.get(name, 1) for name in names]
         for name, size in zip(names, sizes, strict=True):
-            _check_size(f"{folder / 'config.json'}: {name}", size)
+            check_size(f"{folder / 'config.json'}: {name}", size)
         if prod(sizes) > values:
             said = ", ".join(f"{name}={size}" for name, size in zip(names, sizes, strict=True))
             raise ValueError(f"{folder / 'config.json'}: {said} needs more weights than there are; {_AGAIN}")
@@ -267,13 +268,32 @@ def _pickled(path: Path) -> Iterator[tuple[str, Stored]]:
                 for name, part in found.items())  # fmt: skip
 
 
-def _compare(family: Any, config: PretrainedConfig, stored: Mapping[str, Stored], folder: Path) -> None:
-    """Reject weights whose names, shapes or dtypes do not match the config."""
+def compare(
+    family: str,
+    config: PretrainedConfig,
+    expected: Iterable[tuple[str, tuple[int, ...]]],
+    stored: Mapping[str, Stored],
+    folder: Path,
+    tied: Collection[str],
+) -> None:
+    """Reject weights whose names, shapes or dtypes do not match the config.
+
+    Args:
+        family: name of the model's class.
+        config: of the model.
+        expected: names and shapes of its tensors.
+        stored: headers of the weights.
+        folder: of the checkpoint.
+        tied: names that are stored under another one.
+
+    Raises:
+        ValueError: the first tensor that does not match.
+    """
     quantised = getattr(config, "quantization_config", None) is not None
     seen, owners = set(), {name.rpartition(".")[0] for name in stored}
-    for name, shape in _expected(family, config):
+    for name, shape in expected:
         tensor = stored.get(name)
-        if tensor is None and config.tie_word_embeddings and name in (family._tied_weights_keys or ()):
+        if tensor is None and name in tied:
             continue
         if tensor is None:
             owner = name.rpartition(".")[0]
@@ -294,7 +314,7 @@ def _compare(family: Any, config: PretrainedConfig, stored: Mapping[str, Stored]
             )
     more = min(stored.keys() - seen, default=None)
     if more is not None and not quantised:
-        raise ValueError(f"{folder}: tensor {more} is not part of {family.__name__}; {_AGAIN}")
+        raise ValueError(f"{folder}: tensor {more} is not part of {family}; {_AGAIN}")
 
 
 def _expected(family: Any, config: PretrainedConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -351,7 +371,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _check_keys(content: Mapping[str, Any]) -> None:
     for name in _ACTED_ON:
-        if content.get(name) not in (None, False, {}, []):
+        harmless = name == "per_layer_config" and _sizes(content.get(name))
+        if content.get(name) not in (None, False, {}, []) and not harmless:
             raise ValueError(f"{name}={content[name]!r} is not supported; remove it")
     labels = content.get("num_labels")
     if labels is not None and not (is_whole(labels) and 0 <= labels <= _LABELS):
@@ -362,6 +383,14 @@ def _check_keys(content: Mapping[str, Any]) -> None:
     if not all(isinstance(name, str) for name in content.get("architectures") or ()):
         raise ValueError(f"architectures={content['architectures']!r} holds no names; remove it")
     _check_choices(content)
+
+
+def _sizes(layers: Any) -> bool:
+    """Whether these are heads of layers and their sizes, and nothing else."""
+    return isinstance(layers, dict) and all(
+        isinstance(own, dict) and own.keys() <= {"head_dim", "num_key_value_heads"} and all(map(_is_size, own.values()))
+        for own in layers.values()
+    )
 
 
 def _check_choices(content: Mapping[str, Any]) -> None:
@@ -381,16 +410,26 @@ def _check_choices(content: Mapping[str, Any]) -> None:
             raise ValueError(f"{said} is not supported; use weights quantised with one of {', '.join(QUANTISED)}")
 
 
-def _check_size(name: str, value: Any) -> None:
-    if not is_whole(value) or not 1 <= value <= _LARGEST:
+def _is_size(value: Any) -> bool:
+    return is_whole(value) and 1 <= value <= _LARGEST
+
+
+def check_size(name: str, value: Any) -> None:
+    """Reject (ValueError) what is not a plausible size."""
+    if not _is_size(value):
         raise ValueError(f"{name}={value!r} is not a valid size; give an integer of at least 1 and at most {_LARGEST}")
 
 
-def _check_ids(config: Any, folder: Path) -> None:
-    """Reject special ids outside the vocabulary, or equal to the mask."""
-    rows, mask = config.vocab_size, config.mask_token_id
-    named = [("config.json", "mask_token_id", mask), ("config.json", "eos_token_id", config.eos_token_id)]
-    if config.eos_token_id in (None, []):
+def check_ids(rows: int, mask: int | None, eos: int | list[int] | None, folder: Path) -> None:
+    """Reject special ids outside a vocabulary of this many rows, or equal to the mask; None for a model without one.
+
+    Raises:
+        ValueError: the first such id, or no id that ends a text.
+    """
+    named: list[tuple[str, str, Any]] = [("config.json", "eos_token_id", eos)]
+    if mask is not None:
+        named.insert(0, ("config.json", "mask_token_id", mask))
+    if eos in (None, []):
         raise ValueError(f"{folder}/config.json has no eos_token_id; add the id that ends a text")
     if (folder / "generation_config.json").is_file():
         more = _read(folder / "generation_config.json").get("eos_token_id")

@@ -138,6 +138,6 @@ def join(*layers: Any) -> None:
 def join_products(blocks: Iterable[Any]) -> None:
     """Join the layers of transformer blocks that have the same input, where they can be."""
     for block in blocks:
-        for layers in block.parts.of_one_input:
+        for layers in block.parts.of_one_input if hasattr(block, "parts") else ():
             if joinable(*layers):
                 join(*layers)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
@@ -19,7 +20,7 @@ from transformers.utils import logging
 from dllm.checks import choice, first_line
 from dllm.files import BUNDLED, expanded, is_folder, read_json
 from dllm.identity import Stamp, stamps
-from dllm.models import FAMILIES, MaskedDiffusionModel, adapters, family_of, packed
+from dllm.models import FAMILIES, NEWER, MaskedDiffusionModel, adapters, family_of, packed
 from dllm.models.base import token_ids
 from dllm.models.checkpoint import ATTENTION, DTYPES, QUANTISED, check_values, read_config
 from dllm.models.linear import join_products
@@ -283,6 +284,11 @@ def _family(folder: Path) -> type[MaskedDiffusionModel]:
     family = family_of(config)
     if family is None:
         model_type = str(config.get("model_type"))
+        if model_type in NEWER:
+            raise ValueError(
+                f"{path}: model_type={model_type!r} needs transformers {NEWER[model_type]} or newer, and "
+                f"{transformers.__version__} is installed; install a newer one"
+            )
         raise ValueError(f"{path}: model_type={model_type!r} is not supported; use one of {', '.join(FAMILIES)}")
     config_class: Any = family.config_class
     for key, what in (("mask_token_id", "the id of [MASK]"), ("eos_token_id", "the id that ends a text")):
@@ -375,7 +381,7 @@ def _extra_eos(
 
 def _check_vocabulary(backbone: MaskedDiffusionModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Reject a tokenizer with ids beyond the model's vocabulary."""
-    ids, rows = {} if tokenizer is None else tokenizer.get_vocab(), backbone.config.vocab_size
+    ids, rows = {} if tokenizer is None else tokenizer.get_vocab(), backbone.config.get_text_config().vocab_size
     token = max(ids, key=ids.__getitem__, default=None)
     if token is not None and ids[token] >= rows:
         raise ValueError(

@@ -59,6 +59,8 @@ def why_not(backbone: MaskedDiffusionModel) -> str | None:
         return "needs torch built with oneDNN (mkldnn)"
     if getattr(backbone, "hf_quantizer", None) is not None:
         return "does not support quantised weights"
+    if not all(hasattr(block, "parts") for block in backbone.blocks):
+        return "does not support the layers of this model, which are those of transformers"
     return None
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dllm.resolve import names
+from policies import over_masks
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -81,7 +82,7 @@ def test_every_method_stays_within_a_point_of_one_token_per_step_at_most_at_60_p
     model: str,
 ) -> None:
     measured = runs(f"policies/{model}")
-    assert {run["sampler.name"] for run in measured} == set(names("sampler"))
+    assert {run["sampler.name"] for run in measured} == set(over_masks())
     [vanilla] = [run for run in measured if run["sampler.name"] == "vanilla"]
     for method in ("localleap", "learn2pd", "freedave", "ar_guided"):
         own = [run for run in measured if run["sampler.name"] == method]
@@ -97,7 +98,7 @@ def test_every_method_stays_within_a_point_of_one_token_per_step_at_most_at_60_p
 def test_the_frontier_shown_is_of_every_policy_with_three_caches() -> None:
     pairs = {(run["sampler.name"], run["cache.name"]) for run in runs("frontier")}
     # A canvas that grows takes no cache.
-    policies = set(names("sampler")) - {"daedal"}
+    policies = set(over_masks()) - {"daedal"}
     assert pairs == {(name, cache) for name in policies for cache in ("none", "dual", "freecache")}
     assert {run["n"] for run in runs("frontier")} == {"100"}
     # Over the same cache these give the very answers of one token per step, in fewer forwards.
