@@ -19,6 +19,8 @@ COMMANDS = (
     "compatibility",
     "train-filter",
     "train-tiny",
+    "distill",
+    "adapt",
 )
 # Commands without Hydra options, with their summaries.
 OTHERS = {"lm-eval": "The command line of lm-evaluation-harness, with these models as `--model dllm`."}

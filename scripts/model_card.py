@@ -23,10 +23,12 @@ from dllm.files import write_whole
 from dllm.models.tokenizers import load_tokenizer
 from dllm.resolve import merged
 from dllm.samplers import Vanilla
+from dllm.scripts.own import command_of
 from dllm.stored import misfit, there
 from dllm.tasks import word_problems
 
 _KINDS = {
+    "block": "A masked diffusion language model in the SDAR architecture (Qwen3, attention causal over blocks)",
     "llada": "A masked diffusion language model in the LLaDA architecture (bidirectional transformer)",
     "dream": "A masked diffusion language model in the Dream architecture (bidirectional Qwen2, shifted logits)",
     "guide": "A causal language model in the Qwen2 architecture, which can guide the bundled denoisers",
@@ -35,16 +37,15 @@ _KINDS = {
 _NO_RECIPE = ("out", "publish", "init", "threads", "checkpoint_every", "log_every", "eval_problems", "eval_seed")
 RECIPE = "train_tiny.yaml"  # training configuration, in the folder of the model
 # Options that may change when resuming.
-_NO_IDENTITY = {*_NO_RECIPE, "device", "compile"} - {"init"}
+_NO_IDENTITY = {*_NO_RECIPE, "device", "compile", "eval_sampler"} - {"init"}
 
 
-def read_recipe(folder: Path, cfg: DictConfig) -> dict[str, Any]:
+def read_recipe(path: Path, cfg: DictConfig) -> dict[str, Any]:
     """The training configuration of a model, with all options of `cfg`.
 
     Raises:
         ValueError: it is damaged.
     """
-    path = folder / RECIPE
     try:
         found: Any = OmegaConf.create(path.read_text(encoding="utf-8"))
         fields: Any = OmegaConf.to_container(found, resolve=True)
@@ -52,30 +53,31 @@ def read_recipe(folder: Path, cfg: DictConfig) -> dict[str, Any]:
             raise ValueError(wrong)
         if missing := [str(name) for name in cfg if name not in fields]:
             raise ValueError(f"it has no {missing[0]}")
-        torch.device(fields["device"])
+        if "device" in cfg:
+            torch.device(fields["device"])
     except (OSError, ValueError, TypeError, RuntimeError, YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"{path} is damaged ({first_line(error)}); put it back, or give another out") from None
     return fields
 
 
-def check_recipe(folder: Path, cfg: DictConfig, needed: bool) -> None:
+def check_recipe(path: Path, cfg: DictConfig, needed: bool) -> None:
     """Reject the folder of another model.
 
     Args:
-        folder: of the model.
+        path: the training configuration in it.
         cfg: the current configuration.
         needed: there is a training checkpoint to resume.
 
     Raises:
         ValueError: training options differ, or the recipe is missing.
     """
-    path = folder / RECIPE
+    folder = path.parent
     if not there(path, "put it back, or give another out"):
         if needed:
             raise ValueError(f"{path} is missing, which says how {folder} is trained; put it back, or give another out")
         return
     now: Any = OmegaConf.to_container(cfg, resolve=True)
-    before = read_recipe(folder, cfg)
+    before = read_recipe(path, cfg)
     names = [name for name in now if name not in _NO_IDENTITY and before[name] != now[name]]
     if names:
         then, this = (", ".join(f"{name}={each[name]}" for name in names) for each in (before, now))
@@ -85,9 +87,9 @@ def check_recipe(folder: Path, cfg: DictConfig, needed: bool) -> None:
         )
 
 
-def write_card(path: Path, card: str) -> None:
-    """Write a model card; an edited one is kept, and the new one is written next to it."""
-    text = card if _is_as_made(card) else _marked(card)
+def write_card(path: Path, card: str, recipe: str = RECIPE) -> None:
+    """Write a model card of the command of a recipe; an edited one is kept, and the new one is written next to it."""
+    text = card if _is_as_made(card) else _marked(card, command_of(recipe))
     try:
         before = path.read_text(encoding="utf-8") if there(path) else text
     except UnicodeDecodeError:
@@ -98,13 +100,14 @@ def write_card(path: Path, card: str) -> None:
     write_whole(path, text)
 
 
-def _marked(card: str) -> str:
+def _marked(card: str, command: str) -> str:
     """A card with a checksum line to detect edits."""
-    return f"{card}\n<!-- made by dllm train-tiny, {sha256(card.encode()).hexdigest()[:16]} -->\n"
+    return f"{card}\n<!-- made by {command}, {sha256(card.encode()).hexdigest()[:16]} -->\n"
 
 
 def _is_as_made(text: str) -> bool:
-    return _marked(text.rpartition("\n<!-- made by")[0]) == text
+    card, _, last = text.rpartition("\n<!-- made by ")
+    return _marked(card, last.partition(",")[0]) == text
 
 
 def model_card(folder: Path, recipe: Any, cfg: DictConfig, minutes: float) -> str:
@@ -125,7 +128,8 @@ def model_card(folder: Path, recipe: Any, cfg: DictConfig, minutes: float) -> st
     parts = [
         *_front_matter(recipe.arch),
         f"# tiny-{recipe.arch}",
-        f"{_KINDS[recipe.arch]}, {parameters:,} parameters. It does one thing: solve the word problems that "
+        f"{_KINDS[recipe.arch]}, {parameters:,} parameters. "
+        f"{'It only solves' if recipe.arch == 'block' else 'It does one thing: solve'} the word problems that "
         "`dllm.tasks.word_problems` makes.",
         "## Data",
         "Problems of two or three additions and subtractions (and some of one) over 0 to 99, told in varied "
@@ -135,7 +139,7 @@ def model_card(folder: Path, recipe: Any, cfg: DictConfig, minutes: float) -> st
         "## Training",
         f"`{_command(recipe)}`: {recipe.steps:,} steps of {recipe.batch_size:,} problems, "
         f"seed {recipe.seed}, {minutes:.0f} minutes on {_device(recipe)}{start}.",
-        _yaml({key: value for key, value in recipe.items() if key not in _NO_RECIPE}),
+        yaml_block({key: value for key, value in recipe.items() if key not in _NO_RECIPE}),
         "## Accuracy",
         *_accuracy(folder, recipe.arch, cfg),
         "## Limits",
@@ -152,7 +156,7 @@ def _front_matter(arch: str) -> list[str]:
         "library_name": "transformers" if arch == "guide" else "dllm-samplers",
         "language": "en",
         "pipeline_tag": "text-generation",
-        "tags": ["dllm", kind, {"guide": "qwen2"}.get(arch, arch), "word-problems"],
+        "tags": ["dllm", kind, {"guide": "qwen2", "block": "sdar"}.get(arch, arch), "word-problems"],
     }
     return ["---\n" + OmegaConf.to_yaml(fields) + "---"]
 
@@ -166,7 +170,7 @@ def _accuracy(folder: Path, arch: str, cfg: DictConfig) -> list[str]:
         for label, s in scores.items()
     ]
     head = "| decoding | right final answers | 95% interval | right final answer and whole chain |\n|---|---|---|---|\n"
-    how = "" if arch == "guide" else ", 64 positions in blocks of 32"
+    how = {"guide": "", "block": ", 64 positions, with cache=block"}.get(arch, ", 64 positions in blocks of 32")
     return [f"On {cfg.eval_problems} problems of seed {cfg.eval_seed}{how}:", head + "\n".join(rows)]
 
 
@@ -178,12 +182,11 @@ def measure(folder: Path, arch: str, problems: list[word_problems.Problem], devi
         assert tokenizer is not None
         return {"greedy": evaluate_causal(model.to(device=device).eval(), tokenizer, problems)}
     lm, scores = dllm.load(folder, device=device), {}
+    blocks: dict[str, Any] = {"cache": "block"} if arch == "block" else {"block_length": 32}
     console = Console(stderr=True)
     for count in track((1, 4), "measuring", console=console, disable=not console.is_terminal):
         label = f"vanilla, {count} token{'s' * (count > 1)} per step"
-        scores[label] = evaluate(
-            lm, problems, Vanilla(tokens_per_step=count), gen_length=64, block_length=32, batch_size=50
-        )
+        scores[label] = evaluate(lm, problems, Vanilla(tokens_per_step=count), gen_length=64, batch_size=50, **blocks)
     return scores
 
 
@@ -194,16 +197,18 @@ def _device(recipe: Any) -> str:
     return f"{recipe.device} ({threads} thread{'s' * (threads > 1)})"
 
 
-def _yaml(fields: dict[Any, Any]) -> str:
+def yaml_block(fields: dict[Any, Any]) -> str:
+    """A block of YAML in Markdown."""
     return f"```yaml\n{OmegaConf.to_yaml(OmegaConf.create(fields), resolve=True)}```"
 
 
 def _command(recipe: Any) -> str:
     """The command that trains by this recipe: everything that differs from the defaults."""
     fields: Any = OmegaConf.to_container(recipe)
-    defaults = merged("train_tiny")
-    words = [f"dllm train-tiny arch={recipe.arch}"]
-    if recipe.init:
+    adapted = recipe.arch == "block"
+    defaults = merged("adapt" if adapted else "train_tiny")
+    words = ["dllm adapt" if adapted else f"dllm train-tiny arch={recipe.arch}"]
+    if recipe.init and recipe.init != defaults["init"]:
         words.append(f"init=outputs/{Path(recipe.init).name}")
     for key, value in fields.items():
         if key in ("arch", *_NO_RECIPE) or value == defaults.get(key):

@@ -197,25 +197,39 @@ def check_records(out: str, folder: Path, needed: tuple[str, ...]) -> None:
         raise ValueError(f"out={out!r}: {folder} holds no records of dllm train-filter; {fix}")
 
 
-def check_training(option: str, folder: Path, names: Iterable[str]) -> None:
-    """Reject a folder with a model that is not from `dllm train-tiny`.
+# By the name of the recipe of a command that trains: what its recipe and its card contain.
+_TRAININGS = {
+    "train_tiny.yaml": (b"matrix_lr:", b"It does one thing: solve the word problems"),
+    "adapt.yaml": (b"block_length:", b"`dllm adapt"),
+    "distill.yaml": (b"entropy_weight:", b"`dllm distill"),
+}
+
+
+def command_of(recipe: str) -> str:
+    """The command of a recipe."""
+    return f"dllm {Path(recipe).stem.replace('_', '-')}"
+
+
+def check_training(option: str, folder: Path, names: Iterable[str], recipe: str) -> None:
+    """Reject a folder with a model that is not from the same command.
 
     Args:
         option: the option with its path.
         folder: the folder.
         names: of the output files.
+        recipe: file name of the command's configuration.
 
     Raises:
-        ValueError: it has one of these files, but neither a recipe nor a model card of `dllm train-tiny`.
+        ValueError: it has one of these files, but neither a recipe nor a model card of this command.
     """
     for name in names:
         check_sweep(option, str(folder), folder / name)
     there = [folder / name for name in names if (folder / name).exists() or (folder / name).is_symlink()]
-    card = b"It does one thing: solve the word problems"
-    marks = {folder / "train_tiny.yaml": b"matrix_lr:", folder / "README.md": card}
+    marks = dict(zip((folder / recipe, folder / "README.md"), _TRAININGS[recipe], strict=True))
     if there and not any(file.is_file() and mark in file.read_bytes() for file, mark in marks.items()):
         raise ValueError(
-            f"{option}={str(folder)!r}: {there[0]} exists and is of no model of dllm train-tiny; give another folder"
+            f"{option}={str(folder)!r}: {there[0]} exists and is of no model of {command_of(recipe)}; give another "
+            "folder"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 from torch import Tensor
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, 
 
 from dllm.models.dream import DreamConfig, DreamModel
 from dllm.models.llada import LLaDAConfig, LLaDAModelLM
+from dllm.models.sdar import SDARConfig, SDARForCausalLM
 
 
 def build_model(cfg: DictConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
@@ -43,14 +45,58 @@ def build_model(cfg: DictConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrain
     return model
 
 
-def _guide_weights(folder: str) -> dict[str, Tensor]:
+def as_block_diffusion(
+    folder: Path, init: str, tokenizer: PreTrainedTokenizerFast, block_length: int
+) -> SDARForCausalLM:
+    """A trained guide as an SDAR model.
+
+    Its biases are dropped. The norms of queries and keys, which the guide does not have, get the weight that keeps
+    their expected size, for inputs of which every direction is equally likely.
+
+    Args:
+        folder: of the guide.
+        init: its name in errors.
+        tokenizer: of the task.
+        block_length: of the model.
+
+    Raises:
+        ValueError: it is no guide of this vocabulary.
+    """
+    config: Any
+    weights, config = _guide_weights(str(folder), init), Qwen2Config.from_pretrained(folder)
+    if config.vocab_size != len(tokenizer):
+        raise ValueError(f"init={init!r} has {config.vocab_size} tokens, not the {len(tokenizer)} of the word problems")
+    head = config.hidden_size // config.num_attention_heads
+    for norm, layer in ((f"{each}_norm", layer) for each in "qk" for layer in range(config.num_hidden_layers)):
+        block, projection = f"model.layers.{layer}", f"{norm[0]}_proj"
+        scaled = weights[f"{block}.self_attn.{projection}.weight"] * weights[f"{block}.input_layernorm.weight"]
+        size = (scaled.square().sum(-1) + weights[f"{block}.self_attn.{projection}.bias"].square()).mean().sqrt()
+        weights[f"{block}.self_attn.{norm}.weight"] = size.expand(head).clone()
+    model: SDARForCausalLM = SDARForCausalLM._from_config(
+        SDARConfig(
+            vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers, num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads, head_dim=head,
+            max_position_embeddings=config.max_position_embeddings, rms_norm_eps=config.rms_norm_eps,
+            rope_theta=config.rope_parameters["rope_theta"], block_size=block_length,
+            mask_token_id=tokenizer.mask_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+        ),
+        attn_implementation="eager",
+    )  # fmt: skip
+    model.load_state_dict({name: weight for name, weight in weights.items() if not name.endswith(".bias")})
+    return model
+
+
+def _guide_weights(folder: str, init: str | None = None) -> dict[str, Tensor]:
     try:
         kind = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["model_type"]
         if kind != "qwen2":
             raise ValueError(f"it has a model of type {kind}")
         return dict(Qwen2ForCausalLM.from_pretrained(folder).state_dict())
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"init={folder!r} cannot be used ({error}); give the folder of a trained tiny-guide") from None
+        name = folder if init is None else init
+        raise ValueError(f"init={name!r} cannot be used ({error}); give the folder of a trained tiny-guide") from None
 
 
 def _as_llada(weights: dict[str, Tensor], size: DictConfig) -> dict[str, Tensor]:

@@ -7,35 +7,29 @@ if __name__ == "__main__":
 
     dllm.scripts.cli.run_file(__file__)
 
-import json
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, get_type_hints
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 
 import dllm
-from dllm import identity
 from dllm.api import prepare
 from dllm.cache.base import Cache
 from dllm.checks import choice, number, seed, threads
 from dllm.decoding.prompts import encode
-from dllm.evaluation.jsonl import read_questions
-from dllm.files import check_kept, read_json, write_json, write_whole
+from dllm.files import read_json, write_whole
 from dllm.filters import Filter, FilterCard
 from dllm.filters.training import Records, Training, collect, fit, measure, split
 from dllm.progress import progress_reports
 from dllm.resolve import build
 from dllm.samplers.base import Sampler
 from dllm.scripts import app, own
+from dllm.scripts.collecting import check_source, collected, data_name, read_prompts
 from dllm.stored import there
-from dllm.tasks import word_problems
 
 _KINDS = get_type_hints(dllm.Options) | {
     name: kind | None for name, kind in {"data": str, "split": str, "column": str, "out": str, "hidden": int}.items()
@@ -61,14 +55,16 @@ def train_filter(cfg: DictConfig) -> None:
     dllm.Options(**options)  # reject bad values before the model is loaded
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    prompts = _prompts(cfg)
+    prompts = read_prompts(cfg)
+    if len(prompts) < 2:
+        raise ValueError(f"data={cfg.data!r} has {len(prompts)} prompts, too few to hold one out; give more")
     lm = app.load_model(fields["model"])
     out = _out(cfg)
     ids = encode(prompts, lm.tokenizer)
     prepare(lm, ids, sampler, cache, dllm.Options(**options))  # rejects incompatible options and long prompts
     trained = {name: fields[name] for name in _TRAINING}
     made = trained | {name: fields[name] for name in ("block_length", "cache", "sampler", "seed")}
-    made |= {"fingerprint": lm.backbone.fingerprint(), "data": _data_name(cfg), "prompts": len(ids)}
+    made |= {"fingerprint": lm.backbone.fingerprint(), "data": data_name(cfg), "prompts": len(ids)}
     _check_finished(out, made)
     records = _collect(
         lm, ids, sampler, cache, options, _records(out), {key: fields[key] for key in _RECIPE} | {"training": trained}
@@ -86,7 +82,7 @@ def train_filter(cfg: DictConfig) -> None:
         fingerprint=lm.backbone.fingerprint(),
         cache=fields["cache"],
         sampler=fields["sampler"],
-        data=_data_name(cfg),
+        data=data_name(cfg),
         prompts=len(ids),
         seed=cfg.seed,
         records={"learned": len(learn.prompt), "held_out": len(held_out.prompt), "epoch": epoch},
@@ -131,42 +127,6 @@ def _check_finished(out: Path, made: dict[str, Any]) -> None:
         )
 
 
-def _prompts(cfg: DictConfig) -> list[Any]:
-    """The first `prompts` prompts of the source, or all if it has fewer."""
-    prompts = _read(cfg)[: cfg.prompts]
-    if len(prompts) < 2:
-        raise ValueError(f"data={cfg.data!r} has {len(prompts)} prompts, too few to hold one out; give more")
-    if cfg.chat:
-        return [[{"role": "user", "content": text}] if isinstance(text, str) else text for text in prompts]
-    return prompts
-
-
-def _read(cfg: DictConfig) -> list[Any]:
-    if cfg.data is None:
-        return [problem.question for problem in word_problems.problems(cfg.prompts, cfg.seed)]
-    if cfg.data.endswith(".jsonl"):
-        return [question.prompt for question in read_questions(Path(cfg.data), "data")]
-    from datasets import disable_progress_bars, load_dataset  # slow import, only needed here
-    from datasets.exceptions import DatasetsError
-
-    if not Console(stderr=True).is_terminal:
-        disable_progress_bars()
-    with TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
-        # For local files, datasets caches by name and time, not by content.
-        kept = {"cache_dir": temporary} if Path(cfg.data).exists() else {}
-        try:
-            rows = load_dataset(cfg.data, split=cfg.split or "train", **kept)
-        except (DatasetsError, OSError, ValueError) as error:
-            # For parse errors, only the cause has details.
-            raise ValueError(
-                f"data={cfg.data!r} with split={cfg.split or 'train'!r} cannot be read: {error.__cause__ or error}"
-            ) from None
-        column = cfg.column or "question"
-        if column not in rows.column_names:
-            raise ValueError(f"column={column!r} is not in {cfg.data}; use one of {', '.join(rows.column_names)}")
-        return list(rows[: cfg.prompts][column])
-
-
 def _collect(
     lm: dllm.LanguageModel,
     ids: list[list[int]],
@@ -177,39 +137,19 @@ def _collect(
     recipe: dict[str, Any],
 ) -> Records:
     """Records of all prompts, batch by batch; those of an earlier run with the same recipe are reused."""
-    file = folder / "recipe.json"
-    asked = sha256(json.dumps(ids).encode()).hexdigest()
-    stamps = identity.stamps_read_by(sampler, cache)
-    read = identity.contents(recipe) | identity.read_by(sampler) | identity.read_by(cache)
-    recipe = recipe | {"fingerprint": lm.backbone.fingerprint(), "checkpoint": identity.model(lm), "files": read}
-    recipe |= {"prompts": asked}
-    if there(file, "remove that folder"):
-        before = read_json(file, "remove that folder")
-        # Training options do not change the records.
-        other = ", ".join(name for name in recipe if name != "training" and before.get(name) != recipe[name])
-        if other:
-            raise ValueError(
-                f"out: {folder} has records of other settings ({other}); give another out, or remove that folder"
-            )
-    write_json(file, recipe)
-    written = file.read_bytes()
-    size, parts = options["batch_size"], []
-    with progress_reports("collecting") as report:
-        for start in range(0, len(ids), size):
-            part = folder / f"{start:07}.safetensors"
-            found = _part(part, range(start, min(start + size, len(ids))), options["block_length"])
-            if found is None:
-                seeded = options | {"seed": options["seed"] + start}
-                del seeded["batch_size"]
-                records = collect(lm, ids[start : start + size], sampler, cache, **seeded)
-                records = replace(records, prompt=records.prompt + start)
-                identity.check_weights(lm, stamps)
-                check_kept(file, written, "; run the command again")
-                write_whole(part, save(vars(records)))
-                found = records
-            parts.append(found)
-            report(min(start + size, len(ids)), len(ids))
-    return Records.join(parts)
+
+    def make(batch: range) -> dict[str, Any]:
+        seeded = options | {"seed": options["seed"] + batch.start}
+        del seeded["batch_size"]
+        records = collect(lm, ids[batch.start : batch.stop], sampler, cache, **seeded)
+        return vars(replace(records, prompt=records.prompt + batch.start))
+
+    def stored(file: Path, batch: range) -> dict[str, Any] | None:
+        found = _part(file, batch, options["block_length"])
+        return None if found is None else vars(found)
+
+    parts = collected(lm, ids, (sampler, cache), recipe, folder, stored, make)
+    return Records.join([Records(**part) for part in parts])
 
 
 def _part(file: Path, prompts: range, block_length: int) -> Records | None:
@@ -261,20 +201,11 @@ def _report(card: FilterCard, out: Path, plot: Path | None) -> None:
     print(f"filter in {out}, card in {out.with_suffix('.json')}{f', plot in {plot}' if plot else ''}{beside}")
 
 
-def _data_name(cfg: DictConfig) -> str:
-    if cfg.data is None:
-        return f"dllm.tasks.word_problems, seed {cfg.seed}"
-    if cfg.data.endswith(".jsonl"):
-        return str(cfg.data)
-    return f"{cfg.data}, split {cfg.split or 'train'}, column {cfg.column or 'question'}"
-
-
 def _check(cfg: DictConfig) -> Training:
     choice("architecture", cfg.architecture, ("neighbours", "published"))
     for name in ("prompts", "epochs", "patience", "train_batch_size"):
         number(name, cfg[name], "a whole number of at least 1", low=1, whole=True)
-    if cfg.data is None:
-        word_problems.check_count("prompts", cfg.prompts)
+    check_source(cfg)
     seed("seed", cfg.seed)
     threads(cfg.threads)
     if cfg.prompts < 2:
@@ -283,11 +214,6 @@ def _check(cfg: DictConfig) -> Training:
         number("hidden", cfg.hidden, "a whole number from 1 to 65536, or null", low=1, high=65536, whole=True)
     if cfg.block_length is None:
         raise ValueError("block_length=null is not supported; give the block length that the filter will be used with")
-    for name in ("split", "column"):
-        if cfg[name] is not None and (cfg.data is None or cfg.data.endswith(".jsonl")):
-            raise ValueError(
-                f"{name}={cfg[name]!r} has no effect without a data set; leave it out, or name one in data"
-            )
     if cfg.out is not None and not cfg.out.endswith(".safetensors"):
         raise ValueError(f"out={cfg.out!r} is not a filter file; give a name that ends in .safetensors")
     return Training(

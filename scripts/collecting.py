@@ -1,0 +1,137 @@
+"""What the commands share that train on decodes: where prompts come from, and storing decodes batch by batch.
+
+Options: `data`, `split`, `column`, `prompts`, `chat` and `seed`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from omegaconf import DictConfig
+from rich.console import Console
+from safetensors.torch import save
+from torch import Tensor
+
+import dllm
+from dllm import identity
+from dllm.checks import number
+from dllm.evaluation.jsonl import read_questions
+from dllm.files import check_kept, read_json, write_json, write_whole
+from dllm.progress import progress_reports
+from dllm.stored import there
+from dllm.tasks import word_problems
+
+
+def check_source(cfg: DictConfig) -> None:
+    """Reject bad values of the options of the prompts."""
+    number("prompts", cfg.prompts, "a whole number of at least 1", low=1, whole=True)
+    if cfg.data is None:
+        word_problems.check_count("prompts", cfg.prompts)
+    for name in ("split", "column"):
+        if cfg[name] is not None and (cfg.data is None or cfg.data.endswith(".jsonl")):
+            raise ValueError(
+                f"{name}={cfg[name]!r} has no effect without a data set; leave it out, or name one in data"
+            )
+
+
+def data_name(cfg: DictConfig) -> str:
+    """The source of the prompts."""
+    if cfg.data is None:
+        return f"dllm.tasks.word_problems, seed {cfg.seed}"
+    if cfg.data.endswith(".jsonl"):
+        return str(cfg.data)
+    return f"{cfg.data}, split {cfg.split or 'train'}, column {cfg.column or 'question'}"
+
+
+def read_prompts(cfg: DictConfig) -> list[Any]:
+    """The first `prompts` prompts of the source, or all if it has fewer."""
+    prompts = _read(cfg)[: cfg.prompts]
+    if cfg.chat:
+        return [[{"role": "user", "content": text}] if isinstance(text, str) else text for text in prompts]
+    return prompts
+
+
+def _read(cfg: DictConfig) -> list[Any]:
+    if cfg.data is None:
+        return [problem.question for problem in word_problems.problems(cfg.prompts, cfg.seed)]
+    if cfg.data.endswith(".jsonl"):
+        return [question.prompt for question in read_questions(Path(cfg.data), "data")]
+    from datasets import disable_progress_bars, load_dataset  # slow import, only needed here
+    from datasets.exceptions import DatasetsError
+
+    if not Console(stderr=True).is_terminal:
+        disable_progress_bars()
+    with TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        # For local files, datasets caches by name and time, not by content.
+        kept = {"cache_dir": temporary} if Path(cfg.data).exists() else {}
+        try:
+            rows = load_dataset(cfg.data, split=cfg.split or "train", **kept)
+        except (DatasetsError, OSError, ValueError) as error:
+            # For parse errors, only the cause has details.
+            raise ValueError(
+                f"data={cfg.data!r} with split={cfg.split or 'train'!r} cannot be read: {error.__cause__ or error}"
+            ) from None
+        column = cfg.column or "question"
+        if column not in rows.column_names:
+            raise ValueError(f"column={column!r} is not in {cfg.data}; use one of {', '.join(rows.column_names)}")
+        return list(rows[: cfg.prompts][column])
+
+
+def collected(
+    lm: dllm.LanguageModel,
+    ids: list[list[int]],
+    reads: tuple[Any, Any],
+    recipe: Mapping[str, Any],
+    folder: Path,
+    load: Callable[[Path, range], dict[str, Tensor] | None],
+    make: Callable[[range], dict[str, Tensor]],
+) -> list[dict[str, Tensor]]:
+    """What was made from each batch of prompts; that of an earlier run with the same recipe is reused.
+
+    Args:
+        lm: the model that makes it.
+        ids: the prompts.
+        reads: sampler and cache, whose files are part of the recipe.
+        recipe: options that it depends on, with `batch_size`; those under `training` may differ.
+        folder: of the stored files.
+        load: reads a file of some prompts; None if it is missing or damaged.
+        make: makes it for some prompts.
+
+    Raises:
+        ValueError: the folder holds that of other settings.
+    """
+    file = folder / "recipe.json"
+    asked = sha256(json.dumps(ids).encode()).hexdigest()
+    stamps = identity.stamps_read_by(*reads)
+    files = identity.contents({**recipe}) | identity.read_by(reads[0]) | identity.read_by(reads[1])
+    now = {**recipe, "fingerprint": lm.backbone.fingerprint(), "checkpoint": identity.model(lm), "files": files}
+    now |= {"prompts": asked}
+    if there(file, "remove that folder"):
+        before = read_json(file, "remove that folder")
+        # Training options do not change the records.
+        other = ", ".join(name for name in now if name != "training" and before.get(name) != now[name])
+        if other:
+            raise ValueError(
+                f"out: {folder} has records of other settings ({other}); give another out, or remove that folder"
+            )
+    write_json(file, now)
+    written = file.read_bytes()
+    size, parts = recipe["batch_size"], []
+    with progress_reports("collecting") as report:
+        for start in range(0, len(ids), size):
+            batch = range(start, min(start + size, len(ids)))
+            part = folder / f"{start:07}.safetensors"
+            found = load(part, batch)
+            if found is None:
+                found = make(batch)
+                identity.check_weights(lm, stamps)
+                check_kept(file, written, "; run the command again")
+                write_whole(part, save(found))
+            parts.append(found)
+            report(batch.stop, len(ids))
+    return parts

@@ -1,0 +1,285 @@
+"""What the commands that train share: checkpoints, averaged weights, the loop, its log and its checks.
+
+The learning rates rise over `warmup` steps and fall linearly to 1% of the options. What is saved is an exponential
+average of the weights.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol, TextIO
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from torch import Tensor, nn
+
+from dllm.checks import first_line, number, seed, threads
+from dllm.evaluation.claim import Claim
+from dllm.files import write_whole
+from dllm.progress import progress_bar
+from dllm.scripts import app, own
+from dllm.scripts.model_card import check_recipe, write_card
+from dllm.stored import misfit, there
+
+# Files of a published model; the others are for resuming.
+PUBLISHED = """README.md config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json
+special_tokens_map.json added_tokens.json chat_template.jinja""".split()
+STATE, LOG = "state.pt", "loss.csv"
+# Optimizer state per parameter.
+_KEPT = {"Muon": ("momentum_buffer",), "AdamW": ("step", "exp_avg", "exp_avg_sq")}
+_DAMAGE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, LookupError, TypeError, AttributeError)
+
+
+class Objective(Protocol):
+    """What is trained, and on what.
+
+    Attributes:
+        model: whose parameters that require gradients are trained.
+    """
+
+    model: nn.Module
+
+    def loss(self) -> Tensor:
+        """The loss of the next batch."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What the next batches depend on, to store."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a stored state."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the model with its current weights, so that it can be loaded."""
+        ...
+
+
+class Trainer:
+    """The complete training state.
+
+    Args:
+        cfg: `out`, `steps`, `warmup`, `ema`, `checkpoint_every` and `log_every`.
+        objective: what is trained.
+        optimizers: of disjoint parameters, each with its learning rate.
+        recipe: file name of the configuration in `out`.
+    """
+
+    def __init__(
+        self, cfg: DictConfig, objective: Objective, optimizers: Sequence[torch.optim.Optimizer], recipe: str
+    ) -> None:
+        self.cfg, self.objective, self.optimizers, self.recipe = cfg, objective, optimizers, recipe
+        self.rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+        self.out = Path(cfg.out)
+        self.parameters: list[Tensor] = [p for p in objective.model.parameters() if p.requires_grad]
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.step = 0
+        self.seconds = 0.0
+
+    def train_step(self) -> Tensor:
+        """Train on one batch; return its loss."""
+        cfg = self.cfg
+        loss = self.objective.loss()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        scale = min(1.0, (self.step + 1) / cfg.warmup) * max(0.01, 1 - self.step / cfg.steps)
+        for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * scale
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            weight = max(1 - cfg.ema, 10 / (self.step + 10))
+            torch._foreach_lerp_(self.average, self.parameters, weight)
+        self.step += 1
+        return loss.detach()
+
+    def save(self) -> None:
+        """Write the training checkpoint, and the averaged weights as a loadable model."""
+        state = {
+            "model": [p.detach().clone() for p in self.parameters], "average": self.average,
+            "optimizers": [o.state_dict() for o in self.optimizers], "step": self.step, "seconds": self.seconds,
+            **self.objective.state(),
+        }  # fmt: skip
+        file = io.BytesIO()
+        torch.save(state, file)
+        write_whole(self.out / STATE, file.getvalue())
+        self.export()
+
+    def export(self) -> None:
+        """Write the averaged weights as a loadable model."""
+        trained = [p.detach().clone() for p in self.parameters]
+        self._assign(self.average)
+        with TemporaryDirectory() as folder:
+            self.objective.save(Path(folder))
+            for file in Path(folder).iterdir():
+                write_whole(self.out / file.name, file.read_bytes())
+        self._assign(trained)
+
+    def resume(self) -> None:
+        """Resume from `out/state.pt` if it exists.
+
+        Raises:
+            ValueError: it is damaged, or from another recipe.
+        """
+        path, state = self.out / STATE, None
+        try:
+            if there(path):
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            check_recipe(self.out / self.recipe, self.cfg, state is not None)
+            if state is not None:
+                self._restore(state)
+        except _DAMAGE as error:
+            raise ValueError(f"{path} is damaged ({first_line(error)}); remove it to train from scratch") from None
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        shapes = [p.shape for p in self.parameters]
+        if any([p.shape for p in state[name]] != shapes for name in ("model", "average")):
+            raise TypeError("weights of other sizes")
+        if misfit(state["step"], int) or not 0 < state["step"] <= self.cfg.steps or misfit(state["seconds"], float):
+            raise TypeError("no number of steps and seconds")
+        if len(state["optimizers"]) != len(self.optimizers):
+            raise TypeError("other optimizers")
+        self._assign(state["model"])
+        self.average = [p.to(own.device) for p, own in zip(state["average"], self.parameters, strict=True)]
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            # Hyperparameters come from the recipe.
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
+            for parameter in optimizer.param_groups[0]["params"]:
+                values = optimizer.state[parameter]
+                shapes = [values[name].shape for name in _KEPT[type(optimizer).__name__]]
+                if any(shape not in (parameter.shape, ()) for shape in shapes):
+                    raise TypeError("optimizers of other sizes")
+        self.step, self.seconds = state["step"], state["seconds"]
+        try:
+            self.objective.restore(state)
+        except ValueError as error:
+            raise TypeError(error) from None
+
+    def _assign(self, values: list[Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, values, strict=True):
+                parameter.copy_(value)
+
+
+def muon_and_adamw(model: nn.Module, matrix_lr: float, rest_lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for everything else."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and (".layers." in n or ".blocks." in n)]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=matrix_lr, weight_decay=0.01),
+        torch.optim.AdamW(rest, lr=rest_lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+@contextmanager
+def claimed(option: str, folder: str, recipe: str) -> Iterator[None]:
+    """Create and lock a folder."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    claim = Claim(Path(os.path.realpath(folder)) / recipe, f"{option}={folder!r}", "another folder")
+    claim.take()
+    try:
+        yield
+    finally:
+        claim.release()
+
+
+def publish(out: Path, folder: Path, recipe: str) -> None:
+    """Copy a finished model, without the training checkpoint."""
+    own.check_training("publish", folder, PUBLISHED, recipe)
+    with claimed("publish", str(folder), recipe):
+        for name in PUBLISHED:
+            if (out / name).exists() and name != "README.md":
+                write_whole(folder / name, (out / name).read_bytes())
+        write_card(folder / "README.md", (out / "README.md").read_text(encoding="utf-8"), recipe)
+
+
+def run(trainer: Trainer, what: str) -> None:
+    """Run the remaining steps, with a progress bar on a terminal and log lines elsewhere."""
+    cfg, console, log = trainer.cfg, Console(stderr=True), []
+    bar = progress_bar(what, cfg.steps, trainer.step, console=console, show=console.is_terminal)
+    with _open_log(trainer) as file, bar as update:
+        while trainer.step < cfg.steps:
+            started = time.perf_counter()
+            log.append(trainer.train_step())
+            trainer.seconds += time.perf_counter() - started
+            update(completed=trainer.step)
+            if trainer.step % cfg.log_every == 0:
+                loss = torch.stack(log).mean().item()
+                log.clear()
+                update(note=f"loss {loss:.4f}")
+                if not console.is_terminal:
+                    print(f"{trainer.step}/{cfg.steps}  loss {loss:.4f}", flush=True)
+                file.write(f"{trainer.step},{loss:.5f},{trainer.seconds:.0f}\n")
+                file.flush()
+            if trainer.step % cfg.checkpoint_every == 0 or trainer.step == cfg.steps:
+                trainer.save()
+
+
+def _open_log(trainer: Trainer) -> TextIO:
+    """Open loss.csv, without lines after the resumed checkpoint."""
+    path = trainer.out / LOG
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if there(path) else []
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is damaged (it is not text); remove it to continue without it") from None
+    kept = [f"{line}\n" for line in lines if (step := line.partition(",")[0]).isdecimal() and int(step) <= trainer.step]
+    write_whole(path, "".join(kept))
+    return path.open("a", encoding="utf-8")
+
+
+def check(cfg: DictConfig, rates: Sequence[str]) -> None:
+    """Reject bad values of the options that all of these commands have.
+
+    Args:
+        cfg: the options.
+        rates: names of the learning rates.
+    """
+    for name in ("steps", "warmup", "checkpoint_every", "log_every"):
+        number(name, cfg[name], "1 or more", low=1, whole=True)
+    seed("seed", cfg.seed)
+    threads(cfg.threads)
+    for name in rates:
+        number(name, cfg[name], "a positive number", above=0, high=1e6)
+    number("ema", cfg.ema, "0 or more and below 1", low=0, high=1 - 1e-9)
+    if cfg.autocast not in (None, "bfloat16", "float16"):
+        raise ValueError(f"unknown autocast={cfg.autocast!r}; expected one of bfloat16, float16, null")
+    for name in ("out", "publish"):
+        if cfg.get(name) is not None:
+            app.check_writable(name, cfg[name], f"{cfg[name]}/README.md")
+
+
+def check_folders(cfg: DictConfig, recipe: str, published: Sequence[str] = PUBLISHED) -> None:
+    """Reject overwriting what is not of this command.
+
+    Args:
+        cfg: the options.
+        recipe: file name of the configuration.
+        published: file names of a finished model.
+    """
+    own.check_training("out", Path(cfg.out), (*published, STATE, LOG, recipe), recipe)
+    if cfg.get("publish"):
+        own.check_training("publish", Path(cfg.publish), published, recipe)
+
+
+def check_device(device: str) -> None:
+    """Reject a device that is not here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device={device!r} is not available here; use cpu or a device torch sees") from None
+
+
+def autocast(precision: str | None, device_type: str) -> torch.autocast:
+    """Compute in a precision; None for that of the weights."""
+    dtype = getattr(torch, precision) if precision else torch.float32
+    return torch.autocast(device_type, dtype=dtype, enabled=precision is not None)
