@@ -215,10 +215,10 @@ class TestYaml:
     [
         (["generate", "cache=[none,dual]"], "cache=[none,dual] has no name; expected one of block, "),
         (["generate", "cache={a: 1}"], "cache={a: 1} has no name; expected one of block, "),
-        (["generate", "sampler=null"], "sampler=null has no name; expected one of adablock, anchored, ar_guided, "),
+        (["generate", "sampler=null"], "sampler=null has no name; expected one of adablock, anchored, "),
         (["generate", "-m", "cache=null,dual"], "cache=null,dual has no name; expected one of block, "),
         (["generate", "=3"], "unknown option '=3'; options are written name=value"),
-        (["generate", "sampler=tiny/nope"], "unknown sampler=tiny/nope; expected one of adablock, anchored, ar_guided, "),
+        (["generate", "sampler=tiny/nope"], "unknown sampler=tiny/nope; expected one of adablock, anchored, "),
         (["generate", "+sampler=nope"], ", tiny/threshold"),
         (["generate", "hydra/launcher=nope"], "unknown hydra/launcher=nope; expected one of basic, "),
         (["generate", "gen_length=1,2"], "gen_length=1,2 names several; give one, or add -m"),
