@@ -132,6 +132,7 @@ def test_the_matrix_says_what_a_run_says(make: Maker) -> None:
     for label, *cells in TABLE[2:]:
         for name, cell in zip(TABLE[0][1:], cells, strict=True):
             scale = 1.0 if "cfg_scale" in label else 0.0
+            lm.backbone.needs = frozenset({"whole_blocks"} if "as a whole" in label else ())
             lm.backbone.hf_device_map = {"a": 0, "b": 1} if "devices" in label else {}
             sampler = LABELLED.get(label.strip("`"), LABELLED["vanilla"])
             graphs = True if "cuda_graphs" in label else None

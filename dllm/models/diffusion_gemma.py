@@ -78,8 +78,11 @@ class DiffusionGemmaForBlockDiffusion(MaskedDiffusionModel, modules.DiffusionGem
         for part in (text, vision):
             if part.num_hidden_layers > len(stored):  # checked before they are built
                 raise ValueError(f"{folder}: {part.num_hidden_layers} layers need more tensors than there are")
-        with torch.device("meta"):
-            model = cls(config)
+        try:
+            with torch.device("meta"):
+                model = cls(config)
+        except Exception as error:  # noqa: BLE001  # sizes that do not fit raise errors of any type
+            raise ValueError(f"{folder}/config.json cannot be used: {' '.join(str(error).split())}") from None
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         compare(cls.__name__, config, shapes.items(), stored, folder, model.all_tied_weights_keys)
         check_ids(text.vocab_size, None, text.eos_token_id, folder)
@@ -136,7 +139,7 @@ class DiffusionGemmaForBlockDiffusion(MaskedDiffusionModel, modules.DiffusionGem
         embed = self.model.decoder.embed_tokens
         dtype = embed.weight.dtype
         shares = logits[..., : self.mask_token_id].to(dtype).softmax(-1, dtype=torch.float32).to(dtype)
-        return (shares @ embed.weight) * embed.embed_scale.to(dtype)
+        return (shares.to(embed.weight.device) @ embed.weight) * embed.embed_scale.to(dtype)
 
     def decode(self, finished: Finished, block: Open) -> Float[Tensor, "A K V"]:
         """Logits of the open blocks, soft-capped, in float32; -inf at [MASK]."""
@@ -265,8 +268,8 @@ def checked_config(content: Mapping[str, Any], path: Path) -> DiffusionGemmaConf
         if not isinstance(part, Mapping) or part.get("model_type", kind) != kind:
             raise ValueError(f"{path}: {name} is not one of {kind}; copy it again from the published model")
         for key, value in part.items():
-            if isinstance(value, int) and not isinstance(value, bool) and key.startswith(("num_", "hidden_", "patch")):
-                check_size(f"{path}: {name}.{key}", value)
+            if isinstance(value, int) and value and key.startswith(("num_", "hidden_", "patch", "position")):
+                check_size(f"{path}: {name}.{key}", value)  # 0 says that there are none of them
     text: Mapping[str, Any] = content["text_config"]
     for key in _SIZES:
         if text.get(key) is not None or key in ("num_experts", "top_k_experts", "moe_intermediate_size"):
