@@ -38,7 +38,7 @@ _WINDOWED = "sliding_attention"
 _KINDS = (_WINDOWED, "full_attention")
 # Entries of the text model's config that change results and not the weights.
 _CONSTANTS = ("hidden_activation", "layer_types", "num_attention_heads",
-              "per_layer_config", "rms_norm_eps", "rope_parameters", "sliding_window", "top_k_experts")  # fmt: skip
+              "rms_norm_eps", "rope_parameters", "sliding_window", "top_k_experts")  # fmt: skip
 
 
 class DiffusionGemmaConfig(published.DiffusionGemmaConfig):
@@ -123,15 +123,21 @@ class DiffusionGemmaForBlockDiffusion(MaskedDiffusionModel, modules.DiffusionGem
         return OpenBlock(length)
 
     @property
+    def kv_heads(self) -> list[tuple[int, int]]:
+        """Key-value heads of each layer, and their size."""
+        layers: Any = self.model.decoder.layers
+        parts = [layer.self_attn for layer in layers]
+        return [(part.k_proj.out_features // part.head_dim, part.head_dim) for part in parts]
+
+    @property
     def kv_shape(self) -> tuple[int, int, int]:
         """Layers, 1 and the numbers of a position's keys: layers differ in heads, which are stored side by side."""
-        text = self._text
-        sizes = [_heads(text, layer) for layer in range(text.num_hidden_layers)]
-        return text.num_hidden_layers, 1, max(heads * size for heads, size in sizes)
+        return len(self.kv_heads), 1, max(heads * size for heads, size in self.kv_heads)
 
     def settings(self) -> str:
         text = {name: value for name, value in self._text.to_dict().items() if name in _CONSTANTS}
-        own = {"canvas_length": self.config.canvas_length, "softcap": self.final_logit_softcapping}
+        own: dict[str, Any] = {"canvas_length": self.config.canvas_length, "softcap": self.final_logit_softcapping}
+        own["kv_heads"] = self.kv_heads
         return json.dumps(text | own, sort_keys=True)
 
     def signal(self, logits: Float[Tensor, "A K V"]) -> Float[Tensor, "A K d"]:
@@ -146,7 +152,7 @@ class DiffusionGemmaForBlockDiffusion(MaskedDiffusionModel, modules.DiffusionGem
         text, decoder = self._text, self.model.decoder
         if self.dtype == torch.float64:  # the grouped product of transformers does not support it
             text._experts_implementation = "eager"
-        context = _Context(text, finished)
+        context = _Context(self.kv_heads, finished)
         if finished.tokens.shape[1]:
             windows = text.sliding_window, None
             self.model.encoder.language_model(
@@ -192,16 +198,15 @@ class _Context:
     """What the encoder writes and the decoder reads, in the interface of transformers' caches.
 
     Args:
-        text: config of the text model.
+        heads: key-value heads of each layer, and their size.
         finished: what is encoded now, and the store of the rest.
     """
 
     is_compileable = False
 
-    def __init__(self, text: Any, finished: Finished) -> None:
-        self._finished = finished
-        self._heads = [_heads(text, layer) for layer in range(text.num_hidden_layers)]
-        self._width = max(heads * size for heads, size in self._heads)
+    def __init__(self, heads: list[tuple[int, int]], finished: Finished) -> None:
+        self._finished, self._heads = finished, heads
+        self._width = max(count * size for count, size in heads)
         self.layers: list[_Layer] = []
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -232,12 +237,6 @@ class _Context:
     def _flat(self, each: Float[Tensor, "A H P D"]) -> Float[Tensor, "A 1 P W"]:
         side_by_side = rearrange(each, "a h p d -> a 1 p (h d)")
         return F.pad(side_by_side, (0, self._width - side_by_side.shape[-1]))
-
-
-def _heads(text: Any, layer: int) -> tuple[int, int]:
-    """Key-value heads of a layer, and their size."""
-    own = text.per_layer_config[layer]
-    return own.num_key_value_heads, own.head_dim
 
 
 def _of_finished(finished: Finished, window: int | None) -> Bool[Tensor, "A 1 P S"]:
