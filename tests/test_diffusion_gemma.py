@@ -264,6 +264,26 @@ def test_the_command_decodes(tmp_path: Path) -> None:
         assert out.err.count("\n") == 1
 
 
+def test_timing_against_a_bare_forward_is_refused(tmp_path: Path) -> None:
+    folder = save_folder(random_diffusion_gemma(dtype=torch.float32), tmp_path)
+    out = command("bench", f"model={folder}", "caches=[none]", "canvas=32", "gen_length=16")
+    assert (out.code, out.out) == (2, "")
+    assert "no bare forward to compare with; use dllm evaluate" in out.err
+    assert out.err.count("\n") == 1
+
+
+def test_evaluating_resumes_with_the_same_settings(tmp_path: Path) -> None:
+    folder = save_folder(random_diffusion_gemma(dtype=torch.float32, tokenizer=True), tmp_path / "model")
+    words = (
+        "evaluate", f"model={folder}", "task=word_problems", "task.limit=2", "gen_length=16", "sampler=renoise",
+        "sampler.max_steps=4", "cache=block", f"out={tmp_path}/run", "baselines=0",
+    )  # fmt: skip
+    first, again = command(*words), command(*words)
+    assert (first.code, again.code) == (0, 0), first.err + again.err
+    assert "NFE 8.0" in first.out
+    assert "NFE 8.0" in again.out
+
+
 def test_the_command_refuses_renoising_over_masks_in_one_line() -> None:
     out = command("generate", "model=tiny-llada", "prompt=Tom", "sampler=renoise", "gen_length=8")
     assert (out.code, out.out) == (2, "")

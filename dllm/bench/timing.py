@@ -58,6 +58,11 @@ class Bench:
         cuda_graphs: bool | None = None,
         plain: MaskedDiffusionModel | None = None,
     ) -> None:
+        if lm.backbone.uniform:
+            raise ValueError(
+                f"model={lm.name} encodes finished text apart, so its steps have no bare forward to compare with; use "
+                "dllm evaluate, which reports tokens per second"
+            )
         self.plain = plain or lm.backbone
         self.bare = Bare(lm.backbone, canvas, cuda_graphs)
         self.lm, self.canvas, self.batch, self.generated = lm, canvas, batch, generated
@@ -70,7 +75,7 @@ class Bench:
                 f"canvas={canvas} is longer than the model's context of {lm.backbone.max_length}; use less"
             )
         special = {lm.backbone.mask_token_id, *lm.backbone.eos_token_ids}
-        words = torch.tensor([token for token in range(lm.backbone.config.vocab_size) if token not in special])
+        words = torch.tensor([token for token in range(lm.backbone.vocab_size) if token not in special])
         generator = torch.Generator().manual_seed(0)
         self.prompts = words[torch.randint(len(words), (batch, canvas - generated), generator=generator)].tolist()
 

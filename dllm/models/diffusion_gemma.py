@@ -38,7 +38,7 @@ _WINDOWED = "sliding_attention"
 _KINDS = (_WINDOWED, "full_attention")
 # Entries of the text model's config that change results and not the weights.
 _CONSTANTS = ("hidden_activation", "layer_types", "num_attention_heads",
-              "per_layer_config", "rms_norm_eps", "rope_parameters", "sliding_window", "top_k_experts")  # fmt: skip
+              "rms_norm_eps", "rope_parameters", "sliding_window", "top_k_experts")  # fmt: skip
 
 
 class DiffusionGemmaConfig(published.DiffusionGemmaConfig):
@@ -78,8 +78,11 @@ class DiffusionGemmaForBlockDiffusion(MaskedDiffusionModel, modules.DiffusionGem
         for part in (text, vision):
             if part.num_hidden_layers > len(stored):  # checked before they are built
                 raise ValueError(f"{folder}: {part.num_hidden_layers} layers need more tensors than there are")
-        with torch.device("meta"):
-            model = cls(config)
+        try:
+            with torch.device("meta"):
+                model = cls(config)
+        except Exception as error:  # noqa: BLE001  # sizes that do not fit raise errors of any type
+            raise ValueError(f"{folder}/config.json cannot be used: {' '.join(str(error).split())}") from None
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         compare(cls.__name__, config, shapes.items(), stored, folder, model.all_tied_weights_keys)
         check_ids(text.vocab_size, None, text.eos_token_id, folder)
@@ -120,15 +123,21 @@ class DiffusionGemmaForBlockDiffusion(MaskedDiffusionModel, modules.DiffusionGem
         return OpenBlock(length)
 
     @property
+    def kv_heads(self) -> list[tuple[int, int]]:
+        """Key-value heads of each layer, and their size."""
+        layers: Any = self.model.decoder.layers
+        parts = [layer.self_attn for layer in layers]
+        return [(part.k_proj.out_features // part.head_dim, part.head_dim) for part in parts]
+
+    @property
     def kv_shape(self) -> tuple[int, int, int]:
         """Layers, 1 and the numbers of a position's keys: layers differ in heads, which are stored side by side."""
-        text = self._text
-        sizes = [_heads(text, layer) for layer in range(text.num_hidden_layers)]
-        return text.num_hidden_layers, 1, max(heads * size for heads, size in sizes)
+        return len(self.kv_heads), 1, max(heads * size for heads, size in self.kv_heads)
 
     def settings(self) -> str:
         text = {name: value for name, value in self._text.to_dict().items() if name in _CONSTANTS}
-        own = {"canvas_length": self.config.canvas_length, "softcap": self.final_logit_softcapping}
+        own: dict[str, Any] = {"canvas_length": self.config.canvas_length, "softcap": self.final_logit_softcapping}
+        own["kv_heads"] = self.kv_heads
         return json.dumps(text | own, sort_keys=True)
 
     def signal(self, logits: Float[Tensor, "A K V"]) -> Float[Tensor, "A K d"]:
@@ -136,14 +145,14 @@ class DiffusionGemmaForBlockDiffusion(MaskedDiffusionModel, modules.DiffusionGem
         embed = self.model.decoder.embed_tokens
         dtype = embed.weight.dtype
         shares = logits[..., : self.mask_token_id].to(dtype).softmax(-1, dtype=torch.float32).to(dtype)
-        return (shares @ embed.weight) * embed.embed_scale.to(dtype)
+        return (shares.to(embed.weight.device) @ embed.weight) * embed.embed_scale.to(dtype)
 
     def decode(self, finished: Finished, block: Open) -> Float[Tensor, "A K V"]:
         """Logits of the open blocks, soft-capped, in float32; -inf at [MASK]."""
         text, decoder = self._text, self.model.decoder
         if self.dtype == torch.float64:  # the grouped product of transformers does not support it
             text._experts_implementation = "eager"
-        context = _Context(text, finished)
+        context = _Context(self.kv_heads, finished)
         if finished.tokens.shape[1]:
             windows = text.sliding_window, None
             self.model.encoder.language_model(
@@ -189,16 +198,15 @@ class _Context:
     """What the encoder writes and the decoder reads, in the interface of transformers' caches.
 
     Args:
-        text: config of the text model.
+        heads: key-value heads of each layer, and their size.
         finished: what is encoded now, and the store of the rest.
     """
 
     is_compileable = False
 
-    def __init__(self, text: Any, finished: Finished) -> None:
-        self._finished = finished
-        self._heads = [_heads(text, layer) for layer in range(text.num_hidden_layers)]
-        self._width = max(heads * size for heads, size in self._heads)
+    def __init__(self, heads: list[tuple[int, int]], finished: Finished) -> None:
+        self._finished, self._heads = finished, heads
+        self._width = max(count * size for count, size in heads)
         self.layers: list[_Layer] = []
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -231,12 +239,6 @@ class _Context:
         return F.pad(side_by_side, (0, self._width - side_by_side.shape[-1]))
 
 
-def _heads(text: Any, layer: int) -> tuple[int, int]:
-    """Key-value heads of a layer, and their size."""
-    own = text.per_layer_config[layer]
-    return own.num_key_value_heads, own.head_dim
-
-
 def _of_finished(finished: Finished, window: int | None) -> Bool[Tensor, "A 1 P S"]:
     """Where the encoder attends: causally, within the window."""
     back = finished.positions[:, :, None] - finished.keys[:, None]
@@ -265,8 +267,8 @@ def checked_config(content: Mapping[str, Any], path: Path) -> DiffusionGemmaConf
         if not isinstance(part, Mapping) or part.get("model_type", kind) != kind:
             raise ValueError(f"{path}: {name} is not one of {kind}; copy it again from the published model")
         for key, value in part.items():
-            if isinstance(value, int) and not isinstance(value, bool) and key.startswith(("num_", "hidden_", "patch")):
-                check_size(f"{path}: {name}.{key}", value)
+            if isinstance(value, int) and value and key.startswith(("num_", "hidden_", "patch", "position")):
+                check_size(f"{path}: {name}.{key}", value)  # 0 says that there are none of them
     text: Mapping[str, Any] = content["text_config"]
     for key in _SIZES:
         if text.get(key) is not None or key in ("num_experts", "top_k_experts", "moe_intermediate_size"):

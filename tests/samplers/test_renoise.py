@@ -46,7 +46,7 @@ def published(lm: dllm.LanguageModel, prompt: list[int], sampler: Renoise, seed:
     ],
     ids=["fast", "unstable", "patient", "cold"],
 )
-def test_a_seed_gives_what_transformers_generates(sampler: Renoise, cache: str) -> None:
+def test_a_seed_generates_as_the_method_of_transformers(sampler: Renoise, cache: str) -> None:
     lm = random_diffusion_gemma(dtype=torch.float32, window=6)
     decoders = []
     hook = lm.backbone.model.decoder.norm.register_forward_hook(lambda *_: decoders.append(1))
