@@ -74,7 +74,9 @@ class Learn2PD(Policy):
             block length or model.
     """
 
-    knob = Knob("threshold", (0.999, 0.998, 0.995, 0.99, 0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5))
+    knob = Knob(
+        "threshold", (0.9999, 0.9995, 0.999, 0.998, 0.995, 0.99, 0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
+    )
 
     filter: str | Filter | None = None
     threshold: float = 0.96

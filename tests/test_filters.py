@@ -19,6 +19,7 @@ from dllm.filters import (
     FilterNetwork,
     NeighbourFilter,
     bundled_filters,
+    filter_files,
     find_filter,
     load_filter,
 )
@@ -87,19 +88,25 @@ def test_sure_and_nearly_sure_are_told_apart() -> None:
 
 
 class TestBundled:
-    @pytest.mark.parametrize("name", ["tiny-llada", "tiny-dream"])
-    def test_the_card_is_about_the_model_it_comes_with(self, name: str) -> None:
+    @pytest.mark.parametrize("kind", [None, "anchored"])
+    @pytest.mark.parametrize("model", ["tiny-llada", "tiny-dream"])
+    def test_the_card_is_about_the_model_it_comes_with(self, model: str, kind: str | None) -> None:
+        name = model if kind is None else f"{model}/{kind}"
         found = load_filter(name)
         assert found.card is not None
-        assert found.card.fingerprint == dllm.load(name, device="cpu").backbone.fingerprint()
-        assert (found.card.block_length, found.card.backbone) == (32, name)
-        assert find_filter(found.card.fingerprint, 32).name == name
+        assert found.card.fingerprint == dllm.load(model, device="cpu").backbone.fingerprint()
+        assert (found.card.block_length, found.card.backbone) == (32, model)
+        assert found.card.sampler["order"] == ("low_confidence" if kind is None else "left_to_right")
+        assert find_filter(found.card.fingerprint, 32, kind).name == name
         assert found.card.held_out["recall_at_0.999"] > 0.5
         precise = {row["threshold"]: row["precision"] for row in found.card.held_out["thresholds"]}
         assert precise[0.99] > 0.998
 
-    def test_there_is_one_for_each_denoiser(self) -> None:
-        assert bundled_filters() == ["tiny-dream", "tiny-llada"]
+    def test_there_is_one_of_each_kind_for_each_denoiser(self) -> None:
+        assert bundled_filters() == ["tiny-dream", "tiny-llada", "tiny-dream/anchored", "tiny-llada/anchored"]
+        assert {file.name for file in filter_files("anchored")} == {"anchored.safetensors", "anchored.json"}
+        with pytest.raises(ValueError, match=r"filter=anchored: there is no bundled .* sampler.order=left_to_right"):
+            find_filter("of another model", 32, "anchored")
 
 
 class TestDamage:

@@ -82,8 +82,10 @@ def test_notes_in_a_report_are_not_written_over(file: str, tmp_path: Path) -> No
         ("bench-*.md", own.BENCH), ("bench-*.json", own.BENCH_RECORD),
         ("compatibility.md", own.MATRIX), ("canvas.svg", own.PICTURE),
         *((f"*/**/*{end}", kind) for end, kind in own.REPORT.items()),
-        ("../dllm/checkpoints/*/learn2pd.safetensors", own.FILTER), ("../dllm/checkpoints/*/learn2pd.json", own.CARD),
-        ("../dllm/checkpoints/*/learn2pd.svg", own.RELIABILITY),
+        *(
+            (f"../dllm/checkpoints/*/[al]*{end}", kind)  # anchored and learn2pd
+            for end, kind in ((".safetensors", own.FILTER), (".json", own.CARD), (".svg", own.RELIABILITY))
+        ),
     ],
 )  # fmt: skip
 def test_what_is_committed_can_be_made_again_and_nothing_else_passes_for_it(pattern: str, kind: own.Kind) -> None:
