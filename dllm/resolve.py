@@ -104,6 +104,27 @@ def build(place: str, options: Any, protocol: type) -> Any:
     return built
 
 
+def with_option(group: str, options: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """Options with one of them set; `base.NAME` is an option of what the option `base` names or holds."""
+    own, _, inner = name.partition(".")
+    if inner:
+        held = options.get(own)
+        value = with_option(group, options_of(group, held, own) if isinstance(held, str) else held or {}, inner, value)
+    return {**options, own: value}
+
+
+def option_names(group: str, options: Mapping[str, Any]) -> list[str]:
+    """Names of the options as `with_option` takes them."""
+    found = []
+    for name, value in options.items():
+        held = value
+        if name == "base" and isinstance(value, str) and value in (*names(group), *variants(group)):
+            held = options_of(group, value)
+        found += [name] if name not in (TARGET, CALIBRATION) else []
+        found += [f"{name}.{each}" for each in option_names(group, held)] if isinstance(held, Mapping) else []
+    return found
+
+
 def _made(place: str, value: Any, protocol: type) -> Any:
     match value:
         case Mapping() if TARGET in value:

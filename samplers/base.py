@@ -8,7 +8,7 @@ numbers are reused: `enter` announces that a number now belongs to another reque
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -168,6 +168,12 @@ class OverPolicy(Policy):
     @property
     def _base(self) -> Sampler:
         return resolve("sampler", self.base, Sampler, "base")
+
+    @property
+    def knob(self) -> Knob | None:  # type: ignore[override]
+        """The knob of the base."""
+        knob: Knob | None = getattr(self._base, "knob", None)
+        return None if knob is None else replace(knob, name=f"base.{knob.name}")
 
     def _check_base(self, what: str = "be a base") -> None:
         """Reject a base whose step is not one forward about the active block, or changes its state (ValueError)."""

@@ -18,7 +18,7 @@ from dllm.decoding.options import block_length_of
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
 from dllm.decoding.window import Edit, Window
-from dllm.resolve import CALIBRATION, build, names, resolve
+from dllm.resolve import CALIBRATION, build, names, resolve, with_option
 from dllm.samplers.base import Denoise, Sampler
 
 
@@ -65,7 +65,7 @@ class Calibrated:
         try:
             if CALIBRATION in card.sampler:
                 raise ValueError("it names another card")
-            own: Any = build("sampler", {**card.sampler, card.knob: card.value}, Sampler)
+            own: Any = build("sampler", with_option("sampler", card.sampler, card.knob, card.value), Sampler)
             cache = build("cache", card.cache, object)
         except ValueError as error:
             raise ValueError(
@@ -73,7 +73,7 @@ class Calibrated:
             ) from None
         if self.base is not None:
             given: Any = self.base
-            if type(given) is not type(own) or replace(given, **{card.knob: card.value}) != own:
+            if type(given) is not type(own) or _turned(given, card.knob, card.value) != own:
                 raise ValueError(
                     f"calibration={str(self.calibration)!r} is of {card.sampler}; use this policy with these options"
                 )
@@ -155,3 +155,11 @@ def _written(cache: Any) -> dict[str, Any]:
 
 def _text(value: Any) -> str:
     return {None: "null", True: "true", False: "false"}.get(value, str(value))
+
+
+def _turned(policy: Any, knob: str, value: Any) -> Any:
+    """The policy with another value of its knob, or of that of its base (`base.NAME`)."""
+    own, _, inner = knob.partition(".")
+    if inner:
+        value = _turned(resolve("sampler", getattr(policy, own), Sampler, own), inner, value)
+    return replace(policy, **{own: value})

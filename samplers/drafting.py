@@ -75,6 +75,8 @@ class DraftAndVerify(OverPolicy):
         reads: properties of a prediction that drafts are made by, beside those that the base reads.
     """
 
+    knob = None  # what it reproduces is the base's
+
     canvases: int
     draft_mode: Literal["batch", "tree"] = "batch"
     eager: bool = False

@@ -23,7 +23,7 @@ from dllm.checks import naming, number, seed, threads
 from dllm.escape import terminal
 from dllm.evaluation.risk import Test, fixed_sequence, losses_of
 from dllm.evaluation.run_folder import sessions
-from dllm.resolve import CALIBRATION, TARGET, build, options_of
+from dllm.resolve import CALIBRATION, TARGET, build, option_names, options_of, with_option
 from dllm.samplers.base import Knob, Sampler
 from dllm.scripts import app, evaluate, own
 from dllm.scripts.kinds import canonical
@@ -65,7 +65,7 @@ def calibrate(cfg: DictConfig) -> None:
         named = str(HydraConfig.get().runtime.choices["sampler"])
 
         def losses(value: float) -> NDArray[np.float64]:
-            scores = runs.scores({**fields["sampler"], knob: value}, named, f"{knob}={value!r}")
+            scores = runs.scores(with_option("sampler", fields["sampler"], knob, value), named, f"{knob}={value!r}")
             return losses_of(*_paired(base, scores))
 
         print(f"one token per step: {_shown(runs.last)}", flush=True)
@@ -174,21 +174,20 @@ def _check(fields: Mapping[str, Any]) -> tuple[str, Sequence[float]]:
             f"sampler={_name()} has no knob of its own; give knob= one of its options, and values= from safe to fast"
         )
     knob = str(usual.name if fields["knob"] is None and usual is not None else fields["knob"])
-    if knob not in fields["sampler"] or knob in (TARGET, CALIBRATION):
-        given = ", ".join(name for name in fields["sampler"] if name not in (TARGET, CALIBRATION))
-        raise ValueError(f"unknown knob={knob!r}; expected one of {given or 'none'}")
+    if knob not in (given := option_names("sampler", fields["sampler"])):
+        raise ValueError(f"unknown knob={knob!r}; expected one of {', '.join(given) or 'none'}")
     values = list(usual.values) if usual is not None and usual.name == knob else []
     if fields["values"] is not None:
         values = list(fields["values"])
     elif not values:
         raise ValueError(f"knob={knob} needs values=; give them from safe to fast, such as values=[1,2,4]")
     else:  # other options may rule some out
-        values = [value for value in values if _refused({**fields["sampler"], knob: value}) is None]
+        values = [value for value in values if _refused(with_option("sampler", fields["sampler"], knob, value)) is None]
     if not values or len(set(values)) < len(values):
         raise ValueError(f"values={values!r} are none, or not distinct; give some, each once, from safe to fast")
     for place, value in enumerate(values):
         number(f"values[{place}]", value, "a number", high=float("inf"))
-        if (reason := _refused({**fields["sampler"], knob: value})) is not None:
+        if (reason := _refused(with_option("sampler", fields["sampler"], knob, value))) is not None:
             raise ValueError(f"values[{place}]={value!r} is not valid for {knob} ({reason})")
     return knob, values
 
@@ -208,8 +207,9 @@ def _check_card(fields: Mapping[str, Any], knob: str, file: Path) -> None:
         return
     with naming({"calibration": "out"}):
         card = Calibration.read(file)
-    own = {name: value for name, value in fields["sampler"].items() if name not in (CALIBRATION, knob)}
-    theirs = {name: value for name, value in card.sampler.items() if name != knob}
+    own = {name: value for name, value in fields["sampler"].items() if name != CALIBRATION}
+    # Whatever the value that is chosen.
+    own, theirs = (with_option("sampler", options, knob, None) for options in (own, card.sampler))
     pairs = {"knob": (knob, card.knob), "sampler": (own, theirs), "cache": (dict(fields["cache"]), card.cache)}
     pairs |= {name: (fields[name], getattr(card, name)) for name in ("loss", "delta")}
     for name, (asked, made) in pairs.items():

@@ -139,7 +139,7 @@ BENCH_FORMAT = "dllm-bench"
 BENCH_RECORD = _text("record of dllm bench", rf'\{{\s*"(?:format": "{BENCH_FORMAT}"|setting": "[^\n]*",\s*"torch": )')
 MATRIX = _text(
     "table of dllm compatibility",
-    r"# (?:What goes together|Compatibility)\n\nMade by `dllm compatibility [^|]{,1200}\n\| [^\n]*\n" + _ROWS
+    r"# (?:What goes together|Compatibility)\n\nMade by `dllm compatibility [^|]{,2400}\n\| [^\n]*\n" + _ROWS
     + r"\n?(?:\(\d+\) [^\n]*\.\n)*\Z",
 )  # fmt: skip
 PICTURE = _text("picture of dllm generate", r'<svg class="rich-terminal".*Generated with Rich.*>step&#160;')

@@ -11,7 +11,7 @@ import pytest
 import dllm
 from commands import Outcome, command
 from dllm.calibration import Calibration
-from dllm.samplers import Calibrated, LocalLeap, Threshold
+from dllm.samplers import Anchored, Calibrated, LocalLeap, Threshold
 
 SETTINGS = "task.limit=30", "batch_size=30", "threads=1", "model.device=cpu", "loss=0.2"
 
@@ -79,6 +79,22 @@ def test_a_card_sets_the_policy(card: Path) -> None:
     assert told.out.splitlines()[:2] == plain.out.splitlines()[:2]
 
 
+def test_the_knob_of_a_policy_over_another_is_that_of_its_base(tmp_path: Path) -> None:
+    over = "sampler=anchored", "sampler.base=tiny/threshold", "values=[0.9999,0.0]"
+    outcome = run(tmp_path, *over)
+    assert outcome.code == 0, outcome.err
+    assert "base.threshold=0.9999 is the fastest that loses at most 0.2" in outcome.out
+    card = tmp_path / "calibration.json"
+    assert Calibration.read(card).knob == "base.threshold"
+    wanted = Anchored(Threshold(0.9999))
+    assert Calibrated(card).policy == Calibrated(card, Anchored(Threshold(0.5))).policy == wanted
+    with pytest.raises(ValueError, match=r"is of .*use this policy with these options"):
+        Calibrated(card, Anchored(LocalLeap()))
+    refused = run(tmp_path, *over, "knob=base.at_least", "values=[1,2]")
+    assert refused.code == 2
+    assert "holds a card of another knob (base.threshold)" in refused.err
+
+
 def test_a_card_is_of_one_model_and_policy(card: Path) -> None:
     with pytest.raises(ValueError, match=r"calibration is of tiny-llada with weights .* calibrate this model with"):
         dllm.generate(dllm.load("tiny-dream", device="cpu"), ["Tom"], Calibrated(card))
@@ -130,6 +146,7 @@ def test_a_card_without_a_certified_value_says_so(card: Path, tmp_path: Path) ->
         (["values=[0.9,0.9]"], "not distinct"),
         (["values=[0.9,-1]"], "values[1]=-1 is not valid for threshold"),
         (["knob=nothing"], "unknown knob='nothing'; expected one of threshold, at_least, steps, steps_per_block"),
+        (["sampler=edit", "knob=base.no"], "expected one of editing_threshold, max_post_steps, base, base.threshold, "),
         (["knob=at_least", "values=null"], "knob=at_least needs values="),
         (["sampler=freedave", "values=null"], "sampler=freedave has no knob of its own"),
         (["sampler.calibration=x.json"], "sampler.calibration has no effect here"),
