@@ -91,6 +91,13 @@ class TestFolder:
         (folder / "config.json").write_text(json.dumps(entries))
         assert dllm.load(folder, device="cpu").backbone.fingerprint() != first
 
+    def test_ids_that_end_a_text_are_those_of_all_configs(self, tmp_path: Path) -> None:
+        folder = save_folder(random_diffusion_gemma(dtype=torch.float32), tmp_path)
+        entries = json.loads((folder / "config.json").read_text()) | {"eos_token_id": [62, 7]}
+        (folder / "config.json").write_text(json.dumps(entries))
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [62, 9], "max_denoising_steps": 48}))
+        assert dllm.load(folder, device="cpu").backbone.eos_token_ids == (62, 7, 9)
+
     def test_eager_attention_gives_the_same(self, tmp_path: Path) -> None:
         folder = save_folder(random_diffusion_gemma(), tmp_path)
         runs = [
@@ -143,16 +150,20 @@ class TestFolder:
             dllm.load(folder, device="cpu", pack=True)
 
 
-@pytest.mark.parametrize("cache", EXACT)
+POLICIES: dict[str, Any] = {
+    "threshold": Threshold(0.2), "edit": "edit", "lopa": "lopa", "vanilla": "vanilla", "eb": "eb", "t2m": "t2m",
+    "saber": "saber", "remdm": "remdm", "klass": "klass", "multiblock": MultiBlock(Threshold(0.2)),
+    "prophet": Prophet(None, 4.0, 2.5, 1.5), "oracle": "oracle",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "sampler",
-    [
-        "vanilla", Threshold(0.2), "eb", "edit", "t2m", "saber", "remdm", "lopa", "klass", MultiBlock(Threshold(0.2)),
-        Prophet(None, 4.0, 2.5, 1.5), "oracle",
-    ],
-    ids=lambda each: each if isinstance(each, str) else type(each).__name__,
+    ("name", "cache"),
+    [*((name, cache) for name in POLICIES for cache in EXACT[:2]), *(("threshold", cache) for cache in EXACT[2:]),
+     *(("lopa", cache) for cache in EXACT[2:])],
 )  # fmt: skip
-def test_other_policies_ignore_batchmates_and_exact_caches(sampler: Any, cache: str) -> None:
+def test_other_policies_ignore_batchmates_and_exact_caches(name: str, cache: str) -> None:
+    sampler = POLICIES[name]
     lm = random_diffusion_gemma()
     together = dllm.generate(lm, PROMPTS, sampler, cache, **OPTIONS, batch_size=2)
     assert not (together.completions == lm.backbone.mask_token_id).any()

@@ -85,7 +85,7 @@ class DiffusionGemmaForBlockDiffusion(MaskedDiffusionModel, modules.DiffusionGem
             raise ValueError(f"{folder}/config.json cannot be used: {' '.join(str(error).split())}") from None
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         compare(cls.__name__, config, shapes.items(), stored, folder, model.all_tied_weights_keys)
-        check_ids(text.vocab_size, None, text.eos_token_id, folder)
+        check_ids(text.vocab_size, None, _ends(config), folder)
 
     @property
     def _text(self) -> Any:
@@ -111,7 +111,7 @@ class DiffusionGemmaForBlockDiffusion(MaskedDiffusionModel, modules.DiffusionGem
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        ids = dict.fromkeys((*token_ids(self._text.eos_token_id), *self.extra_eos_token_ids))
+        ids = dict.fromkeys((*_ends(self.config), *self.extra_eos_token_ids))
         return tuple(self._own("eos_token_id", token) for token in ids or (None,))
 
     @property
@@ -254,6 +254,11 @@ def _of_block(finished: Finished, block: Open, window: int | None) -> Bool[Tenso
     if window is not None:
         seen = seen & (block.positions[:, :1] - finished.keys < window)
     return torch.cat((seen, block.real), dim=1)[:, None, None]
+
+
+def _ends(config: Any) -> list[int]:
+    """Ids that end a text: of the text model, and those beside it."""
+    return [*token_ids(config.text_config.eos_token_id), *token_ids(getattr(config, "eos_token_id", None))]
 
 
 def checked_config(content: Mapping[str, Any], path: Path) -> DiffusionGemmaConfig:
