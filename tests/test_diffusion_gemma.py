@@ -109,7 +109,9 @@ class TestFolder:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (lambda config: config["text_config"].update(num_hidden_layers=2**20), "layers"),
+            (lambda config: config["text_config"].update(num_hidden_layers=2**20), "num_hidden_layers=1048576"),
+            (lambda config: config["text_config"].update(num_hidden_layers=4), "layer_types names 3 layers"),
+            (lambda config: config["vision_config"].update(num_hidden_layers=4), "is missing"),
             (lambda config: config["text_config"].update(num_experts=None), "num_experts=None is not a valid size"),
             (lambda config: config["text_config"].update(hidden_size=10**12), "hidden_size"),
             (lambda config: config["text_config"].update(vocab_size=65), "has another shape"),
@@ -118,7 +120,7 @@ class TestFolder:
             (lambda config: config["text_config"].update(eos_token_id=64), "eos_token_id=64 is not an id"),
             (lambda config: config["text_config"].update(eos_token_id=None), "has no eos_token_id"),
             (lambda config: config["vision_config"].update(model_type="timm_wrapper"), "gemma4_vision"),
-            (lambda config: config["vision_config"].update(num_hidden_layers=2**20), "layers"),
+            (lambda config: config["vision_config"].update(num_hidden_layers=2**20), "num_hidden_layers=1048576"),
             (lambda config: config.update(canvas_length=0), "canvas_length=0 is not a valid size"),
             (lambda config: config.update(text_config=None), "text_config"),
             (lambda config: config["text_config"]["per_layer_config"].update({"0": {"hidden_size": 8}}), "per_layer"),
