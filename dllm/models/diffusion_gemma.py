@@ -111,7 +111,7 @@ class DiffusionGemmaForBlockDiffusion(MaskedDiffusionModel, modules.DiffusionGem
         return self._text.vocab_size
 
     @property
-    def vocab_size(self) -> int:
+    def logits_size(self) -> int:
         """Entries of the logits, with one for [MASK]."""
         return self.mask_token_id + 1
 
