@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ import dllm
 from commands import command
 from dllm import models as families
 from dllm.cache import Block
+from dllm.decoding.window import Edit, Window
 from dllm.evaluation.likelihood import Estimate, loglikelihood
 from dllm.models import FAMILIES
-from dllm.samplers import MultiBlock, Prophet, Renoise, Threshold
+from dllm.samplers import MultiBlock, Oracle, Prophet, Renoise, Threshold
+from dllm.samplers.base import Policy
 from golden_plan import plan
-from models import random_diffusion_gemma, save_folder
+from models import random_diffusion_gemma, random_llada, save_folder
 
 pytestmark = pytest.mark.skipif("diffusion_gemma" not in FAMILIES, reason="needs transformers 5.13")
 SHARED = Path(__file__).parents[2] / "shared" / "golden" / "block" / "diffusion_gemma"
@@ -304,3 +307,33 @@ def test_the_command_refuses_renoising_over_masks_in_one_line() -> None:
         "dllm generate: error: LLaDAModelLM is not compatible with a policy over uniformly random"
     )
     assert out.err.count("\n") == 1
+
+
+@dataclass(frozen=True)
+class Tempered(Policy):
+    """Commits one token a step, from logits over a temperature of its own."""
+
+    temperature: float = 1.0
+    seen: list[torch.Tensor] = field(default_factory=list)
+
+    def step(self, window: Window, denoise: Any, state: None) -> Edit:
+        prediction = denoise(temperature=torch.full(window.rows.shape, self.temperature))
+        self.seen.append(prediction.logits)
+        first = window.masked & (window.masked.cumsum(-1) == 1)
+        return Edit(window.columns, prediction.tokens, first)
+
+
+@pytest.mark.parametrize("make", [random_llada, random_diffusion_gemma])
+def test_a_policy_may_divide_the_logits_of_a_row(make: Any) -> None:
+    lm, plain, warm = make(), Tempered(1.0), Tempered(2.0)
+    for sampler in (plain, warm):
+        dllm.generate(lm, [[5, 6]], sampler, gen_length=8, seed=1)
+    torch.testing.assert_close(warm.seen[0], plain.seen[0] / 2)
+    conditioned = not torch.equal(warm.seen[1], plain.seen[1] / 2)
+    assert conditioned == lm.backbone.uniform  # the next forward is told of the divided ones
+
+
+def test_an_oracle_repeats_renoising() -> None:
+    lm = random_diffusion_gemma()
+    found = dllm.generate(lm, PROMPTS, Oracle(FAST), **OPTIONS)
+    assert torch.equal(found.completions, dllm.generate(lm, PROMPTS, FAST, **OPTIONS).completions)
