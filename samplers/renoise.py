@@ -43,7 +43,7 @@ class Canvases:
     Attributes:
         mask_token_id: id of [MASK], the number of tokens that are drawn.
         noise: the random token of each position of the active block.
-        best: the most probable tokens of the last steps, the latest one last; -1 where there were none.
+        best: the most probable tokens of the active block in the last steps, the latest one last; -1 for none.
         sources: generators of all draws.
     """
 
@@ -132,7 +132,7 @@ class Renoise(Policy):
         drawn = prediction.aligned(self._drawn(shares, rows, inside, state), 0)
         best = prediction.aligned(logits.argmax(-1), 0)
         self._renoise(window, state, rows)
-        done = (left == 1) | (self._stable(best, at, inside, state) & self._confident(entropy, inside))
+        done = (left == 1) | (self._stable(best, window, state) & self._confident(entropy, inside))
         tokens = drawn.where(self._accepted(entropy) & inside, state.mask_token_id)
         return Edit(window.columns, best.where(done[:, None], tokens), inside, held=~done, final=False)
 
@@ -142,15 +142,12 @@ class Renoise(Policy):
         within = ranked.cumsum(-1) - ranked <= self.entropy_bound
         return torch.zeros_like(within).scatter(-1, place, within)
 
-    def _stable(
-        self, best: Int[Tensor, "B K"], at: tuple[Tensor, Tensor], inside: Bool[Tensor, "B K"], state: Canvases
-    ) -> Bool[Tensor, " B"]:
+    def _stable(self, best: Int[Tensor, "B K"], window: Window, state: Canvases) -> Bool[Tensor, " B"]:
         """Whether the most probable tokens are those of the steps before; remember them."""
-        rows, columns = at[0][:, None], at[1][:, None]
-        earlier = torch.arange(self.stability_threshold, device=best.device)[None, :, None]
-        before = state.best[rows, earlier, columns]
-        state.best[rows, earlier, columns] = torch.cat((before, best[:, None]), dim=1)[:, 1:]
-        return ((before == best[:, None]) | ~inside[:, None]).all(-1).all(-1)
+        width = best.shape[1]
+        before = state.best[window.rows, :, :width]
+        state.best[window.rows, :, :width] = torch.cat((before, best[:, None]), dim=1)[:, 1:]
+        return ((before == best[:, None]) | ~window.inside[:, None]).all(-1).all(-1)
 
     def _confident(self, entropy: Float[Tensor, "B K"], inside: Bool[Tensor, "B K"]) -> Bool[Tensor, " B"]:
         mean = entropy.where(inside, 0).sum(-1) / inside.sum(-1)

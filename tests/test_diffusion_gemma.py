@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ import dllm
 from commands import command
 from dllm import models as families
 from dllm.cache import Block
+from dllm.decoding.window import Edit, Window
 from dllm.evaluation.likelihood import Estimate, loglikelihood
 from dllm.models import FAMILIES
-from dllm.samplers import MultiBlock, Prophet, Renoise, Threshold
+from dllm.samplers import MultiBlock, Oracle, Prophet, Renoise, Threshold
+from dllm.samplers.base import Policy
 from golden_plan import plan
-from models import random_diffusion_gemma, save_folder
+from models import random_diffusion_gemma, random_llada, save_folder
 
 pytestmark = pytest.mark.skipif("diffusion_gemma" not in FAMILIES, reason="needs transformers 5.13")
 SHARED = Path(__file__).parents[2] / "shared" / "golden" / "block" / "diffusion_gemma"
@@ -91,6 +94,13 @@ class TestFolder:
         (folder / "config.json").write_text(json.dumps(entries))
         assert dllm.load(folder, device="cpu").backbone.fingerprint() != first
 
+    def test_ids_that_end_a_text_are_those_of_all_configs(self, tmp_path: Path) -> None:
+        folder = save_folder(random_diffusion_gemma(dtype=torch.float32), tmp_path)
+        entries = json.loads((folder / "config.json").read_text()) | {"eos_token_id": [62, 7]}
+        (folder / "config.json").write_text(json.dumps(entries))
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [62, 9], "max_denoising_steps": 48}))
+        assert dllm.load(folder, device="cpu").backbone.eos_token_ids == (62, 7, 9)
+
     def test_eager_attention_gives_the_same(self, tmp_path: Path) -> None:
         folder = save_folder(random_diffusion_gemma(), tmp_path)
         runs = [
@@ -102,7 +112,9 @@ class TestFolder:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (lambda config: config["text_config"].update(num_hidden_layers=2**20), "layers"),
+            (lambda config: config["text_config"].update(num_hidden_layers=2**20), "num_hidden_layers=1048576"),
+            (lambda config: config["text_config"].update(num_hidden_layers=4), "layer_types names 3 layers"),
+            (lambda config: config["vision_config"].update(num_hidden_layers=4), "is missing"),
             (lambda config: config["text_config"].update(num_experts=None), "num_experts=None is not a valid size"),
             (lambda config: config["text_config"].update(hidden_size=10**12), "hidden_size"),
             (lambda config: config["text_config"].update(vocab_size=65), "has another shape"),
@@ -111,7 +123,7 @@ class TestFolder:
             (lambda config: config["text_config"].update(eos_token_id=64), "eos_token_id=64 is not an id"),
             (lambda config: config["text_config"].update(eos_token_id=None), "has no eos_token_id"),
             (lambda config: config["vision_config"].update(model_type="timm_wrapper"), "gemma4_vision"),
-            (lambda config: config["vision_config"].update(num_hidden_layers=2**20), "layers"),
+            (lambda config: config["vision_config"].update(num_hidden_layers=2**20), "num_hidden_layers=1048576"),
             (lambda config: config.update(canvas_length=0), "canvas_length=0 is not a valid size"),
             (lambda config: config.update(text_config=None), "text_config"),
             (lambda config: config["text_config"]["per_layer_config"].update({"0": {"hidden_size": 8}}), "per_layer"),
@@ -143,16 +155,20 @@ class TestFolder:
             dllm.load(folder, device="cpu", pack=True)
 
 
-@pytest.mark.parametrize("cache", EXACT)
+POLICIES: dict[str, Any] = {
+    "threshold": Threshold(0.2), "edit": "edit", "lopa": "lopa", "vanilla": "vanilla", "eb": "eb", "t2m": "t2m",
+    "saber": "saber", "remdm": "remdm", "klass": "klass", "multiblock": MultiBlock(Threshold(0.2)),
+    "prophet": Prophet(None, 4.0, 2.5, 1.5), "oracle": "oracle",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "sampler",
-    [
-        "vanilla", Threshold(0.2), "eb", "edit", "t2m", "saber", "remdm", "lopa", "klass", MultiBlock(Threshold(0.2)),
-        Prophet(None, 4.0, 2.5, 1.5), "oracle",
-    ],
-    ids=lambda each: each if isinstance(each, str) else type(each).__name__,
+    ("name", "cache"),
+    [*((name, cache) for name in POLICIES for cache in EXACT[:2]), *(("threshold", cache) for cache in EXACT[2:]),
+     *(("lopa", cache) for cache in EXACT[2:])],
 )  # fmt: skip
-def test_other_policies_ignore_batchmates_and_exact_caches(sampler: Any, cache: str) -> None:
+def test_other_policies_ignore_batchmates_and_exact_caches(name: str, cache: str) -> None:
+    sampler = POLICIES[name]
     lm = random_diffusion_gemma()
     together = dllm.generate(lm, PROMPTS, sampler, cache, **OPTIONS, batch_size=2)
     assert not (together.completions == lm.backbone.mask_token_id).any()
@@ -291,3 +307,33 @@ def test_the_command_refuses_renoising_over_masks_in_one_line() -> None:
         "dllm generate: error: LLaDAModelLM is not compatible with a policy over uniformly random"
     )
     assert out.err.count("\n") == 1
+
+
+@dataclass(frozen=True)
+class Tempered(Policy):
+    """Commits one token a step, from logits over a temperature of its own."""
+
+    temperature: float = 1.0
+    seen: list[torch.Tensor] = field(default_factory=list)
+
+    def step(self, window: Window, denoise: Any, state: None) -> Edit:
+        prediction = denoise(temperature=torch.full(window.rows.shape, self.temperature))
+        self.seen.append(prediction.logits)
+        first = window.masked & (window.masked.cumsum(-1) == 1)
+        return Edit(window.columns, prediction.tokens, first)
+
+
+@pytest.mark.parametrize("make", [random_llada, random_diffusion_gemma])
+def test_a_policy_may_divide_the_logits_of_a_row(make: Any) -> None:
+    lm, plain, warm = make(), Tempered(1.0), Tempered(2.0)
+    for sampler in (plain, warm):
+        dllm.generate(lm, [[5, 6]], sampler, gen_length=8, seed=1)
+    torch.testing.assert_close(warm.seen[0], plain.seen[0] / 2)
+    conditioned = not torch.equal(warm.seen[1], plain.seen[1] / 2)
+    assert conditioned == lm.backbone.uniform  # the next forward is told of the divided ones
+
+
+def test_an_oracle_repeats_renoising() -> None:
+    lm = random_diffusion_gemma()
+    found = dllm.generate(lm, PROMPTS, Oracle(FAST), **OPTIONS)
+    assert torch.equal(found.completions, dllm.generate(lm, PROMPTS, FAST, **OPTIONS).completions)

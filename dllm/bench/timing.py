@@ -75,7 +75,7 @@ class Bench:
                 f"canvas={canvas} is longer than the model's context of {lm.backbone.max_length}; use less"
             )
         special = {lm.backbone.mask_token_id, *lm.backbone.eos_token_ids}
-        words = torch.tensor([token for token in range(lm.backbone.vocab_size) if token not in special])
+        words = torch.tensor([token for token in range(lm.backbone.logits_size) if token not in special])
         generator = torch.Generator().manual_seed(0)
         self.prompts = words[torch.randint(len(words), (batch, canvas - generated), generator=generator)].tolist()
 

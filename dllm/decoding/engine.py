@@ -112,7 +112,7 @@ class Engine:
             dtype=backbone.dtype,
             device=lm.device,
             tokenizer=lm.tokenizer,
-            vocab_size=backbone.vocab_size,
+            vocab_size=backbone.logits_size,
             fingerprint=backbone.fingerprint,
             rehearsal=lambda other: EngineRehearsal(self, other),
             tensor=self._memory.tensor,

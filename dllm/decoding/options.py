@@ -170,7 +170,7 @@ def block_length_of(wanted: int | Literal["auto"] | None, most: int, pattern: Bl
 
 
 def _check_prompt(lm: LanguageModel, row: Sequence[int], gen_length: int, infill: bool, name: str) -> None:
-    backbone, vocabulary = lm.backbone, lm.backbone.vocab_size
+    backbone, vocabulary = lm.backbone, lm.backbone.logits_size
     mask = backbone.mask_token_id
     wrong = next((token for token in row if not 0 <= token < vocabulary), None)
     if wrong is not None:
@@ -200,7 +200,7 @@ def eos_ids(eos: int | Sequence[int] | None, lm: LanguageModel) -> tuple[int, ..
         return lm.backbone.eos_token_ids
     eos = _plain("eos_token_id", eos)
     ids = tuple(eos) if isinstance(eos, Sequence) and not isinstance(eos, str) else (eos,)
-    most = lm.backbone.vocab_size - 1
+    most = lm.backbone.logits_size - 1
     for token in ids or (None,):
         use = f"ids from 0 to {most}, or null for the model's own"
         number("eos_token_id", token, use, low=0, high=most, whole=True)

@@ -295,7 +295,7 @@ def _check(lm: LanguageModel, prefix: Sequence[int], target: Sequence[int]) -> t
             f"{type(backbone).__name__} has no [MASK], which estimates of the log-likelihood need; use a task that "
             "generates, or another model"
         )
-    vocabulary = backbone.vocab_size
+    vocabulary = backbone.logits_size
     lists = []
     for name, given in (("prefix", prefix), ("target", target)):
         empty = isinstance(given, (Tensor, np.ndarray)) and entries(name, given) == []  # of floats by default

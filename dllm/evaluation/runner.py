@@ -307,7 +307,7 @@ class Runner:
         )
 
     def _are_tokens(self, ids: Sequence[int]) -> bool:
-        return not ids or 0 <= min(ids) <= max(ids) < self.lm.backbone.vocab_size
+        return not ids or 0 <= min(ids) <= max(ids) < self.lm.backbone.logits_size
 
     def _misfit(self, kind: str, name: str, value: Any) -> str | None:
         """What is invalid in an entry of the journal."""

@@ -132,7 +132,7 @@ class MaskedDiffusionModel(PreTrainedModel):
         return token
 
     @property
-    def vocab_size(self) -> int:
+    def logits_size(self) -> int:
         """Entries V of the logits."""
         return self.config.get_text_config().vocab_size
 

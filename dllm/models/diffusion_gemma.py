@@ -32,7 +32,7 @@ from dllm.models.checkpoint import check_ids, check_size, check_values, compare,
 from dllm.models.encoder import Finished, Open
 from dllm.models.transformer import KVStore
 
-_VISION = "gemma4_vision"
+_LAYERS = 1024
 _SIZES = ("num_experts", "top_k_experts", "moe_intermediate_size", "head_dim", "sliding_window", "global_head_dim")
 _WINDOWED = "sliding_attention"
 _KINDS = (_WINDOWED, "full_attention")
@@ -45,6 +45,16 @@ class DiffusionGemmaConfig(published.DiffusionGemmaConfig):
     """The published configuration; [MASK] is the id after the vocabulary, and end-of-text that of the text model."""
 
     default_ids = ("mask_token_id", "eos_token_id")
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], **others: Any) -> Any:
+        """As in transformers, after validating the entries.
+
+        Raises:
+            ValueError: an unsupported entry.
+        """
+        _check(config_dict)
+        return super().from_dict(config_dict, **others)  # type: ignore[arg-type]
 
 
 class DiffusionGemmaForBlockDiffusion(MaskedDiffusionModel, modules.DiffusionGemmaForBlockDiffusion):
@@ -69,15 +79,11 @@ class DiffusionGemmaForBlockDiffusion(MaskedDiffusionModel, modules.DiffusionGem
     @classmethod
     def check_folder(cls, folder: Path) -> None:
         """Reject a folder whose config and tensors do not fit."""
-        config = checked_config(read_config(folder), folder / "config.json")
+        config = DiffusionGemmaConfig.from_dict(read_config(folder))
         stored = read_headers(folder)
         if stored is None:
             raise ValueError(f"{folder} has weights in a format before torch 1.6; save them as safetensors")
         text: Any = config.text_config
-        vision: Any = config.vision_config
-        for part in (text, vision):
-            if part.num_hidden_layers > len(stored):  # checked before they are built
-                raise ValueError(f"{folder}: {part.num_hidden_layers} layers need more tensors than there are")
         try:
             with torch.device("meta"):
                 model = cls(config)
@@ -85,7 +91,7 @@ class DiffusionGemmaForBlockDiffusion(MaskedDiffusionModel, modules.DiffusionGem
             raise ValueError(f"{folder}/config.json cannot be used: {' '.join(str(error).split())}") from None
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         compare(cls.__name__, config, shapes.items(), stored, folder, model.all_tied_weights_keys)
-        check_ids(text.vocab_size, None, text.eos_token_id, folder)
+        check_ids(text.vocab_size, None, _ends(config), folder)
 
     @property
     def _text(self) -> Any:
@@ -105,13 +111,13 @@ class DiffusionGemmaForBlockDiffusion(MaskedDiffusionModel, modules.DiffusionGem
         return self._text.vocab_size
 
     @property
-    def vocab_size(self) -> int:
+    def logits_size(self) -> int:
         """Entries of the logits, with one for [MASK]."""
         return self.mask_token_id + 1
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        ids = dict.fromkeys((*token_ids(self._text.eos_token_id), *self.extra_eos_token_ids))
+        ids = dict.fromkeys((*_ends(self.config), *self.extra_eos_token_ids))
         return tuple(self._own("eos_token_id", token) for token in ids or (None,))
 
     @property
@@ -256,36 +262,34 @@ def _of_block(finished: Finished, block: Open, window: int | None) -> Bool[Tenso
     return torch.cat((seen, block.real), dim=1)[:, None, None]
 
 
-def checked_config(content: Mapping[str, Any], path: Path) -> DiffusionGemmaConfig:
-    """The config of a `config.json`.
+def _ends(config: Any) -> list[int]:
+    """Ids that end a text: of the text model, and those beside it."""
+    return [*token_ids(config.text_config.eos_token_id), *token_ids(getattr(config, "eos_token_id", None))]
 
-    Raises:
-        ValueError: an entry that is not supported, or would make transformers build anything else.
-    """
-    for name, kind in (("text_config", "diffusion_gemma_text"), ("vision_config", _VISION)):
+
+def _check(content: Mapping[str, Any]) -> None:
+    """Reject (ValueError) entries that are not supported, or would make transformers build anything else."""
+    for name, kind in (("text_config", "diffusion_gemma_text"), ("vision_config", "gemma4_vision")):
         part = content.get(name)
         if not isinstance(part, Mapping) or part.get("model_type", kind) != kind:
-            raise ValueError(f"{path}: {name} is not one of {kind}; copy it again from the published model")
+            raise ValueError(f"{name} is not one of {kind}; copy it again from the published model")
         for key, value in part.items():
             if isinstance(value, int) and value and key.startswith(("num_", "hidden_", "patch", "position")):
-                check_size(f"{path}: {name}.{key}", value)  # 0 says that there are none of them
+                check_size(f"{name}.{key}", value)  # 0 says that there are none of them
+        layers = part.get("num_hidden_layers", 1)
+        if not 1 <= layers <= _LAYERS:  # they are built before the weights are looked at
+            raise ValueError(f"{name}.num_hidden_layers={layers} is not a number of layers; use at most {_LAYERS}")
     text: Mapping[str, Any] = content["text_config"]
     for key in _SIZES:
-        if text.get(key) is not None or key in ("num_experts", "top_k_experts", "moe_intermediate_size"):
-            check_size(f"{path}: text_config.{key}", text.get(key))
-    check_size(f"{path}: canvas_length", content.get("canvas_length", 256))
+        if text.get(key) is not None or key in _SIZES[:3]:
+            check_size(f"text_config.{key}", text.get(key))
+    check_size("canvas_length", content.get("canvas_length", 256))
+    check_values(DiffusionGemmaConfig, text)
     both = text.get("use_bidirectional_attention")
     if both not in (None, "vision"):
-        raise ValueError(f"{path}: use_bidirectional_attention={both!r} is not supported; use vision or null")
+        raise ValueError(f"use_bidirectional_attention={both!r} is not supported; use vision or null")
     kinds = text.get("layer_types")
     if kinds is not None and not (isinstance(kinds, list) and all(each in _KINDS for each in kinds)):
-        raise ValueError(f"{path}: layer_types={kinds!r} is not supported; use {' and '.join(_KINDS)}")
-    try:
-        check_values(DiffusionGemmaConfig, text)
-        config = DiffusionGemmaConfig(**content)
-    except Exception as error:  # noqa: BLE001  # transformers validates the rest, with errors of any type
-        raise ValueError(f"{path} cannot be used: {' '.join(str(error).split())}") from None
-    own: Any = config.text_config
-    if len(own.layer_types) != own.num_hidden_layers:
-        raise ValueError(f"{path}: layer_types does not name every layer; copy it again from the published model")
-    return config
+        raise ValueError(f"layer_types={kinds!r} is not supported; use {' and '.join(_KINDS)}")
+    if kinds is not None and len(kinds) != text.get("num_hidden_layers", len(kinds)):
+        raise ValueError(f"layer_types names {len(kinds)} layers; copy it again from the published model")
