@@ -87,6 +87,8 @@ class ARGuided(Policy):
             loaded, cropped or aligned, or that cannot read a prompt.
     """
 
+    kind = "guided"
+
     guide: str | Path | Guide | PreTrainedModel = "tiny-guide"
     accept: Literal["argmax", "topk", "ratio", "sample"] = "argmax"
     top_k: int | None = None

@@ -127,9 +127,20 @@ class Knob:
 CONFIDENCES = (0.9999, 0.9995, 0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.93, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)
 
 
-class Policy:
-    """A stateless sampler without requirements; subclasses override what they need."""
+# What becomes of a committed token, in the order of reports: it stays; it may be taken back or replaced; it is the one
+# that another policy gives; another model judges it.
+KINDS = ("committing", "revising", "lossless", "guided")
 
+
+class Policy:
+    """A stateless sampler without requirements; subclasses override what they need.
+
+    Attributes:
+        kind: one of `KINDS`, by which reports group policies.
+        knob: the option to calibrate; None for none.
+    """
+
+    kind: ClassVar[str] = "committing"
     single_forward = False
     needs: frozenset[str] = frozenset()
     knob: ClassVar[Knob | None] = None

@@ -19,7 +19,7 @@ from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
 from dllm.decoding.window import Edit, Window
 from dllm.resolve import CALIBRATION, build, names, resolve, with_option
-from dllm.samplers.base import Denoise, Sampler
+from dllm.samplers.base import Denoise, Policy, Sampler
 
 
 @dataclass
@@ -80,6 +80,11 @@ class Calibrated:
         object.__setattr__(self, "card", card)
         object.__setattr__(self, "policy", own)
         object.__setattr__(self, "cache", cache)
+
+    @property
+    def kind(self) -> str:
+        """As the policy."""
+        return str(getattr(self.policy, "kind", Policy.kind))
 
     @property
     def single_forward(self) -> bool:

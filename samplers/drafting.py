@@ -75,6 +75,7 @@ class DraftAndVerify(OverPolicy):
         reads: properties of a prediction that drafts are made by, beside those that the base reads.
     """
 
+    kind = "lossless"
     knob = None  # what it reproduces is the base's
 
     canvases: int

@@ -59,6 +59,8 @@ class Editing(OverPolicy):
         ValueError: a number out of range, an unknown name, or a base of another kind.
     """
 
+    kind = "revising"
+
     editing_threshold: float = 0.9
     max_post_steps: int = 16
     base: str | Sampler = "threshold"

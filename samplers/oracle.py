@@ -53,6 +53,7 @@ class Oracle(Policy):
         ValueError: an unknown name.
     """
 
+    kind = "lossless"
     single_forward = True
 
     base: str | Sampler = "vanilla"

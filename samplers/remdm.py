@@ -64,6 +64,8 @@ class ReMDM(Policy):
         ValueError: an unknown schedule, or a value out of range; for a request, steps or loops that do not fit.
     """
 
+    kind = "revising"
+
     steps: int | None = None
     schedule: Literal["cap", "rescale"] = "cap"
     eta: float = 0.04

@@ -59,6 +59,7 @@ class Saber(Policy):
         ValueError: a number below 1.
     """
 
+    kind = "revising"
     knob = Knob("at_least", (1, 2, 3, 4, 6, 8))
 
     at_least: int = 2

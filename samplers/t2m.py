@@ -70,6 +70,7 @@ class T2M(Policy):
         ValueError: an unknown trigger, or a value out of range.
     """
 
+    kind = "revising"
     knob = Knob("threshold", CONFIDENCES)
 
     threshold: float = 0.7

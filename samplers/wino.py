@@ -45,6 +45,7 @@ class Wino(Policy):
         ValueError: a negative threshold, or a number below 1.
     """
 
+    kind = "revising"
     knob = Knob("wide_in", CONFIDENCES)
     needs = frozenset({"shadows"})
 

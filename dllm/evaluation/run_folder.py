@@ -27,6 +27,7 @@ from dllm.evaluation.runner import BASELINES, Runner
 from dllm.evaluation.trace import Trace
 from dllm.files import check_kept, read_json, write_json, write_whole
 from dllm.models.loading import LanguageModel
+from dllm.samplers.base import Policy
 from dllm.stored import folder_there, misfit, shallow, there
 from dllm.tasks.base import Graded
 
@@ -194,7 +195,7 @@ class RunFolder:
         }
         found = {
             "format": RESULTS, "version": RESULTS_VERSION, "label": self.label,
-            **self.identity,
+            **self.identity, "kind": str(getattr(runner.setting.sampler, "kind", Policy.kind)),
             "metrics": metrics, "details": graded.details,
         }  # fmt: skip
         write_json(self.path / "results.json", found)

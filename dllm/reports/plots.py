@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import io
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 from dllm.escape import terminal
 from dllm.reports.frontier import front
 from dllm.reports.labels import Labels
-from dllm.reports.runs import Group, MeasuredRun, Sweep
+from dllm.reports.runs import Group, MeasuredRun, Sweep, ordered
 
 # Legible on white and on black, where the page inverts ink and grid.
 INK, GRID = "#333333", "#dddddd"
@@ -19,6 +20,7 @@ _COLOURS = (
     "#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#e377c2", "#7f7f7f", "#bcbd22",
 )  # fmt: skip
 _MOST_LABELS = 10  # more would overlap
+_LEGEND_ROWS, _LEGEND_WIDTH = 25, 1.5  # what fits beside the axes, and inches of a further column
 _MARKERS = "os^DvPXhp<>"
 _STYLE = {
     # Text is not converted to paths, and output is deterministic.
@@ -36,6 +38,8 @@ class Look:
     def __init__(self, sweep: Sweep) -> None:
         runs = [run for group in sweep.groups for run in group.runs if not run.bound]
         samplers = sorted({run.sampler for run in runs})
+        kinds = {run.sampler: run.kind for run in runs}
+        self.kinds = {kind: [name for name in samplers if kinds[name] == kind] for kind in ordered(kinds.values())}
         # The first marker is for no cache.
         caches = sorted({run.cache for run in runs}, key=lambda name: (name != "none", name))
         self.colours = {name: _COLOURS[place % len(_COLOURS)] for place, name in enumerate(samplers)}
@@ -176,17 +180,24 @@ def _legend(figure: Any, points: Sequence[tuple[MeasuredRun, float, float]], loo
     runs = [run for run, *_ in points if not run.bound]
     blank = Line2D([], [], linestyle="none")
     entries: list[tuple[Any, str]] = []
-    kinds: tuple[tuple[str, Mapping[str, str], set[str]], ...] = (
-        ("sampler", look.colours, {run.sampler for run in runs}),
-        ("cache", look.markers, {run.cache for run in runs}),
-    )
-    for title, looks, used in kinds:
-        entries.append((blank, title))
-        for name in (name for name in looks if name in used):
-            style = (
-                {"color": looks[name], "marker": "o"} if title == "sampler" else {"color": INK, "marker": looks[name]}
-            )
-            entries.append((Line2D([], [], linestyle="none", **style), f" {terminal(name, one_line=True)}"))  # type: ignore[arg-type]
+    sections: dict[str, dict[str, dict[str, str]]] = {
+        # With policies of several kinds, a section for each.
+        **{
+            terminal(kind, one_line=True) if len(look.kinds) > 1 else "sampler": {
+                name: {"color": look.colours[name], "marker": "o"} for name in names
+            }
+            for kind, names in look.kinds.items()
+        },
+        "cache": {name: {"color": INK, "marker": marker} for name, marker in look.markers.items()},
+    }
+    used = {run.sampler for run in runs}, {run.cache for run in runs}
+    for title, styles in sections.items():
+        shown = [name for name in styles if name in used[title == "cache"]]
+        if shown:
+            entries.append((blank, title))
+        for name in shown:
+            line = Line2D([], [], linestyle="none", **styles[name])  # type: ignore[arg-type]
+            entries.append((line, f" {terminal(name, one_line=True)}"))
     entries.append((blank, ""))
     if runs:
         entries.append((Line2D([], [], color=INK, linewidth=1.1), " Pareto front"))
@@ -194,4 +205,7 @@ def _legend(figure: Any, points: Sequence[tuple[MeasuredRun, float, float]], loo
         star = Line2D([], [], color=INK, linestyle=":", marker="*", markersize=10, markerfacecolor="none")
         entries.append((star, " oracle bound"))
     handles, names = zip(*entries, strict=True)
-    figure.legend(handles, names, loc="outside right upper", frameon=False, handlelength=1.4, fontsize=8)
+    columns = math.ceil(len(entries) / _LEGEND_ROWS)
+    figure.set_figwidth(figure.get_figwidth() + _LEGEND_WIDTH * (columns - 1))
+    options = {"frameon": False, "handlelength": 1.4, "fontsize": 8, "columnspacing": 1.0}
+    figure.legend(handles, names, loc="outside right upper", ncols=columns, **options)

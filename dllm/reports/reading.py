@@ -13,6 +13,8 @@ from typing import Any, TypedDict
 
 from dllm.identity import within
 from dllm.reports.runs import Failure, Group, MeasuredRun, Sweep
+from dllm.resolve import find_class, options_of
+from dllm.samplers.base import Policy, Sampler
 from dllm.stored import misfit, shallow, there
 
 VERSION = 1
@@ -138,6 +140,7 @@ def _run(path: Path, folder: Path, quality: str | None) -> MeasuredRun:
             quality_name=str(metrics.get("accuracy_name") or "accuracy"),
             quality=metrics.get("accuracy"),
             interval=_interval(metrics.get("accuracy_interval")),
+            kind=_kind(content, str(settings["sampler.name"])),
         )
         if quality is not None:
             score = metrics["scores"].get(quality, {})
@@ -156,6 +159,18 @@ def _run(path: Path, folder: Path, quality: str | None) -> MeasuredRun:
         message = f"{path} is damaged ({type(error).__name__}: {error}); remove it to run that setting again"
         raise ValueError(message) from None
     return run
+
+
+def _kind(content: Mapping[str, Any], sampler: str) -> str:
+    """The kind of a policy as recorded, else that of the class of this name."""
+    if "kind" in content:
+        if not isinstance(content["kind"], str):
+            raise TypeError(f"kind={content['kind']!r}")
+        return content["kind"]
+    try:
+        return str(find_class("sampler", options_of("sampler", sampler), Sampler).kind)  # type: ignore[attr-defined]
+    except ValueError:  # a policy of one's own
+        return Policy.kind
 
 
 def _interval(value: Any) -> tuple[float, float] | None:

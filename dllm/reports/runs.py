@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from dllm.reports.frontier import front
+from dllm.samplers.base import KINDS
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class MeasuredRun:
         quality_name: the score that measures quality.
         quality: that score; None if not measured.
         interval: 95% confidence interval of the score; None without one.
+        kind: of the policy (`dllm.samplers.base.KINDS`).
     """
 
     folder: Path
@@ -39,6 +41,7 @@ class MeasuredRun:
     quality_name: str
     quality: float | None
     interval: tuple[float, float] | None
+    kind: str
 
     @property
     def sampler(self) -> str:
@@ -89,6 +92,11 @@ class Group:
         return f"{self.model}, {self.task}"
 
     @cached_property
+    def kinds(self) -> list[str]:
+        """The kinds of its policies."""
+        return ordered({run.kind for run in self.runs})
+
+    @cached_property
     def judged_by(self) -> list[str]:
         """The names of its runs' scores: only runs with the same one are compared."""
         return sorted({run.quality_name for run in self.runs})
@@ -114,6 +122,11 @@ class Group:
             methods = [each for each in self.measured(cost) if not each[0].bound and each[0].quality_name == name]
             found += [methods[index][0] for index in front([(sign * value, quality) for _, value, quality in methods])]
         return found
+
+
+def ordered(kinds: Iterable[str]) -> list[str]:
+    """Kinds of policies in the order of `KINDS`, further ones last."""
+    return sorted(kinds, key=lambda kind: (KINDS.index(kind) if kind in KINDS else len(KINDS), kind))
 
 
 @dataclass(frozen=True)

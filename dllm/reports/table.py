@@ -67,6 +67,11 @@ def columns(group: Group) -> list[Column]:
             lambda run: fronts(group, run),
             "no other method is as good with fewer forwards (NFE), with more tokens/s (speed)",
         ),
+        *(
+            []
+            if len(group.kinds) == 1
+            else [Column("kind", lambda run: run.kind, lambda run: run.kind, "what becomes of committed tokens")]
+        ),
         Column(
             "NFE",
             lambda run: run.number("nfe"),
@@ -137,6 +142,7 @@ def raw(sweep: Sweep) -> str:
         for run in group.runs:
             row: dict[str, object] = {"label": run.label, "model": run.model, "task": run.task, "folder": run.place}
             row |= {"quality_name": run.quality_name, "quality": run.quality, "front": fronts(group, run)}
+            row["kind"] = run.kind
             rows.append(row | run.settings | dict(flat("", run.metrics)))
     names = dict.fromkeys(name for row in rows for name in row)
     # A metric that is missing in some runs is represented by its parts.
@@ -145,7 +151,7 @@ def raw(sweep: Sweep) -> str:
     parts = ("sampler.", "cache.", "options.", "asked.", "loading.")
     rank = lambda name: parts.index(name.split(".")[0] + ".")  # noqa: E731
     settings = sorted((name for name in names if name.startswith(parts)), key=rank)
-    first = [*rows[0]][:7]
+    first = [*rows[0]][:8]
     order = [*first, *settings, *(name for name in names if name not in {*first, *settings})]
     file = io.StringIO()
     writer = csv.DictWriter(file, order, restval="", extrasaction="ignore", lineterminator="\n")

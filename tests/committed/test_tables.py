@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dllm.resolve import names
+from dllm.resolve import names, options_of, resolve
+from dllm.samplers.base import KINDS, Sampler
 from policies import over_masks
 
 ROOT = Path(__file__).parents[2]
@@ -91,8 +92,9 @@ def test_every_method_stays_within_a_point_of_one_token_per_step_at_most_at_60_p
             and float(run["nfe"]) <= 0.6 * float(vanilla["nfe"])
             for run in own
         ), method
-    [lossless] = [run for run in measured if run["sampler.name"] == "freedave"]
-    assert lossless["accuracy"] == vanilla["accuracy"]
+    for name in ("freedave", "ssd"):
+        [lossless] = [run for run in measured if run["sampler.name"] == name]
+        assert lossless["accuracy"] == vanilla["accuracy"]
 
 
 def test_the_frontier_shown_is_of_every_policy_with_three_caches() -> None:
@@ -104,6 +106,32 @@ def test_the_frontier_shown_is_of_every_policy_with_three_caches() -> None:
     # Over the same cache these give the very answers of one token per step, in fewer forwards.
     found = {(run["sampler.name"], run["cache.name"]): run for run in runs("frontier")}
     for cache in ("none", "dual", "freecache"):
-        for name in ("freedave", "oracle"):
+        for name in ("freedave", "ssd", "oracle"):
             assert found[name, cache]["accuracy"] == found["vanilla", cache]["accuracy"]
             assert float(found[name, cache]["nfe"]) < float(found["vanilla", cache]["nfe"])
+
+
+@pytest.mark.parametrize("folder", ["frontier", "policies/tiny-llada", "policies/tiny-dream"])
+def test_reports_group_policies_as_these_say_of_themselves(folder: str) -> None:
+    kinds = {name: resolve("sampler", name, Sampler).kind for name in names("sampler")}
+    measured, shown = runs(folder), rows((DOCS / folder / "report.md").read_text())
+    assert {run["label"]: run["kind"] for run in measured} == {
+        label.removesuffix(" (bound)"): cells["kind"] for label, cells in shown.items()
+    }
+    assert all(run["kind"] == kinds[run["sampler.name"]] for run in measured)
+    legend = (DOCS / folder / "quality-nfe.svg").read_text()
+    assert all(f">{kind}</text>" in legend for kind in set(kinds.values()))
+
+
+def test_every_policy_has_a_section_that_names_its_options() -> None:
+    page = (DOCS / "policies" / "README.md").read_text()
+    sections = dict(re.findall(r"^### `(\w+)`.*?\n(.*?)(?=^##|\Z)", page, re.MULTILINE | re.DOTALL))
+    assert list(sections) == sorted(sections, key=lambda name: (KINDS.index(kind_of(name)), list(sections).index(name)))
+    assert set(sections) == set(names("sampler"))
+    for name, text in sections.items():
+        mentioned = set(re.findall(r"`(\w+)[`=]", text))
+        assert mentioned & set(options_of("sampler", name)), name
+
+
+def kind_of(name: str) -> str:
+    return str(resolve("sampler", name, Sampler).kind)

@@ -159,3 +159,34 @@ def test_missing_matplotlib_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ValueError, match=r"pip install 'dllm-samplers\[plot\]'"):
         plots.check()
+
+
+class TestLegend:
+    def test_has_a_section_for_each_kind_of_policy(self, sweep: Sweep) -> None:
+        svg = plots.draw(sweep.groups[0], "nfe", plots.Look(sweep))
+        assert svg is not None
+        found = texts(svg)
+        legend = found[found.index("committing") :]
+        assert legend[: legend.index("Pareto front")] == [
+            "committing", "localleap", "threshold", "vanilla", "lossless", "freedave", "guided", "ar_guided",
+            "cache", "none", "dual", "freecache",
+        ]  # fmt: skip
+
+    def test_of_one_kind_lists_the_samplers(self, tmp_path: Path) -> None:
+        for name in ("wino", "saber + dual"):
+            write_run(tmp_path / name, name, 0.5, 3.0)
+        sweep = load(tmp_path)
+        svg = plots.draw(sweep.groups[0], "nfe", plots.Look(sweep))
+        assert svg is not None
+        found = texts(svg)
+        assert found[found.index("sampler") :][:6] == ["sampler", "saber", "wino", "cache", "none", "dual"]
+
+    def test_of_many_samplers_stays_within_the_picture(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for number in range(60):
+            write_run(tmp_path / str(number), f"policy{number}", 0.5, 3.0)
+        axes = drawn(load(tmp_path), "nfe", monkeypatch)
+        (legend,) = axes.figure.legends
+        box = legend.get_window_extent()
+        assert axes.bbox.x1 < box.x0 < box.x1 <= axes.figure.bbox.x1
+        assert 0 <= box.y0 < box.y1 <= axes.figure.bbox.y1
+        assert axes.bbox.width > 400

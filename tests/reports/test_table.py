@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from dllm.reports import table
 from dllm.reports.frontier import aup
 from dllm.reports.reading import load
 from dllm.reports.runs import Group, MeasuredRun
-from report_rig import SETTINGS, speedup, write_run, write_sweep
+from report_rig import SETTINGS, results, speedup, write_run, write_sweep
 
 
 def shown(group: Group) -> dict[str, dict[str, str]]:
@@ -30,7 +31,7 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Group:
 def test_every_number_is_shown(group: Group) -> None:
     assert shown(group)["localleap 0.999/0.99/4 + freecache"] == {
         "setting": "localleap 0.999/0.99/4 + freecache", "final answer": "96.0%", "95% interval": "90.2% to 98.4%",
-        "n": "100", "front": "", "NFE": "11.0 ± 0.6", "TPF": "3.64", "tokens/s": "818",
+        "n": "100", "front": "", "kind": "committing", "NFE": "11.0 ± 0.6", "TPF": "3.64", "tokens/s": "818",
         "faster (EOS-aware)": "4.7x", "TPF gain (EOS-aware)": "3.5x",
         "faster (naive)": "7.0x", "TPF gain (naive)": "3.5x", "whole chain": "48.0%", "p50 s": "1.10", "p95 s": "1.40",
         "positions": "1,075", "computed": "50%", "refreshes": "2.0", "KV error": "6.0%", "KL": "0.010",
@@ -131,3 +132,39 @@ def test_columns_sort_by_their_numbers(group: Group) -> None:
     run: MeasuredRun = group.runs[1]
     assert by_head["NFE"].value(run) == 12.6
     assert by_head["final answer"].value(run) == 0.98
+
+
+class TestKinds:
+    def test_are_those_of_the_policies(self, group: Group) -> None:
+        assert {(run.sampler, run.kind) for run in group.runs} == {
+            ("vanilla", "committing"), ("threshold", "committing"), ("localleap", "committing"),
+            ("freedave", "lossless"), ("oracle", "lossless"), ("ar_guided", "guided"),
+        }  # fmt: skip
+        assert {row["kind"] for row in shown(group).values()} == {"committing", "lossless", "guided"}
+
+    def test_are_as_recorded_where_they_are(self, tmp_path: Path) -> None:
+        for name, more in (
+            ("a", {"kind": "revising"}),
+            ("vanilla", {}),
+            ("one's own", {}),
+            ("b", {"kind": "sketching"}),
+        ):
+            (write_run(tmp_path / name, name) / "results.json").write_text(json.dumps(results(name) | more))
+        group = load(tmp_path).groups[0]
+        kinds = {name: row["kind"] for name, row in shown(group).items()}
+        assert kinds == {"a": "revising", "vanilla": "committing", "one's own": "committing", "b": "sketching"}
+        assert group.kinds == ["committing", "revising", "sketching"]
+        rows = csv.DictReader(io.StringIO(table.raw(load(tmp_path))))
+        assert {row["label"]: row["kind"] for row in rows} == kinds
+
+    def test_are_no_column_where_all_are_alike(self, tmp_path: Path) -> None:
+        for name in ("wino", "saber"):
+            write_run(tmp_path / name, name)
+        group = load(tmp_path).groups[0]
+        assert group.kinds == ["revising"]
+        assert "kind" not in {column.head for column in table.columns(group)}
+
+    def test_that_are_no_text_are_damage(self, tmp_path: Path) -> None:
+        (write_run(tmp_path / "a", "a") / "results.json").write_text(json.dumps(results("a") | {"kind": 3}))
+        with pytest.raises(ValueError, match=r"results.json is damaged \(TypeError: kind=3\)"):
+            load(tmp_path)
