@@ -108,7 +108,8 @@ class _Windowed(PerRow):
         first = question.first
         rows, visible = question.rows[first], question.visible[first]
         store.more[:] = 0
-        store.padding[rows], store.visible[rows] = question.canvas.padding[rows], visible
+        store.padding[question.rows] = question.canvas.padding[question.rows]
+        store.visible[rows] = visible
         store.window[rows], store.candidates[rows] = window[first], visible & ~question.masked[first]
 
 
@@ -185,25 +186,28 @@ class _Comparing:
         self.rows = selection.rows[self.canvas]
         self.low, high = selection.span
         self.visible = store.visible[self.rows]
-        self.seen, self.padding, self.slots, self.at = (
-            put(self.device, each)
-            for each in (self.visible[:, self.low : high], store.padding[self.rows], selection.slots[self.canvas],
-                         self.canvas)
-        )  # fmt: skip
+        self.seen = put(self.device, self.visible[:, self.low : high])
+        self.padding = put(self.device, store.padding[self.rows])
+        self.slots, self.at = put(self.device, selection.slots[self.canvas]), put(self.device, self.canvas)
         self.wide = np.zeros(len(self.canvas), dtype=bool)
         self.chosen: list[Tensor] = []
-        self.drift, self.again = self.wide, False
+        self.drift, self.again = np.zeros_like(self.wide), False
         self._lay_out(selection)
 
     def _lay_out(self, selection: Selection) -> None:
         """Compute these columns from now on."""
         self.current, self.inner = selection, self.store.plain(selection)
-        self.columns = selection.columns[self.at]
+        self.columns = self._own(selection.columns)
         host, own = selection.host[self.canvas], selection.own[self.canvas]
         self.window = self._some(host, own, self.store.window[self.rows])
         # Where everything is computed there is nothing to refresh.
         narrow = (own.sum(1) < self.visible.sum(1)) & ~self.wide
-        self.tracked = self._some(host, own, self.store.tracked[self.rows] & narrow[:, None])
+        tracked = self.store.tracked[self.rows] & narrow[:, None]
+        self.tracked, self.testing = self._some(host, own, tracked), bool(tracked.any())
+
+    def _own(self, values: Float[Tensor, "B ..."] | Int[Tensor, "B ..."]) -> Tensor:
+        """Those of the sequences on the canvas."""
+        return values if len(self.at) == len(values) else values[self.at]
 
     def _some(self, host: NDArray[np.int64], own: Flags, flags: Flags) -> _Columns:
         chosen = np.take_along_axis(flags, host, axis=1) & own
@@ -216,29 +220,30 @@ class _Comparing:
     def enter(self, layer: int, hidden: Float[Tensor, "B C d"]) -> None:
         """Keep the input of a layer."""
         self.again = False
-        self.store.inputs[layer][self.slots[:, None], self.columns] = hidden[self.at]
+        self.store.inputs[layer][self.slots[:, None], self.columns] = self._own(hidden)
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write to and read from the store; before that, the attention of the tracked columns as it was."""
-        if not self.again:
+        if self.testing and not self.again:
             queries = self.store.queries[layer][self.slots[:, None], self.tracked.column].transpose(1, 2)
             stored = self.store.keys[layer][self.slots, :, slice(*self.selection.span)]
             self.before = attention_weights(queries, stored, self._mask(self.tracked.column))
         k, v = self.inner.update(layer, keys, values)
-        self.keys = k[self.at]
+        self.keys = self._own(k)
         return k, v
 
     def queried(self, layer: int, queries: Float[Tensor, "B Q C D"]) -> None:
         """Keep the queries, compare the attention, and choose what the next forward tracks."""
-        own = queries[self.at]
+        own = self._own(queries)
         self.store.queries[layer][self.slots[:, None], self.columns] = own.transpose(1, 2)
         if self.again:
             return
-        now = attention_weights(self.tracked.of(own), self.keys, self._mask(self.tracked.column))
-        among = self.tracked.valid[..., None] & self._mask(self.tracked.column)[:, 0]
-        drift = similarity(self.before, now, among) < self.store.options.gamma
-        # Synchronizes: what the layer computes depends on it.
-        self.drift = drift.cpu().numpy()
+        if self.testing:
+            mask = self._mask(self.tracked.column)
+            now = attention_weights(self.tracked.of(own), self.keys, mask)
+            found = similarity(self.before, now, self.tracked.valid[..., None] & mask[:, 0])
+            # Synchronizes: what the layer computes depends on it.
+            self.drift = (found < self.store.options.gamma).cpu().numpy()
         weights = attention_weights(self.window.of(own), self.keys, self._mask(self.window.column))
         self.chosen.append((weights * self.window.valid[:, None, :, None]).sum((1, 2)))
         if layer + 1 == self.store.layers:

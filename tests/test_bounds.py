@@ -35,6 +35,9 @@ CACHES: list[tuple[Any, Any]] = [
     (dllm.cache.D2Cache(current_k=HUGE, inflate_w=HUGE), dllm.cache.D2Cache(current_k=100, inflate_w=100)),
     (dllm.cache.FreeCache(window=HUGE), dllm.cache.FreeCache(window=100)),
     (dllm.cache.Dual(measure_every=HUGE), dllm.cache.Dual(measure_every=100)),
+    (dllm.cache.Sparse(0.5, HUGE - 1, HUGE), dllm.cache.Sparse(0.5, 99, 99)),
+    (dllm.cache.Sparse(0.5, HUGE - 1), dllm.cache.Sparse(0.5, 99)),
+    (dllm.cache.Elastic(window=HUGE, track=HUGE), dllm.cache.Elastic(window=99, track=99)),
 ]
 
 

@@ -37,11 +37,11 @@ def test_bundled_models_answer_the_same(name: str) -> None:
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("cache", ["sparse", "elastic"])
-def test_caches_that_see_queries_answer_the_same(cache: str) -> None:
-    for name in ("tiny-llada", "tiny-dream"):
-        packed, plain = (dllm.load(name, device="cpu", pack=wanted) for wanted in (True, False))
-        results = [dllm.generate(lm, PROMPTS, "threshold", cache, gen_length=64).texts for lm in (packed, plain)]
+@pytest.mark.parametrize("name", ["tiny-llada", "tiny-dream"])
+def test_caches_that_see_queries_answer_the_same(name: str) -> None:
+    packed, plain = (dllm.load(name, device="cpu", pack=wanted) for wanted in (True, False))
+    for cache in ("sparse", "elastic"):
+        results = [dllm.generate(lm, PROMPTS[:1], "threshold", cache, gen_length=64).texts for lm in (packed, plain)]
         assert results[0] == results[1]
 
 

@@ -82,9 +82,13 @@ class SpeltOut:
 
 @backbones
 @pytest.mark.parametrize(
-    "cache", [Elastic(), Elastic(0.8, 3), Elastic(0.9, 2, 2), Elastic(0.95, None, 3), Elastic(0.6, 5)], ids=repr
-)
-@pytest.mark.parametrize("threshold", [0.5, 2.0])
+    ("cache", "threshold"),
+    [
+        (Elastic(), 0.5), (Elastic(0.8, 3), 2.0), (Elastic(0.9, 2, 2), 0.5), (Elastic(0.95, None, 3), 0.5),
+        (Elastic(0.6, 5), 2.0),
+    ],
+    ids=repr,
+)  # fmt: skip
 def test_decodes_as_the_method_spelt_out(make: Maker, cache: Elastic, threshold: float) -> None:
     began = []
     for seed, prompt in enumerate(([5, 9, 3], [1, 2, 3, 4, 5, 6, 7, 8, 9], [])):
@@ -118,7 +122,7 @@ def test_texts_are_filled_in_as_the_method_spelt_out(make: Maker) -> None:
 
 @backbones
 @pytest.mark.parametrize("gamma", [1, 0.9999999])
-@pytest.mark.parametrize("sampler", ["vanilla", "threshold", "adablock", "t2m"])
+@pytest.mark.parametrize("sampler", ["threshold", "t2m"])
 def test_where_attention_always_drifts_it_is_no_cache(make: Maker, gamma: float, sampler: str) -> None:
     lm = make()
     exact, elastic = (
@@ -170,7 +174,7 @@ class _Windowed(PerRow):
 @backbones
 def test_where_attention_never_drifts_it_is_a_window(make: Maker) -> None:
     lm = make()
-    for window in (1, 4, 30):
+    for window in (1, 4):
         for sampler in ("vanilla", "threshold"):
             plain, elastic = (
                 dllm.generate(lm, PROMPTS, sampler, each, batch_size=3, **OPTIONS)

@@ -61,9 +61,13 @@ class SpeltOut:
 
 @backbones
 @pytest.mark.parametrize(
-    "cache", [Sparse(), Sparse(0.3, 1, 0), Sparse(0.6, 5, 2), Sparse(0.0), Sparse(0.9, 99)], ids=repr
-)
-@pytest.mark.parametrize("threshold", [0.5, 2.0])
+    ("cache", "threshold"),
+    [
+        (Sparse(), 0.5), (Sparse(), 2.0), (Sparse(0.3, 1, 0), 0.5), (Sparse(0.6, 5, 2), 2.0), (Sparse(0.0), 0.5),
+        (Sparse(0.9, 99), 0.5), (Sparse(1.0), 0.5),
+    ],
+    ids=repr,
+)  # fmt: skip
 def test_decodes_as_the_method_spelt_out(make: Maker, cache: Sparse, threshold: float) -> None:
     for seed, prompt in enumerate(([5, 9, 3], [1, 2, 3, 4, 5, 6, 7, 8, 9], [])):
         lm = make(seed=seed, layers=3)
@@ -93,15 +97,16 @@ def test_texts_are_filled_in_as_the_method_spelt_out(make: Maker) -> None:
 
 
 @backbones
-@pytest.mark.parametrize("sampler", ["vanilla", "threshold", "wino", "adablock", "multiblock"])
+@pytest.mark.parametrize("sampler", ["threshold", "wino", "adablock"])
 def test_where_nothing_is_evicted_it_is_the_dual_cache(make: Maker, sampler: str) -> None:
     lm = make()
-    for cache in (Sparse(1.0, delay=0), Sparse(1.0, kernel_size=1, delay=0, measure_every=2)):
-        dual, sparse = (dllm.generate(lm, PROMPTS, sampler, each, batch_size=3, **OPTIONS) for each in (Dual(), cache))
-        assert torch.equal(dual.sequences, sparse.sequences)
-        assert torch.equal(dual.nfe, sparse.nfe)
-        assert torch.equal(dual.commit_step, sparse.commit_step)
-        assert dual.stats.computed_columns == sparse.stats.computed_columns
+    dual, sparse = (
+        dllm.generate(lm, PROMPTS, sampler, each, batch_size=3, **OPTIONS) for each in (Dual(), Sparse(1.0, delay=0))
+    )
+    assert torch.equal(dual.sequences, sparse.sequences)
+    assert torch.equal(dual.nfe, sparse.nfe)
+    assert torch.equal(dual.commit_step, sparse.commit_step)
+    assert dual.stats.computed_columns == sparse.stats.computed_columns
     m = lm.backbone.mask_token_id
     rows = [[m, 5, m, m, 8, m, 9, m, m], [3, m, m, 4]]
     dual, sparse = (dllm.infill(lm, rows, sampler, each, block_length=4) for each in (Dual(), Sparse(1.0, delay=0)))
