@@ -69,6 +69,7 @@ class Renoise(Policy):
         ValueError: a number out of range.
     """
 
+    kind = "revising"
     needs = frozenset({"noise", "whole_blocks"})
     knob = Knob("entropy_bound", (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0))
 
