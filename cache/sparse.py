@@ -18,7 +18,7 @@ that the dual cache computes, in families with shifted logits one to the left.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,14 @@ class Sparse(Metered):
     def repeatable(self) -> bool:
         """Without a delay everything is cached and evicted at the start of each block."""
         return self.delay == 0
+
+    @property
+    def refuses(self) -> Mapping[str, str]:
+        """Requirements of samplers that this cache does not meet, with the reason."""
+        reasons = dict(super().refuses)
+        if self.delay and self.refresh_above is None:
+            reasons["repeatable"] = "what it evicts depends on the first steps of a block, but not with delay=0"
+        return reasons
 
     def start(self, setup: Setup) -> Reuse:
         """Allocate keys and values for every position."""

@@ -86,7 +86,7 @@ def test_a_step_reads_the_device_once(name: str, cache: str, monkeypatch: pytest
         assert {tuple(seen) for seen in steps(sampler, cache, rows, monkeypatch)} == {("cpu",)}
 
 
-@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "freecache", "dkv"])
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "freecache", "dkv", "sparse"])
 def test_shadows_of_the_block_are_known_to_the_host(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for rows in (1, 6):
         assert {tuple(seen) for seen in steps(dllm.samplers.Wino(0.2), cache, rows, monkeypatch)} == {("cpu",)}

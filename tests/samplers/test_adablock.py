@@ -149,7 +149,9 @@ def test_blocks_lie_side_by_side_and_within_those_of_attention() -> None:
 
 
 @MODELS
-@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "freecache", "dkv", "dllm_cache", "d2cache"])
+@pytest.mark.parametrize(
+    "cache", ["none", "prefix", "dual", "freecache", "dkv", "dllm_cache", "d2cache", "sparse", "elastic"]
+)
 def test_rows_ignore_their_batchmates(make: Any, cache: str) -> None:
     lm, sampler = make(), AdaBlock(0.5, ENDS, 0.1, 0.6)
     batch = dllm.generate(lm, PROMPTS, sampler, cache, temperature=0.5, seed=3, **OPTIONS)

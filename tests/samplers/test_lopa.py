@@ -89,7 +89,9 @@ def test_if_only_the_creation_counts_it_is_the_threshold(make: Any, cache: str) 
 
 
 @MODELS
-@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "freecache", "dkv", "dllm_cache", "d2cache"])
+@pytest.mark.parametrize(
+    "cache", ["none", "prefix", "dual", "freecache", "dkv", "dllm_cache", "d2cache", "sparse", "elastic"]
+)
 def test_rows_ignore_their_batchmates(make: Any, cache: str) -> None:
     lm, sampler = make(), LoPA(0.5, 3, 0.1)
     batch = dllm.generate(lm, PROMPTS, sampler, cache, batch_size=2, temperature=0.6, seed=3, **OPTIONS)

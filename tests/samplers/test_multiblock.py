@@ -86,7 +86,9 @@ def test_more_blocks_and_earlier_ones_take_no_more_forwards(make: Any) -> None:
 
 
 @MODELS
-@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "freecache", "dkv", "dllm_cache", "d2cache"])
+@pytest.mark.parametrize(
+    "cache", ["none", "prefix", "dual", "freecache", "dkv", "dllm_cache", "d2cache", "sparse", "elastic"]
+)
 def test_rows_ignore_their_batchmates(make: Any, cache: str) -> None:
     lm, sampler = make(), MultiBlock(Threshold(0.4), 3, 0.1, 0.5, 0.3)
     batch = dllm.generate(lm, PROMPTS, sampler, cache, batch_size=2, temperature=0.6, seed=3, **OPTIONS)
