@@ -20,7 +20,7 @@ always drawn from max(0, p - q), normalized, so that every token is distributed 
 to the temperature, top_p and top_k of the request, as q is. Tokens that the denoiser lacks are excluded from p.
 
 Differences from the reference:
-- The block is drafted, with block_length=null the whole remainder, as published; verified in one forward, not chunks.
+- The block is drafted, with block_length=null the whole remainder, as published; one forward verifies all of it.
 - The guide's KV cache keeps the accepted prefix of each row, in batches; the reference's is misaligned after
   several fully accepted chunks. With on_reject=draft a single last draft is committed without calling the guide.
 - A guide with other tokens reads the text (`dllm.guide.alignment`); the reference keeps a first subtoken each.
@@ -139,10 +139,8 @@ class ARGuided(Policy):
             numbers = aligner.numbers.masked_fill(aligner.numbers >= guide.vocab_size, -1)
             numbers[setup.mask_token_id : setup.mask_token_id + 1] = -1
         elif self._replaces:
-            option, use = "on_reject=guide", "on_reject=draft"
-            if self.accept == "sample":
-                option, use = "accept=sample", "accept=argmax"
-            raise ValueError(f"{option} needs a guide with the model's own vocabulary; use {use}")
+            own, use = ("accept=sample", "argmax") if self.accept == "sample" else ("on_reject=guide", "draft")
+            raise ValueError(f"{own} needs a guide with the model's own vocabulary; use {own.partition('=')[0]}={use}")
         return GuideState(Judging(guide), aligner, numbers, setup.mask_token_id)
 
     def check(self, state: GuideState, request: Request) -> None:
@@ -202,8 +200,7 @@ class ARGuided(Policy):
             holds = self._holds(logits, draft)
             if self._replaces and numbers is not None:
                 slots = aligned.slots(about)
-                greedy = _ours(logits, numbers).argmax(-1).gather(1, slots.clamp(min=0))
-                expected = greedy.where(slots >= 0, -1)
+                expected = _ours(logits, numbers).argmax(-1).gather(1, slots.clamp(min=0)).where(slots >= 0, -1)
         index = torch.arange(length, device=about.device)
         # Tokens that were not judged are accepted where they precede the drafts or are committed.
         verdict = (index < aligned.start[:, None]) | (index == 0) | aligned.free
@@ -225,9 +222,8 @@ class ARGuided(Policy):
         among = (logits > value).sum(-1) < (self.top_k or 5)
         if self.accept == "ratio":
             # p(y) >= r max p; the normalizer cancels.
-            among &= (value - logits.amax(-1, keepdim=True)).exp()[..., 0] >= (
-                0.5 if self.ratio is None else self.ratio
-            )
+            least = 0.5 if self.ratio is None else self.ratio
+            among &= (value - logits.amax(-1, keepdim=True)).exp()[..., 0] >= least
         return among & known
 
 

@@ -124,7 +124,7 @@ def test_reports_group_policies_as_these_say_of_themselves(folder: str) -> None:
 
 
 def test_every_policy_has_a_section_that_names_its_options() -> None:
-    page = (DOCS / "policies" / "README.md").read_text()
+    page = (DOCS / "policies.md").read_text()
     sections = dict(re.findall(r"^### `(\w+)`.*?\n(.*?)(?=^##|\Z)", page, re.MULTILINE | re.DOTALL))
     assert list(sections) == sorted(sections, key=lambda name: (KINDS.index(kind_of(name)), list(sections).index(name)))
     assert set(sections) == set(names("sampler"))
