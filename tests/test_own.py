@@ -89,7 +89,9 @@ def test_notes_in_a_report_are_not_written_over(file: str, tmp_path: Path) -> No
     ],
 )  # fmt: skip
 def test_what_is_committed_can_be_made_again_and_nothing_else_passes_for_it(pattern: str, kind: own.Kind) -> None:
-    files = [file for file in DOCS.glob(pattern) if file.parent.name != "models" and file.name != "README.md"]  # by hand
+    files = [
+        file for file in DOCS.glob(pattern) if file.parent.name != "models" and file.name != "README.md"
+    ]  # by hand
     assert files or pattern == "*/**/*.html"
     own.check("out", "x", dict.fromkeys(files, kind))
     every = [*DOCS.rglob("*.*"), *BUNDLED.rglob("*.*"), *DOCS.parent.glob("*.md")]
