@@ -196,7 +196,7 @@ def _load(model: dict[str, Any]) -> dllm.LanguageModel:
     kind = "an adapter" if lm.adapter else "quantised" if getattr(lm.backbone, "hf_quantizer", None) else None
     if kind is not None:
         raise ValueError(f"model={model['path']!r} is {kind}, which cannot be trained; give a complete model")
-    lm.backbone.to(device=device)
+    torch.nn.Module.to(lm.backbone, device)
     return lm
 
 

@@ -204,7 +204,6 @@ class TestTraining:
         assert sum(found[-10:]) < 0.8 * sum(found[:10])
         assert dllm.load(model, adapter=out, device="cpu").backbone.pattern.length == 4
 
-
     def test_an_adapter_is_no_model_to_train(self, distilled: Path, tmp_path: Path) -> None:
         result = distil(distilled, tmp_path / "out")
         assert result.err == (
