@@ -168,9 +168,7 @@ def distill(cfg: DictConfig) -> None:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     prompts = _prompts(cfg)
-    # Packed or joined weights cannot be trained.
-    lm = app.load_model(fields["model"] | {"device": "cpu", "pack": False})
-    lm.backbone.to(device=find_device(cfg.model.device))
+    lm = _load(fields["model"])
     ids = encode(prompts, lm.tokenizer)
     requests, _ = prepare(lm, ids, sampler, cache, dllm.Options(**options))
     with claimed("out", cfg.out, RECIPE):
@@ -188,6 +186,18 @@ def distill(cfg: DictConfig) -> None:
     for row in rows:
         print(row)
     print(f"{'model' if cfg.rank is None else 'adapter'} and its card in {cfg.out}")
+
+
+def _load(model: dict[str, Any]) -> dllm.LanguageModel:
+    """Load the model to train."""
+    device = find_device(model["device"], "model.device")
+    # Packed or joined weights, as on a GPU, cannot be trained.
+    lm: dllm.LanguageModel = app.load_model(model | {"device": "cpu", "pack": False})
+    kind = "an adapter" if lm.adapter else "quantised" if getattr(lm.backbone, "hf_quantizer", None) else None
+    if kind is not None:
+        raise ValueError(f"model={model['path']!r} is {kind}, which cannot be trained; give a complete model")
+    torch.nn.Module.to(lm.backbone, device)
+    return lm
 
 
 def trainer_of(cfg: DictConfig, distillation: Distillation) -> Trainer:

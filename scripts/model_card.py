@@ -139,7 +139,7 @@ def model_card(folder: Path, recipe: Any, cfg: DictConfig, minutes: float) -> st
         "## Training",
         f"`{_command(recipe)}`: {recipe.steps:,} steps of {recipe.batch_size:,} problems, "
         f"seed {recipe.seed}, {minutes:.0f} minutes on {_device(recipe)}{start}.",
-        yaml_block({key: value for key, value in recipe.items() if key not in _NO_RECIPE}),
+        yaml_block({key: value for key, value in recipe.items() if key not in _NO_RECIPE and value != "block"}),
         "## Accuracy",
         *_accuracy(folder, recipe.arch, cfg),
         "## Limits",

@@ -208,6 +208,7 @@ class TestTraining:
         assert "`dllm adapt init=outputs/small steps=6 batch_size=4 " in card
         assert "On 2 problems of seed 1000001, 64 positions, with cache=block:" in card
         assert "| vanilla, 1 token per step | " in card
+        assert "arch:" not in card
         names = {path.name for path in (tmp_path / "tiny-block").iterdir()}
         assert names == {path.name for path in out.iterdir()} - {"state.pt", "loss.csv", "adapt.yaml"}
         assert not any("/" in str(value) for value in json.loads((out / "config.json").read_text()).values())

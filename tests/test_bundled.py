@@ -34,5 +34,15 @@ def test_the_guide_is_nearly_always_right() -> None:
     assert score.final >= 0.90
 
 
+def test_the_block_model_is_nearly_always_right_and_whole_blocks_at_once_visibly_worse() -> None:
+    lm = dllm.load("tiny-block", device="cpu")
+    options = {"cache": "block", "gen_length": 64, "batch_size": 10}
+    slow = evaluate(lm, PROBLEMS, Vanilla(), **options)
+    fast = evaluate(lm, PROBLEMS, Vanilla(tokens_per_step=4), **options)
+    assert slow.final >= 0.90
+    assert fast.final <= slow.final - 0.10
+    assert fast.nfe < slow.nfe / 3
+
+
 def test_together_they_are_small() -> None:
     assert sum(path.stat().st_size for path in BUNDLED.rglob("*")) < 25e6

@@ -204,6 +204,13 @@ class TestTraining:
         assert sum(found[-10:]) < 0.8 * sum(found[:10])
         assert dllm.load(model, adapter=out, device="cpu").backbone.pattern.length == 4
 
+    def test_an_adapter_is_no_model_to_train(self, distilled: Path, tmp_path: Path) -> None:
+        result = distil(distilled, tmp_path / "out")
+        assert result.err == (
+            f"dllm distill: error: model={str(distilled)!r} is an adapter, which cannot be trained; give a complete "
+            "model\n"
+        )
+
 
 class TestResuming:
     def test_a_resumed_run_ends_as_an_uninterrupted_one(
@@ -286,6 +293,7 @@ class TestResuming:
         (["data=nowhere.jsonl"], "data='nowhere.jsonl'"),
         (["out=/dev/null/x"], "out='/dev/null/x' cannot be written"),
         (["temperatur=1"], "unknown option 'temperatur'"),
+        (["model.device=nowhere"], "model.device='nowhere' is not available here"),
         (["model=nowhere"], "model='nowhere' is not a folder"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",

@@ -22,7 +22,8 @@ from models import random_llada, save_folder
 
 WORK = {
     "generate": "generate", "evaluate": "evaluate", "report": "report", "show": "show", "bench": "bench",
-    "compatibility": "compatibility", "train-filter": "train_filter", "train-tiny": "train",
+    "compatibility": "compatibility", "train-filter": "train_filter", "train-tiny": "train", "distill": "distill",
+    "adapt": "adapt",
 }  # fmt: skip
 BAD = [
     "abc", "nan", "inf", "-1", "1e400", "[]", "{}", "[[1]]", "true", "", "x" * 5000, "${oc.env:HOME}", "${nope}", "???",
@@ -47,8 +48,8 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Reached
 
     monkeypatch.setattr(dllm, "load", reached)
-    train_tiny = importlib.import_module("dllm.scripts.train_tiny")
-    monkeypatch.setattr(train_tiny, "Trainer", reached)
+    for name in ("train_tiny", "adapt"):
+        monkeypatch.setattr(importlib.import_module(f"dllm.scripts.{name}"), "trainer_of", reached)
 
 
 def options(name: str) -> Iterator[str]:

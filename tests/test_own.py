@@ -27,6 +27,8 @@ WRITERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "generate": ("picture", "drawing.svg", ("drawing.svg",)),
     "train-filter": ("out", "model.safetensors", ("model.safetensors", "model.json", "model.svg")),
     "train-tiny": ("out", "", ("model.safetensors", "config.json", "README.md", "state.pt")),
+    "adapt": ("out", "", ("model.safetensors", "config.json", "README.md", "state.pt")),
+    "distill": ("out", "", ("adapter_model.safetensors", "adapter_config.json", "README.md", "state.pt")),
     "report": ("out", "", ("report.md", "report.csv", "report.html", "quality-nfe.svg", "quality-speed.svg")),
 }
 CASES = [(name, file) for name, (_, _, files) in WRITERS.items() for file in files]

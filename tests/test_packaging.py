@@ -28,7 +28,7 @@ FOLDERS = {
     "scripts": "dllm/scripts",
 }
 SOURCES = {".py", ".yaml", ".css", ".js", ".jinja"}
-BUNDLED = {"tiny-llada", "tiny-dream", "tiny-guide"}
+BUNDLED = {"tiny-llada", "tiny-dream", "tiny-guide", "tiny-block"}
 LARGEST_WHEEL = 25 * 2**20
 
 # One worker builds and installs once for all.
