@@ -228,6 +228,9 @@ class _Comparing:
             queries = self.store.queries[layer][self.slots[:, None], self.tracked.column].transpose(1, 2)
             stored = self.store.keys[layer][self.slots, :, slice(*self.selection.span)]
             self.before = attention_weights(queries, stored, self._mask(self.tracked.column))
+        # Before drafts read them, so that these see the same however often the rows beside them compute the layer.
+        for kept, fresh in ((self.store.keys, keys), (self.store.values, values)):
+            kept[layer].transpose(1, 2)[self.slots[:, None], self.columns] = self._own(fresh).transpose(1, 2)
         k, v = self.inner.update(layer, keys, values)
         self.keys = self._own(k)
         return k, v
