@@ -16,8 +16,16 @@ which is never predicted. Differences: l is stratified over all samples at once,
 halves are rounded up, since rounding to even, as in the published code, favours even l; identical states
 are computed once; log-probabilities are float32 or wider.
 
-Both mask positions of all blocks at once. Models whose attention is causal over blocks were trained with clean
-earlier blocks: for them order=left_to_right is the estimate to use.
+Models whose attention is causal over blocks (SDAR, LLaDA2, Fast-dLLM v2) were trained with clean earlier blocks. For
+them the estimate is that of block diffusion (BD3-LM, arXiv 2503.09573, section 3.1),
+
+    log p(x | prefix) = sum over blocks b of log p(x_b | prefix, clean x_1 .. x_(b-1))
+
+where each term is one of the two estimates above within block b: L is the number of the continuation's tokens in it,
+and an order is one of these. Blocks are counted from the first token of the prefix, so the end of the prefix may share
+the first of them; the last one ends with the continuation, as in decoding. As in BD3-LM's training, one forward
+computes all blocks: a row has a clean copy of the text, causal over blocks, and a copy with masks, whose positions
+attend to their own block of it and to the earlier blocks of the clean one.
 """
 
 from __future__ import annotations
@@ -32,12 +40,14 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dllm.api import stream
 from dllm.checks import choice, number
 from dllm.decoding.nonfinite import not_finite, reason
 from dllm.decoding.prediction import Prediction, Sampling
 from dllm.decoding.prompts import entries, token_list
+from dllm.models.attention import BlockCausal
 from dllm.models.loading import LanguageModel
 from dllm.samplers import Vanilla
 
@@ -53,12 +63,14 @@ class Estimate:
 
     Attributes:
         method: monte_carlo (LLaDA's bound) or chain (chain rule along orders).
-        samples: masked states of monte_carlo, or random orders of chain; an order costs up to L forwards.
+        samples: masked states of monte_carlo, or random orders of chain, of every block where attention is causal
+            over blocks; an order costs up to L forwards.
         order: of chain: random; left_to_right; or confidence, which next reveals the most confident
             position. The last two are a single deterministic order.
         seed: every pair of prefix and target has its own stream, whatever else is scored.
         batch_size: maximum rows of a forward; order=confidence uses one row.
         cfg_scale: classifier-free guidance against the masked prefix (LLaDA's convention: 0 is off).
+        block_length: positions of a block, of models whose attention is causal over blocks; None for the model's own.
 
     Raises:
         ValueError: a value out of range, or one that would have no effect.
@@ -70,6 +82,7 @@ class Estimate:
     seed: int = 0
     batch_size: int = 32
     cfg_scale: float = 0.0
+    block_length: int | None = None
 
     def __post_init__(self) -> None:
         choice("method", self.method, METHODS)
@@ -78,6 +91,8 @@ class Estimate:
         number("seed", self.seed, "a whole number of at least 0", low=0, high=2**63 - 1, whole=True)
         number("batch_size", self.batch_size, "a whole number of at least 1", low=1, whole=True)
         number("cfg_scale", self.cfg_scale, "0 (off) or a positive number", low=0, high=1e6)
+        if self.block_length is not None:
+            number("block_length", self.block_length, "a whole number of at least 1, or null", low=1, whole=True)
         if self.order == "random":
             return
         if self.method == "monte_carlo":
@@ -109,39 +124,42 @@ def loglikelihood(lm: LanguageModel, prefix: Sequence[int], target: Sequence[int
             non-finite logits.
     """
     prefix, target = _check(lm, prefix, target)
+    pattern = _pattern(lm, estimate.block_length)
     if len(target) == 0:
         return 0.0
-    length = len(target)
     with torch.inference_mode(), torch.device("cpu"):  # whatever the user's default device is
-        text = _Text(lm, prefix, target, estimate.cfg_scale)
+        text = _Text(lm, prefix, target, estimate.cfg_scale, pattern)
+        sizes = block_sizes(pattern, len(prefix), len(target))
         if estimate.order == "confidence":
-            return float(_most_confident_first(text))
-        if estimate.order == "left_to_right":
-            asked = along_orders(torch.arange(length)[None])
-        else:
-            generator = torch.Generator().manual_seed(_own_seed(estimate.seed, prefix, target))
-            shuffled = torch.rand((estimate.samples, length), generator=generator, dtype=torch.float64).argsort(-1)
-            first = int(torch.randint(1, length + 1, (), generator=generator))
-            asked = along_orders(shuffled) if estimate.method == "chain" else stratified_masks(shuffled, first)
-        return float(_weighted(text, asked.merged(), estimate.batch_size))
+            return float(_most_confident_first(text, sizes))
+        generator = torch.Generator().manual_seed(_own_seed(estimate.seed, prefix, target))
+        asked = side_by_side([_asked(estimate, size, generator).merged() for size in sizes])
+        return float(_weighted(text, asked, estimate.batch_size))
 
 
-def is_greedy(lm: LanguageModel, prefix: Sequence[int], target: Sequence[int], cfg_scale: float = 0.0) -> bool:
+def is_greedy(
+    lm: LanguageModel,
+    prefix: Sequence[int],
+    target: Sequence[int],
+    cfg_scale: float = 0.0,
+    block_length: int | None = None,
+) -> bool:
     """Whether greedy decoding, one token per step by confidence, gives exactly `target` after `prefix`.
 
     LLaDA's suffix_greedy_prediction: one block of as many masks as `target` has tokens, without stopping at
-    end-of-text; in models whose attention is causal over blocks, block after block. Decoding ends at the first token
-    that differs. Difference: [MASK] is never predicted.
+    end-of-text; in models whose attention is causal over blocks, block after block, of `block_length` or the model's
+    own length. Decoding ends at the first token that differs. Difference: [MASK] is never predicted.
 
     Raises:
         ValueError: as `loglikelihood`.
     """
     prefix, target = _check(lm, prefix, target)
+    _pattern(lm, block_length)
     if len(target) == 0:
         return True
     wanted = torch.tensor(list(target), device="cpu")
     steps = stream(
-        lm, [list(prefix)], Vanilla(), gen_length=len(target), block_length=None, stop_at_eos=False,
+        lm, [list(prefix)], Vanilla(), gen_length=len(target), block_length=block_length, stop_at_eos=False,
         cfg_scale=cfg_scale, seed=0,
     )  # fmt: skip
     for frame in steps:
@@ -200,13 +218,78 @@ def along_orders(orders: Int[Tensor, "S L"]) -> Asked:
     return Asked(masked.flatten(0, 1), torch.arange(samples * length), orders.flatten(), weight)
 
 
-class _Text:
-    """A prefix and its target on the model's device; any part of the target can be masked."""
+def block_sizes(pattern: BlockCausal | None, before: int, length: int) -> list[int]:
+    """The number of the target's tokens in each block, after `before` tokens; full attention is a single block."""
+    if pattern is None:
+        return [length]
+    first = min(length, pattern.length - before % pattern.length)
+    full, rest = divmod(length - first, pattern.length)
+    return [first, *[pattern.length] * full, *[rest] * (rest > 0)]
 
-    def __init__(self, lm: LanguageModel, prefix: Sequence[int], target: Sequence[int], cfg_scale: float) -> None:
-        self.backbone, self.cfg_scale = lm.backbone, cfg_scale
+
+def side_by_side(blocks: Sequence[Asked]) -> Asked:
+    """The sum of the estimates of consecutive blocks, whose states share rows: a block does not attend to the others'.
+
+    Blocks with fewer states are not masked in the rows that are left.
+    """
+    rows = max(len(block.masked) for block in blocks)
+    masked = torch.cat([pad(block.masked, (0, 0, 0, rows - len(block.masked))) for block in blocks], dim=1)
+    starts = np.cumsum([0, *(block.masked.shape[1] for block in blocks)]).tolist()
+    state, order = torch.cat([block.state for block in blocks]).sort(stable=True)
+    place = torch.cat([block.place + start for block, start in zip(blocks, starts, strict=False)])
+    return Asked(masked, state, place[order], torch.cat([block.weight for block in blocks])[order])
+
+
+def _asked(estimate: Estimate, length: int, generator: torch.Generator) -> Asked:
+    if estimate.order == "left_to_right":
+        return along_orders(torch.arange(length)[None])
+    shuffled = torch.rand((estimate.samples, length), generator=generator, dtype=torch.float64).argsort(-1)
+    first = int(torch.randint(1, length + 1, (), generator=generator))
+    return along_orders(shuffled) if estimate.method == "chain" else stratified_masks(shuffled, first)
+
+
+def _pattern(lm: LanguageModel, block_length: int | None) -> BlockCausal | None:
+    """The attention pattern for blocks of this length.
+
+    Raises:
+        ValueError: a block length for a model without blocks.
+    """
+    pattern = lm.backbone.pattern_of(block_length)
+    if pattern is None and block_length is not None:
+        raise ValueError(f"block_length={block_length} has no effect on a bidirectional model; leave it out")
+    return pattern
+
+
+class _Text:
+    """A prefix and its target on the model's device; any part of the target can be masked.
+
+    A row has the clean text before the last block, and from the first block of the target on the text with masks.
+    With full attention it is the latter alone.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        prefix: Sequence[int],
+        target: Sequence[int],
+        cfg_scale: float,
+        pattern: BlockCausal | None,
+    ) -> None:
+        self.backbone, self.cfg_scale, self.pattern = lm.backbone, cfg_scale, pattern
         self.prefix = torch.tensor(list(prefix), dtype=torch.long, device=lm.device)
         self.target = torch.tensor(list(target), dtype=torch.long, device=lm.device)
+        end = len(prefix) + len(target)
+        self.clean = 0 if pattern is None else (end - 1) // pattern.length * pattern.length
+        self.first = 0 if pattern is None else len(prefix) // pattern.length * pattern.length
+        self.inputs: dict[str, Tensor] = {}
+        if pattern is not None:
+            positions = torch.cat((torch.arange(self.clean), torch.arange(self.first, end)))
+            copy = torch.arange(len(positions)) >= self.clean
+            ends = pattern.end(positions)
+            own = (ends[:, None] == ends) & (copy[:, None] == copy)
+            seen = own | ((ends < ends[:, None]) & ~copy)
+            self.inputs = {"position_ids": positions[None], "attention_mask": seen[None, None]}
+            self.inputs = {name: each.to(lm.device) for name, each in self.inputs.items()}
 
     def logits(
         self, masked: Bool[Tensor, "A L"], state: Int[Tensor, " M"], place: Int[Tensor, " M"]
@@ -225,17 +308,29 @@ class _Text:
     def _logits(
         self, masked: Bool[Tensor, "A L"], state: Int[Tensor, " M"], place: Int[Tensor, " M"]
     ) -> Float[Tensor, "M V"]:
-        mask, given = self.backbone.mask_token_id, self.prefix.expand(len(masked), -1)
-        target = self.target.masked_fill(masked, mask)
-        tokens = torch.cat((given, target), dim=1)
-        # The prediction for column i is read at column i - logits_shift, that for column 0 at column 0.
-        select = (len(self.prefix) + place - self.backbone.logits_shift).clamp(min=0) + state * tokens.shape[1]
+        rows = self._rows(self.prefix, masked)
+        # The prediction for position i is read at position i - logits_shift, that for position 0 at position 0; before
+        # the block of i, it is read in the clean copy.
+        position = len(self.prefix) + place
+        read = (position - self.backbone.logits_shift).clamp(min=0)
+        start = 0 if self.pattern is None else self.pattern.end(position) - self.pattern.length
+        select = torch.where(read >= start, read + self.clean - self.first, read) + state * rows.shape[1]
         if self.cfg_scale == 0:
-            return self.backbone(tokens, select=select).logits
-        blind = torch.cat((torch.full_like(given, mask), target), dim=1)
-        both = torch.cat((select, select + tokens.numel()))
-        conditional, unconditional = self.backbone(torch.cat((tokens, blind)), select=both).logits.chunk(2)
+            return self._forward(rows, select)
+        blind = self._rows(torch.full_like(self.prefix, self.backbone.mask_token_id), masked)
+        both = self._forward(torch.cat((rows, blind)), torch.cat((select, select + rows.numel())))
+        conditional, unconditional = both.chunk(2)
         return unconditional + (self.cfg_scale + 1) * (conditional - unconditional)
+
+    def _rows(self, prefix: Int[Tensor, " P"], masked: Bool[Tensor, "A L"]) -> Int[Tensor, "A C"]:
+        clean = torch.cat((prefix, self.target))[: self.clean].expand(len(masked), -1)
+        target = self.target.masked_fill(masked, self.backbone.mask_token_id)
+        return torch.cat((clean, prefix[self.first :].expand(len(masked), -1), target), dim=1)
+
+    def _forward(self, rows: Int[Tensor, "A C"], select: Int[Tensor, " M"]) -> Float[Tensor, "M V"]:
+        inputs = {name: each.expand(len(rows), *each.shape[1:]) for name, each in self.inputs.items()}
+        logits: Tensor = self.backbone(rows, select=select, **inputs).logits
+        return logits
 
 
 def _weighted(text: _Text, asked: Asked, batch_size: int) -> Float[Tensor, ""]:
@@ -258,19 +353,20 @@ def _weighted(text: _Text, asked: Asked, batch_size: int) -> Float[Tensor, ""]:
     return total
 
 
-def _most_confident_first(text: _Text) -> Float[Tensor, ""]:
-    """The chain rule along the order of confidence: the most confident position is revealed next."""
+def _most_confident_first(text: _Text, sizes: Sequence[int]) -> Float[Tensor, ""]:
+    """The chain rule along the order of confidence: the most confident position of the block is revealed next."""
     total = torch.zeros((), dtype=torch.float64, device=text.target.device)
-    left = torch.arange(len(text.target), device=total.device)
-    masked = torch.ones_like(left, dtype=torch.bool)[None]
-    for _ in range(len(left)):
-        logits = text.logits(masked, torch.zeros_like(left), left)
-        asked, index = torch.ones_like(left, dtype=torch.bool)[None], torch.arange(len(left), device=total.device)
-        best = Prediction(logits, asked, index, text.backbone.mask_token_id, Sampling()).confidence.argmax(-1)
-        place = left[best]
-        total += _log_probability(logits[best], text.target[place])[0]
-        masked = masked.index_fill(1, place, False)
-        left = left[index[:-1] + (index[:-1] >= best)]
+    places = torch.arange(len(text.target), device=total.device)
+    masked = torch.ones_like(places, dtype=torch.bool)[None]
+    for left in places.split(list(sizes)):
+        for _ in range(len(left)):
+            logits = text.logits(masked, torch.zeros_like(left), left)
+            asked, index = torch.ones_like(left, dtype=torch.bool)[None], torch.arange(len(left), device=total.device)
+            best = Prediction(logits, asked, index, text.backbone.mask_token_id, Sampling()).confidence.argmax(-1)
+            place = left[best]
+            total += _log_probability(logits[best], text.target[place])[0]
+            masked = masked.index_fill(1, place, False)
+            left = left[index[:-1] + (index[:-1] >= best)]
     return total
 
 

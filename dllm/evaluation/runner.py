@@ -7,7 +7,7 @@ import re
 import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import count, islice
 from pathlib import Path
 from secrets import token_hex
@@ -162,12 +162,19 @@ class Runner:
         """
         self._ask(1)
         if (noted := self.journal.get("likelihood", name)) is None:
-            setting = self.setting
-            value = loglikelihood(setting.lm, prefix, target, setting.estimate)
-            noted = [value, greedy and is_greedy(setting.lm, prefix, target, setting.estimate.cfg_scale)]
+            lm, estimate = self.lm, self._estimate()
+            value = loglikelihood(lm, prefix, target, estimate)
+            noted = [value, greedy and is_greedy(lm, prefix, target, estimate.cfg_scale, estimate.block_length)]
             self._note("likelihood", name, noted)
             self._tell()
         return noted[0], noted[1]
+
+    def _estimate(self) -> Estimate:
+        """The setting's estimate; where attention is causal over blocks, in the blocks that are decoded."""
+        estimate, wanted = self.setting.estimate, self.setting.options.get("block_length")
+        if estimate.block_length is None and isinstance(wanted, int) and self.lm.backbone.pattern is not None:
+            return replace(estimate, block_length=wanted)
+        return estimate
 
     def records(self) -> list[Record]:
         """All answers, in the order of the requests."""
