@@ -109,6 +109,8 @@ def with_option(group: str, options: Mapping[str, Any], name: str, value: Any) -
     own, _, inner = name.partition(".")
     if inner:
         held = options.get(own)
+        if held is not None and not isinstance(held, (str, Mapping)):
+            raise ValueError(f"{own}={held!r} has no option {inner}")
         value = with_option(group, options_of(group, held, own) if isinstance(held, str) else held or {}, inner, value)
     return {**options, own: value}
 

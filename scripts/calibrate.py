@@ -117,11 +117,13 @@ class _Runs:
         main = metrics["accuracy_name"]
         table = parquet.read_table(folder / "samples.parquet", columns=["id", main]).to_pydict()
         found: dict[str, float] = {}
-        for name, score in zip(table["id"], table[main], strict=True):
+        for sample, score in zip(table["id"], table[main], strict=True):
             if score is None:
                 raise ValueError(f"task={task!r} leaves answers without a score; use a task that grades each problem")
             # Several answers to a problem are one draw, with one score.
-            found[str(name).partition("#")[0]] = float(score)
+            problem = str(sample).partition("#")[0]
+            if found.setdefault(problem, float(score)) != float(score):
+                raise ValueError(f"task={task!r} scores several answers to a problem apart; use one answer to each")
         if not all(0 <= score <= 1 for score in found.values()):
             raise ValueError(f"task={task!r} has scores outside 0 to 1; use task.metric= for another score")
         if not self.first:

@@ -193,6 +193,8 @@ def _load(model: dict[str, Any]) -> dllm.LanguageModel:
     device = find_device(model["device"], "model.device")
     # Packed or joined weights, as on a GPU, cannot be trained.
     lm: dllm.LanguageModel = app.load_model(model | {"device": "cpu", "pack": False})
+    if lm.backbone.uniform:
+        raise ValueError(f"model={model['path']!r} has no [MASK], which distilling needs; give a model that has")
     kind = "an adapter" if lm.adapter else "quantised" if getattr(lm.backbone, "hf_quantizer", None) else None
     if kind is not None:
         raise ValueError(f"model={model['path']!r} is {kind}, which cannot be trained; give a complete model")

@@ -18,6 +18,7 @@ from dllm.evaluation.journal import Journal
 from dllm.evaluation.likelihood import Estimate
 from dllm.evaluation.records import Query
 from dllm.evaluation.runner import Runner, Setting
+from dllm.resolve import with_option
 from dllm.samplers import Calibrated, Threshold
 from models import random_llada, random_sdar, save_folder
 
@@ -214,3 +215,8 @@ def test_problems_with_the_same_id_are_refused(lm: dllm.LanguageModel) -> None:
     setting = Setting(lm, Threshold(0.5), dllm.cache.NoCache(), {"gen_length": 4}, Estimate())
     with pytest.raises(ValueError, match="id 'a' occurs twice among the problems; make ids unique"):
         Runner(setting, Journal(None)).answer([Query("a", [5]), Query("b", [6]), Query("a", [7])])
+
+
+def test_a_damaged_card_whose_knob_is_of_no_base_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"threshold=0\.9 has no option x"):
+        with_option("sampler", {"_target_": "dllm.samplers.Threshold", "threshold": 0.9}, "threshold.x", 1)

@@ -19,7 +19,7 @@ from dllm.samplers import EntropyThreshold
 from dllm.scripts import training
 from dllm.tasks import word_problems
 from dllm.tasks.tokenizer import build_tokenizer
-from models import random_dream, random_llada, random_sdar, save_folder
+from models import random_diffusion_gemma, random_dream, random_llada, random_sdar, save_folder
 
 pytest.importorskip("peft")
 
@@ -210,6 +210,13 @@ class TestTraining:
             f"dllm distill: error: model={str(distilled)!r} is an adapter, which cannot be trained; give a complete "
             "model\n"
         )
+
+    def test_a_model_without_masks_is_refused(self, tmp_path: Path) -> None:
+        pytest.importorskip("transformers.models.diffusion_gemma")
+        model = save_folder(random_diffusion_gemma(), tmp_path / "gemma")
+        result = distil(model, tmp_path / "out")
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert "has no [MASK], which distilling needs" in result.err
 
 
 class TestResuming:

@@ -283,7 +283,7 @@ class TestSweeps:
 
     @pytest.mark.parametrize(
         ("sweep", "samplers", "caches"),
-        [("frontier cache=freecache", len(over_masks()) - 1, 1), ("thresholds", 1, 1), ("caches", 1, 7)],
+        [("frontier cache=freecache", len(over_masks()) - 1, 1), ("thresholds", 1, 1), ("caches", 1, 9)],
     )
     def test_ready_sweeps_run_and_are_reported(self, sweep: str, samplers: int, caches: int, tmp_path: Path) -> None:
         fast = ("task.limit=1", "gen_length=32", "baselines=0")

@@ -1,6 +1,6 @@
 """Forwards of models that encode finished text, and denoise an open block of uniformly random tokens.
 
-The canvas has [MASK] at undecided positions for every model; such a model is shown random tokens there, drawn anew for
+The canvas has [MASK] at undecided positions for every model; such a model is shown random tokens there, redrawn for
 each forward from the row's generator, unless the policy gives other tokens. Each forward of a block is conditioned on
 the last prediction for it (`dllm/models/encoder.py`), which is kept here, row by row, until the row leaves the block.
 Where predictions for earlier blocks are requested, these are part of the open one.

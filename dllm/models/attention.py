@@ -22,7 +22,7 @@ class BlockCausal:
     Attributes:
         length: positions of a block.
         from_start: blocks are counted from the row's first token, and not from the first position to generate.
-        encodes: finished text is computed anew, for its own keys and values; the open block attends to these.
+        encodes: finished text is computed again, for its own keys and values; the open block attends to these.
     """
 
     length: int

@@ -240,7 +240,7 @@ class TestRefusals:
     @pytest.mark.parametrize("name", ["filter.pt", "no-such-filter", "/no/such.safetensors"])
     def test_what_is_no_filter_file(self, name: str) -> None:
         with pytest.raises(
-            ValueError, match=r"is not a bundled filter .*tiny-dream, tiny-llada \(pickled filters are not"
+            ValueError, match=r"is not a bundled filter .*tiny-llada/anchored \(pickled filters are not"
         ):
             self.run(Learn2PD(name))
 
