@@ -278,22 +278,22 @@ class _Comparing:
         place = put(self.device, _places(before.host, host))
         self._lay_out(replace(self.selection, host=host, columns=put(self.device, host)))
         wide = hidden.gather(1, place[..., None].expand(-1, -1, hidden.shape[-1]))
-        anew = put(self.device, np.flatnonzero(drift))
-        wide[self.at[anew]] = self.store.inputs[layer][self.slots[anew, None], self.columns[anew]]
-        return Wider(wide, self._positions(), self._wide_mask(mask, place, anew))
+        drifted = put(self.device, np.flatnonzero(drift))
+        wide[self.at[drifted]] = self.store.inputs[layer][self.slots[drifted, None], self.columns[drifted]]
+        return Wider(wide, self._positions(), self._wide_mask(mask, place, drifted))
 
     def _positions(self) -> Int[Tensor, "B W"]:
         padding = self.store.padding[self.selection.rows]
         return (self.current.columns - put(self.device, padding)[:, None]).clamp(min=0)
 
     def _wide_mask(
-        self, mask: Bool[Tensor, "B 1 #C S"] | None, place: Int[Tensor, "B W"], anew: Int[Tensor, " N"]
+        self, mask: Bool[Tensor, "B 1 #C S"] | None, place: Int[Tensor, "B W"], drifted: Int[Tensor, " N"]
     ) -> Bool[Tensor, "B 1 #W S"] | None:
         if mask is None or self.store.pattern is None:  # the same for all queries
             return mask
         wide = mask.gather(2, place[:, None, :, None].expand(-1, 1, -1, mask.shape[3]))
         own = self._mask(self.columns)
-        wide[self.at[anew]] = own[anew]
+        wide[self.at[drifted]] = own[drifted]
         return wide
 
     def narrow(self, hidden: Float[Tensor, "B W d"]) -> Float[Tensor, "B C d"]:

@@ -18,6 +18,7 @@ With on_reject=guide this is Speculative Diffusion Decoding (arXiv 2408.05636): 
 argmax the text is the one that the guide writes greedily. Under sample the token at the first rejected position is
 always drawn from max(0, p - q), normalized, so that every token is distributed as p, whatever the drafts; p is subject
 to the temperature, top_p and top_k of the request, as q is. Tokens that the denoiser lacks are excluded from p.
+The first token of an empty prompt is the draft, as the guide has nothing to judge it by.
 
 Differences from the reference:
 - The block is drafted, with block_length=null the whole remainder, as published; one forward verifies all of it.

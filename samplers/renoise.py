@@ -159,7 +159,7 @@ class Renoise(Policy):
     ) -> Int[Tensor, " N"]:
         """A token of each position."""
         # Row by row on purpose, as in `_renoise`: each has its own generator.
-        parts = shares.split(inside.sum(-1).tolist())
+        parts = shares.split(inside.sum(-1).tolist())  # synchronizes: the sizes of the draws
         return torch.cat([self._sample(part, state.sources[row]) for row, part in zip(rows, parts, strict=True)])
 
     def _renoise(self, window: Window, state: Canvases, rows: list[int]) -> None:

@@ -19,26 +19,21 @@ if __name__ == "__main__":
 
     dllm.scripts.cli.run_file(__file__)
 
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from dllm.checks import number
-from dllm.files import write_whole
 from dllm.models.loading import checkpoint_folder
 from dllm.scripts import app, training
-from dllm.scripts.model_card import model_card, read_recipe, write_card
-from dllm.scripts.tiny_data import BatchMaker
 from dllm.scripts.tiny_models import as_block_diffusion
-from dllm.scripts.train_tiny import check_data
-from dllm.scripts.training import Trainer, claimed, publish
-from dllm.tasks.tokenizer import build_tokenizer
+from dllm.scripts.train_tiny import OnWordProblems, carry_out, check_data
+from dllm.scripts.training import Trainer
 
 RECIPE = "adapt.yaml"
 
@@ -90,22 +85,12 @@ def mask_blocks(
     return masked.flatten(1).gather(1, slots), weight.flatten(1).gather(1, slots)
 
 
-class BlockDiffusion:
-    """Training data and loss.
+class BlockDiffusion(OnWordProblems):
+    """Training data and loss."""
 
-    Args:
-        cfg: the options of the command.
-    """
-
-    def __init__(self, cfg: DictConfig) -> None:
-        torch.manual_seed(cfg.seed)
-        self.cfg = cfg
-        self.tokenizer = build_tokenizer()
-        self.batches = BatchMaker(cfg, self.tokenizer)
-        self.rng = torch.Generator().manual_seed(cfg.seed)
-        folder = checkpoint_folder(cfg.init, option="init", known=("tiny-guide",))
-        self.model = as_block_diffusion(folder, cfg.init, self.tokenizer, cfg.block_length).to(cfg.device)
-        self.compute_loss = torch.compile(self._loss, dynamic=False) if cfg.compile else self._loss
+    def _build(self) -> PreTrainedModel:
+        folder = checkpoint_folder(self.cfg.init, option="init", known=("tiny-guide",))
+        return as_block_diffusion(folder, self.cfg.init, self.tokenizer, self.cfg.block_length)
 
     def _loss(self, ids: Tensor, valid: Tensor, masked: Tensor, weight: Tensor) -> Tensor:
         width, block_length = self.cfg.prompt_length, self.cfg.block_length
@@ -128,20 +113,6 @@ class BlockDiffusion:
         masked, weight = mask_blocks(starts, batch.ids.shape[1] - width, self.cfg.block_length, self.rng)
         return self.compute_loss(*(t.to(self.cfg.device) for t in (batch.ids, batch.valid, masked, weight)))
 
-    def state(self) -> dict[str, Any]:
-        """The random states of the problems and the masks."""
-        return {"rng": self.rng.get_state(), "problems": self.batches.rng.getstate()}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a stored state."""
-        self.rng.set_state(state["rng"])
-        self.batches.rng.setstate(state["problems"])
-
-    def save(self, folder: Path) -> None:
-        """Write the model and its tokenizer."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-
 
 def main() -> None:
     """Entry point."""
@@ -154,19 +125,7 @@ def adapt(cfg: DictConfig) -> None:
     logging.disable_progress_bar()  # transformers draws one for each small file
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    trainer = trainer_of(cfg)
-    with claimed("out", cfg.out, RECIPE):
-        trainer.resume()
-        if trainer.step < cfg.steps:
-            write_whole(trainer.out / RECIPE, OmegaConf.to_yaml(cfg))
-        training.run(trainer, "adapting")
-        trainer.export()
-        recipe = OmegaConf.create(read_recipe(trainer.out / RECIPE, cfg) | {"arch": "block"})
-        card = model_card(trainer.out, recipe, cfg, trainer.seconds / 60)
-        write_card(trainer.out / "README.md", card, RECIPE)
-    if cfg.publish:
-        publish(trainer.out, Path(cfg.publish), RECIPE)
-    print(f"model and model card in {cfg.publish or cfg.out}")
+    carry_out(cfg, trainer_of(cfg), RECIPE, "adapting", "block")
 
 
 def trainer_of(cfg: DictConfig) -> Trainer:

@@ -38,7 +38,7 @@ from dllm.resolve import build, resolve
 from dllm.samplers.base import Sampler
 from dllm.scripts import app, training
 from dllm.scripts.collecting import check_source, collected, data_name, read_prompts
-from dllm.scripts.model_card import check_recipe, write_card, yaml_block
+from dllm.scripts.model_card import NO_RECIPE, check_recipe, write_card, yaml_block
 from dllm.scripts.training import Trainer, claimed
 from dllm.stored import there
 from dllm.tasks import word_problems
@@ -53,7 +53,7 @@ _KINDS = get_type_hints(dllm.Options) | {
 _DECODING = """model sampler cache seed gen_length block_length temperature top_p top_k tempered_confidence stop_at_eos
 eos_token_id eos_suppression batch_size""".split()
 # Options that do not affect training.
-_NO_RECIPE = ("out", "threads", "checkpoint_every", "log_every", "eval_problems", "eval_seed", "eval_sampler")
+_NO_RECIPE = (*NO_RECIPE, "eval_sampler")
 
 
 class Distillation:

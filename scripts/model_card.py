@@ -34,10 +34,10 @@ _KINDS = {
     "guide": "A causal language model in the Qwen2 architecture, which can guide the bundled denoisers",
 }
 # Options that do not affect training.
-_NO_RECIPE = ("out", "publish", "init", "threads", "checkpoint_every", "log_every", "eval_problems", "eval_seed")
+NO_RECIPE = ("out", "publish", "init", "threads", "checkpoint_every", "log_every", "eval_problems", "eval_seed")
 RECIPE = "train_tiny.yaml"  # training configuration, in the folder of the model
 # Options that may change when resuming.
-_NO_IDENTITY = {*_NO_RECIPE, "device", "compile", "eval_sampler"} - {"init"}
+_NO_IDENTITY = {*NO_RECIPE, "device", "compile", "eval_sampler"} - {"init"}
 
 
 def read_recipe(path: Path, cfg: DictConfig) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def model_card(folder: Path, recipe: Any, cfg: DictConfig, minutes: float) -> st
         "## Training",
         f"`{_command(recipe)}`: {recipe.steps:,} steps of {recipe.batch_size:,} problems, "
         f"seed {recipe.seed}, {minutes:.0f} minutes on {_device(recipe)}{start}.",
-        yaml_block({key: value for key, value in recipe.items() if key not in _NO_RECIPE and value != "block"}),
+        yaml_block({key: value for key, value in recipe.items() if key not in NO_RECIPE and value != "block"}),
         "## Accuracy",
         *_accuracy(folder, recipe.arch, cfg),
         "## Limits",
@@ -211,7 +211,7 @@ def _command(recipe: Any) -> str:
     if recipe.init and recipe.init != defaults["init"]:
         words.append(f"init=outputs/{Path(recipe.init).name}")
     for key, value in fields.items():
-        if key in ("arch", *_NO_RECIPE) or value == defaults.get(key):
+        if key in ("arch", *NO_RECIPE) or value == defaults.get(key):
             continue
         if isinstance(value, dict):
             # Hydra merges dictionaries: missing keys must be set to 0.

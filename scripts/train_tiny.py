@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from dllm.checks import number, seed
@@ -31,8 +32,8 @@ from dllm.tasks import word_problems
 from dllm.tasks.tokenizer import build_tokenizer
 
 
-class WordProblems:
-    """Training data and loss of the architectures.
+class OnWordProblems:
+    """A model, the word problems it learns from, and the random state of a training; subclasses have a loss.
 
     Args:
         cfg: the options of the command.
@@ -44,8 +45,35 @@ class WordProblems:
         self.tokenizer = build_tokenizer()
         self.batches = BatchMaker(cfg, self.tokenizer)
         self.rng = torch.Generator().manual_seed(cfg.seed)
-        self.model = build_model(cfg, self.tokenizer).to(cfg.device)
+        self.model = self._build().to(cfg.device)
         self.compute_loss = torch.compile(self._loss, dynamic=False) if cfg.compile else self._loss
+
+    def _build(self) -> PreTrainedModel:
+        raise NotImplementedError
+
+    def _loss(self, ids: Tensor, valid: Tensor, masked: Tensor, extra: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        """The random states of the problems and the masks."""
+        return {"rng": self.rng.get_state(), "problems": self.batches.rng.getstate()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a stored state."""
+        self.rng.set_state(state["rng"])
+        self.batches.rng.setstate(state["problems"])
+
+    def save(self, folder: Path) -> None:
+        """Write the model and its tokenizer."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+class WordProblems(OnWordProblems):
+    """Training data and loss of the architectures."""
+
+    def _build(self) -> PreTrainedModel:
+        return build_model(self.cfg, self.tokenizer)
 
     def _loss(self, ids: Tensor, valid: Tensor, masked: Tensor, target: Tensor) -> Tensor:
         cfg, width = self.cfg, self.cfg.prompt_length
@@ -71,20 +99,6 @@ class WordProblems:
             masked, target = corrupt(canvas, batch.answer_lengths, cfg.noise, self.tokenizer, self.rng)
         return self.compute_loss(*(t.to(cfg.device) for t in (batch.ids, batch.valid, masked, target)))
 
-    def state(self) -> dict[str, Any]:
-        """The random states of the problems and the masks."""
-        return {"rng": self.rng.get_state(), "problems": self.batches.rng.getstate()}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a stored state."""
-        self.rng.set_state(state["rng"])
-        self.batches.rng.setstate(state["problems"])
-
-    def save(self, folder: Path) -> None:
-        """Write the model and its tokenizer."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-
 
 def main() -> None:
     """Entry point."""
@@ -98,18 +112,30 @@ def train(cfg: DictConfig) -> None:
     logging.disable_progress_bar()  # transformers draws one for each small file
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    trainer = trainer_of(cfg)
-    with claimed("out", cfg.out, RECIPE):
+    carry_out(cfg, trainer_of(cfg), RECIPE, cfg.arch, cfg.arch)
+
+
+def carry_out(cfg: DictConfig, trainer: Trainer, recipe_file: str, doing: str, arch: str) -> None:
+    """Resume or begin a training, and write the model, its card and what is published.
+
+    Args:
+        cfg: the options of the command.
+        trainer: of the model.
+        recipe_file: name of the training configuration in the folder of the model.
+        doing: title of the progress bar.
+        arch: of the card.
+    """
+    with claimed("out", cfg.out, recipe_file):
         trainer.resume()
         if trainer.step < cfg.steps:
-            write_whole(trainer.out / RECIPE, OmegaConf.to_yaml(cfg))
-        training.run(trainer, cfg.arch)
+            write_whole(trainer.out / recipe_file, OmegaConf.to_yaml(cfg))
+        training.run(trainer, doing)
         trainer.export()
-        recipe = OmegaConf.create(read_recipe(trainer.out / RECIPE, cfg))
+        recipe = OmegaConf.create(read_recipe(trainer.out / recipe_file, cfg) | {"arch": arch})
         card = model_card(trainer.out, recipe, cfg, trainer.seconds / 60)
-        write_card(trainer.out / "README.md", card)
+        write_card(trainer.out / "README.md", card, recipe_file)
     if cfg.publish:
-        publish(trainer.out, Path(cfg.publish), RECIPE)
+        publish(trainer.out, Path(cfg.publish), recipe_file)
     print(f"model and model card in {cfg.publish or cfg.out}")
 
 

@@ -111,7 +111,7 @@ class Encoded:
         canvas, rows, device = self._canvas, question.rows, question.tokens.device
         counts = compute.sum(1)
         sequence, column = np.nonzero(compute)
-        # What only fills the forward is written behind the canvas.
+        # What only fills the forward is written after the canvas.
         host = np.full((len(rows), int(counts.max())), canvas.length)
         host[sequence, np.arange(len(column)) - np.repeat(counts.cumsum() - counts, counts)] = column
         columns, first, real = send(device, host, canvas.padding[rows], host < canvas.length)

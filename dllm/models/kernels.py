@@ -45,7 +45,7 @@ class Kernel(Generic[P, R]):
         if self._failed or not (type(of) is Tensor and of.device.type in self.devices) or torch.is_grad_enabled():
             return self.function(*args, **kwargs)
         if self._compiled is None:
-            # Compiled anew for one column or row, and for inputs of other ranks.
+            # Compiled again for one column or row, and for inputs of other ranks.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
             self._compiled = torch.compile(self.function, fullgraph=True)
         try:
