@@ -10,13 +10,17 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import pytest
 
 import dllm
 from commands import command
-from serve_rig import QUESTION, Running, serving
 from toys import Leftmost
+
+httpx = pytest.importorskip("httpx")
+for needed in ("fastapi", "prometheus_client", "uvicorn"):
+    pytest.importorskip(needed)
+
+from serve_rig import QUESTION, Running, serving  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("serve")
 

@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 
 import dllm
-from serve_rig import QUESTION, Running, serving
 
 openai = pytest.importorskip("openai")
+for needed in ("fastapi", "prometheus_client", "uvicorn"):
+    pytest.importorskip(needed)
+
+from serve_rig import QUESTION, Running, serving  # noqa: E402
+
 pytestmark = pytest.mark.xdist_group("serve")
 MESSAGES = [{"role": "user", "content": QUESTION}]
 
@@ -74,9 +78,9 @@ def test_errors_are_those_that_the_openai_client_knows(client: openai.OpenAI, se
         client.chat.completions.create(model="tiny-llada", messages=MESSAGES, temperature=-1)
     with pytest.raises(openai.NotFoundError, match="is not served here"):
         client.chat.completions.create(model="gpt", messages=MESSAGES)
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0) as other:
-        with pytest.raises(openai.AuthenticationError):
-            other.models.list()
+    other = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
+    with other, pytest.raises(openai.AuthenticationError):
+        other.models.list()
 
 
 def test_many_at_once_from_the_asynchronous_client(server: Running, expected: str) -> None:
