@@ -19,10 +19,19 @@ export function shade(ramp, share) {
   return ramp[low].map((value, i) => Math.round(value + (ramp[low + 1][i] - value) * (place - low)));
 }
 
+// Relative luminance of WCAG 2.
+function luminance(colour) {
+  const [red, green, blue] = colour.map((value) => {
+    const share = value / 255;
+    return share <= 0.04045 ? share / 12.92 : ((share + 0.055) / 1.055) ** 2.4;
+  });
+  return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+}
+
+// Black or white on a colour, whichever has more contrast: at least 4.5 to 1.
 function paint(element, colour) {
-  const bright = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 140;
   element.style.backgroundColor = `rgb(${colour.join(", ")})`;
-  element.style.color = bright ? "#000" : "#fff";
+  element.style.color = luminance(colour) > 0.179 ? "#000" : "#fff";
 }
 
 // Colour of a written cell; `meaning` names a ramp, `last` is the last step.
@@ -38,10 +47,11 @@ function struckThrough(text) {
 }
 
 // `colour` is that of a written cell, null at others.
-export function drawCell(element, cell, colour) {
+export function drawCell(element, cell, place, colour) {
   element.className = ["token", cell.kind, ...cell.marks].join(" ");
   element.replaceChildren((cell.text ?? "·").replaceAll("⏎", "⏎\n"));
   element.removeAttribute("style");
+  element.setAttribute("aria-label", describe(cell, place));
   if (colour) paint(element, colour);
   if (cell.struck !== null) element.append(struckThrough(cell.struck));
 }
@@ -67,7 +77,11 @@ export function fill(parent, count, tag) {
 // The positions of a canvas as elements, one of which Tab reaches and arrow keys leave.
 export function layOut(canvas, count) {
   fill(canvas, count, "span");
-  [...canvas.children].forEach((element, place) => { element.tabIndex = place ? -1 : 0; });
+  [...canvas.children].forEach((element, place) => {
+    element.tabIndex = place ? -1 : 0;
+    element.setAttribute("role", "img");
+    element.setAttribute("aria-roledescription", "token");
+  });
 }
 
 // Arrow keys go from token to token.

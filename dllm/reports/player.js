@@ -56,7 +56,7 @@ function drawCanvas(now) {
   [...part.canvas.children].forEach((element, place) => {
     const cell = cellAt(now, place);
     const colour = cell.kind === "written" ? colourOf(cell, data.ramps, state.colour, state.steps.length - 1) : null;
-    drawCell(element, cell, colour);
+    drawCell(element, cell, place, colour);
   });
 }
 
