@@ -1,4 +1,4 @@
-"""The files of the page that the server shows at `/`: its own, and the drawing that it shares with a report's player."""
+"""The files of the page at `/`: its own, and the drawing that it shares with the player of a report."""
 
 from __future__ import annotations
 

@@ -38,11 +38,9 @@ function written(cell, text, share, step) {
 export function follow(cells, event, step, show) {
   const next = cells.map(aged);
   for (const place of event.revoked) next[place] = revoked(cells[place], step);
-  for (const [place, piece, share] of event.committed) {
-    const text = show(piece);
-    const guessed = cells[place].kind === "predicted" && cells[place].text === text ? cells[place].share : null;
-    next[place] = written(next[place], text, share ?? guessed, step);
-  }
+  event.committed.forEach(([place, piece], index) => {
+    next[place] = written(next[place], show(piece), event.confidence[index], step);
+  });
   for (const [place, piece, share] of event.provisional) {
     if (next[place].kind === "open") next[place] = { ...next[place], kind: "predicted", text: show(piece), share };
   }
