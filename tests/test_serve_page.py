@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from serve_rig import QUESTION, Running, serving  # noqa: E402
 pytestmark = in_a_browser
 MASK = "<|mdm_mask|>"
 HOLED = "Tom has 2 apples. He buys 3. We compute____= 5."
-RIGHT, LEFT, HOME, END, CONTROL, ENTER, SHIFT = "\ue014\ue012\ue011\ue010\ue009\ue007\ue008"
+RIGHT, LEFT, HOME, END, CONTROL, ENTER, SHIFT, TAB = "\ue014\ue012\ue011\ue010\ue009\ue007\ue008\ue004"
 # Requests are kept, and answered as a test says or by the server.
 RECORDER = """
   window.sent = []; window.played = []; window.keys = [];
@@ -128,6 +129,17 @@ def shown(token: str) -> str:
 
 def steps_of(chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [chunk["dllm"] for chunk in chunks if "committed" in chunk.get("dllm", {})]
+
+
+@contextmanager
+def before_it_loads(page: Any, script: str) -> Iterator[None]:
+    """Open the page again with a script that runs before its own."""
+    added = page.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": script})
+    try:
+        page.refresh()
+        yield
+    finally:
+        page.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
 
 
 class TestChat:
@@ -277,6 +289,45 @@ class TestSettings:
         assert page.execute_script("return window.keys.at(-1)") == "Bearer secret"
         assert page.execute_script("return [sessionStorage.length, localStorage.length, document.cookie]") == [1, 0, ""]
         page.execute_script("sessionStorage.clear()")
+
+    def test_a_server_with_a_key_asks_for_it_first(self, page: Any) -> None:
+        guarded = """
+          const real = window.fetch;
+          window.fetch = (path, options) => options.headers.Authorization === 'Bearer secret' ? real(path, options)
+            : Promise.resolve(new Response('{"error": {"message": "no key"}}', { status: 401 }));
+        """
+        with before_it_loads(page, guarded):
+            until(page, "document.getElementById('trouble').textContent")
+            assert find(page, "#trouble").text.startswith("The server asks for an API key")
+            assert not find(page, "#send").is_enabled()
+            find(page, "#key").send_keys("secret", TAB)
+            until(page, "!document.getElementById('send').disabled")
+            assert find(page, "#trouble").text == ""
+        page.execute_script("sessionStorage.clear()")
+
+    def test_a_model_without_a_chat_template_completes(self, page: Any, server: Running) -> None:
+        bare = """
+          const real = window.fetch;
+          window.fetch = async (path, options) => {
+            const answer = await real(path, options);
+            if (path !== 'v1/models') return answer;
+            const said = await answer.json();
+            said.data[0].dllm.chat = false;
+            return new Response(JSON.stringify(said));
+          };
+        """
+        with before_it_loads(page, bare):
+            until(page, "!document.getElementById('send').disabled")
+            page.execute_script(RECORDER)
+            assert find(page, "#chat-name").text == "Complete"
+            for each in (QUESTION, f"{QUESTION} Tom"):
+                ask(page, each)
+            assert [(path, body["prompt"]) for path, body in sent(page)] == [
+                ("v1/completions", QUESTION),
+                ("v1/completions", f"{QUESTION} Tom"),
+            ]
+            answer = server.complete(prompt=f"{QUESTION} Tom")
+            assert text(page, ".text") == answer["choices"][0]["text"]
 
 
 class TestComparison:
@@ -444,6 +495,7 @@ class TestAccess:
             .observe(document.getElementById('status'), { childList: true });
         """)
         ask(page)
+        assert page.switch_to.active_element == find(page, "#send")  # which was disabled meanwhile
         said = page.execute_script("return window.said")
         assert len(said) == 2 and re.fullmatch(r"tiny/threshold: \d+ tokens in \d+ forwards\.", said[1])
         assert (

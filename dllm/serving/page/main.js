@@ -100,8 +100,10 @@ async function receive(view, [path, body], signal) {
 
 function busy(controller) {
   state.running = controller;
-  part.send.disabled = controller !== null;
-  part.stop.disabled = controller === null;
+  const [on, off] = controller ? [part.stop, part.send] : [part.send, part.stop];
+  on.disabled = false;
+  if (document.activeElement === off) on.focus();  // a button that is disabled would lose the focus
+  off.disabled = true;
 }
 
 function ask(text) {

@@ -87,7 +87,7 @@ export function settingsPanel(letter, served) {
 
   element.querySelector(".letter").textContent = letter;
   field("sampler").replaceChildren(
-    new Option(`${served.sampler} (as the server is set)`, ""),
+    new Option(`${served.sampler} (the server's own)`, ""),
     ...served.samplers.map(({ name, kind }) => new Option(kind === "committing" ? name : `${name} (${kind})`, name)),
   );
   field("max_tokens").placeholder = served.gen_length;
