@@ -213,6 +213,23 @@ class TestChat:
         assert set(page.execute_script("return [...window.seen]")) >= {"open", "predicted", "written"}
         assert re.fullmatch(r"NFE \d+ \d+ masked ", page.execute_script("return window.told"))
 
+    def test_a_text_that_was_revised_is_replaced_at_the_end(self, page: Any) -> None:
+        figures = {"nfe": [1], "tokens": 1, "tokens_per_forward": 1, "tokens_per_second": 1}
+        step = {"nfe": 1, "masked": 0, "provisional": [], "committed": [[0, "5"]], "confidence": [None]}
+        told: list[tuple[str, str | None, dict[str, Any]]] = [
+            ("", None, {"begin": {"length": 1, "given": []}}),
+            ("4", None, step | {"revoked": [], "filled": []}),
+            ("", "stop", figures | {"sampler": "wino", "cache": "none", "text": "5"}),
+        ]
+        chunks = [
+            {"choices": [{"index": 0, "delta": {"content": content}, "finish_reason": reason}], "dllm": also}
+            for content, reason, also in told
+        ]
+        play(page, "".join(f"data: {json.dumps(chunk)}\r\n\r\n" for chunk in chunks) + "data: [DONE]\n\n")
+        ask(page)
+        assert text(page, ".text") == "5"
+        assert cells(page)[0]["label"] == 'Position 1: "5", written in step 1, confidence unknown'
+
     def test_the_conversation_goes_on(self, page: Any) -> None:
         find(page, "#prompt").send_keys(QUESTION, ENTER)
         until(page, "!document.getElementById('send').disabled && window.sent.length === 1")
