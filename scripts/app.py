@@ -52,6 +52,8 @@ _PATHS = (
     "quality",
     "task.metric",
 )
+# Options that are text, whatever it looks like.
+_TEXTS = ("server", "api_key")
 # Groups that accept other names than their choices: the choice for these, and its option that takes the name.
 _OTHERS = {"model": ("custom", "path"), "task": ("lm_eval", "name")}
 # The option of a positional argument.
@@ -302,7 +304,7 @@ def _rewrite_one(argument: str, groups: Mapping[str, Any], multirun: bool) -> li
             key, name = f"++{name}.{option}", f"{name}.{option}"
             _refuse_resolvers(name, argument)
             return [f"{name.partition('.')[0]}={choice}", f"{key}={argument}"]
-    if name == "prompt":
+    if name == "prompt" or (name in _TEXTS and value != "null"):
         return [f"{key}={_quote_literally(value)}"]
     if value.startswith(("[", "{")) and value.count(",") >= _MOST_ENTRIES:
         raise ValueError(f"{key}={value} has too many entries; use at most {_MOST_ENTRIES}")

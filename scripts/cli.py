@@ -11,6 +11,7 @@ from dllm.scripts.ending import Stopped, fail, interruption, leave_quietly, pipe
 
 COMMANDS = (
     "generate",
+    "chat",
     "evaluate",
     "calibrate",
     "report",

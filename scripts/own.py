@@ -154,6 +154,20 @@ CALIBRATION = _text("card of dllm calibrate", r'\{\s*"format": "dllm-calibration
 CERTIFICATE = _text("plot of dllm calibrate", r"<\?xml.*Matplotlib v.*[> ]answers lost against one token per step[< ]")
 
 
+def _has_turns(path: Path) -> bool:
+    """Whether every line is a message of a conversation, and every answer has its costs."""
+    try:
+        rows = [parse_json(row) for row in path.read_bytes()[:_MOST].splitlines()]
+    except ValueError:
+        return False
+    roles = [row.get("role") if isinstance(row, dict) else None for row in rows]
+    costs = [row.get("dllm") if isinstance(row, dict) else None for row in rows[1::2]]
+    return roles == ["user", "assistant"] * (len(rows) // 2) and all(isinstance(cost, dict) for cost in costs)
+
+
+CONVERSATION = Kind("conversation of dllm chat", _has_turns)
+
+
 def _has_rows_of_a_report(path: Path) -> bool:
     """Whether it is a complete CSV table with our columns."""
     try:

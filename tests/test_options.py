@@ -23,7 +23,7 @@ from models import random_llada, save_folder
 WORK = {
     "generate": "generate", "evaluate": "evaluate", "report": "report", "show": "show", "bench": "bench",
     "compatibility": "compatibility", "train-filter": "train_filter", "train-tiny": "train", "distill": "distill",
-    "adapt": "adapt",
+    "adapt": "adapt", "chat": "chat",
 }  # fmt: skip
 BAD = [
     "abc", "nan", "inf", "-1", "1e400", "[]", "{}", "[[1]]", "true", "", "x" * 5000, "${oc.env:HOME}", "${nope}", "???",
