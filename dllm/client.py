@@ -213,16 +213,17 @@ def naming_failures(server: str) -> Iterator[None]:
     try:
         yield
     except httpx.HTTPError as error:
-        raise _broken(error, server) from None
+        raise ServerError(describe(error, server)) from None
 
 
-def _broken(error: httpx.HTTPError, server: str) -> ServerError:
+def describe(error: httpx.HTTPError, server: str) -> str:
+    """A failed request in one line."""
+    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+        reason = "no answer in time" if isinstance(error, httpx.ConnectTimeout) else first_line(error)
+        return f"{server} cannot be reached ({reason}); start it with `dllm serve`"
     if isinstance(error, httpx.TimeoutException):
-        slow = "be reached" if isinstance(error, httpx.ConnectTimeout) else "answer"
-        return ServerError(f"{server} did not {slow} in time")
-    if isinstance(error, httpx.ConnectError):
-        return ServerError(f"{server} cannot be reached ({first_line(error)}); start it with `dllm serve`")
-    return ServerError(f"{server} broke off ({first_line(error)})")
+        return f"{server} did not answer in time"
+    return f"{server} broke off ({first_line(error)})"
 
 
 def _message(answer: Any) -> str:

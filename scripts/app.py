@@ -373,6 +373,27 @@ def _strings(value: str) -> str:
     return f"[{','.join(map(_quote_literally, given))}]"
 
 
+def argument(name: str, value: Any) -> str:
+    """NAME=VALUE as a user types it on the command line of another command."""
+    return f"{name}={value if isinstance(value, str) and name in (*_PATHS, *_TEXTS) else _spelt(value)}"
+
+
+def _spelt(value: Any) -> str:
+    """A value in Hydra's grammar."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case str():
+            return _quote_literally(value)
+        case Mapping():
+            return f"{{{','.join(f'{_spelt(key)}:{_spelt(each)}' for key, each in value.items())}}}"
+        case list():
+            return f"[{','.join(map(_spelt, value))}]"
+    return str(value)
+
+
 def _quote_literally(value: str) -> str:
     """Quote text in which OmegaConf's ${...} and ??? are literal."""
     if value == "???":

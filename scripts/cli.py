@@ -17,6 +17,7 @@ COMMANDS = (
     "report",
     "show",
     "bench",
+    "bench-serve",
     "compatibility",
     "train-filter",
     "train-tiny",

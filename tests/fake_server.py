@@ -34,6 +34,7 @@ class FakeServer:
     chat: bool = True
     scripted: list[Answer | bytes] = field(default_factory=list)
     asked: list[tuple[str, dict[str, str], dict[str, Any]]] = field(default_factory=list)
+    port: int = 0
     url: str = ""
     waiting: int = 0
     busy: float = 0.0
@@ -122,7 +123,7 @@ def serving(**options: Any) -> Iterator[FakeServer]:
 
     async def run() -> None:
         server.free = asyncio.Semaphore(server.slots)
-        listening = await asyncio.start_server(server.serve, "127.0.0.1", 0, backlog=4096)
+        listening = await asyncio.start_server(server.serve, "127.0.0.1", server.port, backlog=4096)
         server.url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
         started.set()
         await stop.wait()

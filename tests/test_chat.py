@@ -25,6 +25,8 @@ from fake_server import FakeServer, serving
 from models import random_llada, save_folder
 from warm import Process
 
+pytest.importorskip("httpx")
+
 QUESTION = "Tom has 23 apples. He buys 12. How many apples does he have?"
 OTHER = "Sam has 5 pens. He loses 2. How many pens does he have?"
 TEMPLATE = "{% for each in messages %}{{ each['content'] }} {% endfor %}So"
