@@ -12,6 +12,7 @@ from dllm.scripts.ending import Stopped, fail, interruption, leave_quietly, pipe
 COMMANDS = (
     "generate",
     "chat",
+    "serve",
     "evaluate",
     "calibrate",
     "report",

@@ -30,7 +30,7 @@ LOCAL = (
     "stop_at_eos", "eos_token_id", "stop", "eos_suppression",
 )  # fmt: skip
 _TOP = ("temperature", "top_p", "stop")
-_OWN = ("block_length", "top_k", "tempered_confidence", "eos_suppression")
+_OWN = ("block_length", "top_k", "tempered_confidence", "eos_suppression", "stop_at_eos")
 REMOTE = ("gen_length", "seed", *_TOP, *_OWN)
 _SILENCE = 600.0  # seconds without anything from a server, which has a limit of its own
 
@@ -104,12 +104,11 @@ class Settings:
         return replace(self, policy=policy, sampler=sampler)
 
     def changes(self) -> tuple[str | None, dict[str, Any]]:
-        """The policy without its variant, and its options that differ from the defaults."""
+        """The policy, and its options that differ from the defaults."""
         if self.policy is None or self.sampler is None:
             return None, {}
-        name = self.policy.rpartition("/")[2]
-        defaults = options_of("sampler", name)
-        return name, {key: value for key, value in self.sampler.items() if value != defaults.get(key)}
+        defaults = options_of("sampler", self.policy)
+        return self.policy, {key: value for key, value in self.sampler.items() if value != defaults.get(key)}
 
     def seed(self, turn: int) -> int:
         """Of one turn."""
@@ -231,8 +230,10 @@ class Remote:
 
     def configure(self, settings: Settings) -> None:
         """Use other settings from now on."""
-        if settings.options.get("gen_length") == "auto":
-            raise ValueError("gen_length='auto' is not supported by a server; use a whole number of at least 1")
+        for name, value in (("gen_length", "auto"), ("block_length", None)):
+            if name in settings.options and settings.options[name] == value:
+                shown = "null" if value is None else value
+                raise ValueError(f"{name}={shown} cannot be asked of a server; use a whole number of at least 1")
         self.settings = settings
 
     def answer(self, asked: str | Sequence[Mapping[str, str]], turn: int, display: Display) -> Reply:
@@ -260,7 +261,7 @@ class Remote:
     def _fields(self, turn: int) -> dict[str, Any]:
         """The settings as fields of a request."""
         given = self.settings.options
-        own: dict[str, Any] = {name: given[name] for name in _OWN if name in given and given[name] != "auto"}
+        own: dict[str, Any] = {name: given[name] for name in _OWN if given.get(name) not in (None, "auto")}
         sampler, changes = self.settings.changes()
         own |= {"sampler": sampler} if sampler else {}
         own |= {"sampler_options": changes} if changes else {}

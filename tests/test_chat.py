@@ -220,9 +220,9 @@ class TestServer:
 
     def test_only_what_was_chosen_is_sent(self, server: FakeServer) -> None:
         chat("Hi\n/set block_length=16\n/set gen_length=64\n/set top_k=5\nHo\n", f"server={server.url}",
-             "sampler=tiny/threshold", 'stop=["x"]')  # fmt: skip
+             "sampler=threshold", "sampler.threshold=0.5", 'stop=["x"]')  # fmt: skip
         [first, second] = [body for _, _, body in server.asked]
-        assert first["dllm"] == {"sampler": "threshold", "sampler_options": {"threshold": 0.999}}
+        assert first["dllm"] == {"sampler": "threshold", "sampler_options": {"threshold": 0.5}}
         assert first["stop"] == ["x"]
         assert "max_tokens" not in first
         assert second["dllm"] == first["dllm"] | {"block_length": 16, "top_k": 5}
@@ -293,7 +293,8 @@ class TestRefusals:
             (["server=http://x", "cache=dual"], "cache has no effect with server"),
             (["server=http://x", "batch_size=4"], "batch_size has no effect with server"),
             (["server=http://x", "model.dtype=float32"], "model.dtype has no effect with server"),
-            (["server=http://x", "gen_length=auto"], "gen_length='auto' is not supported by a server"),
+            (["server=http://x", "gen_length=auto"], "gen_length=auto cannot be asked of a server"),
+            (["server=http://x", "block_length=null"], "block_length=null cannot be asked of a server"),
             (["server=http://x", "temperature=-1"], "temperature=-1 is out of range"),
             (["api_key=x"], "api_key has no effect without server"),
             (["show=film"], "unknown show='film'; expected one of auto, live, lines, none"),

@@ -238,7 +238,7 @@ class Canvas:
         committed, revoked = changed & ~masked & ~filled, changed & masked & ~filled
         filled |= rest
         ends = rows[done], rows[failed]
-        return Change(rows, committed, committed & ~unset, revoked, filled, gained, *ends, grown, held)
+        return Change(rows, committed, committed & ~unset, revoked, filled, gained, *ends, grown, held, settled)
 
     def visible(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """(A, L) columns of some rows that are attended to: neither padding nor discarded nor hidden."""

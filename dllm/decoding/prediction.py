@@ -200,6 +200,19 @@ class Prediction:
         found = F.pad(own / (own + others.sum(-1).double()), (0, 1), value=-torch.inf)
         return found[place]
 
+    def ranked(self, count: int) -> tuple[Float[Tensor, "*B K S"], Int[Tensor, "*B K S"]]:
+        """Log-probabilities, in float64, and ids of the most probable tokens, best first; never [MASK].
+
+        Args:
+            count: of tokens, at most those of the vocabulary; -inf and 0 where not requested.
+        """
+        rows = len(self.logits)
+        place = self._spread(torch.arange(rows, device=self.logits.device), rows)
+        shares = _without(self.logits.double().log_softmax(-1), [self._mask_token_id])
+        best = shares.topk(min(count, self.logits.shape[-1]), dim=-1)
+        values, tokens = F.pad(best.values, (0, 0, 0, 1), value=-torch.inf), F.pad(best.indices, (0, 0, 0, 1))
+        return values[place], tokens[place]
+
     def distribution(self, logits: Float[Tensor, "N V"] | None = None) -> Float[Tensor, "N V"]:
         """The probabilities that the tokens of the requested positions are drawn with, in float64.
 

@@ -131,6 +131,7 @@ class Change:
         failed: rows that failed.
         grown: (B,) positions that rows gained at their end.
         held: (B,) rows that the policy keeps at their block.
+        settled: (B,) the column before which no token changes any more.
     """
 
     rows: NDArray[np.int64]
@@ -143,6 +144,7 @@ class Change:
     failed: NDArray[np.int64]
     grown: NDArray[np.int64]
     held: NDArray[np.bool_]
+    settled: NDArray[np.int64]
 
     @property
     def idle(self) -> NDArray[np.bool_]:

@@ -1,0 +1,190 @@
+"""The engine's answers as OpenAI's objects: complete ones, and the chunks of a stream."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from secrets import token_hex
+from typing import Any
+
+from dllm.decoding.step import Answer
+from dllm.serving.events import TokenLogprob
+from dllm.serving.protocol import Plan, named
+from dllm.serving.ticket import Failure, Ticket
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Writes the answer to one request.
+
+    Attributes:
+        plan: the request.
+        tickets: one for each choice.
+        name: of the model.
+        sampler: name of the server's own policy.
+        cache: name of the cache.
+        id: of the answer.
+        created: seconds since 1970.
+    """
+
+    plan: Plan
+    tickets: Sequence[Ticket]
+    name: str
+    sampler: str
+    cache: str
+    id: str
+    created: int
+
+    @classmethod
+    def of(cls, plan: Plan, tickets: Sequence[Ticket], name: str, sampler: str, cache: str) -> Writer:
+        """A writer with a new id."""
+        kind = "chatcmpl" if plan.chat else "cmpl"
+        return cls(plan, tickets, name, sampler, cache, f"{kind}-{token_hex(12)}", int(time.time()))
+
+    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """The answer in one object."""
+        choices = []
+        for index, (ticket, answer) in enumerate(zip(self.tickets, answers, strict=True)):
+            text = ticket.text(answer)
+            message = {"role": "assistant", "content": text, "refusal": None}
+            said: dict[str, Any] = {"message": message} if self.plan.chat else {"text": text}
+            choices.append({
+                "index": index,
+                **said,
+                "logprobs": self._logprobs(ticket, answer),
+                "finish_reason": _reason(ticket, answer),
+            })  # fmt: skip
+        kind = "chat.completion" if self.plan.chat else "text_completion"
+        return {
+            **self._head(kind),
+            "choices": choices,
+            "usage": self.usage(answers),
+            "dllm": self.told(range(len(answers)), answers),
+        }
+
+    def first(self, index: int) -> dict[str, Any]:
+        """The chunk that begins a choice."""
+        return self._chunk(index, {"role": "assistant", "content": ""} if self.plan.chat else "")
+
+    def part(self, index: int, text: str, step: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """A chunk with text, and what a step changed."""
+        chunk = self._chunk(index, ({"content": text} if text else {}) if self.plan.chat else text)
+        return chunk if step is None else chunk | {"dllm": {"choice": index, **step}}
+
+    def last(self, index: int, text: str, answer: Answer) -> dict[str, Any]:
+        """The chunk that ends a choice; with the whole text, where that does not begin with what was sent."""
+        ticket = self.tickets[index]
+        chunk = self._chunk(index, ({"content": text} if text else {}) if self.plan.chat else text)
+        chunk["choices"][0] |= {"finish_reason": _reason(ticket, answer), "logprobs": self._logprobs(ticket, answer)}
+        chunk["dllm"] = {"choice": index, **self.told([index], [answer])}
+        if not ticket.kept:
+            chunk["dllm"]["text"] = ticket.text(answer)
+        return chunk
+
+    def closing(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """The chunk with the usage, after all choices."""
+        return {**self._head(self._chunks), "choices": [], "usage": self.usage(answers)}
+
+    def usage(self, answers: Sequence[Answer]) -> dict[str, int]:
+        """Tokens of the prompts, each counted once, and of the texts up to their end."""
+        generated = sum(ticket.generated for ticket in self.tickets)
+        return {
+            "prompt_tokens": self.plan.prompts,
+            "completion_tokens": generated,
+            "total_tokens": self.plan.prompts + generated,
+        }
+
+    def told(self, indices: Sequence[int], answers: Sequence[Answer]) -> dict[str, Any]:
+        """What some choices cost."""
+        tickets = [self.tickets[index] for index in indices]
+        queued = max((ticket.entered or ticket.accepted) - ticket.accepted for ticket in tickets)
+        seconds = max((ticket.ended or 0.0) - ticket.accepted for ticket in tickets)
+        tokens = sum(ticket.generated for ticket in tickets)
+        nfe = [answer.nfe for answer in answers]
+        choice = tickets[0].job.sampler
+        return {
+            "nfe": nfe,
+            "guide_nfe": [answer.guide_nfe for answer in answers],
+            "tokens": tokens,
+            "tokens_per_forward": round(tokens / max(1, sum(nfe)), 3),
+            "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+            "seconds": round(seconds, 4),
+            "queued_seconds": round(queued, 4),
+            "seconds_to_first_text": max((_since(ticket, ticket.written) for ticket in tickets), default=0.0),
+            "computed_positions": sum(answer.positions for answer in answers),
+            "reused_positions": sum(answer.reused for answer in answers),
+            "sampler": self.sampler if choice is None else choice.name,
+            "cache": self.cache,
+        }
+
+    @property
+    def _chunks(self) -> str:
+        return "chat.completion.chunk" if self.plan.chat else "text_completion"
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.name}
+
+    def _chunk(self, index: int, said: Any) -> dict[str, Any]:
+        field = "delta" if self.plan.chat else "text"
+        choice = {"index": index, field: said, "logprobs": None, "finish_reason": None}
+        return {**self._head(self._chunks), "choices": [choice]}
+
+    def _logprobs(self, ticket: Ticket, answer: Answer) -> dict[str, Any] | None:
+        """The log-probabilities of the text's tokens, in the form of OpenAI's chats or completions."""
+        if ticket.job.top_logprobs is None:
+            return None
+        first = 0 if ticket.job.middle is None else ticket.job.middle[0]
+        known = enumerate(ticket.tokens(answer), start=first)
+        found = [ticket.logprobs.get(place, TokenLogprob(token, None)) for place, token in known]
+        piece = ticket.pieces
+        if self.plan.chat:
+            content = [
+                {**_entry(piece[each.token], each.logprob), "top_logprobs": [_entry(piece[t], p) for t, p in each.top]}
+                for each in found
+            ]
+            return {"content": content, "refusal": None}
+        texts = [piece[each.token] for each in found]
+        starts = [sum(map(len, texts[:place])) for place in range(len(texts))]
+        top = [{piece[token]: share for token, share in each.top} for each in found]
+        return {
+            "tokens": texts,
+            "token_logprobs": [each.logprob for each in found],
+            "top_logprobs": top if ticket.job.top_logprobs else None,
+            "text_offset": starts,
+        }
+
+
+def _entry(piece: str, logprob: float | None) -> dict[str, Any]:
+    return {"token": piece, "logprob": logprob, "bytes": list(piece.encode("utf-8", "replace"))}
+
+
+def _since(ticket: Ticket, moment: float | None) -> float:
+    return 0.0 if moment is None else round(moment - ticket.accepted, 4)
+
+
+def _reason(ticket: Ticket, answer: Answer) -> str:
+    return "stop" if ticket.ended_itself(answer) else "length"
+
+
+def event(content: Mapping[str, Any] | str) -> str:
+    """A server-sent event."""
+    return f"data: {content if isinstance(content, str) else dumps(content)}\n\n"
+
+
+def dumps(content: Any) -> str:
+    """JSON in one line; a lone surrogate, which is not valid text, is escaped."""
+    return json.dumps(content, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+
+
+def error(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """OpenAI's error object."""
+    kind = "authentication_error" if status == 401 else "rate_limit_error" if status == 429 else None
+    kind = kind or ("invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def failed(failure: Failure) -> dict[str, Any]:
+    """The error object of a request without an answer."""
+    return error(failure.message, failure.status, named(failure.message))

@@ -1,0 +1,279 @@
+"""The HTTP application: OpenAI's endpoints, health, metrics and the page."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from dllm.decoding.step import Answer
+from dllm.serving.answers import Writer, dumps, error, event, failed
+from dllm.serving.events import Pieces
+from dllm.serving.limits import Guard, Limits
+from dllm.serving.log import Log
+from dllm.serving.loop import STOPPING, EngineLoop, FullError, StoppingError
+from dllm.serving.protocol import BadRequestError, ChatRequest, CompletionRequest, Plan, Terms, parse
+from dllm.serving.ticket import Failure, News, Ticket
+
+
+class Json(JSONResponse):
+    """JSON as the streams write it."""
+
+    def render(self, content: Any) -> bytes:
+        """The body."""
+        return dumps(content).encode()
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the application answers with.
+
+    Attributes:
+        terms: what requests may ask.
+        loop: decodes them.
+        limits: of a request.
+        timeout: seconds from the arrival of a request to its end.
+        log: of requests.
+        sampler: name of the server's own policy.
+        cache: name of the cache.
+    """
+
+    terms: Terms
+    loop: EngineLoop
+    limits: Limits
+    timeout: float
+    log: Log
+    sampler: str
+    cache: str
+
+    def describe(self) -> dict[str, Any]:
+        """The model, as /v1/models tells it."""
+        lm, terms = self.terms.lm, self.terms
+        samplers = [
+            {"name": name, "kind": terms.kinds[name], "options": dict(options)}
+            for name, options in terms.samplers.items()
+        ]
+        tokenizer = lm.tokenizer
+        return {
+            "mask_token": None if tokenizer is None else tokenizer.mask_token,
+            "max_length": terms.max_length,
+            "chat": tokenizer is not None and tokenizer.chat_template is not None,
+            "sampler": self.sampler,
+            "cache": self.cache,
+            "slots": self.loop.decoding.slots,
+            "gen_length": terms.defaults["gen_length"],
+            "block_length": terms.defaults["block_length"],
+            "temperature": terms.defaults["temperature"],
+            "samplers": samplers,
+        }
+
+
+def create(service: Service) -> Guard:
+    """The application."""
+    app = FastAPI(title="dllm", docs_url=None, redoc_url=None, default_response_class=Json)
+    terms, loop = service.terms, service.loop
+    pieces = Pieces(terms.lm.tokenizer)
+    started = int(time.time())
+    model = {"id": terms.name, "object": "model", "created": started, "owned_by": "dllm", "dllm": service.describe()}
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        return await _answer(service, pieces, request, ChatRequest)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await _answer(service, pieces, request, CompletionRequest)
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return Json({"object": "list", "data": [model]})
+
+    @app.get("/v1/models/{name:path}")
+    async def one(name: str) -> Response:
+        if name != terms.name:
+            raise terms.unknown_model(name)
+        return Json(model)
+
+    @app.get("/health")
+    async def health() -> Response:
+        return Json({"status": "ok"}) if loop.healthy else Json({"status": "failed"}, 503)
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        status = "stopping" if loop.stopping else "ready" if loop.ready else "loading"
+        return Json({"status": status}, 200 if status == "ready" else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(loop.metrics.text(), media_type=loop.metrics.content_type)
+
+    @app.exception_handler(BadRequestError)
+    async def bad(request: Request, problem: BadRequestError) -> Response:
+        return Json(error(problem.message, problem.status, problem.param, problem.code), problem.status)
+
+    @app.exception_handler(HTTPException)
+    async def other(request: Request, problem: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path} is not served here; GET /v1/models tells what is"
+        return Json(error(message, problem.status_code), problem.status_code, headers=problem.headers)
+
+    return Guard(app, service.limits)
+
+
+async def _answer(
+    service: Service, pieces: Pieces, http: Request, kind: type[ChatRequest] | type[CompletionRequest]
+) -> Response:
+    """Answer a request, whole or as a stream."""
+    loop, terms = service.loop, service.terms
+    body = await http.body()
+    entry = service.log.entry(http.url.path)
+    try:
+        request = parse(kind, body)
+        plan: Plan = await run_in_threadpool(terms.plan, request)
+    except BadRequestError as problem:
+        loop.metrics.refuse()
+        entry.refused(problem.status, problem.message)
+        raise
+    news, asyncio_loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def notify() -> None:
+        with suppress(RuntimeError):  # the server has stopped
+            asyncio_loop.call_soon_threadsafe(news.set)
+
+    tickets = [Ticket(job, pieces, plan.ends, notify) for job in plan.jobs]
+    try:
+        loop.submit(tickets)
+    except FullError as full:
+        loop.metrics.refuse()
+        entry.refused(429, "the queue is full")
+        message = f"the queue is full; try again in {full.retry_after} seconds"
+        return Json(error(message, 429), 429, headers={"Retry-After": str(full.retry_after)})
+    except StoppingError:
+        loop.metrics.refuse()
+        entry.refused(503, "stopping")
+        return Json(failed(STOPPING), 503, headers={"Retry-After": "5"})
+    entry.accepted(plan, request)
+    following = Following(service, tickets, news)
+    writer = Writer.of(plan, tickets, terms.name, service.sampler, service.cache)
+    try:
+        async with following.while_there(http):
+            # A stream begins once the engine has accepted the request: until then it can be an error of its own.
+            until = following.admitted if plan.stream else following.answered
+            while not until() and following.failure is None:
+                await following.wait()
+    except BaseException:
+        following.give_up()
+        entry.ended(tickets)
+        raise
+    if plan.stream and following.failure is None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        stream = _stream(following, writer, entry.ended)
+        return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+    entry.ended(tickets)
+    if (failure := following.failure) is not None:
+        following.give_up()
+        retry = {"Retry-After": "5"} if failure.status == 503 else None
+        return Json(failed(failure), failure.status, headers=retry)
+    return Json(writer.whole([ticket.answer for ticket in tickets if ticket.answer is not None]))
+
+
+class Following:
+    """Waits for the news of a request's choices.
+
+    Args:
+        service: the server.
+        tickets: the choices.
+        news: set whenever one of them has news.
+    """
+
+    def __init__(self, service: Service, tickets: Sequence[Ticket], news: asyncio.Event) -> None:
+        self._service, self.tickets, self._news = service, tickets, news
+        self._until = tickets[0].accepted + service.timeout
+
+    @asynccontextmanager
+    async def while_there(self, http: Request) -> AsyncIterator[None]:
+        """Give up once the client is gone."""
+
+        async def gone() -> None:
+            while (await http.receive())["type"] != "http.disconnect":
+                pass
+            self.give_up()
+
+        watch = asyncio.create_task(gone())
+        try:
+            yield
+        finally:
+            watch.cancel()
+
+    def admitted(self) -> bool:
+        """Whether the engine has accepted all choices."""
+        return all(ticket.admitted for ticket in self.tickets)
+
+    def answered(self) -> bool:
+        """Whether all choices are finished."""
+        return all(ticket.answer is not None for ticket in self.tickets)
+
+    async def wait(self) -> None:
+        """Wait for news; a request that takes too long ends with a failure."""
+        try:
+            async with asyncio.timeout(max(0.0, self._until - time.monotonic())):
+                await self._news.wait()
+        except TimeoutError:
+            seconds = self._service.timeout
+            self.give_up(Failure(504, f"no answer within {seconds:g} seconds; ask for less, or try again", "timeout"))
+        self._news.clear()
+
+    def give_up(self, failure: Failure | None = None) -> None:
+        """End what is still running."""
+        for ticket in self.tickets:
+            self._service.loop.cancel(ticket, failure)
+
+    @property
+    def failure(self) -> Failure | None:
+        """The first failure of a choice."""
+        return next((ticket.failure for ticket in self.tickets if ticket.failure is not None), None)
+
+    def take(self) -> list[tuple[int, News]]:
+        """The news of each choice that has any."""
+        found = [(index, ticket.news()) for index, ticket in enumerate(self.tickets)]
+        return [(index, news) for index, news in found if news.text or news.steps or news.last]
+
+
+async def _stream(
+    following: Following, writer: Writer, ended: Callable[[Sequence[Ticket]], None]
+) -> AsyncIterator[str]:
+    """The answer as server-sent events."""
+    answers: dict[int, Answer] = {}
+    try:
+        for index in range(len(following.tickets)):
+            yield event(writer.first(index))
+        while len(answers) < len(following.tickets):
+            for index, news in following.take():
+                if index in answers:
+                    continue
+                text = news.text if news.answer is None else ""
+                for step in news.steps[:-1]:
+                    yield event(writer.part(index, "", step))
+                if news.steps or text:
+                    yield event(writer.part(index, text, news.steps[-1] if news.steps else None))
+                if news.failure is not None:
+                    yield event(failed(news.failure))
+                    return
+                if news.answer is not None:
+                    answers[index] = news.answer
+                    yield event(writer.last(index, news.text, news.answer))
+            if len(answers) < len(following.tickets):
+                await following.wait()
+        if writer.plan.usage:
+            yield event(writer.closing([answers[index] for index in sorted(answers)]))
+        yield event("[DONE]")
+    finally:
+        following.give_up()
+        ended(following.tickets)

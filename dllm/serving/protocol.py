@@ -1,0 +1,354 @@
+"""OpenAI's requests as jobs of the engine, and its answers as OpenAI's objects.
+
+Fields that a denoiser cannot honour are accepted at the value that changes nothing, and refused at any other: no option
+is silently without effect.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from dllm.checks import SEEDS, number, renamed
+from dllm.decoding.options import Options, eos_ids
+from dllm.decoding.prompts import encode_one
+from dllm.escape import brief
+from dllm.models.loading import LanguageModel
+from dllm.serving.ticket import NAMES, Job, SamplerChoice
+
+Number = Annotated[bool | int | float, Field(union_mode="left_to_right")]
+# Fields of OpenAI's clients that say nothing about the answer.
+_SILENT = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
+# Fields that would change the answer, and the values that do not.
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "best_of": (1,), "echo": (False,),
+    "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
+    "modalities": (["text"],), "prediction": (), "audio": (), "reasoning_effort": (), "verbosity": (),
+    "web_search_options": (),
+}  # fmt: skip
+
+
+class BadRequestError(Exception):
+    """What a client asked for cannot be answered.
+
+    Attributes:
+        message: one line that names the field, its value and what to use.
+        param: the field; None if it is none.
+        status: of HTTP.
+        code: OpenAI's word for it; None for none.
+    """
+
+    def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message, self.status, self.code = message, status, code
+        self.param = named(message) if param is None else param
+
+
+def named(message: str) -> str | None:
+    """The field that an error is about: its first word, if it is one; None if it is about none."""
+    found = re.match(r"(?:unknown (?:field |option )?)?'?([a-z_]+(?:\.[a-z_]+)*)", message)
+    fields = {*ChatRequest.model_fields, *CompletionRequest.model_fields, *_NEUTRAL}
+    return found[1] if found and found[1].partition(".")[0] in fields else None
+
+
+class Strict(BaseModel):
+    """Refuses unknown fields, and numbers in quotes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(Strict):
+    """Options of a stream."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class DllmOptions(Strict):
+    """What OpenAI's interface has no word for.
+
+    Attributes:
+        events: "steps" tells what each step changes, in a stream.
+        infill: fill the masks in the prompt.
+        sampler: the policy, of those that the server allows; None for its own.
+        sampler_options: of that policy: numbers and booleans.
+        max_forwards: forwards after which an unfinished request fails.
+        block_length: as in `dllm.Options`; the others, too.
+    """
+
+    PASSED: ClassVar = (
+        "block_length",
+        "top_k",
+        "tempered_confidence",
+        "eos_suppression",
+        "stop_at_eos",
+        "max_forwards",
+    )
+
+    events: Literal["steps"] | None = None
+    infill: bool = False
+    sampler: str | None = None
+    sampler_options: dict[str, Number] = Field(default_factory=dict)
+    block_length: int | Literal["auto"] | None = None
+    top_k: int | None = None
+    tempered_confidence: bool | None = None
+    eos_suppression: str | None = None
+    stop_at_eos: bool | None = None
+    max_forwards: int | None = None
+
+
+class Request(Strict):
+    """What chats and completions share."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    n: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    dllm: DllmOptions = Field(default_factory=DllmOptions)
+
+
+class ChatRequest(Request):
+    """POST /v1/chat/completions."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+
+
+class CompletionRequest(Request):
+    """POST /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    suffix: str | None = None
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+
+
+def parse(kind: type[Request], body: bytes) -> Any:
+    """A request from its body.
+
+    Raises:
+        BadRequestError: not JSON, a missing, unknown or ineffective field, or a value of another type.
+    """
+    try:
+        fields = pydantic.TypeAdapter(dict[str, Any]).validate_json(body)
+    except pydantic.ValidationError as error:
+        raise BadRequestError(f"the body is not a JSON object ({error.errors()[0]['msg']})") from None
+    for name in _SILENT:
+        fields.pop(name, None)
+    for name, neutral in _NEUTRAL.items():
+        if (value := fields.pop(name, None)) is not None and value not in neutral:
+            raise BadRequestError(f"{name}={brief(repr(value))} is not supported; leave it out", name)
+    if fields.get("dllm", ()) is None:
+        del fields["dllm"]
+    try:
+        return kind.model_validate(fields)
+    except pydantic.ValidationError as error:
+        raise _complaint(error, kind, fields) from None
+
+
+def _complaint(error: pydantic.ValidationError, kind: type[Request], fields: Any) -> BadRequestError:
+    """The first of pydantic's errors in one line; of alternatives that all fail, what they are."""
+    errors = error.errors(include_url=False)
+    first = errors[0]
+    path = [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        model = DllmOptions if path[0] == "dllm" else StreamOptions if path[0] == "stream_options" else kind
+        name = ".".join(path)
+        return BadRequestError(f"unknown field {name!r}; expected one of {', '.join(model.model_fields)}", name)
+    depth = {"dllm": 3 if path[1:2] == ["sampler_options"] else 2, "stream_options": 2}.get(path[0], 1)
+    name = ".".join(path[:depth])
+    if first["type"] == "missing":
+        return BadRequestError(f"{name} is missing; give it", name)
+    same = [each["msg"] for each in errors if each["loc"][:depth] == first["loc"][:depth]]
+    wanted = list(dict.fromkeys(each.removeprefix("Input should be ").replace("valid ", "") for each in same))
+    value = fields
+    for part in path[:depth]:
+        value = value.get(part) if isinstance(value, dict) else first["input"]
+    return BadRequestError(f"{name}={brief(repr(value))} is not valid; give {' or '.join(wanted)}", name)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request as the server carries it out.
+
+    Attributes:
+        jobs: one for each choice.
+        prompts: tokens of all prompts.
+        chat: whether it is a chat.
+        stream: whether to stream, and with usage at the end.
+        usage: tell the usage at the end of a stream.
+        ends: ids that end a text.
+    """
+
+    jobs: Sequence[Job]
+    prompts: int
+    chat: bool
+    stream: bool
+    usage: bool
+    ends: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the server offers.
+
+    Attributes:
+        lm: the model.
+        name: that clients call it by.
+        defaults: options of `Engine.add` where a request has none.
+        seed: of such requests; None for a random one.
+        max_length: positions of a row.
+        samplers: policies that a request may choose, with their options.
+        kinds: of these policies (`dllm.samplers.base.KINDS`).
+        own: the server's own policy, where it is one of them.
+        most_choices: answers to one request at most.
+    """
+
+    lm: LanguageModel
+    name: str
+    defaults: Mapping[str, Any]
+    seed: int | None
+    max_length: int
+    samplers: Mapping[str, Mapping[str, Any]]
+    kinds: Mapping[str, str]
+    own: SamplerChoice | None
+    most_choices: int
+
+    def plan(self, request: ChatRequest | CompletionRequest) -> Plan:
+        """What to ask of the engine for a request.
+
+        Raises:
+            BadRequestError: it cannot be carried out.
+        """
+        if request.model not in (None, self.name):
+            raise self.unknown_model(request.model)
+        count = 1 if request.n is None else request.n
+        if not 1 <= count <= self.most_choices:
+            raise BadRequestError(f"n={count} is out of range; use 1 to {self.most_choices}", "n")
+        if request.dllm.events is not None and not request.stream:
+            raise BadRequestError("dllm.events needs stream=true; set it, or leave events out", "dllm.events")
+        if request.stream_options is not None and not request.stream:
+            raise BadRequestError("stream_options needs stream=true; set it, or leave it out", "stream_options")
+        try:
+            prompts = self._prompts(request)
+            options = self._options(request)
+            seed = self.seed if request.seed is None else request.seed
+            seed = random.randrange(SEEDS) if seed is None else seed
+            jobs = [
+                self._job(request, ids, {**options, "seed": seed + place})
+                for place, ids in enumerate([ids for ids in prompts for _ in range(count)])
+            ]
+            first = jobs[0].options["seed"]
+            number("seed", first, f"a whole number from 0 to {SEEDS - 1}", low=0, high=SEEDS - 1, whole=True)
+        except ValueError as error:
+            raise BadRequestError(renamed(str(error), NAMES)) from None
+        usage = request.stream_options is not None and request.stream_options.include_usage
+        chat, ends = isinstance(request, ChatRequest), eos_ids(options.get("eos_token_id"), self.lm)
+        return Plan(jobs, sum(map(len, prompts)), chat, bool(request.stream), usage, ends)
+
+    def unknown_model(self, name: str | None) -> BadRequestError:
+        """The error for another model's name."""
+        message = f"model={brief(repr(name))} is not served here; use {self.name!r}"
+        return BadRequestError(message, "model", 404, "model_not_found")
+
+    def _prompts(self, request: ChatRequest | CompletionRequest) -> list[list[int]]:
+        tokenizer = self.lm.tokenizer
+        if isinstance(request, ChatRequest):
+            if not request.messages:
+                raise ValueError("messages=[] is empty; give at least one")
+            return [encode_one(request.messages, tokenizer)]
+        prompt: Any = request.prompt
+        if not isinstance(prompt, str) and not prompt:
+            raise ValueError("prompt=[] is empty; give a text")
+        several = isinstance(prompt, list) and not isinstance(prompt[0], int)
+        if several and len(prompt) > self.most_choices:
+            raise ValueError(f"prompt has {len(prompt)} entries; give at most {self.most_choices}")
+        return [encode_one(each, tokenizer) for each in (prompt if several else [prompt])]
+
+    def _options(self, request: ChatRequest | CompletionRequest) -> dict[str, Any]:
+        given = {name: getattr(request, name) for name in ("temperature", "top_p", "stop")}
+        given |= {name: getattr(request.dllm, name) for name in DllmOptions.PASSED}
+        wanted = getattr(request, "max_completion_tokens", None)
+        if None not in (wanted, request.max_tokens):
+            raise ValueError("max_tokens and max_completion_tokens are the same; give one of them")
+        given["gen_length"] = request.max_tokens if wanted is None else wanted
+        options = dict(self.defaults) | {name: value for name, value in given.items() if value is not None}
+        Options(**{name: value for name, value in options.items() if name != "max_forwards"})
+        return options
+
+    def _job(self, request: ChatRequest | CompletionRequest, ids: list[int], options: dict[str, Any]) -> Job:
+        most = getattr(request, "top_logprobs", None) or 0
+        wants = request.logprobs
+        top = None if wants is None or wants is False else most if wants is True else wants
+        suffix, infill, middle = getattr(request, "suffix", None), request.dllm.infill, None
+        asked = (
+            request.max_tokens if request.max_tokens is not None else getattr(request, "max_completion_tokens", None)
+        )
+        if suffix is not None and infill:
+            raise ValueError("suffix and dllm.infill exclude each other; give one of them")
+        after: list[int] = []
+        if suffix is not None:
+            tokenizer = self.lm.tokenizer
+            if tokenizer is None:
+                raise ValueError("suffix needs a tokenizer, and this model has none")
+            after = list(tokenizer(suffix, add_special_tokens=False, verbose=False).input_ids)
+        room = self.max_length - len(ids) - len(after)
+        if asked is None and not infill and options["gen_length"] != "auto":  # as much as fits
+            options["gen_length"] = max(1, min(options["gen_length"], room))
+        length = options["gen_length"]
+        if not infill and (length > room if length != "auto" else suffix is not None):
+            what = "the prompt has" if suffix is None else "prompt and suffix have"
+            raise ValueError(
+                f"max_tokens={length} does not fit: {what} {len(ids) + len(after)} tokens, and a row of the server "
+                f"{self.max_length}; shorten one of them"
+            )
+        if suffix is not None:
+            middle = (len(ids), length)
+            ids = [*ids, *[self.lm.backbone.mask_token_id] * length, *after]
+            infill = True
+        if infill:
+            for name in ("stop", "max_tokens", "max_completion_tokens"):
+                effective = name != "stop" and suffix is not None
+                if getattr(request, name, None) is not None and not effective:
+                    raise ValueError(f"{name} has no effect on infilling; leave it out")
+            options = {
+                name: value for name, value in options.items() if name not in ("gen_length", "stop", "stop_at_eos")
+            }
+        return Job(
+            ids=ids,
+            options=options,
+            infill=infill,
+            middle=middle,
+            sampler=self._sampler(request.dllm),
+            text=bool(request.stream),
+            steps=request.dllm.events == "steps",
+            top_logprobs=top,
+        )
+
+    def _sampler(self, options: DllmOptions) -> SamplerChoice | None:
+        name, given = options.sampler, options.sampler_options
+        if name is None:
+            if given:
+                raise ValueError("dllm.sampler_options needs dllm.sampler; give its name, too")
+            return None
+        if name not in self.samplers:
+            raise ValueError(f"unknown dllm.sampler={brief(repr(name))}; expected one of {', '.join(self.samplers)}")
+        known = self.samplers[name]
+        if strange := sorted(given.keys() - known.keys()):
+            expected = ", ".join(known) or "none"
+            raise ValueError(f"unknown option dllm.sampler_options.{strange[0]}; expected one of {expected}")
+        other = {each: value for each, value in given.items() if value != known[each]}
+        choice = SamplerChoice(name, tuple(sorted(other.items())))
+        return None if choice == self.own else choice

@@ -1,0 +1,318 @@
+"""A request on its way through the server: what is asked of the engine, and what comes back step by step."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from dllm.checks import renamed
+from dllm.decoding.ending import cut
+from dllm.decoding.step import Answer, Event
+from dllm.serving.events import Pieces, TokenLogprob, begun, changed, logprobs
+
+_SHOWN = 256  # unread steps after which a slow client is no longer told what is provisional
+_PARTIAL = "\ufffd"  # decoded from tokens that hold part of a character
+# Options of the engine, as a client calls them.
+NAMES = {"gen_length": "max_tokens", "prompts": "prompt"} | {
+    name: f"dllm.{name}"
+    for name in ("block_length", "top_k", "tempered_confidence", "eos_suppression", "stop_at_eos", "max_forwards")
+}
+
+
+@dataclass(frozen=True)
+class SamplerChoice:
+    """A policy that a request chose.
+
+    Attributes:
+        name: of conf/sampler.
+        options: those that differ from the defaults of that name, in order of their names.
+    """
+
+    name: str
+    options: tuple[tuple[str, bool | int | float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a client asks of the engine: one choice of an answer.
+
+    Attributes:
+        ids: token ids of the prompt; with `infill` those of the whole text, masks included.
+        options: of `Engine.add`.
+        infill: fill the masks in `ids`.
+        middle: first position and number of the masks whose text is the answer; None for the whole text.
+        sampler: the policy; None for the server's own.
+        text: tell the text while it becomes final.
+        steps: tell what each step changes.
+        top_logprobs: tell log-probabilities: of the committed token and of this many others; None for none.
+    """
+
+    ids: Sequence[int]
+    options: Mapping[str, Any]
+    infill: bool = False
+    middle: tuple[int, int] | None = None
+    sampler: SamplerChoice | None = None
+    text: bool = False
+    steps: bool = False
+    top_logprobs: int | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Stop strings."""
+        stop = self.options.get("stop")
+        return () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+
+    def completion(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The part of a row, without padding, whose text is the answer."""
+        if self.middle is not None:
+            return tokens[self.middle[0] : self.middle[0] + self.middle[1]]
+        return tokens if self.infill else tokens[len(self.ids) :]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a request has no answer.
+
+    Attributes:
+        status: of HTTP.
+        message: for the client.
+        outcome: for the statistics: failed, cancelled, refused or timeout.
+    """
+
+    status: int
+    message: str
+    outcome: str = "failed"
+
+
+@dataclass(frozen=True)
+class News:
+    """What happened to a request since the client last looked.
+
+    Attributes:
+        text: that became final.
+        steps: what each step changed, of a request with `steps`.
+        answer: once it is finished.
+        failure: once it failed.
+    """
+
+    text: str
+    steps: Sequence[Mapping[str, Any]]
+    answer: Answer | None
+    failure: Failure | None
+
+    @property
+    def last(self) -> bool:
+        """Whether nothing else will happen."""
+        return self.answer is not None or self.failure is not None
+
+
+class FinalText:
+    """The text of a row that no later step can change, from the left.
+
+    Args:
+        tokenizer: decodes tokens; None gives no text.
+        stops: stop strings: a part at the end that may begin one is kept back.
+        eos_token_ids: ids that end the text.
+
+    Attributes:
+        told: the text so far.
+        kept: whether the complete text began with it.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase | None, stops: Sequence[str], eos_token_ids: Sequence[int]
+    ) -> None:
+        self._tokenizer, self._stops, self._eos = tokenizer, stops, eos_token_ids
+        self.told, self.kept, self._read = "", True, 0
+
+    def grow(self, tokens: NDArray[np.int64]) -> str:
+        """The text that is new.
+
+        Args:
+            tokens: all final ones, from the first.
+        """
+        if len(tokens) <= self._read:
+            return ""
+        self._read = len(tokens)
+        text, _ = cut(self._tokenizer, tokens, self._stops, self._eos)
+        return self._tell(self._sure((text or "").rstrip(_PARTIAL)))
+
+    def finish(self, text: str) -> str:
+        """The rest of the complete text; nothing if it does not begin with what was told."""
+        self.kept = text.startswith(self.told)
+        return self._tell(text)
+
+    def _sure(self, text: str) -> str:
+        begun = (
+            n for stop in self._stops for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])
+        )
+        return text[: len(text) - max(begun, default=0)]
+
+    def _tell(self, text: str) -> str:
+        if not text.startswith(self.told):
+            return ""
+        new, self.told = text[len(self.told) :], text
+        return new
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request in the queue or in the engine. The engine's thread writes, the client's reads.
+
+    Attributes:
+        job: what is asked.
+        pieces: texts of single tokens.
+        eos_token_ids: ids that end the text.
+        notify: called from the engine's thread whenever there is news.
+        admitted: whether its engine has accepted it.
+        accepted: when the request came, in seconds of the monotonic clock.
+        entered: when it had its first step; None before.
+        committed: when its first token was committed.
+        written: when the first text was final.
+        ended: when it was finished or failed.
+        id: in its engine; None before it is there.
+        logprobs: of the committed tokens, by position.
+    """
+
+    job: Job
+    pieces: Pieces
+    eos_token_ids: Sequence[int]
+    notify: Callable[[], None]
+    admitted: bool = False
+    accepted: float = field(default_factory=time.monotonic)
+    entered: float | None = None
+    committed: float | None = None
+    written: float | None = None
+    ended: float | None = None
+    id: int | None = None
+    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        stops = () if self.job.infill else self.job.stops
+        ends = () if self.job.infill and self.job.middle is None else self.eos_token_ids
+        self._text = FinalText(self.pieces.tokenizer, stops, ends)
+        self._lock, self._new, self._steps = Lock(), "", deque[Mapping[str, Any]]()
+        self._answer: Answer | None = None
+        self._failure: Failure | None = None
+
+    def follow(self, event: Event) -> None:
+        """Take in one step."""
+        now, step, entry, job = time.monotonic(), event.step, event.entry, self.job
+        steps: list[Mapping[str, Any]] = []
+        origin = int(step.padding[entry]) + (0 if job.infill else len(job.ids))
+        if self.entered is None:
+            self.entered = now
+            if job.steps:
+                steps.append(begun(event, origin, job.infill, self.pieces))
+        if self.committed is None and step.change.committed[entry].any():
+            self.committed = now
+        if job.steps:
+            steps.append(changed(event, origin, self.pieces, brief=len(self._steps) > _SHOWN))
+        if job.top_logprobs is not None:
+            self.logprobs |= logprobs(event, origin, job.top_logprobs)
+        answer, text = event.answer, ""
+        if answer is not None and answer.error is None:
+            text = self._text.finish(self.text(answer))
+        elif job.text and answer is None:
+            settled = int(step.change.settled[entry])
+            text = self._text.grow(job.completion(step.tokens[entry, int(step.padding[entry]) : settled]))
+        if text and self.written is None:
+            self.written = now
+        if answer is not None:
+            self.ended = now
+        with self._lock:
+            if self._failure is not None:  # the client gave up
+                return
+            self._new += text
+            self._steps.extend(steps)
+            if answer is not None and answer.error is not None:
+                limited = answer.error.startswith("max_forwards=")
+                self._failure = Failure(400 if limited else 500, renamed(answer.error, NAMES))
+            else:
+                self._answer = answer
+        if text or steps or answer is not None:
+            self.notify()
+
+    def fail(self, failure: Failure) -> None:
+        """End without an answer; no effect on a request that has ended."""
+        with self._lock:
+            if self.done:
+                return
+            self._failure, self.ended = failure, time.monotonic()
+        self.notify()
+
+    @property
+    def answer(self) -> Answer | None:
+        """The answer, once it is finished."""
+        return self._answer
+
+    @property
+    def failure(self) -> Failure | None:
+        """Why there is none."""
+        return self._failure
+
+    @property
+    def kept(self) -> bool:
+        """Whether the complete text begins with what was told before."""
+        return self._text.kept
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended."""
+        return self._answer is not None or self._failure is not None
+
+    @property
+    def outcome(self) -> str:
+        """What became of it, for the statistics."""
+        return "finished" if self._failure is None else self._failure.outcome
+
+    @property
+    def generated(self) -> int:
+        """Tokens of the answer up to its end; 0 without one."""
+        answer = self._answer
+        return 0 if answer is None else answer.tokens if self.job.middle is None else len(self.tokens(answer))
+
+    def news(self) -> News:
+        """What happened since the last call."""
+        with self._lock:
+            news = News(self._new, tuple(self._steps), self._answer, self._failure)
+            self._new = ""
+            self._steps.clear()
+        return news
+
+    def text(self, answer: Answer) -> str:
+        """The text of an answer."""
+        if self.job.middle is None:
+            return answer.text or ""
+        tokens = self.job.completion(np.asarray(answer.completion, dtype=np.int64))
+        return cut(self.pieces.tokenizer, tokens, (), self.eos_token_ids)[0] or ""
+
+    def tokens(self, answer: Answer) -> list[int]:
+        """The tokens of an answer, up to and including its end."""
+        row = np.asarray(answer.completion, dtype=np.int64)
+        if self.job.middle is None:
+            return answer.completion if self.job.infill else answer.completion[: answer.tokens]
+        tokens = self.job.completion(row)
+        return tokens[: cut(self.pieces.tokenizer, tokens, (), self.eos_token_ids)[1]].tolist()
+
+    def ended_itself(self, answer: Answer) -> bool:
+        """Whether the text ended before its room did: by end-of-text or a stop string."""
+        tokens = self.tokens(answer)
+        room = len(answer.completion) if self.job.middle is None else self.job.middle[1]
+        if self.job.infill and self.job.middle is None:
+            return True
+        # A stop string may be completed by the very last token.
+        whole = self.pieces.tokenizer is not None and bool(self.job.stops) and self._cut_short(answer)
+        return len(tokens) < room or (bool(tokens) and tokens[-1] in self.eos_token_ids) or whole
+
+    def _cut_short(self, answer: Answer) -> bool:
+        tokens = np.asarray(answer.completion[: answer.tokens], dtype=np.int64)
+        return cut(self.pieces.tokenizer, tokens, (), self.eos_token_ids)[0] != answer.text
