@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import re
 import stat
@@ -374,7 +375,9 @@ def _strings(value: str) -> str:
 
 
 def argument(name: str, value: Any) -> str:
-    """NAME=VALUE as a user types it on the command line of another command."""
+    """NAME=VALUE as a user types it: the inverse of `rewrite`."""
+    if name == "stop" and value is not None:
+        return f"{name}={json.dumps(value)}"
     return f"{name}={value if isinstance(value, str) and name in (*_PATHS, *_TEXTS) else _spelt(value)}"
 
 
@@ -388,7 +391,7 @@ def _spelt(value: Any) -> str:
         case str():
             return _quote_literally(value)
         case Mapping():
-            return f"{{{','.join(f'{_spelt(key)}:{_spelt(each)}' for key, each in value.items())}}}"
+            return f"{{{','.join(f'{key}:{_spelt(each)}' for key, each in value.items())}}}"
         case list():
             return f"[{','.join(map(_spelt, value))}]"
     return str(value)

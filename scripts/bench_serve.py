@@ -89,6 +89,7 @@ def bench_serve(cfg: DictConfig) -> None:
 def _run(load: Load, rates: Sequence[Mapping[str, float]]) -> None:
     """Put load on the server, as the arguments of `Load.put` say."""
     if any("multiple" in rate for rate in rates):
+        print("measuring the capacity", file=sys.stderr, flush=True)
         print(f"capacity {load.measure_capacity():.2f} requests/s", file=sys.stderr, flush=True)
     else:
         load.warm_up()

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
 
 from commands import Outcome, command
 from fake_server import FakeServer, serving
@@ -30,6 +32,7 @@ from dllm.bench import load
 from dllm.bench.load import Load, Plan, Record, Target, arrivals, summarise
 from dllm.client import ServerError
 from dllm.scripts import bench_serve
+from dllm.scripts.app import rewrite
 
 FULL = {"error": {"message": "the queue is full"}}
 
@@ -326,11 +329,16 @@ class TestOwnServer:
         assert "| 5 of 5 |" in result.out
         assert re.search(r"\| \d+ to \d+ \|$", result.out, re.MULTILINE)
         options = json.loads(seen.read_text())
+        GlobalHydra.instance().clear()
+        with initialize_config_module("dllm.conf", version_base="1.3"):
+            received = compose("serve", rewrite([f"{name}={value}" for name, value in options.items()], "serve"))
+        assert (received.model.path, received.stop, received.batch_size) == ("/some/fol der", "a, b", 3)
+        assert (received.sampler.threshold, received.model.dtype) == (0.8, "float64")
         port = options.pop("port")
         assert options == {
             "host": "127.0.0.1", "model": "custom", "model.path": "/some/fol der", "model.dtype": "'float64'",
             "sampler": "tiny/threshold", "sampler.threshold": "0.8", "cache": "prefix",
-            "batch_size": "3", "stop": "'a, b'", "name": "null",
+            "batch_size": "3", "stop": '"a, b"', "name": "null",
         }  # fmt: skip
         assert f"http://127.0.0.1:{port}" in result.out
         assert set(psutil.Process().children()) <= others
