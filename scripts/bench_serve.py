@@ -171,11 +171,10 @@ def _started(port: int, options: Mapping[str, Any]) -> Iterator[psutil.Process]:
     arguments += [app.argument(str(name), value) for name, value in (options["serve"] or {}).items()]
     environment = {name: value for name, value in os.environ.items() if name != _KEY}
     with tempfile.TemporaryFile() as said:
-        # In a session of its own: Ctrl-C is for this process, which stops the server after its own work.
+        print("starting the server", file=sys.stderr, flush=True)
         process = subprocess.Popen(
-            [*_COMMAND, *arguments], stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=environment,
-            start_new_session=True,
-        )  # fmt: skip
+            [*_COMMAND, *arguments], stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=environment
+        )
         try:
             while not _is_ready(port):
                 if process.poll() is not None:

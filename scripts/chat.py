@@ -116,7 +116,7 @@ class Conversation:
         self._show = self._making if show != "none" and (terminals or show != "auto") else "none"
         # Without a terminal, only answers go to stdout.
         self._out, self._notes = Console(), Console(stderr=not terminals)
-        self._told = False
+        self._told = self._within_line = False
         self._commands: dict[str, Callable[[str], None]] = {
             "help": lambda _: self._say(_HELP),
             "reset": self._reset,
@@ -147,6 +147,7 @@ class Conversation:
                     interrupted.clear()
                 except (ValueError, MemoryError, RuntimeError) as error:
                     failed += 1
+                    self._end_line()
                     print(line(_COMMAND, _told(error)), file=sys.stderr, flush=True)
             except Stopped:
                 raise
@@ -154,7 +155,7 @@ class Conversation:
                 if len(interrupted) > 1:
                     raise
                 failed += 1
-                if self.terminals:
+                if self.terminals:  # after ^C
                     self._out.print()
                 self._say("stopped, and this turn forgotten; Ctrl-C again, or Ctrl-D, ends")
 
@@ -190,14 +191,12 @@ class Conversation:
             self._told = True
         asked = [*self._messages(), {"role": "user", "content": question}] if chats else question
         display = Display(self._show, self._notes, self._write)
-        streamed = self.terminals and isinstance(self.partner, Remote) and self._show != "none"
         reply = self.partner.answer(asked, len(self.turns), display)
-        if streamed:
-            self._out.print()
-        elif self.terminals:
-            self._write(f"{reply.text}\n")
-        else:
+        if not self.terminals:
             print(terminal(reply.text), flush=True)
+        elif isinstance(self.partner, Local) or self._show == "none":
+            self._write(reply.text)
+        self._end_line()
         self.turns.append(_Turn(question, reply, self.partner.name))
         self._say(reply.statistics)
 
@@ -213,6 +212,13 @@ class Conversation:
         if self.terminals:
             self._out.out(terminal(text), style="green", end="", highlight=False)
             self._out.file.flush()
+            self._within_line = not text.endswith("\n")
+
+    def _end_line(self) -> None:
+        """Begin a new line after text of an answer."""
+        if self._within_line:
+            self._out.print()
+        self._within_line = False
 
     def _say(self, text: str) -> None:
         """Everything else than answers."""

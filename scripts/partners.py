@@ -170,7 +170,7 @@ class Local:
                 shown, callback = live(view, display.console)
                 shown.transient = True  # the answer takes its place
             elif display.show == "lines":
-                callback = plain(view, lambda line: display.console.print(line, markup=False, soft_wrap=True))
+                callback = plain(view, lambda line: display.console.out(line, highlight=False))
             with shown:
                 result = dllm.generate(self.lm, [ids], self.sampler, self.cache, callback=callback, **options)
         except ValueError as error:

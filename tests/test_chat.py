@@ -170,6 +170,23 @@ class TestPipes:
         result = chat("Tom\nAnn\n", f"model={model}")
         assert result.err.count("out of memory; /reset") == result.err.count("\n") == 2
 
+    def test_an_interruption_stops_one_answer_and_two_in_a_row_end(
+        self, model: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        replies = iter([signal.SIGINT, 0, signal.SIGINT, signal.SIGINT, 0])
+
+        def answer(*_: Any) -> partners.Reply:
+            if number := next(replies):
+                signal.raise_signal(number)
+            return partners.Reply("done", 1, 1, 1.0)
+
+        monkeypatch.setattr(partners.Local, "answer", answer)
+        result = chat("a\nb\nc\nd\ne\n", f"model={model}")
+        assert (result.code, result.out) == (130, "done\n")
+        assert result.err.count("stopped, and this turn forgotten") == 2
+        assert result.err.endswith("dllm chat: error: interrupted; what was written is kept\n")
+        assert next(replies) == 0
+
     def test_a_fault_of_the_program_is_not_hidden(self, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(partners.Local, "answer", mock.Mock(side_effect=RuntimeError("a bug")))
         with pytest.raises(RuntimeError, match="a bug"):
@@ -356,6 +373,7 @@ class TestTerminal:
         [answer] = answers(f"{QUESTION} So")
         assert "·" in drawn
         assert str(answer) in drawn
+        session.prompted()
         session.type("\x04")
         assert session.process.wait() == 0
 
@@ -381,6 +399,17 @@ class TestTerminal:
             os.kill(session.process.pid, signal.SIGINT)
             session.until("interrupted; what was written is kept")
             assert session.process.wait() == 130
+
+    def test_an_answer_that_breaks_off_ends_its_line(self) -> None:
+        with serving() as server:
+            server.scripted = [b'data: {"choices": [{"delta": {"content": "The ans"}}]}\n\n']
+            session = Session(f"server={server.url}")
+            session.until("> ")
+            session.type("Hi\n")
+            assert session.until("dllm chat: error: ").replace("\x1b[0m", "").endswith("The ans\r\n")
+            session.prompted()
+            session.type("\x04")
+            assert session.process.wait() == 0
 
     def test_terminating_ends_at_once(self, model: Path) -> None:
         session = Session(f"model={model}", *OPTIONS)
