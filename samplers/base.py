@@ -53,7 +53,8 @@ class Denoise(Protocol):
                 which each draft attends to itself only. "shadow": as one sequence of the canvas and the requested
                 positions of the other drafts; each of these attends to those of its draft and to the canvas except
                 the position it predicts and its own, and the canvas does not attend to it. Without `tokens` there is
-                one shadow: masks at the positions of the window, requested in rows with a decided one.
+                one shadow: masks at the positions of the window, requested in rows with a decided one. "joint": the
+                requested positions of a sequence attend to each other, also where the model's attention is causal.
             decided: request all positions of the window to be generated, decided ones included.
             ahead: request those of later blocks, too; the prediction is then aligned to the canvas, (B, L).
             temperature: divides the logits of each row, before all else; what a model is told of its last prediction

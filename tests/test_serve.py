@@ -569,3 +569,11 @@ def test_a_port_in_use_is_told() -> None:
         outcome = command("serve", f"port={port}")
     assert outcome.code == 2
     assert f"port={port} cannot be used" in outcome.err
+
+
+def test_the_confidence_of_committed_tokens_is_told(server: Running) -> None:
+    body = {"prompt": QUESTION, "max_tokens": 64, "dllm": {"sampler": "threshold", "events": "steps"}}
+    steps = [chunk["dllm"] for chunk in server.stream(**body) if "committed" in chunk.get("dllm", {})]
+    together = [step["confidence"] for step in steps if len(step["committed"]) > 1]
+    assert together and all(share is not None and 0.9 < share <= 1 for shares in together for share in shares)
+    assert all(len(step["confidence"]) == len(step["committed"]) for step in steps)

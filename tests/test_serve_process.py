@@ -51,7 +51,7 @@ def test_a_signal_lets_what_runs_finish(number: signal.Signals, code: int) -> No
     for thread in threads:
         thread.join(120)
     assert [answer.status_code for answer in answers] == [200] * 3
-    out, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == code
     *log, last = err.splitlines()
     assert [json.loads(line)["outcome"] for line in log] == ["finished"] * 3

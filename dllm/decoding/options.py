@@ -40,7 +40,7 @@ class Options:
             0 is off); it computes every row twice and counts as one forward.
         seed: row i uses seed + i; a sequence gives each row its own; None for a random seed.
         stop_at_eos: finish a row once everything up to its first end-of-text is decoded; the text
-            up to there is the same either way (where `freedave` or `ssd` sample: of the same distribution).
+            up to there is the same either way (where `freedave`, `ssd` or `s2d2` sample: of the same distribution).
         eos_token_id: id or ids that end a text; None for the backbone's.
         stop: stop string or strings, before which a text ends; a row is finished once everything up to one is decoded,
             and the text is the same as if decoding had continued. Special tokens are written as the tokenizer decodes

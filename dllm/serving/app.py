@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from dllm.serving.limits import Guard, Limits
 from dllm.serving.log import Log
 from dllm.serving.loop import STOPPING, EngineLoop, FullError, StoppingError
 from dllm.serving.protocol import BadRequestError, ChatRequest, CompletionRequest, Plan, Terms, parse
+from dllm.serving.static import HEADERS, files
 from dllm.serving.ticket import Failure, News, Ticket
 
 
@@ -64,6 +65,7 @@ class Service:
         tokenizer = lm.tokenizer
         return {
             "mask_token": None if tokenizer is None else tokenizer.mask_token,
+            "eos_tokens": [Pieces(tokenizer)[token] for token in lm.backbone.eos_token_ids],
             "max_length": terms.max_length,
             "chat": tokenizer is not None and tokenizer.chat_template is not None,
             "sampler": self.sampler,
@@ -115,6 +117,9 @@ def create(service: Service) -> Guard:
     async def metrics() -> Response:
         return Response(loop.metrics.text(), media_type=loop.metrics.content_type)
 
+    for path, (content, kind) in files().items():
+        app.get(path)(_sends(content, kind))
+
     @app.exception_handler(BadRequestError)
     async def bad(request: Request, problem: BadRequestError) -> Response:
         return Json(error(problem.message, problem.status, problem.param, problem.code), problem.status)
@@ -125,6 +130,15 @@ def create(service: Service) -> Guard:
         return Json(error(message, problem.status_code), problem.status_code, headers=problem.headers)
 
     return Guard(app, service.limits)
+
+
+def _sends(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:
+    """The handler of a file of the page."""
+
+    async def send() -> Response:
+        return Response(content, media_type=kind, headers=HEADERS)
+
+    return send
 
 
 async def _answer(
