@@ -193,7 +193,7 @@ def refusal(status: int, headers: Mapping[str, str], content: bytes) -> ServerEr
     except ValueError:
         wait = None
     wait = wait if wait is not None and isfinite(wait) else None
-    if status in (429, 503) and wait is not None:
+    if status in (429, 503) and wait is not None and "try again" not in said:
         message += f"; try again in {wait:g} s"
     elif status in (401, 403):
         message += "; give api_key, or set DLLM_API_KEY"

@@ -264,6 +264,7 @@ class TestServer:
         [
             ((401, {}, {"error": {"message": "no"}}), "answered 401: no; give api_key, or set DLLM_API_KEY"),
             ((429, {"Retry-After": "7"}, {"error": {"message": "full"}}), "answered 429: full; try again in 7 s"),
+            ((429, {"Retry-After": "7"}, {"error": {"message": "try again later"}}), "answered 429: try again later\n"),
             ((429, {"Retry-After": "Fri, 1 Jan 2100 00:00:00 GMT"}, ""), "answered 429"),
             ((503, {"Retry-After": "nan"}, {"error": {"message": "a\x1b\nb"}}), "answered 503: a\\x1b b"),
             ((400, {}, {"error": {"message": "temperature=9 is out of range"}}), "temperature=9 is out of range"),
@@ -281,7 +282,7 @@ class TestServer:
     ) -> None:
         server.scripted = [answer]
         result = chat("Hi\nHo\n", f"server={server.url}")
-        errors = [each for each in result.err.splitlines() if "error: " in each]
+        errors = [each for each in result.err.splitlines(keepends=True) if "error: " in each]
         assert [named in each for each in errors] == [True], result.err
         assert (result.code, result.out) == (2, "The answer is 8.\n")
         assert [each["content"] for each in server.asked[1][2]["messages"]] == ["Ho"]
