@@ -13,6 +13,15 @@ from transformers import PreTrainedTokenizerFast
 from dllm import LanguageModel
 from models import random_dream, random_llada
 
+SUMS = """
+start: expr
+?expr: term | expr "+" term
+?term: factor | term "*" factor
+?factor: NUMBER | "(" expr ")"
+%import common.INT -> NUMBER
+%import common.WS
+%ignore WS
+"""
 _WORDS = [
     "true",
     "false",

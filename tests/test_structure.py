@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import random
 import re
-from typing import Any
+import sys
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,12 +16,17 @@ import torch
 import dllm
 from dllm import samplers
 from dllm.decoding.engine import Engine
-from structure_rig import text_model
+from dllm.decoding.window import Edit, Window
+from dllm.models import FAMILIES
+from dllm.samplers.base import Denoise, Policy, commit
+from dllm.samplers.selection import top
+from models import random_diffusion_gemma, random_filter, random_guide, random_llada
+from structure_rig import SUMS, text_model
 from toys import Editing as RewritingEarlier
 from toys import Revoking
 
 jsonschema = pytest.importorskip("jsonschema")
-pytest.importorskip("lark")
+lark = pytest.importorskip("lark")
 pytest.importorskip("outlines_core")
 
 PERSON = {
@@ -33,6 +40,7 @@ PERSON = {
     "required": ["name", "age"],
 }
 FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
+NUMBER = {"type": "regex", "regex": "[0-9]+"}
 CHOICES = ["yes", "no", "not at all", "€ß😀"]
 OPTIONS: dict[str, Any] = {"gen_length": 48, "block_length": 16, "seed": 0}
 
@@ -242,3 +250,167 @@ def test_streams_and_answers_as_completed_have_the_format() -> None:
     assert np.array_equal(last.tokens[:, -48:], want.completions)
     for answer in dllm.as_completed(lm, ["a", "b"], "threshold", response_format=FORMAT, **OPTIONS):
         jsonschema.validate(json.loads(answer.text), PERSON)
+
+
+@pytest.mark.parametrize("length", [48, "auto"])
+def test_a_canvas_that_grows_ends_with_a_complete_answer(length: int | str) -> None:
+    lm, options = text_model(), OPTIONS | {"gen_length": length, "response_format": FORMAT}
+    for policy in (
+        samplers.Daedal(initial=2, factor=4, check_positions=8, low=0.9, expand=1.0),
+        samplers.Daedal(initial=16, check_positions=8),
+    ):
+        for text in dllm.generate(lm, ["a", "bc"], policy, **options).texts:
+            jsonschema.validate(json.loads(text), PERSON)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [{}, {"on_reject": "guide"}, {"accept": "sample"}, {"accept": "topk", "top_k": 5, "on_reject": "guide"}],
+)
+def test_tokens_of_a_guide_are_held_to_the_format(rule: dict[str, Any]) -> None:
+    lm = text_model()
+    policy = samplers.ARGuided(random_guide(lm.backbone.logits_size), **rule)
+    out = dllm.generate(lm, ["a", "bc"], policy, response_format=FORMAT, temperature=0.5, **OPTIONS)
+    for text in out.texts:
+        jsonschema.validate(json.loads(text), PERSON)
+
+
+@pytest.mark.parametrize("eotp", ["off", "published", "accepted", "safe"])
+def test_what_a_policy_cuts_off_is_not_needed(eotp: Any) -> None:
+    lm = text_model()
+    policy = samplers.Learn2PD(random_filter(), threshold=0.2, eotp=eotp, allow_mismatch=True)
+    out = dllm.generate(lm, ["a", "bc", "d"], policy, response_format=FORMAT, **OPTIONS)
+    for text in out.texts:
+        jsonschema.validate(json.loads(text), PERSON)
+
+
+@dataclass(frozen=True)
+class Cutting(Policy):
+    """Ends every row in the middle, whatever is left."""
+
+    def step(self, window: Window, denoise: Denoise, state: None) -> Edit:
+        prediction = denoise()
+        end = window.start + window.span // 2
+        return replace(commit(window, prediction, top(prediction.confidence, 1, window.masked)), end=end)
+
+
+def test_a_row_does_not_end_before_its_answer_does() -> None:
+    lm = text_model()
+    for length in (24, 30, 64):
+        out = dllm.generate(lm, ["a"], Cutting(), response_format=FORMAT, **OPTIONS | {"gen_length": length})
+        jsonschema.validate(json.loads(out.texts[0]), PERSON)
+    ends = out.completions[0] == lm.backbone.eos_token_ids[0]
+    assert ends[32:].all()
+
+
+@pytest.mark.skipif("diffusion_gemma" not in FAMILIES, reason="needs transformers 5.13")
+def test_a_policy_over_random_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match="response_format is not compatible with a policy over uniformly random"):
+        dllm.generate(random_diffusion_gemma(tokenizer=True), "a", "renoise", response_format=NUMBER, gen_length=8)
+
+
+class TestScaffold:
+    SCHEMA: ClassVar[dict[str, Any]] = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string"},
+            "home": {"type": "object", "properties": {"city": {"type": "string"}, "zip": {"enum": ["a1", "b22"]}}},
+            "age": {"type": "integer", "minimum": 0},
+            "kind": {"const": 3},
+        },
+    }
+    FORM: ClassVar[dict[str, Any]] = {"type": "json_schema", "schema": SCHEMA, "scaffold": True}
+
+    @pytest.mark.parametrize("lengths", [None, 5, {"name": 4, "home.city": 9}])
+    @pytest.mark.parametrize("sampler", ["vanilla", samplers.Threshold(0.1), samplers.FreeDave()])
+    def test_values_are_filled_between_what_is_given(self, lengths: Any, sampler: Any) -> None:
+        lm = text_model()
+        form = self.FORM if lengths is None else self.FORM | {"value_length": lengths}
+        out = dllm.generate(lm, ["Hello", "ab"], sampler, response_format=form, gen_length=96, seed=0)
+        for text in out.texts:
+            answer = json.loads(text)
+            jsonschema.validate(answer, self.SCHEMA)
+            assert list(answer) == ["name", "home", "age", "kind"]
+            assert re.fullmatch(
+                r'\{"name": ".*" *, "home": \{"city": ".*" *, "zip": .*\}, "age": .*, "kind": 3\}', text
+            )
+        if lengths is None:
+            assert out.completions.shape[1] == 96
+
+    def test_rows_of_one_batch_have_scaffolds_of_their_own(self) -> None:
+        lm = text_model()
+        forms = [self.FORM, None, FORMAT, self.FORM | {"value_length": 3}]
+        with Engine(lm, "threshold", batch_size=4, max_length=128) as engine:
+            for form in forms:
+                engine.add("Hi", response_format=form, **OPTIONS | {"gen_length": 72})
+            answers = {event.id: event.answer for step in engine.steps() for event in step if event.answer}
+        for number, schema in ((0, self.SCHEMA), (2, PERSON), (3, self.SCHEMA)):
+            jsonschema.validate(json.loads(answers[number].text), schema)
+
+    def test_what_cannot_be_is_refused(self) -> None:
+        lm = text_model()
+
+        def refused(named: str, *, infill: bool = False, **options: Any) -> None:
+            run = dllm.infill if infill else dllm.generate
+            with pytest.raises(ValueError, match=named) as told:
+                run(lm, ["a" + lm.tokenizer.mask_token * infill], response_format=self.FORM | options, seed=0)
+            assert "\n" not in str(told.value)
+
+        refused("leave it out to infill", infill=True)
+        refused(r"value_length.nope is of no value; expected some of age, home.city", value_length={"nope": 3})
+        numbers = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 1000}}}
+        refused("cannot be completed", schema=numbers, value_length=1)
+        refused("has no value to fill in", schema={"const": 1})
+        with pytest.raises(ValueError, match="scaffold needs at least"):
+            dllm.generate(lm, ["a"], response_format=self.FORM, gen_length=20)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"stop": "x"}, "stop='x' would cut"),
+        ({"eos_suppression": "logits"}, "eos_suppression=logits excludes"),
+        ({"gen_length": 8}, r"response_format needs at least \d+ tokens; gen_length=8"),
+    ],
+)
+def test_options_that_leave_no_answer_are_refused(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        dllm.generate(text_model(), "a", response_format=FORMAT, **options)
+
+
+def test_end_of_text_may_be_committed_last() -> None:
+    out = dllm.generate(text_model(), ["a", "b"], eos_suppression="confidence", response_format=FORMAT, **OPTIONS)
+    for text in out.texts:
+        jsonschema.validate(json.loads(text), PERSON)
+
+
+def test_a_model_without_tokenizer_is_refused() -> None:
+    with pytest.raises(ValueError, match="response_format needs a tokenizer"):
+        dllm.generate(random_llada(), [[1]], response_format=FORMAT, gen_length=8)
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "outlines_core", None)
+    with pytest.raises(ValueError, match=r"needs outlines_core; install it with pip install 'dllm-samplers\[s"):
+        dllm.generate(text_model(), "a", response_format={"type": "regex", "regex": "abc*d"}, gen_length=8)
+
+
+@pytest.mark.parametrize("model", ["tiny-llada", "tiny-dream"])
+def test_bundled_models_answer_in_the_format(model: str) -> None:
+    lm = dllm.load(model)
+    regex = r"(So )?[A-Z][a-z]+ has [1-9][0-9]? apples\."
+    out = dllm.generate(lm, ["Tom has 23 apples. How many?"] * 2, "threshold", "prefix", response_format={
+        "type": "regex", "regex": regex,
+    }, gen_length=24, seed=0)  # fmt: skip
+    assert all(re.fullmatch(regex, text) for text in out.texts)
+    with pytest.raises(ValueError, match="json_object cannot be written with the tokens of this model"):
+        dllm.generate(lm, "Tom", response_format={"type": "json_object"})
+
+
+def test_answers_of_a_grammar_parse() -> None:
+    parser = lark.Lark(SUMS)
+    form = {"type": "grammar", "grammar": SUMS, "depth": 2}
+    for sampler in ("vanilla", samplers.Threshold(0.05)):
+        out = dllm.generate(text_model(), ["a", "b", "c"], sampler, response_format=form, temperature=1.0, **OPTIONS)
+        for text in out.texts:
+            parser.parse(text)

@@ -197,10 +197,10 @@ class Engine:
         """Reject (ValueError) what the sampler cannot decode."""
         if request.open_ended and self.sampler.opening(request) is None:
             raise ValueError("gen_length=auto needs a sampler that finds the length (daedal); use it, or give a number")
-        if request.constraint is not None and (lacking := sorted({"growth", "noise"} & self.sampler.needs)):
+        if request.constraint is not None and "noise" in self.sampler.needs:
             raise ValueError(
-                f"response_format is not compatible with {compatibility.NEEDS[lacking[0]][0]}, which does not commit "
-                "one mask after another; use another sampler"
+                f"response_format is not compatible with {compatibility.NEEDS['noise'][0]}, which decides a block at "
+                "once; use another sampler"
             )
         with torch.device("cpu"):
             self.sampler.check(self._state, request)
@@ -298,7 +298,7 @@ class Engine:
                 leaving,
                 self._entering,
                 [self.sampler.reach(request) for request in self._entering],
-                [self.sampler.opening(request) for request in self._entering],
+                [self._opening(request) for request in self._entering],
             )
             self._leaving, self._aborted = set(), set()
             self._ids[exchange.rows] = [name for name, _ in entering]
@@ -314,6 +314,11 @@ class Engine:
             except ValueError as error:
                 self._canvas.doomed[row] = str(error)
         self._entering = []
+
+    def _opening(self, request: Request) -> int | None:
+        """Positions that a row begins with: enough for an answer of its format."""
+        opening = self.sampler.opening(request)
+        return opening if opening is None or request.constraint is None else max(opening, request.constraint.shortest)
 
     def _check_progress(self, change: Change) -> None:
         """Raise an error if the sampler does not terminate."""

@@ -62,7 +62,7 @@ class _Host:
     tokens: NDArray[np.int64]
     write: NDArray[np.bool_]
     end: NDArray[np.int64]
-    grown: NDArray[np.bool_]
+    grown: NDArray[np.int64]
     about: NDArray[np.int64]
     predicted: NDArray[np.int64]
     confidence: NDArray[np.float64]
@@ -177,15 +177,16 @@ class Gate:
         if not np.isin(rows, list(self._rows)).any():
             return edit, 0
         host, tokens = _on_host(edit, last, self._canvas.length), window.tokens.cpu().numpy()
-        write, end = host.write.copy(), host.end.copy()
+        write, end, grown = host.write.copy(), host.end.copy(), host.grown.copy()
         extra = np.zeros((len(rows), 2), dtype=np.int64)  # column and token
         refused = 0
         for entry, row in enumerate(rows.tolist()):
             if row in self._rows:
-                refused += _settle(self._rows[row], entry, tokens[entry], host, (write, end, extra))
+                refused += _settle(self._rows[row], entry, tokens[entry], host, (write, end, grown, extra))
         if (write == host.write).all() and (end == host.end).all() and not extra.any():
             return edit, refused
-        return _changed(edit, write, end, extra, self._canvas.mask_token_id), refused
+        permitted = _changed(edit, write, end, extra, self._canvas.mask_token_id)
+        return replace(permitted, grown=None if edit.grown is None else put(edit.grown.device, grown)), refused
 
 
 def _row(request: Request, constraint: Constraint, padding: int) -> _Row:
@@ -215,7 +216,7 @@ def _on_host(edit: Edit, last: tuple[Prediction, Tensor] | None, length: int) ->
     columns, tokens, write = (each.cpu().numpy() for each in (edit.columns, edit.tokens, edit.write))
     count = len(columns)
     end = np.full(count, length) if edit.end is None else edit.end.cpu().numpy()
-    grown = np.zeros(count, dtype=bool) if edit.grown is None else edit.grown.cpu().numpy() > 0
+    grown = np.zeros(count, dtype=np.int64) if edit.grown is None else edit.grown.cpu().numpy()
     if last is None:
         none = np.zeros((count, 0), dtype=np.int64)
         return _Host(columns, tokens, write, end, grown, none, none, none.astype(float))
@@ -229,10 +230,10 @@ def _settle(
     entry: int,
     canvas: NDArray[np.int64],
     host: _Host,
-    out: tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]],
+    out: tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]],
 ) -> int:
     """Write to `out` what may be written to one row; returns the number of refused tokens."""
-    write, end, extra = out
+    write, end, grown, extra = out
     tracker = own.on(canvas)
     wanted = np.flatnonzero(host.write[entry])
     place = host.columns[entry, wanted] - own.first
@@ -248,8 +249,11 @@ def _settle(
         return tracker.fits(row)
 
     if fits(place, new):
-        committed = bool((new != MASK).any()) or bool(beyond.size) or bool(host.grown[entry])
+        committed = bool((new != MASK).any()) or bool(beyond.size) or bool(grown[entry])
         refused = 0
+    elif grown[entry]:  # what it inserts moves everything behind, so that no part of it can be kept
+        write[entry], grown[entry] = False, 0
+        committed, refused = False, int((new != MASK).sum())
     else:
         order = np.lexsort((place, -confidence[place + own.first]))
         order = order[new[order] != MASK]  # nothing is taken back where something is refused: so that the row goes on

@@ -87,7 +87,7 @@ class Constraint:
         if size not in sizes:
             sizes[size] = token_bytes(tokenizer, size)
         words, strips = sizes[size]
-        automaton = compile_regex(form.regex(), form.name)
+        automaton = compile_regex(form.regex, form.name)
         automaton = _without_space(automaton) if strips else automaton
         lifted = lift(automaton, [None if number in ends else word for number, word in enumerate(words)], form.name)
         classes = lifted.classes.copy()

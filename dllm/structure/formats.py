@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm.checks import choice, is_text, known, number
-from dllm.files import expanded, read_json
+from dllm.files import check_readable, expanded, parse_json, read_json
 from dllm.structure.grammar import grammar_regex
 from dllm.structure.language import check_closed, escaped, without_anchors
 from dllm.structure.schema import Part, object_regex, scaffold, schema_regex
@@ -67,12 +67,21 @@ class ResponseFormat:
         lengths = self.value_length if self.scaffold else None
         return json.dumps([self.kind, self.body, self.depth, self.scaffold, lengths])
 
+    @cached_property
     def regex(self) -> str:
         """The regular expression of the texts.
 
         Raises:
             ValueError: a schema or a grammar that is not supported.
         """
+        try:
+            return self._translated()
+        except ValueError as error:
+            raise ValueError(f"{_NAME}: {str(error).removeprefix(_NAME + ': ')}") from None
+        except RecursionError:
+            raise ValueError(f"{self.name} is nested too deeply; use a flatter one") from None
+
+    def _translated(self) -> str:
         match self.kind:
             case "json_object":
                 return object_regex(self.depth)
@@ -114,6 +123,12 @@ def read_format(value: Any) -> ResponseFormat | None:
     known([name for name in value if name != "type"], _FIELDS[kind], f"{_NAME}.")
     if kind == "text":
         return None
+    form = _read(kind, value)
+    form.regex  # noqa: B018  # rejects what is not supported before a model is loaded
+    return form
+
+
+def _read(kind: str, value: Mapping[str, Any]) -> ResponseFormat:
     depth = value.get("depth", _DEPTH)
     number(f"{_NAME}.depth", depth, "a whole number from 1 to 8", low=1, high=8, whole=True)
     if kind == "json_schema":
@@ -123,19 +138,24 @@ def read_format(value: Any) -> ResponseFormat | None:
     return ResponseFormat(kind, _body(kind, value), depth)
 
 
-def read_format_file(path: Any) -> Any:
-    """The format in a JSON file; other values as they are.
+def read_format_file(given: Any) -> Any:
+    """The format in a JSON file, or in a text that begins with a brace; other values as they are.
 
     Raises:
         ValueError: it cannot be read.
     """
-    if not isinstance(path, (str, Path)):
-        return path
+    if not isinstance(given, (str, Path)):
+        return given
+    if isinstance(given, str) and given.startswith("{"):
+        try:
+            return parse_json(given, once=True)
+        except ValueError as error:
+            raise ValueError(f"{_NAME}={given!r} is not JSON ({error}); correct it") from None
+    check_readable(_NAME, expanded(given), "the path of a JSON file, or a mapping with a type")
     try:
-        return read_json(expanded(path), "give the path of a JSON file with a type")
-    except (OSError, ValueError) as error:
-        why = str(error) if isinstance(error, ValueError) else (error.strerror or type(error).__name__)
-        raise ValueError(f"{_NAME}={str(path)!r} cannot be read: {why}") from None
+        return read_json(expanded(given), "give the path of a JSON file with a type")
+    except ValueError as error:
+        raise ValueError(f"{_NAME}={str(given)!r} cannot be read: {error}") from None
 
 
 def _schema_format(value: Mapping[str, Any], depth: int) -> ResponseFormat:
