@@ -305,7 +305,8 @@ def _rewrite_one(argument: str, groups: Mapping[str, Any], multirun: bool) -> li
             key, name = f"++{name}.{option}", f"{name}.{option}"
             _refuse_resolvers(name, argument)
             return [f"{name.partition('.')[0]}={choice}", f"{key}={argument}"]
-    if name == "prompt" or (name in _TEXTS and value != "null"):
+    literal = name in _TEXTS or (name == "response_format" and not _is_hydras(value))
+    if name == "prompt" or (literal and value != "null"):
         return [f"{key}={_quote_literally(value)}"]
     if value.startswith(("[", "{")) and value.count(",") >= _MOST_ENTRIES:
         raise ValueError(f"{key}={value} has too many entries; use at most {_MOST_ENTRIES}")
@@ -358,6 +359,17 @@ def _depth(value: str) -> int:
     """Maximum nesting depth of brackets."""
     steps = (1 if sign in "[{(" else -1 if sign in "]})" else 0 for sign in value)
     return max(accumulate(steps, initial=0))
+
+
+def _is_hydras(value: str) -> bool:
+    """Whether a format is in Hydra's grammar, or null: not JSON, nor a path."""
+    if not value.startswith("{"):
+        return value == "null"
+    try:
+        parse_json(value)
+    except ValueError:
+        return True
+    return value.strip("{ }") == ""
 
 
 def _strings(value: str) -> str:

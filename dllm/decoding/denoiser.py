@@ -19,6 +19,7 @@ from dllm.decoding.canvas import Canvas
 from dllm.decoding.drift import Meter
 from dllm.decoding.encoded import Encoded
 from dllm.decoding.flags import flagged
+from dllm.decoding.gate import Gate
 from dllm.decoding.graphs import Forward
 from dllm.decoding.layout import OVERHEAD, Layout, by_width, pack, span
 from dllm.decoding.nonfinite import Broken, not_finite, reason
@@ -39,6 +40,7 @@ class Denoiser:
         cfg_scale: classifier-free guidance; 0 is off. A guided forward computes a second row with
             the prompt masked and counts as one.
         meter: measures the approximation error of some forwards.
+        gate: excludes tokens that would leave the format of an answer.
 
     Attributes:
         forwards: (B,) forwards of each entry of the current window.
@@ -56,10 +58,12 @@ class Denoiser:
         cache: CacheRun,
         cfg_scale: float,
         meter: Meter,
+        gate: Gate,
     ) -> None:
         self._run, self.backbone = forward, forward.backbone
         self._overhead = OVERHEAD.get(self.backbone.device.type, OVERHEAD["cpu"])
         self.canvas, self.cache, self.meter, self.cfg_scale = canvas, cache, meter, cfg_scale
+        self._gate = gate
         self._encoded = Encoded(self.backbone, canvas) if self.backbone.uniform else None
 
     def bind(self, window: Window) -> Denoiser:
@@ -112,6 +116,7 @@ class Denoiser:
         logits = self._logits(question)
         if temperature is not None and self._encoded is None:
             logits = logits / temperature[self._put(question.slots[question.places[0]])][:, None]
+        logits = self._gate.exclude(logits, question, asked, columns)
         # The indices of the window's masks are on the device already.
         index = window.index if asked is window.masked and columns is window.columns else self._put(question.index)
         prediction = self._predict(logits, asked, index, question)
