@@ -73,6 +73,7 @@ def matrix(samplers: dict[str, Any], caches: dict[str, Any]) -> str:
         for need in ("guidance", "several_devices", "graphs", "whole_blocks")
     ]
     families = ", ".join(ARCHITECTURES)
+    at_once = ", ".join(f"`{label}`" for label, sampler in samplers.items() if "noise" in sampler.needs)
     lines = [
         "# Compatibility",
         "",
@@ -82,6 +83,9 @@ def matrix(samplers: dict[str, Any], caches: dict[str, Any]) -> str:
         "*yes*: in batches of any size, with rows at different blocks; `freedave` and `ssd` are lossless with respect",
         "to their base with the same cache. `freecache` is listed with its defaults: with freeze=last_forward, another",
         "granularity than block, or refresh_above, its keys and values depend on the order a block is decoded in.",
+        "",
+        "`response_format` ([structure.md](structure.md)) is compatible with every sampler and cache"
+        + (f" except {at_once}, which decides a block at once." if at_once else "."),
         *_exceptions(),
         "",
         app.markdown(head, rows),
