@@ -309,7 +309,7 @@ def _rewrite_one(argument: str, groups: Mapping[str, Any], multirun: bool) -> li
     if name == "stop" and value != "null":
         return [f"{key}={_strings(value)}"]
     _refuse_resolvers(name, value)
-    is_path = name in _PATHS or (name == "response_format" and not value.startswith("{"))
+    is_path = name in _PATHS or (name == "response_format" and not multirun and not value.startswith("{"))
     if not is_path or value == "null":
         if (depth := _depth(value)) > _DEEPEST:
             raise ValueError(f"{key} is nested too deep ({depth} brackets in each other); give a plainer value")
