@@ -19,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -33,8 +33,9 @@ from dllm.structure.tokens import END, NOTHING, NOWHERE, TokenAutomaton, lift, t
 MASK = -1  # class of a mask
 _KEPT = 16  # formats of a tokenizer
 
+_Words: TypeAlias = tuple[list[bytes | None], bool]
 _lock = Lock()
-_words: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[int, int], tuple[list[bytes | None], bool]]] = WeakKeyDictionary()
+_words: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[int, int], _Words]] = WeakKeyDictionary()
 _built: WeakKeyDictionary[PreTrainedTokenizerBase, OrderedDict[tuple[Any, ...], Constraint]] = WeakKeyDictionary()
 
 
