@@ -305,7 +305,7 @@ def _rewrite_one(argument: str, groups: Mapping[str, Any], multirun: bool) -> li
             key, name = f"++{name}.{option}", f"{name}.{option}"
             _refuse_resolvers(name, argument)
             return [f"{name.partition('.')[0]}={choice}", f"{key}={argument}"]
-    literal = name in _TEXTS or (name == "response_format" and not _is_hydras(value))
+    literal = name in _TEXTS or (name == "response_format" and _is_json(value))
     if name == "prompt" or (literal and value != "null"):
         return [f"{key}={_quote_literally(value)}"]
     if value.startswith(("[", "{")) and value.count(",") >= _MOST_ENTRIES:
@@ -313,7 +313,8 @@ def _rewrite_one(argument: str, groups: Mapping[str, Any], multirun: bool) -> li
     if name == "stop" and value != "null":
         return [f"{key}={_strings(value)}"]
     _refuse_resolvers(name, value)
-    if name not in _PATHS or value == "null":
+    is_path = name in _PATHS or (name == "response_format" and not multirun and not value.startswith("{"))
+    if not is_path or value == "null":
         if (depth := _depth(value)) > _DEEPEST:
             raise ValueError(f"{key} is nested too deep ({depth} brackets in each other); give a plainer value")
         # Hydra's grammar does not allow an unquoted ~.
@@ -361,15 +362,12 @@ def _depth(value: str) -> int:
     return max(accumulate(steps, initial=0))
 
 
-def _is_hydras(value: str) -> bool:
-    """Whether a format is in Hydra's grammar, or null: not JSON, nor a path."""
-    if not value.startswith("{"):
-        return value == "null"
+def _is_json(value: str) -> bool:
+    """Whether a mapping is in JSON, and not in Hydra's grammar."""
     try:
-        parse_json(value)
+        return value.startswith("{") and bool(parse_json(value))
     except ValueError:
-        return True
-    return value.strip("{ }") == ""
+        return False
 
 
 def _strings(value: str) -> str:

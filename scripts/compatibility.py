@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from dllm.cache.base import Cache
-from dllm.decoding.compatibility import NEEDS, unmet
+from dllm.decoding.compatibility import AT_ONCE, NEEDS, unmet
 from dllm.models import ARCHITECTURES, MaskedDiffusionModel
 from dllm.models.base import CAUSAL_REFUSES
 from dllm.resolve import build, names, resolve
@@ -77,6 +77,7 @@ def matrix(samplers: dict[str, Any], caches: dict[str, Any]) -> str:
         for need in ("guidance", "several_devices", "graphs", "whole_blocks")
     ]
     families = ", ".join(ARCHITECTURES)
+    at_once = ", ".join(f"`{label}`" for label, sampler in samplers.items() if AT_ONCE & sampler.needs)
     lines = [
         "# Compatibility",
         "",
@@ -87,6 +88,9 @@ def matrix(samplers: dict[str, Any], caches: dict[str, Any]) -> str:
         "respect to their base with the same cache. `freecache` is listed with its defaults: with freeze=last_forward,",
         "another granularity than block, or refresh_above, its keys and values depend on the order a block is decoded",
         "in.",
+        "",
+        "`response_format` ([structure.md](structure.md)) is compatible with every sampler and cache"
+        + (f" except {at_once}, which decide several tokens at once." if at_once else "."),
         *_exceptions(),
         "",
         app.markdown(head, rows),

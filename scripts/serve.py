@@ -108,6 +108,7 @@ def make_service(
         defaults=defaults,
         seed=fields["seed"],
         max_length=loop.max_length,
+        pattern=loop.pattern,
         samplers=options,
         kinds=kinds,
         own=SamplerChoice(own) if same else None,
@@ -127,5 +128,5 @@ def _check(fields: Mapping[str, Any]) -> None:
     for name in ("host", "api_key", "name"):
         value = fields[name]
         if value is not None and (not value.strip() or not value.isascii() or not value.isprintable()):
-            raise ValueError(f"{name}={value!r} is not a {name}; give printable ASCII characters, or leave it out")
+            raise ValueError(f"{name}={value!r} is not valid; give printable ASCII characters, or leave it out")
     dllm.Options(**{name: fields[name] for name in dllm.Options.__dataclass_fields__})

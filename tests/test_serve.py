@@ -21,6 +21,7 @@ for needed in ("fastapi", "prometheus_client", "uvicorn"):
     pytest.importorskip(needed)
 
 from serve_rig import QUESTION, Running, serving  # noqa: E402
+from structure_rig import text_model  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("serve")
 
@@ -578,7 +579,7 @@ def test_a_server_over_a_block_causal_model_with_its_cache() -> None:
         ("engines=0", "engines=0 is out of range"),
         ("timeout=0", "timeout=0 is out of range"),
         ("host=not.a.host.invalid", "host='not.a.host.invalid', port=0 cannot be used"),
-        ("api_key=''", "api_key='' is not a api_key"),
+        ("api_key=", "api_key='' is not valid"),
         ("gen_length=0", "gen_length=0 is out of range"),
         ("samplers=[nope]", "unknown samplers='nope'"),
         ("max_length=100000", "max_length=100000 is out of range"),
@@ -608,3 +609,55 @@ def test_the_confidence_of_committed_tokens_is_told(server: Running) -> None:
     together = [step["confidence"] for step in steps if len(step["committed"]) > 1]
     assert together and all(share is not None and 0.9 < share <= 1 for shares in together for share in shares)
     assert all(len(step["confidence"]) == len(step["committed"]) for step in steps)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "apples": {"type": "integer"}},
+    "required": ["name", "apples"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def writer() -> Iterator[Running]:
+    """A server with a random model that can write any text."""
+    pytest.importorskip("outlines_core")
+    with serving(text_model(), max_length=256, gen_length=64) as running:
+        yield running
+
+
+@pytest.mark.parametrize("scaffold", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_follow_the_format_that_is_asked_for(writer: Running, scaffold: bool, stream: bool) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    wanted: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "apples", "schema": SCHEMA}}
+    body = {"prompt": "a", "max_tokens": 64, "response_format": wanted | {"scaffold": True} if scaffold else wanted}
+    if stream:
+        chunks = writer.stream(**body, dllm={"sampler": "threshold", "events": "steps"})
+        text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
+        begin = chunks[1]["dllm"]["begin"]
+        assert bool(begin["given"]) == scaffold
+        assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+    else:
+        answer = writer.complete(**body, dllm={"sampler": "threshold"})
+        text = answer["choices"][0]["text"]
+        assert 0 < answer["usage"]["completion_tokens"] <= 64
+    jsonschema.validate(json.loads(text), SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ("json", "response_format='json' is not valid"),
+        ("/etc/passwd", "response_format='/etc/passwd' is not valid"),
+        ({"type": "xml"}, "unknown response_format.type='xml'"),
+        ({"type": "regex", "regex": "("}, "response_format of type regex cannot be compiled"),
+        ({"type": "regex", "regex": "[0-9]{200}"}, "response_format needs at least"),
+        ({"type": "json_schema", "json_schema": {"schema": {"not": {}}}}, "response_format"),
+    ],
+)
+def test_formats_that_cannot_be_followed_are_refused(writer: Running, wanted: Any, message: str) -> None:
+    error = writer.refused(response_format=wanted)
+    assert error["message"].startswith(message)
+    assert error["param"].startswith("response_format")

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import sys
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -414,3 +415,13 @@ def test_answers_of_a_grammar_parse() -> None:
         out = dllm.generate(text_model(), ["a", "b", "c"], sampler, response_format=form, temperature=1.0, **OPTIONS)
         for text in out.texts:
             parser.parse(text)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("sampler", ["threshold", "freedave", "prophet", "wino"])
+def test_a_device_gives_the_answers_of_the_cpu(sampler: str) -> None:
+    lm, options = text_model(), {**OPTIONS, "response_format": FORMAT}
+    want = dllm.generate(lm, ["a", "bc"], sampler, **options)
+    there = replace(lm, backbone=deepcopy(lm.backbone).to("cuda"), spare=[])
+    assert torch.equal(dllm.generate(there, ["a", "bc"], sampler, **options).completions, want.completions)

@@ -30,6 +30,8 @@ NEEDS = {
     "several_devices": ("a model spread over several devices", "a model on one"),
     "whole_blocks": ("a model that computes a block as a whole", "block or prefix"),
 }
+# Of samplers whose tokens cannot be held to a format one by one.
+AT_ONCE = frozenset({"causal", "noise"})
 # How to avoid a need that the backbone does not meet, where that is another way.
 _FOR_BACKBONES = {"repeatable": "another sampler"} | dict.fromkeys(("growth", "shadows"), "another sampler")
 

@@ -197,10 +197,10 @@ class Engine:
         """Reject (ValueError) what the sampler cannot decode."""
         if request.open_ended and self.sampler.opening(request) is None:
             raise ValueError("gen_length=auto needs a sampler that finds the length (daedal); use it, or give a number")
-        if request.constraint is not None and "noise" in self.sampler.needs:
+        if request.constraint is not None and (at_once := sorted(compatibility.AT_ONCE & self.sampler.needs)):
             raise ValueError(
-                f"response_format is not compatible with {compatibility.NEEDS['noise'][0]}, which decides a block at "
-                "once; use another sampler"
+                f"response_format is not compatible with {compatibility.NEEDS[at_once[0]][0]}, which decides several "
+                "tokens at once; use another sampler"
             )
         with torch.device("cpu"):
             self.sampler.check(self._state, request)

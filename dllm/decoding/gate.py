@@ -206,10 +206,10 @@ def _excluded(
     # A draft that is no text of the format keeps all tokens: what follows from it is refused.
     kept = put(device, allowed | ~allowed.any(1, keepdims=True))[:, constraint.on_device[device]]
     index = put(device, at)
-    own = logits[index]
+    own = logits if len(at) == len(logits) else logits[index]
     # Logits that are not finite are reported as such.
-    kept |= ~own.amax(-1, keepdim=True).isfinite()
-    return logits.index_copy(0, index, own.masked_fill(~kept, -torch.inf))
+    own = own.masked_fill(~(kept | ~own.amax(-1, keepdim=True).isfinite()), -torch.inf)
+    return own if len(at) == len(logits) else logits.index_copy(0, index, own)
 
 
 def _on_host(edit: Edit, last: tuple[Prediction, Tensor] | None, length: int) -> _Host:

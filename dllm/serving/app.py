@@ -192,7 +192,7 @@ async def _answer(
         with suppress(RuntimeError):  # the server has stopped
             asyncio_loop.call_soon_threadsafe(news.set)
 
-    tickets = [Ticket(job, pieces, plan.ends, notify) for job in plan.jobs]
+    tickets = [Ticket(job, pieces, notify) for job in plan.jobs]
     try:
         loop.submit(tickets)
     except FullError as full:

@@ -85,9 +85,8 @@ class _Room:
         self.engine, self.tickets, self.used = engine, dict[int, Ticket](), time.monotonic()
 
     def add(self, ticket: Ticket) -> None:
-        job = ticket.job
         try:
-            ticket.id = self.engine.add(list(job.ids), infill=job.infill, **job.options)
+            ticket.id = self.engine.submit(ticket.job.request)
         except ValueError as error:
             ticket.fail(Failure(400, renamed(str(error), NAMES), "refused"))
             return
@@ -111,6 +110,7 @@ class EngineLoop:
 
     Attributes:
         max_length: positions of a row.
+        pattern: the attention pattern of the engines.
         ready: whether requests are decoded.
 
     Raises:
@@ -121,7 +121,8 @@ class EngineLoop:
         self.decoding, self.queue, self.metrics = decoding, queue, metrics
         # The server's own engine comes first, so that bad options are refused, and is there for the first request.
         self._rooms: dict[SamplerChoice | None, _Room] = {None: _Room(decoding.engine(None))}
-        self.max_length = self._rooms[None].engine.max_length
+        own = self._rooms[None].engine
+        self.max_length, self.pattern = own.max_length, own.pattern
         self._changed = Condition()
         self._arrived: deque[Ticket] = deque()
         self._gone: set[Ticket] = set()

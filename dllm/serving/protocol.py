@@ -9,16 +9,17 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from dllm.checks import SEEDS, number, renamed
-from dllm.decoding.options import Options, eos_ids
+from dllm.decoding.options import Options, make_request, parse_options
 from dllm.decoding.prompts import encode_one
 from dllm.escape import brief
+from dllm.models.attention import BlockCausal
 from dllm.models.loading import LanguageModel
 from dllm.serving.ticket import NAMES, Job, SamplerChoice
 
@@ -88,7 +89,6 @@ class DllmOptions(Strict):
         "tempered_confidence",
         "eos_suppression",
         "stop_at_eos",
-        "max_forwards",
     )
 
     events: Literal["steps"] | None = None
@@ -115,6 +115,7 @@ class Request(Strict):
     n: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: dict[str, Any] | None = None
     dllm: DllmOptions = Field(default_factory=DllmOptions)
 
 
@@ -189,7 +190,6 @@ class Plan:
         chat: whether it is a chat.
         stream: whether to stream, and with usage at the end.
         usage: tell the usage at the end of a stream.
-        ends: ids that end a text.
     """
 
     jobs: Sequence[Job]
@@ -197,7 +197,6 @@ class Plan:
     chat: bool
     stream: bool
     usage: bool
-    ends: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -210,6 +209,7 @@ class Terms:
         defaults: options of `Engine.add` where a request has none.
         seed: of such requests; None for a random one.
         max_length: positions of a row.
+        pattern: the attention pattern of the engines.
         samplers: policies that a request may choose, with their options.
         kinds: of these policies (`dllm.samplers.base.KINDS`).
         own: the server's own policy, where it is one of them.
@@ -221,6 +221,7 @@ class Terms:
     defaults: Mapping[str, Any]
     seed: int | None
     max_length: int
+    pattern: BlockCausal | None
     samplers: Mapping[str, Mapping[str, Any]]
     kinds: Mapping[str, str]
     own: SamplerChoice | None
@@ -242,21 +243,24 @@ class Terms:
         if request.stream_options is not None and not request.stream:
             raise BadRequestError("stream_options needs stream=true; set it, or leave it out", "stream_options")
         try:
-            prompts = self._prompts(request)
-            options = self._options(request)
+            prompts, options = self._prompts(request), self._options(request)
             seed = self.seed if request.seed is None else request.seed
+            number("seed", seed or 0, f"a whole number from 0 to {SEEDS - 1}", low=0, high=SEEDS - 1, whole=True)
             seed = random.randrange(SEEDS) if seed is None else seed
             jobs = [
-                self._job(request, ids, {**options, "seed": seed + place})
+                self._job(request, ids, options, seed + place)
                 for place, ids in enumerate([ids for ids in prompts for _ in range(count)])
             ]
-            first = jobs[0].options["seed"]
-            number("seed", first, f"a whole number from 0 to {SEEDS - 1}", low=0, high=SEEDS - 1, whole=True)
         except ValueError as error:
             raise BadRequestError(renamed(str(error), NAMES)) from None
         usage = request.stream_options is not None and request.stream_options.include_usage
-        chat, ends = isinstance(request, ChatRequest), eos_ids(options.get("eos_token_id"), self.lm)
-        return Plan(jobs, sum(map(len, prompts)), chat, bool(request.stream), usage, ends)
+        return Plan(
+            jobs,
+            sum(job.prompt for job in jobs[::count]),
+            isinstance(request, ChatRequest),
+            bool(request.stream),
+            usage,
+        )
 
     def unknown_model(self, name: str | None) -> BadRequestError:
         """The error for another model's name."""
@@ -277,65 +281,82 @@ class Terms:
             raise ValueError(f"prompt has {len(prompt)} entries; give at most {self.most_choices}")
         return [encode_one(each, tokenizer) for each in (prompt if several else [prompt])]
 
-    def _options(self, request: ChatRequest | CompletionRequest) -> dict[str, Any]:
-        given = {name: getattr(request, name) for name in ("temperature", "top_p", "stop")}
+    def _options(self, request: ChatRequest | CompletionRequest) -> Options:
+        given = {name: getattr(request, name) for name in ("temperature", "top_p", "stop", "response_format")}
         given |= {name: getattr(request.dllm, name) for name in DllmOptions.PASSED}
-        wanted = getattr(request, "max_completion_tokens", None)
-        if None not in (wanted, request.max_tokens):
-            raise ValueError("max_tokens and max_completion_tokens are the same; give one of them")
-        given["gen_length"] = request.max_tokens if wanted is None else wanted
-        options = dict(self.defaults) | {name: value for name, value in given.items() if value is not None}
-        Options(**{name: value for name, value in options.items() if name != "max_forwards"})
-        return options
+        given["gen_length"] = self._length(request)
+        return parse_options(dict(self.defaults) | {name: value for name, value in given.items() if value is not None})
 
-    def _job(self, request: ChatRequest | CompletionRequest, ids: list[int], options: dict[str, Any]) -> Job:
-        most = getattr(request, "top_logprobs", None) or 0
-        wants = request.logprobs
-        top = None if wants is None or wants is False else most if wants is True else wants
-        suffix, infill, middle = getattr(request, "suffix", None), request.dllm.infill, None
-        asked = (
-            request.max_tokens if request.max_tokens is not None else getattr(request, "max_completion_tokens", None)
-        )
-        if suffix is not None and infill:
-            raise ValueError("suffix and dllm.infill exclude each other; give one of them")
-        after: list[int] = []
-        if suffix is not None:
-            tokenizer = self.lm.tokenizer
-            if tokenizer is None:
-                raise ValueError("suffix needs a tokenizer, and this model has none")
-            after = list(tokenizer(suffix, add_special_tokens=False, verbose=False).input_ids)
-        room = self.max_length - len(ids) - len(after)
-        if asked is None and not infill and options["gen_length"] != "auto":  # as much as fits
-            options["gen_length"] = max(1, min(options["gen_length"], room))
-        length = options["gen_length"]
-        if not infill and (length > room if length != "auto" else suffix is not None):
-            what = "the prompt has" if suffix is None else "prompt and suffix have"
-            raise ValueError(
-                f"max_tokens={length} does not fit: {what} {len(ids) + len(after)} tokens, and a row of the server "
-                f"{self.max_length}; shorten one of them"
-            )
-        if suffix is not None:
-            middle = (len(ids), length)
-            ids = [*ids, *[self.lm.backbone.mask_token_id] * length, *after]
-            infill = True
+    def _length(self, request: ChatRequest | CompletionRequest) -> int | None:
+        """The room for the answer that a request asks for."""
+        other = getattr(request, "max_completion_tokens", None)
+        if None not in (other, request.max_tokens):
+            raise ValueError("max_tokens and max_completion_tokens are the same; give one of them")
+        return request.max_tokens if other is None else other
+
+    def _job(self, request: ChatRequest | CompletionRequest, ids: list[int], options: Options, seed: int) -> Job:
+        infill, after, most = request.dllm.infill, self._suffix(request), request.dllm.max_forwards
+        if most is not None:
+            number("max_forwards", most, "a whole number of at least 1, or null", low=1, whole=True)
         if infill:
             for name in ("stop", "max_tokens", "max_completion_tokens"):
-                effective = name != "stop" and suffix is not None
-                if getattr(request, name, None) is not None and not effective:
+                if getattr(request, name, None) is not None:
                     raise ValueError(f"{name} has no effect on infilling; leave it out")
-            options = {
-                name: value for name, value in options.items() if name not in ("gen_length", "stop", "stop_at_eos")
-            }
+        else:
+            length = self._fitting(request, options.gen_length, len(ids), after)
+            options = replace(options, gen_length=length)
+        prompt, middle = len(ids) + len(after or ()), None
+        if after is not None:
+            assert isinstance(options.gen_length, int)
+            middle = (len(ids), options.gen_length)
+            ids = [*ids, *[self.lm.backbone.mask_token_id] * options.gen_length, *after]
+        elif infill:
+            prompt -= ids.count(self.lm.backbone.mask_token_id)
+        whole = infill or middle is not None
+        made = make_request(
+            self.lm, ids, replace(options, stop=None) if whole else options, seed, whole, "prompt", self.pattern,
+            self.max_length,
+        )  # fmt: skip
+        wanted = request.logprobs
+        top = getattr(request, "top_logprobs", None) or 0 if isinstance(wanted, bool) else wanted
         return Job(
-            ids=ids,
-            options=options,
-            infill=infill,
+            request=replace(made, max_forwards=most),
+            prompt=prompt,
             middle=middle,
             sampler=self._sampler(request.dllm),
             text=bool(request.stream),
             steps=request.dllm.events == "steps",
-            top_logprobs=top,
+            top_logprobs=None if wanted is False else top,
         )
+
+    def _suffix(self, request: ChatRequest | CompletionRequest) -> list[int] | None:
+        """The tokens of the text after the answer; None without one."""
+        suffix, tokenizer = getattr(request, "suffix", None), self.lm.tokenizer
+        if suffix is None:
+            return None
+        if request.dllm.infill:
+            raise ValueError("suffix and dllm.infill exclude each other; give one of them")
+        if tokenizer is None:
+            raise ValueError("suffix needs a tokenizer, and this model has none; leave it out")
+        for name in ("stop", "response_format"):
+            if getattr(request, name) is not None:
+                raise ValueError(f"{name} has no effect on infilling; leave it out")
+        return list(tokenizer(suffix, add_special_tokens=False, verbose=False).input_ids)
+
+    def _fitting(
+        self, request: ChatRequest | CompletionRequest, length: int | Any, prompt: int, after: list[int] | None
+    ) -> Any:
+        """Positions for the answer: those asked for, or else as many as fit up to the default."""
+        room = self.max_length - prompt - len(after or ())
+        if self._length(request) is None and length != "auto":
+            return max(1, min(length, room))
+        if length > room if length != "auto" else after is not None:
+            what = "the prompt has" if after is None else "prompt and suffix have"
+            raise ValueError(
+                f"max_tokens={length} does not fit: {what} {prompt + len(after or ())} tokens, and a row of the server "
+                f"{self.max_length}; shorten one of them"
+            )
+        return length
 
     def _sampler(self, options: DllmOptions) -> SamplerChoice | None:
         name, given = options.sampler, options.sampler_options

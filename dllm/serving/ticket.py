@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dllm.checks import renamed
 from dllm.decoding.ending import cut
+from dllm.decoding.request import Request
 from dllm.decoding.step import Answer, Event
 from dllm.serving.events import Pieces, TokenLogprob, begun, changed, logprobs
 
@@ -45,9 +46,8 @@ class Job:
     """What a client asks of the engine: one choice of an answer.
 
     Attributes:
-        ids: token ids of the prompt; with `infill` those of the whole text, masks included.
-        options: of `Engine.add`.
-        infill: fill the masks in `ids`.
+        request: of the engine.
+        prompt: tokens that the client gave.
         middle: first position and number of the masks whose text is the answer; None for the whole text.
         sampler: the policy; None for the server's own.
         text: tell the text while it becomes final.
@@ -55,26 +55,19 @@ class Job:
         top_logprobs: tell log-probabilities: of the committed token and of this many others; None for none.
     """
 
-    ids: Sequence[int]
-    options: Mapping[str, Any]
-    infill: bool = False
+    request: Request
+    prompt: int
     middle: tuple[int, int] | None = None
     sampler: SamplerChoice | None = None
     text: bool = False
     steps: bool = False
     top_logprobs: int | None = None
 
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """Stop strings."""
-        stop = self.options.get("stop")
-        return () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
-
     def completion(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
         """The part of a row, without padding, whose text is the answer."""
         if self.middle is not None:
             return tokens[self.middle[0] : self.middle[0] + self.middle[1]]
-        return tokens if self.infill else tokens[len(self.ids) :]
+        return tokens[self.request.answer_start :]
 
 
 @dataclass(frozen=True)
@@ -170,7 +163,6 @@ class Ticket:
     Attributes:
         job: what is asked.
         pieces: texts of single tokens.
-        eos_token_ids: ids that end the text.
         notify: called from the engine's thread whenever there is news.
         admitted: whether its engine has accepted it.
         accepted: when the request came, in seconds of the monotonic clock.
@@ -184,7 +176,6 @@ class Ticket:
 
     job: Job
     pieces: Pieces
-    eos_token_ids: Sequence[int]
     notify: Callable[[], None]
     admitted: bool = False
     accepted: float = field(default_factory=time.monotonic)
@@ -196,9 +187,9 @@ class Ticket:
     logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        stops = () if self.job.infill else self.job.stops
-        ends = () if self.job.infill and self.job.middle is None else self.eos_token_ids
-        self._text = FinalText(self.pieces.tokenizer, stops, ends)
+        request = self.job.request
+        ends = () if request.infill and self.job.middle is None else request.eos_token_ids
+        self._text = FinalText(self.pieces.tokenizer, request.stops, ends)
         self._lock, self._new, self._steps = Lock(), "", deque[Mapping[str, Any]]()
         self._answer: Answer | None = None
         self._failure: Failure | None = None
@@ -207,11 +198,11 @@ class Ticket:
         """Take in one step."""
         now, step, entry, job = time.monotonic(), event.step, event.entry, self.job
         steps: list[Mapping[str, Any]] = []
-        origin = int(step.padding[entry]) + (0 if job.infill else len(job.ids))
+        origin = int(step.padding[entry]) + job.request.answer_start
         if self.entered is None:
             self.entered = now
             if job.steps:
-                steps.append(begun(event, origin, job.infill, self.pieces))
+                steps.append(begun(event, origin, job.request.infill, self.pieces))
         if self.committed is None and step.change.committed[entry].any():
             self.committed = now
         if job.steps:
@@ -292,27 +283,28 @@ class Ticket:
         """The text of an answer."""
         if self.job.middle is None:
             return answer.text or ""
-        tokens = self.job.completion(np.asarray(answer.completion, dtype=np.int64))
-        return cut(self.pieces.tokenizer, tokens, (), self.eos_token_ids)[0] or ""
+        return cut(self.pieces.tokenizer, self._middle(answer), (), self.job.request.eos_token_ids)[0] or ""
+
+    def _middle(self, answer: Answer) -> NDArray[np.int64]:
+        # The answer to an infilled text begins with its first token.
+        return self.job.completion(np.asarray(answer.completion, dtype=np.int64))
 
     def tokens(self, answer: Answer) -> list[int]:
         """The tokens of an answer, up to and including its end."""
-        row = np.asarray(answer.completion, dtype=np.int64)
+        request = self.job.request
         if self.job.middle is None:
-            return answer.completion if self.job.infill else answer.completion[: answer.tokens]
-        tokens = self.job.completion(row)
-        return tokens[: cut(self.pieces.tokenizer, tokens, (), self.eos_token_ids)[1]].tolist()
+            return answer.completion if request.infill else answer.completion[: answer.tokens]
+        tokens = self._middle(answer)
+        return tokens[: cut(self.pieces.tokenizer, tokens, (), request.eos_token_ids)[1]].tolist()
 
     def ended_itself(self, answer: Answer) -> bool:
         """Whether the text ended before its room did: by end-of-text or a stop string."""
-        tokens = self.tokens(answer)
+        tokens, request = self.tokens(answer), self.job.request
+        if request.constraint is not None or (request.infill and self.job.middle is None):
+            return True
         room = len(answer.completion) if self.job.middle is None else self.job.middle[1]
-        if self.job.infill and self.job.middle is None:
+        if len(tokens) < room or tokens[-1] in request.eos_token_ids:
             return True
         # A stop string may be completed by the very last token.
-        whole = self.pieces.tokenizer is not None and bool(self.job.stops) and self._cut_short(answer)
-        return len(tokens) < room or (bool(tokens) and tokens[-1] in self.eos_token_ids) or whole
-
-    def _cut_short(self, answer: Answer) -> bool:
-        tokens = np.asarray(answer.completion[: answer.tokens], dtype=np.int64)
-        return cut(self.pieces.tokenizer, tokens, (), self.eos_token_ids)[0] != answer.text
+        whole = cut(self.pieces.tokenizer, np.asarray(tokens, dtype=np.int64), (), request.eos_token_ids)[0]
+        return bool(request.stops) and whole != answer.text

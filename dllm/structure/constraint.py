@@ -19,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -33,8 +33,9 @@ from dllm.structure.tokens import END, NOTHING, NOWHERE, TokenAutomaton, lift, t
 MASK = -1  # class of a mask
 _KEPT = 16  # formats of a tokenizer
 
+_Words: TypeAlias = tuple[list[bytes | None], bool]
 _lock = Lock()
-_words: WeakKeyDictionary[PreTrainedTokenizerBase, dict[int, tuple[list[bytes | None], bool]]] = WeakKeyDictionary()
+_words: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[int, int], _Words]] = WeakKeyDictionary()
 _built: WeakKeyDictionary[PreTrainedTokenizerBase, OrderedDict[tuple[Any, ...], Constraint]] = WeakKeyDictionary()
 
 
@@ -69,7 +70,7 @@ class Constraint:
         Raises:
             ValueError: a format or a tokenizer that is not supported.
         """
-        key = form.key, size, tuple(ends)
+        key = form.key, size, tuple(ends), len(tokenizer)
         with _lock:
             kept = _built.setdefault(tokenizer, OrderedDict())
             if key not in kept:
@@ -83,10 +84,10 @@ class Constraint:
     def _made(
         cls, form: ResponseFormat, tokenizer: PreTrainedTokenizerBase, size: int, ends: Sequence[int]
     ) -> Constraint:
-        sizes = _words.setdefault(tokenizer, {})
-        if size not in sizes:
-            sizes[size] = token_bytes(tokenizer, size)
-        words, strips = sizes[size]
+        sizes, key = _words.setdefault(tokenizer, {}), (size, len(tokenizer))
+        if key not in sizes:
+            sizes[key] = token_bytes(tokenizer, size)
+        words, strips = sizes[key]
         automaton = compile_regex(form.regex, form.name)
         automaton = _without_space(automaton) if strips else automaton
         lifted = lift(automaton, [None if number in ends else word for number, word in enumerate(words)], form.name)

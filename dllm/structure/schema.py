@@ -24,7 +24,7 @@ _LETTER = f'(?:[^{_SAFE}]|\\\\["\\\\/bfnrt])'
 STRING = f'"{_LETTER}*"'
 _NUMBER = "-?(?:0|[1-9][0-9]*)(?:\\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2})?"
 _DATE = (
-    "[0-9]{3}[1-9]-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
+    "[12][0-9]{3}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
     "|02-(?:0[1-9]|1[0-9]|2[0-8]))"
 )
 _TIME = "(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\\.[0-9]{1,6})?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
@@ -199,12 +199,15 @@ class _Translator:
     def _listed(self, schema: Mapping[str, Any], at: str) -> str:
         """The values of `enum` and `const` that all other keywords allow."""
         library = extra("jsonschema", "json_schema")
-        if "$ref" in schema:
-            raise _unsupported("$ref", at, "beside enum or const")
-        _only(schema, set(schema) - {"not", "if", "then", "else"}, at)
+        for name in ("not", "if", *_COMBINED):
+            if name in schema:
+                raise _unsupported(name, at, "beside enum or const")
         values = schema["enum"] if "enum" in schema else [schema["const"]]
         check = library.Draft202012Validator(schema)
-        texts = [json.dumps(each, ensure_ascii=False) for each in values if check.is_valid(each)]
+        try:
+            texts = [json.dumps(each, ensure_ascii=False) for each in values if check.is_valid(each)]
+        except Exception:  # noqa: BLE001  # references into the whole schema, which it raises private errors for
+            raise _unsupported("$ref", at, "below enum or const") from None
         if not texts:
             raise ValueError(f"json_schema has no value{_at(at)} that its enum, const and other keywords all allow")
         return _either([escaped(text) for text in dict.fromkeys(texts)]) or ""
@@ -272,7 +275,7 @@ class _Translator:
         return numbers(schema, _at(at)) if _OF_TYPE["number"] & schema.keys() else _NUMBER
 
     def _string(self, schema: Mapping[str, Any], at: str, depth: int) -> str | None:
-        low, high = schema.get("minLength", 0), schema.get("maxLength")
+        low, high = _bounds(schema, "Length")
         others = [name for name in ("pattern", "format") if name in schema]
         if len(others) > 1 or (others and (low or high is not None)):
             raise _unsupported(others[0], at, "beside another bound of a string")
@@ -285,7 +288,7 @@ class _Translator:
         return _bounded(f'"{_LETTER}', low, high, '"')
 
     def _array(self, schema: Mapping[str, Any], at: str, depth: int) -> str | None:
-        low, high = schema.get("minItems", 0), schema.get("maxItems")
+        low, high = _bounds(schema, "Items")
         if schema.get("uniqueItems") and (high is None or high > 1):
             raise _unsupported("uniqueItems", at, "of several items")
         first, rest = schema.get("prefixItems", []), schema.get("items", True)
@@ -302,7 +305,7 @@ class _Translator:
 
     def _object(self, schema: Mapping[str, Any], at: str, depth: int) -> str | None:
         properties = self._properties(schema, at)
-        low, high = schema.get("minProperties", 0), schema.get("maxProperties")
+        low, high = _bounds(schema, "Properties")
         required = set(schema.get("required", ()))
         if not properties:
             others = schema.get("additionalProperties", True)
@@ -356,6 +359,12 @@ def _in_order(properties: list[tuple[str, bool]]) -> str:
 
 def _either(options: list[str]) -> str | None:
     return None if not options else options[0] if len(options) == 1 else f"(?:{'|'.join(options)})"
+
+
+def _bounds(schema: Mapping[str, Any], what: str) -> tuple[int, int | None]:
+    """The least and the largest number of something; JSON may write them as 3.0."""
+    most = schema.get(f"max{what}")
+    return int(schema.get(f"min{what}", 0)), None if most is None else int(most)
 
 
 def _bounded(part: str, low: int, high: int | None, end: str) -> str | None:

@@ -110,6 +110,9 @@ def test_it_refuses_what_cannot_verify() -> None:
     for lm in (dllm.load("tiny-llada", device="cpu"), random_diffusion_gemma()):
         with pytest.raises(ValueError, match=r"a policy that verifies one position after the other \(s2d2\)"):
             dllm.generate(lm, [[11, 12]], S2D2(), gen_length=4, block_length=1)
+    choice = {"type": "choice", "choice": ["35."]}
+    with pytest.raises(ValueError, match="response_format is not compatible with a policy that verifies"):
+        dllm.generate(dllm.load("tiny-block", device="cpu"), "1", S2D2(), block_length=1, response_format=choice)
     with pytest.raises(ValueError, match="draft_length=0 is out of range"):
         S2D2(0)
     outcome = command("generate", "sampler=s2d2", "block_length=1")
