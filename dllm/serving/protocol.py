@@ -22,7 +22,8 @@ from dllm.escape import brief
 from dllm.models.loading import LanguageModel
 from dllm.serving.ticket import NAMES, Job, SamplerChoice
 
-Number = Annotated[bool | int | float, Field(union_mode="left_to_right")]
+# Integers are those that tensors can hold.
+Number = Annotated[bool | Annotated[int, Field(ge=-(2**63), lt=2**63)] | float, Field(union_mode="left_to_right")]
 # Fields of OpenAI's clients that say nothing about the answer.
 _SILENT = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
 # Fields that would change the answer, and the values that do not.
@@ -214,6 +215,7 @@ class Terms:
         kinds: of these policies (`dllm.samplers.base.KINDS`).
         own: the server's own policy, where it is one of them.
         most_choices: answers to one request at most.
+        most_open: answers that the slots and the queue hold.
     """
 
     lm: LanguageModel
@@ -225,6 +227,7 @@ class Terms:
     kinds: Mapping[str, str]
     own: SamplerChoice | None
     most_choices: int
+    most_open: int
 
     def plan(self, request: ChatRequest | CompletionRequest) -> Plan:
         """What to ask of the engine for a request.
@@ -241,6 +244,8 @@ class Terms:
             raise BadRequestError("dllm.events needs stream=true; set it, or leave events out", "dllm.events")
         if request.stream_options is not None and not request.stream:
             raise BadRequestError("stream_options needs stream=true; set it, or leave it out", "stream_options")
+        if getattr(request, "top_logprobs", None) is not None and not request.logprobs:
+            raise BadRequestError("top_logprobs needs logprobs=true; set it, or leave top_logprobs out", "top_logprobs")
         try:
             prompts = self._prompts(request)
             options = self._options(request)
@@ -251,6 +256,8 @@ class Terms:
                 for place, ids in enumerate([ids for ids in prompts for _ in range(count)])
             ]
             first = jobs[0].options["seed"]
+            if len(jobs) > self.most_open:
+                raise ValueError(f"n={count} asks for {len(jobs)} answers; this server has room for {self.most_open}")
             number("seed", first, f"a whole number from 0 to {SEEDS - 1}", low=0, high=SEEDS - 1, whole=True)
         except ValueError as error:
             raise BadRequestError(renamed(str(error), NAMES)) from None
@@ -304,6 +311,9 @@ class Terms:
             if tokenizer is None:
                 raise ValueError("suffix needs a tokenizer, and this model has none")
             after = list(tokenizer(suffix, add_special_tokens=False, verbose=False).input_ids)
+            for name, part in (("prompt", ids), ("suffix", after)):
+                if self.lm.backbone.mask_token_id in part:
+                    raise ValueError(f"{name} contains [MASK]; use dllm.infill without suffix to fill such a text")
         room = self.max_length - len(ids) - len(after)
         if asked is None and not infill and options["gen_length"] != "auto":  # as much as fits
             options["gen_length"] = max(1, min(options["gen_length"], room))
