@@ -113,10 +113,20 @@ def make_service(
         kinds=kinds,
         own=SamplerChoice(own) if same else None,
         most_choices=fields["max_choices"],
+        most_open=fields["batch_size"] + fields["queue"],
     )
-    key = os.environ.get(_KEY) or None if fields["api_key"] is None else fields["api_key"]
-    limits = Limits(fields["max_body"], fields["io_timeout"], key)
+    limits = Limits(fields["max_body"], fields["io_timeout"], _key(fields["api_key"]))
     return Service(terms, loop, limits, fields["timeout"], Log(fields["log_prompts"]), own, str(chosen["cache"]))
+
+
+def _key(given: str | None) -> str | None:
+    """The key that requests must carry: the option, or the environment variable, without space around it."""
+    key = os.environ.get(_KEY, "") if given is None else given
+    if not (key.isascii() and key.strip().isprintable()):
+        raise ValueError(f"{_KEY} has characters other than printable ASCII; give a key that a header can hold")
+    if key and not key.strip():
+        raise ValueError(f"{_KEY} is blank; give a key, or leave it out")
+    return key.strip() or None
 
 
 def _check(fields: Mapping[str, Any]) -> None:

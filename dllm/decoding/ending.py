@@ -57,6 +57,16 @@ def cut(
     return _without_special(tokenizer, tokens[:needed], text[:place]), needed
 
 
+def without_beginning(
+    tokenizer: PreTrainedTokenizerBase, tokens: NDArray[np.int64], until: Sequence[str]
+) -> str | None:
+    """The text of some tokens without a part at its end that may begin a stop string; None if there is no such part."""
+    text = _written(tokenizer, tokens)
+    sizes = (n for stop in until for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n]))
+    begun = max(sizes, default=0)
+    return _without_special(tokenizer, tokens, text[: len(text) - begun]) if begun else None
+
+
 class StopStrings:
     """Finds the token of a growing text that completes a stop string.
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from traceback import format_exception
+from traceback import format_tb
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -151,7 +151,8 @@ def create(service: Service) -> Guard:
     @app.exception_handler(Exception)
     async def bug(request: Request, problem: Exception) -> Response:
         if not isinstance(problem, SlowReaderError):
-            trace = "".join(format_exception(problem))
+            # Without its message, which may quote a prompt.
+            trace = f"{type(problem).__name__}\n{''.join(format_tb(problem.__traceback__))}"
             service.log.write(path=request.url.path, status=500, outcome="failed", error=trace)
         return Json(error("the server failed; its log says how", 500), 500)
 

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from secrets import token_hex
 from typing import Any, TextIO
@@ -30,9 +31,10 @@ class Log:
         return Entry(self, path)
 
     def write(self, **fields: Any) -> None:
-        """Write one line."""
+        """Write one line; a log that cannot be written, such as a closed pipe or a full disk, costs no answer."""
         moment = datetime.now(UTC).isoformat(timespec="milliseconds")
-        print(json.dumps({"time": moment, **fields}), file=self._stream or sys.stderr, flush=True)
+        with suppress(OSError, ValueError):  # the latter of a closed file
+            print(json.dumps({"time": moment, **fields}), file=self._stream or sys.stderr, flush=True)
 
 
 class Entry:

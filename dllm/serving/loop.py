@@ -175,9 +175,11 @@ class EngineLoop:
         with self._changed:
             if ticket not in self._open:
                 return
-            self._gone.add(ticket)
-            self._changed.notify()
-        ticket.fail(failure or Failure(499, "the client is gone", "cancelled"))
+        ticket.fail(failure or Failure(499, "the client is gone", "cancelled"))  # before the engine's thread does
+        with self._changed:
+            if ticket in self._open:
+                self._gone.add(ticket)
+                self._changed.notify()
 
     def stop(self, seconds: float) -> None:
         """Take no more requests, and end once those that run are finished, or after some seconds."""

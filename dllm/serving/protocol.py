@@ -23,7 +23,8 @@ from dllm.models.attention import BlockCausal
 from dllm.models.loading import LanguageModel
 from dllm.serving.ticket import NAMES, Job, SamplerChoice
 
-Number = Annotated[bool | int | float, Field(union_mode="left_to_right")]
+# Integers are those that tensors can hold.
+Number = Annotated[bool | Annotated[int, Field(ge=-(2**63), lt=2**63)] | float, Field(union_mode="left_to_right")]
 # Fields of OpenAI's clients that say nothing about the answer.
 _SILENT = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
 # Fields that would change the answer, and the values that do not.
@@ -173,7 +174,12 @@ def _complaint(error: pydantic.ValidationError, kind: type[Request], fields: Any
     if first["type"] == "missing":
         return BadRequestError(f"{name} is missing; give it", name)
     same = [each["msg"] for each in errors if each["loc"][:depth] == first["loc"][:depth]]
-    wanted = list(dict.fromkeys(each.removeprefix("Input should be ").replace("valid ", "") for each in same))
+    wanted = list(
+        dict.fromkeys(
+            each.removeprefix("Input should be ").replace("valid ", "").replace("integer", "whole number")
+            for each in same
+        )
+    )
     value = fields
     for part in path[:depth]:
         value = value.get(part) if isinstance(value, dict) else first["input"]
@@ -214,6 +220,7 @@ class Terms:
         kinds: of these policies (`dllm.samplers.base.KINDS`).
         own: the server's own policy, where it is one of them.
         most_choices: answers to one request at most.
+        most_open: answers that the slots and the queue hold.
     """
 
     lm: LanguageModel
@@ -226,6 +233,7 @@ class Terms:
     kinds: Mapping[str, str]
     own: SamplerChoice | None
     most_choices: int
+    most_open: int
 
     def plan(self, request: ChatRequest | CompletionRequest) -> Plan:
         """What to ask of the engine for a request.
@@ -242,11 +250,15 @@ class Terms:
             raise BadRequestError("dllm.events needs stream=true; set it, or leave events out", "dllm.events")
         if request.stream_options is not None and not request.stream:
             raise BadRequestError("stream_options needs stream=true; set it, or leave it out", "stream_options")
+        if getattr(request, "top_logprobs", None) is not None and not request.logprobs:
+            raise BadRequestError("top_logprobs needs logprobs=true; set it, or leave top_logprobs out", "top_logprobs")
         try:
             prompts, options = self._prompts(request), self._options(request)
             seed = self.seed if request.seed is None else request.seed
             number("seed", seed or 0, f"a whole number from 0 to {SEEDS - 1}", low=0, high=SEEDS - 1, whole=True)
             seed = random.randrange(SEEDS) if seed is None else seed
+            if (wanted := len(prompts) * count) > self.most_open:
+                raise ValueError(f"n={count} asks for {wanted} answers; this server has room for {self.most_open}")
             jobs = [
                 self._job(request, ids, options, seed + place)
                 for place, ids in enumerate([ids for ids in prompts for _ in range(count)])
@@ -295,9 +307,11 @@ class Terms:
         return request.max_tokens if other is None else other
 
     def _job(self, request: ChatRequest | CompletionRequest, ids: list[int], options: Options, seed: int) -> Job:
-        infill, after, most = request.dllm.infill, self._suffix(request), request.dllm.max_forwards
+        infill, after, most = request.dllm.infill, self._suffix(request, ids), request.dllm.max_forwards
         if most is not None:
             number("max_forwards", most, "a whole number of at least 1, or null", low=1, whole=True)
+        if (infill or after is not None) and request.dllm.stop_at_eos is not None:
+            raise ValueError("dllm.stop_at_eos has no effect on infilling; leave it out")
         if infill:
             for name in ("stop", "max_tokens", "max_completion_tokens"):
                 if getattr(request, name, None) is not None:
@@ -329,8 +343,8 @@ class Terms:
             top_logprobs=None if wanted is False else top,
         )
 
-    def _suffix(self, request: ChatRequest | CompletionRequest) -> list[int] | None:
-        """The tokens of the text after the answer; None without one."""
+    def _suffix(self, request: ChatRequest | CompletionRequest, ids: list[int]) -> list[int] | None:
+        """The tokens of the text after the answer to a prompt; None without one."""
         suffix, tokenizer = getattr(request, "suffix", None), self.lm.tokenizer
         if suffix is None:
             return None
@@ -341,7 +355,11 @@ class Terms:
         for name in ("stop", "response_format"):
             if getattr(request, name) is not None:
                 raise ValueError(f"{name} has no effect on infilling; leave it out")
-        return list(tokenizer(suffix, add_special_tokens=False, verbose=False).input_ids)
+        after = list(tokenizer(suffix, add_special_tokens=False, verbose=False).input_ids)
+        for name, part in (("prompt", ids), ("suffix", after)):
+            if self.lm.backbone.mask_token_id in part:
+                raise ValueError(f"{name} contains [MASK]; use dllm.infill without suffix to fill such a text")
+        return after
 
     def _fitting(
         self, request: ChatRequest | CompletionRequest, length: int | Any, prompt: int, after: list[int] | None

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from dllm.checks import renamed
-from dllm.decoding.ending import cut
+from dllm.decoding.ending import cut, without_beginning
 from dllm.decoding.request import Request
 from dllm.decoding.step import Answer, Event
 from dllm.serving.events import Pieces, TokenLogprob, begun, changed, logprobs
@@ -136,18 +136,17 @@ class FinalText:
             return ""
         self._read = len(tokens)
         text, _ = cut(self._tokenizer, tokens, self._stops, self._eos)
-        return self._tell(self._sure((text or "").rstrip(_PARTIAL)))
+        if (
+            self._tokenizer is not None
+            and (sure := without_beginning(self._tokenizer, tokens, self._stops)) is not None
+        ):
+            text = sure
+        return self._tell((text or "").rstrip(_PARTIAL))
 
     def finish(self, text: str) -> str:
         """The rest of the complete text; nothing if it does not begin with what was told."""
         self.kept = text.startswith(self.told)
         return self._tell(text)
-
-    def _sure(self, text: str) -> str:
-        begun = (
-            n for stop in self._stops for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])
-        )
-        return text[: len(text) - max(begun, default=0)]
 
     def _tell(self, text: str) -> str:
         if not text.startswith(self.told):

@@ -1,0 +1,116 @@
+"""Requests and surroundings that a server must survive: hostile numbers, a lost log, timeouts, odd keys."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+
+import dllm
+from toys import Leftmost
+
+httpx = pytest.importorskip("httpx")
+for needed in ("fastapi", "prometheus_client", "uvicorn"):
+    pytest.importorskip(needed)
+
+from serve_rig import QUESTION, serving  # noqa: E402
+
+pytestmark = pytest.mark.xdist_group("serve")
+
+
+@pytest.fixture(scope="module")
+def lm() -> dllm.LanguageModel:
+    return dllm.load("tiny-llada", device="cpu")
+
+
+@pytest.mark.parametrize("value", [10**30, 2**64, 2**63 - 1, -(2**63), -(10**30)])
+def test_a_number_that_no_tensor_holds_breaks_no_engine(lm: dllm.LanguageModel, value: int) -> None:
+    with serving(lm, block_length=16) as server:
+        chosen = {"sampler": "threshold", "sampler_options": {"threshold": value}}
+        answer = server.post("completions", {"prompt": "a", "max_tokens": 4, "dllm": chosen})
+        assert answer.status_code in (200, 400), answer.text
+        assert server.metrics()['dllm_requests_total{outcome="failed"}'] == 0
+
+
+def test_options_without_effect_are_refused(lm: dllm.LanguageModel) -> None:
+    with serving(lm) as server:
+        chat = {"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}
+        for more in ({}, {"logprobs": False}):
+            answer = server.post("chat/completions", chat | more)
+            assert answer.status_code == 400
+            assert answer.json()["error"]["param"] == "top_logprobs"
+
+
+def test_masks_beside_a_suffix_are_refused(lm: dllm.LanguageModel) -> None:
+    assert lm.tokenizer is not None
+    mask = lm.tokenizer.mask_token
+    with serving(lm) as server:
+        for name in ("prompt", "suffix"):
+            texts = {"prompt": "Tom", "suffix": "apples"} | {name: f"Tom {mask}"}
+            assert server.refused(**texts)["param"] == name
+
+
+def test_more_answers_than_the_server_can_ever_hold_are_a_bad_request(lm: dllm.LanguageModel) -> None:
+    with serving(lm, batch_size=2, queue=1) as server:
+        assert "room for 3" in server.refused(prompt=QUESTION, n=4)["message"]
+        assert len(server.complete(n=3, max_tokens=4)["choices"]) == 3
+
+
+def test_a_log_that_cannot_be_written_costs_no_answer(lm: dllm.LanguageModel) -> None:
+    class Lost:
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+        def flush(self) -> None:
+            raise BrokenPipeError
+
+    with serving(lm) as server:
+        server.service.log._stream = Lost()
+        assert server.complete()["choices"][0]["text"]
+        assert server.refused(n=0)["param"] == "n"
+
+
+def test_a_timeout_is_told_even_if_the_engine_drops_the_request_at_once(lm: dllm.LanguageModel) -> None:
+    class Waits(Leftmost):
+        free = threading.Event()
+
+        def step(self, window: Any, denoise: Any, state: Any) -> Any:
+            loops[0]._gone = Watched()
+            Waits.free.wait(20)
+            return super().step(window, denoise, state)
+
+    class Watched(set[Any]):
+        """What the engine's thread reads as soon as it is there."""
+
+        def add(self, ticket: Any) -> None:
+            failures.append(ticket.failure)
+            super().add(ticket)
+
+    failures: list[Any] = []
+    loops: list[Any] = []
+    with serving(lm, sampler=Waits(), timeout=0.2) as server:
+        loops.append(server.service.loop)
+        threading.Timer(2, Waits.free.set).start()
+        assert server.post("completions", {"prompt": "a", "max_tokens": 4}).status_code == 504
+        assert [failure and failure.status for failure in failures][:1] == [504]
+
+
+@pytest.mark.parametrize("key", ["secret\n", " secret"])
+def test_space_around_the_key_does_not_lock_everyone_out(
+    lm: dllm.LanguageModel, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("DLLM_API_KEY", key)
+    with serving(lm) as server:
+        found = httpx.get(f"{server.url}/v1/models", headers={"Authorization": "Bearer secret"})
+        assert found.status_code == 200
+        assert httpx.get(f"{server.url}/v1/models").status_code == 401
+
+
+@pytest.mark.parametrize("key", ["  ", "schlüssel", "a\nb"])
+def test_a_key_that_no_header_can_hold_is_refused(
+    lm: dllm.LanguageModel, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("DLLM_API_KEY", key)
+    with pytest.raises(ValueError, match="DLLM_API_KEY"), serving(lm):
+        pass
