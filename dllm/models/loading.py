@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
+from weakref import finalize
 
 import torch
 import transformers
@@ -20,7 +21,7 @@ from transformers.utils import logging
 from dllm.checks import choice, first_line
 from dllm.files import BUNDLED, expanded, is_folder, read_json
 from dllm.identity import Stamp, stamps
-from dllm.models import FAMILIES, NEWER, MaskedDiffusionModel, adapters, family_of, packed
+from dllm.models import FAMILIES, NEWER, MaskedDiffusionModel, adapters, family_of, leading, packed, parallel
 from dllm.models.base import token_ids
 from dllm.models.checkpoint import ATTENTION, DTYPES, QUANTISED, check_values, read_config
 from dllm.models.linear import join_products
@@ -76,6 +77,7 @@ def load(
     revision: str | None = None,
     pack: bool | Literal["auto"] = False,
     adapter: str | Path | None = None,
+    tp: bool = False,
 ) -> LanguageModel:
     """Load a denoiser and its tokenizer.
 
@@ -94,6 +96,8 @@ def load(
             but such a model cannot be saved, moved or trained. "auto", as in the commands, does so where it can.
         adapter: folder or hub id of a LoRA, or of another adapter that peft can merge into the weights. Its tokenizer,
             if any, replaces the model's. If `name` is an adapter, its base model is loaded.
+        tp: divide the model over the processes that torchrun started (tensor parallelism). All of them then make the
+            same calls, with the same seeds, and get the same results.
 
     Raises:
         ValueError: an unknown name or option, or a checkpoint that is incomplete, damaged, of another
@@ -101,10 +105,37 @@ def load(
     """
     options = _options(device, dtype, device_map, attn_implementation)
     choice("pack", pack, (True, False, "auto"))
+    choice("tp", tp, (True, False))
+    if not tp:
+        return _load(name, revision, adapter, pack, options, 1)
+    parallel.check_options(device, device_map, pack, adapter)
+    told = leading.tell_load(
+        name=name, dtype=dtype, attn_implementation=attn_implementation, revision=revision, pack=pack, tp=True
+    )
+    count = parallel.join()
+    options = {key: value for key, value in options.items() if key != "device_map"} | parallel.arguments(count)
+    lm = parallel.together(lambda: _load(name, revision, adapter, pack, options, count))
+    if told is not None:
+        lm.backbone.number = told
+        finalize(lm.backbone, leading.tell, told, "forget").atexit = False
+    return lm
+
+
+def _load(
+    name: str | Path,
+    revision: str | None,
+    adapter: str | Path | None,
+    pack: bool | str,
+    options: Mapping[str, Any],
+    count: int,
+) -> LanguageModel:
+    """Load a model divided over `count` processes."""
     base, revision, adapter_folder = _base_and_adapter(name, revision, adapter)
     # The config comes first, to reject an unsupported model before downloading its weights.
     family = _family(checkpoint_folder(base, revision, files=("config.json",)))
     folder = checkpoint_folder(base, revision)
+    if count > 1:
+        _check_division(family, folder, adapter_folder, count)
     before = stamps(*filter(None, (folder, adapter_folder)))
     with quiet():
         backbone = _load_weights(family, folder, options)
@@ -112,6 +143,8 @@ def load(
         if adapter_folder is not None:
             adapters.merge(backbone, adapter_folder)
             tokenizer = load_tokenizer(adapter_folder) or tokenizer
+    if count > 1:
+        pack = False
     if pack is True or (pack and packed.why_not(backbone) is None):
         packed.pack(backbone)
     elif backbone.device.type == "cuda":  # where launching and reading the weights is most of the time
@@ -307,6 +340,16 @@ def _family(folder: Path) -> type[MaskedDiffusionModel]:
     return family
 
 
+def _check_division(family: type[MaskedDiffusionModel], folder: Path, adapter: Path | None, count: int) -> None:
+    """Reject a model that tensor parallelism does not support over this many processes."""
+    if adapter is not None:
+        raise ValueError(f"{adapter} is an adapter, which cannot be merged with tp=true; use tp=false")
+    if (method := _quantised(folder)) is not None:
+        raise ValueError(f"{folder} has weights quantised with {method}, which tp=true does not support; use tp=false")
+    config_class: Any = family.config_class
+    parallel.check_family(family, config_class.from_dict(read_config(folder)), count)
+
+
 def _missing_library(folder: Path, error: ImportError) -> ValueError:
     method = _quantised(folder)
     return ValueError(
@@ -320,9 +363,9 @@ def _quantised(folder: Path) -> str | None:
     return (read_json(folder / "config.json").get("quantization_config") or {}).get("quant_method")
 
 
-def _load_weights(family: type[MaskedDiffusionModel], folder: Path, options: dict[str, Any]) -> MaskedDiffusionModel:
+def _load_weights(family: type[MaskedDiffusionModel], folder: Path, options: Mapping[str, Any]) -> MaskedDiffusionModel:
     """Load exactly the tensors of the architecture."""
-    options = options | {"output_loading_info": True, "ignore_mismatched_sizes": True, "local_files_only": True}
+    options = dict(options) | {"output_loading_info": True, "ignore_mismatched_sizes": True, "local_files_only": True}
     try:
         with adapters.hidden(folder) as bare:
             loaded: Any = family.from_pretrained(bare, **options)
@@ -344,6 +387,8 @@ def _load_weights(family: type[MaskedDiffusionModel], folder: Path, options: dic
             f"{folder}: pytorch_model*.bin cannot be read ({reason}); copy or download the weights again"
         ) from None
     backbone, info = loaded
+    if backbone.is_divided:
+        parallel.localise(backbone)
     backbone.name_or_path = backbone.config.name_or_path = str(folder)
     problems = {
         # Usually compared by headers before. Newer transformers report both shapes with the name.
