@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dllm.decoding.engine import Engine
-from dllm.models import leading
+from dllm.models import leading, parallel
 from dllm.models.loading import LanguageModel, load
 
 
@@ -39,6 +39,7 @@ def follow() -> None:
                 engines[number].step()
             case "close":
                 engines.pop(number).close()
+    parallel.leave()
 
 
 @torch.inference_mode()

@@ -49,6 +49,7 @@ def leading() -> Iterator[None]:
         yield
     finally:
         _leads.pop().tell(_END)
+    parallel.leave()
 
 
 @contextmanager

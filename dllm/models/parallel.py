@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from datetime import timedelta
 from functools import lru_cache
+from itertools import count as counting
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +28,7 @@ from dllm.models.linear import is_hooked
 
 T = TypeVar("T")
 PROJECTION = "colwise_rep"  # of the vocabulary, with the outputs gathered
+_joined = counting()  # a store keeps what earlier connections left
 _TIMEOUT = timedelta(hours=2)  # a large model is read for minutes, at different speeds
 
 
@@ -126,10 +128,18 @@ def join() -> int:
         try:
             own, count = launched() or (0, 1)
             backend = "nccl" if device == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store("model"), rank=own, world_size=count, timeout=_TIMEOUT)
+            dist.init_process_group(
+                backend, store=store(f"models {next(_joined)}"), rank=own, world_size=count, timeout=_TIMEOUT
+            )
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"tp=true cannot connect the processes ({first_line(error)}); use torchrun") from None
     return dist.get_world_size()
+
+
+def leave() -> None:
+    """Disconnect the processes, all of which do so."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def together(work: Callable[[], T]) -> T:
