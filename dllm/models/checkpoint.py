@@ -427,7 +427,7 @@ def _check_choices(content: Mapping[str, Any]) -> None:
     quantised = content.get("quantization_config")
     if isinstance(quantised, (dict, str, list, int, float)):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-        if method not in QUANTISED:
+        if method not in tuple(QUANTISED):  # it may be of any type
             said = f"quantization_config={quantised!r}" if method is None else f"quant_method={method!r}"
             raise ValueError(f"{said} is not supported; use weights quantised with one of {', '.join(QUANTISED)}")
 

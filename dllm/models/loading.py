@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +50,7 @@ class LanguageModel:
         spare: memory not used by any engine (`dllm.decoding.memory.Memory`).
         stamps: of its files, and of the adapter's, before reading; see `dllm.identity.stamps`.
         sampler: the policy used where none is given: a name of conf/sampler or an object.
+        quantization: settings by which the weights were quantised when they were loaded; None where they were not.
     """
 
     backbone: MaskedDiffusionModel
@@ -60,6 +61,7 @@ class LanguageModel:
     stamps: tuple[Stamp, ...] = ()
     spare: list[Any] = field(default_factory=list, repr=False, compare=False)
     sampler: Any = field(default="vanilla", kw_only=True)
+    quantization: Mapping[str, Any] | None = field(default=None, kw_only=True)
 
     @property
     def device(self) -> torch.device:
@@ -78,6 +80,7 @@ def load(
     pack: bool | Literal["auto"] = False,
     adapter: str | Path | None = None,
     tp: bool = False,
+    quantization: Mapping[str, Any] | None = None,
 ) -> LanguageModel:
     """Load a denoiser and its tokenizer.
 
@@ -98,6 +101,8 @@ def load(
             if any, replaces the model's. If `name` is an adapter, its base model is loaded.
         tp: divide the model over the processes that torchrun started (tensor parallelism). All of them then make the
             same calls, with the same seeds, and get the same results.
+        quantization: quantise the weights, by settings of transformers such as {"quant_method": "bitsandbytes",
+            "load_in_8bit": True}. A checkpoint of quantised weights names its own settings.
 
     Raises:
         ValueError: an unknown name or option, or a checkpoint that is incomplete, damaged, of another
@@ -106,9 +111,18 @@ def load(
     options = _options(device, dtype, device_map, attn_implementation)
     choice("pack", pack, (True, False, "auto"))
     choice("tp", tp, (True, False))
+    if quantization is not None:
+        _quantization(quantization)
+        options |= {"quantization": quantization}
+        if adapter is not None:
+            raise ValueError(
+                f"adapter={str(adapter)!r} cannot be merged into weights that quantization changes; "
+                "leave one of them out"
+            )
     if not tp:
-        return _load(name, revision, adapter, pack, options, 1)
-    parallel.check_options(device, device_map, pack, adapter)
+        lm = _load(name, revision, adapter, pack, options, 1)
+        return replace(lm, quantization=quantization)
+    parallel.check_options(device, device_map, pack, adapter, quantization)
     told = leading.tell_load(
         name=name, dtype=dtype, attn_implementation=attn_implementation, revision=revision, pack=pack, tp=True
     )
@@ -134,6 +148,10 @@ def _load(
     # The config comes first, to reject an unsupported model before downloading its weights.
     family = _family(checkpoint_folder(base, revision, files=("config.json",)))
     folder = checkpoint_folder(base, revision)
+    if "quantization" in options and (method := _quantised(folder)) is not None:
+        raise ValueError(
+            f"quantization has no effect on {folder}, whose weights are quantised with {method}; leave it out"
+        )
     if count > 1:
         _check_division(family, folder, adapter_folder, count)
     before = stamps(*filter(None, (folder, adapter_folder)))
@@ -350,6 +368,35 @@ def _check_division(family: type[MaskedDiffusionModel], folder: Path, adapter: P
     parallel.check_family(family, config_class.from_dict(read_config(folder)), count)
 
 
+def _quantization(given: Any) -> Any:
+    """Settings of transformers.
+
+    Raises:
+        ValueError: they are not supported or invalid, or their library is not installed.
+    """
+    method = given.get("quant_method") if isinstance(given, Mapping) else None
+    if method not in tuple(QUANTISED):  # it may be of any type
+        raise ValueError(
+            f"quantization={given!r} is not supported; give {{quant_method: ..., ...}} with one of "
+            f"{', '.join(QUANTISED)}, and its settings in transformers"
+        )
+    try:
+        with quiet():
+            return AutoQuantizationConfig.from_dict(dict(given))
+    except ImportError as error:
+        raise _needs_library(given, error) from None
+    except Exception as error:  # noqa: BLE001  # transformers validates the rest, with errors of any type
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"quantization={given!r} cannot be used ({reason}); see transformers for {method}") from None
+
+
+def _needs_library(given: Mapping[str, Any], error: ImportError) -> ValueError:
+    return ValueError(
+        f"quantization={given!r} needs a library that is not installed ({first_line(error)}); install "
+        f"{QUANTISED[given['quant_method']]}, or leave it out"
+    )
+
+
 def _missing_library(folder: Path, error: ImportError) -> ValueError:
     method = _quantised(folder)
     return ValueError(
@@ -366,14 +413,20 @@ def _quantised(folder: Path) -> str | None:
 def _load_weights(family: type[MaskedDiffusionModel], folder: Path, options: Mapping[str, Any]) -> MaskedDiffusionModel:
     """Load exactly the tensors of the architecture."""
     options = dict(options) | {"output_loading_info": True, "ignore_mismatched_sizes": True, "local_files_only": True}
+    if (given := options.pop("quantization", None)) is not None:
+        options["quantization_config"] = _quantization(given)
     try:
         with adapters.hidden(folder) as bare:
             loaded: Any = family.from_pretrained(bare, **options)
     except ImportError as error:
-        raise _missing_library(folder, error) from None
+        raise (_missing_library(folder, error) if given is None else _needs_library(given, error)) from None
     except Exception as error:  # unpickling a truncated file may raise anything
         if isinstance(error, torch.OutOfMemoryError):
             raise
+        if given is not None:
+            raise ValueError(
+                f"quantization={given!r} cannot be used here ({first_line(error)}); leave it out, or use another"
+            ) from None
         if isinstance(error, RuntimeError) and (method := _quantised(folder)) is not None:  # as without a GPU
             raise ValueError(
                 f"{folder} has weights quantised with {method}, which cannot be used here ({first_line(error)}); "

@@ -52,7 +52,7 @@ def _shared_store() -> Any:
     return next(rendezvous("env://"))[0]
 
 
-def check_options(device: Any, device_map: Any, pack: Any, adapter: Any) -> None:
+def check_options(device: Any, device_map: Any, pack: Any, adapter: Any, quantization: Any) -> None:
     """Reject options of `load` without effect or support beside tp=true.
 
     Raises:
@@ -64,6 +64,8 @@ def check_options(device: Any, device_map: Any, pack: Any, adapter: Any) -> None
         raise ValueError("pack=true does not support weights divided by tp=true; use pack=false")
     if adapter is not None:
         raise ValueError(f"adapter={str(adapter)!r} cannot be merged into weights divided by tp=true; use tp=false")
+    if quantization is not None:
+        raise ValueError("quantization is not supported with tp=true; leave one of them out")
     own = _device().type
     if device is not None and str(device) != own:
         raise ValueError(f"device={str(device)!r} is not supported with tp=true, which uses {own} here; leave it out")
