@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as parquet
 import pytest
 import torch
 
 import dllm
 from commands import command
 from models import random_fast_dllm, random_llada, random_llada2, random_llada_moe, random_sdar, save_folder
+from warm import Process
 
 HERE = Path(__file__).parent
 
@@ -80,6 +83,48 @@ def test_a_command_prints_once_what_one_process_does(found: dict[str, Any]) -> N
     alone = command("generate", "model.dtype=float64", "show=none", "seed=5", "sampler=threshold")
     without_speed = [re.sub(r"\S+ tokens/s", "", out) for out in (found["out"], alone.out)]
     assert without_speed[0] == without_speed[1] != ""
+
+
+def started(*arguments: str) -> list[tuple[int, str, str]]:
+    """Exit code and output of two processes of a command, as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    shared = os.environ | place | {"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test"}
+    numbers = [{"RANK": each, "LOCAL_RANK": each} for each in "01"]
+    both = [Process(*arguments, env=shared | number) for number in numbers]
+    said = [each.communicate() for each in both]
+    return [(each.wait(), *text) for each, text in zip(both, said, strict=True)]
+
+
+def test_an_error_is_one_line_of_the_first_process(tmp_path: Path) -> None:
+    lm = random_llada()
+    with torch.no_grad():
+        lm.backbone.blocks[0].q_proj.weight[-1] = torch.nan
+    save_folder(lm, tmp_path)
+    first, second = started("generate", f"model={tmp_path}", "model.tp=true", "prompt=x")
+    assert first[:2] == (2, "")
+    assert first[2].startswith("dllm generate: error: process 1: ")
+    assert first[2].count("\n") == 1 and "q_proj.weight holds NaN" in first[2]
+    assert second == (0, "", "")
+
+
+def test_options_are_checked_by_the_first_process_alone() -> None:
+    first, second = started("evaluate", "model.tp=true", "nothing=3")
+    assert (first[0], first[1], first[2].count("\n")) == (2, "", 1)
+    assert second == (0, "", "")
+
+
+def test_the_first_process_writes_the_files(tmp_path: Path) -> None:
+    out = [f"out={tmp_path}/{name}" for name in ("divided", "alone")]
+    asked = ["evaluate", "model.dtype=float64", "task.limit=2", "sampler=threshold", "gen_length=32", "baselines=0"]
+    first, second = started(*asked, out[0], "model.tp=true")
+    assert first[0] == 0, first
+    assert second == (0, "", "")
+    assert command(*asked, out[1]).code == 0
+    files = [next((tmp_path / name).glob("*/samples.parquet")) for name in ("divided", "alone")]
+    texts = [parquet.read_table(each, columns=["id", "text", "nfe"]).to_pylist() for each in files]
+    assert texts[0] == texts[1] and len(texts[0]) == 2
 
 
 @pytest.mark.parametrize(
