@@ -359,6 +359,9 @@ def _check_processes(tp: bool) -> None:
     command = str(HydraConfig.get().job.config_name).replace("_", "-")
     if tp and command not in _DIVIDING:
         raise ValueError(f"model.tp=true is not supported by dllm {command}; use model.tp=false, without torchrun")
+    launcher = str(HydraConfig.get().launcher["_target_"])
+    if tp and HydraConfig.get().mode == RunMode.MULTIRUN and not launcher.endswith("BasicLauncher"):
+        raise ValueError("model.tp=true runs the jobs of a sweep one after the other; use hydra/launcher=basic")
     if not tp and (count := torchrun.processes()) > 1:
         raise ValueError(
             f"torchrun started {count} processes, and model.tp=false uses one; use model.tp=true, or leave torchrun out"
