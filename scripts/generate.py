@@ -37,6 +37,7 @@ from dllm.progress import progress_bar
 from dllm.resolve import build
 from dllm.samplers.base import Sampler
 from dllm.scripts import app, own
+from dllm.structure import read_format_file
 from dllm.tasks import word_problems
 
 _KINDS = get_type_hints(dllm.Options) | {
@@ -59,6 +60,7 @@ def generate(cfg: DictConfig) -> None:
     answers = AnswerFile(Path(cfg.output)) if cfg.output else None
     sampler, cache = build("sampler", cfg.sampler, Sampler), build("cache", cfg.cache, Cache)
     fields: Any = OmegaConf.to_container(cfg, resolve=True)
+    fields["response_format"] = read_format_file(fields["response_format"])
     options = {name: fields[name] for name in dllm.Options.__dataclass_fields__}
     options["seed"] = random.randrange(SEEDS) if cfg.seed is None else cfg.seed
     # Bad values are rejected before the model is loaded.
