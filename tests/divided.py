@@ -95,6 +95,8 @@ def main() -> None:
         led.append([len(answers), answers[0].nfe < 16])
         led += [loglikelihood(each, [5, 6], [7, 8, 9], estimate) for each in (lm, alone["tiny-llada"])]
         led.append(error_of(lambda: load("odd", tp=True)))
+        form = {"type": "regex", "regex": r"The answer is [0-9]+\."}
+        led.append(dllm.generate(lm, "Tom has 23 apples.", "threshold", gen_length=32, response_format=form).texts)
     led[0] = led[0] == outcome(alone["tiny-llada"], "dual")[1]
     (FOLDER / "found.json").write_text(json.dumps({"every": every, "led": led}))
 

@@ -72,11 +72,12 @@ def test_what_cannot_be_divided_is_refused_in_every_process(found: dict[str, Any
 
 
 def test_the_other_processes_repeat_what_the_first_does(found: dict[str, Any]) -> None:
-    same, rehearsed, divided, alone, error = found["led"]
+    same, rehearsed, divided, alone, error, texts = found["led"]
     assert same
     assert rehearsed == [1, True]
     assert divided == pytest.approx(alone, abs=1e-9)
     assert error.startswith("tp=true cannot divide 3 attention heads")
+    assert re.fullmatch(r"The answer is [0-9]+\.", texts[0])
 
 
 def test_a_command_prints_once_what_one_process_does(found: dict[str, Any]) -> None:
