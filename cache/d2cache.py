@@ -206,7 +206,7 @@ class _Watching:
 
     def attended(self, layer: int, weights: Float[Tensor, "B C S"]) -> None:
         """Keep the weights; after the last layer, compute the rollout."""
-        self.weights.append(weights)
+        self.weights.append(self.store.all_heads(weights[:, None], 1).mean(1))
         if layer + 1 < self.store.layers:
             return
         rows, columns, host = self.selection.rows, self.selection.columns, self.selection.host

@@ -187,7 +187,8 @@ class _Partial:
         # Squared distance of the unit vectors, 2 - 2 * similarity, without the cancellation that makes all small
         # changes equal in float32, and nearly all in bfloat16.
         wide = torch.promote_types(values.dtype, torch.float32)
-        fresh, stored = (F.normalize(each.flatten(2).to(wide), dim=-1) for each in (values.transpose(1, 2), stored))
+        both = (self.store.all_heads(each, 2).flatten(2) for each in (values.transpose(1, 2), stored))
+        fresh, stored = (F.normalize(each.to(wide), dim=-1) for each in both)
         change = (fresh - stored).square().sum(-1)
         # A difference by rounding alone counts as no change: ties go to the leftmost.
         change = change.masked_fill(change < (_ROUNDING * torch.finfo(wide).eps) ** 2, 0)

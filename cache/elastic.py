@@ -244,11 +244,13 @@ class _Comparing:
         if self.testing:
             mask = self._mask(self.tracked.column)
             now = attention_weights(self.tracked.of(own), self.keys, mask)
-            found = similarity(self.before, now, self.tracked.valid[..., None] & mask[:, 0])
+            before, now = (self.store.all_heads(each, 1) for each in (self.before, now))
+            found = similarity(before, now, self.tracked.valid[..., None] & mask[:, 0])
             # Synchronizes: what the layer computes depends on it.
             self.drift = (found < self.store.options.gamma).cpu().numpy()
         weights = attention_weights(self.window.of(own), self.keys, self._mask(self.window.column))
-        self.chosen.append((weights * self.window.valid[:, None, :, None]).sum((1, 2)))
+        received = (weights * self.window.valid[:, None, :, None]).sum((1, 2))
+        self.chosen.append(self.store.all_heads(received[:, None], 1).sum(1))
         if layer + 1 == self.store.layers:
             self._track(torch.stack(self.chosen, dim=1))
 

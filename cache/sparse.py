@@ -201,8 +201,8 @@ class _Choice:
         """Evict in one layer."""
         low, high = self.selection.span
         keys = self.store.keys[layer][self.slots, :, low:high]
-        pooled = _pooled(_scores(queries[self.sequence], keys, self.block), self.among - low, self.valid,
-                         self.store.kernel_size)  # fmt: skip
+        scores = self.store.all_heads(_scores(queries[self.sequence], keys, self.block)[:, None], 1).mean(1)
+        pooled = _pooled(scores, self.among - low, self.valid, self.store.kernel_size)
         rank = pooled.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         gone = (rank >= self.kept[:, None]) & self.valid
         evicted = self.store.evicted[layer]

@@ -36,7 +36,7 @@ class KeyValues:
     def __init__(self, setup: Setup) -> None:
         layers, heads, size = setup.kv_shape
         shape = layers, setup.slots, heads, setup.length + self.spare, size
-        self.length = setup.length
+        self.length, self.all_heads = setup.length, setup.all_heads
         self.keys, self.values = setup.tensor("keys", shape), setup.tensor("values", shape)
 
     @property

@@ -32,8 +32,8 @@ def load(name: str | Path, *, calibration: str | Path | None = None, **options: 
     Args:
         name: a model of conf/model such as "tiny-llada" or "llada-8b-instruct", a local folder, or a hub id.
         calibration: card of `dllm calibrate`, whose policy is used where no sampler is given; None for vanilla.
-        **options: of `dllm.models.loading.load`: device, dtype, device_map, attn_implementation, revision, pack and
-            adapter.
+        **options: of `dllm.models.loading.load`: device, dtype, device_map, attn_implementation, revision, pack,
+            adapter, tp and quantization.
 
     Raises:
         ValueError: as `dllm.models.loading.load`; a card that is damaged, certifies nothing, or is of another model.

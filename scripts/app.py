@@ -33,7 +33,7 @@ from dllm.checks import Notice, first_line, is_text, naming, renamed
 from dllm.escape import brief
 from dllm.files import parse_json
 from dllm.resolve import names, variants
-from dllm.scripts import flags, usage, yaml_files
+from dllm.scripts import flags, torchrun, usage, yaml_files
 from dllm.scripts.ending import fail, leave_quietly, line
 from dllm.scripts.kinds import check_kinds
 
@@ -71,6 +71,8 @@ _QUOTED = re.compile(r"""\s*('[^']*'|"[^"]*")\s*(,\s*('[^']*'|"[^"]*")\s*)*""")
 # Environment variable shared by the processes of a sweep: start time of the command.
 STARTED = "DLLM_STARTED"
 _LISTED = "--help lists them"
+# Commands that support tensor parallelism.
+_DIVIDING = ("generate", "serve", "evaluate", "calibrate")
 # Exceptions caused by bad input; any other is a bug and keeps its traceback.
 BAD_INPUT = (ValueError, OSError, HydraException, OmegaConfBaseException, YAMLError)
 
@@ -352,8 +354,23 @@ def load_model(model: Mapping[str, Any], option: str | None = None) -> Any:
         option: option of the model's name in errors; None to derive it.
     """
     options = {str(name): value for name, value in model.items() if name != "path"}
+    _check_processes(bool(options.get("tp")))
     with naming({name: f"model.{name}" for name in options} | {"name": option or option_of("model")}):
         return dllm.load(model["path"], **options)
+
+
+def _check_processes(tp: bool) -> None:
+    """Reject tensor parallelism in commands that do not support it, and several processes without it."""
+    command = str(HydraConfig.get().job.config_name).replace("_", "-")
+    if tp and command not in _DIVIDING:
+        raise ValueError(f"model.tp=true is not supported by dllm {command}; use model.tp=false, without torchrun")
+    launcher = str(HydraConfig.get().launcher["_target_"])
+    if tp and HydraConfig.get().mode == RunMode.MULTIRUN and not launcher.endswith("BasicLauncher"):
+        raise ValueError("model.tp=true runs the jobs of a sweep one after the other; use hydra/launcher=basic")
+    if not tp and (count := torchrun.processes()) > 1:
+        raise ValueError(
+            f"torchrun started {count} processes, and model.tp=false uses one; use model.tp=true, or leave torchrun out"
+        )
 
 
 def _depth(value: str) -> int:

@@ -161,8 +161,8 @@ def _load(cfg: DictConfig) -> dllm.LanguageModel:
     options: Any = OmegaConf.to_container(cfg.model, resolve=True)
     if not options["path"].startswith("random:"):
         return app.load_model(options | {"pack": False})
-    for name in ("revision", "device_map", "attn_implementation", "adapter"):
-        if options[name] is not None:
+    for name in ("revision", "device_map", "attn_implementation", "adapter", "quantization", "tp"):
+        if options[name]:
             raise ValueError(f"model.{name}={options[name]!r} has no effect on a random model; leave it out")
     device = find_device(options["device"], "model.device")
     dtype = "float32" if options["dtype"] == "auto" else options["dtype"]

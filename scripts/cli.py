@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from dllm.scripts import torchrun
 from dllm.scripts.ending import Stopped, fail, interruption, leave_quietly, piped, watching, working
 
 COMMANDS = (
@@ -73,8 +74,8 @@ def _dispatch(command: str, given: list[str]) -> None:
         fail("dllm", f"unknown command {command!r}; expected one of {', '.join((*COMMANDS, *OTHERS))}")
     else:
         sys.argv = [f"dllm {command}", *given]
-        application = importlib.import_module(f"dllm.scripts.{_module(command)}")
-        with working():
+        with working(), torchrun.together(sys.argv[0]):
+            application = importlib.import_module(f"dllm.scripts.{_module(command)}")
             application.main()
 
 

@@ -193,7 +193,7 @@ def _identity(
     named = lambda group: {"name": str(chosen[group]).rpartition("/")[2], **own(group)}  # noqa: E731
     return {
         "model": Path(fields["model"]["path"]).name,
-        "loading": {**fields["model"], **weights},
+        "loading": {**_loading(fields["model"]), **weights},
         "task": task.name,
         "sampler": named("sampler"),
         "cache": named("cache"),
@@ -203,6 +203,12 @@ def _identity(
         | {f"{split}_sha256": digest for split, digest in data.items()},
         "files": read,
     }
+
+
+def _loading(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The loading options, without those that came later where they are not used: earlier runs are resumed."""
+    later = {"tp": False, "quantization": None}
+    return {name: value for name, value in options.items() if later.get(name, ...) != value}
 
 
 def _label(fields: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:

@@ -121,7 +121,10 @@ VALUES: list[tuple[str, Any]] = [
     *(("eos_token_id", value) for value in (-1, HUGE, 10**6, None, [], "0", 0.0, True, [0, "1"], [[0]], {"a": 0})),
     *(("dtype", value) for value in ("float8", "int8", "int64", "complex64", "nn", 5, ["float32"])),
     *(("torch_dtype", value) for value in ("float8_e4m3fn", "bool", "quint8")),
-    *(("quantization_config", value) for value in (5, "int8", [1], {}, {"quant_method": "evil"}, {"quant_method": 5})),
+    *(
+        ("quantization_config", value)
+        for value in (5, "int8", [1], {}, {"quant_method": "evil"}, {"quant_method": 5}, {"quant_method": []})
+    ),
     *(("quantization_config", {"quant_method": method}) for method in ("eetq", "fp8", "mxfp4", "metal", "gguf")),
     *(("num_labels", value) for value in (10**7, HUGE, -1, "2", 2.5)),
     *(("id2label", value) for value in (5, "a", [1])),

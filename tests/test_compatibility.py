@@ -56,10 +56,6 @@ def test_several_devices_are_refused(make: Maker, name: str) -> None:
     lm = make()
     lm.backbone.hf_device_map = {"model.a": "cpu", "model.b": "meta"}
     assert "several devices" in refused(lm, "vanilla", name)
-    lm.backbone.hf_device_map = None
-    lm.backbone._tp_size = 2
-    assert "several devices" in refused(lm, "vanilla", name)
-    lm.backbone._tp_size = None
     lm.backbone.hf_device_map = {"model.a": "cpu", "model.b": "cpu"}
     assert dllm.generate(lm, [[1, 2]], "vanilla", name, gen_length=4).nfe[0] > 0
 

@@ -90,6 +90,5 @@ def _named(cache: Any) -> str:
 
 
 def spread(backbone: MaskedDiffusionModel) -> bool:
-    """Whether a model is distributed over several devices, by layer or by tensor."""
-    parts = getattr(backbone, "tp_size", None) or 1
-    return parts > 1 or len(set((getattr(backbone, "hf_device_map", None) or {}).values())) > 1
+    """Whether the layers of a model are distributed over several devices."""
+    return len(set((getattr(backbone, "hf_device_map", None) or {}).values())) > 1

@@ -15,6 +15,7 @@ from torch import Tensor
 from dllm.cache.base import Plan, Question
 from dllm.cache.selection import Store
 from dllm.decoding.layout import span
+from dllm.decoding.setup import undivided
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,21 @@ class Meter:
         above: relative error of keys and values above which a row's exact predictions are used and its cache
             is refreshed; None for never.
         mask_token_id: never predicted.
+        all_heads: as in `Setup`.
 
     Attributes:
         seconds: wall time spent so far.
     """
 
-    def __init__(self, slots: int, every: int | None, above: float | None, mask_token_id: int) -> None:
-        self.every, self.above, self.mask_token_id = every, above, mask_token_id
+    def __init__(
+        self,
+        slots: int,
+        every: int | None,
+        above: float | None,
+        mask_token_id: int,
+        all_heads: Callable[[Tensor, int], Tensor] = undivided,
+    ) -> None:
+        self.every, self.above, self.mask_token_id, self.all_heads = every, above, mask_token_id, all_heads
         self.seconds = 0.0
         self._fresh: list[Measurement] = []
         self._forwards = np.zeros(slots, dtype=np.int64)
@@ -170,7 +179,7 @@ class Meter:
         kl, flips = self._compare(true, logits[at])
         entry = np.searchsorted(sequences, of[mine])
         count = len(sequences)
-        errors = comparison.errors()
+        errors = comparison.errors(self.all_heads)
         asked = np.bincount(entry, minlength=count)
         measurement = Measurement(
             rows,
@@ -225,6 +234,7 @@ class Comparison:
             self.size = self.size + (exact * self.visible).double().square().sum((1, 2, 3))
         return keys, values
 
-    def errors(self) -> NDArray[np.float64]:
-        """(M,) relative errors over the layers seen."""
-        return np.asarray((self.off / self.size.clamp(min=1e-300)).sqrt().cpu().numpy())
+    def errors(self, all_heads: Callable[[Tensor, int], Tensor] = undivided) -> NDArray[np.float64]:
+        """(M,) relative errors over the layers seen, and the heads of all processes."""
+        off, size = (all_heads(each[:, None], 1).sum(1) for each in (self.off, self.size))
+        return np.asarray((off / size.clamp(min=1e-300)).sqrt().cpu().numpy())

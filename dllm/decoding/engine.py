@@ -31,6 +31,7 @@ from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
 from dllm.decoding.step import Event, Step
 from dllm.decoding.window import Change
+from dllm.models import leading
 from dllm.models.loading import LanguageModel
 from dllm.resolve import resolve
 from dllm.samplers.base import Sampler
@@ -101,7 +102,8 @@ class Engine:
         backbone = lm.backbone
         spare = lm.spare.pop() if lm.spare else None
         self._memory = spare if spare is not None and spare.fits else Memory(backbone)
-        self._meter = Meter(batch_size, self.cache.measure_every, self.cache.refresh_above, backbone.mask_token_id)
+        measured = self.cache.measure_every, self.cache.refresh_above
+        self._meter = Meter(batch_size, *measured, backbone.mask_token_id, backbone.all_heads)
         setup = Setup(
             slots=batch_size,
             length=max_length or context,
@@ -117,7 +119,8 @@ class Engine:
             fingerprint=backbone.fingerprint,
             rehearsal=lambda other: EngineRehearsal(self, other),
             tensor=self._memory.tensor,
-            query_heads=backbone.config.get_text_config().num_attention_heads,
+            query_heads=backbone.query_heads,
+            all_heads=backbone.all_heads,
             cache=self.cache,
         )
         self.max_length = setup.length if max_length is not None else self._memory.fitting_length(self.cache, setup)
@@ -138,6 +141,9 @@ class Engine:
         self._idle, self._steps = np.zeros((2, batch_size), dtype=np.int64)
         self._count, self._closed = 0, False
         self.uncounted_seconds = 0.0
+        options = {"sampler": self.sampler, "cache": self.cache, "batch_size": batch_size, "cfg_scale": cfg_scale}
+        options |= {"max_length": self.max_length, "cuda_graphs": cuda_graphs, "block_length": block_length}
+        self._tell = leading.teller(backbone.number, "engine", options)
 
     def add(
         self,
@@ -189,6 +195,7 @@ class Engine:
             raise ValueError("the engine is closed; create a new one")
         self.check(request)
         with self._lock:
+            self._tell("submit", replace(request, tokenizer=None), request.tokenizer is not None)
             self._waiting.append((self._count, request))
             self._count += 1
             return self._count - 1
@@ -214,6 +221,7 @@ class Engine:
         with self._lock:
             if not 0 <= id < self._count:
                 raise ValueError(f"id={id!r} is not a request of this engine; give a number that `add` returned")
+            self._tell("abort", id)
             left = [(number, request) for number, request in self._waiting if number != id]
             if len(left) == len(self._waiting):
                 self._aborted |= {id} & set(self._ids[self._canvas.rows].tolist())
@@ -274,6 +282,7 @@ class Engine:
         """Release device memory and graphs to the next engine of the model; no more steps are possible."""
         with self._stepping, self._lock:
             if not self._closed:
+                self._tell("close")
                 self.lm.spare[:] = [self._memory]
             self._closed, self._waiting = True, deque()
             self._canvas.rows = self._canvas.rows[:0]
@@ -287,6 +296,7 @@ class Engine:
     def _exchange(self) -> None:
         """Replace finished and aborted rows by waiting requests."""
         with self._lock:
+            self._tell("step")
             rows = self._canvas.rows.tolist()
             leaving = self._leaving | {row for row in rows if int(self._ids[row]) in self._aborted}
             room = self.batch_size - len(rows) + len(leaving)

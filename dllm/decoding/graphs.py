@@ -99,7 +99,7 @@ class Forward:
 
     Args:
         backbone: the denoiser.
-        graphs: whether to use graphs; None: if the whole model is on one CUDA device and not quantised.
+        graphs: whether to use graphs; None: if the whole model is in one process, on one CUDA device and not quantised.
         capture: makes a graph; None for `Capture`.
     """
 
@@ -111,7 +111,7 @@ class Forward:
     ) -> None:
         self.backbone, self.graphs = backbone, graphs
         if graphs is None:
-            ordinary = getattr(backbone, "hf_quantizer", None) is None
+            ordinary = getattr(backbone, "hf_quantizer", None) is None and not backbone.is_divided
             self.graphs = ordinary and {each.device.type for each in backbone.parameters()} == {"cuda"}
             self.graphs &= len({each.device for each in backbone.parameters()}) == 1
         self._capture = capture

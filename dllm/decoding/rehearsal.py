@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dllm.decoding.request import Request
+from dllm.models import leading
 
 if TYPE_CHECKING:
     from dllm.decoding.engine import Engine
@@ -27,11 +28,12 @@ class EngineRehearsal:
 
     def __init__(self, engine: Engine, sampler: Any) -> None:
         self._owner, self._results = engine, WeakKeyDictionary[Request, tuple[Int[Tensor, " n"], str | None]]()
-        self._engine = type(engine)(
-            engine.lm, sampler, engine.cache, batch_size=engine.batch_size, max_length=engine.max_length,
-            cfg_scale=engine.cfg_scale, cuda_graphs=engine.cuda_graphs,
-            block_length=None if engine.pattern is None else engine.pattern.length,
-        )  # fmt: skip
+        with leading.untold():
+            self._engine = type(engine)(
+                engine.lm, sampler, engine.cache, batch_size=engine.batch_size, max_length=engine.max_length,
+                cfg_scale=engine.cfg_scale, cuda_graphs=engine.cuda_graphs,
+                block_length=None if engine.pattern is None else engine.pattern.length,
+            )  # fmt: skip
 
     def check(self, request: Request) -> None:
         """Reject what the other sampler rejects (ValueError)."""

@@ -15,6 +15,11 @@ from dllm.decoding.request import Request
 from dllm.models.attention import BlockCausal
 
 
+def undivided(values: Tensor, dim: int) -> Tensor:
+    """The values of the heads, all of which are in this process."""
+    return values
+
+
 @runtime_checkable
 class Rehearsal(Protocol):
     """Decodes requests with another sampler, without counting its cost, whose result the sampler reproduces."""
@@ -41,7 +46,7 @@ class Setup:
         length: canvas columns L.
         mask_token_id: id of [MASK].
         logits_shift: the prediction for column i is read at column i - logits_shift.
-        kv_shape: layers, key-value heads and head dimension of the backbone.
+        kv_shape: layers, key-value heads and head dimension of the backbone, of this process (tensor parallelism).
         pattern: attention pattern of the backbone; None for full attention.
         hidden_size: width of the backbone.
         dtype: of the backbone's keys and values.
@@ -51,7 +56,8 @@ class Setup:
         fingerprint: identifies the denoiser by its weights.
         rehearsal: creates a `Rehearsal` for a sampler.
         tensor: allocates zeros by name and shape, in the backbone's dtype; they may outlive the engine.
-        query_heads: attention heads of the backbone; None for as many as key-value heads.
+        query_heads: attention heads of the backbone in this process; None for as many as key-value heads.
+        all_heads: joins what every process has of its heads, along a dimension; there, all take the same decisions.
         cache: the engine's cache, for samplers that were measured with one; None if unknown.
     """
 
@@ -70,4 +76,5 @@ class Setup:
     rehearsal: Callable[[Any], Rehearsal]
     tensor: Callable[[str, Sequence[int]], Tensor]
     query_heads: int | None = None
+    all_heads: Callable[[Tensor, int], Tensor] = undivided
     cache: Any = None

@@ -243,16 +243,21 @@ def describe(fields: Mapping[str, Any], choices: Mapping[str, str], made: Mappin
         "options": options,
         "names": {group: choices[group] for group in ("sampler", "cache")},
         "named": {name: fields["model"].get(name) for name in ("path", "revision", "dtype", "adapter")}
-        | {"files": _files(fields)},
+        | {"files": _files(fields)}
+        | ({} if (quantised := fields["model"].get("quantization")) is None else {"quantization": quantised}),
     }
 
 
 def identify(lm: LanguageModel) -> dict[str, Any]:
     """Identity of a loaded model, independent of its path and device."""
-    return identity.model(lm) | {
-        "model.dtype": str(lm.backbone.dtype).removeprefix("torch."),
-        "eos": list(lm.backbone.eos_token_ids),
-    }
+    return (
+        identity.model(lm)
+        | {
+            "model.dtype": str(lm.backbone.dtype).removeprefix("torch."),
+            "eos": list(lm.backbone.eos_token_ids),
+        }
+        | ({} if lm.quantization is None else {"model.quantization": dict(lm.quantization)})
+    )
 
 
 def _files(fields: Mapping[str, Any]) -> list[list[Any]]:

@@ -47,6 +47,7 @@ from dllm.checks import choice, number
 from dllm.decoding.nonfinite import not_finite, reason
 from dllm.decoding.prediction import Prediction, Sampling
 from dllm.decoding.prompts import entries, token_list
+from dllm.models import leading
 from dllm.models.attention import BlockCausal
 from dllm.models.loading import LanguageModel
 from dllm.samplers import Vanilla
@@ -329,7 +330,11 @@ class _Text:
 
     def _forward(self, rows: Int[Tensor, "A C"], select: Int[Tensor, " M"]) -> Float[Tensor, "M V"]:
         inputs = {name: each.expand(len(rows), *each.shape[1:]) for name, each in self.inputs.items()}
-        logits: Tensor = self.backbone(rows, select=select, **inputs).logits
+        inputs |= {"input_ids": rows, "select": select}
+        if self.backbone.number is not None:
+            told = {name: each.cpu() for name, each in inputs.items()}
+            leading.tell(self.backbone.number, "forward", told)
+        logits: Tensor = self.backbone(**inputs).logits
         return logits
 
 

@@ -16,8 +16,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
 from dllm.identity import checksum
+from dllm.models import parallel
 from dllm.models.attention import BlockCausal
-from dllm.models.checkpoint import ATTENTION, check_folder
+from dllm.models.checkpoint import ATTENTION, check_folder, read_tensors
 from dllm.models.published import is_positive, is_whole
 from dllm.models.transformer import (
     AttentionStore,
@@ -53,6 +54,8 @@ class MaskedDiffusionModel(PreTrainedModel):
         needs: requirements that a cache may not meet, by the names in `dllm.decoding.compatibility`.
         refuses: what it does not support, by the names in `dllm.decoding.compatibility`, with the reason.
         extra_eos_token_ids: end-of-text ids beside the config's; `dllm.load` sets those of `end_of_turn`.
+        head_shares: processes that the heads are divided over (tensor parallelism).
+        number: of the model where other processes repeat this one's calls (`dllm.models.leading`); None elsewhere.
     """
 
     logits_shift: ClassVar[int] = 0
@@ -64,6 +67,8 @@ class MaskedDiffusionModel(PreTrainedModel):
     refuses: ClassVar[Mapping[str, str]] = _MASKS | {"causal": "every position attends to every other"}
     extra_eos_token_ids: tuple[int, ...] = ()
     packed_weights: Mapping[str, Callable[[], Tensor]] | None = None
+    head_shares: int = 1
+    number: int | None = None
     _supports_sdpa = True
 
     def __init__(self, config: PretrainedConfig) -> None:
@@ -86,6 +91,20 @@ class MaskedDiffusionModel(PreTrainedModel):
     def check_folder(cls, folder: Path) -> None:
         """Reject (ValueError) a folder without a complete checkpoint of this family."""
         check_folder(cls, folder)
+
+    def post_init(self) -> None:
+        super().post_init()
+        parallel.plan_head(self)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers.
+
+        Raises:
+            ValueError: a model of tensor parallelism, whose parts are in several processes.
+        """
+        if self.is_divided:
+            raise ValueError("a model that is divided by tp=true cannot be saved; load it with tp=false")
+        super().save_pretrained(*args, **kwargs)
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         _check_attention(attn_implementation)
@@ -152,8 +171,23 @@ class MaskedDiffusionModel(PreTrainedModel):
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
-        """Layers, key-value heads and head dimension, which determine the size of a KV cache."""
-        return self.config.num_hidden_layers, self.config.num_key_value_heads, self.head_dim
+        """Layers, key-value heads of this process and head dimension, which determine the size of a KV cache."""
+        return self.config.num_hidden_layers, self.config.num_key_value_heads // self.head_shares, self.head_dim
+
+    @property
+    def query_heads(self) -> int:
+        """Attention heads of this process."""
+        heads: int = self.config.get_text_config().num_attention_heads
+        return heads // self.head_shares
+
+    def all_heads(self, values: Tensor, dim: int) -> Tensor:
+        """Join what every process has of its heads, along a dimension."""
+        return values if self.head_shares == 1 else parallel.gather(values, dim)
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether this process holds a part of every layer (tensor parallelism)."""
+        return (self.tp_size or 1) > 1
 
     @property
     def head_dim(self) -> int:
@@ -190,7 +224,9 @@ class MaskedDiffusionModel(PreTrainedModel):
         """
         settings = self.settings()
         weights: Iterable[tuple[str, Tensor]]
-        if self.packed_weights is not None:
+        if self.is_divided:
+            weights = read_tensors(Path(str(self.name_or_path)), self.state_dict(), self.dtype)
+        elif self.packed_weights is not None:
             weights = ((name, weight()) for name, weight in self.packed_weights.items())
         else:
             weights = ((name, _at_hand(self, name, weight)) for name, weight in self.state_dict(keep_vars=True).items())
@@ -199,7 +235,8 @@ class MaskedDiffusionModel(PreTrainedModel):
     def settings(self) -> str:
         """What changes results and is not in the weights, as a text."""
         config = self.config
-        constants = [*self.kv_shape, config.num_attention_heads, config.rope_theta, config.rms_norm_eps]
+        sizes = config.num_hidden_layers, config.num_key_value_heads, self.head_dim
+        constants = [*sizes, config.num_attention_heads, config.rope_theta, config.rms_norm_eps]
         constants += [getattr(config, name) for name in self.constants]
         return ",".join(str(float(value)) for value in (*constants, config.mask_token_id))
 

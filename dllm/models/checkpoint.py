@@ -123,7 +123,7 @@ def check_folder(family: Any, folder: Path) -> None:
     stored = read_headers(folder)
     if stored is not None:
         tied = (family._tied_weights_keys or ()) if config.tie_word_embeddings else ()
-        compare(family.__name__, config, _expected(family, config), stored, folder, tied)
+        compare(family.__name__, config, expected_tensors(family, config), stored, folder, tied)
     check_ids(config.vocab_size, config.mask_token_id, config.eos_token_id, folder)
 
 
@@ -195,6 +195,28 @@ def read_headers(folder: Path) -> dict[str, Stored] | None:
                 "the shards of one model again"
             )
     return stored
+
+
+def read_tensors(folder: Path, names: Iterable[str], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of the weights of a folder, one after the other, floats as this dtype.
+
+    Args:
+        folder: of the checkpoint.
+        names: in this order; one that is stored under another name (tied weights) is that of the embeddings.
+        dtype: of floats.
+
+    Raises:
+        ValueError: the folder was changed, or its weights are not safetensors.
+    """
+    stored = read_headers(folder) or {}
+    tied = next((name for name in stored if name.endswith(("embed_tokens.weight", "wte.weight"))), None)
+    for name in names:
+        at = stored.get(name) or stored.get(str(tied))
+        if at is None or at.file.suffix != ".safetensors":
+            raise ValueError(f"{folder}: tensor {name} cannot be read from safetensors; convert the weights to them")
+        with safe_open(at.file, framework="pt") as weights:
+            tensor = weights.get_tensor(name if name in stored else tied)
+        yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
@@ -317,7 +339,7 @@ def compare(
         raise ValueError(f"{folder}: tensor {more} is not part of {family}; {_AGAIN}")
 
 
-def _expected(family: Any, config: PretrainedConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+def expected_tensors(family: Any, config: PretrainedConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of a model, layer by layer, derived from models with one layer each of every kind."""
     kinds: dict[str, dict[str, tuple[int, ...]]] = {}
     for layer in range(config.num_hidden_layers):
@@ -405,7 +427,7 @@ def _check_choices(content: Mapping[str, Any]) -> None:
     quantised = content.get("quantization_config")
     if isinstance(quantised, (dict, str, list, int, float)):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-        if method not in QUANTISED:
+        if method not in tuple(QUANTISED):  # it may be of any type
             said = f"quantization_config={quantised!r}" if method is None else f"quant_method={method!r}"
             raise ValueError(f"{said} is not supported; use weights quantised with one of {', '.join(QUANTISED)}")
 

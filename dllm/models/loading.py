@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
+from weakref import finalize
 
 import torch
 import transformers
@@ -20,7 +21,7 @@ from transformers.utils import logging
 from dllm.checks import choice, first_line
 from dllm.files import BUNDLED, expanded, is_folder, read_json
 from dllm.identity import Stamp, stamps
-from dllm.models import FAMILIES, NEWER, MaskedDiffusionModel, adapters, family_of, packed
+from dllm.models import FAMILIES, NEWER, MaskedDiffusionModel, adapters, family_of, leading, packed, parallel
 from dllm.models.base import token_ids
 from dllm.models.checkpoint import ATTENTION, DTYPES, QUANTISED, check_values, read_config
 from dllm.models.linear import join_products
@@ -49,6 +50,7 @@ class LanguageModel:
         spare: memory not used by any engine (`dllm.decoding.memory.Memory`).
         stamps: of its files, and of the adapter's, before reading; see `dllm.identity.stamps`.
         sampler: the policy used where none is given: a name of conf/sampler or an object.
+        quantization: settings by which the weights were quantised when they were loaded; None where they were not.
     """
 
     backbone: MaskedDiffusionModel
@@ -59,6 +61,7 @@ class LanguageModel:
     stamps: tuple[Stamp, ...] = ()
     spare: list[Any] = field(default_factory=list, repr=False, compare=False)
     sampler: Any = field(default="vanilla", kw_only=True)
+    quantization: Mapping[str, Any] | None = field(default=None, kw_only=True)
 
     @property
     def device(self) -> torch.device:
@@ -76,6 +79,8 @@ def load(
     revision: str | None = None,
     pack: bool | Literal["auto"] = False,
     adapter: str | Path | None = None,
+    tp: bool = False,
+    quantization: Mapping[str, Any] | None = None,
 ) -> LanguageModel:
     """Load a denoiser and its tokenizer.
 
@@ -94,6 +99,10 @@ def load(
             but such a model cannot be saved, moved or trained. "auto", as in the commands, does so where it can.
         adapter: folder or hub id of a LoRA, or of another adapter that peft can merge into the weights. Its tokenizer,
             if any, replaces the model's. If `name` is an adapter, its base model is loaded.
+        tp: divide the model over the processes that torchrun started (tensor parallelism). All of them then make the
+            same calls, with the same seeds, and get the same results.
+        quantization: quantise the weights, by settings of transformers such as {"quant_method": "bitsandbytes",
+            "load_in_8bit": True}. A checkpoint of quantised weights names its own settings.
 
     Raises:
         ValueError: an unknown name or option, or a checkpoint that is incomplete, damaged, of another
@@ -101,10 +110,50 @@ def load(
     """
     options = _options(device, dtype, device_map, attn_implementation)
     choice("pack", pack, (True, False, "auto"))
+    choice("tp", tp, (True, False))
+    if quantization is not None:
+        _quantization(quantization)
+        options |= {"quantization": quantization}
+        if adapter is not None:
+            raise ValueError(
+                f"adapter={str(adapter)!r} cannot be merged into weights that quantization changes; "
+                "leave one of them out"
+            )
+    if not tp:
+        lm = _load(name, revision, adapter, pack, options, 1)
+        return replace(lm, quantization=quantization)
+    parallel.check_options(device, device_map, pack, adapter, quantization)
+    told = leading.tell_load(
+        name=name, dtype=dtype, attn_implementation=attn_implementation, revision=revision, pack=pack, tp=True
+    )
+    count = parallel.join()
+    options = {key: value for key, value in options.items() if key != "device_map"} | parallel.arguments(count)
+    lm = parallel.together(lambda: _load(name, revision, adapter, pack, options, count))
+    if told is not None:
+        lm.backbone.number = told
+        finalize(lm.backbone, leading.tell, told, "forget").atexit = False
+    return lm
+
+
+def _load(
+    name: str | Path,
+    revision: str | None,
+    adapter: str | Path | None,
+    pack: bool | str,
+    options: Mapping[str, Any],
+    count: int,
+) -> LanguageModel:
+    """Load a model divided over `count` processes."""
     base, revision, adapter_folder = _base_and_adapter(name, revision, adapter)
     # The config comes first, to reject an unsupported model before downloading its weights.
     family = _family(checkpoint_folder(base, revision, files=("config.json",)))
     folder = checkpoint_folder(base, revision)
+    if "quantization" in options and (method := _quantised(folder)) is not None:
+        raise ValueError(
+            f"quantization has no effect on {folder}, whose weights are quantised with {method}; leave it out"
+        )
+    if count > 1:
+        _check_division(family, folder, adapter_folder, count)
     before = stamps(*filter(None, (folder, adapter_folder)))
     with quiet():
         backbone = _load_weights(family, folder, options)
@@ -112,6 +161,8 @@ def load(
         if adapter_folder is not None:
             adapters.merge(backbone, adapter_folder)
             tokenizer = load_tokenizer(adapter_folder) or tokenizer
+    if count > 1:
+        pack = False
     if pack is True or (pack and packed.why_not(backbone) is None):
         packed.pack(backbone)
     elif backbone.device.type == "cuda":  # where launching and reading the weights is most of the time
@@ -307,6 +358,45 @@ def _family(folder: Path) -> type[MaskedDiffusionModel]:
     return family
 
 
+def _check_division(family: type[MaskedDiffusionModel], folder: Path, adapter: Path | None, count: int) -> None:
+    """Reject a model that tensor parallelism does not support over this many processes."""
+    if adapter is not None:
+        raise ValueError(f"{adapter} is an adapter, which cannot be merged with tp=true; use tp=false")
+    if (method := _quantised(folder)) is not None:
+        raise ValueError(f"{folder} has weights quantised with {method}, which tp=true does not support; use tp=false")
+    config_class: Any = family.config_class
+    parallel.check_family(family, config_class.from_dict(read_config(folder)), count)
+
+
+def _quantization(given: Any) -> Any:
+    """Settings of transformers.
+
+    Raises:
+        ValueError: they are not supported or invalid, or their library is not installed.
+    """
+    method = given.get("quant_method") if isinstance(given, Mapping) else None
+    if method not in tuple(QUANTISED):  # it may be of any type
+        raise ValueError(
+            f"quantization={given!r} is not supported; give {{quant_method: ..., ...}} with one of "
+            f"{', '.join(QUANTISED)}, and its settings in transformers"
+        )
+    try:
+        with quiet():
+            return AutoQuantizationConfig.from_dict(dict(given))
+    except ImportError as error:
+        raise _needs_library(given, error) from None
+    except Exception as error:  # noqa: BLE001  # transformers validates the rest, with errors of any type
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"quantization={given!r} cannot be used ({reason}); see transformers for {method}") from None
+
+
+def _needs_library(given: Mapping[str, Any], error: ImportError) -> ValueError:
+    return ValueError(
+        f"quantization={given!r} needs a library that is not installed ({first_line(error)}); install "
+        f"{QUANTISED[given['quant_method']]}, or leave it out"
+    )
+
+
 def _missing_library(folder: Path, error: ImportError) -> ValueError:
     method = _quantised(folder)
     return ValueError(
@@ -320,17 +410,23 @@ def _quantised(folder: Path) -> str | None:
     return (read_json(folder / "config.json").get("quantization_config") or {}).get("quant_method")
 
 
-def _load_weights(family: type[MaskedDiffusionModel], folder: Path, options: dict[str, Any]) -> MaskedDiffusionModel:
+def _load_weights(family: type[MaskedDiffusionModel], folder: Path, options: Mapping[str, Any]) -> MaskedDiffusionModel:
     """Load exactly the tensors of the architecture."""
-    options = options | {"output_loading_info": True, "ignore_mismatched_sizes": True, "local_files_only": True}
+    options = dict(options) | {"output_loading_info": True, "ignore_mismatched_sizes": True, "local_files_only": True}
+    if (given := options.pop("quantization", None)) is not None:
+        options["quantization_config"] = _quantization(given)
     try:
         with adapters.hidden(folder) as bare:
             loaded: Any = family.from_pretrained(bare, **options)
     except ImportError as error:
-        raise _missing_library(folder, error) from None
+        raise (_missing_library(folder, error) if given is None else _needs_library(given, error)) from None
     except Exception as error:  # unpickling a truncated file may raise anything
         if isinstance(error, torch.OutOfMemoryError):
             raise
+        if given is not None:
+            raise ValueError(
+                f"quantization={given!r} cannot be used here ({first_line(error)}); leave it out, or use another"
+            ) from None
         if isinstance(error, RuntimeError) and (method := _quantised(folder)) is not None:  # as without a GPU
             raise ValueError(
                 f"{folder} has weights quantised with {method}, which cannot be used here ({first_line(error)}); "
@@ -344,6 +440,8 @@ def _load_weights(family: type[MaskedDiffusionModel], folder: Path, options: dic
             f"{folder}: pytorch_model*.bin cannot be read ({reason}); copy or download the weights again"
         ) from None
     backbone, info = loaded
+    if backbone.is_divided:
+        parallel.localise(backbone)
     backbone.name_or_path = backbone.config.name_or_path = str(folder)
     problems = {
         # Usually compared by headers before. Newer transformers report both shapes with the name.

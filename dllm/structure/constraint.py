@@ -55,6 +55,10 @@ class Constraint:
     special: frozenset[int]
     on_device: dict[Any, Any] = field(default_factory=dict)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For other processes (tensor parallelism), which have devices of their own."""
+        return type(self), (self.automaton, self.classes, self.special)
+
     @classmethod
     def build(
         cls, form: ResponseFormat, tokenizer: PreTrainedTokenizerBase, size: int, ends: Sequence[int]
