@@ -22,6 +22,7 @@ from structure_rig import SUMS, text_model, text_tokenizer
 jsonschema = pytest.importorskip("jsonschema")
 lark = pytest.importorskip("lark")
 pytest.importorskip("outlines_core")
+from dllm.structure import language  # noqa: E402
 from dllm.structure.language import Automaton, compile_regex  # noqa: E402
 from dllm.structure.tokens import END, TokenAutomaton, lift, token_bytes  # noqa: E402
 
@@ -359,3 +360,17 @@ class TestTokenizers:
         backend.pre_tokenizer, backend.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
         with pytest.raises(ValueError, match="does not support the tokenizer of this model"):
             token_bytes(PreTrainedTokenizerFast(tokenizer_object=backend), 3)
+
+
+def test_sizes_are_bounded_before_and_after_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language, "_MOST_REPEATED", 100)
+    names = [f"a{number}" for number in range(9)]
+    many = {"type": "object", "properties": {name: {"type": "null"} for name in names}, "required": names}
+    form = read_format({"type": "json_schema", "schema": many})
+    assert form is not None
+    compile_regex(form.regex, form.name)  # escapes such as \\x{22} are no repetitions
+    with pytest.raises(ValueError, match="repeats parts 101 times in all"):
+        compile_regex("a{60}b{1,41}", "regex")
+    monkeypatch.setattr(language, "_MOST_STATES", 50)
+    with pytest.raises(ValueError, match="regex has 103 states, and 50 are the most"):
+        compile_regex("a{0,100}", "regex")

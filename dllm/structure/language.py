@@ -20,7 +20,8 @@ from dllm.checks import first_line
 
 # States of an automaton over bytes before it is minimized, and the positions that counted repetitions may stand for
 # before it is compiled: they bound the memory.
-_MOST_STATES, _MOST_REPEATED = 100_000, 50_000
+_MOST_STATES, _MOST_REPEATED = 100_000, 5_000
+_LONGEST = 2_000_000  # characters of an expression
 _BYTES = 256
 
 
@@ -83,7 +84,9 @@ def compile_regex(regex: str, name: str) -> Automaton:
         raise ValueError(f"{name} cannot be compiled: {_why(str(error))}") from None
     numbers = {state: number for number, state in enumerate(edges, start=1)}
     if len(numbers) > _MOST_STATES:
-        raise ValueError(f"{name} has {len(numbers)} states, and {_MOST_STATES} are the most; use shorter bounds")
+        raise ValueError(
+            f"{name} has {len(numbers)} states, and {_MOST_STATES} are the most; use shorter bounds or a smaller depth"
+        )
     follow = np.zeros((len(numbers) + 1, _BYTES), dtype=np.int64)
     for state, targets in edges.items():
         at = numbers[state]
@@ -196,15 +199,24 @@ def escaped(text: str) -> str:
 
 
 def _check_size(regex: str, name: str) -> None:
-    """Reject (ValueError) counted repetitions that would be expanded to more states than are kept."""
-    sizes = [max(int(low), int(high or 0)) for low, high in re.findall(r"\{(\d{1,9})(?:,(\d{0,9}))?\}", regex)]
-    if sum(sizes) > _MOST_REPEATED or (len(regex) > 2_000_000):
-        raise ValueError(f"{name} repeats parts {sum(sizes)} times in all, and {_MOST_REPEATED} is the most; use fewer")
+    """Reject (ValueError) an expression whose automaton could be too large to be compiled at all."""
+    counts = re.findall(r"(?<!\\x)(?<!\\u)\{(\d+)(?:,(\d*))?\}", regex)
+    total = sum(max(int(low), int(high or 0)) for low, high in counts)
+    if total > _MOST_REPEATED:
+        raise ValueError(
+            f"{name} repeats parts {total} times in all, and {_MOST_REPEATED} is the most; use smaller bounds"
+        )
+    if len(regex) > _LONGEST:
+        raise ValueError(f"{name} is too large; use a smaller one, or a smaller depth")
 
 
 def _why(message: str) -> str:
     if "incompatible" in message:
         return "an anchor or a word boundary never holds; leave it out, as the whole answer has to match"
+    if "NFA" in message:
+        return (
+            "it is not valid in the syntax of Rust's regex, which has no lookaround and no back-references; correct it"
+        )
     lines = [line.strip(" ^") for line in message.splitlines() if line.strip(" ^")]
     last = lines[-1].removeprefix("error: ") if lines else message
     return f"{first_line(ValueError(last))}; use the syntax of Rust's regex (no lookaround, no back-references)"
