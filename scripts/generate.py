@@ -101,7 +101,7 @@ def generate(cfg: DictConfig) -> None:
 
 def generate_rows(cfg: DictConfig, engine: jobs.JobEngine) -> None:
     """Run the command as a job: from files or a data set to a folder of shards."""
-    source, folder = jobs.Input(cfg.input, cfg.split, cfg.column), jobs.JobFolder(Path(cfg.output))
+    source, folder = jobs.Input(cfg.input, cfg.split, cfg.column), jobs.JobFolder(cfg.output)
     sampler, cache, fields, options = _parts(cfg)
     if source.note:
         print(source.note, file=sys.stderr)

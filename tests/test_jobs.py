@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import random
 import re
 import shutil
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ from omegaconf import OmegaConf
 from pyarrow import parquet
 
 import dllm
-from commands import Outcome, command
+import kills
+from commands import Outcome, command, in_a_process, start
 from dllm import jobs
 from dllm.evaluation import claim
 from dllm.evaluation.claim import Claim
@@ -353,7 +355,7 @@ class TestResume:
 class TestFolder:
     def test_a_second_job_says_who_holds_the_folder(self) -> None:
         lines("q.jsonl", ROWS[:3])
-        with jobs.JobFolder(Path("out")):
+        with jobs.JobFolder("out"):
             refused(run(), "output='out' is being written by process ", "; wait for it to end, or give another output")
         assert run().code == 0
 
@@ -402,6 +404,13 @@ class TestFolder:
         lines("q.jsonl", [{"id": 1}])
         refused(run(output="deep/out"), "has no column prompt or messages")
         assert not Path("deep").exists()
+
+    def test_a_folder_that_cannot_be_is_refused(self) -> None:
+        lines("q.jsonl", ROWS[:3])
+        refused(run(output="q.jsonl/"), "output='q.jsonl/' is not a folder; give another output")
+        refused(run(output="q.jsonl/out"), "output='q.jsonl/out' cannot be created (Not a directory)")
+        Path("loop").symlink_to("nowhere")
+        refused(run(output="loop/"), "output='loop/' is not a folder")
 
     def test_the_lock_is_that_of_other_commands(self) -> None:
         Path("out").mkdir()
@@ -537,3 +546,18 @@ class TestOptions:
         told = command("generate", "--help").out
         assert "engine=NAME, by default local:" in told
         assert "engine.NAME=VALUE" in told
+
+
+@in_a_process
+def test_a_job_survives_kills_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, output, whole = (tmp_path / name for name in ("asked.jsonl", "out", "whole"))
+    kills.write_rows(source)
+    monkeypatch.undo()  # with the real model
+    assert command("generate", *kills.arguments(source, whole)).code == 0
+    chance = random.Random(0)
+    for _ in range(kills.KILLS):
+        kills.kill_process(start("generate", *kills.arguments(source, output)), output, chance)
+    assert kills.shards(output) < kills.ROWS / 4
+    assert start("generate", *kills.arguments(source, output)).wait(300) == 0
+    assert kills.contents(output) == kills.contents(whole)
+    assert not list(output.glob(".*"))

@@ -13,11 +13,12 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import pyarrow as pa
 
-from dllm.checks import number
+from dllm.checks import first_line, number
 from dllm.jobs.decoder import Decoder, Setting
 from dllm.jobs.folder import Result
 from dllm.jobs.rows import Row
 
+_INIT_DEATHS = 3  # of actors in a row while they load the model
 Results: TypeAlias = tuple[dict[str, Any], list[Result]]
 
 
@@ -109,12 +110,13 @@ class Ray:
         """Decode each shard as one block."""
         import ray
         from ray.data import ActorPoolStrategy, DataContext, from_arrow_refs
-        from ray.exceptions import RayError
+        from ray.exceptions import RayError, RayTaskError
 
         with self._session():
             gpus = self._gpus(ray.cluster_resources().get("GPU", 0))
-            context = DataContext.get_current()
+            context: Any = DataContext.get_current()
             context.enable_progress_bars = False
+            context.max_consecutive_actor_init_deaths = _INIT_DEATHS
             blocks: Any = [ray.put(_table(rows)) for rows in shards]
             try:
                 results = from_arrow_refs(blocks).map_batches(
@@ -128,8 +130,10 @@ class Ray:
                 )
                 for batch in results.iter_batches(batch_size=None, batch_format="pyarrow"):
                     yield from _read(batch)
+            except RayTaskError as error:  # a fault of a policy, or no memory: its text has the actor's traceback
+                raise RuntimeError(str(error)) from None
             except RayError as error:
-                raise _cause(error) from None
+                raise ValueError(f"Ray cannot go on ({first_line(error)}); the same command continues") from None
 
     def _gpus(self, there: float) -> float:
         """GPUs of an actor, where Ray has some."""
@@ -146,11 +150,15 @@ class Ray:
         """A connection to Ray: one that is there already, or one of this job."""
         import ray
 
+        for each in logging.getLogger("ray.data").handlers:
+            if isinstance(each, logging.StreamHandler):  # the other one writes to the session's folder
+                each.setLevel(logging.CRITICAL)
         if ray.is_initialized():
             yield
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of the C++ parts, which print to stderr
+        handlers: dict[int, Any] = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
         own: dict[str, Any] = {}
         if self.address is None:
             cpus = max(os.cpu_count() or 1, self.actors * self.cpus_per_actor)
@@ -169,39 +177,49 @@ class Ray:
 
 
 class _Actor:
-    """A decoder as Ray Data wants it: a table of rows in, a table of results out."""
+    """A decoder as Ray Data wants it: a table of rows in, a table of results out.
+
+    Errors about the job are part of the table: Ray would begin an actor that raises one again, and loses its cause.
+    """
 
     def __init__(self, setting: Setting, batch_size: int) -> None:
-        self._decoder = Decoder(setting, batch_size)
-        self._model = json.dumps(self._decoder.model)
+        self._refused: str | None = None
+        try:
+            self._decoder = Decoder(setting, batch_size)
+        except (ValueError, OSError) as error:
+            self._refused = str(error)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        rows = [Row(**{name: json.loads(text) for name, text in each.items()}) for each in batch.to_pylist()]
-        results = [json.dumps(asdict(each)) for each in self._decoder.decode(rows)]
-        return pa.table({"model": [self._model] * len(results), "result": results})
+        if self._refused is not None:
+            return _told(refused=self._refused)
+        rows = (Row(**{name: json.loads(text) for name, text in each.items()}) for each in batch.to_pylist())
+        try:
+            return _told(self._decoder.model, [asdict(each) for each in self._decoder.decode(rows)])
+        except (ValueError, OSError) as error:
+            return _told(refused=str(error))
+
+
+def _told(model: Any = None, results: Sequence[Any] = (None,), refused: str | None = None) -> pa.Table:
+    """What an actor returns."""
+    return pa.table({"told": [json.dumps([model, each, refused]) for each in results]})
+
+
+def _read(batch: pa.Table) -> Iterator[Results]:
+    """What an actor returned.
+
+    Raises:
+        ValueError: it refuses the job.
+    """
+    for text in batch.column("told").to_pylist():
+        model, result, refused = json.loads(text)
+        if refused is not None:
+            raise ValueError(refused)
+        yield model, [Result(**result)]
 
 
 def _table(rows: Sequence[Row]) -> pa.Table:
     """Rows as JSON: prompts are texts and chats, ids texts and numbers."""
     return pa.Table.from_pylist([{name: json.dumps(value) for name, value in asdict(row).items()} for row in rows])
-
-
-def _read(batch: pa.Table) -> Iterator[Results]:
-    found: dict[str, list[Result]] = {}
-    for each in batch.to_pylist():
-        found.setdefault(each["model"], []).append(Result(**json.loads(each["result"])))
-    for model, results in found.items():
-        yield json.loads(model), results
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The error of our own code that Ray wraps, once or several times; else Ray's."""
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, (ValueError, OSError, MemoryError)) and not type(inner).__module__.startswith("ray"):
-            return inner
-        inner = getattr(inner, "cause", None) or inner.__cause__
-    return error
 
 
 def _check_shared(engine: Any) -> None:

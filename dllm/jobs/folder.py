@@ -29,7 +29,7 @@ from dllm.evaluation.answer_manifest import differences, told
 from dllm.evaluation.claim import Claim
 from dllm.files import disturbed, read_json, write_json, write_whole
 from dllm.jobs.rows import Summary
-from dllm.stored import folder_there, misfit
+from dllm.stored import misfit
 
 MANIFEST = "_manifest.json"
 FORMAT, VERSION = "dllm-job", 1
@@ -76,21 +76,24 @@ class JobFolder:
     """The folder of a job; as a context manager it is locked, and what is in it is read.
 
     Args:
-        path: the folder; created if missing.
+        given: the folder; created if missing.
 
     Attributes:
+        path: the folder.
+        called: its name in errors.
         finished: the number of the first row of every shard that is there, with the number of its failed rows.
 
     Raises:
         ValueError: it is a file, or (on entering) another process writes to it, or it has other files.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self._called = path, f"output={str(path)!r}"
-        folder_there(path, "give another output")
+    def __init__(self, given: str) -> None:
+        self.path, self.called = Path(given), f"output={given!r}"
+        if os.path.lexists(self.path) and not self.path.is_dir():
+            raise ValueError(f"{self.called} is not a folder; give another output")
         self.finished: dict[int, int] = {}
         self._found: dict[str, Any] | None = None
-        self._claim = Claim(Path(os.path.realpath(path)) / MANIFEST, self._called, "another output")
+        self._claim = Claim(Path(os.path.realpath(self.path)) / MANIFEST, self.called, "another output")
         self._made: list[Path] = []
         self._size, self._whole, self._job = 0, False, ""
 
@@ -123,10 +126,10 @@ class JobFolder:
         self._size, self._whole = size, summary.whole
         if self._found is None:
             return
-        refuse(self._called, self._found, session, "options")
+        refuse(self.called, self._found, session, "options")
         if (self._found["input"], self._found["rows"]) != (summary.digest, summary.rows):
             raise ValueError(
-                f"{self._called} is the job of another input, of {self._found['rows']} rows; this one has "
+                f"{self.called} is the job of another input, of {self._found['rows']} rows; this one has "
                 f"{summary.rows}: give another output, or the original input"
             )
         self._job = _job(self._found)
@@ -149,7 +152,7 @@ class JobFolder:
             ValueError: the model is another one.
         """
         if self._found is not None:
-            refuse(self._called, self._found, session, "model")
+            refuse(self.called, self._found, session, "model")
             return
         about = {"format": FORMAT, "version": VERSION, "dllm": version("dllm-samplers"), "host": platform.node()}
         about |= {"started": datetime.now(UTC).isoformat(timespec="seconds")}
@@ -191,13 +194,16 @@ class JobFolder:
         there = {path.name for path in self._shards()}
         for first in sorted(self.finished):
             if (name := f"rows-{first:012}.parquet") not in there:
-                raise disturbed(f"{self._called}: {name}", self.path / name, "; run the command again")
+                raise disturbed(f"{self.called}: {name}", self.path / name, "; run the command again")
 
     def __enter__(self) -> JobFolder:
         path = Path(os.path.realpath(self.path))
         self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(f"{self.called} cannot be created ({error.strerror}); give another output") from None
             self._claim.take()
             self._read()
         except BaseException:
@@ -217,13 +223,13 @@ class JobFolder:
             if _UNFINISHED.fullmatch(path.name) and path.is_file():
                 path.unlink(missing_ok=True)
             elif not path.name.startswith(".") and path.name != MANIFEST and not _SHARD.fullmatch(path.name):
-                raise ValueError(f"{self._called} holds {path.name}, which is no shard of a job; give another output")
+                raise ValueError(f"{self.called} holds {path.name}, which is no shard of a job; give another output")
         shards, file = self._shards(), self.path / MANIFEST
         if not shards:
             return  # nothing is lost by beginning again
         fix = "give another output"
         if not file.is_file():
-            raise ValueError(f"{self._called} has shards without a {MANIFEST}, so that their job is unknown; {fix}")
+            raise ValueError(f"{self.called} has shards without a {MANIFEST}, so that their job is unknown; {fix}")
         found = read_json(file, fix)
         if (found.get("format"), found.get("version")) != (FORMAT, VERSION):
             raise ValueError(f"{file} is not a manifest of a job that this version of dllm knows; {fix}")
@@ -236,7 +242,7 @@ class JobFolder:
 
     def _failed(self, path: Path, rows: int) -> int:
         """The number of failed rows of a shard, after checking that it belongs to this job."""
-        called = f"{self._called}: {path.name}"
+        called = f"{self.called}: {path.name}"
         try:
             table = parquet.read_table(path, columns=["error"], partitioning=None)
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:

@@ -51,7 +51,7 @@ def run(
     summary = source.scan(size)
     session = {**session, "options": {**session["options"], "engine.shard_rows": size}}
     folder.open(summary, session, size)
-    before, called = folder.manifest, f"output={str(folder.path)!r}"
+    before, called = folder.manifest, folder.called
 
     def check(model: Mapping[str, Any]) -> None:
         """Before any decoding, also in an actor."""
