@@ -407,7 +407,8 @@ class TestFolder:
 
     def test_a_folder_that_cannot_be_is_refused(self) -> None:
         lines("q.jsonl", ROWS[:3])
-        refused(run(output="q.jsonl/"), "output='q.jsonl/' is not a folder; give another output")
+        Path("file").touch()
+        refused(run(output="file/"), "output='file/' is not a folder; give another output")
         refused(run(output="q.jsonl/out"), "output='q.jsonl/out' cannot be created (Not a directory)")
         Path("loop").symlink_to("nowhere")
         refused(run(output="loop/"), "output='loop/' is not a folder")

@@ -158,7 +158,7 @@ class Ray:
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of the C++ parts, which print to stderr
-        handlers: dict[int, Any] = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+        handlers: dict[int, Any] = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
         own: dict[str, Any] = {}
         if self.address is None:
             cpus = max(os.cpu_count() or 1, self.actors * self.cpus_per_actor)
@@ -168,8 +168,8 @@ class Ray:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ValueError(f"engine.address={self.address!r}: Ray cannot be reached ({error})") from None
         with suppress(ValueError):  # Ray sets its own; only the main thread can handle signals
-            for each, handler in handlers.items():
-                signal.signal(each, handler)
+            for which, handler in handlers.items():
+                signal.signal(which, handler)
         try:
             yield
         finally:

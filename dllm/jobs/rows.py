@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -282,12 +283,15 @@ def _load(given: str, split: str | None) -> Any:
     from datasets.exceptions import DatasetsError
 
     disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every attempt to reach the hub
     try:
         if not is_folder(Path(given)):
             return load_dataset(given, split=split or "train")
         found = load_from_disk(given)
     except DatasetsError as error:
         raise ValueError(first_line(error.__cause__ or error)) from None
+    except ConnectionError as error:
+        raise ValueError(f"it is no file or folder here, and not within reach: {first_line(error)}") from None
     if not isinstance(found, dict):
         if split is not None:
             raise ValueError("it has no splits; leave split out")
