@@ -274,7 +274,7 @@ def _check_job(cfg: DictConfig) -> None:
     """Reject options without effect on a job, or on anything else, and an output within the input."""
     if not _is_job(cfg):
         if cfg.input is not None and (is_folder(Path(cfg.input)) or Path(cfg.input).suffix == ".parquet"):
-            raise ValueError(f"output={cfg.output!r} is no folder, which input={cfg.input!r} needs; give one")
+            raise ValueError(f"input={cfg.input!r} cannot be read as a JSONL file; give a folder as output, for a job")
         given = {override.partition("=")[0] for override in HydraConfig.get().overrides.task}
         for name in ("column", "split", "engine"):
             if any(each == name or each.startswith(f"{name}.") for each in given) and cfg[name] is not None:

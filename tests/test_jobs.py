@@ -512,7 +512,10 @@ class TestInput:
         lines("q/a.jsonl", ROWS[:2])
         refused(run(source="q", output="q/out"), "output='q/out' is within input='q'; give a folder outside it")
         refused(run(source="q", output="q"), "output='q' is ")
-        refused(run(source="q", output="a.jsonl"), "output='a.jsonl' is no folder, which input='q' needs; give one")
+        refused(
+            run(source="q", output="a.jsonl"),
+            "input='q' cannot be read as a JSONL file; give a folder as output, for a job",
+        )
 
 
 class TestOptions:

@@ -118,6 +118,7 @@ def test_a_job_on_ray_survives_kills_of_its_driver(source: Path, tmp_path: Path,
         ("engine.gpus_per_actor=-1", "engine.gpus_per_actor=-1 is out of range; use 0 or a positive number, or null"),
         ("engine.actors=two", "engine.actors='two' is of the wrong type; give a whole number"),
         ("output=a.jsonl", "engine=ray has no effect without a job"),
+        ("engine.address=127.0.0.1:1", "engine.address='127.0.0.1:1': Ray cannot be reached (["),
     ],
 )
 def test_bad_options_are_one_line(argument: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

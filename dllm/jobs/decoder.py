@@ -49,7 +49,7 @@ class Setting:
 
 
 def row_seed(seed: int, id: str | int) -> int:  # named like the column
-    """The seed of a row: the first 62 bits of SHA-256 of ``[seed, "id"]`` as JSON, whatever its place and neighbours.
+    """The seed of a row: the first 64 bits of SHA-256 of ``[seed, "id"]`` as JSON, modulo 2^62.
 
     Args:
         seed: of the job.

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from dllm.jobs.folder import Result
 from dllm.jobs.rows import Row
 
 _INIT_DEATHS = 3  # of actors in a row while they load the model
+_CONNECT_SECONDS = 10
 Results: TypeAlias = tuple[dict[str, Any], list[Result]]
 
 
@@ -164,9 +166,12 @@ class Ray:
             cpus = max(os.cpu_count() or 1, self.actors * self.cpus_per_actor)
             own = {"include_dashboard": False, "num_cpus": cpus}
         try:
+            _reach(self.address)
             ray.init(self.address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ValueError(f"engine.address={self.address!r}: Ray cannot be reached ({error})") from None
+        except (OSError, RuntimeError, ValueError) as error:
+            given = "null" if self.address is None else repr(self.address)
+            problem = f"engine.address={given}: Ray cannot be reached ({first_line(error)})"
+            raise ValueError(f"{problem}; start a cluster, or leave it out for one of this machine") from None
         with suppress(ValueError):  # Ray sets its own; only the main thread can handle signals
             for which, handler in handlers.items():
                 signal.signal(which, handler)
@@ -174,6 +179,14 @@ class Ray:
             yield
         finally:
             ray.shutdown()
+
+
+def _reach(address: str | None) -> None:
+    """Raise OSError where no one listens at an address: Ray itself would try for minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdecimal() and "/" not in host:
+        with socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS):
+            pass
 
 
 class _Actor:
