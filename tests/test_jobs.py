@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pytest
+import torch
 from omegaconf import OmegaConf
 from pyarrow import parquet
 
@@ -197,6 +198,19 @@ class TestFailures:
             assert said in found[name]["error"]
             assert (found[name]["text"], found[name]["tokens"], found[name]["nfe"]) == (None, 0, 0)
         assert run().out == result.out  # nothing is tried again
+
+    def test_logits_that_are_not_finite_fail_their_row_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        spoilt = random_llada(tokenizer=True, max_length=96)
+        assert spoilt.tokenizer is not None
+        (token,) = set(spoilt.tokenizer("Mia").input_ids) - set(spoilt.tokenizer("Tom Ann").input_ids)
+        with torch.no_grad():
+            spoilt.backbone.get_input_embeddings().weight[token] = float("nan")
+        monkeypatch.setattr(dllm, "load", lambda path, **_: spoilt)
+        lines("q.jsonl", [{"prompt": "Tom"}, {"prompt": "Mia"}, {"prompt": "Ann"}])
+        assert run().code == 0
+        assert [row["error"] is None for row in made()] == [True, False, True]
+        assert "not finite" in made()[1]["error"] or "NaN" in made()[1]["error"]
+        assert made()[1]["text"] is None
 
     def test_too_many_failures_stop_the_job_and_a_larger_limit_resumes_it(self) -> None:
         lines("q.jsonl", [*self.ROWS, *ROWS])

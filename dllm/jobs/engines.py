@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -36,7 +36,7 @@ class JobEngine(Protocol):
     shard_rows: int
     max_failures: int | None
 
-    def run(self, setting: Setting, shards: Iterable[list[Row]]) -> Iterator[Results]:
+    def run(self, setting: Setting, shards: Iterable[list[Row]]) -> Generator[Results, None, None]:
         """Decode, yielding results in any order, each with the identity of the model that made them.
 
         A row may come more than once: its results are equal.
@@ -62,7 +62,7 @@ class Local:
     def __post_init__(self) -> None:
         _check_shared(self)
 
-    def run(self, setting: Setting, shards: Iterable[list[Row]]) -> Iterator[Results]:
+    def run(self, setting: Setting, shards: Iterable[list[Row]]) -> Generator[Results, None, None]:
         """Decode all rows in one stream: the next shard begins while the last rows of one are decoded."""
         decoder = Decoder(setting, setting.options.batch_size)
         yield decoder.model, []
@@ -108,7 +108,7 @@ class Ray:
         except ImportError as error:
             raise ValueError(f"engine=ray needs Ray ({error}); pip install 'dllm-samplers[scale]'") from None
 
-    def run(self, setting: Setting, shards: Iterable[list[Row]]) -> Iterator[Results]:
+    def run(self, setting: Setting, shards: Iterable[list[Row]]) -> Generator[Results, None, None]:
         """Decode each shard as one block."""
         import ray
         from ray.data import ActorPoolStrategy, DataContext, from_arrow_refs

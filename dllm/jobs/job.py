@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
 from dllm.jobs.decoder import Decoder, Setting
-from dllm.jobs.engines import JobEngine, Results
+from dllm.jobs.engines import JobEngine
 from dllm.jobs.folder import JobFolder, Result, refuse
 from dllm.jobs.rows import Input, Summary
 
@@ -123,11 +124,10 @@ def _decode(progress: _Progress, source: Input, setting: Setting, session: Mappi
     size, folder = progress.engine.shard_rows, progress.folder
     shards = source.left(size, progress.summary, folder.finished)
     begun: dict[str, Any] | None = None
-    results: Results
-    for results in progress.engine.run(setting, shards):
-        model, finished = results
-        if model != begun:
-            folder.begin(progress.summary, {**session, "model": model})
-            begun = model
-        if finished:
-            progress.add(finished)
+    with closing(progress.engine.run(setting, shards)) as running:
+        for model, finished in running:
+            if model != begun:
+                folder.begin(progress.summary, {**session, "model": model})
+                begun = model
+            if finished:
+                progress.add(finished)

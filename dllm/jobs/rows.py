@@ -148,15 +148,17 @@ class Input:
         Raises:
             OSError: the input changed since it was scanned.
         """
-        done, changed = set(finished), disturbed(self.called, Path(self.given), "; run the command again")
-        place = -1
+        done, place = set(finished), -1
         for place, rows in enumerate(self.shards(size)):
             if place >= len(summary.shards) or _hash(rows) != summary.shards[place]:
-                raise changed
+                raise self._changed()
             if rows[0].number not in done:
                 yield rows
         if place + 1 != len(summary.shards):
-            raise changed
+            raise self._changed()
+
+    def _changed(self) -> OSError:
+        return disturbed(self.called, Path(self.given), "; run the command again")
 
     def shards(self, size: int) -> Iterator[list[Row]]:
         """All rows, `size` at a time."""
