@@ -77,7 +77,6 @@ class ActorKiller(threading.Thread):
             if working := _actors():
                 chance.choice(working).kill()
                 self.left, self.killed = self.left - 1, self.killed + 1
-                print(f"actor {self.killed} killed after {shards(self.output)} shards")
 
     def __enter__(self) -> ActorKiller:
         self.start()

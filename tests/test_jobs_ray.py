@@ -60,7 +60,8 @@ class TestActors:
         with kills.ActorKiller(tmp_path / "out", kills.KILLS) as killer:
             result = command("generate", *kills.arguments(source, tmp_path / "out", *more))
         assert result.code == 0, result.err
-        assert killer.killed >= kills.KILLS * 2 // 3  # it may have ended before the last ones
+        print(f"{killer.killed} actors were killed")
+        assert killer.killed >= kills.KILLS * 4 // 5  # the job may end before the last ones
         assert kills.contents(tmp_path / "out") == whole
         assert sum(row["error"] is not None for row in whole) == 1
 
@@ -123,6 +124,7 @@ def test_a_job_on_ray_survives_kills_of_its_driver(source: Path, tmp_path: Path,
 )
 def test_bad_options_are_one_line(argument: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # an address is of no use to one that is there
     Path("q.jsonl").write_text('{"prompt": "Tom"}\n')
     given = ["input=q.jsonl", *(() if argument.startswith("output") else ("output=out",)), "engine=ray", argument]
     result = command("generate", *given)
