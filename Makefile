@@ -10,8 +10,8 @@
 PYTHON ?= $(shell for python in python3.11 python3; do "$$python" -c "" 2>/dev/null && echo "$$python" && exit; done; echo python3)
 PYTEST_ARGS ?= -n 2 --dist loadgroup
 DLLM_ARGS ?=
-# The extras that the tests need; those of the last five are skipped without them.
-TESTED := dev,eval,plot,scale,serve,sweep
+# The extras that the tests need; those of the last six are skipped without them.
+TESTED := dev,eval,plot,scale,serve,structure,sweep
 # Nobody watches the progress of an installation in CI.
 PIP_ARGS ?= $(if $(CI),--quiet)
 

@@ -23,6 +23,7 @@ from dllm.samplers.pc import PC
 from dllm.samplers.prophet import Prophet
 from dllm.samplers.remdm import ReMDM
 from dllm.samplers.renoise import Renoise
+from dllm.samplers.s2d2 import S2D2
 from dllm.samplers.saber import Saber
 from dllm.samplers.slowfast import SlowFast
 from dllm.samplers.ssd import SSD
@@ -36,6 +37,7 @@ __all__ = [
     "EB",
     "KLASS",
     "PC",
+    "S2D2",
     "SSD",
     "T2M",
     "ARGuided",

@@ -200,8 +200,8 @@ class ARGuided(Policy):
             draft = torch.cat((aligned.ids, aligned.ids[:, :1]), dim=1).gather(1, about)
             holds = self._holds(logits, draft)
             if self._replaces and numbers is not None:
-                slots = aligned.slots(about)
-                expected = _ours(logits, numbers).argmax(-1).gather(1, slots.clamp(min=0)).where(slots >= 0, -1)
+                ours, asked = _ours(prediction, aligned.slots(about), logits, numbers)
+                expected = prediction.aligned(ours.argmax(-1).where(asked & (ours > -torch.inf).any(-1), -1), -1)
         index = torch.arange(length, device=about.device)
         # Tokens that were not judged are accepted where they precede the drafts or are committed.
         verdict = (index < aligned.start[:, None]) | (index == 0) | aligned.free
@@ -228,9 +228,14 @@ class ARGuided(Policy):
         return among & known
 
 
-def _ours(logits: Float[Tensor, "*N G"], numbers: Int[Tensor, " V"]) -> Float[Tensor, "*N V"]:
-    """The guide's logits of the denoiser's tokens."""
-    return logits[..., numbers.clamp(min=0)].masked_fill(numbers < 0, -torch.inf)
+def _ours(
+    prediction: Prediction, slots: Int[Tensor, "B K"], logits: Float[Tensor, "B N G"], numbers: Int[Tensor, " V"]
+) -> tuple[Float[Tensor, "M V"], Bool[Tensor, " M"]]:
+    """The guide's logits of the tokens that the denoiser may write at the requested positions, and which it judged."""
+    at = prediction.index
+    row, slot = at // slots.shape[1], slots.flatten()[at]
+    ours = logits[row, slot.clamp(min=0)][:, numbers.clamp(min=0)].masked_fill(numbers < 0, -torch.inf)
+    return ours.masked_fill(prediction.given == -torch.inf, -torch.inf), slot >= 0
 
 
 def _drawn(
@@ -241,11 +246,10 @@ def _drawn(
     chances: tuple[Float[Tensor, "B K"], Float[Tensor, "B K"]],
 ) -> tuple[Bool[Tensor, "B K"], Int[Tensor, "B K"]]:
     """Whether each draft is accepted by rejection sampling, and what replaces it if not; -1 where it was not judged."""
-    at = prediction.index
-    row, slot = at // slots.shape[1], slots.flatten()[at]
-    p = prediction.distribution(_ours(logits[row, slot.clamp(min=0)], numbers).to(prediction.given.dtype))
+    at, (ours, asked) = prediction.index, _ours(prediction, slots, logits, numbers)
+    p = prediction.distribution(ours.to(prediction.given.dtype))
     q = prediction.distribution()
     first, second = (each.flatten()[at] for each in chances)
-    holds = accepted(p, q, prediction.tokens.flatten()[at], first) & (slot >= 0)
-    tokens = remainder(p, q, second).where(slot >= 0, -1)
+    holds = accepted(p, q, prediction.tokens.flatten()[at], first) & asked
+    tokens = remainder(p, q, second).where(asked, -1)
     return prediction.aligned(holds, False), prediction.aligned(tokens, -1)

@@ -7,7 +7,7 @@ numbers are reused: `enter` announces that a number now belongs to another reque
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -53,7 +53,8 @@ class Denoise(Protocol):
                 which each draft attends to itself only. "shadow": as one sequence of the canvas and the requested
                 positions of the other drafts; each of these attends to those of its draft and to the canvas except
                 the position it predicts and its own, and the canvas does not attend to it. Without `tokens` there is
-                one shadow: masks at the positions of the window, requested in rows with a decided one.
+                one shadow: masks at the positions of the window, requested in rows with a decided one. "joint": the
+                requested positions of a sequence attend to each other, also where the model's attention is causal.
             decided: request all positions of the window to be generated, decided ones included.
             ahead: request those of later blocks, too; the prediction is then aligned to the canvas, (B, L).
             temperature: divides the logits of each row, before all else; what a model is told of its last prediction
@@ -232,6 +233,17 @@ def constant_denoiser(prediction: Prediction) -> Denoise:
 def commit(window: Window, prediction: Prediction, chosen: Bool[Tensor, "B K"]) -> Edit:
     """The edit that commits the predicted tokens at the chosen positions of the window."""
     return Edit(window.columns, prediction.tokens, chosen)
+
+
+def permitted(window: Window, edit: Edit, made_by: Sequence[Prediction]) -> Edit:
+    """An edit of some rows without what would leave the format of their answers.
+
+    Args:
+        window: the rows, or drafts of them.
+        edit: of these.
+        made_by: the prediction that it was made by, aligned to the columns of the window; empty if there was none.
+    """
+    return edit if window.permit is None or not made_by else window.permit(window, edit, made_by[0])
 
 
 def become(window: Window, tokens: Int[Tensor, "B L"]) -> Edit:

@@ -32,7 +32,7 @@ from dllm.decoding.prediction import Prediction
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
 from dllm.decoding.window import Edit, Window
-from dllm.samplers.base import Denoise, OverPolicy, Sampler, become, constant_denoiser
+from dllm.samplers.base import Denoise, OverPolicy, Sampler, become, constant_denoiser, permitted
 from dllm.samplers.selection import enter_next_blocks, stopped
 
 Draft: TypeAlias = Callable[[Window, Prediction], Edit]
@@ -134,12 +134,14 @@ class DraftAndVerify(OverPolicy):
             judged.append(prediction.arranged(lambda values: values.flatten(0, 1)))
             return judged[0]
 
-        targets = state.base.step(views, judge, state.state).on(views.tokens).view_as(drafts)
+        edit = permitted(views, state.base.step(views, judge, state.state), judged)
+        targets = edit.on(views.tokens).view_as(drafts)
         at, step, final = self._follow(window, drafts, new, views, judged[0], targets[:, 0], state)
         state.block[window.rows], state.step[window.rows] = views.block[at], step + 1
         state.entry_masks[window.rows] = views.entry_masks[at]
         state.entry[window.rows] = torch.arange(len(at), device=at.device)
-        state.kept = judged[0].kept(lambda values: values[at], self.reads)
+        reads = self.reads if window.permit is None else (*self.reads, "tokens", "confidence")
+        state.kept = judged[0].kept(lambda values: values[at], reads)
         mask = state.mask_token_id
         # The last draft contains the tokens of all the others.
         return replace(become(window, final), drafted=drafts[:, -1].where(window.tokens == mask, mask))
@@ -155,7 +157,7 @@ class DraftAndVerify(OverPolicy):
             stale = state.kept.kept(lambda values: F.pad(values[at], (0, width - values.shape[1])))
             view = replace(window, inside=window.inside & known[:, None], masked=window.masked & known[:, None])
             for k in range(1, len(drafts)):
-                drafts[k] = draft(view, stale).on(view.tokens)
+                drafts[k] = permitted(view, draft(view, stale), [stale]).on(view.tokens)
                 view = _advanced(view, drafts[k], window.step + k, state.mask_token_id)
         return torch.stack(drafts, dim=1)
 
@@ -194,8 +196,9 @@ class DraftAndVerify(OverPolicy):
             step, at = torch.where(moved, (step + 1).where(stays, 0), step), onward
             view = views.taken(at)
             view = replace(view, step=step.where(view.masked.any(-1), 0), uniform=window.uniform)
-            known = constant_denoiser(judged.kept(partial(torch.index_select, dim=0, index=at)))
-            after = state.base.step(view, known, state.state).on(view.tokens)
+            known = judged.kept(partial(torch.index_select, dim=0, index=at))
+            edit = state.base.step(view, constant_denoiser(known), state.state)
+            after = permitted(view, edit, [known]).on(view.tokens)
             target = after.where(moved[:, None], target)
         return at, step, target
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import re
 import stat
@@ -52,6 +53,8 @@ _PATHS = (
     "quality",
     "task.metric",
 )
+# Options that are text, whatever it looks like.
+_TEXTS = ("server", "api_key")
 # Groups that accept other names than their choices: the choice for these, and its option that takes the name.
 _OTHERS = {"model": ("custom", "path"), "task": ("lm_eval", "name")}
 # The option of a positional argument.
@@ -302,7 +305,8 @@ def _rewrite_one(argument: str, groups: Mapping[str, Any], multirun: bool) -> li
             key, name = f"++{name}.{option}", f"{name}.{option}"
             _refuse_resolvers(name, argument)
             return [f"{name.partition('.')[0]}={choice}", f"{key}={argument}"]
-    if name == "prompt":
+    literal = name in _TEXTS or (name == "response_format" and not _is_hydras(value))
+    if name == "prompt" or (literal and value != "null"):
         return [f"{key}={_quote_literally(value)}"]
     if value.startswith(("[", "{")) and value.count(",") >= _MOST_ENTRIES:
         raise ValueError(f"{key}={value} has too many entries; use at most {_MOST_ENTRIES}")
@@ -357,6 +361,17 @@ def _depth(value: str) -> int:
     return max(accumulate(steps, initial=0))
 
 
+def _is_hydras(value: str) -> bool:
+    """Whether a format is in Hydra's grammar, or null: not JSON, nor a path."""
+    if not value.startswith("{"):
+        return value == "null"
+    try:
+        parse_json(value)
+    except ValueError:
+        return True
+    return value.strip("{ }") == ""
+
+
 def _strings(value: str) -> str:
     """Quote text, or the texts of a JSON list or string; other lists are in Hydra's grammar."""
     is_list = value.startswith("[") and value.endswith("]")
@@ -369,6 +384,29 @@ def _strings(value: str) -> str:
     if given is None or not all(isinstance(each, str) for each in given):
         return value
     return f"[{','.join(map(_quote_literally, given))}]"
+
+
+def argument(name: str, value: Any) -> str:
+    """NAME=VALUE as a user types it: the inverse of `rewrite`."""
+    if name == "stop" and value is not None:
+        return f"{name}={json.dumps(value)}"
+    return f"{name}={value if isinstance(value, str) and name in (*_PATHS, *_TEXTS) else _spelt(value)}"
+
+
+def _spelt(value: Any) -> str:
+    """A value in Hydra's grammar."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case str():
+            return _quote_literally(value)
+        case Mapping():
+            return f"{{{','.join(f'{key}:{_spelt(each)}' for key, each in value.items())}}}"
+        case list():
+            return f"[{','.join(map(_spelt, value))}]"
+    return str(value)
 
 
 def _quote_literally(value: str) -> str:

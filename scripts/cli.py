@@ -11,12 +11,14 @@ from dllm.scripts.ending import Stopped, fail, interruption, leave_quietly, pipe
 
 COMMANDS = (
     "generate",
+    "chat",
     "serve",
     "evaluate",
     "calibrate",
     "report",
     "show",
     "bench",
+    "bench-serve",
     "compatibility",
     "train-filter",
     "train-tiny",

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from dllm.cache.base import Cache
 from dllm.decoding.compatibility import NEEDS, unmet
 from dllm.models import ARCHITECTURES, MaskedDiffusionModel
+from dllm.models.base import CAUSAL_REFUSES
 from dllm.resolve import build, names, resolve
 from dllm.samplers.base import Sampler
 from dllm.scripts import app, own
@@ -45,13 +46,16 @@ def compatibility(cfg: DictConfig) -> None:
 def _exceptions() -> Iterator[str]:
     """Which needs families do not meet that others do, and the reverse."""
     usual = MaskedDiffusionModel.refuses
+    causal = [name for name, family in ARCHITECTURES.items() if family.refuses == CAUSAL_REFUSES]
+    more = " and ".join(NEEDS[need][0] for need in sorted(usual.keys() - CAUSAL_REFUSES.keys()))
+    yield from ("", f"{', '.join(causal)} are causal over blocks. They are compatible with {more}, as no others are.")
     for name, family in ARCHITECTURES.items():
-        if family.refuses == usual:
+        if family.refuses in (usual, CAUSAL_REFUSES):
             continue
         kind = " and ".join(NEEDS[need][0] for need in sorted(family.needs))
         alone = " and ".join(NEEDS[need][0] for need in sorted(usual.keys() - family.refuses.keys()))
         yield from ("", f"{name} is {kind}. It is compatible with {alone}, as no other is, and not with", "")
-        yield from (f"- {NEEDS[need][0]}: {reason};" for need, reason in family.refuses.items())
+        yield from (f"- {NEEDS[need][0]}: {why};" for need, why in family.refuses.items() if need not in usual)
         yield "- samplers and caches that say so themselves: `daedal`, and those of the last row."
 
 
@@ -79,9 +83,10 @@ def matrix(samplers: dict[str, Any], caches: dict[str, Any]) -> str:
         "Made by `dllm compatibility out=docs/compatibility.md` from the declarations of samplers and caches; the same",
         f"for every backbone ({families}). Incompatible combinations raise an error before the first forward.",
         "",
-        "*yes*: in batches of any size, with rows at different blocks; `freedave` and `ssd` are lossless with respect",
-        "to their base with the same cache. `freecache` is listed with its defaults: with freeze=last_forward, another",
-        "granularity than block, or refresh_above, its keys and values depend on the order a block is decoded in.",
+        "*yes*: in batches of any size, with rows at different blocks; `freedave`, `ssd` and `s2d2` are lossless with",
+        "respect to their base with the same cache. `freecache` is listed with its defaults: with freeze=last_forward,",
+        "another granularity than block, or refresh_above, its keys and values depend on the order a block is decoded",
+        "in.",
         *_exceptions(),
         "",
         app.markdown(head, rows),

@@ -38,6 +38,7 @@ from dllm.resolve import CALIBRATION, TARGET, build, names, options_of, variants
 from dllm.samplers.base import Sampler
 from dllm.scripts import app
 from dllm.scripts.kinds import canonical
+from dllm.structure import read_format_file
 from dllm.tasks.base import Task
 
 _OPTIONS = set(dllm.Options.__dataclass_fields__) - {"seed", "stop"}  # stop strings are the task's
@@ -62,6 +63,7 @@ def evaluate(cfg: DictConfig) -> float | tuple[float, ...] | None:
         Its objective, for a sweeper.
     """
     fields: Any = OmegaConf.to_container(cfg, resolve=True)
+    fields["response_format"] = read_format_file(fields["response_format"])
     _check(fields)
     hydra = HydraConfig.get()
     out, label = Path(fields["out"]), _label(fields, hydra.runtime.choices)

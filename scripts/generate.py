@@ -39,6 +39,7 @@ from dllm.progress import progress_bar, progress_reports
 from dllm.resolve import build
 from dllm.samplers.base import Sampler
 from dllm.scripts import app, own
+from dllm.structure import read_format_file
 from dllm.tasks import word_problems
 
 _TEXTS = ("prompt", "input", "output", "picture", "resume", "split", "column")
@@ -122,6 +123,7 @@ def _parts(cfg: DictConfig) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
     """Sampler, cache, all fields and the options of decoding; bad values are rejected before the model is loaded."""
     sampler, cache = build("sampler", cfg.sampler, Sampler), build("cache", cfg.cache, Cache)
     fields: Any = OmegaConf.to_container(cfg, resolve=True)
+    fields["response_format"] = read_format_file(fields["response_format"])
     options = {name: fields[name] for name in dllm.Options.__dataclass_fields__}
     options["seed"] = random.randrange(SEEDS) if cfg.seed is None else cfg.seed
     compatibility.check(sampler, cache, dllm.Options(**options).cfg_scale)

@@ -154,14 +154,31 @@ CALIBRATION = _text("card of dllm calibrate", r'\{\s*"format": "dllm-calibration
 CERTIFICATE = _text("plot of dllm calibrate", r"<\?xml.*Matplotlib v.*[> ]answers lost against one token per step[< ]")
 
 
-def _has_rows_of_a_report(path: Path) -> bool:
-    """Whether it is a complete CSV table with our columns."""
+def _has_turns(path: Path) -> bool:
+    """Whether every line is a message of a conversation, and every answer has its costs."""
     try:
-        rows = list(csv.reader(io.StringIO(path.read_bytes()[:_MOST].decode(), newline=""), strict=True))
-    except (UnicodeDecodeError, csv.Error):
+        rows = [parse_json(row) for row in path.read_bytes()[:_MOST].splitlines()]
+    except ValueError:
         return False
-    first = ["label", "model", "task", "folder", "quality_name", "quality", "front"]
-    return len(rows) > 1 and rows[0][:7] == first and {len(row) for row in rows} == {len(rows[0])}
+    roles = [row.get("role") if isinstance(row, dict) else None for row in rows]
+    costs = [row.get("dllm") if isinstance(row, dict) else None for row in rows[1::2]]
+    return roles == ["user", "assistant"] * (len(rows) // 2) and all(isinstance(cost, dict) for cost in costs)
+
+
+CONVERSATION = Kind("conversation of dllm chat", _has_turns)
+
+
+def _has_rows(*first: str) -> Callable[[Path], bool]:
+    """Whether a file is a complete CSV table with these first columns."""
+
+    def marks(path: Path) -> bool:
+        try:
+            rows = list(csv.reader(io.StringIO(path.read_bytes()[:_MOST].decode(), newline=""), strict=True))
+        except (UnicodeDecodeError, csv.Error):
+            return False
+        return len(rows) > 1 and rows[0][: len(first)] == list(first) and {len(row) for row in rows} == {len(rows[0])}
+
+    return marks
 
 
 _GROUP = (
@@ -171,11 +188,31 @@ _GROUP = (
 )  # fmt: skip
 REPORT = {
     ".md": _text("table of dllm report", rf"# [^\n]*\n(?:{_GROUP})+(?:\nNot measured:\n\n(?:- [^\n]*\n)+)?\Z"),
-    ".csv": Kind("table of dllm report", _has_rows_of_a_report),
+    ".csv": Kind(
+        "table of dllm report", _has_rows("label", "model", "task", "folder", "quality_name", "quality", "front")
+    ),
     ".html": _text("page of dllm report", r"<!DOCTYPE html>.*<title>[^<]* dllm report</title>"),
     ".svg": _text(
         "plot of dllm report", r'<\?xml(?!.*<metadata>).*<g id="figure_1">.*>(?:NFE per sample|tokens per second)<'
     ),
+}
+
+
+LOAD_FORMAT = "dllm-load"
+
+
+def _has_loads(path: Path) -> bool:
+    """Whether every line is a record of a load."""
+    try:
+        rows = [parse_json(row) for row in path.read_bytes()[:_MOST].splitlines()]
+    except ValueError:
+        return False
+    return all(isinstance(row, dict) and row.get("format") == LOAD_FORMAT for row in rows)
+
+
+LOAD = {
+    ".jsonl": Kind("record of dllm bench-serve", _has_loads),
+    ".csv": Kind("table of dllm bench-serve", _has_rows("server", "model", "capacity", "rate", "load")),
 }
 
 

@@ -1,4 +1,4 @@
-"""The policies that run on models with [MASK], by name."""
+"""The policies that run on every model with [MASK], by name."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from dllm.samplers.base import Sampler
 
 
 def over_masks() -> list[str]:
-    """All but those over random tokens."""
-    return [name for name in names("sampler") if "noise" not in resolve("sampler", name, Sampler).needs]
+    """All but those over random tokens, or over causal models only."""
+    return [name for name in names("sampler") if not {"noise", "causal"} & resolve("sampler", name, Sampler).needs]

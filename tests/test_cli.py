@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 
 from commands import Outcome, command
 from dllm.resolve import names, variants
-from dllm.scripts.app import rewrite
+from dllm.scripts.app import argument, rewrite
 from dllm.scripts.cli import COMMANDS, OTHERS
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -233,3 +233,29 @@ def test_a_yaml_of_the_users_that_is_none_is_one_line(text: str, tmp_path: Path)
     result = command("generate", "--config-dir", str(tmp_path), "sampler=mine")
     assert (result.code, result.err.count("\n")) == (2, 1), result
     assert "mine.yaml" in result.err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("sampler.filter", "a,b'c\\"),
+        ("model.path", "~a, it's $x"),
+        ("server", "http://127.0.0.1:8000/?a=b"),
+        ("api_key", "null and 5"),
+        ("stop", ["\n", "a, 'b'"]),
+        ("stop", "[x"),
+        ("stop", None),
+        ("gen_length", "auto"),
+        ("temperature", 0.5),
+        ("top_k", None),
+        ("stop_at_eos", False),
+        ("sampler.base", {"_target_": "dllm.samplers.Threshold", "threshold": 0.5, "list": [1, None, "x y"]}),
+    ],
+)
+def test_a_value_is_written_as_it_is_read(name: str, value: Any) -> None:
+    written = argument(name, value)
+    config = OmegaConf.create()
+    for override in OverridesParser.create().parse_overrides(rewrite([written], "chat")):
+        OmegaConf.update(config, override.key_or_group, override.value(), force_add=True)
+    found = OmegaConf.select(config, name)
+    assert (OmegaConf.to_container(found) if OmegaConf.is_config(found) else found) == value

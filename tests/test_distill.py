@@ -242,6 +242,14 @@ class TestResuming:
         assert same(out, distilled)
         assert losses(out) == losses(distilled)
 
+    def test_other_problems_to_measure_are_another_training(self, model: Path, tmp_path: Path) -> None:
+        succeed(model, tmp_path / "out")
+        result = distil(model, tmp_path / "out", "eval_seed=2")
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert (
+            "says eval_seed=1000001, this run has eval_seed=2, so it holds the training of another model" in result.err
+        )
+
     def test_a_damaged_batch_is_decoded_again(self, model: Path, distilled: Path, tmp_path: Path) -> None:
         out = succeed(model, tmp_path / "out")
         part = out / "trajectories" / "0000004.safetensors"

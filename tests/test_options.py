@@ -23,7 +23,7 @@ from models import random_llada, save_folder
 WORK = {
     "generate": "generate", "evaluate": "evaluate", "report": "report", "show": "show", "bench": "bench",
     "compatibility": "compatibility", "train-filter": "train_filter", "train-tiny": "train", "distill": "distill",
-    "adapt": "adapt",
+    "adapt": "adapt", "chat": "chat", "bench-serve": "bench_serve",
 }  # fmt: skip
 BAD = [
     "abc", "nan", "inf", "-1", "1e400", "[]", "{}", "[[1]]", "true", "", "x" * 5000, "${oc.env:HOME}", "${nope}", "???",
@@ -48,6 +48,7 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Reached
 
     monkeypatch.setattr(dllm, "load", reached)
+    monkeypatch.setattr("dllm.scripts.bench_serve._started", reached)
     for name in ("train_tiny", "adapt"):
         monkeypatch.setattr(importlib.import_module(f"dllm.scripts.{name}"), "trainer_of", reached)
 

@@ -23,6 +23,7 @@ MINE = "Mine, and not to be lost.\n"
 # By command: the option, what it is given in a folder, and the files that are written then.
 WRITERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "bench": ("out", "package", ("package.md", "package.json")),
+    "bench-serve": ("out", "load", ("load.jsonl", "load.csv")),
     "compatibility": ("out", "README.md", ("README.md",)),
     "generate": ("picture", "drawing.svg", ("drawing.svg",)),
     "train-filter": ("out", "model.safetensors", ("model.safetensors", "model.json", "model.svg")),

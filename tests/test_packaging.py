@@ -27,7 +27,7 @@ FOLDERS = {
     "conf": "dllm/conf",
     "scripts": "dllm/scripts",
 }
-SOURCES = {".py", ".yaml", ".css", ".js", ".jinja"}
+SOURCES = {".py", ".yaml", ".css", ".js", ".jinja", ".html", ".svg"}
 BUNDLED = {"tiny-llada", "tiny-dream", "tiny-guide", "tiny-block"}
 LARGEST_WHEEL = 25 * 2**20
 

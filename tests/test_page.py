@@ -2,42 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from browser_rig import UNNAMED, asked, in_a_browser, opened, webdriver, width_on_a_phone
 from commands import command
 from dllm.evaluation.trace import Trace
 from dllm.reports.player import RAMPS, moment, shade, word
 from report_rig import SETTINGS, trace, write_sweep
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
---disable-component-update --disable-sync --disable-dev-shm-usage --force-prefers-reduced-motion
---window-size=1200,900""".split()
-
-# One worker starts one browser for all.
-pytestmark = [
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver"),
-    pytest.mark.xdist_group("browser"),
-]
+pytestmark = in_a_browser
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('browser')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
+    with opened(tmp_path_factory.mktemp("browser")) as driver:
+        yield driver
 
 
 @pytest.fixture(scope="module")
@@ -240,28 +223,17 @@ class TestTable:
 
 
 def test_fits_a_phone(page: Any) -> None:
-    size = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
-    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    assert page.execute_script("return document.documentElement.scrollWidth") <= 360
-    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert width_on_a_phone(page) <= 360
 
 
 def test_names_its_parts_to_those_who_cannot_see_them(page: Any) -> None:
-    unnamed = page.execute_script("""
-      return [...document.querySelectorAll('button, select, input')].filter((e) =>
-        !(e.getAttribute('aria-label') || e.textContent.trim() || e.labels?.length)).map((e) => e.outerHTML)
-    """)
-    assert unnamed == []
+    assert page.execute_script(UNNAMED) == []
 
 
 def test_asks_for_nothing_and_complains_of_nothing(page: Any) -> None:
-    page.get_log("performance"), page.get_log("browser")  # read, and so forgotten: what came before
+    asked(page), page.get_log("browser")  # read, and so forgotten: what came before
     page.refresh()
     slide(page, 5)
-    asked = set()
-    for entry in page.get_log("performance"):
-        message = json.loads(entry["message"])["message"]
-        if message["method"] == "Network.requestWillBeSent":
-            asked.add(message["params"]["request"]["url"].split(":")[0])
-    assert "file" in asked <= {"file", "data"}
+    schemes = {url.split(":")[0] for url in asked(page)}
+    assert "file" in schemes <= {"file", "data"}
     assert page.get_log("browser") == []

@@ -481,6 +481,37 @@ def test_the_log_has_no_text_unless_it_is_asked_for(lm: dllm.LanguageModel) -> N
             assert (refused["status"], refused["outcome"]) == (400, "refused")
 
 
+def test_a_bug_is_logged_and_answered(lm: dllm.LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(lm) as server:
+        monkeypatch.setattr(type(server.service.terms), "plan", lambda *_: {}["nothing"])
+        answer = server.post("completions", {"prompt": "a"})
+        assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+        (line,) = server.log.lines
+        assert "KeyError: 'nothing'" in line["error"]
+
+
+def test_a_client_that_never_reads_is_let_go(lm: dllm.LanguageModel) -> None:
+    body = {
+        "prompt": QUESTION,
+        "max_tokens": 400,
+        "n": 8,
+        "stream": True,
+        "dllm": {"stop_at_eos": False, "events": "steps"},
+    }
+    raw = json.dumps(body | {"temperature": 1.0}).encode()
+    with serving(lm, io_timeout=0.5, sampler="tiny/eb") as server, socket.socket() as client:
+        for side, buffer in ((client, socket.SO_RCVBUF), (server.server._listener, socket.SO_SNDBUF)):
+            side.setsockopt(socket.SOL_SOCKET, buffer, 4096)
+        client.connect(("127.0.0.1", server.server._listener.getsockname()[1]))
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n\r\n"
+        client.sendall(head.encode() + raw)
+        deadline = time.monotonic() + 60
+        while not server.log.lines and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert server.log.lines[0]["outcome"] == "cancelled", server.log.lines
+        assert server.complete()["choices"][0]["text"]
+
+
 def test_an_engine_that_breaks_fails_its_requests_and_is_replaced(lm: dllm.LanguageModel) -> None:
     class Breaking(Leftmost):
         broken = 0
@@ -569,3 +600,11 @@ def test_a_port_in_use_is_told() -> None:
         outcome = command("serve", f"port={port}")
     assert outcome.code == 2
     assert f"port={port} cannot be used" in outcome.err
+
+
+def test_the_confidence_of_committed_tokens_is_told(server: Running) -> None:
+    body = {"prompt": QUESTION, "max_tokens": 64, "dllm": {"sampler": "threshold", "events": "steps"}}
+    steps = [chunk["dllm"] for chunk in server.stream(**body) if "committed" in chunk.get("dllm", {})]
+    together = [step["confidence"] for step in steps if len(step["committed"]) > 1]
+    assert together and all(share is not None and 0.9 < share <= 1 for shares in together for share in shares)
+    assert all(len(step["confidence"]) == len(step["committed"]) for step in steps)

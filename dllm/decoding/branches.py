@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 # How the drafts of a row attend to each other; see `dllm.samplers.base.Denoise`.
-Attention: TypeAlias = Literal["apart", "tree", "shadow"]
+Attention: TypeAlias = Literal["apart", "tree", "shadow", "joint"]
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,13 @@ from dllm.resolve import names, resolve
 
 # Source of each need, and how to avoid it.
 NEEDS = {
+    "causal": ("a policy that verifies one position after the other (s2d2)", "ssd or freedave"),
     "growth": ("a canvas that grows (daedal)", "another sampler"),
     "guidance": ("classifier-free guidance (cfg_scale above 0)", "cfg_scale=0"),
     "next_block": ("drafts that run into the next block (eager=true)", "eager=false"),
     "noise": ("a policy over uniformly random tokens (renoise)", "eb or remdm"),
     "repeatable": (
-        "lossless drafting (freedave, ssd)",
+        "lossless drafting (freedave, ssd, s2d2)",
         "prefix, dual or freecache with freeze=clean, granularity=block and refresh_above=null",
     ),
     "shadows": ("positions that only attend to the canvas", "a cache that keeps the keys and values of whole layers"),

@@ -19,6 +19,7 @@ from dllm.decoding.canvas import Canvas
 from dllm.decoding.drift import Meter
 from dllm.decoding.encoded import Encoded
 from dllm.decoding.flags import flagged
+from dllm.decoding.gate import Gate
 from dllm.decoding.graphs import Forward
 from dllm.decoding.layout import OVERHEAD, Layout, by_width, pack, span
 from dllm.decoding.nonfinite import Broken, not_finite, reason
@@ -39,6 +40,7 @@ class Denoiser:
         cfg_scale: classifier-free guidance; 0 is off. A guided forward computes a second row with
             the prompt masked and counts as one.
         meter: measures the approximation error of some forwards.
+        gate: excludes tokens that would leave the format of an answer.
 
     Attributes:
         forwards: (B,) forwards of each entry of the current window.
@@ -56,10 +58,12 @@ class Denoiser:
         cache: CacheRun,
         cfg_scale: float,
         meter: Meter,
+        gate: Gate,
     ) -> None:
         self._run, self.backbone = forward, forward.backbone
         self._overhead = OVERHEAD.get(self.backbone.device.type, OVERHEAD["cpu"])
         self.canvas, self.cache, self.meter, self.cfg_scale = canvas, cache, meter, cfg_scale
+        self._gate = gate
         self._encoded = Encoded(self.backbone, canvas) if self.backbone.uniform else None
 
     def bind(self, window: Window) -> Denoiser:
@@ -112,6 +116,7 @@ class Denoiser:
         logits = self._logits(question)
         if temperature is not None and self._encoded is None:
             logits = logits / temperature[self._put(question.slots[question.places[0]])][:, None]
+        logits = self._gate.exclude(logits, question, asked, columns)
         # The indices of the window's masks are on the device already.
         index = window.index if asked is window.masked and columns is window.columns else self._put(question.index)
         prediction = self._predict(logits, asked, index, question)
@@ -172,7 +177,8 @@ class Denoiser:
         sequence, column = question.places
         select, first = send(tokens.device, sequence * (high - low) + column - low, self.canvas.padding[question.rows])
         positions = (torch.arange(low, high, device=tokens.device) - first[:, None]).clamp(min=0)
-        mask = self._mask(self._attention_mask(visible[:, low:high]), positions, positions)
+        joint = self._joint(question)
+        mask = self._mask(self._attention_mask(visible[:, low:high]), positions, positions, joint)
         given = ~self.window.region[self._put(question.slots), low:high] if self.cfg_scale > 0 else None
         return self._forward(tokens[:, low:high], positions, mask, store, select, given)
 
@@ -220,7 +226,8 @@ class Denoiser:
         selection = Selection(rows, layout.slots, first_of_row, layout.host, columns, layout.span)
         positions = (columns - first[:, None]).clamp(min=0)
         keys = torch.arange(low, high, device=tokens.device) - first[:, None]
-        mask = self._mask(self._attention_mask(layout.visible[:, low:high]), positions, keys)
+        joint = self._joint(question, source)
+        mask = self._mask(self._attention_mask(layout.visible[:, low:high]), positions, keys, joint)
         tokens = tokens.gather(1, columns.clamp(max=tokens.shape[1] - 1))
         return self._forward(tokens, positions, mask, store.bind(selection), select_at)
 
@@ -277,12 +284,24 @@ class Denoiser:
         mask: Bool[Tensor, "A S"] | Bool[Tensor, "A 1 C S"] | None,
         positions: Int[Tensor, "A C"],
         keys: Int[Tensor, "A S"],
+        joint: Int[Tensor, "A 2"] | None = None,
     ) -> Bool[Tensor, "A S"] | Bool[Tensor, "A 1 C S"] | None:
-        """The attention mask with the pattern of the model."""
+        """The attention mask with the pattern of the model, and those positions that attend to each other."""
         if self.canvas.pattern is None:
             return mask
         own = self.canvas.pattern(positions, keys)
+        if joint is not None:
+            asking, asked = (((at >= joint[:, :1]) & (at < joint[:, 1:])) for at in (positions, keys))
+            own = own | (asking[:, :, None] & asked[:, None])[:, None]
         return own if mask is None else own & (mask if mask.ndim == 4 else mask[:, None, None])
+
+    def _joint(self, question: Question, source: NDArray[np.int64] | None = None) -> Int[Tensor, "A 2"] | None:
+        """The positions of each sequence, or of these, that attend to each other; None for none."""
+        columns = question.joint(self.backbone.logits_shift)
+        if columns is None or self.canvas.pattern is None:
+            return None
+        positions = columns - self.canvas.padding[question.rows][:, None]
+        return self._put(positions if source is None else positions[source])
 
     def _measured(self, question: Question, plan: Plan, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
         """The logits, after comparing them with exact ones where a measurement is due."""

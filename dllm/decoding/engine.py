@@ -21,6 +21,7 @@ from dllm.decoding import compatibility
 from dllm.decoding.canvas import Canvas
 from dllm.decoding.denoiser import Denoiser
 from dllm.decoding.drift import Meter
+from dllm.decoding.gate import Gate
 from dllm.decoding.memory import Memory
 from dllm.decoding.options import make_request, parse_options, seeds
 from dllm.decoding.prompts import Mask, encode_one
@@ -122,12 +123,12 @@ class Engine:
         self.max_length = setup.length if max_length is not None else self._memory.fitting_length(self.cache, setup)
         self._setup = replace(setup, length=self.max_length)
         self._canvas = Canvas(batch_size, self.max_length, backbone.mask_token_id, lm.device, self.pattern)
-        self._recorder = Recorder(self._canvas, lm.tokenizer)
+        self._recorder, self._gate = Recorder(self._canvas, lm.tokenizer), Gate(self._canvas)
         with torch.inference_mode():
             with torch.device("cpu"):  # tables are made there and then moved, whatever the user's default device
                 self._state = self.sampler.start(self._setup)
             cache_run, forward = self.cache.start(self._setup), self._memory.forward(cuda_graphs)
-            self.denoiser = Denoiser(forward, self._canvas, cache_run, cfg_scale, self._meter)
+            self.denoiser = Denoiser(forward, self._canvas, cache_run, cfg_scale, self._meter, self._gate)
         self._stepping, self._lock = RLock(), Lock()
         self._waiting: deque[tuple[int, Request]] = deque()
         self._entering: list[Request] = []
@@ -196,6 +197,11 @@ class Engine:
         """Reject (ValueError) what the sampler cannot decode."""
         if request.open_ended and self.sampler.opening(request) is None:
             raise ValueError("gen_length=auto needs a sampler that finds the length (daedal); use it, or give a number")
+        if request.constraint is not None and "noise" in self.sampler.needs:
+            raise ValueError(
+                f"response_format is not compatible with {compatibility.NEEDS['noise'][0]}, which decides a block at "
+                "once; use another sampler"
+            )
         with torch.device("cpu"):
             self.sampler.check(self._state, request)
 
@@ -241,8 +247,9 @@ class Engine:
             self._exchange()
             if not self._canvas.rows.size:
                 return ()
-            window = self._canvas.window()
+            window = self._gate.seen(self._canvas.window())
             edit = self.sampler.step(window, self.denoiser.bind(window), self._state)
+            edit = self._gate.permit(window, edit, self.denoiser.last)
             change = self._canvas.apply(window, edit, self.denoiser.broken)
             self.denoiser.cache.observe(change)
             self._check_progress(change)
@@ -291,12 +298,13 @@ class Engine:
                 leaving,
                 self._entering,
                 [self.sampler.reach(request) for request in self._entering],
-                [self.sampler.opening(request) for request in self._entering],
+                [self._opening(request) for request in self._entering],
             )
             self._leaving, self._aborted = set(), set()
             self._ids[exchange.rows] = [name for name, _ in entering]
         self._idle[exchange.rows] = self._steps[exchange.rows] = 0
         self._recorder.enter(exchange.rows)
+        self._gate.exchange(exchange.rows)
         self._meter.enter(exchange.rows)
         self.denoiser.cache.exchange(exchange)
         for row, (_, request) in zip(exchange.rows.tolist(), entering, strict=True):
@@ -306,6 +314,11 @@ class Engine:
             except ValueError as error:
                 self._canvas.doomed[row] = str(error)
         self._entering = []
+
+    def _opening(self, request: Request) -> int | None:
+        """Positions that a row begins with: enough for an answer of its format."""
+        opening = self.sampler.opening(request)
+        return opening if opening is None or request.constraint is None else max(opening, request.constraint.shortest)
 
     def _check_progress(self, change: Change) -> None:
         """Raise an error if the sampler does not terminate."""
@@ -343,6 +356,7 @@ class Engine:
         self._recorder.charge(rows, seconds, edit.guide_seconds)
         ended: list[int] = [*change.finished.tolist(), *change.failed.tolist()]
         self._leaving = set(ended)
+        constraint_seconds, constraint_refusals = self._gate.take()
         return Step(
             ids=self._ids[rows],
             tokens=canvas.host[rows],
@@ -362,6 +376,8 @@ class Engine:
             uncounted_seconds=uncounted,
             last=denoiser.last,
             looked=denoiser.looked,
+            constraint_seconds=constraint_seconds,
+            constraint_refusals=constraint_refusals,
         )
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
 
 from dllm.checks import choice, is_text, known, number, seed
+from dllm.decoding.formatted import check_room, constraint_of, with_scaffold
 from dllm.decoding.prediction import Sampling
 from dllm.decoding.prompts import entries
 from dllm.decoding.request import Request
 from dllm.models.attention import BlockCausal
 from dllm.models.loading import LanguageModel
+from dllm.structure import ResponseFormat, read_format
 
 _BLOCK_LENGTH = 32  # of models that attend to every position
 
@@ -40,13 +43,15 @@ class Options:
             0 is off); it computes every row twice and counts as one forward.
         seed: row i uses seed + i; a sequence gives each row its own; None for a random seed.
         stop_at_eos: finish a row once everything up to its first end-of-text is decoded; the text
-            up to there is the same either way (where `freedave` or `ssd` sample: of the same distribution).
+            up to there is the same either way (where `freedave`, `ssd` or `s2d2` sample: of the same distribution).
         eos_token_id: id or ids that end a text; None for the backbone's.
         stop: stop string or strings, before which a text ends; a row is finished once everything up to one is decoded,
             and the text is the same as if decoding had continued. Special tokens are written as the tokenizer decodes
             them. None for none.
         eos_suppression: None, "logits" (never predict the first end-of-text id), "confidence"
             (commit end-of-text last) or "both".
+        response_format: what the text of an answer has to be (`dllm.structure.formats`): a mapping with a type, as of
+            the OpenAI API, or a JSON file with one; None for any text.
         batch_size: rows decoded together; a finished row is replaced at once by a waiting one.
         cuda_graphs: replay small forwards from CUDA graphs, which avoids the launch overhead of their kernels;
             None: if there is a CUDA device.
@@ -67,6 +72,7 @@ class Options:
     eos_token_id: int | Sequence[int] | None = None
     stop: str | Sequence[str] | None = None
     eos_suppression: str | None = None
+    response_format: Mapping[str, Any] | str | Path | ResponseFormat | None = None
     batch_size: int = 8
     cuda_graphs: bool | None = None
 
@@ -92,6 +98,9 @@ class Options:
         choice("tempered_confidence", self.tempered_confidence, (True, False, None))
         choice("cuda_graphs", self.cuda_graphs, (True, False, None))
         _stop_strings(self.stop)
+        object.__setattr__(self, "response_format", read_format(self.response_format))
+        if self.response_format is not None:
+            _check_beside_format(self)
         # The rest is checked where it is used; this rejects bad values before a model is loaded.
         Sampling(self.temperature, self.top_p, self.top_k, self.eos_suppression)
 
@@ -135,9 +144,14 @@ def make_request(
     )  # fmt: skip
     open_ended = not infill and options.gen_length == "auto"
     length = max(1, (most or backbone.max_length) - len(ids)) if options.gen_length == "auto" else options.gen_length
+    constraint, prompt = None, 0
+    if isinstance(options.response_format, ResponseFormat):
+        constraint = constraint_of(options.response_format, lm, eos)
+        if options.response_format.scaffold:
+            ids, infill, prompt = with_scaffold(options.response_format, lm, ids, length, infill), True, len(ids)
     _check_prompt(lm, ids, length, infill, name)
     tokens = np.asarray([*ids, *[backbone.mask_token_id] * (0 if infill else length)], dtype=np.int64)
-    return Request(
+    request = Request(
         tokens=tokens,
         mask_token_id=backbone.mask_token_id,
         eos_token_ids=eos,
@@ -150,7 +164,11 @@ def make_request(
         infill=infill,
         from_start=pattern is not None and pattern.from_start,
         open_ended=open_ended,
+        prompt=prompt,
+        constraint=constraint,
     )
+    check_room(request, name)
+    return request
 
 
 def block_length_of(wanted: int | Literal["auto"] | None, most: int, pattern: BlockCausal | None) -> int | None:
@@ -212,6 +230,17 @@ def eos_ids(eos: int | Sequence[int] | None, lm: LanguageModel) -> tuple[int, ..
 def _plain(name: str, value: Any) -> Any:
     """Arrays, tensors and their scalars as Python objects; other values unchanged."""
     return entries(name, value) if isinstance(value, (np.generic, np.ndarray, Tensor)) else value
+
+
+def _check_beside_format(options: Options) -> None:
+    """Reject (ValueError) options that would end a text elsewhere than its format does."""
+    if _stop_strings(options.stop):
+        raise ValueError(f"stop={options.stop!r} would cut an answer that response_format completes; leave it out")
+    if options.eos_suppression in ("logits", "both"):
+        raise ValueError(
+            f"eos_suppression={options.eos_suppression} excludes end-of-text, which follows an answer with "
+            "response_format; use confidence or null"
+        )
 
 
 def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -80,6 +80,20 @@ class Question:
         visible = self.canvas.visible(self.rows)
         return visible & ~self.since(self.horizon)
 
+    def joint(self, shift: int) -> NDArray[np.int64] | None:
+        """(A, 2) the columns, from and up to, that attend to each other whatever the model's pattern; None for none.
+
+        Args:
+            shift: the prediction for column i is read at column i - shift.
+        """
+        if self.attention != "joint":
+            return None
+        low = np.full(len(self.slots), self.canvas.length)
+        high = np.zeros_like(low)
+        np.minimum.at(low, self.places[0], self.places[1] + shift)
+        np.maximum.at(high, self.places[0], self.places[1] + 1)
+        return np.stack((low, high), axis=1)
+
     def together(self, compute: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """(A, L) what is computed of sequences that are joined, where these columns of each are to be."""
         if self.joined == 1:
@@ -208,7 +222,7 @@ def _about_grid(
     """A request for positions known to the host: (B, D, K) of them, and their columns."""
     drafts = tokens.shape[1]
     wanted: NDArray[np.bool_] = np.any(grid, axis=2)
-    joined = attention != "apart" and bool(wanted[:, 1:].any())
+    joined = attention in ("tree", "shadow") and bool(wanted[:, 1:].any())
     if joined:  # a row's drafts are computed together or not at all
         wanted = np.broadcast_to(wanted.any(1, keepdims=True), wanted.shape)
     slots, draft = np.nonzero(wanted)

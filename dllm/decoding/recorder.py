@@ -64,7 +64,7 @@ class Recorder:
         canvas, request = self._canvas, self._canvas.requests[row]
         assert request is not None
         error = canvas.errors.get(row)
-        first = canvas.padding[row] if request.infill else canvas.start[row]
+        first = canvas.padding[row] + request.answer_start
         completion = canvas.host[row, first:]
         if request.infill:
             text, tokens = cut(self._tokenizer, completion)[0], int(canvas.region[row].sum())

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 from transformers import PreTrainedTokenizerBase
 
 from dllm.decoding.prediction import Sampling
+from dllm.structure import Constraint
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +31,8 @@ class Request:
         max_forwards: denoiser forwards after which the request fails; None for no limit.
         from_start: blocks are counted from the first token, and not from the first position to generate.
         open_ended: the sampler is to find the length (gen_length=auto).
+        prompt: tokens before the answer, of an infilled one.
+        constraint: the language of the answer; None for any.
     """
 
     tokens: Int[np.ndarray, " n"]
@@ -45,6 +48,8 @@ class Request:
     max_forwards: int | None = None
     from_start: bool = False
     open_ended: bool = False
+    prompt: int = 0
+    constraint: Constraint | None = None
 
     @cached_property
     def region(self) -> Bool[np.ndarray, " n"]:
@@ -55,6 +60,11 @@ class Request:
     def start(self) -> int:
         """The first position to generate."""
         return int(self.region.argmax())
+
+    @property
+    def answer_start(self) -> int:
+        """The first position of the answer."""
+        return self.prompt if self.infill else self.start
 
     @cached_property
     def end(self) -> int:

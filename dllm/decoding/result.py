@@ -45,6 +45,8 @@ class Stats:
         slots_busy: mean share of busy row slots, over all steps; there are `batch_size` of them, or one per prompt
             if these are fewer.
         peak_memory: bytes; of the device on CUDA, of the process elsewhere, during the run if the system supports it.
+        constraint_seconds: wall time of holding answers to their `response_format`, part of `seconds`.
+        constraint_refusals: tokens that a sampler chose and that were not written for that reason, over all rows.
     """
 
     seconds: float
@@ -60,6 +62,8 @@ class Stats:
     drift: Drift | None
     slots_busy: float
     peak_memory: int
+    constraint_seconds: float = 0.0
+    constraint_refusals: int = 0
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,8 @@ class Tally:
         self.answers: dict[int, Answer] = {}
         self.measurements: list[Measurement] = []
         self.clock, self.uncounted_seconds, self.guide_seconds = Clock(device), 0.0, 0.0
-        self.rows = self.slots = 0
+        self.rows = self.slots = self.constraint_refusals = 0
+        self.constraint_seconds = 0.0
 
     def update(self, step: Step) -> None:
         """Add one step."""
@@ -152,6 +157,8 @@ class Tally:
         self.uncounted_seconds += step.uncounted_seconds
         self.guide_seconds += step.edit.guide_seconds
         self.rows, self.slots = self.rows + len(step), self.slots + step.slots
+        self.constraint_seconds += step.constraint_seconds
+        self.constraint_refusals += step.constraint_refusals
 
 
 def assemble(requests: Sequence[Request], tally: Tally, measuring_seconds: float) -> Generation:
@@ -192,6 +199,8 @@ def assemble(requests: Sequence[Request], tally: Tally, measuring_seconds: float
         drift=summarise(tally.measurements, measuring_seconds),
         slots_busy=tally.rows / max(1, tally.slots),
         peak_memory=peak,
+        constraint_seconds=tally.constraint_seconds,
+        constraint_refusals=tally.constraint_refusals,
     )
     return Generation(
         sequences=torch.from_numpy(padded(sequences, fill, left=True)),

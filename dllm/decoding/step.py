@@ -140,6 +140,8 @@ class Step(Sequence[Event]):
             `seconds`.
         last: the step's latest prediction and its columns; None without one.
         looked: the entries and columns, (A, L), that each forward computed.
+        constraint_seconds: wall time of holding answers to their formats, part of `seconds`.
+        constraint_refusals: tokens that were not written for that reason.
     """
 
     ids: NDArray[np.int64]
@@ -160,6 +162,8 @@ class Step(Sequence[Event]):
     uncounted_seconds: float
     last: tuple[Prediction, Tensor] | None
     looked: Sequence[tuple[NDArray[np.int64], NDArray[np.bool_]]]
+    constraint_seconds: float = 0.0
+    constraint_refusals: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,9 @@ class Window:
         ends: (B, E) end-of-text ids of a row, the fill token first; -1 where a row has fewer.
         stop_at_eos: True where a row is finished once everything up to its first end-of-text is decoded.
         uniform: draws (B, K) numbers in [0, 1), each row from its own generator.
+        permit: takes from an edit of (some of) these rows, made by a prediction aligned to their columns, what would
+            leave the format of their answers. The engine passes every edit through it; a policy that goes ahead of the
+            canvas in a step does so, too. None where no row has a format.
     """
 
     rows: Int[Tensor, " B"]
@@ -56,10 +60,11 @@ class Window:
     ends: Int[Tensor, "B E"]
     stop_at_eos: Bool[Tensor, " B"]
     uniform: Callable[[], Tensor]
+    permit: Callable[[Window, Edit, Any], Edit] | None = None
 
     def taken(self, entries: Int[Tensor, " N"]) -> Window:
-        """Some entries in this order, repeats allowed; `index` and `uniform` are unchanged."""
-        whole = {"index", "uniform"}
+        """Some entries in this order, repeats allowed; `index`, `uniform` and `permit` are unchanged."""
+        whole = {"index", "uniform", "permit"}
         return replace(self, **{name: each[entries] for name, each in vars(self).items() if name not in whole})
 
 

@@ -31,6 +31,10 @@ from dllm.models.transformer import (
     rotary_embedding,
 )
 
+_MASKS = {"noise": "it has [MASK] at undecided positions"}
+# Of models whose attention is causal over blocks of any length.
+CAUSAL_REFUSES: Mapping[str, str] = _MASKS
+
 
 class MaskedDiffusionModel(PreTrainedModel):
     """A bidirectional transformer that predicts the tokens at [MASK] positions.
@@ -57,7 +61,7 @@ class MaskedDiffusionModel(PreTrainedModel):
     constants: ClassVar[tuple[str, ...]] = ()
     uniform: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
-    refuses: ClassVar[Mapping[str, str]] = {"noise": "it has [MASK] at undecided positions"}
+    refuses: ClassVar[Mapping[str, str]] = _MASKS | {"causal": "every position attends to every other"}
     extra_eos_token_ids: tuple[int, ...] = ()
     packed_weights: Mapping[str, Callable[[], Tensor]] | None = None
     _supports_sdpa = True

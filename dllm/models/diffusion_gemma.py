@@ -67,6 +67,7 @@ class DiffusionGemmaForBlockDiffusion(MaskedDiffusionModel, modules.DiffusionGem
     uniform = True
     needs = frozenset({"whole_blocks"})
     refuses = {
+        "causal": "it decodes blocks of its own length",
         "graphs": "transformers' own layers are launched as they are",
         "guidance": "there is no [MASK] to hide the prompt with",
         "measured": "the caches that it runs with are exact",

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from dllm.checks import choice, number
 from dllm.models.attention import BlockCausal
-from dllm.models.base import check_config
+from dllm.models.base import CAUSAL_REFUSES, check_config
 from dllm.models.checkpoint import published
 from dllm.models.published import check_fixed, check_special_ids, check_synonyms, take_rope_theta
 from dllm.models.qwen import TP_PLAN, QwenDenoiser
@@ -101,6 +101,7 @@ class Fast_dLLM_QwenForCausalLM(QwenDenoiser):  # the published name
     """
 
     config_class = Fast_dLLM_QwenConfig
+    refuses = CAUSAL_REFUSES
     logits_shift = 1
     tempered_confidence = True
     end_of_turn = ("<|im_end|>",)

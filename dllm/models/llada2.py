@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from dllm.checks import number
 from dllm.models.attention import BlockCausal
-from dllm.models.base import MaskedDiffusionModel, check_config
+from dllm.models.base import CAUSAL_REFUSES, MaskedDiffusionModel, check_config
 from dllm.models.checkpoint import published
 from dllm.models.experts import (
     SPARSE_TP_PLAN,
@@ -255,6 +255,7 @@ class LLaDA2MoeModelLM(MaskedDiffusionModel):
     """
 
     config_class = LLaDA2MoeConfig
+    refuses = CAUSAL_REFUSES
     tempered_confidence = True
     constants = ("num_experts_per_tok", "n_group", "topk_group", "routed_scaling_factor", "partial_rotary_factor")
     _no_split_modules = ["LLaDA2MoeDecoderLayer"]

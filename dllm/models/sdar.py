@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from dllm.checks import number
 from dllm.models.attention import BlockCausal
-from dllm.models.base import check_config
+from dllm.models.base import CAUSAL_REFUSES, check_config
 from dllm.models.checkpoint import published
 from dllm.models.published import check_fixed, check_special_ids, check_synonyms, take_rope_theta
 from dllm.models.qwen import TP_PLAN, QwenDenoiser
@@ -106,6 +106,7 @@ class SDARForCausalLM(QwenDenoiser):
     """
 
     config_class = SDARConfig
+    refuses = CAUSAL_REFUSES
     end_of_turn = ("<|im_end|>",)
     qkv_bias, qk_norms = False, True
 

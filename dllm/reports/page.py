@@ -39,7 +39,7 @@ def render(sweep: Sweep, drawn: Mapping[str, Mapping[str, str]], traces: int) ->
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     template = environment.from_string(_file("page.html.jinja"))
-    scripts = f"\n{_file('table.js')}\n{_file('player.js')}\n"
+    scripts = "\n".join(["", *map(_file, ("canvas.js", "table.js", "player.js")), ""])
     numbers = {id(run): number for number, run in enumerate(run for group in sweep.groups for run in group.runs)}
     rendered = template.render(
         sweep=sweep,
@@ -49,7 +49,7 @@ def render(sweep: Sweep, drawn: Mapping[str, Mapping[str, str]], traces: int) ->
             for place, group in enumerate(sweep.groups)
         ],
         areas=[table.areas(group) for group in sweep.groups],
-        style=Markup(_file("page.css")),
+        style=Markup(_file("canvas.css") + _file("page.css")),
         scripts=Markup(scripts),
         allowed=b64encode(sha256(scripts.encode()).digest()).decode(),
         data=Markup(_json(_player(sweep, traces))),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from traceback import format_exception
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -17,10 +18,11 @@ from starlette.exceptions import HTTPException
 from dllm.decoding.step import Answer
 from dllm.serving.answers import Writer, dumps, error, event, failed
 from dllm.serving.events import Pieces
-from dllm.serving.limits import Guard, Limits
+from dllm.serving.limits import Guard, Limits, SlowReaderError
 from dllm.serving.log import Log
 from dllm.serving.loop import STOPPING, EngineLoop, FullError, StoppingError
 from dllm.serving.protocol import BadRequestError, ChatRequest, CompletionRequest, Plan, Terms, parse
+from dllm.serving.static import HEADERS, files
 from dllm.serving.ticket import Failure, News, Ticket
 
 
@@ -30,6 +32,29 @@ class Json(JSONResponse):
     def render(self, content: Any) -> bytes:
         """The body."""
         return dumps(content).encode()
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events.
+
+    Args:
+        events: closed with the response, however that ends.
+        end: called then.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[str, None], end: Callable[[], None]) -> None:
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._events, self._end = events, end
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send them."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._end()
+            await self._events.aclose()
 
 
 @dataclass(frozen=True)
@@ -64,6 +89,7 @@ class Service:
         tokenizer = lm.tokenizer
         return {
             "mask_token": None if tokenizer is None else tokenizer.mask_token,
+            "eos_tokens": [Pieces(tokenizer)[token] for token in lm.backbone.eos_token_ids],
             "max_length": terms.max_length,
             "chat": tokenizer is not None and tokenizer.chat_template is not None,
             "sampler": self.sampler,
@@ -115,9 +141,19 @@ def create(service: Service) -> Guard:
     async def metrics() -> Response:
         return Response(loop.metrics.text(), media_type=loop.metrics.content_type)
 
+    for path, (content, kind) in files().items():
+        app.get(path)(_sends(content, kind))
+
     @app.exception_handler(BadRequestError)
     async def bad(request: Request, problem: BadRequestError) -> Response:
         return Json(error(problem.message, problem.status, problem.param, problem.code), problem.status)
+
+    @app.exception_handler(Exception)
+    async def bug(request: Request, problem: Exception) -> Response:
+        if not isinstance(problem, SlowReaderError):
+            trace = "".join(format_exception(problem))
+            service.log.write(path=request.url.path, status=500, outcome="failed", error=trace)
+        return Json(error("the server failed; its log says how", 500), 500)
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, problem: HTTPException) -> Response:
@@ -125,6 +161,15 @@ def create(service: Service) -> Guard:
         return Json(error(message, problem.status_code), problem.status_code, headers=problem.headers)
 
     return Guard(app, service.limits)
+
+
+def _sends(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:
+    """The handler of a file of the page."""
+
+    async def send() -> Response:
+        return Response(content, media_type=kind, headers=HEADERS)
+
+    return send
 
 
 async def _answer(
@@ -162,6 +207,11 @@ async def _answer(
     entry.accepted(plan, request)
     following = Following(service, tickets, news)
     writer = Writer.of(plan, tickets, terms.name, service.sampler, service.cache)
+
+    def end() -> None:
+        following.give_up()
+        entry.ended(tickets)
+
     try:
         async with following.while_there(http):
             # A stream begins once the engine has accepted the request: until then it can be an error of its own.
@@ -169,16 +219,12 @@ async def _answer(
             while not until() and following.failure is None:
                 await following.wait()
     except BaseException:
-        following.give_up()
-        entry.ended(tickets)
+        end()
         raise
     if plan.stream and following.failure is None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        stream = _stream(following, writer, entry.ended)
-        return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
-    entry.ended(tickets)
+        return EventStream(_stream(following, writer), end)
+    end()
     if (failure := following.failure) is not None:
-        following.give_up()
         retry = {"Retry-After": "5"} if failure.status == 503 else None
         return Json(failed(failure), failure.status, headers=retry)
     return Json(writer.whole([ticket.answer for ticket in tickets if ticket.answer is not None]))
@@ -246,34 +292,28 @@ class Following:
         return [(index, news) for index, news in found if news.text or news.steps or news.last]
 
 
-async def _stream(
-    following: Following, writer: Writer, ended: Callable[[Sequence[Ticket]], None]
-) -> AsyncIterator[str]:
+async def _stream(following: Following, writer: Writer) -> AsyncGenerator[str, None]:
     """The answer as server-sent events."""
     answers: dict[int, Answer] = {}
-    try:
-        for index in range(len(following.tickets)):
-            yield event(writer.first(index))
-        while len(answers) < len(following.tickets):
-            for index, news in following.take():
-                if index in answers:
-                    continue
-                text = news.text if news.answer is None else ""
-                for step in news.steps[:-1]:
-                    yield event(writer.part(index, "", step))
-                if news.steps or text:
-                    yield event(writer.part(index, text, news.steps[-1] if news.steps else None))
-                if news.failure is not None:
-                    yield event(failed(news.failure))
-                    return
-                if news.answer is not None:
-                    answers[index] = news.answer
-                    yield event(writer.last(index, news.text, news.answer))
-            if len(answers) < len(following.tickets):
-                await following.wait()
-        if writer.plan.usage:
-            yield event(writer.closing([answers[index] for index in sorted(answers)]))
-        yield event("[DONE]")
-    finally:
-        following.give_up()
-        ended(following.tickets)
+    for index in range(len(following.tickets)):
+        yield event(writer.first(index))
+    while len(answers) < len(following.tickets):
+        for index, news in following.take():
+            if index in answers:
+                continue
+            text = news.text if news.answer is None else ""
+            for step in news.steps[:-1]:
+                yield event(writer.part(index, "", step))
+            if news.steps or text:
+                yield event(writer.part(index, text, news.steps[-1] if news.steps else None))
+            if news.failure is not None:
+                yield event(failed(news.failure))
+                return
+            if news.answer is not None:
+                answers[index] = news.answer
+                yield event(writer.last(index, news.text, news.answer))
+        if len(answers) < len(following.tickets):
+            await following.wait()
+    if writer.plan.usage:
+        yield event(writer.closing([answers[index] for index in sorted(answers)]))
+    yield event("[DONE]")

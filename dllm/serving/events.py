@@ -71,7 +71,7 @@ def changed(event: Event, origin: int, pieces: Pieces, brief: bool = False) -> d
         event: the step.
         origin: column of position 0.
         pieces: texts of tokens.
-        brief: leave out what is provisional.
+        brief: leave out what is provisional, and confidences.
     """
     step, entry = event.step, event.entry
     row, change = step.tokens[entry, origin:], step.change
@@ -80,15 +80,18 @@ def changed(event: Event, origin: int, pieces: Pieces, brief: bool = False) -> d
         for name, table in (("committed", change.committed), ("revoked", change.revoked), ("filled", change.filled))
     }
     provisional: list[list[Any]] = []
+    sure: list[float | None] = [None] * len(places["committed"])
     if not brief:
-        guesses, confidence = step.provisional[entry, origin:], step.confidence[entry, origin:]
-        at = np.flatnonzero(guesses != step.mask_token_id)
+        guesses, confidence = step.predicted[entry, origin:], step.confidence[entry, origin:]
+        at = np.flatnonzero((row == step.mask_token_id) & (guesses != step.mask_token_id))
         provisional = [[int(p), pieces[int(guesses[p])], _share(confidence[p])] for p in at]
+        sure = [_share(confidence[p]) if guesses[p] == row[p] else None for p in places["committed"]]
     return {
         "nfe": int(step.nfe[entry]),
         "masked": int((row == step.mask_token_id).sum()),
         "provisional": provisional,
         "committed": [[int(place), pieces[int(row[place])]] for place in places["committed"]],
+        "confidence": sure,
         "revoked": places["revoked"].tolist(),
         "filled": places["filled"].tolist(),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,10 +78,14 @@ class Guard:
             return {"type": "http.request", "body": body, "more_body": False}
 
         async def write(message: MutableMapping[str, Any]) -> None:
-            async with asyncio.timeout(self.limits.seconds):
-                await send(message)
+            try:
+                async with asyncio.timeout(self.limits.seconds):
+                    await send(message)
+            except TimeoutError:
+                raise SlowReaderError from None
 
-        await self.app(scope, replay, write)
+        with suppress(SlowReaderError):  # its connection is closed
+            await self.app(scope, replay, write)
 
     def _has_key(self, headers: MutableMapping[bytes, bytes]) -> bool:
         kind, _, key = headers.get(b"authorization", b"").partition(b" ")
@@ -101,6 +106,10 @@ class Guard:
                 raise _TooLargeError
             more = message.get("more_body", False)
         return b"".join(parts)
+
+
+class SlowReaderError(Exception):
+    """A client does not read what it is sent."""
 
 
 class _TooLargeError(Exception):

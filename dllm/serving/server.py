@@ -42,7 +42,7 @@ class Server(uvicorn.Server):
         # What a slow reader has not taken of its answer this long after everything is finished is lost.
         config = uvicorn.Config(
             create(service), log_config=None, access_log=False, lifespan="off", server_header=False, http="h11",
-            ws="none", timeout_keep_alive=30, timeout_graceful_shutdown=5,
+            ws="none", timeout_keep_alive=30, timeout_graceful_shutdown=5, log_level="critical",
         )  # fmt: skip
         super().__init__(config)
         self._service, self._listener, self._drain, self._told = service, listener, drain, told

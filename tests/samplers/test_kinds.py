@@ -25,7 +25,7 @@ def test_are_of_every_policy() -> None:
     for name in names("sampler"):
         kinds[resolve("sampler", name, Sampler).kind].add(name)
     assert kinds["revising"] == {"edit", "remdm", "renoise", "saber", "t2m", "wino"}
-    assert kinds["lossless"] == {"freedave", "oracle", "ssd"}
+    assert kinds["lossless"] == {"freedave", "oracle", "s2d2", "ssd"}
     assert kinds["guided"] == {"ar_guided"}
     assert {"vanilla", "threshold", "learn2pd", "sub_blocks"} <= kinds["committing"]
 

@@ -1,0 +1,210 @@
+"""A regular expression as a minimal deterministic automaton over bytes.
+
+outlines-core compiles the expression (Rust's regex-automata, which knows Unicode and UTF-8): its `Index` over a
+vocabulary of single bytes is the automaton itself. It is minimized here by partition refinement, so that what is built
+from it does not depend on how the expression was written.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dllm.checks import first_line
+
+# States of an automaton over bytes before it is minimized, and the positions that counted repetitions may stand for
+# before it is compiled: they bound the memory.
+_MOST_STATES, _MOST_REPEATED = 100_000, 50_000
+_BYTES = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Automaton:
+    """A deterministic automaton over bytes whose states can all lead to acceptance; state 0 is the dead one.
+
+    Attributes:
+        follow: (S, 256) the next state of each.
+        start: the first state.
+        accepting: (S,) whether the bytes so far are a word.
+    """
+
+    follow: NDArray[np.int64]
+    start: int
+    accepting: NDArray[np.bool_]
+
+    def accepts(self, word: bytes) -> bool:
+        """Whether these bytes are a word of the language."""
+        state = self.start
+        for byte in word:
+            state = int(self.follow[state, byte])
+        return bool(self.accepting[state])
+
+
+def extra(module: str, name: str) -> Any:
+    """A module of the extra `structure`.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ValueError(
+            f"response_format of type {name} needs {module.partition('.')[0]}; "
+            "install it with pip install 'dllm-samplers[structure]'"
+        ) from None
+
+
+def compile_regex(regex: str, name: str) -> Automaton:
+    """The automaton of all texts that match an expression as a whole.
+
+    Args:
+        regex: in the syntax of Rust's regex crate, which has no lookaround and no back-references.
+        name: of the format in errors.
+
+    Raises:
+        ValueError: a syntax error, or more states than are kept.
+    """
+    library = extra("outlines_core", name)
+    _check_size(regex, name)
+    vocabulary = library.Vocabulary(_BYTES, {bytes([byte]): [byte] for byte in range(_BYTES)})
+    try:
+        # Between two bytes that no answer holds: a match may then neither begin elsewhere, nor end at the first of
+        # several alternatives.
+        index = library.Index(f"\\x00(?:{regex})\\x00", vocabulary)
+        edges: Mapping[int, Mapping[int, int]] = index.get_transitions()
+    except Exception as error:  # noqa: BLE001  # the library raises several kinds, of which some are private
+        raise ValueError(f"{name} cannot be compiled: {_why(str(error))}") from None
+    numbers = {state: number for number, state in enumerate(edges, start=1)}
+    if len(numbers) > _MOST_STATES:
+        raise ValueError(f"{name} has {len(numbers)} states, and {_MOST_STATES} are the most; use shorter bounds")
+    follow = np.zeros((len(numbers) + 1, _BYTES), dtype=np.int64)
+    for state, targets in edges.items():
+        at = numbers[state]
+        for byte, target in targets.items():
+            if byte < _BYTES:
+                follow[at, byte] = numbers[target]
+    ended = np.zeros(len(follow), dtype=bool)
+    ended[[numbers[state] for state in index.get_final_states()]] = True
+    start = int(follow[numbers[index.get_initial_state()], 0])
+    accepting = ended[follow[:, 0]]
+    follow[:, 0] = 0
+    kept = _reached(follow, start)
+    if not (kept & accepting).any():
+        raise ValueError(
+            f"{name} matches no text; leave out anchors and word boundaries, as the whole answer has to match"
+        )
+    number = np.where(kept, np.cumsum(kept), 0)
+    follow = np.concatenate((np.zeros((1, _BYTES), dtype=np.int64), number[follow[kept]]))
+    return minimal(Automaton(follow, int(number[start]), np.append(False, accepting[kept])))
+
+
+def _reached(follow: NDArray[np.int64], start: int) -> NDArray[np.bool_]:
+    """The states that some bytes lead to, without the dead one."""
+    reached, new = np.zeros(len(follow), dtype=bool), np.array([start])
+    while new.size:
+        reached[new] = True
+        new = np.unique(follow[new])
+        new = new[~reached[new] & (new > 0)]
+    return reached
+
+
+def minimal(automaton: Automaton) -> Automaton:
+    """The smallest automaton of the same language (Moore's partition refinement).
+
+    Raises:
+        AssertionError: two different states were merged, by a collision of hashes.
+    """
+    follow, first = np.unique(automaton.follow, axis=1, return_inverse=True)
+    generator = np.random.default_rng(0)
+    factors = generator.integers(1, 2**63, size=follow.shape[1], dtype=np.uint64) | np.uint64(1)
+    label = automaton.accepting.astype(np.int64)
+    count = 0
+    while True:
+        names = generator.integers(1, 2**63, size=len(label) + 1, dtype=np.uint64)
+        with np.errstate(over="ignore"):
+            keys = (names[label[follow]] * factors).sum(1, dtype=np.uint64) ^ names[label] * np.uint64(31)
+        _, representative, label = np.unique(keys, return_index=True, return_inverse=True)
+        if len(representative) == count:
+            break
+        count = len(representative)
+    merged = label[follow]
+    assert (merged == merged[representative][label]).all()
+    assert (automaton.accepting == automaton.accepting[representative][label]).all()
+    # The dead state comes first.
+    order = np.full(count, -1)
+    order[label[0]] = 0
+    order[order < 0] = np.arange(1, count)
+    table = np.zeros((count, follow.shape[1]), dtype=np.int64)
+    table[order] = order[merged[representative]]
+    accepting = np.zeros(count, dtype=bool)
+    accepting[order] = automaton.accepting[representative]
+    return Automaton(table[:, first.ravel()], int(order[label[automaton.start]]), accepting)
+
+
+def check_closed(regex: str, name: str) -> None:
+    """Reject (ValueError) an expression that closes a group which it did not open: it is put into one."""
+    if any(depth < 0 for _, depth in _signs(regex)):
+        raise ValueError(f"{name} has a ')' without a '('; add it, or write \\)")
+
+
+def without_anchors(regex: str) -> str:
+    """An expression without the anchors around it, which are true of whole answers.
+
+    Raises:
+        ValueError: they are of one of several alternatives.
+    """
+    whole = regex.removeprefix("^")
+    if [*_signs(whole)][-1:] == [("$", 0)]:
+        whole = whole[:-1]
+    if whole != regex and ("|", 0) in _signs(whole):
+        raise ValueError(f"{regex!r} has anchors beside alternatives; leave them out, as the whole answer has to match")
+    return whole
+
+
+def _signs(regex: str) -> Iterator[tuple[str, int]]:
+    """The signs of an expression, without those that are escaped or in classes, and how many groups each is in."""
+    depth, at, within = 0, 0, False
+    while at < len(regex):
+        letter = regex[at]
+        if letter == "\\":
+            at += 2
+            if not within:
+                yield "\\", depth
+            continue
+        if within:
+            within = letter != "]"
+        elif letter == "[":
+            within = True
+            at += regex[at + 1 : at + 2] == "^"
+            at += regex[at + 1 : at + 2] == "]"
+        else:
+            depth += (letter == "(") - (letter == ")")
+            yield letter, depth
+        at += 1
+
+
+def escaped(text: str) -> str:
+    """The expression of a text."""
+    return "".join(letter if letter.isalnum() and letter.isascii() else f"\\x{{{ord(letter):X}}}" for letter in text)
+
+
+def _check_size(regex: str, name: str) -> None:
+    """Reject (ValueError) counted repetitions that would be expanded to more states than are kept."""
+    sizes = [max(int(low), int(high or 0)) for low, high in re.findall(r"\{(\d{1,9})(?:,(\d{0,9}))?\}", regex)]
+    if sum(sizes) > _MOST_REPEATED or (len(regex) > 2_000_000):
+        raise ValueError(f"{name} repeats parts {sum(sizes)} times in all, and {_MOST_REPEATED} is the most; use fewer")
+
+
+def _why(message: str) -> str:
+    if "incompatible" in message:
+        return "an anchor or a word boundary never holds; leave it out, as the whole answer has to match"
+    lines = [line.strip(" ^") for line in message.splitlines() if line.strip(" ^")]
+    last = lines[-1].removeprefix("error: ") if lines else message
+    return f"{first_line(ValueError(last))}; use the syntax of Rust's regex (no lookaround, no back-references)"

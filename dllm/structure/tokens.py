@@ -1,0 +1,267 @@
+"""An automaton over bytes, lifted to the tokens of a tokenizer.
+
+A token is a map from states to states: that of its bytes, one after another. Tokens with the same map are one class,
+and there are few of them (all tokens of four letters, say), so that a vocabulary of 150,000 tokens takes a table of
+states x classes. Maps are computed for the prefixes of all tokens at once, byte by byte; what leads nowhere is dropped
+on the way. Characters that are split across tokens need no care, since states lie between bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from dllm.structure.language import Automaton
+
+# Classes that every table has: tokens that fit nowhere, given tokens that write nothing, and end-of-text.
+NOWHERE, NOTHING, END = 0, 1, 2
+_MOST_ENTRIES = 2**27  # of a table, in two or four bytes each
+_REMEMBERED = 512  # sets of allowed classes
+_CHUNK = 2048
+
+
+@dataclass(frozen=True, eq=False)
+class TokenAutomaton:
+    """A deterministic automaton over classes of tokens; state 0 is the dead one, and the last one follows end-of-text.
+
+    Attributes:
+        table: (S, C) the next state of each.
+        classes: (V,) class of each token, without end-of-text.
+        start: the first state.
+        final: (S,) whether a text may end there.
+        distance: (S,) the fewest tokens to such a state.
+        source: (E,) state before each pair of states that some token connects, ascending.
+        target: (E,) state after it.
+        remembered: allowed classes by what is before and after a position.
+    """
+
+    table: NDArray[np.integer[Any]]
+    classes: NDArray[np.int64]
+    start: int
+    final: NDArray[np.bool_]
+    distance: NDArray[np.int64]
+    source: NDArray[np.int64]
+    target: NDArray[np.int64]
+    remembered: dict[tuple[bytes, bytes], NDArray[np.bool_]] = field(default_factory=dict)
+
+    def step(self, states: NDArray[np.bool_], token: int) -> NDArray[np.bool_]:
+        """The states after a class of tokens; after any token where it is negative."""
+        after = np.zeros_like(states)
+        after[self.target[states[self.source]] if token < 0 else self.table[states, token]] = True
+        after[0] = False
+        return after
+
+    def back(self, states: NDArray[np.bool_], token: int) -> NDArray[np.bool_]:
+        """The states before a class of tokens; before any token where it is negative."""
+        if token >= 0:
+            return np.asarray(states[self.table[:, token]])
+        before = np.zeros_like(states)
+        before[self.source[states[self.target]]] = True
+        return before
+
+    def between(self, before: NDArray[np.bool_], after: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """(C,) the classes that lead from one of the states before to one of those after."""
+        key = before.tobytes(), after.tobytes()
+        if (found := self.remembered.get(key)) is None:
+            found = after[self.table[before]].any(0)
+            found[[NOWHERE, NOTHING]] = False
+            if len(self.remembered) >= _REMEMBERED:
+                self.remembered.clear()
+            self.remembered[key] = found
+        return found
+
+
+def lift(automaton: Automaton, words: list[bytes | None], name: str) -> TokenAutomaton:
+    """The automaton over the tokens of a vocabulary.
+
+    Args:
+        automaton: over bytes.
+        words: bytes of each token; None where it may not be written.
+        name: of the format in errors.
+
+    Raises:
+        ValueError: the tokens cannot write any word, or the table would be too large.
+    """
+    maps, classes = _maps(automaton, words, name)
+    used, classes = np.unique(classes, return_inverse=True)  # the others are of prefixes only
+    table, classes = maps[used].T, classes.ravel()
+    kept = _useful(automaton, table)
+    if not kept[automaton.start]:
+        raise ValueError(
+            f"{name} cannot be written with the tokens of this model; use other characters, or another model"
+        )
+    kept[0] = True
+    number = np.cumsum(kept) - 1
+    number[~kept] = 0
+    table = number[table[kept]]
+    last = len(table)
+    columns, inverse = _distinct(table)
+    classes = np.where(table.any(0)[classes], inverse[classes] + 3, NOWHERE)
+    final = np.append(automaton.accepting[kept], True)
+    whole = np.zeros((last + 1, len(columns) + 3), dtype=np.uint16 if last < 2**16 - 1 else np.uint32)
+    whole[:last, 3:] = table[:, columns]
+    whole[:, NOTHING] = np.arange(last + 1)
+    whole[final, END] = last
+    source, target = _edges(np.delete(whole, NOTHING, axis=1))
+    distance = _distance(final, source, target)
+    return TokenAutomaton(whole, classes, int(number[automaton.start]), final, distance, source, target)
+
+
+def _maps(
+    automaton: Automaton, words: list[bytes | None], name: str
+) -> tuple[NDArray[np.integer[Any]], NDArray[np.int64]]:
+    """The (C, S) maps of all tokens, and the map of each; the first leads nowhere."""
+    follow, kind = np.unique(automaton.follow, axis=1, return_inverse=True)
+    kind, states = kind.ravel(), len(follow)
+    follow = follow.astype(np.uint16 if states < 2**16 else np.uint32)
+    lengths = np.array([len(word) if word else 0 for word in words])
+    flat = np.frombuffer(b"".join(word or b"" for word in words), dtype=np.uint8)
+    begin = lengths.cumsum() - lengths
+    maps = [np.zeros(states, dtype=follow.dtype), np.arange(states, dtype=follow.dtype)]
+    known = {each.tobytes(): number for number, each in enumerate(maps)}
+    classes = (lengths > 0).astype(np.int64)
+    alive, at = np.flatnonzero(lengths), 0
+    while alive.size:
+        keys, inverse = np.unique(classes[alive] * follow.shape[1] + kind[flat[begin[alive] + at]], return_inverse=True)
+        made = np.empty(len(keys), dtype=np.int64)
+        for low in range(0, len(keys), _CHUNK):
+            of, byte = np.divmod(keys[low : low + _CHUNK], follow.shape[1])
+            rows = follow[np.stack([maps[each] for each in of]), byte[:, None]]
+            for place, row in enumerate(rows, start=low):
+                made[place] = known.setdefault(row.tobytes(), len(maps))
+                if made[place] == len(maps):
+                    maps.append(row)
+            if len(maps) * states > _MOST_ENTRIES:
+                raise ValueError(
+                    f"{name} has {states} states, too many for the tokens of this model; use shorter bounds"
+                )
+        classes[alive] = made[inverse]
+        at += 1
+        alive = alive[(classes[alive] > 0) & (lengths[alive] > at)]
+    return np.stack(maps), classes
+
+
+def _useful(automaton: Automaton, table: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
+    """The states that tokens reach, and from which they reach an accepting one."""
+    source, target = _edges(table)
+    reached = np.zeros(len(table), dtype=bool)
+    reached[automaton.start] = True
+    while True:
+        more = reached.copy()
+        more[target[reached[source]]] = True
+        if (more == reached).all():
+            break
+        reached = more
+    return np.asarray(reached & (_distance(automaton.accepting, source, target) < len(table)))
+
+
+def _edges(table: NDArray[np.integer[Any]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The pairs of live states that some class connects."""
+    targets = [np.unique(row) for row in table]
+    targets = [row[row > 0].astype(np.int64) for row in targets]
+    return np.repeat(np.arange(len(table)), [len(row) for row in targets]), np.concatenate(targets)
+
+
+def _distance(final: NDArray[np.bool_], source: NDArray[np.int64], target: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The fewest edges from each state to a final one; the number of states where there is no way."""
+    distance = np.where(final, 0, len(final))
+    step = 0
+    while True:
+        near = source[distance[target] == step]
+        near = near[distance[near] > step + 1]
+        if not near.size:
+            return distance
+        step += 1
+        distance[near] = step
+
+
+def _distinct(table: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The first of each kind of equal columns, and the kind of each column."""
+    known: dict[bytes, int] = {}
+    first: list[int] = []
+    kind = np.empty(table.shape[1], dtype=np.int64)
+    for place, column in enumerate(np.ascontiguousarray(table.T)):
+        kind[place] = known.setdefault(column.tobytes(), len(first))
+        if kind[place] == len(first):
+            first.append(place)
+    return np.array(first), kind
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[bytes | None], bool]:
+    """What each token writes, None for special ones; and whether a space that begins the text is dropped.
+
+    Args:
+        tokenizer: of the model.
+        size: entries of the logits.
+
+    Raises:
+        ValueError: a tokenizer whose tokens do not simply write bytes.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise _unknown("it has no tokenizer.json")
+    content = json.loads(backend.to_str())
+    decoders = _decoders(content["decoder"])
+    kinds = {each["type"] for each in decoders}
+    added = tokenizer.added_tokens_decoder
+    special = set(tokenizer.all_special_ids) | {number for number, token in added.items() if token.special}
+    if kinds == {"ByteLevel"}:
+        alphabet = _byte_alphabet()
+
+        def written(piece: str) -> bytes | None:
+            return bytes(alphabet[letter] for letter in piece) if all(each in alphabet for each in piece) else None
+    elif kinds == {"Fuse"}:
+
+        def written(piece: str) -> bytes | None:
+            return piece.encode()
+    elif kinds <= {"Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"} and kinds & {"Metaspace", "Replace"}:
+
+        def written(piece: str) -> bytes | None:
+            if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">") and "ByteFallback" in kinds:
+                return bytes([int(piece[3:5], 16)])
+            return piece.replace("\u2581", " ").encode()
+    else:
+        raise _unknown(f"its decoder is {', '.join(sorted(kinds)) or 'null'}")
+    words: list[bytes | None] = [None] * size
+    for piece, number in tokenizer.get_vocab().items():
+        if number < size and number not in special:
+            words[number] = piece.encode() if number in added else written(piece)
+    strips = bool(kinds & {"Metaspace", "Strip"})
+    _probe(tokenizer, words, strips)
+    return words, strips
+
+
+def _decoders(decoder: Any) -> list[dict[str, Any]]:
+    if decoder is None:
+        return []
+    if decoder["type"] == "Sequence":
+        return [inner for each in decoder["decoders"] for inner in _decoders(each)]
+    return [decoder]
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The byte that each letter of a byte-level vocabulary stands for (GPT-2)."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
+
+
+def _probe(tokenizer: PreTrainedTokenizerBase, words: list[bytes | None], strips: bool) -> None:
+    """Reject a tokenizer that writes some pairs of tokens otherwise."""
+    numbers = [number for number, word in enumerate(words) if word]
+    for first, second in zip(
+        numbers[:: max(1, len(numbers) // 64)], numbers[1 :: max(1, len(numbers) // 64)], strict=False
+    ):
+        expected = ((words[first] or b"") + (words[second] or b"")).decode(errors="replace")
+        found = str(tokenizer.decode([first, second], skip_special_tokens=True))
+        if found != expected and not (strips and found == expected.removeprefix(" ")):
+            raise _unknown(f"it writes {found!r} for {expected!r}")
+
+
+def _unknown(why: str) -> ValueError:
+    return ValueError(f"response_format does not support the tokenizer of this model ({why}); use a byte-level one")

@@ -1,0 +1,359 @@
+"""Formats as automata: what partly masked rows may take, which texts match, and what is rejected."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE, WordPiece
+from transformers import PreTrainedTokenizerFast
+
+import dllm
+from dllm.structure import MASK, Constraint, Tracker, read_format
+from structure_rig import SUMS, text_model, text_tokenizer
+
+jsonschema = pytest.importorskip("jsonschema")
+lark = pytest.importorskip("lark")
+pytest.importorskip("outlines_core")
+from dllm.structure.language import Automaton, compile_regex  # noqa: E402
+from dllm.structure.tokens import END, TokenAutomaton, lift, token_bytes  # noqa: E402
+
+# The first one ends the text, and two are parts of a character.
+WORDS = [None, b"a", b"b", b"ab", b"ba", b"aab", b"c", b"\xc3", b"\xa9", "é".encode()]
+
+
+def is_text(automaton: Automaton, row: tuple[int, ...]) -> bool:
+    """Whether tokens are a word, followed by nothing but end-of-text."""
+    end = next((place for place, token in enumerate(row) if token == 0), len(row))
+    return not any(row[end:]) and automaton.accepts(b"".join(WORDS[token] or b"" for token in row[:end]))
+
+
+def completions(automaton: Automaton, row: list[int], free: int | None = None) -> set[tuple[int, ...]]:
+    """All texts that a row with masks may become; one of its positions may be free."""
+    options = [range(len(WORDS)) if token < 0 or place == free else [token] for place, token in enumerate(row)]
+    return {each for each in itertools.product(*options) if is_text(automaton, each)}
+
+
+def lifted(regex: str) -> tuple[Automaton, TokenAutomaton, np.ndarray]:
+    automaton = compile_regex(regex, "regex")
+    tokens = lift(automaton, WORDS, "regex")
+    return automaton, tokens, np.where(np.arange(len(WORDS)) == 0, END, tokens.classes)
+
+
+@pytest.mark.parametrize("regex", ["a*b", "(ab|ba)*", "a{2,3}b?", "é*", "[ab]é|c+", "(a|b)*abb", "a|ab|aab", ""])
+def test_allowed_tokens_are_those_of_some_completion(regex: str) -> None:
+    automaton, tokens, classes = lifted(regex)
+    source = random.Random(regex)
+    for length in (1, 2, 3, 4):
+        tracker, row = Tracker(tokens, length), [-1] * length
+        assert (tokens.distance[tokens.start] <= length) == bool(completions(automaton, row))
+        for _ in range(10 if completions(automaton, row) else 0):
+            allowed = []
+            for place in range(length):
+                allowed.append({each[place] for each in completions(automaton, row, free=place)})
+                assert set(np.flatnonzero(tracker.allowed(place)[classes])) == allowed[-1]
+            place = source.randrange(length)
+            row[place] = -1 if source.random() < 0.3 else source.choice(sorted(allowed[place]))
+            tracker.read(np.where(np.array(row) < 0, MASK, classes[row]))
+            assert tracker.satisfiable
+
+
+@pytest.mark.parametrize("regex", ["(ab|ba)*", "[ab]é|c+", "(a|b)*abb"])
+def test_changes_are_accepted_in_order_while_a_completion_is_left(regex: str) -> None:
+    automaton, tokens, classes = lifted(regex)
+    source = random.Random(regex)
+    for _ in range(60):
+        length = source.randrange(2, 5)
+        row = [-1] * length
+        known = sorted(completions(automaton, row))
+        if not known:
+            continue
+        full = source.choice(known)
+        row = [token if source.random() < 0.4 else -1 for token in full]
+        tracker = Tracker(tokens, length)
+        tracker.read(np.where(np.array(row) < 0, MASK, classes[row]))
+        places = source.sample(range(length), source.randrange(1, length + 1))
+        wanted = [source.randrange(len(WORDS)) for _ in places]
+        accepted = tracker.accepted(np.array(places), classes[wanted])
+        if all(accepted):
+            now = row.copy()
+            for place, token in zip(places, wanted, strict=True):
+                now[place] = token
+            assert completions(automaton, now)
+            continue
+        for place, token, taken in zip(places, wanted, accepted, strict=True):
+            before, row[place] = row[place], token
+            assert bool(completions(automaton, row)) == taken
+            row[place] = row[place] if taken else before
+
+
+def test_sets_that_follow_changes_equal_those_computed_again() -> None:
+    _, tokens, classes = lifted("(a|b)*abb(ab|c)*é?")
+    source, length = random.Random(0), 12
+    tracker, row = Tracker(tokens, length), np.full(length, MASK)
+    for _ in range(80):
+        fresh = Tracker(tokens, length)
+        fresh.read(row)
+        place = source.randrange(length)
+        assert (fresh.allowed(place) == tracker.allowed(place)).all()
+        fits = np.flatnonzero(tracker.allowed(place)[classes])
+        row[place] = MASK if source.random() < 0.4 else classes[source.choice(fits.tolist())]
+        assert (tracker.fork(row).allowed(place) == tracker.allowed(place)).all()
+        tracker.read(row)
+
+
+SCHEMAS: list[tuple[Any, list[Any], list[str]]] = [
+    ({"type": "integer", "minimum": -17, "maximum": 123}, [-17, -3, 0, 9, 99, 123], ["-18", "124", "00", "1.0"]),
+    ({"type": "integer", "exclusiveMinimum": 99}, [100, 1000, 12345], ["99", "0", "-100"]),
+    ({"type": "integer", "exclusiveMaximum": -9}, [-10, -99], ["-9", "0", "10"]),
+    ({"type": "integer", "minimum": 0, "maximum": 20, "multipleOf": 5}, [0, 15, 20], ["1", "25"]),
+    ({"type": "number", "exclusiveMinimum": 0, "maximum": 2}, [0.5, 1, 1.25, 2], ["0", "0.0", "2.1", "-1"]),
+    ({"type": "number", "minimum": -3}, [-3, -2.5, 0, 7.25], ["-3.1", "-4"]),
+    ({"minimum": 3}, [3, 3.5], ["2", '"a"']),
+    ({"type": "string", "minLength": 1, "maxLength": 2}, ["a", "é😀"], ['""', '"abc"', '"\n"']),
+    ({"type": "string", "pattern": "^(a|b)\\d.$"}, ["a1x", "b9é"], ['"c1x"', '"a1""', '"a1\\"']),
+    ({"type": "string", "format": "date"}, ["2024-02-28", "1999-12-31"], ['"2023-02-29"', '"2024-13-01"']),
+    ({"type": "string", "format": "uuid"}, ["123e4567-e89b-12d3-a456-426614174000"], ['"123"']),
+    ({"type": ["string", "null"]}, ["", None], ["1"]),
+    ({"enum": ["é\n", 1, {"a": [1, 2]}], "type": ["string", "object"]}, ["é\n", {"a": [1, 2]}], ["1"]),
+    ({"const": 'a"b'}, ['a"b'], ['"a"']),
+    ({"anyOf": [{"type": "boolean"}, {"type": "array", "items": {"type": "null"}}]}, [True, [], [None]], ["[1]"]),
+    ({"oneOf": [{"type": "boolean"}, {"type": "number"}]}, [True, 1.5], ["null"]),
+    (
+        {
+            "oneOf": [
+                {"type": "object", "properties": {"k": {"const": "a"}, "v": {"type": "null"}}, "required": ["k", "v"]},
+                {"type": "object", "properties": {"k": {"const": "b"}, "w": {"type": "null"}}, "required": ["k"]},
+            ]
+        },
+        [{"k": "a", "v": None}, {"k": "b"}, {"k": "b", "w": None}],
+        ['{"k": "a"}', '{"k": "a", "w": null}'],
+    ),
+    ({"type": "array", "items": {"enum": [1, 2]}, "minItems": 1, "maxItems": 2}, [[1], [1, 2]], ["[]", "[1, 1, 1]"]),
+    ({"type": "array", "prefixItems": [{"type": "null"}, {"enum": [1]}], "items": False}, [[None, 1]], ["[null]"]),
+    ({"type": "array", "uniqueItems": True, "maxItems": 1, "items": {"type": "null"}}, [[], [None]], ["[null,null]"]),
+    (
+        {"properties": {"a": {"type": "null"}, 'q"': {"type": "null"}, "c": {"type": "null"}}, "required": ['q"']},
+        [{'q"': None}, {"a": None, 'q"': None}, {'q"': None, "c": None}],
+        ["{}", '{"a": null}', '{"q\\"": null,}', '{, "q\\"": null}', '{"q\\"": null, "z": null}'],
+    ),
+    ({"type": "object", "properties": {"a": {"type": "null"}}}, [{}, {"a": None}], ['{"a": 1}']),
+    ({"type": "object", "required": ["z"]}, [{"z": 1}, {"z": {"a": [None]}}], ["{}"]),
+    ({"additionalProperties": {"type": "null"}, "maxProperties": 2}, [{}, {"x": None, "y": None}], ['{"x": 1}']),
+    ({"type": "object", "properties": {}, "additionalProperties": False}, [{}], ['{"a": 1}']),
+    (
+        {"$defs": {"n": {"type": "object", "properties": {"c": {"$ref": "#/$defs/n"}}}}, "$ref": "#/$defs/n"},
+        [{}, {"c": {"c": {}}}],
+        ['{"c": 1}'],
+    ),
+    (True, [1, "a", [{}, [1.5]], {"a": {"b": [None]}}], ["[", "nul"]),
+    ({"allOf": [{"type": "null"}], "title": "x", "description": "y"}, [None], ["1"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("schema", "right", "wrong"), SCHEMAS)
+def test_texts_of_a_schema_are_valid_under_it(schema: Any, right: list[Any], wrong: list[str]) -> None:
+    form = read_format({"type": "json_schema", "schema": schema})
+    assert form is not None
+    automaton = compile_regex(form.regex, form.name)
+    check = jsonschema.Draft202012Validator(schema)
+    for value in right:
+        check.validate(value)
+        assert automaton.accepts(json.dumps(value, ensure_ascii=False).encode()), value
+    assert not any(automaton.accepts(text.encode()) for text in wrong)
+    for text in sampled(automaton, 40):
+        check.validate(json.loads(text))
+
+
+def sampled(automaton: Automaton, count: int) -> list[str]:
+    """Random words."""
+    source = random.Random(0)
+    near = np.where(automaton.accepting, 0, 10**6)
+    live = automaton.follow > 0
+    for _ in range(400):
+        near = np.minimum(near, 1 + np.where(live, near[automaton.follow], 10**6).min(1))
+    found = []
+    for _ in range(count):
+        state, word, steps = automaton.start, b"", source.randrange(60)
+        while True:
+            options = np.flatnonzero(automaton.follow[state])
+            if len(word) >= steps:  # the shortest way to an end
+                if automaton.accepting[state]:
+                    break
+                options = options[near[automaton.follow[state, options]] == near[state] - 1]
+            elif not options.size:
+                break
+            byte = int(source.choice(options.tolist()))
+            state, word = int(automaton.follow[state, byte]), word + bytes([byte])
+        found.append(word.decode())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("schema", "named"),
+    [
+        ({"type": "object", "patternProperties": {"a": {}}}, "'patternProperties'"),
+        ({"type": "array", "uniqueItems": True}, "'uniqueItems' of several items"),
+        ({"type": "array", "contains": {}}, "'contains'"),
+        ({"properties": {"a": {"not": {}}}}, "'not' at a"),
+        ({"if": {}, "then": {}}, "'if'"),
+        ({"type": "number", "minimum": 0.5}, "'minimum' of a number"),
+        ({"type": "integer", "multipleOf": 3}, "'multipleOf'"),
+        ({"type": "string", "format": "uri"}, "'format' 'uri'"),
+        ({"type": "string", "pattern": 'a"'}, "'pattern'"),
+        ({"type": "string", "pattern": "a", "maxLength": 3}, "'pattern' beside another bound"),
+        ({"allOf": [{"type": "null"}, {"title": "x"}]}, "'allOf' of several schemas"),
+        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "'oneOf' of schemas that may overlap"),
+        ({"anyOf": [{"type": "integer"}], "minimum": 3}, "'minimum' beside"),
+        ({"$ref": "http://x/y"}, "'$ref' to 'http://x/y'"),
+        ({"$ref": "#/nope"}, "has no '#/nope'"),
+        ({"$ref": "#"}, "no value that ends within depth=3"),
+        ({"type": "string", "minimum": 3}, "'minimum'"),
+        ({"type": "object", "properties": {"a": {}}, "minProperties": 1}, "'minProperties'"),
+        ({"typ": "string"}, "'typ'"),
+        ({"type": "foo"}, "not valid at type"),
+        ({"enum": [1], "type": "string"}, "no value"),
+    ],
+)  # fmt: skip
+def test_keywords_that_cannot_be_expressed_are_rejected_by_name(schema: Any, named: str) -> None:
+    with pytest.raises(ValueError, match=f"^response_format: json_schema .*{re.escape(named)}"):
+        read_format({"type": "json_schema", "schema": schema})
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_texts_of_a_grammar_parse(depth: int) -> None:
+    parser = lark.Lark(SUMS)
+    form = read_format({"type": "grammar", "grammar": SUMS, "depth": depth})
+    assert form is not None
+    automaton = compile_regex(form.regex, form.name)
+    for text in sampled(automaton, 40):
+        parser.parse(text)
+    for level in range(4):
+        assert automaton.accepts(("(" * level + "12 + 3*4" + ")" * level).encode()) == (level <= depth)
+    assert automaton.accepts(b"1" + b"+2*3" * 20)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "right", "wrong"),
+    [
+        ('start: "a" start "b" | "c"', ["c", "acb", "aacbb"], ["acbb", "ab"]),
+        ('start: "a" start | "c"', ["c", "aaaaaaaac"], ["a"]),
+        ('start: (STR ",")* STR\n%import common.ESCAPED_STRING -> STR', ['"a"', '"a\\"b","c"'], ['"a', '"a"b"']),
+        ('start: "x"i [ "y" ] ("z")~2..3', ["Xzz", "xyzzz"], ["xz", "xYzz"]),
+    ],
+)
+def test_repetition_of_rules(grammar: str, right: list[str], wrong: list[str]) -> None:
+    form = read_format({"type": "grammar", "grammar": grammar})
+    assert form is not None
+    automaton = compile_regex(form.regex, form.name)
+    assert all(automaton.accepts(text.encode()) for text in right)
+    assert not any(automaton.accepts(text.encode()) for text in wrong)
+    for text in right:
+        lark.Lark(grammar).parse(text)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (3, "response_format=3 is of the wrong type"),
+        ({}, "response_format has no type"),
+        ({"type": "foo"}, "unknown response_format.type='foo'"),
+        ({"type": "regex"}, "response_format of type regex has no regex"),
+        ({"type": "regex", "regex": 3}, "response_format.regex=3"),
+        ({"type": "regex", "regex": "a)|(b"}, "has a '\\)' without"),
+        ({"type": "regex", "regex": "^a|b$"}, "anchors beside alternatives"),
+        ({"type": "regex", "regex": "a", "depth": 3}, "unknown option 'response_format.depth'"),
+        ({"type": "choice", "choice": []}, "response_format.choice=\\[\\]"),
+        ({"type": "choice", "choice": "ab"}, "response_format.choice='ab'"),
+        ({"type": "json_schema"}, "needs json_schema or schema"),
+        ({"type": "json_schema", "json_schema": {"name": "x"}}, "response_format.json_schema has no schema"),
+        ({"type": "json_schema", "schema": {}, "value_length": 3}, "response_format.value_length has no effect"),
+        ({"type": "json_schema", "schema": {}, "scaffold": "x"}, "unknown response_format.scaffold"),
+        ({"type": "json_object", "depth": 0}, "response_format.depth=0"),
+        ({"type": "grammar", "grammar": "x"}, "response_format: grammar is not valid"),
+        ({"type": "grammar", "grammar": 'start: "a" start'}, "no text that ends"),
+        ("/nope.json", "response_format='/nope.json' cannot be read"),
+        ("{", "is not JSON"),
+    ],
+)
+def test_bad_formats_are_rejected_in_one_line(given: Any, named: str) -> None:
+    with pytest.raises(ValueError, match=named) as told:
+        dllm.Options(response_format=given)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("regex", ["(", "[", "(?=a)b", "(a)\\1", "a\\bb", "a$b"])
+def test_expressions_that_are_no_automata_are_rejected_in_one_line(regex: str) -> None:
+    with pytest.raises(ValueError, match="response_format of type regex") as told:
+        dllm.generate(text_model(), "a", response_format={"type": "regex", "regex": regex}, gen_length=8)
+    assert "\n" not in str(told.value)
+
+
+def test_formats_are_read_from_files(tmp_path: Path) -> None:
+    form = {"type": "choice", "choice": ["yes"]}
+    (tmp_path / "f.json").write_text(json.dumps(form))
+    for given in (form, tmp_path / "f.json", str(tmp_path / "f.json"), json.dumps(form)):
+        read = read_format(given)
+        assert read is not None
+        assert read.body == ["yes"]
+    assert read_format(None) is read_format({"type": "text"}) is None
+
+
+def test_a_format_is_built_once_for_a_tokenizer() -> None:
+    words, given = text_tokenizer(), {"type": "regex", "regex": "ab+"}
+    first, again = (read_format(dict(given)) for _ in range(2))
+    assert first is not None and again is not None
+    made = Constraint.build(first, words, len(words), [words.eos_token_id])
+    assert Constraint.build(again, words, len(words), [words.eos_token_id]) is made
+    assert Constraint.build(again, words, len(words), [3]) is not made
+
+
+def test_a_large_vocabulary_takes_seconds_and_few_classes() -> None:
+    source = random.Random(0)
+    pieces = ["the", "er", "a", "b", "c", " ", "\n", '"', '": "', '", "', "{", "}", "[", "]", ",", ":", "1", "é", "中"]
+    words = {bytes([byte]) for byte in range(256)}
+    while len(words) < 50_000:
+        words.add("".join(source.choices(pieces, k=source.randrange(1, 7))).encode()[: source.randrange(2, 30)])
+    form = read_format({"type": "json_object"})
+    assert form is not None
+    tokens = lift(compile_regex(form.regex, form.name), sorted(words), form.name)
+    assert tokens.table.shape[1] < 3000
+    assert tokens.table.nbytes < 2**24
+    assert Tracker(tokens, 512).allowed(3).any()
+
+
+class TestTokenizers:
+    def test_bytes_of_a_byte_level_vocabulary(self) -> None:
+        words = text_tokenizer()
+        written, strips = token_bytes(words, len(words) + 3)
+        assert not strips
+        assert written[words.convert_tokens_to_ids("Ġa")] == b" a"
+        assert b"\xc3" in written and "é".encode() in written
+        assert written[words.eos_token_id] is written[words.mask_token_id] is written[len(words)] is None
+
+    def test_a_space_that_is_dropped_does_not_begin_an_answer(self) -> None:
+        backend = Tokenizer(BPE({"\u2581a": 0, "a": 1, "<0x62>": 2, "\u2581": 3}, [], byte_fallback=True))
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+        words = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
+        words.add_special_tokens({"eos_token": "<end>"})
+        assert token_bytes(words, 5) == ([b" a", b"a", b"b", b" ", None], True)
+        form = read_format({"type": "regex", "regex": " ?a[ b]a?"})
+        assert form is not None
+        made = Constraint.build(form, words, 5, [4])
+        tracker = Tracker(made.automaton, 4)
+        assert np.flatnonzero(tracker.allowed(0)[made.classes]).tolist() == [1]
+
+    def test_other_tokenizers_are_rejected(self) -> None:
+        backend = Tokenizer(WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+        with pytest.raises(ValueError, match="does not support the tokenizer of this model"):
+            token_bytes(PreTrainedTokenizerFast(tokenizer_object=backend), 3)
