@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import pickle
 import random
 import re
 import shutil
@@ -134,6 +135,20 @@ class TestOutput:
         lines("q.jsonl", [{"prompt": row["prompt"]} for row in ROWS[:6]])
         run()
         assert [row["id"] for row in made()] == list(range(6))
+
+    def test_answers_have_the_form_that_is_asked_for_also_in_an_actor(self) -> None:
+        asked = {"type": "regex", "regex": "(2|3)( pens)?"}
+        options = dllm.Options(seed=0, gen_length=8, block_length=4, response_format=asked)
+        setting = jobs.Setting(
+            lambda: LMS["tiny-llada"],
+            dllm.samplers.Threshold(),
+            dllm.cache.NoCache(),
+            pickle.loads(pickle.dumps(options)),
+        )
+        rows = [jobs.Row(number, number, row["prompt"]) for number, row in enumerate(ROWS[:5])]
+        found = list(jobs.Decoder(setting, 2).decode(rows))
+        assert len(found) == 5
+        assert all(re.fullmatch("(2|3)( pens)?", row.text or "") for row in found)
 
 
 class TestDeterminism:
