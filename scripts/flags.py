@@ -18,7 +18,7 @@ _SHORT = {
     "-h": "--help", "-c": "--cfg", "-p": "--package", "-r": "--run", "-m": "--multirun", "-i": "--info",
     "-sc": "--shell-completion", "-cp": "--config-path", "-cn": "--config-name", "-cd": "--config-dir",
 }  # fmt: skip
-GROUPS = ("sampler", "cache", "model", "task", "sweep")
+GROUPS = ("sampler", "cache", "model", "task", "sweep", "engine")
 _FOLDERS = ("--config-path", "--config-dir")
 
 

@@ -1,4 +1,4 @@
-"""`dllm generate`: one prompt with a live display of the canvas, or a JSONL file of prompts."""
+"""`dllm generate`: one prompt with a live display of the canvas, a JSONL file of prompts, or a job (`dllm.jobs`)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.text import Text
 
 import dllm
-from dllm import identity
+from dllm import identity, jobs
 from dllm.cache.base import Cache
 from dllm.checks import SEEDS, choice, renamed, seed
 from dllm.decoding import compatibility
@@ -33,16 +34,17 @@ from dllm.display import CanvasView, live, plain, save_picture
 from dllm.escape import terminal
 from dllm.evaluation.answer_manifest import AnswerManifest, describe, identify
 from dllm.evaluation.jsonl import AnswerFile, PromptLine, read_questions
-from dllm.progress import progress_bar
+from dllm.files import is_folder
+from dllm.progress import progress_bar, progress_reports
 from dllm.resolve import build
 from dllm.samplers.base import Sampler
 from dllm.scripts import app, own
 from dllm.structure import read_format_file
 from dllm.tasks import word_problems
 
+_TEXTS = ("prompt", "input", "output", "picture", "resume", "split", "column")
 _KINDS = get_type_hints(dllm.Options) | {
-    name: kind | None
-    for name, kind in {"seed": int, **dict.fromkeys(("prompt", "input", "output", "picture", "resume"), str)}.items()
+    name: kind | None for name, kind in {"seed": int, **dict.fromkeys(_TEXTS, str)}.items()
 }
 # Options without effect on infilling.
 _WITHOUT_INFILL = ("gen_length", "stop_at_eos", "stop")
@@ -55,16 +57,14 @@ def main() -> None:
 
 def generate(cfg: DictConfig) -> None:
     """Run the command."""
+    engine = build("engine", cfg.engine, jobs.JobEngine)
     _check(cfg)
+    if _is_job(cfg):
+        generate_rows(cfg, engine)
+        return
     questions = read_questions(Path(cfg.input)) if cfg.input else []
     answers = AnswerFile(Path(cfg.output)) if cfg.output else None
-    sampler, cache = build("sampler", cfg.sampler, Sampler), build("cache", cfg.cache, Cache)
-    fields: Any = OmegaConf.to_container(cfg, resolve=True)
-    fields["response_format"] = read_format_file(fields["response_format"])
-    options = {name: fields[name] for name in dllm.Options.__dataclass_fields__}
-    options["seed"] = random.randrange(SEEDS) if cfg.seed is None else cfg.seed
-    # Bad values are rejected before the model is loaded.
-    compatibility.check(sampler, cache, dllm.Options(**options).cfg_scale)
+    sampler, cache, fields, options = _parts(cfg)
 
     def load() -> Session:
         return Session(app.load_model(fields["model"]), sampler, cache, options, cfg.chat, cfg.infill)
@@ -98,6 +98,44 @@ def generate(cfg: DictConfig) -> None:
         print(_done(questions, answers))
         if failed := len(_left(questions, answers)):
             raise ValueError(f"{failed} of {len(left)} prompts failed, as reported above; the same command retries")
+
+
+def generate_rows(cfg: DictConfig, engine: jobs.JobEngine) -> None:
+    """Run the command as a job: from files or a data set to a folder of shards."""
+    source, folder = jobs.Input(cfg.input, cfg.split, cfg.column), jobs.JobFolder(cfg.output)
+    sampler, cache, fields, options = _parts(cfg)
+    if source.note:
+        print(source.note, file=sys.stderr)
+    with folder:
+        if cfg.seed is None and folder.seed is not None:  # resume with the same seed
+            options["seed"] = folder.seed
+        session = describe(fields | options, HydraConfig.get().runtime.choices, {"sampler": sampler, "cache": cache})
+        load = partial(app.load_model, fields["model"], app.option_of("model"))
+        setting = jobs.Setting(load, sampler, cache, dllm.Options(**options), cfg.chat, cfg.infill)
+        with nullcontext() if cfg.show == "none" else progress_reports("decoding") as report:
+            done = jobs.run(source, folder, engine, setting, session, report or (lambda done, total, note: None))
+    failed = f", of which {done.failures} failed (column error)" if done.failures else ""
+    print(f"{done.rows} of {done.rows} rows are in {cfg.output}{failed}")
+    print(f"in the order of the input: pyarrow.parquet.read_table({cfg.output!r})")
+
+
+def _parts(cfg: DictConfig) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
+    """Sampler, cache, all fields and the options of decoding; bad values are rejected before the model is loaded."""
+    sampler, cache = build("sampler", cfg.sampler, Sampler), build("cache", cfg.cache, Cache)
+    fields: Any = OmegaConf.to_container(cfg, resolve=True)
+    fields["response_format"] = read_format_file(fields["response_format"])
+    options = {name: fields[name] for name in dllm.Options.__dataclass_fields__}
+    options["seed"] = random.randrange(SEEDS) if cfg.seed is None else cfg.seed
+    compatibility.check(sampler, cache, dllm.Options(**options).cfg_scale)
+    return sampler, cache, fields, options
+
+
+def _is_job(cfg: DictConfig) -> bool:
+    """Whether the output is a folder of shards: a folder, or a new name that does not end in .jsonl."""
+    if cfg.output is None:
+        return False
+    path = Path(cfg.output)
+    return is_folder(path) or cfg.output.endswith("/") or (path.suffix != ".jsonl" and not os.path.lexists(path))
 
 
 class Session:
@@ -224,13 +262,39 @@ def _check(cfg: DictConfig) -> None:
         for name in _WITHOUT_INFILL:
             if name in given:
                 raise ValueError(f"{name}={cfg[name]} has no effect on infill; leave it out")
+    _check_job(cfg)
     for name in ("output", "picture"):
-        if cfg[name] is not None:
+        if cfg[name] is not None and not (name == "output" and _is_job(cfg)):
             app.check_writable(name, cfg[name])
     if cfg.picture is not None:
         own.check("picture", cfg.picture, {Path(cfg.picture): own.PICTURE})
     if cfg.seed is not None:
         seed("seed", cfg.seed, use=", or null for any")
+
+
+def _check_job(cfg: DictConfig) -> None:
+    """Reject options without effect on a job, or on anything else, and an output within the input."""
+    if not _is_job(cfg):
+        if cfg.input is not None and (is_folder(Path(cfg.input)) or Path(cfg.input).suffix == ".parquet"):
+            raise ValueError(f"input={cfg.input!r} cannot be read as a JSONL file; give a folder as output, for a job")
+        given = {override.partition("=")[0] for override in HydraConfig.get().overrides.task}
+        for name in ("column", "split", "engine"):
+            if any(each == name or each.startswith(f"{name}.") for each in given) and cfg[name] is not None:
+                value = HydraConfig.get().runtime.choices["engine"] if name == "engine" else cfg[name]
+                raise ValueError(
+                    f"{name}={value} has no effect without a job; give input, and a folder as output, or leave it out"
+                )
+        return
+    if cfg.resume is not None:
+        raise ValueError(f"resume={cfg.resume} has no effect on a job, whose rows are of one setting; leave it out")
+    if cfg.cache.get("measure_every") is not None and cfg.cache.get("refresh_above") is None:
+        raise ValueError(
+            f"cache.measure_every={cfg.cache.measure_every} has no effect on a job without cache.refresh_above; leave "
+            "it out"
+        )
+    source, output = (os.path.realpath(path) for path in (cfg.input, cfg.output))
+    if Path(source).is_dir() and Path(output).is_relative_to(source):
+        raise ValueError(f"output={cfg.output!r} is within input={cfg.input!r}; give a folder outside it")
 
 
 def _left(questions: Sequence[PromptLine], answers: AnswerFile) -> list[PromptLine]:

@@ -11,13 +11,14 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dllm.cache.base import Cache
 from dllm.checks import known
+from dllm.jobs import JobEngine
 from dllm.models.loading import load
 from dllm.resolve import CALIBRATION, TARGET, find_class, merged
 from dllm.samplers.base import Sampler
 from dllm.scripts.usage import groups, options
 from dllm.tasks.base import Task
 
-_PROTOCOLS: Mapping[str, type] = {"sampler": Sampler, "cache": Cache, "task": Task}
+_PROTOCOLS: Mapping[str, type] = {"sampler": Sampler, "cache": Cache, "task": Task, "engine": JobEngine}
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "text", NoneType: "null"}
 
 

@@ -83,7 +83,7 @@ class TestHelp:
         assert written is not None
         values: Any = OmegaConf.to_container(OmegaConf.create(textwrap.dedent(written[1])))
         assert values == {option: value for option, value in options.items() if option in values}
-        grouped = {group for group in ("model", "sampler", "cache", "task") if f"\n{group}=NAME, " in shown}
+        grouped = {group for group in ("model", "sampler", "cache", "task", "engine") if f"\n{group}=NAME, " in shown}
         assert set(options) - grouped == set(values)
         for option in values:
             assert re.search(rf"^  {option}:.* # \S", shown, re.MULTILINE), option

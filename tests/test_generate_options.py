@@ -83,7 +83,7 @@ class TestInfill:
         refused(run("infill=true", "prompt=Tom"), "prompt has no [MASK]; put one (<|mdm_mask|>)")
         refused(run(f"prompt={TEXT}"), "prompt contains [MASK]; use infill (infill=true)")
         source = lines(tmp_path / "q.jsonl", {"prompt": TEXT}, {"id": "b", "prompt": "Tom"})
-        refused(run("infill=true", f"input={source}", f"output={tmp_path}/a"), "line 2 (id 'b') has no [MASK]")
+        refused(run("infill=true", f"input={source}", f"output={tmp_path}/a.jsonl"), "line 2 (id 'b') has no [MASK]")
         refused(run("infill=maybe"), "infill='maybe'")
 
 

@@ -25,8 +25,12 @@ FORMAT, VERSION = "dllm-answers", 1
 # Options that do not change answers beyond rounding. All others are compared, including ones added later.
 # - input and output: input (its prompts are compared one by one), output, picture, prompt, show, resume
 # - batching: batch_size (a row does not depend on the other rows), cuda_graphs
+# - column, split, engine: which prompts of the input, and what computes them; of jobs (`dllm.jobs`)
 # - device and kernels of the model: the model itself and its dtype are compared once it is loaded
-_FREE = {"input", "output", "picture", "prompt", "show", "resume", "batch_size", "cuda_graphs", "model"}
+_FREE = {
+    "input", "output", "picture", "prompt", "show", "resume", "batch_size", "cuda_graphs", "model", "column", "split",
+    "engine",
+}  # fmt: skip
 _COSTS = 20  # the manifest is rewritten at most every this many times the duration of a write
 # The required fields of a session; its other fields are informational.
 _PARTS: dict[str, Any] = {"answers": 0, "options": {}, "names": {}, "named": {}, "model": {}}
@@ -96,7 +100,7 @@ class AnswerManifest:
         if self._mixed:
             return
         for before in self._sessions:
-            self._refuse(_differences(before["options"], session["options"]), before, session)
+            self._refuse(differences(before["options"], session["options"]), before, session)
         found = self._hashes()
         known = self._made if self._ended else found | self._made
         if strange := [name for name, digest in found.items() if known.get(name) != digest]:
@@ -119,7 +123,7 @@ class AnswerManifest:
             ValueError: weights, tokenizer or precision differ.
         """
         for before in [] if self._mixed else self._sessions:
-            differing = _differences(before["model"], session["model"])
+            differing = differences(before["model"], session["model"])
             if before["named"].get("path") != session["named"]["path"]:
                 differing = ["model" if name != "model.dtype" else name for name in differing]
             self._refuse(list(dict.fromkeys(differing)), before, session)
@@ -215,7 +219,7 @@ class AnswerManifest:
 
     def _refuse(self, differing: Sequence[str], before: Mapping[str, Any], session: Mapping[str, Any]) -> None:
         if differing:
-            then, now = (", ".join(_told(name, each) for name in differing) for each in (before, session))
+            then, now = (", ".join(told(name, each) for name in differing) for each in (before, session))
             raise ValueError(
                 f"output={str(self._answers.path)!r} was made with {then}; this run has {now}: give another output, "
                 "or resume=mixed to keep those answers"
@@ -280,7 +284,7 @@ def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Names whose values differ; a missing option counts as null."""
     names = [name for name in dict.fromkeys([*now, *before]) if before.get(name) != now.get(name)]
     # If the sampler differs, its options are not compared.
@@ -289,7 +293,8 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     return [name for name in names if name in others or not name.startswith(groups)]
 
 
-def _told(name: str, session: Mapping[str, Any]) -> str:
+def told(name: str, session: Mapping[str, Any]) -> str:
+    """An option of a session as a user writes it."""
     group = name.removesuffix("._target_")
     if group in session["names"]:
         return f"{group}={session['names'][group]}"

@@ -1,0 +1,23 @@
+"""Batch jobs: many prompts in, a folder of parquet shards out, resumable and computed by one process or by Ray."""
+
+from dllm.jobs.decoder import Decoder, Setting, row_seed
+from dllm.jobs.engines import JobEngine, Local, Ray
+from dllm.jobs.folder import JobFolder, Result
+from dllm.jobs.job import Outcome, run
+from dllm.jobs.rows import Input, Row, Summary
+
+__all__ = [
+    "Decoder",
+    "Input",
+    "JobEngine",
+    "JobFolder",
+    "Local",
+    "Outcome",
+    "Ray",
+    "Result",
+    "Row",
+    "Setting",
+    "Summary",
+    "row_seed",
+    "run",
+]

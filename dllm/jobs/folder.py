@@ -1,0 +1,280 @@
+"""The output of a job: a folder of parquet shards, `rows-000000000512.parquet` by its first row, and a manifest.
+
+A shard is written whole or not at all (`dllm.files.write_whole`), with every one of its rows exactly once, so that a
+job killed at any moment continues after the shards that are there. Shards in the order of their names, and their rows
+in the order of the file, are the rows of the input in its order. The manifest is `_manifest.json`: readers of parquet
+ignore files that begin with an underscore.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypedDict
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from dllm.checks import first_line
+from dllm.evaluation.answer_manifest import differences, told
+from dllm.evaluation.claim import Claim
+from dllm.files import disturbed, read_json, write_json, write_whole
+from dllm.jobs.rows import Summary
+from dllm.stored import misfit
+
+MANIFEST = "_manifest.json"
+FORMAT, VERSION = "dllm-job", 1
+_SHARD = re.compile(r"rows-(\d{12})\.parquet")
+_UNFINISHED = re.compile(r"\.dllm-[0-9a-f]{16}")  # of `write_whole`
+_MARK = b"dllm-job"  # in the metadata of a shard: the job that made it
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one row.
+
+    Attributes:
+        number: of the row.
+        id: of the row.
+        text: the answer; None if it failed.
+        tokens: generated tokens.
+        nfe: denoiser forwards.
+        guide_nfe: guide forwards.
+        error: why it failed; None if it did not.
+    """
+
+    number: int
+    id: str | int
+    text: str | None = None
+    tokens: int = 0
+    nfe: int = 0
+    guide_nfe: int = 0
+    error: str | None = None
+
+
+class _Manifest(TypedDict):
+    """The required fields of a manifest; others are informational."""
+
+    input: str
+    rows: int
+    options: dict[str, Any]
+    names: dict[str, Any]
+    named: dict[str, Any]
+    model: dict[str, Any]
+
+
+class JobFolder:
+    """The folder of a job; as a context manager it is locked, and what is in it is read.
+
+    Args:
+        given: the folder; created if missing.
+
+    Attributes:
+        path: the folder.
+        called: its name in errors.
+        finished: the number of the first row of every shard that is there, with the number of its failed rows.
+
+    Raises:
+        ValueError: it is a file, or (on entering) another process writes to it, or it has other files.
+    """
+
+    def __init__(self, given: str) -> None:
+        self.path, self.called = Path(given), f"output={given!r}"
+        if os.path.lexists(self.path) and not self.path.is_dir():
+            raise ValueError(f"{self.called} is not a folder; give another output")
+        self.finished: dict[int, int] = {}
+        self._found: dict[str, Any] | None = None
+        self._claim = Claim(Path(os.path.realpath(self.path)) / MANIFEST, self.called, "another output")
+        self._made: list[Path] = []
+        self._size, self._whole, self._job = 0, False, ""
+
+    @property
+    def seed(self) -> int | None:
+        """Of the shards that are there, for resuming with seed=null."""
+        return None if self._found is None else self._found["options"].get("seed")
+
+    @property
+    def manifest(self) -> dict[str, Any] | None:
+        """What made the shards that are there; None without shards."""
+        return self._found
+
+    @property
+    def failures(self) -> int:
+        """Rows with an error in the shards that are there."""
+        return sum(self.finished.values())
+
+    def open(self, summary: Summary, session: Mapping[str, Any], size: int) -> None:
+        """Take up the shards that are there.
+
+        Args:
+            summary: of the input.
+            session: from `dllm.evaluation.answer_manifest.describe`.
+            size: rows of a shard.
+
+        Raises:
+            ValueError: they are of another input or of other options, or one is damaged.
+        """
+        self._size, self._whole = size, summary.whole
+        if self._found is None:
+            return
+        refuse(self.called, self._found, session, "options")
+        if (self._found["input"], self._found["rows"]) != (summary.digest, summary.rows):
+            raise ValueError(
+                f"{self.called} is the job of another input, of {self._found['rows']} rows; this one has "
+                f"{summary.rows}: give another output, or the original input"
+            )
+        self._job = _job(self._found)
+        for path in self._shards():
+            first = int(_SHARD.fullmatch(path.name)[1])  # type: ignore[index]  # `_shards` matched it
+            self.finished[first] = self._failed(path, min(size, summary.rows - first))
+
+    def fits(self, session: Mapping[str, Any]) -> bool:
+        """Whether the model is the same by name, so that it need not be loaded for comparison."""
+        return self._found is not None and self._found["named"] == session["named"]
+
+    def begin(self, summary: Summary, session: Mapping[str, Any]) -> None:
+        """Record what makes the shards that follow; with shards there already, only compare the model.
+
+        Args:
+            summary: of the input.
+            session: with `model` from `dllm.evaluation.answer_manifest.identify`.
+
+        Raises:
+            ValueError: the model is another one.
+        """
+        if self._found is not None:
+            refuse(self.called, self._found, session, "model")
+            return
+        about = {"format": FORMAT, "version": VERSION, "dllm": version("dllm-samplers"), "host": platform.node()}
+        about |= {"started": datetime.now(UTC).isoformat(timespec="seconds")}
+        self._found = {**about, "input": summary.digest, "rows": summary.rows, **session}
+        self._job = _job(self._found)
+        write_json(self.path / MANIFEST, self._found)
+
+    def write(self, results: Sequence[Result]) -> None:
+        """Write one shard.
+
+        Args:
+            results: of its rows, in the order of the input.
+
+        Raises:
+            OSError: it cannot be written; nothing is left of it.
+        """
+        first = results[0].number
+        ids = [each.id if self._whole else str(each.id) for each in results]
+        columns = {
+            "id": pa.array(ids, pa.int64() if self._whole else pa.string()),
+            "text": pa.array([each.text for each in results], pa.string()),
+            **{
+                name: pa.array([getattr(each, name) for each in results], pa.int64())
+                for name in ("tokens", "nfe", "guide_nfe")
+            },
+            "error": pa.array([each.error for each in results], pa.string()),
+        }
+        file = pa.BufferOutputStream()
+        parquet.write_table(pa.table(columns).replace_schema_metadata({_MARK: self._job}), file, compression="zstd")
+        write_whole(self.path / f"rows-{first:012}.parquet", file.getvalue().to_pybytes())
+        self.finished[first] = sum(each.error is not None for each in results)
+
+    def verify(self) -> None:
+        """Verify that every shard is still there.
+
+        Raises:
+            OSError: another program removed one.
+        """
+        there = {path.name for path in self._shards()}
+        for first in sorted(self.finished):
+            if (name := f"rows-{first:012}.parquet") not in there:
+                raise disturbed(f"{self.called}: {name}", self.path / name, "; run the command again")
+
+    def __enter__(self) -> JobFolder:
+        path = Path(os.path.realpath(self.path))
+        self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
+        try:
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(f"{self.called} cannot be created ({error.strerror}); give another output") from None
+            self._claim.take()
+            self._read()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._claim.release()
+        with suppress(OSError):  # not empty any more
+            for folder in self._made:
+                folder.rmdir()
+
+    def _read(self) -> None:
+        """Read the manifest, and remove what was not finished when the job was killed."""
+        for path in self.path.iterdir():
+            if _UNFINISHED.fullmatch(path.name) and path.is_file():
+                path.unlink(missing_ok=True)
+            elif not path.name.startswith(".") and path.name != MANIFEST and not _SHARD.fullmatch(path.name):
+                raise ValueError(f"{self.called} holds {path.name}, which is no shard of a job; give another output")
+        shards, file = self._shards(), self.path / MANIFEST
+        if not shards:
+            return  # nothing is lost by beginning again
+        fix = "give another output"
+        if not file.is_file():
+            raise ValueError(f"{self.called} has shards without a {MANIFEST}, so that their job is unknown; {fix}")
+        found = read_json(file, fix)
+        if (found.get("format"), found.get("version")) != (FORMAT, VERSION):
+            raise ValueError(f"{file} is not a manifest of a job that this version of dllm knows; {fix}")
+        if (wrong := misfit(found, _Manifest)) or misfit(found["options"].get("seed"), int | None):
+            raise ValueError(f"{file} is damaged ({wrong or 'seed'}); {fix}")
+        self._found = found
+
+    def _shards(self) -> list[Path]:
+        return sorted(path for path in self.path.iterdir() if _SHARD.fullmatch(path.name))
+
+    def _failed(self, path: Path, rows: int) -> int:
+        """The number of failed rows of a shard, after checking that it belongs to this job."""
+        called = f"{self.called}: {path.name}"
+        try:
+            table = parquet.read_table(path, columns=["error"], partitioning=None)
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"{called} cannot be read ({first_line(error)}); remove it, then the same command makes it again"
+            ) from None
+        if (table.schema.metadata or {}).get(_MARK) != self._job.encode() or table.num_rows != rows:
+            raise ValueError(f"{called} is no shard of this job; move it elsewhere, then the same command makes it")
+        return int(len(table) - table.column("error").null_count)
+
+
+def refuse(called: str, before: Mapping[str, Any], session: Mapping[str, Any], part: str) -> None:
+    """Reject other options or another model than those of the shards that are there.
+
+    Args:
+        called: the folder in errors.
+        before: the manifest.
+        session: what would make further shards.
+        part: "options" or "model".
+
+    Raises:
+        ValueError: they differ.
+    """
+    differing = differences(before[part], session[part])
+    if part == "model" and before["named"].get("path") != session["named"]["path"]:
+        differing = list(dict.fromkeys("model" if name != "model.dtype" else name for name in differing))
+    if differing:
+        then, now = (", ".join(told(name, each) for name in differing) for each in (before, session))
+        raise ValueError(f"{called} was made with {then}; this run has {now}: give another output")
+
+
+def _job(manifest: Mapping[str, Any]) -> str:
+    """A hash of everything that results depend on."""
+    parts = {name: manifest[name] for name in ("input", "rows", "options", "model")}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,596 @@
+"""Jobs: many rows into a folder of shards, each row once, whatever happens on the way."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import pickle
+import random
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pytest
+import torch
+from omegaconf import OmegaConf
+from pyarrow import parquet
+
+import dllm
+import kills
+from commands import Outcome, command, in_a_process, start
+from dllm import jobs
+from dllm.evaluation import claim
+from dllm.evaluation.claim import Claim
+from dllm.jobs import folder as job_folder
+from models import random_llada
+
+ROOT = Path(__file__).parents[1]
+MODELS = {
+    name: random_llada(tokenizer=True, seed=seed, max_length=96).backbone.double()
+    for seed, name in enumerate(("tiny-llada", "tiny-dream"))
+}
+LMS = {
+    name: dllm.LanguageModel(backbone, random_llada(tokenizer=True).tokenizer, name)
+    for name, backbone in MODELS.items()
+}
+WORDS = "Tom Ann Sam Mia has buys loses 2 3 5 pens apples . He She".split()
+ROWS = [
+    {"id": f"r{n}", "prompt": " ".join(WORDS[(n * k + 1) % len(WORDS)] for k in range(1, 3 + n % 5))} for n in range(23)
+]
+COLUMNS = ["id", "text", "tokens", "nfe", "guide_nfe", "error"]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dllm, "load", lambda path, **_: LMS[path])
+    monkeypatch.setattr(claim.Claim.__init__, "__defaults__", (0.0,))
+
+
+def lines(path: str | Path, rows: list[Any]) -> None:
+    Path(path).parent.mkdir(exist_ok=True, parents=True)
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run(*arguments: str, source: str = "q.jsonl", output: str = "out", size: int = 4) -> Outcome:
+    plain = ("gen_length=8", "block_length=4", "sampler=threshold", "show=none", f"engine.shard_rows={size}")
+    return command("generate", f"input={source}", f"output={output}", *plain, *arguments)
+
+
+def made(output: str = "out") -> list[dict[str, Any]]:
+    """All rows, in the order of the shards."""
+    return parquet.read_table(output).to_pylist()
+
+
+def names(output: str = "out") -> list[str]:
+    return sorted(path.name for path in Path(output).iterdir())
+
+
+def refused(result: Outcome, *named: str) -> None:
+    assert (result.code, result.out) == (2, ""), result
+    assert result.err.count("\n") == 1, result.err
+    assert result.err.startswith("dllm generate: error: ")
+    for part in named:
+        assert part in result.err
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What an undisturbed job makes of all rows."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dllm, "load", lambda path, **_: LMS[path])
+        lines(folder / "q.jsonl", ROWS)
+        assert run(source=f"{folder}/q.jsonl", output=f"{folder}/out").code == 0
+    return made(f"{folder}/out")
+
+
+class TestOutput:
+    def test_shards_in_order_are_the_rows_of_the_input(self, whole: list[dict[str, Any]]) -> None:
+        assert list(whole[0]) == COLUMNS
+        assert [row["id"] for row in whole] == [row["id"] for row in ROWS]
+        assert {row["error"] for row in whole} == {None}
+
+    def test_answers_are_those_of_the_interface(self, whole: list[dict[str, Any]]) -> None:
+        prompts = [row["prompt"] for row in ROWS]
+        expected = dllm.generate(LMS["tiny-llada"], prompts, "threshold", gen_length=8, block_length=4)
+        assert [row["text"] for row in whole] == expected.texts
+        assert [row["nfe"] for row in whole] == expected.nfe.tolist()
+
+    def test_every_shard_is_named_by_its_first_row_and_the_folder_is_read_as_told(self) -> None:
+        lines("q.jsonl", ROWS[:10])
+        told = run().out
+        assert names() == ["_manifest.json", *(f"rows-{first:012}.parquet" for first in (0, 4, 8))]
+        assert told.splitlines()[0] == "10 of 10 rows are in out"
+        code = re.search(r"pyarrow\.parquet\.(read_table\('out'\))", told)
+        assert code is not None
+        assert eval(code[1], {"read_table": parquet.read_table}).num_rows == 10
+
+    @pytest.mark.parametrize("output", ["out/", "deep/er/out", "out.parquet"])
+    def test_what_does_not_end_in_jsonl_is_a_folder(self, output: str) -> None:
+        lines("q.jsonl", ROWS[:2])
+        assert run(output=output).code == 0
+        assert len(made(output)) == 2
+
+    def test_a_folder_that_ends_in_jsonl_is_one_too_and_other_files_stay_answers(self) -> None:
+        lines("q.jsonl", ROWS[:2])
+        Path("a.jsonl").mkdir()
+        assert run(output="a.jsonl").code == 0
+        assert len(made("a.jsonl")) == 2
+        Path("b.txt").touch()
+        assert command("generate", "input=q.jsonl", "output=b.txt", "gen_length=8", "show=none").code == 0
+        assert len(Path("b.txt").read_text().splitlines()) == 2
+
+    def test_ids_that_are_numbers_are_a_column_of_numbers_and_mixed_ones_texts(self) -> None:
+        for ids, expected in (([5, 3], [5, 3]), (["b", 3], ["b", "3"]), ([2**70, 1], [str(2**70), "1"])):
+            lines("q.jsonl", [{"id": name, "prompt": "Tom"} for name in ids])
+            assert run(output=f"out-{ids[0]}").code == 0
+            assert [row["id"] for row in made(f"out-{ids[0]}")] == expected
+
+    def test_without_ids_rows_are_numbered(self) -> None:
+        lines("q.jsonl", [{"prompt": row["prompt"]} for row in ROWS[:6]])
+        run()
+        assert [row["id"] for row in made()] == list(range(6))
+
+    def test_answers_have_the_form_that_is_asked_for_also_in_an_actor(self) -> None:
+        asked = {"type": "regex", "regex": "(2|3)( pens)?"}
+        options = dllm.Options(seed=0, gen_length=8, block_length=4, response_format=asked)
+        setting = jobs.Setting(
+            lambda: LMS["tiny-llada"],
+            dllm.samplers.Threshold(),
+            dllm.cache.NoCache(),
+            pickle.loads(pickle.dumps(options)),
+        )
+        rows = [jobs.Row(number, number, row["prompt"]) for number, row in enumerate(ROWS[:5])]
+        found = list(jobs.Decoder(setting, 2).decode(rows))
+        assert len(found) == 5
+        assert all(re.fullmatch("(2|3)( pens)?", row.text or "") for row in found)
+
+
+class TestDeterminism:
+    @pytest.mark.parametrize("arguments", [["batch_size=1"], ["batch_size=16"], ["cache=prefix", "batch_size=3"]])
+    def test_batches_change_nothing(self, arguments: list[str], whole: list[dict[str, Any]]) -> None:
+        lines("q.jsonl", ROWS)
+        assert run(*arguments, size=7).code == 0
+        if "cache=prefix" not in arguments:
+            assert made() == whole
+            return
+        assert run("cache=prefix", "batch_size=8", output="other", size=23).code == 0
+        assert made() == made("other")
+
+    def test_samples_depend_on_id_and_seed_alone(self) -> None:
+        hot = ("temperature=1", "seed=3")
+        lines("q.jsonl", ROWS)
+        lines("turned.jsonl", ROWS[::-1])
+        assert run(*hot).code == 0
+        assert run(*hot, "batch_size=3", source="turned.jsonl", output="turned", size=5).code == 0
+        assert made("turned") == made()[::-1]
+        assert run("temperature=1", "seed=4", output="other").code == 0
+        assert [row["text"] for row in made("other")] != [row["text"] for row in made()]
+        lines("same.jsonl", [{"id": n, "prompt": "Tom has"} for n in range(6)])
+        assert run(*hot, source="same.jsonl", output="same").code == 0
+        assert len({row["text"] for row in made("same")}) > 1
+
+    def test_the_seed_of_a_row_is_documented(self) -> None:
+        assert jobs.row_seed(0, 5) == jobs.row_seed(0, "5") != jobs.row_seed(5, 0)
+        assert 0 <= jobs.row_seed(7, "x") < 2**62
+
+    def test_any_seed_is_kept_for_the_rest_of_the_job(self) -> None:
+        lines("q.jsonl", ROWS[:8])
+        assert run("temperature=1", "seed=null").code == 0
+        before = made()
+        Path("out/rows-000000000004.parquet").unlink()
+        assert run("temperature=1", "seed=null").code == 0
+        assert made() == before
+
+
+class TestFailures:
+    ROWS = (
+        {"id": "a", "prompt": "Tom"},
+        {"id": "long", "prompt": "Tom " * 200},
+        {"id": "none"},
+        {"id": "both", "prompt": "Tom", "messages": [{"role": "user", "content": "Tom"}]},
+        {"id": "odd", "prompt": 7},
+        {"id": "torn", "prompt": "\ud800"},
+        {"id": "b", "messages": [{"role": "user", "content": "Ann"}]},
+    )
+
+    def test_a_row_that_fails_is_written_with_its_error(self) -> None:
+        lines("q.jsonl", list(self.ROWS))
+        result = run()
+        assert (result.code, result.err) == (0, "")
+        assert "of which 5 failed (column error)" in result.out
+        found = {row["id"]: row for row in made()}
+        assert found["a"]["error"] is None is found["b"]["error"]
+        for name, said in {
+            "long": "prompt has ", "none": "no prompt", "both": "both prompt and messages", "odd": "7, and neither",
+            "torn": "lone surrogate",
+        }.items():  # fmt: skip
+            assert said in found[name]["error"]
+            assert (found[name]["text"], found[name]["tokens"], found[name]["nfe"]) == (None, 0, 0)
+        assert run().out == result.out  # nothing is tried again
+
+    def test_logits_that_are_not_finite_fail_their_row_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        spoilt = random_llada(tokenizer=True, max_length=96)
+        assert spoilt.tokenizer is not None
+        (token,) = set(spoilt.tokenizer("Mia").input_ids) - set(spoilt.tokenizer("Tom Ann").input_ids)
+        with torch.no_grad():
+            spoilt.backbone.get_input_embeddings().weight[token] = float("nan")
+        monkeypatch.setattr(dllm, "load", lambda path, **_: spoilt)
+        lines("q.jsonl", [{"prompt": "Tom"}, {"prompt": "Mia"}, {"prompt": "Ann"}])
+        assert run().code == 0
+        assert [row["error"] is None for row in made()] == [True, False, True]
+        assert "not finite" in made()[1]["error"] or "NaN" in made()[1]["error"]
+        assert made()[1]["text"] is None
+
+    def test_too_many_failures_stop_the_job_and_a_larger_limit_resumes_it(self) -> None:
+        lines("q.jsonl", [*self.ROWS, *ROWS])
+        refused(
+            run("engine.max_failures=2", size=2), "engine.max_failures=2 is exceeded: 3 of ", "rows failed; the last"
+        )
+        there = names()
+        assert "rows-000000000002.parquet" in there  # complete before the first answer
+        refused(run("engine.max_failures=0", size=2), "engine.max_failures=0 is exceeded")
+        assert names() == there
+        assert run("engine.max_failures=5", size=2).code == 0
+        assert len(made()) == 30
+
+    def test_no_answer_at_all_is_an_error(self) -> None:
+        lines("q.jsonl", [{"id": n, "prompt": None, "messages": 7} for n in range(3)])
+        refused(run(), "output='out': none of the 3 rows has an answer; the column error says why")
+        assert len(made()) == 3
+
+    @pytest.mark.parametrize(
+        ("argument", "said"),
+        [
+            ("gen_length=2000", "gen_length=2000"),
+            ("tempered_confidence=true", "tempered_confidence=true has no effect at temperature=0"),
+            ("eos_token_id=100000", "eos_token_id=100000 is out of range"),
+            ("gen_length=auto", "gen_length=auto needs a sampler that finds the length"),
+        ],
+    )
+    def test_options_that_fit_no_row_are_refused(self, argument: str, said: str) -> None:
+        lines("q.jsonl", ROWS[:3])
+        refused(run(argument), said)
+        assert not Path("out").exists()
+
+    def test_masks_are_filled_and_a_row_without_them_fails(self) -> None:
+        mask = LMS["tiny-llada"].tokenizer.mask_token
+        lines("q.jsonl", [{"prompt": f"Tom {mask}{mask} pens"}, {"prompt": "Tom"}])
+        plain = ("infill=true", "sampler=threshold", "show=none")
+        assert command("generate", "input=q.jsonl", "output=out", *plain).code == 0
+        filled, failed = made()
+        assert (filled["tokens"], filled["error"]) == (2, None)
+        assert "has no [MASK]" in failed["error"]
+
+
+class TestResume:
+    def interrupt(self, monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
+        """Let the disk be full after some shards."""
+        left = iter(range(writes))
+        write = job_folder.write_whole
+
+        def torn(path: Path, content: bytes) -> None:
+            if next(left, None) is None:
+                (path.parent / f".dllm-{'0' * 16}").write_bytes(content[: len(content) // 2])
+                raise OSError(28, "No space left on device", str(path))
+            write(path, content)
+
+        monkeypatch.setattr(job_folder, "write_whole", torn)
+
+    @pytest.mark.parametrize("writes", [0, 1, 3])
+    def test_a_job_continues_after_the_shards_that_are_there(
+        self, writes: int, whole: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lines("q.jsonl", ROWS)
+        with monkeypatch.context() as patched:
+            self.interrupt(patched, writes)
+            refused(run(), "output='out' cannot be used (No space left on device); free disk space")
+        kept = {name: Path("out", name).stat().st_ino for name in names() if name.startswith("rows-")}
+        assert len(kept) == writes
+        assert Path("out", f".dllm-{'0' * 16}").exists()
+        assert run("batch_size=2").code == 0
+        assert made() == whole
+        assert not [name for name in names() if name.startswith(".")]
+        assert kept.items() <= {name: Path("out", name).stat().st_ino for name in names()}.items()
+
+    def test_a_finished_job_loads_no_model(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        lines("q.jsonl", ROWS[:3])
+        before = run()
+        monkeypatch.setattr(dllm, "load", None)
+        assert run() == before
+
+    def test_only_missing_shards_are_decoded(
+        self, whole: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lines("q.jsonl", ROWS)
+        run()
+        for first in (4, 20):
+            Path(f"out/rows-{first:012}.parquet").unlink()
+        decoded: list[int] = []
+        decode = jobs.Decoder.decode
+
+        def watched(self: jobs.Decoder, rows: Any) -> Iterator[jobs.Result]:
+            for result in decode(self, rows):
+                decoded.append(result.number)
+                yield result
+
+        monkeypatch.setattr(jobs.Decoder, "decode", watched)
+        assert run().code == 0
+        assert sorted(decoded) == [4, 5, 6, 7, 20, 21, 22]
+        assert made() == whole
+
+    @pytest.mark.parametrize(
+        ("arguments", "before", "now"),
+        [
+            (["gen_length=4"], "gen_length=8", "gen_length=4"),
+            (["sampler=vanilla"], "sampler=threshold", "sampler=vanilla"),
+            (["cache=prefix"], "cache=none", "cache=prefix"),
+            (["seed=1"], "seed=0", "seed=1"),
+            (["chat=true"], "chat=false", "chat=true"),
+            ([], "engine.shard_rows=4", "engine.shard_rows=5"),
+            (["model=tiny-dream"], "model=tiny-llada", "model=tiny-dream"),
+        ],
+    )
+    @pytest.mark.parametrize("finished", [True, False])
+    def test_other_options_are_refused(self, arguments: list[str], before: str, now: str, finished: bool) -> None:
+        lines("q.jsonl", ROWS[:8])
+        run()
+        if not finished:
+            Path("out/rows-000000000004.parquet").unlink()
+        there = names()
+        refused(
+            run(*arguments, size=4 if arguments else 5),
+            f"output='out' was made with {before}; this run has {now}: give another output",
+        )
+        assert names() == there
+
+    def test_another_input_is_refused(self) -> None:
+        lines("q.jsonl", ROWS[:8])
+        run()
+        for other in (ROWS[:9], [*ROWS[:7], {"id": "r7", "prompt": "Tom"}], [ROWS[1], ROWS[0], *ROWS[2:8]]):
+            lines("q.jsonl", other)
+            refused(run(), f"output='out' is the job of another input, of 8 rows; this one has {len(other)}")
+
+    def test_the_same_rows_in_other_files_are_the_same_job(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        lines("q.jsonl", ROWS[:8])
+        before = run()
+        lines("two/1.jsonl", ROWS[:3])
+        parquet.write_table(pa.Table.from_pylist(ROWS[3:8]), "two/2.parquet")
+        monkeypatch.setattr(dllm, "load", None)
+        assert run(source="two") == before
+
+    def test_an_input_that_changes_meanwhile_stops_the_job(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        lines("q.jsonl", ROWS)
+        scan = jobs.Input.scan
+
+        def changed(self: jobs.Input, size: int) -> jobs.Summary:
+            summary = scan(self, size)
+            lines("q.jsonl", [*ROWS[:9], {"id": "r9", "prompt": "Mia"}, *ROWS[10:]])
+            return summary
+
+        with monkeypatch.context() as patched:
+            patched.setattr(jobs.Input, "scan", changed)
+            refused(run("batch_size=1"), "input='q.jsonl' was changed by another program during this run")
+        lines("q.jsonl", ROWS)
+        assert run().code == 0
+        assert [row["id"] for row in made()] == [row["id"] for row in ROWS]
+
+
+class TestFolder:
+    def test_a_second_job_says_who_holds_the_folder(self) -> None:
+        lines("q.jsonl", ROWS[:3])
+        with jobs.JobFolder("out"):
+            refused(run(), "output='out' is being written by process ", "; wait for it to end, or give another output")
+        assert run().code == 0
+
+    def test_foreign_files_are_refused_and_kept(self) -> None:
+        lines("q.jsonl", ROWS[:3])
+        lines("out/notes.txt", ["mine"])
+        refused(run(), "output='out' holds notes.txt, which is no shard of a job; give another output")
+        assert names() == ["notes.txt"]
+
+    def test_shards_of_another_job_are_refused(self) -> None:
+        lines("q.jsonl", ROWS[:8])
+        run()
+        run("seed=1", output="other")
+        shutil.copy("other/rows-000000000004.parquet", "out")
+        refused(run(), "output='out': rows-000000000004.parquet is no shard of this job; move it elsewhere")
+        Path("out/rows-000000000004.parquet").write_bytes(Path("out/rows-000000000000.parquet").read_bytes()[:-9])
+        refused(run(), "output='out': rows-000000000004.parquet cannot be read (", "; remove it, then the same command")
+        Path("out/_manifest.json").unlink()
+        refused(run(), "output='out' has shards without a _manifest.json")
+
+    @pytest.mark.parametrize(
+        ("content", "said"),
+        [
+            ("{", "is not JSON"), ("[]", "not an object"), ("{}", "is not a manifest of a job"),
+            ('{"format": "dllm-job", "version": 1, "rows": "x"}', "is damaged ("),
+        ],
+    )  # fmt: skip
+    def test_a_damaged_manifest_is_refused(self, content: str, said: str) -> None:
+        lines("q.jsonl", ROWS[:3])
+        run()
+        Path("out/_manifest.json").write_text(content)
+        refused(run(), "out/_manifest.json", said)
+
+    def test_a_shard_removed_during_the_run_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        lines("q.jsonl", ROWS[:8])
+        write = jobs.JobFolder.write
+
+        def removing(self: jobs.JobFolder, results: Any) -> None:
+            write(self, results)
+            Path("out/rows-000000000000.parquet").unlink(missing_ok=True)
+
+        monkeypatch.setattr(jobs.JobFolder, "write", removing)
+        refused(run(), "output='out': rows-000000000000.parquet was removed by another program during this run")
+
+    def test_a_job_that_does_not_begin_leaves_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        lines("q.jsonl", [{"id": 1}])
+        refused(run(output="deep/out"), "has no column prompt or messages")
+        assert not Path("deep").exists()
+
+    def test_a_folder_that_cannot_be_is_refused(self) -> None:
+        lines("q.jsonl", ROWS[:3])
+        Path("file").touch()
+        refused(run(output="file/"), "output='file/' is not a folder; give another output")
+        refused(run(output="q.jsonl/out"), "output='q.jsonl/out' cannot be created (Not a directory)")
+        Path("loop").symlink_to("nowhere")
+        refused(run(output="loop/"), "output='loop/' is not a folder")
+
+    def test_the_lock_is_that_of_other_commands(self) -> None:
+        Path("out").mkdir()
+        lock = Claim(Path("out/_manifest.json").absolute(), "", "")
+        lock.take()
+        lines("q.jsonl", ROWS[:1])
+        refused(run(), "is being written by process ")
+        lock.release()
+
+
+class TestInput:
+    def test_files_folders_and_data_sets_are_alike(self, whole: list[dict[str, Any]]) -> None:
+        table = pa.Table.from_pylist(ROWS)
+        parquet.write_table(table, "q.parquet")
+        lines("many/a.jsonl", ROWS[:5])
+        parquet.write_table(table.slice(5, 7), "many/b.parquet", row_group_size=3)
+        lines("many/c/d.jsonl", ROWS[12:])
+        lines("many/_log.jsonl", ["not data"])
+        data = datasets.Dataset(table)
+        data.save_to_disk("saved")
+        datasets.DatasetDict({"test": data, "train": data.select([0])}).save_to_disk("splits")
+        for source, more in (("q.parquet", ()), ("many", ()), ("saved", ()), ("splits", ("split=test",))):
+            assert run(*more, source=source, output=f"out-{source}").code == 0
+            assert made(f"out-{source}") == whole
+        assert run(source="splits", output="train").code == 0
+        assert made("train") == whole[:1]
+
+    def test_chats_in_tables_are_those_of_lines(self) -> None:
+        chats = [
+            [{"role": "user", "content": "Tom"}],
+            [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Ann"}],
+        ]
+        lines("q.jsonl", [{"id": n, "messages": chat} for n, chat in enumerate(chats)])
+        parquet.write_table(
+            pa.Table.from_pylist([{"messages": [m | {"name": None} for m in c]} for c in chats]), "q.parquet"
+        )
+        assert run().code == run(source="q.parquet", output="table").code == 0
+        assert made() == made("table")
+        lines("texts.jsonl", [{"id": n, "prompt": "Ann"} for n in range(2)])
+        lines("asked.jsonl", [{"id": n, "messages": [{"role": "user", "content": "Ann"}]} for n in range(2)])
+        run("chat=true", source="texts.jsonl", output="x")
+        run(source="asked.jsonl", output="y")
+        assert made("x") == made("y")
+
+    def test_the_column_of_prompts_can_be_named(self) -> None:
+        rows = [{"id": n, "question": row["prompt"], "prompt": "other"} for n, row in enumerate(ROWS[:5])]
+        lines("q.jsonl", rows)
+        parquet.write_table(pa.Table.from_pylist(rows), "q.parquet")
+        lines("plain.jsonl", [{"id": n, "prompt": row["prompt"]} for n, row in enumerate(ROWS[:5])])
+        assert run(source="plain.jsonl", output="plain").code == 0
+        for source in ("q.jsonl", "q.parquet"):
+            assert run("column=question", source=source, output=f"out-{source}/").code == 0
+            assert made(f"out-{source}/") == made("plain")
+
+    def test_other_files_of_a_folder_are_told(self) -> None:
+        lines("many/a.jsonl", ROWS[:2])
+        lines("many/b.csv", ["x"])
+        assert run(source="many").err == "input='many': not read, since neither .jsonl nor .parquet: b.csv\n"
+
+    def test_bad_input_is_one_line(self) -> None:
+        lines("good.jsonl", ROWS[:2])
+        lines("double.jsonl", [*ROWS[:2], ROWS[0]])
+        lines("number.jsonl", [{"id": 1, "prompt": "a"}, {"id": "1", "prompt": "b"}])
+        lines("given.jsonl", [{"id": 1, "prompt": "a"}, {"prompt": "b"}])
+        lines("real.jsonl", [{"id": 1.5, "prompt": "a"}])
+        lines("asked.jsonl", [{"question": "a", "answer": "b"}])
+        lines("list.jsonl", [["a"]])
+        lines("twice/a.jsonl", ROWS[:2])
+        lines("twice/b.jsonl", ROWS[1:3])
+        lines("damaged/a.jsonl", ROWS[:2])
+        Path("damaged/b.parquet").write_bytes(b"PAR1 and no more")
+        lines("schema/a.jsonl", ROWS[:2])
+        parquet.write_table(pa.table({"text": ["a"], "label": [1]}), "schema/b.parquet")
+        Path("torn.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b')
+        Path("latin.jsonl").write_bytes(b'{"prompt": "\xe4"}\n')
+        Path("none.jsonl").touch()
+        Path("empty").mkdir()
+        datasets.DatasetDict({"test": datasets.Dataset.from_list(ROWS[:2])}).save_to_disk("splits")
+        for source, said in {
+            "missing.jsonl": "cannot be read (No such file or directory)", "/no/such/folder": "cannot be read",
+            "double.jsonl": "line 3: id 'r0' occurs twice; make ids unique", "number.jsonl": "id '1' occurs twice",
+            "given.jsonl": "id '1' occurs twice", "real.jsonl": "line 1 has id 1.5; use text or a whole number",
+            "asked.jsonl": "has no column prompt or messages; give column=NAME, one of question, answer",
+            "list.jsonl": "line 1 is a JSON list, not an object", "twice": ": b.jsonl line 1: id 'r1' occurs twice",
+            "damaged": "input='damaged': b.parquet cannot be read (",
+            "schema": "b.parquet has no column prompt or messages; give column=NAME, one of text, label",
+            "torn.jsonl": "line 2 is not JSON", "latin.jsonl": "line 1 is not JSON", "none.jsonl": "has no rows",
+            "empty": "has no .jsonl or .parquet files", "splits": "cannot be read (it has no split 'train'; use split=",
+        }.items():  # fmt: skip
+            refused(run(source=source), f"input='{source}'", said)
+        refused(
+            run("column=question", source="good.jsonl"), "has no column question; give column=NAME, one of id, prompt"
+        )
+        refused(run("split=test", source="good.jsonl"), "split='test' has no effect on files; leave it out")
+        assert not Path("out").exists()
+
+    def test_input_and_output_that_hold_each_other_are_refused(self) -> None:
+        lines("q/a.jsonl", ROWS[:2])
+        refused(run(source="q", output="q/out"), "output='q/out' is within input='q'; give a folder outside it")
+        refused(run(source="q", output="q"), "output='q' is ")
+        refused(
+            run(source="q", output="a.jsonl"),
+            "input='q' cannot be read as a JSONL file; give a folder as output, for a job",
+        )
+
+
+class TestOptions:
+    @pytest.mark.parametrize("name", ["local", "ray"])
+    def test_yaml_mirrors_the_constructor(self, name: str) -> None:
+        written = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "engine" / f"{name}.yaml"))
+        made_by = {"dllm.jobs.Local": jobs.Local, "dllm.jobs.Ray": jobs.Ray}[written.pop("_target_")]
+        parameters = inspect.signature(made_by).parameters
+        assert written == {key: parameter.default for key, parameter in parameters.items()}
+
+    @pytest.mark.parametrize(
+        ("argument", "said"),
+        [
+            ("engine.shard_rows=0", "engine.shard_rows=0 is out of range"),
+            ("engine.max_failures=-1", "engine.max_failures=-1 is out of range"),
+            ("engine.actors=2", "unknown option 'engine.actors'"),
+            ("engine=other", "unknown engine=other; expected one of local, ray"),
+            ("resume=mixed", "resume=mixed has no effect on a job"),
+            ("cache=prefix cache.measure_every=2", "cache.measure_every=2 has no effect on a job"),
+            ("output=a.jsonl column=x", "column=x has no effect without a job"),
+            ("output=a.jsonl engine=local", "engine=local has no effect without a job"),
+            ("picture=a.svg", "picture and input are mutually exclusive"),
+        ],
+    )
+    def test_bad_options_are_one_line(self, argument: str, said: str) -> None:
+        lines("q.jsonl", ROWS[:2])
+        given = {"input": "q.jsonl", "output": "out"} | dict(each.split("=", 1) for each in argument.split())
+        refused(command("generate", *(f"{name}={value}" for name, value in given.items())), said)
+        assert not Path("out").exists()
+
+    def test_help_lists_the_engines(self) -> None:
+        told = command("generate", "--help").out
+        assert "engine=NAME, by default local:" in told
+        assert "engine.NAME=VALUE" in told
+
+
+@in_a_process
+def test_a_job_survives_kills_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, output, whole = (tmp_path / name for name in ("asked.jsonl", "out", "whole"))
+    kills.write_rows(source)
+    monkeypatch.undo()  # with the real model
+    assert command("generate", *kills.arguments(source, whole)).code == 0
+    chance = random.Random(0)
+    for _ in range(kills.KILLS):
+        kills.kill_process(start("generate", *kills.arguments(source, output)), output, chance)
+    assert kills.shards(output) < kills.ROWS / 4
+    assert start("generate", *kills.arguments(source, output)).wait(300) == 0
+    assert kills.contents(output) == kills.contents(whole)
+    assert not list(output.glob(".*"))
