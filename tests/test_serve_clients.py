@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ for needed in ("fastapi", "prometheus_client", "uvicorn"):
     pytest.importorskip(needed)
 
 from serve_rig import QUESTION, Running, serving  # noqa: E402
+from structure_rig import text_model  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("serve")
 MESSAGES = [{"role": "user", "content": QUESTION}]
@@ -131,3 +133,19 @@ def test_lm_eval_scores_the_server(server: Running, kind: str, tmp_path: Path, m
         bootstrap_iters=0,
     )
     assert found["results"]["served"]["exact_match,last"] == 1.0
+
+
+def test_the_openai_client_asks_for_a_format() -> None:
+    pytest.importorskip("outlines_core")
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    wanted = {"type": "json_schema", "json_schema": {"name": "ok", "schema": schema | {"additionalProperties": False}}}
+    with serving(text_model(), max_length=128) as running:
+        client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+        answer = client.completions.create(
+            model=running.service.terms.name, prompt="a", max_tokens=32, extra_body={"response_format": wanted}
+        )
+        assert set(json.loads(answer.choices[0].text)) == {"ok"}
+        with pytest.raises(openai.BadRequestError, match="response_format"):
+            client.completions.create(
+                model=running.service.terms.name, prompt="a", extra_body={"response_format": {"type": "xml"}}
+            )
