@@ -361,6 +361,8 @@ def load_model(model: Mapping[str, Any], option: str | None = None) -> Any:
 
 def _check_processes(tp: bool) -> None:
     """Reject tensor parallelism in commands that do not support it, and several processes without it."""
+    if not HydraConfig.initialized():  # in an actor of a job
+        return
     command = str(HydraConfig.get().job.config_name).replace("_", "-")
     if tp and command not in _DIVIDING:
         raise ValueError(f"model.tp=true is not supported by dllm {command}; use model.tp=false, without torchrun")

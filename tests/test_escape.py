@@ -131,7 +131,7 @@ class TestReports:
     def test_the_page_loads_nothing_and_runs_its_own_script_alone(self, folder: Path) -> None:
         text = (folder / "report.html").read_text()
         (policy,) = re.findall(r'<meta http-equiv="Content-Security-Policy" content="([^"]+)">', text)
-        (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+        (script,) = re.findall(r'<script type="module">(.*?)</script>', text, re.DOTALL)
         hashed = b64encode(sha256(script.encode()).digest()).decode()
         assert policy.split("; ")[:2] == ["default-src 'none'", f"script-src 'sha256-{hashed}'"]
         assert text.index("Content-Security-Policy") < text.index("<style")

@@ -245,8 +245,14 @@ class TestSweeps:
         assert not list(out.glob("*/error.json"))
         assert len(folders(out)) == 2
 
-    @in_a_process
-    @pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "ray"])
+    @pytest.mark.parametrize(
+        "launcher",
+        [
+            pytest.param("joblib", marks=in_a_process),
+            pytest.param("submitit_local", marks=in_a_process),
+            pytest.param("ray", marks=pytest.mark.xdist_group("ray")),  # one Ray of this machine at a time
+        ],
+    )
     def test_launchers_run_two_jobs(self, launcher: str, tmp_path: Path) -> None:
         pytest.importorskip({"joblib": "hydra_plugins.hydra_joblib_launcher", "ray": "ray"}.get(launcher, "submitit"))
         plain = ["+hydra.launcher.ray.init.include_dashboard=false"] if launcher == "ray" else []

@@ -93,7 +93,7 @@ def test_with_a_cache_they_are_those_of_stepwise_decoding_with_it(make: Any, cac
 
 @pytest.mark.parametrize("cache", REFUSED.values(), ids=REFUSED)
 def test_a_cache_that_would_make_it_lossy_is_refused(cache: Any) -> None:
-    with pytest.raises(ValueError, match=r"is not compatible with lossless drafting \(freedave, ssd\)"):
+    with pytest.raises(ValueError, match=r"is not compatible with lossless drafting \(freedave, ssd, s2d2\)"):
         dllm.generate(random_llada(), PROMPTS, SSD(), cache, **OPTIONS)
     assert set(REUSABLE) == {"none", "block", "prefix", "dual", "freecache"}
 
