@@ -35,7 +35,7 @@ from dllm.scripts import app, own
 from dllm.tasks import word_problems
 
 if TYPE_CHECKING:
-    from dllm.bench.load import Load, Row
+    from dllm.serving.load import Load, Row
 
 KINDS = {
     "rate": float | str | Sequence[Any] | None, "load": float | Sequence[Any], "requests": int | None,
@@ -62,8 +62,8 @@ def bench_serve(cfg: DictConfig) -> None:
     """Put load on a server; print a table, and write `out`.jsonl and `out`.csv if `out` is given."""
     options: Any = OmegaConf.to_container(cfg, resolve=True)
     rates = _check(options)
-    import dllm.client  # names what is missing without the extra
-    from dllm.bench.load import Load, Plan, Target
+    import dllm.serving.client  # names what is missing without the extra
+    from dllm.serving.load import Load, Plan, Target
 
     asked, key, server = _asked(options), options["api_key"] or os.environ.get(_KEY), options["server"]
     running: AbstractContextManager[psutil.Process | None] = nullcontext(None)
@@ -74,7 +74,7 @@ def bench_serve(cfg: DictConfig) -> None:
             (options["serve"] or {}).get("api_key"),
             _started(port, options),
         )
-    dllm.client.settings_of(server, key, None)
+    dllm.serving.client.settings_of(server, key, None)
     target = Target(server, key, asked, options["max_tokens"], options["timeout"], options["fields"] or {})
     names = ("requests", "duration", "deadline", "clients", "seed")
     _allow_connections()

@@ -22,7 +22,7 @@ from dllm.resolve import build, option_names, options_of, with_option
 from dllm.samplers.base import Sampler
 
 if TYPE_CHECKING:
-    from dllm import client
+    from dllm.serving import client
 
 # Options that a turn may change, and those of them that a server takes: at the top of a request, or within its `dllm`.
 LOCAL = (
@@ -196,7 +196,7 @@ class Remote:
     names = REMOTE
 
     def __init__(self, server: str, api_key: str | None, settings: Settings) -> None:
-        from dllm import client
+        from dllm.serving import client
 
         self._module, self._server = client, server
         self._http = client.connect(server, api_key, _SILENCE)

@@ -330,8 +330,8 @@ class TestRefusals:
 
     def test_a_missing_library_names_the_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "httpx", None)
-        monkeypatch.delitem(sys.modules, "dllm.client", raising=False)
-        monkeypatch.delattr(dllm, "client", raising=False)
+        monkeypatch.delitem(sys.modules, "dllm.serving.client", raising=False)
+        monkeypatch.delattr("dllm.serving.client", raising=False)
         refused(chat("Hi\n", "server=http://x"), "pip install 'dllm-samplers[serve]'")
 
 

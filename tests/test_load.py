@@ -28,11 +28,11 @@ from fake_server import FakeServer, serving
 
 pytest.importorskip("httpx")
 
-from dllm.bench import load
-from dllm.bench.load import Load, Plan, Record, Target, arrivals, summarise
-from dllm.client import ServerError
 from dllm.scripts import bench_serve
 from dllm.scripts.app import rewrite
+from dllm.serving import load
+from dllm.serving.client import ServerError
+from dllm.serving.load import Load, Plan, Record, Target, arrivals, summarise
 
 FULL = {"error": {"message": "the queue is full"}}
 

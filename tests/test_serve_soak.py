@@ -30,7 +30,7 @@ httpx = pytest.importorskip("httpx")
 for needed in ("fastapi", "prometheus_client", "uvicorn"):
     pytest.importorskip(needed)
 
-from dllm.client import Reader, ServerError  # noqa: E402
+from dllm.serving.client import Reader, ServerError  # noqa: E402
 from serve_rig import serving  # noqa: E402
 
 SECONDS = float(os.environ.get("DLLM_SOAK_SECONDS", "8"))

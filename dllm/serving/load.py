@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeAlias
 import httpx
 import numpy as np
 
-from dllm.client import Reader, ServerError, describe, model_of, refusal, request, settings_of
+from dllm.serving.client import Reader, ServerError, describe, model_of, refusal, request, settings_of
 
 Asked: TypeAlias = str | Sequence[Mapping[str, Any]]
 _QUANTILES = (50, 95, 99)

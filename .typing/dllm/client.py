@@ -1,1 +1,0 @@
-../../dllm/client.py
