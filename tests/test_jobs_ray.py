@@ -68,7 +68,7 @@ class TestActors:
     @pytest.mark.usefixtures("cluster")
     def test_a_refusal_of_an_actor_is_one_line(self, source: Path, tmp_path: Path) -> None:
         result = command("generate", *kills.arguments(source, tmp_path / "out", "engine=ray", "gen_length=1000"))
-        assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
+        assert (result.code, result.err.count("\n")) == (2, 1)  # Ray may tell of an actor that died, on stdout
         assert "gen_length=1000" in result.err
         assert not (tmp_path / "out").exists()
 
