@@ -132,6 +132,7 @@ class EngineLoop:
         self.ready = False
         self._on_end: Callable[[], None] = lambda: None
         self._thread = Thread(target=self._run, name="dllm-engine", daemon=True)
+        metrics.watch(lambda: self.waiting)
 
     def start(self, on_end: Callable[[], None] = lambda: None) -> None:
         """Begin; `on_end` is called from the thread when it ends."""
@@ -186,10 +187,6 @@ class EngineLoop:
         with self._changed:
             self._until = min(self._until, time.monotonic() + seconds)
             self._changed.notify()
-
-    def join(self, seconds: float | None = None) -> None:
-        """Wait for the end."""
-        self._thread.join(seconds)
 
     def _retry_after(self) -> int:
         mean = self.metrics.mean_seconds
@@ -283,7 +280,13 @@ class EngineLoop:
         for event in step:
             if event.id not in room.tickets:
                 continue
-            room.tickets[event.id].follow(event)
+            ticket = room.tickets[event.id]
+            try:
+                ticket.follow(event)
+            except Exception as error:  # noqa: BLE001  # what one client asked to be told must not end the others
+                room.drop(ticket)
+                self._end(ticket, Failure(500, f"the answer cannot be told: {first_line(error)}"))
+                continue
             if event.answer is not None:
                 self._end(room.tickets.pop(event.id), None)
         room.used = time.monotonic()
