@@ -9,6 +9,7 @@ from copy import deepcopy
 from dataclasses import is_dataclass
 from functools import cache
 from importlib import import_module, resources
+from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
@@ -20,6 +21,7 @@ TARGET = "_target_"
 CALIBRATION, CALIBRATED = "calibration", "dllm.samplers.Calibrated"
 _CLASS = TypeVar("_CLASS", bound=type)
 _REGISTERED: dict[str, type] = {}
+_FOLDERS: list[Any] = [resources.files("dllm.conf")]  # where the choices of config groups are found
 
 
 def register(cls: _CLASS) -> _CLASS:
@@ -37,16 +39,26 @@ def register(cls: _CLASS) -> _CLASS:
     return cls
 
 
+def search_also(*folders: Path) -> None:
+    """Find the choices of config groups in these folders, too, which are laid out like conf/: what --config-dir does.
+
+    Args:
+        folders: replace those of an earlier call.
+    """
+    _FOLDERS[1:] = folders
+    sources.cache_clear()
+    merged.cache_clear()
+
+
 def names(group: str) -> list[str]:
     """The choices of a config group, such as "sampler" or "cache"."""
-    folder = resources.files("dllm.conf") / group
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(each.name.removesuffix(".yaml") for each in _listed(group) if each.name.endswith(".yaml"))
 
 
 def variants(group: str) -> list[str]:
     """Variants of the choices with other options, in subfolders of a group, such as "tiny/threshold"."""
-    entries = (resources.files("dllm.conf") / group).iterdir()
-    return sorted(f"{each.name}/{name}" for each in entries if each.is_dir() for name in names(f"{group}/{each.name}"))
+    folders = {each.name for each in _listed(group) if each.is_dir()}
+    return sorted(f"{folder}/{name}" for folder in folders for name in names(f"{group}/{folder}"))
 
 
 def resolve(group: str, value: Any, protocol: type, parameter: str | None = None) -> Any:
@@ -183,13 +195,18 @@ def options_of(group: str, name: str, parameter: str | None = None) -> dict[str,
 
 def text(file: str) -> str:
     """What a YAML of conf/ says, named by its path there without ending."""
-    return (resources.files("dllm.conf") / f"{file}.yaml").read_text(encoding="utf-8")
+    found = next((path for each in _FOLDERS if (path := each / f"{file}.yaml").is_file()), None)
+    return (found or _FOLDERS[0] / f"{file}.yaml").read_text(encoding="utf-8")
 
 
 def defaults_list(file: str) -> list[Any]:
     """What a YAML of conf/ is composed of: paths of others, and `{GROUP: CHOICE}` for groups."""
     found: Any = OmegaConf.to_container(OmegaConf.create(text(file)))
     return list(found.get("defaults", []))
+
+
+def _listed(group: str) -> list[Any]:
+    return [entry for each in _FOLDERS if (folder := each / group).is_dir() for entry in folder.iterdir()]
 
 
 @cache

@@ -32,7 +32,7 @@ import dllm
 from dllm.checks import Notice, first_line, is_text, naming, renamed
 from dllm.escape import brief
 from dllm.files import parse_json
-from dllm.resolve import names, variants
+from dllm.resolve import names, search_also, variants
 from dllm.scripts import flags, torchrun, usage, yaml_files
 from dllm.scripts.ending import fail, leave_quietly, line
 from dllm.scripts.kinds import check_kinds
@@ -247,6 +247,7 @@ def rewrite(arguments: Sequence[str], config_name: str) -> list[str]:
             raise ValueError(f"{shown} is not valid UTF-8; give UTF-8")
     # Hydra's parser accepts no options before a flag.
     given, options = flags.split(arguments)
+    search_also(*(Path(flag.partition("=")[2]) for flag in given if flag.startswith(("--config-dir=", "-cd="))))
     if config_name in _POSITIONAL:
         options = _named(options, _POSITIONAL[config_name])
     groups = usage.groups(config_name)

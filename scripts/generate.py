@@ -205,6 +205,7 @@ class Session:
         options = self.options | {"seed": [self.options["seed"] + question.seed for question in left]}
         measured: list[Measurement] = []
         busy: list[float] = []
+        costs: list[tuple[int, int]] = []  # tokens and forwards of each answer
 
         def callback(step: Step) -> None:
             measured.extend(step.drift)
@@ -224,10 +225,14 @@ class Session:
                 identity.check_weights(self.lm, read)
                 shown = ("text", "tokens", "nfe", "guide_nfe")
                 answers.add({"id": name, **{field: getattr(answer, field) for field in shown}})
+                costs.append((answer.tokens, answer.nfe))
                 advance(name)
         answers.verify()
         if (drift := summarise(measured, seconds=0.0)) is not None:
             print(_summary(drift))
+        if costs:
+            tokens, forwards = map(sum, zip(*costs, strict=True))
+            print(f"NFE {forwards / len(costs):.1f} per answer, {tokens / forwards:.2f} tokens per forward (TPF)")
         print(f"{len(busy)} steps, row slots busy {sum(busy) / len(busy):.1%}")
 
     def _encode(self, prompts: Sequence[tuple[str, str | list[Mapping[str, Any]]]]) -> list[list[int]]:

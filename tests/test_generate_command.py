@@ -195,7 +195,9 @@ class TestFile:
                 "guide_nfe": 0,
             }  # fmt: skip
         assert result.code == 0
-        busy, told = result.out.splitlines()
+        cost, busy, told = result.out.splitlines()
+        forwards, tokens = expected.nfe.sum().item(), sum(answer["tokens"] for answer in answers.values())
+        assert cost == f"NFE {forwards / 9:.1f} per answer, {tokens / forwards:.2f} tokens per forward (TPF)"
         assert re.fullmatch(r"\d+ steps, row slots busy \d+\.\d%", busy)
         assert told == f"9 of 9 answers are in {output}"
         assert [line.split("  ")[0] for line in result.err.splitlines()] == [f"{n}/9" for n in range(1, 10)]
