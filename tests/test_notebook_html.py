@@ -88,10 +88,8 @@ class TestGeneration:
 
     def test_early_and_late_tokens_differ_in_colour_and_the_legend_says_how(self, result: dllm.Generation) -> None:
         page = shown_by(result)
-        first, last = (
-            f"background:#{red:02x}{green:02x}{blue:02x}"
-            for red, green, blue in np.array(RAMPS["commit_step"])[[0, -1]]
-        )
+        ends = RAMPS["commit_step"][0], RAMPS["commit_step"][-1]
+        first, last = ("background:#" + bytes(colour).hex() for colour in ends)
         assert sum(style.startswith(first) for style in page.styles()) == 2
         assert sum(style.startswith(last) for style in page.styles()) == 2
         assert page.text.strip().endswith("last")
