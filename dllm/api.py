@@ -12,6 +12,7 @@ import torch
 
 from dllm.cache.base import Cache
 from dllm.decoding.engine import Engine, check_model
+from dllm.decoding.html import Vocabulary
 from dllm.decoding.options import Options, eos_ids, make_request, parse_options, seeds
 from dllm.decoding.prompts import Mask, Prompts, encode
 from dllm.decoding.request import Request
@@ -232,6 +233,7 @@ def _answers(engine: Engine, callback: Callback | None) -> Iterator[Answer]:
 def _frames(requests: Sequence[Request], engine: Engine) -> Iterator[Frame]:
     """Decode everything, yielding all canvases after each step."""
     mask = engine.lm.backbone.mask_token_id
+    vocabulary = Vocabulary(engine.lm.tokenizer, mask, requests[0].eos_token_ids)
     tokens = padded([request.tokens for request in requests], requests[0].eos_token_ids[0], left=True)
     nfe, errors = np.zeros(len(tokens), dtype=np.int64), dict.fromkeys(range(len(tokens)))
     with engine:
@@ -248,6 +250,7 @@ def _frames(requests: Sequence[Request], engine: Engine) -> Iterator[Frame]:
                 nfe=torch.from_numpy(nfe.copy()),
                 drift=step.drift,
                 errors=tuple(errors.values()),
+                vocabulary=vocabulary,
             )
     _check_answered(errors)
 

@@ -32,7 +32,7 @@ from dllm.escape import markdown
 from dllm.models.checkpoint import DTYPES
 from dllm.models.loading import find_device
 from dllm.models.packed import pack
-from dllm.progress import progress_bar
+from dllm.progress import progress_bar, watched
 from dllm.resolve import TARGET, build, options_of
 from dllm.samplers.base import Sampler
 from dllm.scripts import app, own
@@ -179,7 +179,7 @@ def _measure(
     console = Console(stderr=True)
     steps = cfg.gen_length if cfg.steps is None else cfg.steps
     total = (len(settings) + len(references)) * (steps * cfg.repeats + 3)
-    with progress_bar("timing", total, console=console, show=console.is_terminal) as update:
+    with progress_bar("timing", total, console=console, show=watched(console)) as update:
         costs = run.run(settings, cfg.steps, cfg.repeats, references, partial(update, advance=1))
     for label, setting in settings.items():
         costs[label] = replace(costs[label], shares=run.shares(*setting), peak=peaks[label])

@@ -34,6 +34,7 @@ from dllm.evaluation.word_problems import Score, evaluate
 from dllm.files import expanded, is_folder, write_whole
 from dllm.models.base import MaskedDiffusionModel
 from dllm.models.loading import find_device
+from dllm.progress import watched
 from dllm.resolve import build, resolve
 from dllm.samplers.base import Sampler
 from dllm.scripts import app, training
@@ -265,7 +266,7 @@ def _measure(cfg: DictConfig, options: dict[str, Any]) -> list[str]:
     rows = ["| model | right final answers | 95% interval | NFE |", "|---|---|---|---|"]
     for name, loaded in (("before", model), ("after", model | after)):
         lm = app.load_model(loaded)
-        shown = Console(stderr=True).is_terminal
+        shown = watched(Console(stderr=True))
         score: Score = evaluate(lm, problems, sampler, cache, **options | {"progress": shown})
         low, high = score.interval
         rows.append(f"| {name} | {score.final:.1%} | {low:.1%} to {high:.1%} | {score.nfe:.2f} |")

@@ -35,7 +35,7 @@ from dllm.escape import terminal
 from dllm.evaluation.answer_manifest import AnswerManifest, describe, identify
 from dllm.evaluation.jsonl import AnswerFile, PromptLine, read_questions
 from dllm.files import is_folder
-from dllm.progress import progress_bar, progress_reports
+from dllm.progress import progress_bar, progress_reports, watched
 from dllm.resolve import build
 from dllm.samplers.base import Sampler
 from dllm.scripts import app, own
@@ -338,9 +338,9 @@ def _naming(places: Sequence[str]) -> Iterator[None]:
 
 @contextmanager
 def _progress(show: str, total: int, done: int) -> Iterator[Callable[[str | int], object]]:
-    """A progress bar on a terminal, a line for each answer elsewhere."""
+    """A progress bar on a terminal or in a notebook, a line for each answer elsewhere."""
     console = Console(stderr=True)
-    if show == "live" or (show == "auto" and console.is_terminal):
+    if show == "live" or (show == "auto" and watched(console)):
         with progress_bar("answering", total, done, console=console) as update:
             yield lambda name: update(advance=1)
     else:

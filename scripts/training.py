@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from dllm.checks import first_line, number, seed, threads
 from dllm.evaluation.claim import Claim
 from dllm.files import write_whole
-from dllm.progress import progress_bar
+from dllm.progress import progress_bar, watched
 from dllm.scripts import app, own
 from dllm.scripts.model_card import check_recipe, write_card
 from dllm.stored import misfit, there
@@ -204,9 +204,9 @@ def publish(out: Path, folder: Path, recipe: str) -> None:
 
 
 def run(trainer: Trainer, what: str) -> None:
-    """Run the remaining steps, with a progress bar on a terminal and log lines elsewhere."""
+    """Run the remaining steps, with a progress bar on a terminal or in a notebook, and log lines elsewhere."""
     cfg, console, log = trainer.cfg, Console(stderr=True), []
-    bar = progress_bar(what, cfg.steps, trainer.step, console=console, show=console.is_terminal)
+    bar = progress_bar(what, cfg.steps, trainer.step, console=console, show=watched(console))
     with _open_log(trainer) as file, bar as update:
         while trainer.step < cfg.steps:
             started = time.perf_counter()
@@ -217,7 +217,7 @@ def run(trainer: Trainer, what: str) -> None:
                 loss = torch.stack(log).mean().item()
                 log.clear()
                 update(note=f"loss {loss:.4f}")
-                if not console.is_terminal:
+                if not watched(console):
                     print(f"{trainer.step}/{cfg.steps}  loss {loss:.4f}", flush=True)
                 file.write(f"{trainer.step},{loss:.5f},{trainer.seconds:.0f}\n")
                 file.flush()

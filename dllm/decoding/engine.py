@@ -388,6 +388,7 @@ class Engine:
             looked=denoiser.looked,
             constraint_seconds=constraint_seconds,
             constraint_refusals=constraint_refusals,
+            tokenizer=self.lm.tokenizer,
         )
 
 

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from jaxtyping import Int
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
+from dllm.decoding import html
 from dllm.decoding.drift import Drift, Measurement, summarise
 from dllm.decoding.request import Request
 from dllm.decoding.step import Answer, Step
@@ -85,6 +86,7 @@ class Generation:
             `generate(lm, out.sequences, attention_mask=out.attention_mask)` continues.
         errors: reason of each failed row; None for others. A failed row has the tokens decoded so far and [MASK]
             elsewhere, and none of them count as generated.
+        vocabulary: how notebooks show the tokens; None for numbers.
     """
 
     sequences: Int[Tensor, "B L"]
@@ -96,6 +98,10 @@ class Generation:
     stats: Stats
     attention_mask: Int[Tensor, "B L"]
     errors: tuple[str | None, ...] = ()
+    vocabulary: html.Vocabulary | None = field(default=None, repr=False, compare=False)
+
+    def _repr_html_(self) -> str:
+        return html.generation(self)
 
 
 def now(device: torch.device) -> float:
@@ -212,6 +218,7 @@ def assemble(requests: Sequence[Request], tally: Tally, measuring_seconds: float
         stats=stats,
         attention_mask=torch.from_numpy(padded(real, 0, left=True)),
         errors=tuple(answer.error for answer in answers),
+        vocabulary=html.Vocabulary(requests[0].tokenizer, requests[0].mask_token_id, requests[0].eos_token_ids),
     )
 
 

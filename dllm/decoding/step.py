@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, overload
 
@@ -12,7 +12,9 @@ import torch
 from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from dllm.decoding import html
 from dllm.decoding.drift import Measurement
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.window import Change, Edit
@@ -72,6 +74,7 @@ class Frame:
         nfe: forwards so far.
         drift: approximation error of the cache, in measured forwards of this step.
         errors: why a request failed; None if it did not.
+        vocabulary: how notebooks show the tokens; None for numbers.
     """
 
     tokens: Int[Tensor, "*B L"]
@@ -81,6 +84,10 @@ class Frame:
     nfe: Int[Tensor, "*B"]
     drift: tuple[Measurement, ...] = ()
     errors: tuple[str | None, ...] = ()
+    vocabulary: html.Vocabulary | None = field(default=None, repr=False, compare=False)
+
+    def _repr_html_(self) -> str:
+        return html.frame(self)
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,7 @@ class Event:
             nfe=torch.from_numpy(step.nfe)[self.entry],
             drift=tuple(mine for each in step.drift if (mine := each.where(each.ids == self.id)).ids.size),
             errors=(None if self.answer is None else self.answer.error,),
+            vocabulary=step.vocabulary(self.entry),
         )
 
 
@@ -142,6 +150,7 @@ class Step(Sequence[Event]):
         looked: the entries and columns, (A, L), that each forward computed.
         constraint_seconds: wall time of holding answers to their formats, part of `seconds`.
         constraint_refusals: tokens that were not written for that reason.
+        tokenizer: of the model; None without one.
     """
 
     ids: NDArray[np.int64]
@@ -164,6 +173,7 @@ class Step(Sequence[Event]):
     looked: Sequence[tuple[NDArray[np.int64], NDArray[np.bool_]]]
     constraint_seconds: float = 0.0
     constraint_refusals: int = 0
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -186,6 +196,11 @@ class Step(Sequence[Event]):
     def finished(self) -> int:
         """Number of requests that this step finished."""
         return len(self.change.finished)
+
+    def vocabulary(self, entry: int) -> html.Vocabulary:
+        """What the token ids of an entry mean."""
+        ends = tuple(int(token) for token in self.ends[entry] if token >= 0)
+        return html.Vocabulary(self.tokenizer, self.mask_token_id, ends)
 
     @cached_property
     def provisional(self) -> NDArray[np.int64]:

@@ -107,7 +107,7 @@ def follow(
     Raises:
         ValueError: a request fails.
     """
-    clock, notes = Clock(engine.lm.device), {number: _Notes() for number in range(len(requests))}
+    clock, notes = Clock(engine.lm.device), {number: Notes() for number in range(len(requests))}
     for step in _steps(engine):
         written = step.tokens == step.predicted
         sure = np.where(written, step.confidence, np.nan)  # not the probability of another token
@@ -129,7 +129,7 @@ def _steps(engine: Engine) -> Iterator[Step]:
         yield from engine.steps()
 
 
-class _Notes:
+class Notes:
     """Data of a request beyond its answer."""
 
     def __init__(self) -> None:
@@ -146,6 +146,11 @@ class _Notes:
             for name, *values in zip(each.ids, each.kv_error, each.kl, each.flips, each.asked, strict=True):
                 if name == step.ids[entry]:
                     self._drift.append([float(value) for value in values])
+
+    def confidences(self, length: int) -> list[float | None]:
+        """The confidence of each token of an answer; None where unknown."""
+        assert self._confidence is not None
+        return [None if np.isnan(value) else round(float(value), 6) for value in self._confidence[-length:]]
 
     def trace(self, step: Step, entry: int, own: slice, prompt: int) -> None:
         """Record a step."""
@@ -165,13 +170,11 @@ class _Notes:
         """The record of a finished request."""
         stops, ends = (*request.until, *decoded.stops), decoded.eos_token_ids
         text, tokens = cut(decoded.tokenizer, np.array(answer.completion), stops, ends)
-        assert self._confidence is not None
-        confidence = self._confidence[-len(answer.completion) :]
         same = {name: value for name, value in vars(answer).items() if name in Record.__dataclass_fields__}
         return Record(
             **same | {"text": text, "tokens": tokens},
             id=request.id,
-            confidence=[None if np.isnan(value) else round(float(value), 6) for value in confidence],
+            confidence=self.confidences(len(answer.completion)),
             peak_memory=clock.peak_memory(),
             drift=self._drift,
         )

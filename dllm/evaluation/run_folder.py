@@ -24,7 +24,7 @@ from dllm.decoding.result import padded
 from dllm.evaluation.metrics import COSTS, cost, quality, speedup
 from dllm.evaluation.records import Record
 from dllm.evaluation.runner import BASELINES, Runner
-from dllm.evaluation.trace import Trace
+from dllm.evaluation.trace import Trace, words_of
 from dllm.files import check_kept, read_json, write_json, write_whole
 from dllm.models.loading import LanguageModel
 from dllm.samplers.base import Policy
@@ -268,10 +268,6 @@ def trace(runner: Runner, records: Sequence[Record]) -> Trace:
     backbone, tokenizer = runner.lm.backbone, runner.lm.tokenizer
     eos = runner.eos_token_ids
     frames = tuple(runner.frames(records))
-    used = {token for record in records for token in record.completion} | {backbone.mask_token_id}
-    for each in frames:
-        for tokens in (each.prompt, each.canvas, each.predicted, each.drafted):
-            used |= set(np.unique(tokens).tolist())
     lengths = tuple(len(record.completion) for record in records)
     return Trace(
         ids=tuple(record.id for record in records),
@@ -279,7 +275,7 @@ def trace(runner: Runner, records: Sequence[Record]) -> Trace:
         commit_step=padded([record.commit_step for record in records], -1),
         confidence=padded([record.confidence for record in records], np.nan, np.float32),
         frames=frames,
-        words={} if tokenizer is None else {token: str(tokenizer.decode([token])) for token in sorted(used)},
+        words=words_of(tokenizer, [record.completion for record in records], frames, backbone.mask_token_id),
         mask_token_id=backbone.mask_token_id,
         eos_token_ids=eos,
         lengths=lengths if len(set(lengths)) > 1 else (),

@@ -16,8 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialise
+from transformers import PreTrainedTokenizerBase
 
 from dllm.decoding.result import padded
+from dllm.evaluation import trace_html
 from dllm.evaluation.packing import compact_json, flags, held, joined, small, split, spread, with_sorted_header
 from dllm.files import parse_json, write_whole
 from dllm.stored import misfit
@@ -97,6 +99,9 @@ class Trace:
     eos_token_ids: tuple[int, ...]
     lengths: tuple[int, ...] = ()
 
+    def _repr_html_(self) -> str:
+        return trace_html.table(self)
+
     def save(self, path: Path) -> None:
         """Write the file atomically; equal content gives equal bytes.
 
@@ -135,6 +140,22 @@ class Trace:
             return _trace(metadata, tensors)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
             raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); {again}") from None
+
+
+def words_of(
+    tokenizer: PreTrainedTokenizerBase | None,
+    completions: Sequence[Sequence[int]],
+    frames: Sequence[Frames],
+    mask_token_id: int,
+) -> dict[int, str]:
+    """The text of each token that occurs; {} without a tokenizer."""
+    if tokenizer is None:
+        return {}
+    used = {token for completion in completions for token in completion} | {mask_token_id}
+    for each in frames:
+        for tokens in (each.prompt, each.canvas, each.predicted, each.drafted):
+            used |= set(np.unique(tokens).tolist())
+    return {token: str(tokenizer.decode([token])) for token in sorted(used)}
 
 
 def _metadata(trace: Trace) -> dict[str, str]:

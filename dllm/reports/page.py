@@ -18,10 +18,11 @@ import numpy as np
 from markupsafe import Markup
 
 from dllm.checks import Notice
+from dllm.colours import RAMPS
 from dllm.escape import terminal
 from dllm.evaluation.trace import Frames, Trace
 from dllm.reports import plots, table
-from dllm.reports.player import RAMPS, word
+from dllm.reports.player import word
 from dllm.reports.runs import Group, MeasuredRun, Sweep
 
 _MOST = 2_000_000  # maximum characters of the samples of a run

@@ -10,16 +10,11 @@ from numpy.typing import NDArray
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from dllm.colours import is_bright, shade
 from dllm.escape import terminal
 from dllm.evaluation.trace import Frames, Trace
 
 Colour = Literal["commit_step", "confidence"]
-# From first to last step, and from low to high confidence; safe for colour-blind readers and print.
-RAMPS: dict[str, tuple[tuple[int, int, int], ...]] = {
-    "commit_step": ((61, 38, 120), (42, 100, 158), (31, 150, 139), (122, 200, 88), (240, 222, 70)),
-    "confidence": ((196, 62, 30), (236, 154, 76), (232, 222, 196), (120, 178, 214), (33, 102, 172)),
-}
-UNKNOWN = (136, 136, 136)
 OPEN, GUESS, PROMPT = "dim", "dim italic", "cyan"
 ACCEPTED, REJECTED = "bold underline", "strike red"
 
@@ -124,18 +119,6 @@ def line(trace: Trace, sample: int, step: int) -> str:
     return f"{step + 1:4d}  NFE {now.nfe:4d}  {words}"
 
 
-def shade(colour: str, share: float) -> tuple[int, int, int]:
-    """The colour of a value from 0 to 1; grey if unknown."""
-    if np.isnan(share):
-        return UNKNOWN
-    ramp = RAMPS[colour]
-    place = min(max(share, 0.0), 1.0) * (len(ramp) - 1)
-    low = min(int(place), len(ramp) - 2)
-    # Round half up, as in the page.
-    red, green, blue = (int(a + (b - a) * (place - low) + 0.5) for a, b in zip(ramp[low], ramp[low + 1], strict=True))
-    return red, green, blue
-
-
 def _canvas(trace: Trace, now: Moment, colour: Colour, steps: int) -> Text:
     text = Text()
     for place, token in enumerate(now.tokens):
@@ -155,8 +138,7 @@ def _canvas(trace: Trace, now: Moment, colour: Colour, steps: int) -> Text:
 
 def _cell(colour: tuple[int, int, int]) -> str:
     """Black or white, whichever is legible on a colour."""
-    bright = sum(weight * part for weight, part in zip((0.299, 0.587, 0.114), colour, strict=True)) > 140
-    return f"{'black' if bright else 'white'} on rgb({','.join(map(str, colour))})"
+    return f"{'black' if is_bright(colour) else 'white'} on rgb({','.join(map(str, colour))})"
 
 
 def _legend(colour: Colour) -> Text:

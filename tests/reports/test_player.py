@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.segment import Segment
 from rich.style import Style
 
+from dllm.colours import RAMPS, UNKNOWN, shade
 from dllm.evaluation.trace import Frames, Trace
-from dllm.reports.player import OPEN, RAMPS, UNKNOWN, draw, line, moment, shade, word
+from dllm.reports.player import OPEN, draw, line, moment, word
 from report_rig import EOS, MASK, trace
 
 HE, HAS, STOP = 2, 3, 4

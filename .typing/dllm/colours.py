@@ -1,0 +1,1 @@
+../../dllm/colours.py
