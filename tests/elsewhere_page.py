@@ -14,6 +14,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,20 +73,21 @@ class Row:
         return name in call.given and other and self.applies(call, defaults)
 
 
-class Section(NamedTuple):
+@dataclass(frozen=True)
+class Section:
     """A part of the page: its rows, and its fenced blocks as (language, text)."""
 
     rows: list[Row]
     blocks: list[tuple[str, str]]
     text: str
 
-    @property
+    @cached_property
     def defaults(self) -> dict[str, Any]:
         """What the other code takes for what it is not given."""
         named = [(row.theirs[0].partition("=")[0], row.default) for row in self.rows if row.theirs and row.default]
         return {name: literal(value) for name, value in reversed(named)}
 
-    @property
+    @cached_property
     def names(self) -> set[str]:
         """Every option of the other code that a row names."""
         return {each.partition("=")[0] for row in self.rows for each in row.theirs}
@@ -118,6 +120,7 @@ def _filled(text: str, values: Mapping[str, Any]) -> str:
     return re.sub(r"<([\w.]+)>", lambda found: str(values[found[1]]), text)
 
 
+@cache
 def literal(text: str) -> Any:
     """A value as Python or YAML writes it."""
     try:
@@ -126,6 +129,7 @@ def literal(text: str) -> Any:
         return yaml.safe_load(text)
 
 
+@cache
 def setting(text: str) -> Any:
     """A value as a command takes it."""
     return OverridesParser.create().parse_override(f"x={text}").value()
