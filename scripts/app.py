@@ -50,6 +50,8 @@ _PATHS = (
     "model.adapter",
     "path",
     "folder",
+    "runs",
+    "cards",
     "quality",
     "task.metric",
 )

@@ -17,6 +17,7 @@ COMMANDS = (
     "evaluate",
     "calibrate",
     "report",
+    "results",
     "show",
     "bench",
     "bench-serve",
