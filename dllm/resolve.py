@@ -12,7 +12,7 @@ from importlib import import_module, resources
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
+import yaml
 
 from dllm.checks import known, naming
 
@@ -94,6 +94,8 @@ def build(place: str, options: Any, protocol: type) -> Any:
     Raises:
         ValueError: a class that may not be named, an option it does not have, or what the class refuses.
     """
+    from omegaconf import OmegaConf  # slow import: help and completion need names alone
+
     fields: Any = OmegaConf.to_container(options, resolve=True) if OmegaConf.is_config(options) else options
     if isinstance(fields, Mapping) and CALIBRATION in fields and fields.get(TARGET) != CALIBRATED:
         base = {name: value for name, value in fields.items() if name != CALIBRATION}
@@ -201,8 +203,7 @@ def text(file: str) -> str:
 
 def defaults_list(file: str) -> list[Any]:
     """What a YAML of conf/ is composed of: paths of others, and `{GROUP: CHOICE}` for groups."""
-    found: Any = OmegaConf.to_container(OmegaConf.create(text(file)))
-    return list(found.get("defaults", []))
+    return list(yaml.safe_load(text(file)).get("defaults", []))
 
 
 def _listed(group: str) -> list[Any]:
@@ -221,5 +222,7 @@ def sources(file: str) -> tuple[str, ...]:
 @cache
 def merged(file: str) -> dict[str, Any]:
     """The options of a YAML of conf/, with those that it includes; groups that a user chooses are left out."""
+    from omegaconf import OmegaConf
+
     found: Any = OmegaConf.to_container(OmegaConf.merge(*map(OmegaConf.create, sources(file))))
     return {name: value for name, value in found.items() if name not in ("defaults", "hydra")}

@@ -37,28 +37,8 @@ from dllm.scripts import flags, torchrun, usage, yaml_files
 from dllm.scripts.ending import fail, leave_quietly, line
 from dllm.scripts.kinds import check_kinds
 
-# Options whose values are quoted for Hydra, so that commas, "?" and "=" in them are literal.
-_PATHS = (
-    "input",
-    "output",
-    "picture",
-    "out",
-    "init",
-    "publish",
-    "data",
-    "model.path",
-    "model.adapter",
-    "path",
-    "folder",
-    "quality",
-    "task.metric",
-)
 # Options that are text, whatever it looks like.
 _TEXTS = ("server", "api_key")
-# Groups that accept other names than their choices: the choice for these, and its option that takes the name.
-_OTHERS = {"model": ("custom", "path"), "task": ("lm_eval", "name")}
-# The option of a positional argument.
-_POSITIONAL = {"report": "folder", "show": "path"}
 _DEEPEST = 20  # Hydra's parser is recursive
 _MOST_ENTRIES = 1000  # and quadratic in the length of a list
 _MOST_JOBS = 10_000
@@ -122,9 +102,6 @@ def run(task: Callable[[DictConfig], Any], config_name: str, kinds: Mapping[str,
     sys.set_int_max_str_digits(_DIGITS)
     try:
         arguments = rewrite(sys.argv[1:], config_name)
-        if {"-h", "--help"} & set(arguments):
-            print(usage.describe(config_name, arguments))
-            return
         sys.argv = [command, *arguments]
         with _notices(command), _package(arguments):
             hydra.main(version_base="1.3", config_path="pkg://dllm.conf", config_name=config_name)(guarded)()
@@ -195,7 +172,7 @@ def _fields(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _refuse_empty(fields: Mapping[str, Any]) -> None:
-    for option in _PATHS:
+    for option in flags.PATHS:
         value = _value(fields, option)
         if value == "":
             raise ValueError(f"{option}='' is empty; give a value, or leave it out")
@@ -248,8 +225,8 @@ def rewrite(arguments: Sequence[str], config_name: str) -> list[str]:
     # Hydra's parser accepts no options before a flag.
     given, options = flags.split(arguments)
     search_also(*(Path(flag.partition("=")[2]) for flag in given if flag.startswith(("--config-dir=", "-cd="))))
-    if config_name in _POSITIONAL:
-        options = _named(options, _POSITIONAL[config_name])
+    if config_name in flags.POSITIONAL:
+        options = _named(options, flags.POSITIONAL[config_name])
     groups = usage.groups(config_name)
     multirun = not {"-m", "--multirun"}.isdisjoint(given)
     written = [part for option in options for part in _rewrite_one(option, groups, multirun)]
@@ -294,14 +271,14 @@ def _rewrite_one(argument: str, groups: Mapping[str, Any], multirun: bool) -> li
         raise ValueError(f"unknown option {argument!r}; options are written name=value, and {_LISTED}")
     if len(name) > _LONGEST_NAME:
         raise ValueError(f"unknown option {name!r}; {_LISTED}")
-    if name in groups and name not in _OTHERS and len(value) > _LONGEST_NAME and not multirun:
+    if name in groups and name not in flags.OTHERS and len(value) > _LONGEST_NAME and not multirun:
         raise ValueError(f"unknown {name}={value!r}; expected one of {', '.join(names(name))}")
     if name.startswith("hydra.") and "_target_" in argument:
         raise ValueError(f"{argument!r} names code to run; choose with hydra/launcher=NAME or hydra/sweeper=NAME")
-    if name in groups and name in _OTHERS:
+    if name in groups and name in flags.OTHERS:
         paths, known = _pieces(value) if multirun else [value], names(name)
         if not set(paths) <= set(known):
-            choice, option = _OTHERS[name]
+            choice, option = flags.OTHERS[name]
             if name == "task" and (both := sorted(set(paths) & set(known))):
                 raise ValueError(f"{argument!r} mixes {both[0]} with others; give {name}={both[0]} a sweep of its own")
             argument = ",".join(map(_quote, paths))
@@ -316,7 +293,7 @@ def _rewrite_one(argument: str, groups: Mapping[str, Any], multirun: bool) -> li
     if name == "stop" and value != "null":
         return [f"{key}={_strings(value)}"]
     _refuse_resolvers(name, value)
-    is_path = name in _PATHS or (name == "response_format" and not multirun and not value.startswith("{"))
+    is_path = name in flags.PATHS or (name == "response_format" and not multirun and not value.startswith("{"))
     if not is_path or value == "null":
         if (depth := _depth(value)) > _DEEPEST:
             raise ValueError(f"{key} is nested too deep ({depth} brackets in each other); give a plainer value")
@@ -341,7 +318,7 @@ def _pieces(value: str) -> list[str]:
 
 def option_of(group: str) -> str:
     """What the user wrote to select the model or task: the group, or its option for other names."""
-    option = f"{group}.{_OTHERS[group][1]}"
+    option = f"{group}.{flags.OTHERS[group][1]}"
     overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     # A group that took another name than its choices was rewritten with "++".
     return option if any(re.match(rf"\+?{re.escape(option)}=", each) for each in overrides) else group
@@ -408,7 +385,7 @@ def argument(name: str, value: Any) -> str:
     """NAME=VALUE as a user types it: the inverse of `rewrite`."""
     if name == "stop" and value is not None:
         return f"{name}={json.dumps(value)}"
-    return f"{name}={value if isinstance(value, str) and name in (*_PATHS, *_TEXTS) else _spelt(value)}"
+    return f"{name}={value if isinstance(value, str) and name in (*flags.PATHS, *_TEXTS) else _spelt(value)}"
 
 
 def _spelt(value: Any) -> str:
@@ -473,7 +450,7 @@ def _value(fields: Any, option: str) -> Any:
 
 def _option_of_file(file: Any, fields: Mapping[str, Any]) -> str | None:
     """The option that names a file or its folder; of several the most specific one."""
-    given = {option: _value(fields, option) for option in _PATHS}
+    given = {option: _value(fields, option) for option in flags.PATHS}
     found = [option for option, value in given.items() if value and isinstance(value, str) and _within(file, value)]
     return max(found, key=lambda option: len(given[option]), default=None)
 

@@ -52,17 +52,27 @@ def main() -> None:
 
 def calibrate(cfg: DictConfig) -> None:
     """Test the values of a knob from safe to fast, and write the card of the fastest certified one."""
+    certify(cfg, HydraConfig.get().runtime.choices)
+
+
+def certify(cfg: DictConfig, chosen: Mapping[str, Any]) -> None:
+    """The same for named choices.
+
+    Args:
+        cfg: the configuration of `dllm calibrate`.
+        chosen: names of the sampler and the cache.
+    """
     fields: Any = OmegaConf.to_container(cfg, resolve=True)
-    knob, values = _check(fields)
+    knob, values = _check(fields, str(chosen["sampler"]))
     out = Path(fields["out"])
     card_file, plot_file = out / "calibration.json", out / "calibration.svg"
     own.check("out", fields["out"], {card_file: own.CALIBRATION, plot_file: own.CERTIFICATE})
     _check_card(fields, knob, card_file)
-    runs = _Runs(cfg, fields)
+    runs = _Runs(cfg, fields, chosen)
     with evaluate.limited_threads(fields["threads"]):
         base = runs.scores({**options_of("sampler", "vanilla"), CALIBRATION: None}, "vanilla")
         tests: list[dict[str, Any]] = []
-        named = str(HydraConfig.get().runtime.choices["sampler"])
+        named = str(chosen["sampler"])
 
         def losses(value: float) -> NDArray[np.float64]:
             scores = runs.scores(with_option("sampler", fields["sampler"], knob, value), named, f"{knob}={value!r}")
@@ -84,10 +94,11 @@ class _Runs:
     Args:
         cfg: of the command.
         fields: the same as a dictionary.
+        chosen: names of the sampler and the cache.
     """
 
-    def __init__(self, cfg: DictConfig, fields: Mapping[str, Any]) -> None:
-        self._cfg, self._fields = cfg, fields
+    def __init__(self, cfg: DictConfig, fields: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
+        self._cfg, self._fields, self._chosen = cfg, fields, chosen
         self._weights: list[dict[str, Any]] = []
         self.first: dict[str, Any] = {}
         self.last: dict[str, Any] = {}
@@ -106,7 +117,7 @@ class _Runs:
         ours = ("knob", "values", "loss", "delta")
         fields = {key: value for key, value in self._fields.items() if key not in ours} | _UNUSED
         fields |= {"sampler": dict(sampler), "objective": ["accuracy"]}
-        chosen = {**HydraConfig.get().runtime.choices, "sampler": name}
+        chosen = {**self._chosen, "sampler": name}
         cache = "" if chosen["cache"] == "none" else f" + {chosen['cache']}"
         self.last, folder = evaluate.run(
             OmegaConf.create(fields), fields, " ".join(filter(None, (name, setting))) + cache, chosen
@@ -161,7 +172,7 @@ class _Runs:
         )
 
 
-def _check(fields: Mapping[str, Any]) -> tuple[str, Sequence[float]]:
+def _check(fields: Mapping[str, Any], called: str) -> tuple[str, Sequence[float]]:
     """The knob and its values; bad options are rejected before the model is loaded."""
     for name in ("loss", "delta"):
         number(name, fields[name], "a number above 0 and below 1", above=0, high=1 - 1e-12)
@@ -173,7 +184,7 @@ def _check(fields: Mapping[str, Any]) -> tuple[str, Sequence[float]]:
     usual: Knob | None = getattr(sampler, "knob", None)
     if fields["knob"] is None and usual is None:
         raise ValueError(
-            f"sampler={_name()} has no knob of its own; give knob= one of its options, and values= from safe to fast"
+            f"sampler={called} has no knob of its own; give knob= one of its options, and values= from safe to fast"
         )
     knob = str(usual.name if fields["knob"] is None and usual is not None else fields["knob"])
     if knob not in (given := option_names("sampler", fields["sampler"])):
@@ -219,10 +230,6 @@ def _check_card(fields: Mapping[str, Any], knob: str, file: Path) -> None:
             raise ValueError(
                 f"out={fields['out']!r} holds a card of another {name} ({made}); give another out, or remove {file}"
             )
-
-
-def _name() -> str:
-    return str(HydraConfig.get().runtime.choices["sampler"])
 
 
 def _paired(base: Mapping[str, float], other: Mapping[str, float]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

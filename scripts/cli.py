@@ -17,6 +17,7 @@ COMMANDS = (
     "evaluate",
     "calibrate",
     "report",
+    "results",
     "show",
     "bench",
     "bench-serve",
@@ -27,7 +28,10 @@ COMMANDS = (
     "adapt",
 )
 # Commands without Hydra options, with their summaries.
-OTHERS = {"lm-eval": "The command line of lm-evaluation-harness, with these models as `--model dllm`."}
+OTHERS = {
+    "lm-eval": "The command line of lm-evaluation-harness, with these models as `--model dllm`.",
+    "completion": "Completion of commands, options and values in bash, zsh and fish.",
+}
 
 
 def main(command: str | None = None) -> None:
@@ -75,8 +79,25 @@ def _dispatch(command: str, given: list[str]) -> None:
     else:
         sys.argv = [f"dllm {command}", *given]
         with working(), torchrun.together(sys.argv[0]):
-            application = importlib.import_module(f"dllm.scripts.{_module(command)}")
+            if _helped(command, given):
+                return
+            application = importlib.import_module(f"dllm.scripts.{module(command)}")
             application.main()
+
+
+def _helped(command: str, given: list[str]) -> bool:
+    """Print the help of a command, if it is asked for, without the imports of the command."""
+    if command not in COMMANDS or {"-h", "--help"}.isdisjoint(given):
+        return False
+    from dllm.scripts import usage
+
+    try:
+        text = usage.asked(module(command), given)
+    except ValueError as error:
+        fail(f"dllm {command}", str(error))
+    if text is not None:
+        print(text)
+    return text is not None
 
 
 def _help() -> str:
@@ -88,7 +109,7 @@ def _help() -> str:
         "",
         "usage: dllm COMMAND [option=value ...]",
         "",
-        *(f"  {name:<{width}}  {summary(_module(name))}" for name in COMMANDS),
+        *(f"  {name:<{width}}  {summary(module(name))}" for name in COMMANDS),
         *(f"  {name:<{width}}  {purpose}" for name, purpose in OTHERS.items()),
         "",
         "dllm COMMAND --help lists a command's options and groups; dllm --version prints the version.",
@@ -96,7 +117,8 @@ def _help() -> str:
     return "\n".join(lines)
 
 
-def _module(command: str) -> str:
+def module(command: str) -> str:
+    """The module, and the YAML, of a command."""
     return command.replace("-", "_")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -19,7 +19,34 @@ _SHORT = {
     "-sc": "--shell-completion", "-cp": "--config-path", "-cn": "--config-name", "-cd": "--config-dir",
 }  # fmt: skip
 GROUPS = ("sampler", "cache", "model", "task", "sweep", "engine")
+# Options whose values are quoted for Hydra, so that commas, "?" and "=" in them are literal.
+PATHS = (
+    "input",
+    "output",
+    "picture",
+    "out",
+    "init",
+    "publish",
+    "data",
+    "model.path",
+    "model.adapter",
+    "path",
+    "folder",
+    "runs",
+    "cards",
+    "quality",
+    "task.metric",
+)
+# Groups that accept other names than their choices: the choice for these, and its option that takes the name.
+OTHERS = {"model": ("custom", "path"), "task": ("lm_eval", "name")}
+# The option of a positional argument.
+POSITIONAL = {"report": "folder", "show": "path"}
 _FOLDERS = ("--config-path", "--config-dir")
+
+
+def known() -> Mapping[str, tuple[str, ...] | None]:
+    """All flags, and the values of each: none (), any (None), or one of some words."""
+    return _FLAGS | {short: _FLAGS[flag] for short, flag in _SHORT.items()}
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -198,6 +198,10 @@ REPORT = {
 }
 
 
+RESULTS = _text("page of dllm results", r"# Results\n\nMade by `dllm results ")
+MATRIX_DATA = _text("file of dllm results", r'\{"format": "dllm-matrix"')
+
+
 LOAD_FORMAT = "dllm-load"
 
 

@@ -259,3 +259,48 @@ def test_a_value_is_written_as_it_is_read(name: str, value: Any) -> None:
         OmegaConf.update(config, override.key_or_group, override.value(), force_add=True)
     found = OmegaConf.select(config, name)
     assert (OmegaConf.to_container(found) if OmegaConf.is_config(found) else found) == value
+
+
+def test_the_package_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["dllm", "generate", "--help"])
+    runpy.run_module("dllm", run_name="__main__")
+    assert capsys.readouterr().out == helped("generate")
+    monkeypatch.setattr(sys, "argv", ["dllm", "nope"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("dllm", run_name="__main__")
+    assert "dllm: error: unknown command 'nope'" in capsys.readouterr().err
+
+
+class TestManual:
+    @EACH
+    def test_every_command_has_every_section(self, name: str) -> None:
+        shown = helped(name)
+        summary, usage, described = shown.split("\n\n")[:3]
+        assert "\n" not in summary
+        assert usage.startswith(f"usage: dllm {name} ")
+        assert ("[GROUP=NAME ...]" in usage) == ("=NAME, by default" in shown)
+        assert len(described) > 60
+        heads = ["usage: ", "Examples:\n", "Options and their defaults", "Exit status:\n", "Files and environment:\n"]
+        places = [shown.index(f"\n{head}") for head in [*heads, "See also: "]]
+        assert places == sorted(places)
+        examples = shown[places[1] : places[2]].splitlines()
+        assert sum(line.startswith("  dllm ") for line in examples) >= 2
+
+    @EACH
+    def test_what_it_refers_to_exists(self, name: str) -> None:
+        referred = helped(name).rpartition("See also: ")[2]
+        for command_ in re.findall(r"dllm ([\w-]+)", referred):
+            assert command_ in COMMANDS
+        for page in re.findall(r"docs/[\w.-]+", referred):
+            assert (SCRIPTS.parent / page).is_file()
+
+    def test_decoding_options_stand_apart(self) -> None:
+        shown = helped("evaluate")
+        assert shown.index("  out: outputs/evaluate") < shown.index("  # Decoding\n") < shown.index("  batch_size: 8 ")
+
+    def test_the_key_of_a_server_is_told_where_it_is_read(self) -> None:
+        told = {name for name in COMMANDS if "DLLM_API_KEY  " in helped(name)}
+        assert told == {"chat", "serve", "bench-serve"}
+
+    def test_the_list_of_commands_is_as_narrow_as_the_rest(self) -> None:
+        assert max(map(len, command("--help").out.splitlines())) <= 120

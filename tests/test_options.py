@@ -24,6 +24,7 @@ WORK = {
     "generate": "generate", "evaluate": "evaluate", "report": "report", "show": "show", "bench": "bench",
     "compatibility": "compatibility", "train-filter": "train_filter", "train-tiny": "train", "distill": "distill",
     "adapt": "adapt", "chat": "chat", "bench-serve": "bench_serve",
+    "results": "results",
 }  # fmt: skip
 BAD = [
     "abc", "nan", "inf", "-1", "1e400", "[]", "{}", "[[1]]", "true", "", "x" * 5000, "${oc.env:HOME}", "${nope}", "???",

@@ -30,6 +30,7 @@ WRITERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "train-tiny": ("out", "", ("model.safetensors", "config.json", "README.md", "state.pt")),
     "adapt": ("out", "", ("model.safetensors", "config.json", "README.md", "state.pt")),
     "distill": ("out", "", ("adapter_model.safetensors", "adapter_config.json", "README.md", "state.pt")),
+    "results": ("out", "table", ("table.md",)),
     "report": ("out", "", ("report.md", "report.csv", "report.html", "quality-nfe.svg", "quality-speed.svg")),
 }
 CASES = [(name, file) for name, (_, _, files) in WRITERS.items() for file in files]

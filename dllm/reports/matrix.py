@@ -1,0 +1,287 @@
+"""Every policy with every cache, for one model: the small file that a page of results is made from.
+
+`runs.jsonl`: the first line says what was run, each further one is a run, or a combination that is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dllm.evaluation.run_folder import sessions
+from dllm.files import parse_json, read_json
+from dllm.reports.frontier import aup
+from dllm.reports.reading import load
+from dllm.stored import misfit
+
+FORMAT, VERSION = "dllm-matrix", 1
+NAME = "runs.jsonl"
+_FIX = "make it again with dllm results"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One finished run.
+
+    Attributes:
+        sampler: its choice, such as "tiny/threshold".
+        cache: its choice.
+        kind: of the policy.
+        n: problems.
+        quality: share of right answers.
+        interval: 95% Wilson interval; None without one.
+        nfe: forwards per sample.
+        nfe_error: its standard error; None without one.
+        tpf: generated tokens per forward.
+        tokens_per_second: speed.
+        started: date and time.
+        place: index of its environment.
+    """
+
+    sampler: str
+    cache: str
+    kind: str
+    n: int
+    quality: float
+    interval: tuple[float, float] | None
+    nfe: float
+    nfe_error: float | None
+    tpf: float
+    tokens_per_second: float
+    started: str
+    place: int
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A combination that is refused.
+
+    Attributes:
+        sampler: its choice.
+        cache: its choice.
+        refused: why.
+    """
+
+    sampler: str
+    cache: str
+    refused: str
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The knob of a policy.
+
+    Attributes:
+        knob: the option; None for a policy without one.
+        value: as used.
+        certified: whether a card of `dllm calibrate` sets it.
+    """
+
+    knob: str | None
+    value: float | int | None
+    certified: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was to be run.
+
+    Attributes:
+        command: that made it.
+        model: name of the denoiser.
+        weights: its fingerprint.
+        task: name of the task.
+        asked: its options.
+        score: the score that counts as the accuracy.
+        samplers: choices, in the order of the table.
+        caches: choices, in the order of the table.
+        settings: of the samplers.
+        places: environments of the runs.
+    """
+
+    command: str
+    model: str
+    weights: str
+    task: str
+    asked: dict[str, Any]
+    score: str
+    samplers: list[str]
+    caches: list[str]
+    settings: dict[str, Setting]
+    places: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The results of one model.
+
+    Attributes:
+        plan: what was to be run.
+        cells: finished runs.
+        refusals: refused combinations.
+    """
+
+    plan: Plan
+    cells: tuple[Cell, ...]
+    refusals: tuple[Refusal, ...]
+
+    @classmethod
+    def read(cls, file: Path) -> Matrix:
+        """Read a file.
+
+        Raises:
+            ValueError: it is damaged or something else.
+        """
+        try:
+            head, *rows = [parse_json(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            if head.pop("format", None) != FORMAT or head.pop("version", None) != VERSION:
+                raise ValueError("it is of another kind or version")
+            wrong = misfit(head, Plan, "the first line")
+            for number, row in enumerate(rows, start=2):
+                wrong = wrong or misfit(row, Refusal if "refused" in row else Cell, f"line {number}")
+            if wrong:
+                raise ValueError(wrong)
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"{file} cannot be read ({error}); {_FIX}") from None
+        settings = {name: Setting(**value) for name, value in head.pop("settings").items()}
+        return cls(
+            Plan(**head, settings=settings),
+            tuple(Cell(**row) for row in rows if "refused" not in row),
+            tuple(Refusal(**row) for row in rows if "refused" in row),
+        )
+
+    def text(self) -> str:
+        """The content of its file."""
+        rows = [asdict(each) for each in self.rows]
+        head = {"format": FORMAT, "version": VERSION, **asdict(self.plan)}
+        return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in (head, *rows))
+
+    @property
+    def rows(self) -> list[Cell | Refusal]:
+        """The runs, then the refusals."""
+        return [*self.cells, *self.refusals]
+
+    def find(self, sampler: str, cache: str) -> Cell | Refusal | None:
+        """A run, or its refusal; None if there is neither."""
+        return next((each for each in self.rows if (each.sampler, each.cache) == (sampler, cache)), None)
+
+    def missing(self) -> list[tuple[str, str]]:
+        """Combinations that were neither run nor refused."""
+        pairs = {(each.sampler, each.cache) for each in self.rows}
+        planned = [(sampler, cache) for sampler in self.plan.samplers for cache in self.plan.caches]
+        return [pair for pair in planned if pair not in pairs]
+
+    def aup(self, **of: str) -> float | None:
+        """Accuracy Under Parallelism of the runs of a sampler or a cache; None without any, and for the oracle.
+
+        Args:
+            of: `sampler` or `cache`, and which.
+        """
+        methods = [each for each in self.cells if each.sampler != "oracle"]
+        best = max((100 * each.quality for each in methods), default=0.0)
+        chosen = [each for each in methods if all(getattr(each, name) == value for name, value in of.items())]
+        return aup([(each.tpf, 100 * each.quality) for each in chosen], best)
+
+
+Found = Mapping[tuple[str, str], Path | str]
+
+
+def found_in(folder: Path) -> dict[tuple[str, str], Path | str]:
+    """The runs below a folder by sampler and cache, and why others failed.
+
+    Raises:
+        ValueError: there are none, or two of one combination.
+    """
+    sweep = load(folder)
+    found: dict[tuple[str, str], Path | str] = {
+        _choices(each.label): each.message for each in sweep.failures if each.label
+    }
+    for group in sweep.groups:
+        for run in group.runs:
+            label = str(read_json(run.folder / "results.json")["label"])
+            if isinstance(other := found.get(_choices(label)), Path):
+                raise ValueError(
+                    f"{other} and {run.folder} are both of {' + '.join(_choices(label))}; keep one of them in {folder}"
+                )
+            found[_choices(label)] = run.folder
+    return found
+
+
+def _choices(label: str) -> tuple[str, str]:
+    """Sampler and cache of a label such as "tiny/threshold at_least=2 + dual, seed=1"."""
+    sampler, _, cache = label.partition(" + ")
+    return sampler.partition(" ")[0].rstrip(","), cache.partition(" ")[0].rstrip(",") or "none"
+
+
+def collect(found: Found, plan: Plan) -> Matrix:
+    """The results of the combinations of a plan, whose model, task and environments are read from the runs.
+
+    Args:
+        found: the folder of each finished run, or why it was refused, by sampler and cache.
+        plan: samplers, caches, settings and command.
+
+    Raises:
+        ValueError: no run is finished, or the runs are of several models or tasks.
+    """
+    cells: list[Cell] = []
+    refusals: list[Refusal] = []
+    places: list[dict[str, Any]] = []
+    common: dict[str, Any] = {}
+    for sampler in plan.samplers:
+        for cache in plan.caches:
+            what = found.get((sampler, cache))
+            if isinstance(what, str):
+                refusals.append(Refusal(sampler, cache, what))
+            elif what is not None:
+                results, session = read_json(what / "results.json"), (sessions(what) or [{}])[-1]
+                _check_alike(common, _common(results, session), what)
+                place = {name: session.get(name) for name in _PLACE}
+                places += [] if place in places else [place]
+                cells.append(_cell(sampler, cache, results, str(session.get("started", "")), places.index(place)))
+    if not cells:
+        raise ValueError(f"no run is finished; the first is refused: {refusals[0].refused}" if refusals else "no run")
+    return Matrix(replace(plan, **common, places=places), tuple(cells), tuple(refusals))
+
+
+_PLACE = ("device", "platform", "threads", "dtype", "python", "packages", "git")
+
+
+def _common(results: Mapping[str, Any], session: Mapping[str, Any]) -> dict[str, Any]:
+    """What all runs of a table have in common."""
+    return {
+        "model": results["model"],
+        "weights": str(session.get("weights", "")),
+        "task": results["task"],
+        "asked": results.get("asked") or {},
+        "score": str(results["metrics"]["accuracy_name"]),
+    }
+
+
+def _check_alike(common: dict[str, Any], own: Mapping[str, Any], folder: Path) -> None:
+    for name, value in own.items():
+        if common.setdefault(name, value) != value:
+            raise ValueError(f"{folder} has another {name} ({value}) than others ({common[name]}); give another runs")
+
+
+def _cell(sampler: str, cache: str, results: Mapping[str, Any], started: str, place: int) -> Cell:
+    metrics = results["metrics"]
+    if metrics["nfe"] is None or metrics["accuracy"] is None:
+        raise ValueError(f"task={results['task']!r} does not grade generated answers; use a task that does")
+    low, high = metrics["accuracy_interval"] or (None, None)
+    return Cell(
+        sampler=sampler,
+        cache=cache,
+        kind=str(results.get("kind", "")),
+        n=metrics["n"],
+        quality=metrics["accuracy"],
+        interval=None if low is None or high is None else (round(low, 6), round(high, 6)),
+        nfe=round(metrics["nfe"], 4),
+        nfe_error=None if metrics["nfe_error"] is None else round(metrics["nfe_error"], 4),
+        tpf=round(metrics["tpf"], 4),
+        tokens_per_second=round(metrics["tokens_per_second"], 1),
+        started=started,
+        place=place,
+    )

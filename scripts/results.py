@@ -1,0 +1,203 @@
+"""`dllm results`: every policy with every cache for a model, at certified settings, and the page of what was found."""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    import dllm.scripts.cli
+
+    dllm.scripts.cli.run_file(__file__)
+
+import shlex
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from dllm.calibration import Calibration
+from dllm.checks import Notice, number, seed, threads
+from dllm.escape import terminal
+from dllm.evaluation.run_folder import RunFolder
+from dllm.files import BUNDLED
+from dllm.reports import matrix, matrix_page
+from dllm.reports.matrix import Plan, Setting
+from dllm.reports.matrix_page import CARDS, card_name
+from dllm.resolve import CALIBRATION, build, merged, names, options_of, resolve, variants
+from dllm.samplers.base import Knob, Sampler
+from dllm.scripts import app, calibrate, evaluate, own
+from dllm.scripts.ending import line
+from dllm.scripts.kinds import canonical
+
+KINDS = evaluate.KINDS | {
+    "samplers": Sequence[str] | None,
+    "caches": Sequence[str] | None,
+    "runs": str | None,
+    "cards": str | None,
+}
+_BASE, _BOUND = "vanilla", "oracle"  # neither has a setting to choose
+_PLACES = ("out", "runs", "cards", "run", "speed")  # options that change no number
+_OURS = ("samplers", "caches", "calibrate", "problems", "loss", "delta", *_PLACES)
+
+
+def main() -> None:
+    """Entry point."""
+    app.run(results, "results", KINDS)
+
+
+def results(cfg: DictConfig) -> None:
+    """Calibrate, evaluate, and write data and page; what exists is read."""
+    fields: Any = OmegaConf.to_container(cfg, resolve=True)
+    samplers, caches = _check(fields)
+    out = Path(fields["out"])
+    out = out if out.name not in ("", "..") else out.resolve()
+    page = out.with_name(f"{out.name}.md")
+    own.check("out", fields["out"], {page: own.RESULTS})
+    if fields["run"] or fields["runs"]:
+        _collect(fields, samplers, caches)
+    again = f"dllm results out={fields['out']} run=false" + (" speed=true" if fields["speed"] else "")
+    speeds = (page.parent / "performance.md").is_file()
+    text = matrix_page.page(out, again, fields["speed"], speeds)
+    own.write("out", fields["out"], {page: (own.RESULTS, text)})
+    print(f"written to {terminal(page, one_line=True)}")
+
+
+def _check(fields: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """The samplers and the caches; bad options are rejected before the model is loaded."""
+    for name in ("loss", "delta"):
+        number(name, fields[name], "a number above 0 and below 1", above=0, high=1 - 1e-12)
+    number("problems", fields["problems"], "a whole number of at least 1", low=1, whole=True)
+    number("batch_size", fields["batch_size"], "a whole number of at least 1", low=1, whole=True)
+    seed("seed", fields["seed"])
+    threads(fields["threads"])
+    found = []
+    for option, group in (("samplers", "sampler"), ("caches", "cache")):
+        chosen, there = fields[option], names(group) + variants(group)
+        if chosen is None:
+            small = (BUNDLED / fields["model"]["path"]).is_dir()
+            chosen = [f"tiny/{each}" if small and f"tiny/{each}" in there else each for each in names(group)]
+            chosen.sort(key=lambda name: (name not in (_BASE, "none"), name == _BOUND))
+        if unknown := [each for each in chosen if each not in there]:
+            raise ValueError(f"{option} has the unknown {group} {unknown[0]!r}; expected some of {', '.join(there)}")
+        if not chosen or len(set(chosen)) < len(chosen):
+            raise ValueError(f"{option}={chosen!r} are none, or not distinct; give some, each once")
+        found.append(list(chosen))
+    return found[0], found[1]
+
+
+def _collect(fields: Mapping[str, Any], samplers: Sequence[str], caches: Sequence[str]) -> None:
+    """Run what is missing, unless told otherwise, and write the data of this model."""
+    out = Path(fields["out"]) / Path(fields["model"]["path"]).name
+    runs, cards = (Path(fields[name] or out / place) for name, place in (("runs", "runs"), ("cards", CARDS)))
+    data = out / matrix.NAME
+    own.check("out", fields["out"], {data: own.MATRIX_DATA})
+    if fields["run"]:
+        for sampler in samplers:
+            _certify(fields, sampler, cards)
+    chosen = {sampler: _options(sampler, cards) for sampler in samplers}
+    found = _run(fields, chosen, caches, runs) if fields["run"] else matrix.found_in(runs)
+    plan = Plan(
+        command=_command(fields), model="", weights="", task="", asked={}, score="", samplers=list(samplers),
+        caches=list(caches), settings={name: _setting(name, options) for name, options in chosen.items()}, places=[],
+    )  # fmt: skip
+    made = matrix.collect(found, plan)
+    if made.plan.model != out.name:
+        raise ValueError(f"runs={str(runs)!r} has runs of {made.plan.model}; use model={made.plan.model}")
+    for sampler in samplers:
+        card, copy = (place / card_name(sampler) / "calibration.json" for place in (cards, out / CARDS))
+        if card.is_file() and sampler != _BOUND and not (copy.is_file() and card.samefile(copy)):
+            own.write("out", fields["out"], {copy: (own.CALIBRATION, card.read_bytes())})
+    own.write("out", fields["out"], {data: (own.MATRIX_DATA, made.text())})
+
+
+def _certify(fields: Mapping[str, Any], sampler: str, cards: Path) -> None:
+    """Make the card of a sampler with a knob, unless it exists or none are to be made."""
+    folder, options = cards / card_name(sampler), options_of("sampler", sampler)
+    if (folder / "calibration.json").is_file() or not fields["calibrate"] or _knob(sampler, options) is None:
+        return
+    task = f"calibration/{HydraConfig.get().runtime.choices['task']}"
+    if task not in variants("task"):
+        raise ValueError(f"there is no task={task} to calibrate with; use calibrate=false, with cards= or without")
+    more = {name: value for name, value in fields.items() if name in merged("calibrate") and name != "out"}
+    own_task = options_of("task", task) | {"limit": fields["problems"]}
+    made = merged("calibrate") | more | {"out": str(folder), "task": own_task, "model": fields["model"]}
+    made |= {"sampler": options, "cache": options_of("cache", "none")}
+    print(f"{sampler}:", flush=True)
+    try:
+        calibrate.certify(OmegaConf.create(made), {"sampler": sampler, "cache": "none", "task": task})
+    except ValueError as error:  # the others continue
+        print(line("dllm results", f"{sampler} is not calibrated: {app.one_line(error)}"), file=sys.stderr)
+
+
+def _run(
+    fields: Mapping[str, Any], chosen: Mapping[str, Mapping[str, Any]], caches: Sequence[str], runs: Path
+) -> dict[tuple[str, str], Path | str]:
+    """Each run's folder, or why it is refused; finished runs are found and not repeated."""
+    found: dict[tuple[str, str], Path | str] = {}
+    common = {name: value for name, value in fields.items() if name not in _OURS}
+    common |= {"out": str(runs)}
+    with evaluate.limited_threads(fields["threads"]), warnings.catch_warnings():
+        # The page says for which cache a guarantee holds.
+        warnings.filterwarnings("ignore", ".*its guarantee does not hold", Notice)
+        for sampler, options in chosen.items():
+            for cache in caches:
+                made = {**merged("evaluate"), **common, "sampler": dict(options), "cache": options_of("cache", cache)}
+                label = sampler + (f" + {cache}" if cache != "none" else "")
+                refused = RunFolder(runs, label, canonical(made, evaluate.KINDS))
+                try:
+                    names_ = {"sampler": sampler, "cache": cache}
+                    metrics, folder = evaluate.run(OmegaConf.create(made), made, label, names_)
+                except ValueError as error:
+                    found[sampler, cache] = app.one_line(error)
+                    refused.fail(app.one_line(error))
+                    print(terminal(f"{label}: refused: {app.one_line(error)}", one_line=True), flush=True)
+                    continue
+                refused.clear_error()
+                found[sampler, cache] = folder
+                print(terminal(f"{label}: {_shown(metrics)}  -> {folder}", one_line=True), flush=True)
+    return found
+
+
+def _shown(results: Mapping[str, Any]) -> str:
+    metrics = results["metrics"]
+    if metrics["nfe"] is None or metrics["accuracy"] is None:
+        raise ValueError(f"task={results['task']!r} does not grade generated answers; use a task that does")
+    return f"{metrics['accuracy']:.1%} of {metrics['n']}  NFE {metrics['nfe']:.1f}  TPF {metrics['tpf']:.2f}"
+
+
+def _options(sampler: str, cards: Path) -> dict[str, Any]:
+    """The options of a sampler: its own, with its card if that certifies a value."""
+    options = options_of("sampler", sampler)
+    card = cards / card_name(sampler) / "calibration.json"
+    if sampler not in (_BASE, _BOUND) and card.is_file() and Calibration.read(card).value is not None:
+        options[CALIBRATION] = str(card)
+    return options
+
+
+def _knob(sampler: str, options: Mapping[str, Any]) -> Knob | None:
+    if sampler in (_BASE, _BOUND):
+        return None
+    return getattr(build("sampler", {**options, CALIBRATION: None}, Sampler), "knob", None)
+
+
+def _setting(sampler: str, options: Mapping[str, Any]) -> Setting:
+    if (card := options.get(CALIBRATION)) is not None:
+        made = Calibration.read(card)
+        return Setting(made.knob, made.value, True)
+    if (knob := _knob(sampler, options)) is None:
+        return Setting(None, None, False)
+    held: Any = build("sampler", options, Sampler)
+    for name in knob.name.split("."):
+        value = getattr(held, name)
+        held = resolve("sampler", value, Sampler) if isinstance(value, str) else value
+    return Setting(knob.name, held, False)
+
+
+def _command(fields: Mapping[str, Any]) -> str:
+    """The command that makes these runs again, beside the page that is being made."""
+    given = [each for each in HydraConfig.get().overrides.task if each.partition("=")[0] not in (*_PLACES, "calibrate")]
+    model = f"model={fields['model']['path']}"
+    rest = [each for each in given if not each.startswith(("model=", "++model.path="))]
+    return shlex.join(["dllm", "results", model, *rest, f"out={fields['out']}"])

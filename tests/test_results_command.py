@@ -1,0 +1,180 @@
+"""`dllm results`: cards, runs and page by one command, which resumes; the committed page is made from its data."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from commands import Outcome, command
+from dllm.calibration import Calibration
+from dllm.reports.frontier import aup
+from dllm.reports.matrix import Cell, Matrix
+from report_rig import write_error, write_run
+
+DOCS = Path(__file__).parents[1] / "docs"
+OPTIONS = "samplers=[vanilla,tiny/threshold,pc,s2d2]", "caches=[none,dual]", "task.limit=4", "threads=1"
+
+
+def run(out: Path, *options: str) -> Outcome:
+    return command("results", *OPTIONS, "problems=30", "loss=0.1", "model.device=cpu", f"out={out}", *options)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    out = tmp_path_factory.mktemp("results") / "all"
+    return out, run(out)
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """The lines of the table by policy."""
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    return {cells[0].partition("`")[2].partition("`")[0]: cells for cells in reversed(lines)}
+
+
+class TestCommand:
+    def test_evaluates_every_policy_with_every_cache_at_its_certified_value(self, made: tuple[Path, Outcome]) -> None:
+        out, outcome = made
+        assert outcome.code == 0, outcome.err
+        card = Calibration.read(out / "tiny-llada" / "calibration" / "tiny-threshold" / "calibration.json")
+        assert (card.n, card.loss, card.delta) == (30, 0.1, 0.05)
+        assert card.value is not None
+        results = [json.loads(file.read_text()) for file in (out / "tiny-llada" / "runs").glob("*/results.json")]
+        assert len(results) == 6
+        thresholds = [each["sampler"] for each in results if "threshold" in each["sampler"]]
+        assert all(each["calibration"] for each in thresholds)
+        text = out.with_name("all.md").read_text()
+        shown = rows(text)
+        assert set(shown) == {"vanilla", "tiny/threshold", "pc"}
+        assert shown["tiny/threshold"][0].endswith(f"<br>threshold={card.value!r}, certified")
+        assert re.fullmatch(r"\d+\.\d \[\d+\.\d, \d+\.\d\]<br>\d+\.\d · \d+\.\d\d", shown["pc"][1])
+        assert "- (1) `s2d2` with every cache: LLaDAModelLM is not compatible with " in text
+        assert "Not run" not in text
+        assert "tokens/s" not in text
+        assert f"[{card.value!r}](all/tiny-llada/calibration/tiny-threshold/calibration.json)" in text
+
+    def test_finished_work_is_read(self, made: tuple[Path, Outcome]) -> None:
+        files = [file for file in made[0].rglob("*") if file.name in ("results.json", "samples.parquet")]
+        before = {file: file.stat().st_mtime_ns for file in files}
+        text = made[0].with_name("all.md").read_bytes()
+        again = run(made[0])
+        assert again.code == 0, again.err
+        assert {file: file.stat().st_mtime_ns for file in files} == before
+        assert made[0].with_name("all.md").read_bytes() == text
+        assert "certified" not in again.out
+
+    def test_the_page_is_made_from_the_data_alone(self, made: tuple[Path, Outcome], tmp_path: Path) -> None:
+        out = tmp_path / "all"
+        shutil.copytree(made[0], out, ignore=shutil.ignore_patterns("runs", "*.svg", "*-*-????????"))
+        assert command("results", "run=false", f"out={out}").code == 0
+        text, expected = (file.with_name("all.md").read_text() for file in (out, made[0]))
+        assert text == expected.replace(f"out={made[0]} run=false", f"out={out} run=false")
+        assert command("results", "run=false", f"out={out}", "speed=true").code == 0
+        assert "tokens/s" in out.with_name("all.md").read_text()
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["samplers=[nope]"], "samplers has the unknown sampler 'nope'; expected some of adablock, "),
+            (["caches=[]"], "caches=[] are none, or not distinct"),
+            (["caches=[none,none]"], "caches=['none', 'none'] are none, or not distinct"),
+            (["loss=1"], "loss=1 is out of range"),
+            (["problems=0"], "problems=0 is out of range"),
+            (["run=false"], "holds no results (MODEL/runs.jsonl); give model=, with run=true"),
+            (["run=false", "runs=/no/such"], "folder='/no/such' is not a folder"),
+        ],
+    )
+    def test_bad_options_end_in_one_line(self, options: list[str], message: str, tmp_path: Path) -> None:
+        result = command("results", *options, f"out={tmp_path / 'x'}")
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert message in result.err
+
+    def test_a_task_without_problems_to_calibrate_with_is_told(self, tmp_path: Path) -> None:
+        task = 'task.data={test: "x.jsonl", train: "x.jsonl"}'
+        result = command("results", "task=gsm8k", task, "samplers=[threshold]", f"out={tmp_path / 'x'}")
+        assert result.code == 2
+        assert "there is no task=calibration/gsm8k to calibrate with; use calibrate=false" in result.err
+
+
+class TestFinishedRuns:
+    def write(self, folder: Path) -> Path:
+        runs = folder / "runs"
+        write_run(runs / "0", "vanilla", 0.98, 56.0)
+        write_run(runs / "1", "tiny/threshold + dual", 0.9, 12.0)
+        write_run(runs / "2", "oracle", 1.0, 3.0)
+        write_error(runs / "3", "s2d2 + dual", "it has <no> order")
+        return runs
+
+    def test_become_data_without_a_model(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("dllm.load", lambda *args, **options: pytest.fail("a model was loaded"))
+        runs = self.write(tmp_path)
+        policies = "samplers=[vanilla,tiny/threshold,s2d2,oracle]"
+        result = command(
+            "results", "run=false", policies, "caches=[none,dual]", f"runs={runs}", f"out={tmp_path / 'out'}"
+        )
+        assert result.code == 0, result.err
+        text = (tmp_path / "out.md").read_text()
+        shown = rows(text)
+        assert shown["vanilla"][1:3] == ["98.0 [93.0, 99.4]<br>56.0 · 0.71", "*absent*"]
+        assert shown["tiny/threshold"][0] == "`tiny/threshold`<br>threshold=0.999, tuned"
+        assert shown["oracle"][0] == "`oracle` (bound)"
+        assert "- (1) `s2d2` with `dual`: it has \\<no\\> order" in text
+        assert "Not run: `vanilla`, `oracle` with `dual`; `tiny/threshold`, `s2d2` with `none`." in text
+        assert "| `tiny/threshold` | threshold | not calibrated |" in text
+
+    def test_two_of_one_combination_are_refused(self, tmp_path: Path) -> None:
+        runs = self.write(tmp_path)
+        write_run(runs / "4", "vanilla", 0.97, 56.0)
+        result = command("results", "run=false", f"runs={runs}", f"out={tmp_path / 'out'}")
+        assert result.code == 2
+        assert "are both of vanilla + none; keep one of them" in result.err
+
+    def test_of_several_tasks_are_refused(self, tmp_path: Path) -> None:
+        runs = self.write(tmp_path)
+        write_run(runs / "4", "pc", 0.97, 56.0, task="gsm8k")
+        result = command("results", "run=false", f"runs={runs}", f"out={tmp_path / 'out'}")
+        assert result.code == 2
+        assert "has another task (" in result.err
+
+    def test_of_another_model_are_refused(self, tmp_path: Path) -> None:
+        runs = self.write(tmp_path)
+        result = command("results", "run=false", "model=tiny-dream", f"runs={runs}", f"out={tmp_path / 'out'}")
+        assert result.code == 2
+        assert f"runs={str(runs)!r} has runs of tiny-llada; use model=tiny-llada" in result.err
+
+    def test_damaged_data_are_told(self, tmp_path: Path) -> None:
+        file = tmp_path / "out" / "m" / "runs.jsonl"
+        file.parent.mkdir(parents=True)
+        for text in ("", "{}", '{"format": "dllm-matrix", "version": 1}', "[", "\x00"):
+            file.write_text(text)
+            result = command("results", "run=false", f"out={tmp_path / 'out'}")
+            assert (result.code, result.err.count("\n")) == (2, 1)
+            assert f"{file} cannot be read (" in result.err
+
+
+def test_aup_is_over_the_caches_of_a_policy_and_over_the_policies_of_a_cache() -> None:
+    def cell(sampler: str, cache: str, quality: float, tpf: float) -> Cell:
+        return Cell(sampler, cache, "committing", 100, quality, None, 10.0, None, tpf, 1.0, "", 0)
+
+    cells = (cell("a", "x", 0.9, 2.0), cell("a", "y", 0.88, 3.0), cell("b", "x", 0.95, 1.0), cell("oracle", "x", 1, 9))
+    matrix = Matrix(None, cells, ())  # type: ignore[arg-type]  # the plan does not matter
+    assert matrix.aup(sampler="a") == aup([(2.0, 90.0), (3.0, 88.0)], 95.0)
+    assert matrix.aup(cache="x") == aup([(2.0, 90.0), (1.0, 95.0)], 95.0)
+    assert matrix.aup(sampler="oracle") is None
+    assert matrix.aup() == aup([(1.0, 95.0), (2.0, 90.0), (3.0, 88.0)], 95.0)
+
+
+def test_the_committed_page_is_made_from_the_committed_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not (DOCS / "results.md").is_file():
+        pytest.skip("an installed copy without docs")
+    shutil.copytree(DOCS / "results", tmp_path / "docs" / "results")
+    (tmp_path / "docs" / "performance.md").touch()
+    monkeypatch.chdir(tmp_path)
+    result = command("results", "out=docs/results", "run=false")
+    assert result.code == 0, result.err
+    assert (tmp_path / "docs" / "results.md").read_bytes() == (DOCS / "results.md").read_bytes()
+    sizes = [file.stat().st_size for file in (DOCS / "results").rglob("*") if file.is_file()]
+    assert sum(sizes) < 1_500_000
