@@ -1,9 +1,11 @@
 """Block cache: exact, for models whose attention is causal over blocks (arXiv 2503.09573, section 3).
 
-A position attends to its own block and to those before it. So once a block and all before it are decoded, one more
-forward gives it keys and values that stay exact, and
+Rule:
 
-    compute every position that is not exact yet: the active block, and what was finished since the last forward.
+    compute every position that is not exact yet: the active block, and what was finished since the last forward
+
+A position attends to its own block and to those before it. So once a block and all before it are decoded, one more
+forward gives it keys and values that stay exact.
 
 The finished block is computed once more together with the next one, where the published samplers of these models take
 a forward of its own. Over models that attend to every position nothing is ever exact, and everything is computed.

@@ -1,6 +1,6 @@
 """d2Cache: computes the masks about to be decoded and the most attended tokens (arXiv 2509.23094, section 4).
 
-The first forward computes every position. From then on three kinds of positions are computed:
+Rule:
 
     masks    the `current_k` masked positions j with the highest certainty prior
                  confidence_j * density_j,   density_j = sum_(known i) exp(-(i - j)^2 / (2 sigma^2)) / sum_(all i) ...
@@ -12,8 +12,9 @@ The first forward computes every position. From then on three kinds of positions
              rollout: column sums of the product over layers of (A + I) / 2, where A are the attention
              weights averaged over the heads, and the identity where a position was not computed
 
-A gap between two selected positions that are at most `inflate_w` apart is computed as well. Families with
-shifted logits compute, instead of a mask, the position at which its prediction is read.
+These are computed; the first forward computes every position. A gap between two selected positions that are at most
+`inflate_w` apart is computed as well. Families with shifted logits compute, instead of a mask, the position at which
+its prediction is read.
 
 Differences from the reference: confidences are updated by every forward that computes them, as in the
 paper (the reference keeps the first ones); rows of a batch are not padded to a common number.

@@ -1,13 +1,13 @@
 """dKV-Cache, delayed: a token is cached one step after it is decoded (arXiv 2505.15781, section 4, dKV-Cache-Decode).
 
-With s the row's forwards in its active block so far,
+Rule:
 
     s = 0, 1, or s mod interval = 0    compute every position
     else                               compute the masks of the whole canvas, and those of the last forward
 
-Keys and values change most when a mask becomes a token and little afterwards: so a token is computed
-once more after its commit and then frozen. Families with shifted logits also compute the positions at
-which the requested predictions are read.
+s counts the row's forwards in its active block so far. Keys and values change most when a mask becomes a token and
+little afterwards: so a token is computed once more after its commit and then frozen. Families with shifted logits also
+compute the positions at which the requested predictions are read.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """dLLM-Cache: refreshes the prompt rarely, the response often, and in between what changed most (arXiv 2506.06295).
 
-With s the row's forwards so far (section 3.2 and algorithm 1),
+Rule:
 
     s mod prompt_interval = 0      compute the prompt
     s mod response_interval = 0    compute the response
@@ -9,9 +9,9 @@ With s the row's forwards so far (section 3.2 and algorithm 1),
                                    values; the others reuse their keys and the outputs of attention and
                                    feed-forward part
 
-The first layer is always computed for the whole response, because it sees new tokens. The response is
-everything after the prompt and, in families with shifted logits, the position at which its first
-prediction is read.
+s counts the row's forwards so far (section 3.2 and algorithm 1). The first layer is always computed for the whole
+response, because it sees new tokens. The response is everything after the prompt and, in families with shifted logits,
+the position at which its first prediction is read.
 
 Selection by rank in every layer amplifies rounding: in float32, results of this cache differ between
 batch sizes more often than those of other caches.

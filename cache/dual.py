@@ -1,5 +1,7 @@
 """Dual cache: everything but the active block is computed once per block (Fast-dLLM, arXiv 2505.22618, section 3.2).
 
+Rule:
+
     first forward of a block    compute every position
     then                        compute the block
 

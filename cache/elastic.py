@@ -1,21 +1,20 @@
 """Elastic-Cache: everything is recomputed from the layer on in which attention drifts (arXiv 2510.14973, section 3).
 
-The first forward computes every position. From then on a forward begins with
+Rule:
 
-    window     the first `window` masked positions of the row
-    new        masks at the last forward that have been decoded since
-    tracked    in each layer of the last forward, the `track` decoded positions most attended to by the window,
-               summed over heads and queries
+    layers before the first in which  mean over t, j of cos(a_t,j before, a_t,j now) < gamma    compute
+        window     the first `window` masked positions of the row
+        new        masks at the last forward that have been decoded since
+        tracked    in each layer of the last forward, the `track` decoded positions most attended to by the window,
+                   summed over heads and queries
+    that layer and those after it                                                               compute every position
 
-and compares, in every layer, the attention a of the tracked positions with what it was after the last forward, by the
-cosine over the heads, averaged over the tracked positions t and all positions j:
-
-    drift = mean over t, j of cos(a_t,j before, a_t,j now) < gamma
-
-The first layer in which it drifts is computed for every position, from the inputs that it last had, and so are all
-layers after it; before that layer keys and values stay as they are. gamma=0 never refreshes and tracks nothing;
-gamma=1 refreshes in every forward, which is no cache. Families with shifted logits compute, instead of a mask, the
-position at which its prediction is read.
+The first forward computes every position. The attention a of the tracked positions is compared with what it was after
+the last forward, by the cosine over the heads, averaged over the tracked positions t and all positions j. The first
+layer in which it drifts is computed for every position, from the inputs that it last had, and so are all layers after
+it; before that layer keys and values stay as they are. gamma=0 never refreshes and tracks nothing; gamma=1 refreshes in
+every forward, which is no cache. Families with shifted logits compute, instead of a mask, the position at which its
+prediction is read.
 
 Differences from the reference: it begins one layer later, with the inputs that the layer after the drifting one had in
 an earlier forward, so that no gamma gives the uncached result; the cosine is the one it computes, over the heads, where

@@ -1,14 +1,15 @@
 """FreeCache: decoded positions are frozen, and only those after them are computed (FlashDLM, arXiv 2505.21467, 3.2).
 
-The first forward computes every position. Then, with f the first position that is not frozen,
+Rule:
 
-    compute the positions from f on
+    compute the positions from f on,  f the first position that is not frozen
 
     granularity=prompt    f is the first generated position
     granularity=block     f is the first position of the active block
     granularity=token     f is the row's first mask
 
-minus the shift of the logits, and `freeze` decides which keys and values frozen positions keep:
+minus the shift of the logits; the first forward computes every position. `freeze` decides which keys and values frozen
+positions keep:
 
     last_forward    those of the last forward before they were frozen, in which the tokens committed by that
                     step were still masks; the prompt keeps those of the first forward (the reference)

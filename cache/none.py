@@ -1,4 +1,9 @@
-"""No cache: every forward recomputes every position. The exact baseline of the others."""
+"""No cache: every forward recomputes every position. The exact baseline of the others.
+
+Rule:
+
+    compute every position
+"""
 
 from __future__ import annotations
 

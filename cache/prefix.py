@@ -1,5 +1,7 @@
 """Prefix cache: everything before the active block is computed once per block (Fast-dLLM, arXiv 2505.22618, 3.2).
 
+Rule:
+
     first forward of a block    compute every position
     then                        compute the positions from the block's start on
 

@@ -1,5 +1,7 @@
 """Sparse-dLLM: the block attends to the part of the cache that its queries score highest (arXiv 2508.02558).
 
+Rule:
+
     first delay + 1 forwards of a block    compute every position
     the last of them, in every layer       evict from what is outside the block all but the
                                            floor(retention * n) of the n positions with the highest importance

@@ -1,14 +1,15 @@
 """Sub-block cache: within a block, only the part being decoded is computed (Fast-dLLM v2, arXiv 2509.26328, 4.2).
 
-With the part of the active block, of `length` positions, that has its first mask:
+Rule:
 
     first forward of a block                      compute every position
     while the first position of the part is masked    compute the block
     then                                          compute the part
 
-The other parts keep the keys and values of the last forward that computed the block. In models whose attention is
-causal over blocks, finished blocks are exact and not computed again. Made for `sampler=sub_blocks` with the same
-length; positions of other parts whose predictions are requested are computed as well.
+The part is that of the active block, of `length` positions, that has its first mask. The other parts keep the keys and
+values of the last forward that computed the block. In models whose attention is causal over blocks, finished blocks are
+exact and not computed again. Made for `sampler=sub_blocks` with the same length; positions of other parts whose
+predictions are requested are computed as well.
 """
 
 from __future__ import annotations

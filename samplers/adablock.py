@@ -1,11 +1,12 @@
 """AdaBlock: a block ends where the model ends a step of its text (arXiv 2509.26432, algorithm 1).
 
-When a block begins, at the first mask, of the first floor(share * generated length) positions take the predicted
-delimiter d with the highest probability:
+Rule:
 
-    the block ends right after d  if p(d) >= delimiter_threshold,  and after `block_length` positions otherwise.
+    a block ends right after d  if  p(d) >= delimiter_threshold,  and after `block_length` positions otherwise
+    commit i                    if  p(top token at i) >= threshold,  and always the best
 
-Per step, the first one included: commit every mask of the block with p(top token) >= threshold, and always the best.
+When a block begins, at the first mask, d is the predicted delimiter with the highest probability of the first
+floor(share * generated length) positions. Every step commits masks of the block, the first one included.
 The prediction that chooses the end of a block costs no forward of its own.
 
 Of models that are causal over blocks, a block ends at the latest with the block of attention.

@@ -1,7 +1,10 @@
 """Anchored: what another policy commits, and always the first mask of the block.
 
-Per step, with the predictions of one forward: what the base policy commits, and the leftmost masked position whatever
-its confidence.
+Rule:
+
+    commit i  if  the base policy commits i,  or  i is the leftmost masked position of the block
+
+Both per step, by the predictions of one forward; the leftmost whatever its confidence.
 
 Where a text can go on in several ways, the predictions of its masks are mixtures of them: none is confident, and a
 policy that waits for confidence decides around them first. The first mask is the one of which everything to the left

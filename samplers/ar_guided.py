@@ -1,5 +1,10 @@
 """AR-guided diffusion: a causal model verifies the draft (FlashDLM, arXiv 2505.21467, section 3.3).
 
+Rule:
+
+    commit the drafts before the first mask i whose draft y the guide does not accept, given everything to its left;
+    and at i  the draft itself, if it is the first (on_reject=draft),  or the guide's token (on_reject=guide)
+
 Per step: the denoiser drafts every masked position of the block at once, whatever its confidence. The
 guide reads the row up to the first mask and the drafts after it. With p the guide's distribution at
 position i given everything to its left, a draft y at i is accepted under

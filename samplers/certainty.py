@@ -1,13 +1,14 @@
 """The certainty prior: prefer positions with decoded neighbours (d2Cache, arXiv 2509.23094).
 
-Per step, with d_j the Gaussian-weighted share of decoded positions i around position j,
+Rule:
 
-    d_j = sum_(decoded i) exp(-(i - j)^2 / (2 sigma^2)) / sum_(all i) exp(-(i - j)^2 / (2 sigma^2)),
+    commit j  if  p_j(top token) * d_j >= threshold,  and always the `at_least` best of these products
 
-rank the masked positions of the block by p_j(top token) * d_j, commit all of them for which this is >= threshold,
-and always the `at_least` best ones. As many positions as are generated count on either side: those to the left
-are decoded, those to the right if the last generated one is. A small sigma decodes from the decoded text on; a
-large one is the order of the confidence.
+    d_j = sum_(decoded i) exp(-(i - j)^2 / (2 sigma^2)) / sum_(all i) exp(-(i - j)^2 / (2 sigma^2))
+
+Per step, over the masked positions j of the block; d_j is the Gaussian-weighted share of decoded positions i around j.
+As many positions as are generated count on either side: those to the left are decoded, those to the right if the last
+generated one is. A small sigma decodes from the decoded text on; a large one is the order of the confidence.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """CreditDecoding: what was predicted before counts again (arXiv 2510.06133).
 
-A token collects credit at a masked position of the block while it is the most probable one there. Per step,
-with p the model's distribution at position i and y its most probable token, first for every token
+Rule:
 
-    C(i, v)  <-  decay * C(i, v) + [v = y] * p(y) ^ power,
+    C(i, v)       <-  decay * C(i, v) + [v = y] * p(y) ^ power
+    logits(i, v)  <-  logits(i, v) + strength * log(1 + C(i, v))
+    commit i      if  p(top token at i) by these logits >= threshold,  and always the `at_least` best
 
-then the logits become logits(i, v) + strength * log(1 + C(i, v)), and every position whose confidence by
-these is >= threshold is committed, and always the `at_least` best ones. The token committed is the one of
-these logits. A block begins without credit. strength = 0 is the plain confidence threshold.
+A token v collects credit C at a masked position i of the block while it is y, the most probable one there by the
+model's own distribution p. The token committed is the one of the new logits. A block begins without credit. strength =
+0 is the plain confidence threshold.
 
 The tokens that ever collected credit are few, so only these are kept, `SLOTS` a position; of more the one
 with the least credit is dropped. The reference keeps a number for every position and entry of the vocabulary.

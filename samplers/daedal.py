@@ -1,13 +1,14 @@
 """DAEDAL: the canvas grows while the model does not end its text on it (arXiv 2508.00819, algorithm 1).
 
-With E the sum of p(end-of-text) over the last `check_positions` positions that predict it, divided by that number:
+Rule:
 
     length   the row begins with `initial` masks and gains `factor` masks per step while E < enough; then half as
              many end-of-text tokens as `check_positions` follow
     filling  per step, in the first block with a mask: commit every mask with p(top token) > high, or the best one; and
              where E < expand, replace the least probable mask with p < low that is left by `factor` masks
 
-until no mask is left. A row never exceeds the generated length of its request; what it does not use is filled with
+until no mask is left, with E the sum of p(end-of-text) over the last `check_positions` positions that predict it,
+divided by that number. A row never exceeds the generated length of its request; what it does not use is filled with
 end-of-text. Every step commits a token or adds positions, so a row ends within twice its longest length.
 
 It needs predictions for the whole canvas, and inserted masks move what follows them: there is no cache for it, it does

@@ -1,9 +1,11 @@
 """Token editing: committed tokens of the active block are replaced while it is decoded (LLaDA2.1, arXiv 2602.08676).
 
-Per step, with the predictions of one forward for the whole block: the base policy commits masked positions, and every
-position that was decided before is replaced by the predicted token where
+Rule:
 
-    that token is another one, and p(predicted token) > editing_threshold.
+    commit i   if  i is masked, and the base policy commits it
+    replace i  if  i was decided before, another token is predicted there, and p(that token) > editing_threshold
+
+Per step, with the predictions of one forward for the whole block.
 
 When no mask is left, the block is denoised again, up to `max_post_steps` times and until nothing is replaced; only
 then does the row go on to its next block, or end. The prompt is never edited.

@@ -1,7 +1,11 @@
 """dParallel's entropy threshold (arXiv 2509.26488, section 3.3).
 
-Per step: commit every masked position of the block whose entropy (nats) is at most `threshold`, and
-always the one with the lowest. The reference for Dream uses <; here both families use <=.
+Rule:
+
+    commit i  if  H(p_i) <= threshold,  and always the position with the lowest H
+
+Per step, over the masked positions of the block, with entropies H in nats. The reference for Dream uses <; here both
+families use <=.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Fast-dLLM's factor rule (arXiv 2505.22618, section 3.3, theorem 1).
 
-With the block's confidences sorted c1 >= c2 >= ..., find the smallest n with
+Rule:
 
-    (n + 1) (1 - c_n) >= factor
+    commit the n - 1 most confident positions, at least one,  n the smallest with  (n + 1) (1 - c_n) >= factor
 
-and commit the n - 1 most confident positions, at least one. If no n satisfies it, all but the least
-confident are committed, as in the reference.
+Per step, with the confidences of the block's masked positions sorted c_1 >= c_2 >= .... If no n satisfies it, all but
+the least confident are committed, as in the reference.
 """
 
 from __future__ import annotations

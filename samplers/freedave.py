@@ -1,7 +1,12 @@
 """FreeDave: lossless draft and verify (arXiv 2510.00294, section 3, algorithm 1).
 
-The denoiser both drafts and verifies (`dllm.samplers.drafting`): drafts d_1, d_2, ... are the canvases of the base
-policy's next steps if the predictions of the last forward did not change.
+Rule:
+
+    d_j = the canvas after j more steps of the base policy by the predictions of the last forward,  j < draft_steps
+    from d_i  go on to d_j, the largest j > i with  d_j = t_i,  while there is one;  then to t_i
+
+The denoiser both drafts and verifies (`dllm.samplers.drafting`): one forward over the canvas d_0 and its drafts gives
+t_i, the canvas that the base policy makes of d_i by its own predictions.
 
 Differences from the reference:
 - It accepts a draft that is a subset of t_i. With one token per step that is the same rule; with a

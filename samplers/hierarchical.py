@@ -1,12 +1,13 @@
 """Hierarchical decoding: one token in every gap (dInfer, arXiv 2510.08666).
 
-Committed tokens divide the block's masked positions into runs of consecutive ones; tokens in different runs
-depend less on each other than neighbours do. Per step: commit the most confident position of every run if
+Rule:
 
-    p(top token) > low_threshold,
+    commit i  if  p(top token at i) > threshold,  or  > low_threshold and i is the most confident of its run,
+    and always the most confident of all
 
-every position with p(top token) > threshold, and always the most confident one. A block without committed
-tokens is a single run, so that the middle of long runs is divided first.
+Committed tokens divide the block's masked positions into runs of consecutive ones; tokens in different runs depend less
+on each other than neighbours do. A block without committed tokens is a single run, so that the middle of long runs is
+divided first.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """KLASS: KL-adaptive stability sampling (arXiv 2511.05664).
 
-Per step, with p_t the distribution at a masked position in this forward and p_(t-1) in the one before: commit
-every masked position of the block with
+Rule:
 
-    KL(p_t || p_(t-1)) < kl_threshold  in each of the last `history` steps,  and  p_t(top token) >= threshold,
+    commit i  if  KL(p_t || p_(t-1)) < kl_threshold  in each of the last `history` steps,
+              and  p_t(top token at i) >= threshold;  where none qualifies, the `at_least` most confident
 
-and where no position of a row qualifies, the `at_least` most confident ones. A position has no distribution
-before its first forward, so it qualifies after history + 1 forwards at the earliest.
+Per step, over the masked positions of the block, with p_t the distribution at i in this forward and p_(t-1) in the one
+before. A position has no distribution before its first forward, so it qualifies after history + 1 forwards at the
+earliest.
 
 With ahead=true, as in d2Cache's implementation, the positions of later blocks are predicted, too, so that a
 block begins with a history. With ahead=false each block begins without: a cache then has fewer positions to

@@ -1,12 +1,12 @@
 """Learn2PD: a learned filter decides which predictions are final (arXiv 2509.25188, sections 3.3 and 3.4).
 
-Per step, with c the confidences of all K positions of the block: commit every masked position with
+Rule:
 
-    sigmoid(filter(c)) > threshold,
+    commit i  if  sigmoid(filter(c))_i > threshold,  and always the `at_least` most confident ones
 
-and always the `at_least` most confident ones. At unmasked positions c is the probability of the token
-that is predicted there now. Positions missing in a short block, and given tokens, have confidence 1 in
-the published filter and are zero padding in the other (see `dllm.filters`).
+Per step, over the masked positions of the block, with c the confidences of all its K positions. At unmasked positions c
+is the probability of the token that is predicted there now. Positions missing in a short block, and given tokens, have
+confidence 1 in the published filter and are zero padding in the other (see `dllm.filters`).
 
 End-of-text prediction (`eotp`) discards the canvas after a predicted end-of-text, at a cut p:
 

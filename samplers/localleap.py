@@ -1,12 +1,14 @@
 """LocalLeap's anchor propagation (arXiv 2510.07081, section 3.2, algorithm 1).
 
-Per step, over the masked positions of the block: anchors are those with p(top token) >= threshold.
-Commit
+Rule:
 
-    p(top) >= threshold,  or  p(top) >= relaxed_threshold with an anchor at most `radius` positions away,
+    commit i  if  p(top token at i) >= threshold,
+              or  p(top token at i) >= relaxed_threshold  with an anchor at most `radius` positions away,
+    and always the most confident position
 
-and always the most confident position. Positions accepted via an anchor do not act as anchors in the
-same step. radius = 0 or relaxed_threshold = threshold is the plain confidence threshold.
+Per step, over the masked positions of the block; anchors are those with p(top token) >= threshold. Positions accepted
+via an anchor do not act as anchors in the same step. radius = 0 or relaxed_threshold = threshold is the plain
+confidence threshold.
 
 Differences: the reference's `early_stop` discards everything after a finished block that contains an
 end-of-text; here `stop_at_eos` stops right after the end-of-text itself, for every policy.

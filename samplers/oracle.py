@@ -1,9 +1,12 @@
 """The oracle: a policy that knows which predictions are already final.
 
-First the base policy decodes the canvas; these forwards are not counted. Then, per step: commit exactly
-the masked positions of the block whose predicted token equals that result (the "extremely greedy"
-process of Learn2PD, arXiv 2509.25188, section 3.2). Where none does, the most confident position gets
-its final token, so that the result is always that of the base.
+Rule:
+
+    commit i  if  the predicted token at i  =  the token at i in the result of the base policy
+
+First the base policy decodes the canvas; these forwards are not counted. Then each step commits exactly the masked
+positions of the block that fulfil this (the "extremely greedy" process of Learn2PD, arXiv 2509.25188, section 3.2).
+Where none does, the most confident position gets its final token, so that the result is always that of the base.
 
 It is an upper bound, not a method: its NFE is a lower bound for policies of this kind that reproduce
 the result of the base, not for policies with other results.

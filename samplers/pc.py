@@ -1,13 +1,13 @@
 """PC-Sampler: position-aware calibration of the confidence (arXiv 2508.13021).
 
-By its confidence alone a model decodes the ends of a text first, and words that are frequent everywhere. With q
-the frequency of a position's predicted token y in a corpus, and i the position's offset in the block, rank the
-masked positions of the block by
+Rule:
 
-    exp(-position_weight * i) * min(-p(y) * log(q(y) + 1e-9), clip),
+    commit the k masked positions i with the largest  exp(-position_weight * i) * min(-p(y) * log(q(y) + 1e-9), clip)
 
-and commit as many of the best as LLaDA's uniform schedule gives this step (see `vanilla`). A large
-position_weight decodes from left to right; position_weight = 0 and a uniform q are the order of the confidence.
+By its confidence alone a model decodes the ends of a text first, and words that are frequent everywhere. Here q is the
+frequency of a position's predicted token y in a corpus, i the position's offset in the block, and k what LLaDA's
+uniform schedule gives this step (see `vanilla`). A large position_weight decodes from left to right; position_weight =
+0 and a uniform q are the order of the confidence.
 
 The frequencies of any corpus are counted with `dllm.frequencies.count_tokens`. The reference ranks by the
 probabilities in the dtype of the model, here by those in float64.

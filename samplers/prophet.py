@@ -1,14 +1,15 @@
 """Prophet: decode everything at once when the answer is decided (arXiv 2508.19982).
 
-Steps commit the most confident positions of the block by LLaDA's uniform schedule (see `vanilla`). Before a
-step commits, with the gap of a position the difference of its two highest logits, every mask of the row, in
-later blocks too, is committed instead if
+Rule:
 
-    mean gap of the answer's positions  >=  early, mid or late,
+    commit all masks  if  mean gap of the answer's positions  >=  early, mid or late,
+    otherwise the k most confident positions of the block
 
-the bound of the row's progress: the number of this step over that of all steps is below 0.33, below 0.67, or
-not. The answer's positions are `answer_length` ones from `answer_start` on, counted from the prompt's end,
-decided or not; without `answer_start` they are all that is generated.
+k is that of LLaDA's uniform schedule (see `vanilla`). The gap of a position is the difference of its two highest
+logits. All masks are those of the row, in later blocks too. The bound is that of the row's progress: `early` where the
+number of this step over that of all steps is below 0.33, `mid` below 0.67, and `late` from there on. The answer's
+positions are `answer_length` ones from `answer_start` on, counted from the prompt's end, decided or not; without
+`answer_start` they are all that is generated.
 
 Every step predicts the whole generated region, as the published code does, so that a cache saves little.
 """

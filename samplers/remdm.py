@@ -1,14 +1,14 @@
 """ReMDM: remasking by a schedule (arXiv 2503.00307, sections 4.1 and 4.2).
 
+Rule:
+
+    mask again  every decided token of the block with probability sigma,  at most m - d(i + 1) of them;
+                cap: sigma = min(eta, most),  rescale: sigma = eta * most,  most = min(1, (1 - b) / a)
+    commit      the most confident masks,  until m - d(i + 1) are left
+
 A block of m masks is decoded in T steps, of which step i leaves m - d(i + 1) masks, d(i) = floor(m i / T), however many
-tokens it masks again. With a = d(i) / m the share that is decided, b = d(i + 1) / m the next one, and
-
-    most    min(1, (1 - b) / a), the largest probability that keeps the schedule
-    cap     sigma = min(eta, most)
-    rescale sigma = eta * most
-
-mask every decided token of the block again with probability sigma, at most m - d(i + 1) of them; then commit the most
-confident masks, as many as the schedule wants. With `by_confidence` the probability of a token is sigma times its
+tokens it masks again. a = d(i) / m is the share that is decided, b = d(i + 1) / m the next one, and `most` the largest
+probability that keeps the schedule. With `by_confidence` the probability of a token is sigma times its
 weight exp(-c) of the confidence c with which it was committed, relative to the mean weight.
 
 `loop` inserts that many steps before the share would exceed `loop_at`; they mask tokens again, at least one, and commit

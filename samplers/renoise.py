@@ -1,18 +1,17 @@
 """Accepting within an entropy bound, and renoising the rest (DiffusionGemma's published sampler).
 
+Rule:
+
+    accept i, in order of H(p_i), lowest first,  while  sum of H(p_j) over those before i  <=  entropy_bound
+    redraw   every other position, uniformly
+    p = softmax(logits / t(n)),   t(n) = t_min + (t_max - t_min) n / N
+
 For models that denoise uniformly random tokens. A block of a canvas x takes at most N steps, n = N, ..., 1. Each
-predicts all of its positions at the temperature
-
-    t(n) = t_min + (t_max - t_min) n / N,
-
-draws a token of every position, and accepts the positions with the lowest entropies H(p_i), best first, while
-
-    sum of H(p_j) over those before i  <=  entropy_bound,
-
-so always the best one (the rule of EB-Sampler, arXiv 2505.24857). x keeps the drawn tokens there and gets new random
-ones everywhere else; nothing accepted is final. The block is finished, with the most probable tokens of its last step,
-where n = 1, or these are those of the `stability_threshold` steps before and the mean entropy is below
-`confidence_threshold`.
+predicts all of its positions at the temperature t(n), draws a token of every position, and accepts those within the
+bound on the sum of the entropies H, so always the best one (the rule of EB-Sampler, arXiv 2505.24857). x keeps the
+drawn tokens there and gets new random ones everywhere else; nothing accepted is final. The block is finished, with the
+most probable tokens of its last step, where n = 1, or these are those of the `stability_threshold` steps before and the
+mean entropy is below `confidence_threshold`.
 
 All random numbers of a row come from a generator of its own, in the order of the published code, whose decodes with
 `torch.manual_seed` on the same device are those with the same seed here. Difference: a block with given tokens, or a

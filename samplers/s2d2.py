@@ -1,14 +1,16 @@
 """S2D2: a block-diffusion model drafts in blocks and verifies one position after the other (arXiv 2603.25702).
 
-A model whose attention is causal over blocks is a causal model at block length 1, and that is what the engine decodes
-with (`block_length=1`). A step takes two forwards about the first `draft_length` masks m_1 < m_2 < ... of a row:
+Rule:
 
     draft    d_i ~ p(. | text before m_1, masks at all m that attend to each other), as in a block of that length
     verify   v_i ~ p(. | text before m_i, with d_j at m_j for j < i), one position after the other
+    commit   v_1, ..., v_i up to the first i with d_i != v_i
 
-and commits v_1, ..., v_i up to the first i with d_i != v_i. Every committed token is the one that the causal mode
-gives after the tokens before it, so the result is that of `vanilla` at block length 1, in fewer forwards than tokens as
-soon as two drafts or more are right; above temperature 0 it has the same distribution.
+A model whose attention is causal over blocks is a causal model at block length 1, and that is what the engine decodes
+with (`block_length=1`). A step takes two forwards about the first `draft_length` masks m_1 < m_2 < ... of a row. Every
+committed token is the one that the causal mode gives after the tokens before it, so the result is that of `vanilla` at
+block length 1, in fewer forwards than tokens as soon as two drafts or more are right; above temperature 0 it has the
+same distribution.
 
 Differences: the paper verifies within a block whose prefix was computed in blocks, and accepts by rejection sampling
 between both distributions; here the whole text is causal, so the result does not depend on the drafts, and a draft is

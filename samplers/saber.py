@@ -1,13 +1,13 @@
 """Saber: adaptive acceleration, and backtracking where confidence fell (arXiv 2510.18165).
 
-Per step, with p(top) the highest probability at a position and m the mean confidence with which the row's tokens
-were committed (1 before the first): commit every masked position of the block with p > m, or the `at_least` most
-confident ones if these are more; say c positions. If masks are left in the block, then turn
+Rule:
 
-    min(max(at_least / 2, c / 8), c - 1)        (at_least / 2 rounded down, c / 8 rounded up)
+    commit      i  if  p(top token at i) > m,  or the `at_least` most confident if these are more;  say c positions
+    mask again  the min(max(floor(at_least / 2), ceil(c / 8)), c - 1) whose p(top) rose least since the last step
 
-committed positions of the block back into masks: those whose p(top) rose least, or fell most, since the last
-step. In a block's first step this is where p(top) is lowest. A step gains at least one token.
+Per step, over the block; m is the mean confidence with which the row's tokens were committed (1 before the first), and
+p(top) the highest probability at a position. Tokens are masked again only where masks are left in the block. In a
+block's first step this is where p(top) is lowest. A step gains at least one token.
 
 Difference: the reference may also revoke tokens of earlier blocks; with one block, its default, it is the same.
 """

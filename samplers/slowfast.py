@@ -1,8 +1,11 @@
 """SlowFast sampling: explore a stretch of stable predictions, then decode it (arXiv 2506.10848).
 
-A block is decoded in cycles, each from where the last one ended, at offset s of the block. A cycle has two phases;
-in both, a step commits every masked position of its range with p(top token) >= threshold if these are two
-or more, else the most confident one.
+Rule:
+
+    commit i  of the range  if  p(top token at i) >= threshold,  where these are two or more;  else the most confident
+    range     slow: from s to the block's end;  fast: from s to the end of the stretch that the slow steps found
+
+A block is decoded in cycles, each from where the last one ended, at offset s of the block. A cycle has two phases:
 
     slow  exactly `exploration` steps over the range from s to the block's end. Each estimates where the
           cycle ends: after the last masked position with p(top) >= cycle_threshold, or after s without one.

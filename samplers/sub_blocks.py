@@ -1,7 +1,11 @@
 """Sub-blocks: each block is decoded in parts, from left to right (Fast-dLLM v2, arXiv 2509.26328, section 4.2).
 
-Per step, in the part of the block with its first mask: what the base policy commits of that part alone. A part is
-finished before the next one begins.
+Rule:
+
+    commit i  if  i is in the part of `length` positions with the block's first mask,  and the base policy, which sees
+                  the predictions of that part alone, commits it
+
+A part is finished before the next one begins.
 
 Where the model attends causally over blocks and predicts the next token (Fast-dLLM v2), the prediction for the first
 position of a block depends on finished blocks only and is final. It is committed in a step of its own, so that the

@@ -1,11 +1,14 @@
 """T2M: doubtful tokens become masks again, instead of other tokens (token-to-mask remasking, arXiv 2604.18738).
 
-Per step, of one forward about the whole block: commit every mask with p(top token) > threshold, and always the best.
-Of the tokens that were there before, with q the probability of the token that is there, mask again those with
+Rule:
 
-    low_prob  q < bound                                             (0.1)
-    t2t       another token predicted with p > bound                (0.9; LLaDA2.1's editing replaces it instead)
-    change    |q - q at the step before| > bound                    (0.3)
+    commit i    if  p(top token at i) > threshold,  and always the best
+    mask again  the tokens that were there before with
+                low_prob  q < bound                                             (0.1)
+                t2t       another token predicted with p > bound                (0.9; LLaDA2.1's editing replaces it)
+                change    |q - q at the step before| > bound                    (0.3)
+
+Per step, of one forward about the whole block, with q the probability of the token that is there. What is masked again:
 
 the most doubtful first, at most max(1, share * tokens) of them, and each position at most `most` times. Once its block
 has no mask, a row stays for up to `post_steps` steps without masks, until nothing is taken back.

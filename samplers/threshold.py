@@ -1,7 +1,10 @@
 """Fast-dLLM's confidence threshold (arXiv 2505.22618, section 3.3, algorithm 1).
 
-Per step: commit every masked position of the block with p(top token) >= threshold, and always the
-`at_least` most confident ones. A threshold above 1 commits `at_least` tokens per step.
+Rule:
+
+    commit i  if  p(top token at i) >= threshold,  and always the `at_least` most confident ones
+
+Per step, over the masked positions of the block. A threshold above 1 commits `at_least` tokens per step.
 
 With `steps`, the number of tokens committed after step i of a block is capped by the uniform schedule
 masks (i + 1) / steps; quota left by one step carries over. The reference's Dream sampler without cache

@@ -1,8 +1,11 @@
 """Fixed schedules: a given number of steps, each committing its quota of the best positions.
 
+Rule:
+
+    commit the k masked positions of the block with the highest score,  k the quota of this step
+
 LLaDA (arXiv 2502.09992, algorithm 5, semi-autoregressive blocks) and Dream (arXiv 2508.15487).
-Per step, with quota k of the schedule: commit the k masked positions of the block with the highest
-score, where score is
+The schedule gives the quota, and the score is
 
     low_confidence  p(top token)            (Dream: maskgit_plus)
     margin          p(top) - p(second)      (Dream: topk_margin)
@@ -15,9 +18,9 @@ probability proportional to exp(score / alg_temp). Above temperature 0 Dream's p
 temperature) after top_p and top_k, LLaDA's is softmax(logits); see `tempered_confidence` of `dllm.Options`.
 
 With `steps_per_block` (SDAR: denoising_steps) k is the length of a block divided evenly over that many steps, the
-remainder first. schedule=uniform (LLaDA) gives each step floor(masks / steps), with the remainder in the first
-steps. schedule=timestep (Dream) commits int(m (1 - s/t)) of m masks on the grid
-t = linspace(1, 0.001, steps + 1), and the remaining masks in the last step.
+remainder first. schedule=uniform (LLaDA) gives each step floor(masks / steps), with the remainder in the first steps.
+schedule=timestep (Dream) commits int(m (1 - s/t)) of m masks on the grid t = linspace(1, 0.001, steps + 1), and the
+remaining masks in the last step.
 
 Differences: a step whose quota is zero is skipped and costs no forward; steps are divided among
 the blocks in proportion to their length, so that no divisibility is required of steps or generated

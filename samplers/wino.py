@@ -1,15 +1,16 @@
 """WINO: draft widely, verify each token without itself, take doubtful ones back (arXiv 2507.18578).
 
-One forward per step. Beside the canvas it computes a shadow of the block: masks at its positions that attend to
-everything but the position they stand for, and that the canvas does not attend to. With p(top token) of the masks,
-and the shadows' probability q of the tokens committed in earlier steps,
+Rule:
 
     wide in     commit masks with p >= wide_in, at most max(5, min(20, 0.7 masks)), and always the `at_least` best
     narrow out  mask again the tokens with q < narrow_out, the least probable first, fewer than were committed:
                 at most (committed - at_least)
 
-so every step leaves fewer masks, and a block of K positions takes at most K forwards. narrow_out = 0 takes nothing
-back and computes shadows for nothing; narrow_out > 1 takes back as much as the bound allows.
+One forward per step. Beside the canvas it computes a shadow of the block: masks at its positions that attend to
+everything but the position they stand for, and that the canvas does not attend to. p is that of the masks' top tokens,
+and q the shadows' probability of the tokens committed in earlier steps. So every step leaves fewer masks, and a block
+of K positions takes at most K forwards. With narrow_out = 0 it takes nothing back and computes shadows for
+nothing; above 1 it takes back as much as the bound allows.
 
 Differences: the authors' code bounds what is taken back by the commits of the step before, and forgets positions that
 it masked again, so that its output keeps masks; this is the rule as d2Cache states it. Of models with shifted logits

@@ -1,10 +1,14 @@
 """DiffusionGemma: transformers' own modules, in the interface of the decode engine; text only.
 
+Rule:
+
+    p(token at i) = softmax(logits at i)   from   decoder(x, E^T softmax(last logits), encoder(finished text))
+
 Finished text goes through an encoder, causally; the open block goes through a decoder that attends to all of itself and
 to the encoder's keys and values. Both have the same weights but for a scalar of each layer. There is no [MASK]:
-undecided positions hold uniformly random tokens, and each forward is conditioned on the last prediction of its block,
-as the mean embedding under softmax(logits). Some layers attend to the last `sliding_window` positions only; the decoder
-then to the last `sliding_window` - 1 before its block.
+undecided positions of the block x hold uniformly random tokens, and each forward is conditioned on the last prediction
+of its block, as the mean embedding under softmax(logits). Some layers attend to the last `sliding_window` positions
+only; the decoder then to the last `sliding_window` - 1 before its block.
 
 Differences: rows of a batch may be at blocks of different lengths and starts; the conditioning is kept as embeddings,
 d numbers a position, where the published code keeps logits, V of them.

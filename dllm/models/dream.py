@@ -1,5 +1,9 @@
 """Dream (arXiv 2508.15487): a Qwen2 decoder without causal mask, whose logits are shifted by one.
 
+Rule:
+
+    p(token at i) = softmax(logits at i - 1),   i attends to every position
+
 The prediction for position i is read at position i - 1, as in the autoregressive model that Dream was
 initialized from. Tensor names are the published ones.
 """

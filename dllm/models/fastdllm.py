@@ -1,5 +1,9 @@
 """Fast-dLLM v2 (arXiv 2509.26328): a Qwen2.5 decoder trained to denoise blocks, with block-causal attention.
 
+Rule:
+
+    p(token at i) = softmax(logits at i - 1),   i attends to j  if  floor(j / length) <= floor(i / length)
+
 The prediction for position i is read at position i - 1, as in the autoregressive model that it was initialized from:
 the first token of a block is predicted by the blocks before it alone. Tensor names are the published ones; small models
 have no projection to the vocabulary of their own. Differences: here a position attends to its block and to those

@@ -1,5 +1,9 @@
 """LLaDA (arXiv 2502.09992): a llama block without causal mask or biases, unshifted logits.
 
+Rule:
+
+    p(token at i) = softmax(logits at i),   i attends to every position
+
 Tensor names are the published ones (``model.transformer.blocks.0.attn_out.weight``), so that
 checkpoints load and save without conversion.
 """

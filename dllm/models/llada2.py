@@ -1,5 +1,9 @@
 """LLaDA2.0 and LLaDA2.1 (arXiv 2512.15745): block-causal attention over mixtures of experts; unshifted logits.
 
+Rule:
+
+    p(token at i) = softmax(logits at i),   i attends to j  if  floor(j / length) <= floor(i / length)
+
 Tensor names are the published ones. Queries, keys and values are one projection; rotary embedding covers the first
 part of each head; the router is that of `GroupLimitedRouter`. Difference: the published code attends in blocks only
 where it is given such a mask, and to every position without one; here blocks are counted from the row's first token.

@@ -1,5 +1,9 @@
 """SDAR (arXiv 2510.06303): a Qwen3 decoder trained to denoise blocks, with block-causal attention; unshifted logits.
 
+Rule:
+
+    p(token at i) = softmax(logits at i),   i attends to j  if  floor(j / length) <= floor(i / length)
+
 Tensor names are the published ones. Differences: the published code uses flash-attn; here a position attends to its
 block and to those before it, where blocks are counted from the row's first token.
 """

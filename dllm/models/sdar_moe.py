@@ -1,5 +1,9 @@
 """SDAR-MoE (arXiv 2510.06303): SDAR over Qwen3's mixtures of experts.
 
+Rule:
+
+    feed-forward(h) = sum of w_e expert_e(h) over the k experts e with the largest w,   w = softmax(W h)
+
 Tensor names are the published ones. Each position has the k experts with the largest softmax scores, which are divided
 by their sum if `norm_topk_prob`. All else is that of SDAR.
 """
