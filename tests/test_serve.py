@@ -416,6 +416,17 @@ def test_bodies_over_the_limit_and_slow_ones_are_refused(lm: dllm.LanguageModel)
         with socket.create_connection(("127.0.0.1", server.server._listener.getsockname()[1])) as client:
             client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
             assert b" 408 " in client.recv(1000)
+        for sent in (b"", b"POST /v1/completions HTTP/1.1\r\nHost: "):  # headers that do not come
+            with socket.create_connection(("127.0.0.1", server.server._listener.getsockname()[1]), timeout=5) as client:
+                client.sendall(sent)
+                assert client.recv(1000) == b""
+        with httpx.Client() as client:  # an idle connection is no late one
+            for _ in range(2):
+                assert client.get(f"{server.url}/health").status_code == 200
+                time.sleep(0.5)
+            assert client.get(f"{server.url}/health").status_code == 200
+        told = [(line["status"], line["outcome"], line["path"]) for line in server.log.lines]
+        assert told == [(status, "refused", "/v1/completions") for status in (413, 413, 408)]
 
 
 def test_a_key_is_asked_for_where_there_is_one(lm: dllm.LanguageModel) -> None:
@@ -428,6 +439,7 @@ def test_a_key_is_asked_for_where_there_is_one(lm: dllm.LanguageModel) -> None:
         assert answer.status_code == 200
         assert httpx.get(f"{server.url}/v1/models").json()["error"]["code"] == "invalid_api_key"
         assert httpx.get(f"{server.url}/health").status_code == 200
+        assert [line["status"] for line in server.log.lines] == [401, 401, 200, 401]
 
 
 def test_requests_join_at_any_step_and_none_sees_another(lm: dllm.LanguageModel) -> None:

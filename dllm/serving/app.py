@@ -161,7 +161,7 @@ def create(service: Service) -> Guard:
         message = f"{request.method} {request.url.path} is not served here; GET /v1/models tells what is"
         return Json(error(message, problem.status_code), problem.status_code, headers=problem.headers)
 
-    return Guard(app, service.limits)
+    return Guard(app, service.limits, service.log)
 
 
 def _sends(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dllm.serving.answers import dumps, error
+from dllm.serving.log import Entry, Log
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -38,20 +39,21 @@ class Guard:
     Args:
         app: the application.
         limits: of a request.
+        log: of the requests that are refused here.
     """
 
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], limits: Limits) -> None:
-        self.app, self.limits = app, limits
+    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], limits: Limits, log: Log) -> None:
+        self.app, self.limits, self.log = app, limits, log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a connection."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
+        headers, entry = dict(scope["headers"]), self.log.entry(scope["path"])
         if self.limits.key is not None and scope["path"].startswith(_GUARDED) and not self._has_key(headers):
             message = "this server needs an API key; send it as Authorization: Bearer KEY"
-            await _refuse(send, 401, message, "invalid_api_key", (b"www-authenticate", b"Bearer"))
+            await _refuse(send, entry, 401, message, "invalid_api_key", (b"www-authenticate", b"Bearer"))
             return
         body = b""
         if scope["method"] not in ("GET", "HEAD", "OPTIONS"):
@@ -59,12 +61,11 @@ class Guard:
                 async with asyncio.timeout(self.limits.seconds):
                     body = await self._read(headers, receive)
             except TimeoutError:
-                await _refuse(
-                    send, 408, f"the body did not arrive within {self.limits.seconds:g} seconds; send it faster"
-                )
+                message = f"the body did not arrive within {self.limits.seconds:g} seconds; send it faster"
+                await _refuse(send, entry, 408, message)
                 return
             except _TooLargeError:
-                await _refuse(send, 413, f"the body is larger than {self.limits.body} bytes; send less")
+                await _refuse(send, entry, 413, f"the body is larger than {self.limits.body} bytes; send less")
                 return
             except _GoneError:
                 return
@@ -121,8 +122,9 @@ class _GoneError(Exception):
 
 
 async def _refuse(
-    send: Send, status: int, message: str, code: str | None = None, *headers: tuple[bytes, bytes]
+    send: Send, entry: Entry, status: int, message: str, code: str | None = None, *headers: tuple[bytes, bytes]
 ) -> None:
+    entry.refused(status, message)
     body = dumps(error(message, status, code=code)).encode()
     own = [
         (b"content-type", b"application/json"),

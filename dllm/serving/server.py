@@ -18,6 +18,7 @@ from dllm.models.loading import LanguageModel
 from dllm.resolve import CALIBRATION, TARGET, build, names, options_of, variants
 from dllm.samplers.base import Sampler
 from dllm.serving.app import Service, create
+from dllm.serving.connection import Connection
 
 # Kinds of policies that a request cannot choose unless the server's options name them: they load other models or files.
 _NOT_OFFERED = ("guided",)
@@ -41,7 +42,7 @@ class Server(uvicorn.Server):
     ) -> None:
         # What a slow reader has not taken of its answer this long after everything is finished is lost.
         config = uvicorn.Config(
-            create(service), log_config=None, access_log=False, lifespan="off", server_header=False, http="h11",
+            create(service), log_config=None, access_log=False, lifespan="off", server_header=False, http=Connection,
             ws="none", timeout_keep_alive=30, timeout_graceful_shutdown=5, log_level="critical",
         )  # fmt: skip
         super().__init__(config)
