@@ -30,9 +30,10 @@ from yaml import YAMLError
 
 import dllm
 from dllm.checks import Notice, first_line, is_text, naming, renamed
+from dllm.checks import known as known_options
 from dllm.escape import brief
 from dllm.files import parse_json
-from dllm.resolve import names, search_also, variants
+from dllm.resolve import TARGET, names, options_of, search_also, variants
 from dllm.scripts import flags, torchrun, usage, yaml_files
 from dllm.scripts.ending import fail, leave_quietly, line
 from dllm.scripts.kinds import check_kinds
@@ -230,6 +231,7 @@ def rewrite(arguments: Sequence[str], config_name: str) -> list[str]:
     groups = usage.groups(config_name)
     multirun = not {"-m", "--multirun"}.isdisjoint(given)
     written = [part for option in options for part in _rewrite_one(option, groups, multirun)]
+    written = _with_bases(written, groups)
     _check_overrides(written, groups)
     return [*given, *written]
 
@@ -248,6 +250,27 @@ def _check_overrides(overrides: Sequence[str], groups: Mapping[str, str]) -> Non
             raise ValueError(f"{each.input_line} has no name; expected one of {choices}")
     if count > _MOST_JOBS and not any(each.startswith(("hydra/sweeper", "sweep=")) for each in overrides):
         raise ValueError(f"these are more than {_MOST_JOBS} jobs; sweep over fewer values")
+
+
+def _with_bases(overrides: Sequence[str], groups: Mapping[str, str]) -> list[str]:
+    """Write out a base whose options are given (sampler.base.NAME=VALUE): Hydra sets those of mappings, not of names."""
+    written, keys = list(overrides), [each.partition("=")[0] for each in overrides]
+    given = dict(each.partition("=")[::2] for each in overrides)
+    sampler, place = given.get("sampler", groups.get("sampler", "")), "sampler.base"
+    while any(key.startswith(f"{place}.") for key in keys):
+        known = names("sampler") + variants("sampler")
+        base = given.get(place, options_of("sampler", sampler).get("base") if sampler in known else None)
+        if base is None or base.startswith(("{", "$")):
+            break
+        held = options_of("sampler", base, place)
+        taken = {key.removeprefix(f"{place}.").partition(".")[0] for key in keys if key.startswith(f"{place}.")}
+        known_options(sorted(taken), [name for name in held if name != TARGET], f"{place}.")
+        options = ", ".join(f"{name}: {json.dumps(value)}" for name, value in held.items())
+        first = keys.index(place) if place in keys else next(i for i, key in enumerate(keys) if key.startswith(place))
+        written[first : first + (place in keys)] = [f"{place}={{{options}}}"]
+        keys[first : first + (place in keys)] = [place]
+        sampler, place = base, f"{place}.base"
+    return written
 
 
 def _named(arguments: Sequence[str], option: str) -> list[str]:

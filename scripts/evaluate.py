@@ -9,7 +9,7 @@ if __name__ == "__main__":
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
@@ -220,9 +220,25 @@ def _label(fields: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
         ours = chosen[group] in names(group) + variants(group)  # not a custom YAML
         known, options = options_of(group, chosen[group]) if ours else {}, fields[group].items()
         own = [(name, value) for name, value in options if known.get(name, ...) != value or f"{group}.{name}" in given]
-        parts.append(" ".join([str(chosen[group]), *(f"{name}={shown(value)}" for name, value in own)]))
+        entries = [each for name, value in own for each in _entries((group, name), value, known.get(name), given)]
+        parts.append(" ".join([str(chosen[group]), *(f"{name}={shown(value)}" for name, value in entries)]))
     more = [f"{name}={shown(fields[name])}" for name in sorted((_OPTIONS | {"seed"}) - {"batch_size"}) if name in given]
     return ", ".join([" + ".join(part for part in parts if part != "none"), *more])
+
+
+def _entries(place: tuple[str, str], value: Any, default: Any, given: Set[str]) -> list[tuple[str, Any]]:
+    """What the label says of an option: of a base that is written out, its class and what is changed or given."""
+    group, name = place
+    if not isinstance(value, Mapping) or TARGET not in value:
+        return [(name, value)]
+    usual = options_of(group, default) if isinstance(default, str) else {}
+    other = usual.get(TARGET) != value[TARGET]
+    shown = [
+        (f"{name}.{key}", each)
+        for key, each in value.items()
+        if key != TARGET and (f"{group}.{name}.{key}" in given or (each is not None and usual.get(key, ...) != each))
+    ]
+    return [*([(name, value[TARGET].rpartition(".")[2])] if other else []), *shown]
 
 
 def _objective(results: Mapping[str, Any], names: Sequence[str]) -> float | tuple[float, ...]:

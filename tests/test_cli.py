@@ -304,3 +304,48 @@ class TestManual:
 
     def test_the_list_of_commands_is_as_narrow_as_the_rest(self) -> None:
         assert max(map(len, command("--help").out.splitlines())) <= 120
+
+
+class TestOptionsOfABase:
+    def test_they_are_typed_as_those_of_any_sampler(self) -> None:
+        plain = ["generate", "show=none", "gen_length=16", "prompt=Tom has 3 apples."]
+        written = "sampler.base={_target_: dllm.samplers.Threshold, threshold: 0.6}"
+        one = command(*plain, "sampler=edit", "sampler.base.threshold=0.6", "seed=1")
+        same = command(*plain, "sampler=edit", written, "seed=1")
+        answers = [re.sub(r"[\d.,]+ tokens/s", "", result.out) for result in (one, same)]
+        assert (one.code, one.err, answers[0]) == (0, "", answers[1])
+
+    def test_those_of_a_base_that_is_named_and_of_its_base(self) -> None:
+        options = ["sampler=freedave", "sampler.base=tiny/threshold", "sampler.base.threshold=0.6"]
+        shown = command("generate", *options, "--cfg", "job", "-p", "sampler")
+        assert "threshold: 0.6" in shown.out
+        nested = ["sampler=edit", "sampler.base=anchored", "sampler.base.base.threshold=0.6"]
+        shown = command("generate", *nested, "--cfg", "job", "-p", "sampler")
+        assert shown.out.count("base:") == 2
+        assert "threshold: 0.6" in shown.out
+
+    def test_a_sweep_over_one_names_its_runs_by_it(self, tmp_path: Path) -> None:
+        sweep = ["sampler=edit", "sampler.base.threshold=0.9,0.99", "task.limit=1", f"out={tmp_path}", "baselines=0"]
+        result = command("evaluate", "-m", *sweep)
+        assert result.code == 0
+        assert [line.partition(":")[0] for line in result.out.splitlines()] == [
+            "edit base.threshold=0.9", "edit base.threshold=0.99",
+        ]  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("options", "told"),
+        [
+            (["sampler=edit", "sampler.base=nothing", "sampler.base.threshold=1"], "unknown sampler.base='nothing'"),
+            (
+                ["sampler=edit", "sampler.base.thresold=1"],
+                "unknown option 'sampler.base.thresold'; expected one of thr",
+            ),
+            (["sampler=threshold", "sampler.base.threshold=1"], "unknown option 'sampler.base.threshold'"),
+            (["sampler=edit", "sampler.base.threshold=x"], "sampler.base.threshold='x'"),
+        ],
+    )
+    def test_what_there_is_not_is_refused(self, options: list[str], told: str) -> None:
+        result = command("generate", *options)
+        assert result.code == 2
+        assert told in result.err
+        assert result.err.count("\n") == 1
