@@ -47,7 +47,7 @@ def page(folder: Path, command: str, speed: bool, performance: bool) -> str:
         raise ValueError(f"out={str(folder)!r} holds no results (MODEL/runs.jsonl); give model=, with run=true")
     parts = [
         "# Results",
-        f"Made by `{command}` from the data in [{folder.name}/]({folder.name}): of each model one file `runs.jsonl`, "
+        f"Made by `{command}` from the data in `{folder.name}/`: of each model one file `runs.jsonl`, "
         "and the cards of `dllm calibrate`.",
         _CELL + (" Then tokens per second, which are true only of a machine that does nothing else." if speed else ""),
         _SETTING,
@@ -192,9 +192,10 @@ def _places(matrix: Matrix) -> Iterator[str]:
     for number, place in enumerate(matrix.plan.places):
         runs = [each for each in matrix.cells if each.place == number]
         days = sorted({each.started[:10] for each in runs})
+        count = f"{len(runs)} run{'s' * (len(runs) != 1)}"
         packages = ", ".join(f"{name} {version}" for name, version in (place.get("packages") or {}).items())
         yield (
-            f"- {len(runs)} run{'s' * (len(runs) != 1)}, {' to '.join(days[:1] + days[1:][-1:])}: {_said(place, 'device')}, "
+            f"- {count}, {' to '.join(days[:1] + days[1:][-1:])}: {_said(place, 'device')}, "
             f"{_said(place, 'threads')} threads, {_said(place, 'dtype')}; {_said(place, 'platform')}; Python "
             f"{_said(place, 'python')}, {markdown(packages)}; commit {_said(place, 'git')}"
         )
