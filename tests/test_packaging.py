@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import email
 import json
 import os
 import re
@@ -92,6 +93,7 @@ def installed(distributions: Distributions, tmp_path_factory: pytest.TempPathFac
     # A folder named in a .pth is searched, but its own .pth files, and so an editable install, are not followed.
     site = Path(run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], cwd=env.parent).strip())
     borrowed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    borrowed |= {path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")}
     (site / "borrowed.pth").write_text("\n".join(sorted(borrowed)) + "\n")
     return env / "bin"
 
@@ -120,8 +122,44 @@ def test_wheel_carries_the_bundled_models_complete(distributions: Distributions)
 
 def test_sdist_contains_what_building_and_testing_need(distributions: Distributions) -> None:
     tests = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("*.py")}
-    beside = {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "Makefile", "constraints.txt"}
+    beside = {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "Makefile", "constraints.txt"}
     assert distributions.sdist_files >= set(shipped_sources()) | tests | beside
+
+
+def test_both_can_be_uploaded(distributions: Distributions) -> None:
+    pytest.importorskip("twine")
+    checked = run(
+        [sys.executable, "-m", "twine", "check", "--strict", distributions.wheel, distributions.sdist],
+        cwd=distributions.wheel.parent,
+    )
+    assert checked.count("PASSED") == 2
+
+
+def test_metadata_say_what_is_installed(distributions: Distributions) -> None:
+    with zipfile.ZipFile(distributions.wheel) as archive:
+        name = next(each for each in archive.namelist() if each.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(archive.read(name))
+    assert (metadata["Name"], metadata["License-Expression"]) == ("dllm-samplers", "Apache-2.0")
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    described = metadata.get_payload()
+    assert isinstance(described, str)
+    assert described.startswith("# ")
+    assert 20 < len(metadata["Summary"]) < 200
+    extras = {"dev", "eval", "plot", "scale", "serve", "structure", "sweep"}
+    assert set(metadata.get_all("Provides-Extra", [])) >= extras
+    # Extras of extras are named as they are installed.
+    needed = metadata.get_all("Requires-Dist", [])
+    for own in (each for each in needed if each.startswith("dllm-samplers")):
+        assert set(re.findall(r"\w+", own.partition("[")[2].partition("]")[0])) <= extras
+
+
+def test_every_way_to_start_it_is_the_installed_one(installed: Path, tmp_path: Path) -> None:
+    said = run([installed / "dllm", "--version"], cwd=tmp_path)
+    assert said == run([installed / "python", "-m", "dllm", "--version"], cwd=tmp_path)
+    place = run([installed / "python", "-c", "import dllm; print(dllm.__file__)"], cwd=tmp_path)
+    assert Path(place.strip()).is_relative_to(installed.parent)
+    words = run([installed / "dllm", "completion", "bash", "2", "dllm", "generate", "sampler=tiny/th"], cwd=tmp_path)
+    assert words.splitlines() == ["words", "sampler=tiny/threshold"]
 
 
 def test_installed_command_answers_the_default_problem(installed: Path, tmp_path: Path) -> None:

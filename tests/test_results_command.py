@@ -51,7 +51,7 @@ class TestCommand:
         assert set(shown) == {"vanilla", "tiny/threshold", "pc"}
         assert shown["tiny/threshold"][0].endswith(f"<br>threshold={card.value!r}, certified")
         assert re.fullmatch(r"\d+\.\d \[\d+\.\d, \d+\.\d\]<br>\d+\.\d · \d+\.\d\d", shown["pc"][1])
-        assert "- (1) `s2d2` with every cache: LLaDAModelLM is not compatible with " in text
+        assert "- (1) `s2d2` with every cache: not compatible with " in text
         assert "Not run" not in text
         assert "tokens/s" not in text
         assert f"[{card.value!r}](all/tiny-llada/calibration/tiny-threshold/calibration.json)" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def page(folder: Path, command: str, speed: bool, performance: bool) -> str:
         raise ValueError(f"out={str(folder)!r} holds no results (MODEL/runs.jsonl); give model=, with run=true")
     parts = [
         "# Results",
-        f"Made by `{command}` from the data in [{folder.name}/]({folder.name}): of each model one file `runs.jsonl`, "
+        f"Made by `{command}` from the data in `{folder.name}/`: of each model one file `runs.jsonl`, "
         "and the cards of `dllm calibrate`.",
         _CELL + (" Then tokens per second, which are true only of a machine that does nothing else." if speed else ""),
         _SETTING,
@@ -75,7 +76,7 @@ def _model(matrix: Matrix, folder: Path, place: str, speed: bool) -> Iterator[st
     )
     reasons: dict[str, list[tuple[str, str]]] = {}
     for each in matrix.refusals:
-        reasons.setdefault(each.refused, []).append((each.sampler, each.cache))
+        reasons.setdefault(_reason(each.refused), []).append((each.sampler, each.cache))
     yield _table(matrix, list(reasons), speed)
     if reasons:
         lines = [
@@ -89,6 +90,11 @@ def _model(matrix: Matrix, folder: Path, place: str, speed: bool) -> Iterator[st
     yield "### Where and how"
     yield f"Runs: `{plan.command}`. The same command resumes, and reads what is finished."
     yield "\n".join(_places(matrix))
+
+
+def _reason(message: str) -> str:
+    """Why a combination is refused, without its name, which the page has, and without a way out."""
+    return re.sub(r"^\S+ is (?=not compatible with )", "", message.partition("; use ")[0])
 
 
 def _combinations(plan: Plan, pairs: Sequence[tuple[str, str]]) -> Iterator[str]:
@@ -119,7 +125,7 @@ def _table(matrix: Matrix, reasons: Sequence[str], speed: bool) -> str:
             if isinstance(what, Cell):
                 cells.append(_cell(what, speed))
             else:
-                cells.append("*absent*" if what is None else f"*({reasons.index(what.refused) + 1})*")
+                cells.append("*absent*" if what is None else f"*({reasons.index(_reason(what.refused)) + 1})*")
         name = f"`{sampler}`" + (" (bound)" if sampler == "oracle" else "")
         name += _setting(sampler, plan.settings.get(sampler))
         rows.append([name, *cells, _number(matrix.aup(sampler=sampler))])
@@ -186,9 +192,10 @@ def _places(matrix: Matrix) -> Iterator[str]:
     for number, place in enumerate(matrix.plan.places):
         runs = [each for each in matrix.cells if each.place == number]
         days = sorted({each.started[:10] for each in runs})
+        count = f"{len(runs)} run{'s' * (len(runs) != 1)}"
         packages = ", ".join(f"{name} {version}" for name, version in (place.get("packages") or {}).items())
         yield (
-            f"- {len(runs)} runs, {' to '.join(days[:1] + days[1:][-1:])}: {_said(place, 'device')}, "
+            f"- {count}, {' to '.join(days[:1] + days[1:][-1:])}: {_said(place, 'device')}, "
             f"{_said(place, 'threads')} threads, {_said(place, 'dtype')}; {_said(place, 'platform')}; Python "
             f"{_said(place, 'python')}, {markdown(packages)}; commit {_said(place, 'git')}"
         )
