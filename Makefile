@@ -2,6 +2,7 @@
 # make frontier     set up .venv and compare every policy with three caches: table, plots and page in outputs/frontier
 # make test         set up .venv with the development tools and run the whole test suite
 # make test-oldest  the same with the oldest declared dependencies, in .venv-oldest
+# make notebooks    run docs/notebooks/*.py and write them with their outputs to build/notebooks
 # make check        lint, format, types, imports (make -k check goes on after a failure)
 # make clean        remove the environments and everything built
 #
@@ -18,7 +19,7 @@ PIP_ARGS ?= $(if $(CI),--quiet)
 SHELL := /bin/sh
 .SHELLFLAGS := -eu -c
 .DELETE_ON_ERROR:
-.PHONY: demo frontier test test-oldest check lint format types imports typing-links clean
+.PHONY: demo frontier test test-oldest notebooks check lint format types imports typing-links clean
 
 # The environments are called by path. Nothing of an active one may leak into them.
 unexport VIRTUAL_ENV CONDA_PREFIX PYTHONHOME PYTHONPATH PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV
@@ -26,7 +27,7 @@ export PYTHONNOUSERSITE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # The models here are so small that a second thread only gets in the way, and badly on a busy machine.
-demo frontier test test-oldest: export OMP_NUM_THREADS ?= 1
+demo frontier test test-oldest notebooks: export OMP_NUM_THREADS ?= 1
 test test-oldest check: export TOKENIZERS_PARALLELISM := false
 
 demo: .venv/.installed
@@ -41,6 +42,11 @@ test: .venv/.installed-dev
 
 test-oldest: .venv-oldest/.installed-dev
 	.venv-oldest/bin/python -m pytest $(PYTEST_ARGS)
+
+notebooks: .venv/.installed-dev
+	mkdir -p build/notebooks
+	for book in docs/notebooks/*.py; do .venv/bin/python -m jupytext --quiet --to ipynb --execute "$$book" \
+		--output "build/notebooks/$$(basename "$$book" .py).ipynb"; done
 
 check: lint format types imports
 

@@ -126,7 +126,12 @@ class TestGeneration:
         out = dllm.generate(random_dream(), [[5, 6, 7]], "vanilla", **SHORT)
         page = shown_by(out)
         assert " 5 6 7" in page.text
-        assert shown_by(replace(out, vocabulary=None)).text.count("NFE") == 2
+        assert " 5 6 7" in shown_by(replace(out, vocabulary=None)).text
+
+    def test_one_prompt_needs_no_number(self, result: dllm.Generation) -> None:
+        assert shown_by(dllm.generate(LM, PROMPTS[:1], "vanilla", **SHORT)).text.count("NFE") == 1
+        assert shown_by(result).text.count("NFE") == 3
+        assert "#1 · NFE 8 · TPF 1.00 · 8 tokens" in shown_by(result).text
 
     def test_many_prompts_and_long_canvases_are_bounded_and_counted(self) -> None:
         rows, length = 300, 5000

@@ -73,7 +73,6 @@ def generation(result: Generation) -> str:
 
 def frame(shown: Frame) -> str:
     """The canvas after a step: new tokens highlighted, predictions pale, masks as dots."""
-    batch = shown.tokens.dim() > 1
     tokens, guesses, committed, revoked = (
         np.atleast_2d(each.numpy()) for each in (shown.tokens, shown.provisional, shown.committed, shown.revoked)
     )
@@ -82,7 +81,7 @@ def frame(shown: Frame) -> str:
     parts = []
     for row in range(min(len(tokens), MOST_ROWS)):
         new = int(committed[row].sum())
-        head = [f"#{row}"] * batch + [f"NFE {nfe[row]}", f"{new} new"]
+        head = [f"#{row}"] * (len(tokens) > 1) + [f"NFE {nfe[row]}", f"{new} new"]
         head += [f"{taken} masked again" for taken in [int(revoked[row].sum())] if taken]
         head += [f"no answer: {error}" for error in [errors[row]] if error is not None]
         cells = _canvas(shown.vocabulary, tokens[row], guesses[row], committed[row], revoked[row])
@@ -151,10 +150,14 @@ def _answer(result: Generation, row: int) -> str:
             cells.append((_word(vocabulary, token), paint(step / max(1, nfe - 1)), f"forward {step + 1} of {nfe}"))
     if len(tokens) > MOST_TOKENS:
         cells.append((f" … and {counted(len(tokens) - MOST_TOKENS, 'more token')}", SOFT, ""))
-    head = [f"#{row}", f"NFE {nfe}"] + [f"TPF {count / max(1, nfe):.2f}", counted(count, "token")] * (error is None)
+    head = []
+    if len(result.completions) > 1:
+        head += [f"#{row}", f"NFE {nfe}"] + [f"TPF {count / max(1, nfe):.2f}", counted(count, "token")] * (
+            error is None
+        )
     head += [f"guide NFE {guide}" for guide in [int(result.guide_nfe[row])] if guide]
     head += [] if error is None else [f"no answer: {error}"]
-    return line(head) + words(cells)
+    return (line(head) if head else "") + words(cells)
 
 
 def _canvas(
