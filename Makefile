@@ -2,6 +2,7 @@
 # make frontier     set up .venv and compare every policy with three caches: table, plots and page in outputs/frontier
 # make test         set up .venv with the development tools and run the whole test suite
 # make test-oldest  the same with the oldest declared dependencies, in .venv-oldest
+# make docs         build the documentation site in build/site; DLLM_DOCS_EXECUTE=false runs no notebook
 # make check        lint, format, types, imports (make -k check goes on after a failure)
 # make clean        remove the environments and everything built
 #
@@ -10,15 +11,15 @@
 PYTHON ?= $(shell for python in python3.11 python3; do "$$python" -c "" 2>/dev/null && echo "$$python" && exit; done; echo python3)
 PYTEST_ARGS ?= -n 2 --dist loadgroup
 DLLM_ARGS ?=
-# The extras that the tests need; those of the last six are skipped without them.
-TESTED := dev,eval,plot,scale,serve,structure,sweep
+# The extras that the tests need; those of the last seven are skipped without them.
+TESTED := dev,docs,eval,plot,scale,serve,structure,sweep
 # Nobody watches the progress of an installation in CI.
 PIP_ARGS ?= $(if $(CI),--quiet)
 
 SHELL := /bin/sh
 .SHELLFLAGS := -eu -c
 .DELETE_ON_ERROR:
-.PHONY: demo frontier test test-oldest check lint format types imports typing-links clean
+.PHONY: demo frontier test test-oldest docs check lint format types imports typing-links clean
 
 # The environments are called by path. Nothing of an active one may leak into them.
 unexport VIRTUAL_ENV CONDA_PREFIX PYTHONHOME PYTHONPATH PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV
@@ -26,8 +27,8 @@ export PYTHONNOUSERSITE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # The models here are so small that a second thread only gets in the way, and badly on a busy machine.
-demo frontier test test-oldest: export OMP_NUM_THREADS ?= 1
-test test-oldest check: export TOKENIZERS_PARALLELISM := false
+demo frontier test test-oldest docs: export OMP_NUM_THREADS ?= 1
+test test-oldest docs check: export TOKENIZERS_PARALLELISM := false
 
 demo: .venv/.installed
 	.venv/bin/dllm generate $(DLLM_ARGS)
@@ -41,6 +42,10 @@ test: .venv/.installed-dev
 
 test-oldest: .venv-oldest/.installed-dev
 	.venv-oldest/bin/python -m pytest $(PYTEST_ARGS)
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: .venv/.installed-dev typing-links
+	.venv/bin/python -m mkdocs build --strict
 
 check: lint format types imports
 
