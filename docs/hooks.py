@@ -103,7 +103,9 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
     """The same for notebooks, whose Markdown MkDocs does not see, and nothing in them from another host."""
     if page.file.src_uri.endswith(".md"):
         return html
-    html = checking.without_remote_scripts(html)
+    name = PurePosixPath(page.file.src_uri).name
+    link = f'<p>This notebook <a href="{name}" download>as a file</a>, for Jupyter with jupytext.</p>'
+    html = checking.without_remote_scripts(html) + link
     return sources.rewritten_html(page.file.src_uri, html, {file.src_uri: file.dest_uri for file in files})
 
 

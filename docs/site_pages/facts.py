@@ -15,7 +15,7 @@ from typing import Any
 
 from dllm.cache.base import Cache
 from dllm.decoding.compatibility import NEEDS, unmet
-from dllm.models import ARCHITECTURES
+from dllm.models import ARCHITECTURES, MaskedDiffusionModel
 from dllm.resolve import TARGET, merged, names, resolve, sources, variants
 from dllm.samplers.base import Sampler
 
@@ -118,7 +118,10 @@ def refused(group: str, name: str) -> dict[str, list[str]]:
 def families_of(name: str) -> list[str]:
     """The families that a policy runs on."""
     needs = built("sampler", name).needs
-    return [family for family, cls in ARCHITECTURES.items() if not needs & cls.refuses.keys()]
+    # A canvas grows only where every position attends to every other, so that there are no blocks to keep.
+    bidirectional = {each for each, cls in ARCHITECTURES.items() if cls.pattern is MaskedDiffusionModel.pattern}
+    met = {each for each, cls in ARCHITECTURES.items() if not needs & cls.refuses.keys()}
+    return [each for each in ARCHITECTURES if each in (met & bidirectional if "growth" in needs else met)]
 
 
 def needs_of(cls: Any) -> list[str]:

@@ -22,6 +22,9 @@ WHAT_BECOMES = {
 _BUNDLED = {"LLaDAModelLM": "tiny-llada", "DreamModel": "tiny-dream", "SDARForCausalLM": "tiny-block"}
 # The policies that the measured rows of a cache are shown of; its tables have all.
 _SHOWN = ("vanilla", "threshold", "localleap")
+# Folders of the pages of the methods in a table, by its first head.
+_FOLDERS = {"| sampler": "policies", "| cache": "caches"}
+_NAME = re.compile(r"`([a-z0-9_]+)`")
 _LINK = re.compile(r"(\]\()(?!\w+:|#)([^)\s]+\))")
 
 
@@ -75,7 +78,7 @@ def model(text: str, page: str) -> str:
     title, _, rest = text.partition("\n")
     classes = families(page)
     facts_of = [part for cls in classes for part in (f"## `{cls.__name__}`", *_family(cls))]
-    return _page(title, *_when("models.md", page), rest.strip("\n"), *facts_of)
+    return _page(title, *_when("models.md", page)[1:], rest.strip("\n"), *facts_of)
 
 
 def linked_headings(guide: str, text: str) -> str:
@@ -88,14 +91,14 @@ def linked_tables(text: str) -> str:
     """A text at the top of the repository, whose tables of samplers and caches link to their pages."""
     folder, lines = "", []
     for line in text.splitlines():
-        first, _, rest = line.removeprefix("| ").partition(" |")
-        if not line.startswith("|"):
+        cell, bar, rest = line.partition(" |")
+        if cell in _FOLDERS:
+            folder = _FOLDERS[cell]
+        elif not line.startswith("|"):
             folder = ""
-        elif first in ("sampler", "cache"):
-            folder = {"sampler": "policies", "cache": "caches"}[first]
         elif folder:
-            line = f"| {re.sub(r'`([a-z0-9_]+)`', rf'[`{chr(92)}1`](docs/{folder}/{chr(92)}1.md)', first)} |{rest}"
-        lines.append(line)
+            cell = _NAME.sub(rf"[`\1`](docs/{folder}/\1.md)", cell)
+        lines.append(cell + bar + rest)
     return "\n".join(lines) + "\n"
 
 
@@ -140,11 +143,7 @@ def _policy_cost(name: str, made: Decode | None) -> list[str]:
     rows = [["kind", f"{own.kind}: {WHAT_BECOMES[own.kind]}"], ["a step", _step(own.single_forward)]]
     if needs := facts.needs_of(own):
         rows.append(["asks of model and cache", "; ".join(needs)])
-    runs_on = facts.families_of(name)
-    others = [family for family in ARCHITECTURES if family not in runs_on]
-    rows.append(["models", f"all but {', '.join(others)}" if others and len(runs_on) > 1 else ", ".join(runs_on)])
-    if not others:
-        rows[-1][1] = "all families"
+    rows.append(["models", _families(facts.families_of(name))])
     rows.append(["caches", _refusals("cache", facts.refused("sampler", name))])
     if own.knob is not None:
         rows.append(["`dllm calibrate` sets", f"`{own.knob.name}`, trying {_span(own.knob.values)}"])
@@ -156,6 +155,13 @@ def _cache_cost(name: str, made: Decode) -> list[str]:
     if refuses := facts.built("cache", name).refuses:
         rows.append(["refuses", "; ".join(f"{NEEDS[need][0]}: {why}" for need, why in refuses.items())])
     return ["## What it costs", _table(["", f"`{name}`"], [*rows, *_decoded(made)])]
+
+
+def _families(runs_on: list[str]) -> str:
+    others = [family for family in ARCHITECTURES if family not in runs_on]
+    if not others:
+        return "all"
+    return ", ".join(runs_on) if len(runs_on) <= len(others) else f"all but {', '.join(others)}"
 
 
 def _step(single: bool) -> str:
@@ -245,7 +251,7 @@ def _family(cls: type[MaskedDiffusionModel]) -> list[str]:
     pattern = "causal over blocks" if "causal" not in cls.refuses and not cls.uniform else "every position"
     pattern = "all of the open block, and finished text before it" if cls.uniform else pattern
     shift = "at the position itself" if cls.logits_shift == 0 else f"{cls.logits_shift} position to the left"
-    refused = [name for name in names("sampler") if facts.built("sampler", name).needs & cls.refuses.keys()]
+    refused = [name for name in names("sampler") if cls.__name__ not in facts.families_of(name)]
     caches = [name for name in names("cache") if cls.needs & facts.built("cache", name).refuses.keys()]
     rows = [
         ["a position attends to", pattern],

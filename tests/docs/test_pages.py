@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
+import dllm
 from dllm.models import ARCHITECTURES
 from dllm.resolve import TARGET, names, options_of, variants
 from site_pages import facts, pages
@@ -83,6 +86,26 @@ def test_a_policy_that_no_bundled_model_can_show_says_so() -> None:
     page = pages.policy("renoise")
     assert "<svg" not in page
     assert "None: it needs a model that denoises random tokens" in page
+
+
+@pytest.mark.parametrize(("name", "block_length"), [("threshold", 4), ("s2d2", 1), ("daedal", 4), ("renoise", 4)])
+@pytest.mark.parametrize(("model", "family"), [("tiny-block", "SDARForCausalLM"), ("tiny-llada", "LLaDAModelLM")])
+def test_the_models_shown_are_those_that_a_policy_runs_on(
+    name: str, block_length: int, model: str, family: str
+) -> None:
+    lm = dllm.load(model)
+    decodes = family in facts.families_of(name)
+    with nullcontext() if decodes else pytest.raises(ValueError, match=r"is not compatible|attends"):
+        dllm.generate(lm, "Mia has", name, gen_length=4, block_length=block_length)
+
+
+def test_tables_of_methods_link_to_their_pages() -> None:
+    text = (facts.ROOT / "README.md").read_text()
+    linked = pages.linked_tables(text)
+    found = re.findall(r"\[`(\w+)`\]\(docs/(\w+)/\1\.md\)", linked)
+    assert {name for name, folder in found if folder == "policies"} >= {"vanilla", "wino", "daedal"}
+    assert {name for name, folder in found if folder == "caches"} == set(names("cache"))
+    assert re.sub(r"\[(`\w+`)\]\(docs/\w+/\w+\.md\)", r"\1", linked) == text
 
 
 def test_a_page_has_the_measured_rows_of_its_policy() -> None:
