@@ -3,6 +3,7 @@
 # make test         set up .venv with the development tools and run the whole test suite
 # make test-oldest  the same with the oldest declared dependencies, in .venv-oldest
 # make notebooks    run docs/notebooks/*.py and write them with their outputs to build/notebooks
+# make docs         build the documentation site in build/site; DLLM_DOCS_EXECUTE=false runs no notebook
 # make check        lint, format, types, imports (make -k check goes on after a failure)
 # make clean        remove the environments and everything built
 #
@@ -11,15 +12,15 @@
 PYTHON ?= $(shell for python in python3.11 python3; do "$$python" -c "" 2>/dev/null && echo "$$python" && exit; done; echo python3)
 PYTEST_ARGS ?= -n 2 --dist loadgroup
 DLLM_ARGS ?=
-# The extras that the tests need; those of the last six are skipped without them.
-TESTED := dev,eval,plot,scale,serve,structure,sweep
+# The extras that the tests need; those of the last seven are skipped without them.
+TESTED := dev,docs,eval,plot,scale,serve,structure,sweep
 # Nobody watches the progress of an installation in CI.
 PIP_ARGS ?= $(if $(CI),--quiet)
 
 SHELL := /bin/sh
 .SHELLFLAGS := -eu -c
 .DELETE_ON_ERROR:
-.PHONY: demo frontier test test-oldest notebooks check lint format types imports typing-links clean
+.PHONY: demo frontier test test-oldest docs notebooks check lint format types imports typing-links clean
 
 # The environments are called by path. Nothing of an active one may leak into them.
 unexport VIRTUAL_ENV CONDA_PREFIX PYTHONHOME PYTHONPATH PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV
@@ -27,8 +28,8 @@ export PYTHONNOUSERSITE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # The models here are so small that a second thread only gets in the way, and badly on a busy machine.
-demo frontier test test-oldest notebooks: export OMP_NUM_THREADS ?= 1
-test test-oldest check: export TOKENIZERS_PARALLELISM := false
+demo frontier test test-oldest docs notebooks: export OMP_NUM_THREADS ?= 1
+test test-oldest docs check: export TOKENIZERS_PARALLELISM := false
 
 demo: .venv/.installed
 	.venv/bin/dllm generate $(DLLM_ARGS)
@@ -47,6 +48,10 @@ notebooks: .venv/.installed-dev
 	mkdir -p build/notebooks
 	for book in docs/notebooks/*.py; do .venv/bin/python -m jupytext --quiet --to ipynb --execute "$$book" \
 		--output "build/notebooks/$$(basename "$$book" .py).ipynb"; done
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: .venv/.installed-dev typing-links
+	.venv/bin/python -m mkdocs build --strict
 
 check: lint format types imports
 

@@ -253,7 +253,7 @@ def _check_overrides(overrides: Sequence[str], groups: Mapping[str, str]) -> Non
 
 
 def _with_bases(overrides: Sequence[str], groups: Mapping[str, str]) -> list[str]:
-    """Write out a base whose options are given (sampler.base.NAME=VALUE): Hydra sets those of mappings, not of names."""
+    """Write out a base whose options are given (sampler.base.NAME=VALUE): Hydra sets those of mappings only."""
     written, keys = list(overrides), [each.partition("=")[0] for each in overrides]
     given = dict(each.partition("=")[::2] for each in overrides)
     sampler, place = given.get("sampler", groups.get("sampler", "")), "sampler.base"

@@ -1,0 +1,159 @@
+"""What the code says of itself: docstrings, options, sections of the guides, measured rows."""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from dllm.cache.base import Cache
+from dllm.decoding.compatibility import NEEDS, unmet
+from dllm.models import ARCHITECTURES, MaskedDiffusionModel
+from dllm.resolve import TARGET, merged, names, resolve, sources, variants
+from dllm.samplers.base import Sampler
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+# The tables that measured rows are taken from: folders of docs/ with a report.csv and a report.md.
+TABLES = ("policies/tiny-llada", "policies/tiny-dream", "caches/tiny-llada", "caches/tiny-dream", "frontier")
+PROTOCOLS = {"sampler": Sampler, "cache": Cache}
+_RULE = re.compile(r"^Rule:\n\n((?: {4}.*\n|\n)+)", re.MULTILINE)
+_PAPER = re.compile(r"arXiv (\d{4}\.\d{5})")
+_OPTION = re.compile(r"^(\w+): *(.*?) *#+ *(.*)$", re.MULTILINE)
+_SECTION = re.compile(r"^### `([\w-]+)`\n\n(.*?)\n*(?=^##|\Z)", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A module's docstring, in parts.
+
+    Attributes:
+        summary: its first line.
+        rule: the formula: the block after the line `Rule:`; empty if there is none.
+        details: everything else, as Markdown.
+        papers: arXiv identifiers, in order.
+        path: of the module in the repository.
+    """
+
+    summary: str
+    rule: str
+    details: str
+    papers: tuple[str, ...]
+    path: str
+
+
+def method_of(cls: type) -> Method:
+    """What the module of a policy, cache or family says."""
+    module = import_module(cls.__module__)
+    text = inspect.getdoc(module) or ""
+    summary, _, rest = text.partition("\n\n")
+    found = _RULE.search(rest + "\n")
+    rule = textwrap.dedent(found[1]).strip("\n") if found else ""
+    details = _RULE.sub("", rest + "\n").strip()
+    # A list needs an empty line before it.
+    details = re.sub(r"(:)\n(- )", r"\1\n\n\2", details)
+    path = Path(inspect.getsourcefile(module) or "").resolve().relative_to(ROOT)
+    return Method(" ".join(summary.split()), rule, details, tuple(dict.fromkeys(_PAPER.findall(text))), path.as_posix())
+
+
+def built(group: str, name: str) -> Any:
+    """A policy or cache with its defaults."""
+    return resolve(group, name, PROTOCOLS[group])
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An option in a YAML: its default, what it means, and the value for the bundled models if that is another."""
+
+    name: str
+    default: str
+    meaning: str
+    tuned: str
+
+
+def settings(group: str, name: str) -> list[Setting]:
+    """The options of a choice, in the order of its YAML."""
+    lines = _commented(f"{group}/{name}")
+    tuned = _commented(f"{group}/tiny/{name}") if f"tiny/{name}" in variants(group) else lines
+    return [
+        Setting(option, value, meaning, "" if tuned[option][0] == value else tuned[option][0])
+        for option, (value, meaning) in lines.items()
+    ]
+
+
+def _commented(file: str) -> dict[str, tuple[str, str]]:
+    """The options of a YAML and of those that it includes: value and comment."""
+    return {option: (value, meaning) for text in sources(file) for option, value, meaning in _OPTION.findall(text)}
+
+
+def undocumented(group: str, name: str) -> list[str]:
+    """The options of a choice that `settings` leaves out."""
+    return sorted(set(merged(f"{group}/{name}")) - {TARGET} - {each.name for each in settings(group, name)})
+
+
+@cache
+def sections(guide: str) -> dict[str, str]:
+    """The sections of a page of docs/ that are headed by a name, such as those of policies.md."""
+    return dict(_SECTION.findall((DOCS / guide).read_text(encoding="utf-8")))
+
+
+def refused(group: str, name: str) -> dict[str, list[str]]:
+    """The caches that a policy is not compatible with, or the policies that a cache is not, by the reason."""
+    own, other = built(group, name), "cache" if group == "sampler" else "sampler"
+    reasons: dict[str, list[str]] = {}
+    for each in names(other):
+        pair = (own, built(other, each)) if group == "sampler" else (built(other, each), own)
+        for need in unmet(*pair):
+            reasons.setdefault(pair[1].refuses[need], []).append(each)
+    return reasons
+
+
+def families_of(name: str) -> list[str]:
+    """The families that a policy runs on."""
+    needs = built("sampler", name).needs
+    # A canvas grows only where every position attends to every other, so that there are no blocks to keep.
+    bidirectional = {each for each, cls in ARCHITECTURES.items() if cls.pattern is MaskedDiffusionModel.pattern}
+    met = {each for each, cls in ARCHITECTURES.items() if not needs & cls.refuses.keys()}
+    return [each for each in ARCHITECTURES if each in (met & bidirectional if "growth" in needs else met)]
+
+
+def needs_of(cls: Any) -> list[str]:
+    """What a policy asks of caches and models, in words."""
+    return [NEEDS[need][0] for need in sorted(cls.needs)]
+
+
+@cache
+def _rows(table: str) -> tuple[dict[str, str], ...]:
+    file = DOCS / table / "report.csv"
+    if not file.is_file():
+        return ()
+    with file.open(encoding="utf-8", newline="") as rows:
+        return tuple(csv.DictReader(rows))
+
+
+def measured(group: str, name: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """The measured rows of a policy, or of a cache, with the table that they are of."""
+    for table in TABLES:
+        for row in _rows(table):
+            if row[f"{group}.name"] == name:
+                yield table, row
+
+
+def family_page(cls: type) -> str:
+    """The page of docs/models/ about a family: the one that links to its module.
+
+    Raises:
+        ValueError: there is none.
+    """
+    module = method_of(cls).path
+    for page in sorted((DOCS / "models").glob("*.md")):
+        if f"{module})" in page.read_text(encoding="utf-8"):
+            return page.stem
+    raise ValueError(f"no page of docs/models links to {module}; add one for {cls.__name__}")
