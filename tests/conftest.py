@@ -46,8 +46,22 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start with what takes longest, so that no worker is left alone with it at the end."""
+    """Keep together what shares a fixture of its module, which every worker would make anew.
+
+    Then start with what takes longest, so that no worker is left alone with it at the end.
+    """
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None and _shares(item):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
     items.sort(
         key=lambda item: next((place for place, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST))
     )
+
+
+def _shares(item: pytest.Item) -> bool:
+    """Whether a test takes a fixture that its module makes once."""
+    found = item._fixtureinfo.name2fixturedefs.values() if isinstance(item, pytest.Function) else ()
+    module = item.nodeid.partition("::")[0]
+    return any(each[-1].baseid == module and each[-1].scope in ("module", "session") for each in found)
