@@ -27,10 +27,10 @@ from dllm import identity, jobs
 from dllm.cache.base import Cache
 from dllm.checks import SEEDS, choice, renamed, seed
 from dllm.decoding import compatibility
+from dllm.decoding.display import CanvasView, live, plain, save_picture
 from dllm.decoding.drift import Drift, Measurement, summarise
 from dllm.decoding.prompts import encode
 from dllm.decoding.step import Step
-from dllm.display import CanvasView, live, plain, save_picture
 from dllm.escape import terminal
 from dllm.evaluation.answer_manifest import AnswerManifest, describe, identify
 from dllm.evaluation.jsonl import AnswerFile, PromptLine, read_questions

@@ -16,8 +16,8 @@ import dllm
 from dllm.cache.base import Cache
 from dllm.checks import SEEDS, known, seed
 from dllm.decoding import compatibility
+from dllm.decoding.display import CanvasView, live, plain
 from dllm.decoding.prompts import encode
-from dllm.display import CanvasView, live, plain
 from dllm.resolve import build, option_names, options_of, with_option
 from dllm.samplers.base import Sampler
 

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.text import Text
 
 import dllm
+from dllm.decoding.display import FRESH, MASKED, PROVISIONAL, SETTLED, CanvasView, live, plain, save_picture
 from dllm.decoding.setup import Setup
 from dllm.decoding.step import Step
 from dllm.decoding.window import Edit, Window
-from dllm.display import FRESH, MASKED, PROVISIONAL, SETTLED, CanvasView, live, plain, save_picture
 from dllm.samplers.base import Denoise, Policy
 from models import random_llada
 

@@ -16,7 +16,7 @@ import pytest
 from rich.text import Text
 
 from commands import command
-from dllm.display import save_picture
+from dllm.decoding.display import save_picture
 from dllm.escape import cell, markdown, terminal
 from report_rig import trace, write_error, write_run
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import dllm
-from dllm.colours import RAMPS
 from dllm.decoding import html
+from dllm.decoding.colours import RAMPS
 from dllm.decoding.html import MOST_ROWS, MOST_TOKENS, Vocabulary
 from dllm.evaluation import trace_html
 from dllm.evaluation.recording import Recording

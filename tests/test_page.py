@@ -10,7 +10,7 @@ import pytest
 
 from browser_rig import UNNAMED, asked, in_a_browser, opened, webdriver, width_on_a_phone
 from commands import command
-from dllm.colours import RAMPS, shade
+from dllm.decoding.colours import RAMPS, shade
 from dllm.evaluation.trace import Trace
 from dllm.reports.player import moment, word
 from report_rig import SETTINGS, trace, write_sweep

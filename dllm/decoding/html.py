@@ -16,7 +16,7 @@ from jaxtyping import Int
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from dllm.colours import RAMPS, is_bright, shade
+from dllm.decoding.colours import RAMPS, is_bright, shade
 from dllm.escape import terminal
 
 if TYPE_CHECKING:

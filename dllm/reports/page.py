@@ -18,7 +18,7 @@ import numpy as np
 from markupsafe import Markup
 
 from dllm.checks import Notice
-from dllm.colours import RAMPS
+from dllm.decoding.colours import RAMPS
 from dllm.escape import terminal
 from dllm.evaluation.trace import Frames, Trace
 from dllm.reports import plots, table

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from dllm.colours import is_bright, shade
+from dllm.decoding.colours import is_bright, shade
 from dllm.escape import terminal
 from dllm.evaluation.trace import Frames, Trace
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from importlib import resources
 
-from dllm.colours import RAMPS
+from dllm.decoding.colours import RAMPS
 
 _TYPES = {
     "html": "text/html; charset=utf-8", "css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8",

@@ -40,10 +40,11 @@ def tests(folder: Path) -> ModuleType:
 
 
 def test_the_tests_of_the_page_pass(tests: ModuleType) -> None:
-    for cache in ("none", "dual", "freecache"):
-        tests.test_a_request_does_not_depend_on_its_batch(cache)
+    (caches,) = tests.test_it_keeps_the_rules_of_every_policy.pytestmark
+    for cache in caches.args[1]:
+        tests.test_it_keeps_the_rules_of_every_policy(cache)
     tests.test_a_margin_above_one_is_one_token_per_step()
-    tests.test_what_is_committed_passed_or_was_the_best()
+    tests.test_several_are_committed_where_the_model_is_sure()
 
 
 def test_the_python_of_the_page_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.segment import Segment
 from rich.style import Style
 
-from dllm.colours import RAMPS, UNKNOWN, shade
+from dllm.decoding.colours import RAMPS, UNKNOWN, shade
 from dllm.evaluation.trace import Frames, Trace
 from dllm.reports.player import OPEN, draw, line, moment, word
 from report_rig import EOS, MASK, trace

@@ -1,1 +1,0 @@
-../../dllm/colours.py

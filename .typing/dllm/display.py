@@ -1,1 +1,0 @@
-../../dllm/display.py
