@@ -60,6 +60,8 @@ def _nav(entries: list[Any], made: Mapping[str, list[Any]], known: set[str]) -> 
                 [(title, part)] = entry.items()
                 inner = _nav(part if isinstance(part, list) else [part], made, known)
                 kept += [{title: inner if isinstance(part, list) else inner[0]}] if inner else []
+            case _:
+                log.info("%s is not there, and not in the navigation", entry)
     return kept
 
 
@@ -96,7 +98,7 @@ def _generated(files: Files) -> dict[str, str]:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Turn links to files of the repository into links to their pages."""
-    return sources.rewritten(page.file.src_uri, markdown, files.src_uris)
+    return sources.rewritten(page.file.src_uri, markdown, set(files.src_uris))
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:

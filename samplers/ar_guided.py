@@ -3,7 +3,8 @@
 Rule:
 
     commit the drafts before the first mask i whose draft y the guide does not accept, given everything to its left;
-    and at i  the draft itself, if it is the first (on_reject=draft),  or the guide's token (on_reject=guide)
+    and at i  the draft itself, if it is the first (on_reject=draft),
+              or the guide's token (on_reject=guide, accept=sample)
 
 Per step: the denoiser drafts every masked position of the block at once, whatever its confidence. The
 guide reads the row up to the first mask and the drafts after it. With p the guide's distribution at

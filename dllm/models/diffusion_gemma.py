@@ -2,7 +2,8 @@
 
 Rule:
 
-    p(token at i) = softmax(logits at i)   from   decoder(x, E^T softmax(last logits), encoder(finished text))
+    p(token at i) = softmax(logits at i),   logits = decoder(x, s, encoder(finished text))
+    s = scale * sum over tokens v of p_last(v) E(v),   p_last = softmax(last logits),   E = the embedding
 
 Finished text goes through an encoder, causally; the open block goes through a decoder that attends to all of itself and
 to the encoder's keys and values. Both have the same weights but for a scalar of each layer. There is no [MASK]:

@@ -3,6 +3,8 @@
 Rule:
 
     p(token at i) = softmax(logits at i),   i attends to j  if  floor(j / length) <= floor(i / length)
+    feed-forward(h) = scale * sum of s_e / (sum of these s) expert_e(h) over the k experts e of the best groups with the
+                      largest s + bias,   s = sigmoid(W h)
 
 Tensor names are the published ones. Queries, keys and values are one projection; rotary embedding covers the first
 part of each head; the router is that of `GroupLimitedRouter`. Difference: the published code attends in blocks only

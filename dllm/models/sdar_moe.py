@@ -2,10 +2,10 @@
 
 Rule:
 
-    feed-forward(h) = sum of w_e expert_e(h) over the k experts e with the largest w,   w = softmax(W h)
+    feed-forward(h) = sum of w_e expert_e(h) over the k experts e with the largest w,   w = softmax(W h),
+                      divided by the sum of these k if `norm_topk_prob`
 
-Tensor names are the published ones. Each position has the k experts with the largest softmax scores, which are divided
-by their sum if `norm_topk_prob`. All else is that of SDAR.
+Tensor names are the published ones. All else is that of SDAR.
 """
 
 from __future__ import annotations

@@ -38,6 +38,12 @@ PAGES = {
         "Policies whose setting `dllm calibrate` certified.",
         ["dllm.calibration", "dllm.samplers.calibrated"],
     ),
+    "structure": (
+        "Structured answers",
+        "The formats that an answer can be held to.",
+        ["dllm.structure.ResponseFormat", "dllm.structure.read_format", "dllm.structure.read_format_file"],
+    ),
+    "tasks": ("Tasks", "What an evaluation asks of a task.", ["dllm.tasks.base", "dllm.evaluation.trace.Trace"]),
     "names": ("Names", "Names of objects, and of classes of your own.", ["dllm.register", "dllm.resolve"]),
 }  # fmt: skip
 

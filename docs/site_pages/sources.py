@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from posixpath import normpath, relpath
 
@@ -27,7 +27,7 @@ def place_of(page: str) -> PurePosixPath:
     return PurePosixPath("docs", page)
 
 
-def page_of(path: PurePosixPath, pages: Iterable[str]) -> str | None:
+def page_of(path: PurePosixPath, pages: Collection[str]) -> str | None:
     """The page, or the image, that a file or folder of the repository becomes; None if there is nothing of that name.
 
     Args:
@@ -38,7 +38,11 @@ def page_of(path: PurePosixPath, pages: Iterable[str]) -> str | None:
         return "index.md"
     if path.parts[:1] == ("docs",):
         own = path.relative_to("docs").as_posix()
-        return next((page for page in (own, f"{own}.md") if page in pages), None)
+        # A folder is its own page, or the first of its pages.
+        inside = sorted(
+            page for page in pages if page.startswith(f"{own}/") and page.endswith((".md", ".py", ".ipynb"))
+        )
+        return next((page for page in (own, f"{own}.md", *inside) if page in pages), None)
     if not (ROOT / path).exists() or any(part.startswith(".") for part in path.parts):
         return None
     kept = path.suffix in {".md", *_IMAGES} and (ROOT / path).is_file()
@@ -52,7 +56,7 @@ def links(page: str, text: str) -> Iterator[PurePosixPath]:
             yield path
 
 
-def rewritten(page: str, text: str, pages: Iterable[str]) -> str:
+def rewritten(page: str, text: str, pages: Collection[str]) -> str:
     """The text of a page with its links to the repository as links to pages; those to nothing stay as they are."""
     return _LINK.sub(lambda link: _moved(page, link, {name: name for name in pages}), text)
 
@@ -68,7 +72,7 @@ def _moved(page: str, link: re.Match[str], urls: Mapping[str, str]) -> str:
     return link[0] if found is None else relpath(urls.get(found, found), PurePosixPath(page).parent) + (link[2] or "")
 
 
-def reached(texts: Mapping[str, str], pages: Iterable[str]) -> dict[str, PurePosixPath]:
+def reached(texts: Mapping[str, str], pages: Collection[str]) -> dict[str, PurePosixPath]:
     """The files and folders outside docs/ that pages link to, directly or through such pages, by their own page."""
     found: dict[str, PurePosixPath] = {}
     left = list(texts.items())

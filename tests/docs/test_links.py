@@ -31,6 +31,8 @@ def test_a_link_to_a_file_of_the_repository_becomes_one_to_its_page() -> None:
     assert re.findall(r"\((.*?)\)", moved) == [
         "source/samplers/threshold.py.md", "source/conf.md", "models.md", "usage.md#in-python", "https://x.org/y.md",
     ]  # fmt: skip
+    folder = sources.rewritten("usage.md", "[a](notebooks/)", {"usage.md", "notebooks/02_b.py", "notebooks/01_a.py"})
+    assert folder == "[a](notebooks/01_a.py)"
     assert sources.rewritten("index.md", "[a](docs/usage.md)", {"usage.md"}) == "[a](usage.md)"
     nested = sources.rewritten("models/sdar.md", "[a](../../README.md) [b](../../dllm/models/sdar.py)", {"index.md"})
     assert nested == "[a](../index.md) [b](../source/dllm/models/sdar.py.md)"

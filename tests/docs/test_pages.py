@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 import dllm
 from dllm.models import ARCHITECTURES
 from dllm.resolve import TARGET, names, options_of, variants
-from site_pages import facts, pages
+from site_pages import facts, pages, reference
 
 CHOICES = [(group, name) for group in ("sampler", "cache") for name in names(group)]
 
@@ -97,6 +97,12 @@ def test_the_models_shown_are_those_that_a_policy_runs_on(
     decodes = family in facts.families_of(name)
     with nullcontext() if decodes else pytest.raises(ValueError, match=r"is not compatible|attends"):
         dllm.generate(lm, "Mia has", name, gen_length=4, block_length=block_length)
+
+
+def test_the_reference_has_every_public_object() -> None:
+    shown = {name for _, _, objects in reference.PAGES.values() for name in objects}
+    assert {f"dllm.{name}" for name in dllm.__all__} - {"dllm.cache", "dllm.samplers"} <= shown
+    assert all(f"({name}.md)" in reference.index() for name in reference.PAGES)
 
 
 def test_tables_of_methods_link_to_their_pages() -> None:
