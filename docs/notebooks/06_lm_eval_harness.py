@@ -38,6 +38,7 @@ import pandas as pd
 import torch
 from lm_eval.tasks import TaskManager
 
+from dllm.evaluation.lm_eval import DLLM
 from dllm.tasks.word_problems import problems
 
 torch.set_num_threads(1)  # for a model this small, more threads are slower
@@ -90,9 +91,10 @@ manager = TaskManager(include_path=folder.name, include_defaults=False)
 # %% [markdown]
 # ## Policies are model arguments
 #
-# Sampler and cache are chosen by name; their options, those of decoding and of the likelihood estimate have a prefix
-# or go by name. On a terminal this is `dllm lm-eval --model dllm --model_args
-# pretrained=tiny-llada,sampler=threshold,sampler.threshold=0.999,cache=dual --tasks numbers --include_path FOLDER`.
+# Sampler and cache are chosen by name, and their options have a prefix; options of decoding go by name. The harness
+# scores the answers, and the model keeps a record of each, with its forwards. On a terminal this is
+# `dllm lm-eval --model dllm --tasks numbers --include_path FOLDER --model_args
+# pretrained=tiny-llada,sampler=threshold,sampler.threshold=0.999,cache=dual`.
 
 # %%
 common = {"pretrained": "tiny-llada", "block_length": 32, "batch_size": 20}
@@ -101,30 +103,35 @@ settings = {
     "threshold 0.999": {"sampler": "threshold", "sampler.threshold": 0.999},
     "threshold 0.999, dual": {"sampler": "threshold", "sampler.threshold": 0.999, "cache": "dual"},
 }
-found = {}
+
+
+def evaluated(task: str, **arguments: object) -> tuple[dict[str, float], DLLM]:
+    """The harness's results of a task, and the model with its records."""
+    model = DLLM.create_from_arg_obj(common | arguments)
+    found = lm_eval.simple_evaluate(model=model, tasks=[task], task_manager=manager, bootstrap_iters=0)
+    return found["results"][task], model
+
+
+table = {}
 for name, setting in settings.items():
-    results = lm_eval.simple_evaluate(
-        model="dllm", model_args=common | setting, tasks=["numbers"], task_manager=manager, bootstrap_iters=0
-    )
-    found[name] = {"exact match": results["results"]["numbers"]["exact_match,last"]}
-pd.DataFrame(found).T.style.format("{:.0%}")
+    scores, model = evaluated("numbers", **setting)
+    nfe = [record.nfe for record in model.runner.records()]
+    table[name] = {"exact match": scores["exact_match,last"], "NFE": sum(nfe) / len(nfe)}
+pd.DataFrame(table).T.style.format("{:.0%}").format("{:.2f}", subset=["NFE"])
 
 # %% [markdown]
 # ## Likelihoods
 #
 # A masked diffusion model has no left-to-right likelihood; LLaDA's Monte-Carlo bound masks the answer at random
-# `estimate.samples` times. What decodes plays no part in it.
+# `estimate.samples` times. The policy plays no part in it.
 
 # %%
-results = lm_eval.simple_evaluate(
-    model="dllm", model_args=common | {"estimate.samples": 8}, tasks=["solutions"], task_manager=manager,
-    bootstrap_iters=0,
-)  # fmt: skip
-print(f"right solution more likely: {results['results']['solutions']['acc,none']:.0%} of {len(rows)}")
+scores, _ = evaluated("solutions", **{"estimate.samples": 8})
+print(f"the right solution is more likely in {scores['acc,none']:.0%} of {len(rows)}")
 
 # %%
 folder.cleanup()
 
 # %% [markdown]
-# The harness does not count forwards. `dllm evaluate task=gsm8k sampler=threshold` runs the same tasks with NFE, TPF,
-# speed-ups over one token per step, traces, and resuming; results are the same ([evaluation](../evaluation.md)).
+# `dllm evaluate task=gsm8k sampler=threshold` runs the same tasks with the same results, and adds intervals, speed-ups
+# over one token per step, traces, and resuming ([evaluation](../evaluation.md)).
