@@ -8,7 +8,6 @@ if __name__ == "__main__":
     dllm.scripts.cli.run_file(__file__)
 
 import shlex
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +27,6 @@ from dllm.reports.matrix_page import CARDS, card_name
 from dllm.resolve import CALIBRATION, build, merged, names, options_of, resolve, variants
 from dllm.samplers.base import Knob, Sampler
 from dllm.scripts import app, calibrate, evaluate, own
-from dllm.scripts.ending import line
 from dllm.scripts.kinds import canonical
 
 KINDS = evaluate.KINDS | {
@@ -128,7 +126,7 @@ def _certify(fields: Mapping[str, Any], sampler: str, cards: Path) -> None:
     try:
         calibrate.certify(OmegaConf.create(made), {"sampler": sampler, "cache": "none", "task": task})
     except ValueError as error:  # the others continue
-        print(line("dllm results", f"{sampler} is not calibrated: {app.one_line(error)}"), file=sys.stderr)
+        warnings.warn(f"{sampler} is not calibrated: {app.one_line(error)}", Notice, stacklevel=2)
 
 
 def _run(
