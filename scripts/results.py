@@ -55,7 +55,8 @@ def results(cfg: DictConfig) -> None:
     own.check("out", fields["out"], {page: own.RESULTS})
     if fields["run"] or fields["runs"]:
         _collect(fields, samplers, caches)
-    again = f"dllm results out={fields['out']} run=false" + (" speed=true" if fields["speed"] else "")
+    speed = ["speed=true"] if fields["speed"] else []
+    again = shlex.join(["dllm", "results", f"out={fields['out']}", "run=false", *speed])
     speeds = (page.parent / "performance.md").is_file()
     text = matrix_page.page(out, again, fields["speed"], speeds)
     own.write("out", fields["out"], {page: (own.RESULTS, text)})
@@ -67,6 +68,8 @@ def _check(fields: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     for name in ("loss", "delta"):
         number(name, fields[name], "a number above 0 and below 1", above=0, high=1 - 1e-12)
     number("problems", fields["problems"], "a whole number of at least 1", low=1, whole=True)
+    for name in ("baselines", "frames"):
+        number(name, fields[name], "0 or more", low=0, whole=True)
     number("batch_size", fields["batch_size"], "a whole number of at least 1", low=1, whole=True)
     seed("seed", fields["seed"])
     threads(fields["threads"])
