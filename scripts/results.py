@@ -8,7 +8,6 @@ if __name__ == "__main__":
     dllm.scripts.cli.run_file(__file__)
 
 import shlex
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +27,6 @@ from dllm.reports.matrix_page import CARDS, card_name
 from dllm.resolve import CALIBRATION, build, merged, names, options_of, resolve, variants
 from dllm.samplers.base import Knob, Sampler
 from dllm.scripts import app, calibrate, evaluate, own
-from dllm.scripts.ending import line
 from dllm.scripts.kinds import canonical
 
 KINDS = evaluate.KINDS | {
@@ -57,7 +55,8 @@ def results(cfg: DictConfig) -> None:
     own.check("out", fields["out"], {page: own.RESULTS})
     if fields["run"] or fields["runs"]:
         _collect(fields, samplers, caches)
-    again = f"dllm results out={fields['out']} run=false" + (" speed=true" if fields["speed"] else "")
+    speed = ["speed=true"] if fields["speed"] else []
+    again = shlex.join(["dllm", "results", f"out={fields['out']}", "run=false", *speed])
     speeds = (page.parent / "performance.md").is_file()
     text = matrix_page.page(out, again, fields["speed"], speeds)
     own.write("out", fields["out"], {page: (own.RESULTS, text)})
@@ -69,6 +68,8 @@ def _check(fields: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     for name in ("loss", "delta"):
         number(name, fields[name], "a number above 0 and below 1", above=0, high=1 - 1e-12)
     number("problems", fields["problems"], "a whole number of at least 1", low=1, whole=True)
+    for name in ("baselines", "frames"):
+        number(name, fields[name], "0 or more", low=0, whole=True)
     number("batch_size", fields["batch_size"], "a whole number of at least 1", low=1, whole=True)
     seed("seed", fields["seed"])
     threads(fields["threads"])
@@ -128,7 +129,7 @@ def _certify(fields: Mapping[str, Any], sampler: str, cards: Path) -> None:
     try:
         calibrate.certify(OmegaConf.create(made), {"sampler": sampler, "cache": "none", "task": task})
     except ValueError as error:  # the others continue
-        print(line("dllm results", f"{sampler} is not calibrated: {app.one_line(error)}"), file=sys.stderr)
+        warnings.warn(f"{sampler} is not calibrated: {app.one_line(error)}", Notice, stacklevel=2)
 
 
 def _run(

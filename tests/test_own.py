@@ -58,7 +58,7 @@ def test_a_table_within_another_text_is_no_table_of_a_command(tmp_path: Path) ->
         copy = tmp_path / table.name
         for text in (f"# My notes\n\n{table.read_text()}", f"{table.read_text()}\nMy notes.\n"):
             copy.write_text(text)
-            for kind in (own.BENCH, own.MATRIX, own.REPORT[".md"]):
+            for kind in (own.BENCH, own.MATRIX, own.RESULTS, own.REPORT[".md"]):
                 with pytest.raises(ValueError, match="exists and is no"):
                     own.check("out", "x", {copy: kind})
 

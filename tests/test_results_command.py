@@ -16,11 +16,11 @@ from dllm.reports.matrix import Cell, Matrix
 from report_rig import write_error, write_run
 
 DOCS = Path(__file__).parents[1] / "docs"
-OPTIONS = "samplers=[vanilla,tiny/threshold,pc,s2d2]", "caches=[none,dual]", "task.limit=4", "threads=1"
+OPTIONS = "samplers=[vanilla,saber,pc,s2d2]", "caches=[none,dual]", "task.limit=2", "gen_length=32", "threads=1"
 
 
 def run(out: Path, *options: str) -> Outcome:
-    return command("results", *OPTIONS, "problems=30", "loss=0.1", "model.device=cpu", f"out={out}", *options)
+    return command("results", *OPTIONS, "problems=10", "loss=0.3", "model.device=cpu", f"out={out}", *options)
 
 
 @pytest.fixture(scope="module")
@@ -39,22 +39,22 @@ class TestCommand:
     def test_evaluates_every_policy_with_every_cache_at_its_certified_value(self, made: tuple[Path, Outcome]) -> None:
         out, outcome = made
         assert outcome.code == 0, outcome.err
-        card = Calibration.read(out / "tiny-llada" / "calibration" / "tiny-threshold" / "calibration.json")
-        assert (card.n, card.loss, card.delta) == (30, 0.1, 0.05)
+        card = Calibration.read(out / "tiny-llada" / "calibration" / "saber" / "calibration.json")
+        assert (card.n, card.loss, card.delta) == (10, 0.3, 0.05)
         assert card.value is not None
         results = [json.loads(file.read_text()) for file in (out / "tiny-llada" / "runs").glob("*/results.json")]
         assert len(results) == 6
-        thresholds = [each["sampler"] for each in results if "threshold" in each["sampler"]]
-        assert all(each["calibration"] for each in thresholds)
+        calibrated = [each["sampler"] for each in results if "at_least" in each["sampler"]]
+        assert all(each["calibration"] for each in calibrated)
         text = out.with_name("all.md").read_text()
         shown = rows(text)
-        assert set(shown) == {"vanilla", "tiny/threshold", "pc"}
-        assert shown["tiny/threshold"][0].endswith(f"<br>threshold={card.value!r}, certified")
+        assert set(shown) == {"vanilla", "saber", "pc"}
+        assert shown["saber"][0].endswith(f"<br>at_least={card.value!r}, certified")
         assert re.fullmatch(r"\d+\.\d \[\d+\.\d, \d+\.\d\]<br>\d+\.\d · \d+\.\d\d", shown["pc"][1])
         assert "- (1) `s2d2` with every cache: not compatible with " in text
         assert "Not run" not in text
         assert "tokens/s" not in text
-        assert f"[{card.value!r}](all/tiny-llada/calibration/tiny-threshold/calibration.json)" in text
+        assert f"[{card.value!r}](all/tiny-llada/calibration/saber/calibration.json)" in text
 
     def test_finished_work_is_read(self, made: tuple[Path, Outcome]) -> None:
         files = [file for file in made[0].rglob("*") if file.name in ("results.json", "samples.parquet")]

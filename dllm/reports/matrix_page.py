@@ -19,10 +19,10 @@ _CELL = (
 )
 _AUP = (
     "AUP is Accuracy Under Parallelism as published (d3LLM): the area under accuracy in percent over TPF, with an "
-    "over-proportional penalty for accuracy below the best of the table, and without points more than 5 percent below "
-    "the most accurate. Its points are the settings of one method: here those of a policy are its caches, and those of "
-    "a cache are the policies with it. Dominated points are left out of the curve. The oracle is an upper bound, not a "
-    "method, and has none. NFE and TPF do not count a guide's forwards (`ar_guided`)."
+    "over-proportional penalty for accuracy below the best of the table, and without points more than 5 percentage "
+    "points below the most accurate. Its points are the settings of one method: here those of a policy are its caches, "
+    "and those of a cache are the policies with it. Dominated points are left out of the curve. The oracle is an upper "
+    "bound, not a method, and has none. NFE and TPF do not count a guide's forwards (`ar_guided`)."
 )
 _SETTING = (
     "*certified*: the value that `dllm calibrate` certified. *tuned*: that for small models, which no certificate "
