@@ -186,10 +186,11 @@ def text(file: str) -> str:
     return (resources.files("dllm.conf") / f"{file}.yaml").read_text(encoding="utf-8")
 
 
-def defaults_list(file: str) -> list[Any]:
+@cache
+def defaults_list(file: str) -> tuple[Any, ...]:
     """What a YAML of conf/ is composed of: paths of others, and `{GROUP: CHOICE}` for groups."""
     found: Any = OmegaConf.to_container(OmegaConf.create(text(file)))
-    return list(found.get("defaults", []))
+    return tuple(found.get("defaults", []))
 
 
 @cache
