@@ -45,9 +45,10 @@ def search_also(*folders: Path) -> None:
     Args:
         folders: replace those of an earlier call.
     """
-    _FOLDERS[1:] = folders
-    sources.cache_clear()
-    merged.cache_clear()
+    if _FOLDERS[1:] != list(folders):
+        _FOLDERS[1:] = folders
+        for each in (defaults_list, sources, merged):
+            each.cache_clear()
 
 
 def names(group: str) -> list[str]:
@@ -201,9 +202,10 @@ def text(file: str) -> str:
     return (found or _FOLDERS[0] / f"{file}.yaml").read_text(encoding="utf-8")
 
 
-def defaults_list(file: str) -> list[Any]:
+@cache
+def defaults_list(file: str) -> tuple[Any, ...]:
     """What a YAML of conf/ is composed of: paths of others, and `{GROUP: CHOICE}` for groups."""
-    return list(yaml.safe_load(text(file)).get("defaults", []))
+    return tuple(yaml.safe_load(text(file)).get("defaults", []))
 
 
 def _listed(group: str) -> list[Any]:

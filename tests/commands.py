@@ -5,17 +5,23 @@ from __future__ import annotations
 import io
 import os
 import pty
+import re
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
 from typing import NamedTuple
 from unittest import mock
 
 import pytest
+from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 
 from dllm.scripts import cli
 from warm import Process
+
+# What may say that there are several jobs. Without it Hydra finds that nothing does by composing the whole
+# configuration once more, which takes half as long as a refused command.
+_SWEEPS = re.compile("sweep|hydra|config")
 
 
 class Outcome(NamedTuple):
@@ -29,12 +35,14 @@ class Outcome(NamedTuple):
 def command(*arguments: str) -> Outcome:
     """Run `dllm ARGUMENTS` in this process."""
     code: int | str | None = 0
+    one_job = mock.patch.object(Hydra, "get_mode", return_value=None)
     GlobalHydra.instance().clear()
     with (
         redirect_stdout(io.StringIO()) as out,
         redirect_stderr(io.StringIO()) as err,
         mock.patch.object(sys, "argv", ["dllm", *arguments]),
         mock.patch.dict(os.environ),
+        nullcontext() if any(map(_SWEEPS.search, arguments)) else one_job,
     ):
         try:
             cli.main()
