@@ -45,7 +45,7 @@ def _steps(trace: Trace, frames: Frames) -> str:
         rows.append(f'<tr>{facts}<td style="text-align:left">{cells}</td></tr>')
         before = frames.canvas[step]
     left = html.line([f"and {html.counted(steps - len(chosen), 'more step')}"]) if len(chosen) < steps else ""
-    return f'<table style="border-collapse:collapse"><tr>{heads}</tr>{"".join(rows)}</table>{left}'
+    return f'<table style="border-collapse:collapse;width:100%"><tr>{heads}</tr>{"".join(rows)}</table>{left}'
 
 
 def _canvas(trace: Trace, before: Int[np.ndarray, " G"], tokens: Int[np.ndarray, " G"]) -> list[html.Cell]:
