@@ -5,7 +5,7 @@ Rule:
     commit the n - 1 most confident positions, at least one,  n the smallest with  (n + 1) (1 - c_n) >= factor
 
 Per step, with the confidences of the block's masked positions sorted c_1 >= c_2 >= .... If no n satisfies it, all but
-the least confident are committed, as in the reference.
+the least confident are committed, as in d2Cache's implementation; Fast-dLLM's commits that one, too.
 """
 
 from __future__ import annotations
