@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import dllm
+from dllm.decoding.colours import shade
 from dllm.decoding.step import Step
-from dllm.reports.player import shade
 from dllm.resolve import build, options_of, variants
 from dllm.samplers.base import Sampler
 

@@ -16,13 +16,18 @@ from typing import Any
 from dllm.cache.base import Cache
 from dllm.decoding.compatibility import NEEDS, unmet
 from dllm.models import ARCHITECTURES, MaskedDiffusionModel
+from dllm.reports.matrix import Cell, Matrix
 from dllm.resolve import TARGET, merged, names, resolve, sources, variants
 from dllm.samplers.base import Sampler
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-# The tables that measured rows are taken from: folders of docs/ with a report.csv and a report.md.
-TABLES = ("policies/tiny-llada", "policies/tiny-dream", "caches/tiny-llada", "caches/tiny-dream", "frontier")
+# Where measured rows are from: folders of docs/ with a report.csv and a report.md, and the data of `dllm results`.
+TABLES = {
+    "sampler": ("policies/tiny-llada", "policies/tiny-dream"),
+    "cache": ("caches/tiny-llada", "caches/tiny-dream"),
+}
+RESULTS = DOCS / "results"
 PROTOCOLS = {"sampler": Sampler, "cache": Cache}
 _RULE = re.compile(r"^Rule:\n\n((?: {4}.*\n|\n)+)", re.MULTILINE)
 _PAPER = re.compile(r"arXiv (\d{4}\.\d{5})")
@@ -140,10 +145,23 @@ def _rows(table: str) -> tuple[dict[str, str], ...]:
 
 def measured(group: str, name: str) -> Iterator[tuple[str, dict[str, str]]]:
     """The measured rows of a policy, or of a cache, with the table that they are of."""
-    for table in TABLES:
+    for table in TABLES[group]:
         for row in _rows(table):
             if row[f"{group}.name"] == name:
                 yield table, row
+
+
+@cache
+def matrices() -> tuple[Matrix, ...]:
+    """The results of every policy with every cache, of each model."""
+    return tuple(Matrix.read(file) for file in sorted(RESULTS.glob("*/runs.jsonl"), reverse=True))
+
+
+def runs(group: str, name: str, matrix: Matrix) -> dict[str, Cell]:
+    """The runs of a policy by cache, or those of a cache by policy; a policy as its values for the model are named."""
+    other = "cache" if group == "sampler" else "sampler"
+    own = {name, f"tiny/{name}"}
+    return {getattr(cell, other): cell for cell in matrix.cells if getattr(cell, group) in own}
 
 
 def family_page(cls: type) -> str:

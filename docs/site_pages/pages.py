@@ -8,6 +8,7 @@ from html import escape
 
 from dllm.decoding.compatibility import NEEDS
 from dllm.models import ARCHITECTURES, MaskedDiffusionModel
+from dllm.reports.matrix import Cell
 from dllm.resolve import names
 from dllm.samplers.base import KINDS
 from site_pages import canvas, facts
@@ -20,8 +21,6 @@ WHAT_BECOMES = {
     "guided": "a committed token was judged by another model",
 }
 _BUNDLED = {"LLaDAModelLM": "tiny-llada", "DreamModel": "tiny-dream", "SDARForCausalLM": "tiny-block"}
-# The policies that the measured rows of a cache are shown of; its tables have all.
-_SHOWN = ("vanilla", "threshold", "localleap")
 # Folders of the pages of the methods in a table, by its first head.
 _FOLDERS = {"| sampler": "policies", "| cache": "caches"}
 _NAME = re.compile(r"`([a-z0-9_]+)`")
@@ -192,9 +191,10 @@ def _decoded(made: Decode | None) -> Iterable[list[str]]:
 def _rows(group: str, name: str) -> list[str]:
     drift = group == "cache"
     head = ["setting", "table", "accuracy", "95% interval", "NFE", "TPF", "positions", "computed", "tokens/s"]
-    found = [each for each in facts.measured(group, name) if group == "sampler" or each[1]["sampler.name"] in _SHOWN]
+    found = list(facts.measured(group, name))
+    others = _with_others(group, name)
     if not found:
-        return ["## Measured", "Not measured in the tables of this site."]
+        return ["## Measured", *(others or ["Not measured in the tables of this site."])]
     rows = [
         [
             row["label"],
@@ -206,15 +206,37 @@ def _rows(group: str, name: str) -> list[str]:
             f"{float(row['positions']):,.0f}",
             f"{float(row['computed_share']):.0%}",
             f"{float(row['tokens_per_second']):,.0f}",
-            *([f"{float(row['drift']):.1%}" if row.get("drift") else ""] if drift else []),
+            *([f"{float(row['drift.kv_error']):.1%}" if row.get("drift.kv_error") else ""] if drift else []),
         ]
         for table, row in found
     ]
     meaning = (
         "Accuracy on held-out word problems with its 95% Wilson interval, forwards (NFE) and computed positions per "
-        "problem, tokens per forward (TPF). Tokens/s compare within a table, and a table has more columns and settings."
+        "problem, tokens per forward (TPF). Tokens/s compare within a table."
     )
-    return ["## Measured", meaning, _table(head + (["KV error"] if drift else []), rows)]
+    return ["## Measured", meaning, _table(head + (["KV error"] if drift else []), rows), *others]
+
+
+def _with_others(group: str, name: str) -> list[str]:
+    """The results of a policy with every cache, or of a cache with every policy: a column for each model."""
+    other = "cache" if group == "sampler" else "policy"
+    columns = {matrix.plan.model: facts.runs(group, name, matrix) for matrix in facts.matrices()}
+    lines = list(dict.fromkeys(each for cells in columns.values() for each in cells))
+    if not lines:
+        return []
+    rows = [[f"`{each}`", *(_cell(cells.get(each)) for cells in columns.values())] for each in lines]
+    meaning = (
+        f"With every {other}: accuracy, its 95% Wilson interval, forwards (NFE) and tokens per forward (TPF), "
+        "from [the results](../results.md), which say what was run."
+    )
+    return [meaning, _table([other, *(f"`{model}`" for model in columns)], rows)]
+
+
+def _cell(cell: Cell | None) -> str:
+    if cell is None:
+        return ""
+    low, high = cell.interval or (float("nan"), float("nan"))
+    return f"{cell.quality:.1%} [{low:.1%}, {high:.1%}], {cell.nfe:.1f}, {cell.tpf:.2f}"
 
 
 def _canvas(made: Decode | None, computed: bool = False) -> list[str]:

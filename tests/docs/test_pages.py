@@ -118,9 +118,18 @@ def test_a_page_has_the_measured_rows_of_its_policy() -> None:
     rows = [row for _, row in facts.measured("sampler", "wino")]
     page = pages.policy("wino")
     assert {row["sampler.name"] for row in rows} == {"wino"}
+    for matrix in facts.matrices():
+        for cache, cell in facts.runs("sampler", "wino", matrix).items():
+            assert re.search(rf"\| `{cache}` \|.*{cell.quality:.1%} .*{cell.nfe:.1f}, {cell.tpf:.2f}", page)
     for row in rows:
         assert f"| {row['label']} |" in page
         assert f"{float(row['accuracy_interval.low']):.1%} to {float(row['accuracy_interval.high']):.1%}" in page
+
+
+def test_a_page_of_a_cache_shows_its_approximation_error() -> None:
+    page = pages.cache("dual")
+    for _, row in facts.measured("cache", "dual"):
+        assert f"| {float(row['drift.kv_error']):.1%} |" in page
 
 
 def test_a_written_page_of_a_family_keeps_its_text_and_gains_what_the_code_says() -> None:
