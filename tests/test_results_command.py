@@ -125,6 +125,13 @@ class TestFinishedRuns:
         assert "Not run: `vanilla`, `oracle` with `dual`; `tiny/threshold`, `s2d2` with `none`." in text
         assert "| `tiny/threshold` | threshold | not calibrated |" in text
 
+    def test_links_lead_to_names_with_spaces(self, tmp_path: Path) -> None:
+        runs = self.write(tmp_path)
+        assert command("results", "run=false", f"runs={runs}", f"out={tmp_path / 'my out'}").code == 0
+        text = (tmp_path / "my out.md").read_text()
+        assert "](my%20out/tiny-llada/runs.jsonl)" in text
+        assert f"Made by `dllm results 'out={tmp_path}/my out' run=false` from" in text
+
     def test_two_of_one_combination_are_refused(self, tmp_path: Path) -> None:
         runs = self.write(tmp_path)
         write_run(runs / "4", "vanilla", 0.97, 56.0)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from dllm.calibration import Calibration
 from dllm.escape import markdown
@@ -72,7 +73,7 @@ def _model(matrix: Matrix, folder: Path, place: str, speed: bool) -> Iterator[st
     asked = ", ".join(f"{name}={value}" for name, value in plan.asked.items() if value is not None)
     yield (
         f"{' to '.join(map(str, counts[:1] + counts[1:][-1:]))} problems ({markdown(asked)}), judged by "
-        f"{markdown(plan.score)}; weights {plan.weights}. Runs: [{place}/runs.jsonl]({place}/runs.jsonl)."
+        f"{markdown(plan.score)}; weights {plan.weights}. Runs: [{markdown(place)}/runs.jsonl]({quote(place)}/runs.jsonl)."
     )
     reasons: dict[str, list[tuple[str, str]]] = {}
     for each in matrix.refusals:
@@ -163,7 +164,7 @@ def _cards(settings: Mapping[str, Setting], folder: Path, place: str) -> Iterato
             [
                 f"`{sampler}`",
                 card.knob,
-                f"{link}({place}/{card_name(sampler)}/calibration.json)",
+                f"{link}({quote(place)}/{card_name(sampler)}/calibration.json)",
                 *([f"{chosen['nfe']:.1f}", f"{chosen['accuracy']:.1%}"] if chosen else ["", ""]),
                 f"{chosen['mean_loss']:.2%}, {chosen['bound']:.2%}" if chosen else "",
                 *(f"{card.n}", f"{card.loss:g}", f"{card.delta:g}"),
