@@ -22,6 +22,9 @@ SHELL := /bin/sh
 .DELETE_ON_ERROR:
 .PHONY: demo frontier test test-oldest docs notebooks check lint format types imports typing-links clean
 
+# What is compiled once is not compiled again by every process that a test starts.
+unexport PYTHONDONTWRITEBYTECODE
+
 # The environments are called by path. Nothing of an active one may leak into them.
 unexport VIRTUAL_ENV CONDA_PREFIX PYTHONHOME PYTHONPATH PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV
 export PYTHONNOUSERSITE := 1
