@@ -7,8 +7,11 @@ import math
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -22,6 +25,7 @@ for needed in ("fastapi", "prometheus_client", "uvicorn"):
     pytest.importorskip(needed)
 
 from dllm.decoding.ending import cut  # noqa: E402
+from dllm.serving.loop import EngineLoop  # noqa: E402
 from dllm.serving.ticket import FinalText  # noqa: E402
 from serve_rig import QUESTION, Running, serving  # noqa: E402
 from structure_rig import text_model  # noqa: E402
@@ -226,6 +230,36 @@ def test_more_policies_than_engines_take_turns(lm: dllm.LanguageModel) -> None:
         for thread in threads:
             thread.join(120)
         assert found == dict(zip(names, names, strict=True))
+
+
+def test_a_policy_gets_an_engine_while_others_never_rest() -> None:
+    def made(choice: Any) -> Any:
+        return SimpleNamespace(engine=SimpleNamespace(close=lambda: closed.append(choice)), tickets={}, used=0.0)
+
+    def ticket(choice: Any) -> Any:
+        return SimpleNamespace(job=SimpleNamespace(sampler=choice), done=False)
+
+    closed: list[Any] = []
+    loop = EngineLoop.__new__(EngineLoop)
+    loop.__dict__.update(
+        decoding=SimpleNamespace(engines=2, engine=lambda choice: choice),
+        _rooms={None: made(None), "busy": made("busy")}, _changed=threading.Condition(), _gone=set(),
+        _open=set(), _arrived=deque(),
+    )  # fmt: skip
+    for room in loop._rooms.values():
+        room.tickets[0] = ticket("earlier")
+        room.add = lambda each, room=room: room.tickets.update({len(room.tickets): each})
+    waiting, behind, own = ticket("waiting"), ticket("busy"), ticket(None)
+    loop._arrived.extend([waiting, behind, own])
+    loop._take()
+    assert list(loop._arrived) == [waiting, behind]  # what comes later for the other policy does not go first
+    assert own in loop._rooms[None].tickets.values()  # the server's own policy goes on
+    loop._rooms["busy"].tickets.clear()
+    with patch("dllm.serving.loop._Room", lambda engine: SimpleNamespace(add=lambda each: None, tickets={0: waiting})):
+        loop._take()
+    assert closed == ["busy"]
+    assert list(loop._rooms) == [None, "waiting"]
+    assert list(loop._arrived) == [behind]
 
 
 def test_models_tell_what_a_client_needs(server: Running) -> None:

@@ -229,14 +229,16 @@ class EngineLoop:
                 room.drop(ticket)
             self._end(ticket, Failure(499, "the client is gone", "cancelled"))
         later: list[Ticket] = []
+        closed: set[SamplerChoice | None] = set()  # engines that take no more, until another has their place
         for ticket in arrived:
             if ticket.done:
                 continue
-            room = self._room(ticket)
+            room = None if ticket.job.sampler in closed else self._room(ticket)
             if room is not None:
                 room.add(ticket)
             elif not ticket.done:
                 later.append(ticket)
+                closed.add(self._next_to_go())
             if ticket.done:
                 self._end(ticket, None)
         with self._changed:
@@ -263,6 +265,11 @@ class EngineLoop:
             ticket.fail(Failure(500, f"no engine could be made: {first_line(error)}"))
             return None
         return self._rooms[choice]
+
+    def _next_to_go(self) -> SamplerChoice | None:
+        """The engine with the fewest requests; the server's own only if there is no other."""
+        others = [choice for choice in self._rooms if choice is not None]
+        return min(others, key=lambda choice: len(self._rooms[choice].tickets)) if others else None
 
     def _step(self, choice: SamplerChoice | None, room: _Room) -> None:
         try:
