@@ -73,8 +73,8 @@ def _model(matrix: Matrix, folder: Path, place: str, speed: bool) -> Iterator[st
     asked = ", ".join(f"{name}={value}" for name, value in plan.asked.items() if value is not None)
     yield (
         f"{' to '.join(map(str, counts[:1] + counts[1:][-1:]))} problems ({markdown(asked)}), judged by "
-        f"{markdown(plan.score)}; weights {plan.weights}. "
-        f"Runs: [{markdown(place)}/runs.jsonl]({quote(place)}/runs.jsonl)."
+        f"{markdown(plan.score)}; weights {plan.weights}. Runs: "
+        f"[{markdown(place)}/runs.jsonl]({quote(place)}/runs.jsonl)."
     )
     reasons: dict[str, list[tuple[str, str]]] = {}
     for each in matrix.refusals:
