@@ -81,7 +81,7 @@ folder = tempfile.TemporaryDirectory()
 command = ["calibrate", "model=tiny-llada", "sampler=threshold", "values=[0.999,0.99,0.9]", "threads=1"]
 command += ["task.limit=40", "loss=0.1", "delta=0.1", f"out={folder.name}/calibrate"]
 done = subprocess.run(
-    [sys.executable, "-m", "dllm.scripts.cli", *command], cwd=folder.name, capture_output=True, text=True, check=True
+    [sys.executable, "-m", "dllm", *command], cwd=folder.name, capture_output=True, text=True, check=True
 )
 print(done.stdout.replace(folder.name, "outputs"))
 
