@@ -58,7 +58,7 @@ def steps(sampler: Any, cache: str, rows: int, monkeypatch: pytest.MonkeyPatch, 
     """What each step but the first waited for."""
     lm = random_llada()
     prompts = [[5] * (3 + row % 4) for row in range(rows)]
-    engine = waiting_engine(lm, prompts, sampler, cache, gen_length=24, block_length=8, seed=0, **options)
+    engine = waiting_engine(lm, prompts, sampler, cache, gen_length=12, block_length=4, seed=0, **options)
     running, found = engine.steps(), []
     next(running)
     while True:
