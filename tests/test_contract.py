@@ -41,7 +41,7 @@ SAMPLERS: dict[str, Any] = {
     "daedal-short": Daedal(4, 3, 0.2, 0.9, 0.5, 0.3, 4),
     "vanilla-steps": Vanilla(steps=10),
     "vanilla-3": Vanilla(tokens_per_step=3),
-    "vanilla-timestep": Vanilla(steps=14, schedule="timestep"),
+    "vanilla-timestep": Vanilla(steps=11, schedule="timestep"),
     "vanilla-margin": Vanilla(order="margin"),
     "vanilla-entropy": Vanilla(order="entropy", tokens_per_step=2),
     "vanilla-random": Vanilla(order="random"),
@@ -102,13 +102,14 @@ def cuts(sampler: Any) -> bool:
 
 
 samplers = only(lambda sampler: True)
-LENGTH = 16  # blocks of 6, 6 and 4
+BLOCK = 5
+LENGTH = 12  # two blocks and a shorter one
 
 
 def run(
     lm: dllm.LanguageModel, prompts: list[list[int]], sampler: Any, cache: Any = "none", **options: Any
 ) -> dllm.Generation:
-    defaults = {"gen_length": LENGTH, "block_length": 6, "batch_size": 8, "stop_at_eos": False, "seed": 3}
+    defaults = {"gen_length": LENGTH, "block_length": BLOCK, "batch_size": 8, "stop_at_eos": False, "seed": 3}
     return dllm.generate(lm, prompts, sampler, cache, **defaults | options)
 
 
@@ -148,7 +149,7 @@ def test_row_result_ignores_batchmates(make: Maker, sampler: Any) -> None:
 @backbones
 @only(
     lambda sampler: (
-        sampler not in (Vanilla(steps=10), Vanilla(steps=14, schedule="timestep"), Threshold(0.2, steps=8))
+        sampler not in (Vanilla(steps=10), Vanilla(steps=11, schedule="timestep"), Threshold(0.2, steps=8))
         and getattr(sampler, "steps", None) != 10
         and not cuts(sampler)
         and not isinstance(sampler, Daedal)
@@ -232,8 +233,10 @@ def test_inputs_are_left_alone(make: Maker, sampler: Any) -> None:
     inner = dllm.resolve.resolve("sampler", sampler, Sampler)
     prompts = torch.tensor([[5, 9, 3], [6, 1, 2]])
     kept = prompts.clone()
-    watched = dllm.generate(lm, prompts, Watching(inner), gen_length=LENGTH, block_length=6, stop_at_eos=False, seed=0)
-    plain = dllm.generate(lm, prompts, inner, gen_length=LENGTH, block_length=6, stop_at_eos=False, seed=0)
+    watched = dllm.generate(
+        lm, prompts, Watching(inner), gen_length=LENGTH, block_length=BLOCK, stop_at_eos=False, seed=0
+    )
+    plain = dllm.generate(lm, prompts, inner, gen_length=LENGTH, block_length=BLOCK, stop_at_eos=False, seed=0)
     assert torch.equal(prompts, kept)
     assert torch.equal(watched.sequences, plain.sequences)
 
@@ -315,7 +318,7 @@ def test_a_sampler_cannot_touch_the_prompt() -> None:
 def test_one_sampler_serves_runs_at_once() -> None:
     lm, sampler = random_llada(), Remembering()
     streams = [
-        dllm.stream(lm, [prompt], sampler, gen_length=LENGTH, block_length=6, stop_at_eos=False)
+        dllm.stream(lm, [prompt], sampler, gen_length=LENGTH, block_length=BLOCK, stop_at_eos=False)
         for prompt in PROMPTS[:3]
     ]
     frames: list[Any] = [None] * 3
