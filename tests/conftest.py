@@ -16,6 +16,7 @@ TESTS = Path(__file__).parent
 LONGEST = (
     "test_everything_keeps_the_shapes", "test_ready_sweeps_run", "test_bundled.py", "on_trained_models",
     "saves_most_forwards", "test_two_hundred_ragged", "with_a_digit_changed", "whole_context", "TestSweeps", "clone",
+    "test_parallel.py", "test_serve",
 )  # fmt: skip
 
 

@@ -96,7 +96,7 @@ class TestCanvas:
 @pytest.mark.parametrize("cache", names("cache"))
 @pytest.mark.parametrize("make", [random_llada, random_dream])
 def test_results_are_those_of_rows_alone(make: Any, cache: str) -> None:
-    lm, options = make(), {"gen_length": 14, "block_length": 6, "temperature": 0.3}
+    lm, options = make(), {"gen_length": 10, "block_length": 4, "temperature": 0.3}
     prompts = ragged(13)
     together = dllm.generate(lm, prompts, "threshold", cache, seed=5, batch_size=4, **options)
     for number, prompt in enumerate(prompts):
@@ -107,7 +107,7 @@ def test_results_are_those_of_rows_alone(make: Any, cache: str) -> None:
 
 @pytest.mark.parametrize("name", over_masks())
 def test_every_policy_goes_on_with_rows_that_come_later(name: str) -> None:
-    lm, options = random_llada(), {"gen_length": 14, "block_length": 6, "seed": 3}
+    lm, options = random_llada(), {"gen_length": 10, "block_length": 4, "seed": 3}
     prompts = ragged(11)
     together = dllm.generate(lm, prompts, sampler(name), "none", batch_size=3, **options)
     for number, prompt in enumerate(prompts):

@@ -166,7 +166,10 @@ def test_other_weights_are_another_run(tmp_path: Path) -> None:
 
 @in_a_process
 class TestInterrupted:
-    ARGUMENTS = ("-m", "cache=none,dual", "model.dtype=float64", "sampler=vanilla", "task.limit=8", "batch_size=2")
+    ARGUMENTS = (
+        "-m", "cache=none,dual", "model.dtype=float64", "sampler=vanilla", "task.limit=8", "batch_size=2",
+        "gen_length=32",
+    )  # fmt: skip
 
     def journals(self, out: Path) -> dict[str, list[str]]:
         """Answers noted so far, by folder."""
