@@ -54,7 +54,7 @@ class OnCuda(TorchDispatchMode):
 SAMPLERS: dict[str, Any] = {
     **BY_NAME,
     "vanilla-margin": Vanilla(order="margin", tokens_per_step=2),
-    "vanilla-entropy": Vanilla(steps=6, schedule="timestep", order="entropy"),
+    "vanilla-entropy": Vanilla(steps=4, schedule="timestep", order="entropy"),
     "vanilla-random": Vanilla(order="random"),
     "learn2pd-published": replace(LEARNED, eotp="published"),
     "learn2pd-accepted": replace(LEARNED, eotp="accepted"),
@@ -75,13 +75,13 @@ def test_every_sampler_and_cache_asks_for_nothing_that_cuda_lacks(make: Maker, s
         if not unmet(sampler, resolve("cache", cache, object)):
             for options in ({}, drawn) if cache in ("none", "dual") else ({},):
                 with OnCuda():
-                    dllm.generate(lm, [[5], [6, 7, 8]], sampler, cache, gen_length=7, block_length=4, seed=0, **options)
+                    dllm.generate(lm, [[5], [6, 7, 8]], sampler, cache, gen_length=5, block_length=3, seed=0, **options)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 def test_defaults_that_the_user_set_for_tensors_change_no_tokens(sampler: Any) -> None:
     lm = random_llada()
-    options: dict[str, Any] = {"gen_length": 7, "block_length": 4, "seed": 0, "temperature": 0.7}
+    options: dict[str, Any] = {"gen_length": 5, "block_length": 3, "seed": 0, "temperature": 0.7}
     _same_whatever_the_defaults(
         lambda: [frame.tokens.tolist() for frame in dllm.stream(lm, [[5], [6, 7, 8]], sampler, **options)]
     )
@@ -151,7 +151,7 @@ def test_further_families_ask_for_nothing_that_cuda_lacks(make: Maker, dtype: to
     lm = make(dtype=dtype)
     with OnCuda():
         for sampler, cache in (("edit", "block"), ("sub_blocks", "sub_blocks"), ("threshold", "none")):
-            dllm.generate(lm, [[5], [6, 7, 8]], sampler, cache, gen_length=7, block_length=4, seed=0)
+            dllm.generate(lm, [[5], [6, 7, 8]], sampler, cache, gen_length=5, block_length=3, seed=0)
 
 
 @more_backbones
@@ -159,7 +159,7 @@ def test_defaults_that_the_user_set_for_tensors_change_no_tokens_of_further_fami
     lm = make()
 
     def decode() -> list[Any]:
-        out = dllm.generate(lm, [[5], [6, 7, 8]], "edit", "block", gen_length=7, block_length=4)
+        out = dllm.generate(lm, [[5], [6, 7, 8]], "edit", "block", gen_length=5, block_length=3)
         tokens: list[Any] = out.sequences.tolist()
         return tokens
 
