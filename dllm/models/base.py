@@ -33,6 +33,7 @@ from dllm.models.transformer import (
 )
 
 _MASKS = {"noise": "it has [MASK] at undecided positions"}
+_OF_KIND: dict[tuple[type, Any], bool] = {}
 # Of models whose attention is causal over blocks of any length.
 CAUSAL_REFUSES: Mapping[str, str] = _MASKS
 
@@ -295,14 +296,14 @@ class MaskedDiffusionModel(PreTrainedModel):
             mask,
             store,
             eager=self.config._attn_implementation == "eager",
-            features=store if isinstance(store, FeatureStore) else None,
-            watch=store if isinstance(store, AttentionStore) else None,
-            parted=store if isinstance(store, PartedStore) else None,
-            queries=store if isinstance(store, QueryStore) else None,
-            sparse=store if isinstance(store, SparseStore) else None,
+            features=_as(store, FeatureStore),
+            watch=_as(store, AttentionStore),
+            parted=_as(store, PartedStore),
+            queries=_as(store, QueryStore),
+            sparse=_as(store, SparseStore),
         )
-        if isinstance(store, WideningStore):
-            hidden = self._widening(hidden, inputs, store)
+        if (widening := _as(store, WideningStore)) is not None:
+            hidden = self._widening(hidden, inputs, widening)
         else:
             for layer, block in enumerate(self.blocks):
                 hidden = block(layer, hidden, inputs)
@@ -397,6 +398,14 @@ def _default_positions(input_ids: Tensor, attention_mask: Tensor | None) -> Tens
 def _seeing_themselves(mask: Bool[Tensor, "B 1 C C"]) -> Bool[Tensor, "B 1 C C"]:
     """The same, where padding attends to itself: a query without keys would give NaN."""
     return mask | torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
+
+
+def _as(store: KVStore | None, kind: Any) -> Any:
+    """The store if it is of a kind; asked once for each class of stores, since a protocol takes long to compare."""
+    cls = type(store)
+    if (cls, kind) not in _OF_KIND:
+        _OF_KIND[cls, kind] = isinstance(store, kind)
+    return store if _OF_KIND[cls, kind] else None
 
 
 def _per_query(attention_mask: Tensor | None) -> Tensor | None:
