@@ -10,6 +10,7 @@ from the device in each step, which is slow on a GPU.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +43,6 @@ def violations(
 
     Raises:
         ValueError: as `dllm.generate`, such as for a combination that is refused.
-        RuntimeError: the policy wrote outside the generated region, or makes no progress.
     """
     options = _DEFAULTS | options
     prompts = _prompts(lm, seed)
@@ -51,7 +51,12 @@ def violations(
     def run(rows: list[list[int]], policy: Any = sampler, **more: Any) -> Generation:
         return generate(lm, rows, policy, cache, **{"seed": seed, "batch_size": len(rows)} | options | more)
 
-    together = run(prompts, watched)
+    try:
+        together = run(prompts, watched)
+    except RuntimeError as error:
+        if not re.search("makes no progress|a sampler (wrote|finished)", str(error)):
+            raise
+        return [f"every step writes in the generated region, and a row ends when it is decoded: {error}"]
     rules = {
         "the inputs of step are unchanged": not watched.changed,
         "every mask is decoded": not (together.completions == lm.backbone.mask_token_id).any(),
@@ -77,6 +82,9 @@ class _Watched:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
+
+    def __repr__(self) -> str:
+        return repr(self.inner)
 
     def step(self, window: Window, denoise: Denoise, state: Any) -> Edit:
         """Take the step of the policy."""

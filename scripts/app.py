@@ -33,7 +33,7 @@ from dllm.checks import Notice, first_line, is_text, naming, renamed
 from dllm.checks import known as known_options
 from dllm.escape import brief
 from dllm.files import parse_json
-from dllm.resolve import TARGET, names, options_of, search_also, variants
+from dllm.resolve import TARGET, names, options_of, variants
 from dllm.scripts import flags, torchrun, usage, yaml_files
 from dllm.scripts.ending import fail, leave_quietly, line
 from dllm.scripts.kinds import check_kinds
@@ -225,7 +225,7 @@ def rewrite(arguments: Sequence[str], config_name: str) -> list[str]:
             raise ValueError(f"{shown} is not valid UTF-8; give UTF-8")
     # Hydra's parser accepts no options before a flag.
     given, options = flags.split(arguments)
-    search_also(*(Path(flag.partition("=")[2]) for flag in given if flag.startswith(("--config-dir=", "-cd="))))
+    flags.search(given)
     if config_name in flags.POSITIONAL:
         options = _named(options, flags.POSITIONAL[config_name])
     groups = usage.groups(config_name)

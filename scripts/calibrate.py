@@ -267,7 +267,7 @@ def _summary(card: Calibration, file: Path) -> str:
     what = f"of {card.knob} loses at most {card.loss:g} of the answers with probability {1 - card.delta:g}"
     where = terminal(str(file), one_line=True)
     if card.value is None:
-        return f"no value {what}; use safer values, more problems or a larger loss  -> {where}"
+        return f"no value {what}; use safer values, more problems or a larger loss; {where} says what was tried"
     best = next(test for test in card.tests if test["value"] == card.value)
     faster = card.baseline["nfe"] / best["nfe"]
     return (

@@ -52,6 +52,9 @@ def main(command: str | None = None) -> None:
             _dispatch(command, given)
         except KeyboardInterrupt as stopped:
             number = stopped.number if isinstance(stopped, Stopped) else 2
+            if isinstance(stopped, Stopped) and stopped.expected:
+                print(f"{called}: stopped", file=sys.stderr)
+                sys.exit(128 + number)
             fail(called, interruption(number), code=128 + number)
         except BrokenPipeError:
             leave_quietly()

@@ -20,11 +20,16 @@ _SAID = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
 class Stopped(KeyboardInterrupt):
-    """A termination signal."""
+    """A termination signal.
 
-    def __init__(self, number: int) -> None:
+    Args:
+        number: of the signal.
+        expected: it is how the command ends, and no error.
+    """
+
+    def __init__(self, number: int, expected: bool = False) -> None:
         super().__init__(number)
-        self.number = number
+        self.number, self.expected = number, expected
 
 
 class _Watch:

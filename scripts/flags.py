@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
+from dllm.resolve import search_also
+
 # Values of each flag: none (), any (None), or one of some words.
 _BARE = "--help --hydra-help --version --resolve --run --multirun --shell-completion"
 _FLAGS: dict[str, tuple[str, ...] | None] = {
@@ -81,6 +83,11 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     if any(flag.startswith("--package=") for flag in flags) and not any(flag.startswith("--cfg=") for flag in flags):
         raise ValueError("--package has no effect without --cfg; add --cfg job, or leave it out")
     return flags, others
+
+
+def search(given: Sequence[str]) -> None:
+    """Find choices in the folder of --config-dir, too; given are flags as of `split`."""
+    search_also(*(Path(flag.partition("=")[2]) for flag in given if flag.startswith(("--config-dir=", "-cd="))))
 
 
 def _checked(typed: str, flag: str, value: str, after: str) -> str:

@@ -65,7 +65,7 @@ def serve(cfg: DictConfig) -> None:
         server = Server(service, listener, fields["drain"], tell)
         server.run()
     if server.signal is not None:
-        raise Stopped(server.signal)
+        raise Stopped(server.signal, expected=True)
     raise RuntimeError("the engine's thread ended")
 
 

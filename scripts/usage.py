@@ -34,6 +34,7 @@ def asked(config_name: str, arguments: Sequence[str]) -> str | None:
         ValueError: an unknown flag, or an unknown choice of a group.
     """
     given, options_ = flags.split(arguments)
+    flags.search(given)
     return describe(config_name, options_) if {"-h", "--help"} & set(given) else None
 
 

@@ -147,7 +147,7 @@ def test_the_command_decodes_with_each_family(make: Maker, sampler: str, tmp_pat
 def test_published_commands_name_options_that_exist() -> None:
     text = "\n".join(page.read_text() for page in sorted((Path(__file__).parents[1] / "docs" / "models").iterdir()))
     commands = re.findall(r"^    dllm (generate (?:.*\\\n)*.*)$", text, re.MULTILINE)
-    assert len(commands) == 7
+    assert len(commands) == 13
     for each in commands:
         name, *words = shlex.split(each.replace("\\\n", " "))
         options = [word for word in words if not word.startswith(("model=", "chat="))]

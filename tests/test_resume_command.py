@@ -274,7 +274,7 @@ class TestManifestFile:
         told = "2 answers are older than a.jsonl.manifest.json: their prompts and options are unknown"
         done = run()
         assert done.code == 0
-        assert done.out.splitlines()[1:] == [told, "3 of 3 answers are in a.jsonl"]
+        assert done.out.splitlines()[2:] == [told, "3 of 3 answers are in a.jsonl"]
         assert Path("a.jsonl").read_bytes().startswith(answered)
         assert run().out == f"{told}\n3 of 3 answers are in a.jsonl\n"
         assert run("resume=mixed").out == "3 of 3 answers are in a.jsonl\n"

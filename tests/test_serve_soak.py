@@ -275,7 +275,7 @@ def test_terminating_under_load_loses_nothing_that_was_accepted(drain: int, tmp_
     asyncio.run(asyncio.wait_for(load(), 60))
     assert process.wait(60) == 143
     *log, last = (tmp_path / "log").read_text().splitlines()
-    assert last == "dllm serve: error: terminated; what was written is kept"
+    assert last == "dllm serve: stopped"
     logged = Counter(json.loads(line)["outcome"] for line in log)
     assert logged["finished"] == outcomes["answered"]
     # What broke off was never taken from the system's queue of connections: what was, has a line and an answer.

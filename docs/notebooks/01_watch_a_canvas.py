@@ -16,8 +16,8 @@
 #
 # A diffusion language model decodes a *canvas*: the prompt, followed by a region of [MASK] tokens. Each forward
 # predicts every mask of the active block at once, and a policy chooses which of these predictions to commit. This
-# notebook shows that step by step, on a bundled model of 0.9 million parameters. It needs nothing but the
-# installation.
+# notebook shows that step by step, on a bundled model of 0.9 million parameters. Beside the
+# installation it needs Jupyter (`pip install jupyterlab jupytext`; jupytext opens this file as a notebook).
 
 # %%
 import torch

@@ -125,5 +125,5 @@ violations(exact, Shared())
 
 # %% [markdown]
 # In a test file the same is `assert not violations(lm, Near())`. To make a policy part of the package, add a module,
-# a YAML and a test ([CONTRIBUTING](../../CONTRIBUTING.md)); to use it by name from a package of your own, decorate it
-# with `@dllm.register`.
+# a YAML and a test ([CONTRIBUTING](../../CONTRIBUTING.md)); to use it by name from a folder of your own, give it
+# a YAML there ([write a policy](../write-a-policy.md)).

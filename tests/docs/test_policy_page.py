@@ -60,6 +60,7 @@ def test_commands_find_it_in_the_folder_that_is_named(folder: Path) -> None:
     assert (result.code, result.err) == (0, "")
     drafted = command("generate", *config, "sampler=freedave", "sampler.base=margin", "show=none", "gen_length=16")
     assert (drafted.code, drafted.err) == (0, "")
+    search_also()
     shown = command("generate", *config, "sampler=margin", "--help")
     assert "Options of sampler=margin" in shown.out
     assert "least difference of the two highest probabilities" in shown.out
