@@ -95,6 +95,7 @@ def _collect(fields: Mapping[str, Any], samplers: Sequence[str], caches: Sequenc
     data = out / matrix.NAME
     own.check("out", fields["out"], {data: own.MATRIX_DATA})
     if fields["run"]:
+        app.load_model(fields["model"])  # one that cannot be loaded is refused here, rather than once for each run
         for sampler in samplers:
             _certify(fields, sampler, cards)
     chosen = {sampler: _options(sampler, cards) for sampler in samplers}

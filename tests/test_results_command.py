@@ -84,6 +84,7 @@ class TestCommand:
             (["loss=1"], "loss=1 is out of range"),
             (["problems=0"], "problems=0 is out of range"),
             (["run=false"], "holds no results (MODEL/runs.jsonl); give model=, with run=true"),
+            (["model=/no/such"], "model='/no/such' is not a folder, hub id or known model"),
             (["run=false", "runs=/no/such"], "folder='/no/such' is not a folder"),
         ],
     )
