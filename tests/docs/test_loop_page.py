@@ -57,11 +57,12 @@ def test_the_table_is_what_the_bundled_model_does() -> None:
 
 
 def test_the_figures_are_those_of_the_run() -> None:
+    page = " ".join(PAGE.split())
     lm = dllm.load("tiny-llada")
     out = dllm.generate(lm, QUESTION, sampler="threshold", **SETTING)
     stats = out.stats
-    assert f"{int(out.nfe)} forwards (NFE) for {stats.tokens}\n" in PAGE
-    assert f"{stats.tpf:.2f} tokens per forward (TPF)" in PAGE
-    assert f"{stats.computed_columns} positions were computed" in PAGE
+    assert f"{int(out.nfe)} forwards (NFE) for {stats.tokens} tokens" in page
+    assert f"{stats.tpf:.2f} tokens per forward (TPF)" in page
+    assert f"{stats.computed_columns} positions were computed" in page
     better = dllm.generate(lm, QUESTION, sampler="tiny/threshold", **SETTING)
-    assert f'takes {int(better.nfe)} forwards and\nreads "{better.texts[0]}"' in PAGE
+    assert f'takes {int(better.nfe)} forwards and reads "{better.texts[0]}"' in page
