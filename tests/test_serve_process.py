@@ -61,7 +61,7 @@ def test_a_signal_lets_what_runs_finish(number: signal.Signals, code: int) -> No
     assert process.returncode == code
     *log, last = err.splitlines()
     assert [json.loads(line)["outcome"] for line in log] == ["finished"] * 3
-    assert last.startswith("dllm serve: error: ")
+    assert last == "dllm serve: stopped"
     assert "Traceback" not in err
 
 
