@@ -197,9 +197,21 @@ def options_of(group: str, name: str, parameter: str | None = None) -> dict[str,
 
 
 def text(file: str) -> str:
-    """What a YAML of conf/ says, named by its path there without ending."""
+    """What a YAML of conf/ says, named by its path there without ending.
+
+    Raises:
+        ValueError: one in a folder of the user's own is not plain YAML.
+    """
     found = next((path for each in _FOLDERS if (path := each / f"{file}.yaml").is_file()), None)
-    return (found or _FOLDERS[0] / f"{file}.yaml").read_text(encoding="utf-8")
+    if found is None or found.is_relative_to(_FOLDERS[0]):
+        return (found or _FOLDERS[0] / f"{file}.yaml").read_text(encoding="utf-8")
+    try:
+        said: str = found.read_text(encoding="utf-8")
+        if not isinstance(yaml.safe_load(said), dict):
+            raise ValueError("it has no NAME: VALUE lines")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{found} cannot be read ({' '.join(str(error).split())}); fix it") from None
+    return said
 
 
 @cache

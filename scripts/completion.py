@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from dllm.resolve import search_also
 from dllm.scripts import cli, flags, usage
 from dllm.scripts.ending import fail
 
@@ -79,7 +80,8 @@ def main() -> None:
     elif not re.fullmatch(r"\d{1,9}", rest[0]):
         fail("dllm completion", f"{rest[0]!r} is not the number of a word; use dllm completion {shell}")
     else:
-        print("\n".join(_reply(shell, int(rest[0]), rest[1:])))
+        with suppress(ValueError):  # a damaged YAML of the user's own completes nothing
+            print("\n".join(_reply(shell, int(rest[0]), rest[1:])))
 
 
 def _reply(shell: str, index: int, words: Sequence[str]) -> list[str]:
@@ -128,6 +130,7 @@ def candidates(before: Sequence[str], current: str) -> tuple[Words, bool]:
 
 
 def _of_command(config_name: str, before: Sequence[str], current: str) -> tuple[Words, bool]:
+    search_also(*_own_folders(before))
     if before and before[-1].startswith("-") and (kind := _flag_value(before[-1])) is not None:
         return (_files(current), True) if kind == () else (_starting(current, dict.fromkeys(kind, "")), False)
     name, separator, value = current.partition("=")
@@ -172,7 +175,7 @@ def _values(config_name: str, before: Sequence[str], name: str, value: str) -> t
     """Values of an option or a group; of several, the last."""
     defaults = usage.groups(config_name)
     if name in defaults:
-        found = usage.choices(name) | _own_choices(name, before)
+        found = usage.choices(name)
         first, comma, last = value.rpartition(",")
         matching = {first + comma + word: about for word, about in _starting(last, found).items()}
         return (matching, False) if matching or name not in flags.OTHERS else (_files(value), True)
@@ -236,14 +239,13 @@ def _chosen(group: str, default: str, before: Iterable[str]) -> str:
     return given[-1].rpartition(",")[2] if given else default
 
 
-def _own_choices(group: str, before: Sequence[str]) -> Words:
-    """The choices of the YAML files of the user's own, in the folder of --config-dir."""
-    found: Words = {}
+def _own_folders(before: Sequence[str]) -> list[Path]:
+    """The folder of --config-dir, whose YAML files are choices, too."""
+    found = []
     for flag, follows in zip(before, [*before[1:], ""], strict=False):
         name, separator, value = flag.partition("=")
         if name in ("--config-dir", "-cd"):
-            folder = Path(value if separator else follows) / group
-            found |= {file.stem: str(file) for file in sorted(folder.glob("*.yaml"))}
+            found.append(Path(value if separator else follows))
     return found
 
 

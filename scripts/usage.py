@@ -159,7 +159,7 @@ def choices(group: str) -> dict[str, str]:
 def _comment(file: str) -> list[str]:
     """The leading comment of a YAML."""
     head = re.split(r"^(?!#)", text(file).removeprefix(_PACKAGE), maxsplit=1, flags=re.MULTILINE)[0]
-    return [line.removeprefix("#").removeprefix(" ") for line in head.splitlines()]
+    return [line.removeprefix("#").removeprefix(" ") for line in head.splitlines()] or [""]
 
 
 def entries(file: str) -> dict[str, str]:

@@ -349,3 +349,24 @@ class TestOptionsOfABase:
         assert result.code == 2
         assert told in result.err
         assert result.err.count("\n") == 1
+
+
+class TestYamlOfOnesOwn:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        (tmp_path / "sampler").mkdir()
+        (tmp_path / "sampler" / "bare.yaml").write_text("_target_: dllm.samplers.Threshold\nthreshold: 0.5\n")
+        return tmp_path
+
+    def test_help_shows_one_without_a_comment(self, folder: Path) -> None:
+        shown = command("generate", "--config-dir", str(folder), "sampler=bare", "--help")
+        assert (shown.code, shown.err) == (0, "")
+        assert "threshold: 0.5" in shown.out
+
+    @pytest.mark.parametrize("content", ["{{: x", "", "[1]", "a: *b"])
+    @pytest.mark.parametrize("options", [["--help"], ["sampler=edit", "sampler.base=bad"]])
+    def test_a_damaged_one_is_named(self, folder: Path, content: str, options: list[str]) -> None:
+        (folder / "sampler" / "bad.yaml").write_text(content)
+        result = command("generate", "--config-dir", str(folder), *options)
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert "bad.yaml cannot be read (" in result.err

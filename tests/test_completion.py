@@ -42,7 +42,7 @@ def test_bash_completes_commands_options_groups_values_and_files(tmp_path: Path)
     (tmp_path / "my questions.jsonl").touch()
     (tmp_path / "answers").mkdir()
     (tmp_path / "conf" / "sampler").mkdir(parents=True)
-    (tmp_path / "conf" / "sampler" / "mine.yaml").touch()
+    (tmp_path / "conf" / "sampler" / "mine.yaml").write_text("# My own.\n_target_: mine.Mine\nmargin: 0.9  # of mine\n")
     expected = {
         "dllm gen": ["generate"],
         "dllm bench": ["bench", "bench-serve"],
@@ -66,6 +66,7 @@ def test_bash_completes_commands_options_groups_values_and_files(tmp_path: Path)
         "dllm generate model = ./a": ["./answers/"],
         "dllm report a": ["answers/"],
         "dllm generate --config-dir conf sampler = mi": ["mine"],
+        "dllm generate --config-dir conf sampler = mine sampler.": ["sampler.margin="],
         "dllm generate --config-dir a": ["answers/"],
         "dllm generate --cfg ''": ["job", "hydra", "all"],
         "dllm generate --mul": ["--multirun"],

@@ -174,12 +174,15 @@ def _cards(settings: Mapping[str, Setting], folder: Path, place: str) -> Iterato
     if not rows:
         return
     yield "### What is certified"
-    yield (
-        "With probability 1 - delta over the problems, the value loses at most `loss` of the answers that one token "
-        "per step has right. The guarantee is for the cache of the card alone "
-        f"({', '.join(f'`{name}`' for name in sorted(caches)) or 'no card'}), and for its kind of problems; with other "
-        "caches the table has the same value, without a guarantee."
-    )
+    if caches:
+        yield (
+            "With probability 1 - delta over the problems, the value loses at most `loss` of the answers that one "
+            "token per step has right. The guarantee is for the cache of the card alone "
+            f"({', '.join(f'`{name}`' for name in sorted(caches))}), and for its kind of problems; with other caches "
+            "the table has the same value, without a guarantee."
+        )
+    else:
+        yield "Nothing: there is no card of `dllm calibrate`."
     head = ["policy", "knob", "value", "NFE", "right", "lost, at most", "n", "loss", "delta"]
     yield _markdown(head, rows)
 
