@@ -91,8 +91,8 @@ clean:
 	@touch $@
 
 define install
-	$(@D)/bin/python -m pip install $(PIP_ARGS) --constraint $< setuptools
-	$(@D)/bin/python -m pip install $(PIP_ARGS) --constraint $< --no-build-isolation --editable $(1)
+	$(@D)/bin/python -m pip install $(PIP_ARGS) --no-compile --constraint $< setuptools
+	$(@D)/bin/python -m pip install $(PIP_ARGS) --no-compile --constraint $< --no-build-isolation --editable $(1)
 	@touch $@
 endef
 

@@ -253,7 +253,9 @@ class Canvas:
 
     def _failed(self, rows: NDArray[np.int64], codes: NDArray[np.int64], reasons: Sequence[str]) -> NDArray[np.bool_]:
         """Which rows fail; records the reason. Bit n of a code stands for the n-th reason."""
-        failed = (codes > 0) | np.isin(rows, list(self.doomed))
+        failed = codes > 0
+        if self.doomed:
+            failed |= np.isin(rows, list(self.doomed))
         for row, code in zip(rows[failed].tolist(), codes[failed].tolist(), strict=True):
             own = [why for number, why in enumerate(reasons) if code >> number & 1]
             self.errors[row] = own[0] if own else self.doomed[row]

@@ -19,7 +19,7 @@ _PARTIAL = "\ufffd"  # decoded from tokens that hold part of a character
 
 def count_tokens(completions: NDArray[np.int64], eos_token_ids: Sequence[int]) -> NDArray[np.int64]:
     """Tokens of each row up to and including its first end-of-text."""
-    ended = np.isin(completions, eos_token_ids)
+    ended = (completions[..., None] == np.asarray(eos_token_ids)).any(-1)
     return np.where(ended.any(1), ended.argmax(1) + 1, completions.shape[1])
 
 

@@ -336,7 +336,7 @@ class Engine:
         self._idle[rows] = np.where(change.idle, self._idle[rows] + 1, 0)
         self._steps[rows] += 1
         spent = np.maximum(self._steps, self._recorder.nfe)[rows] > _BUDGET * (self._canvas.spans[rows] + 1)
-        stuck = (self._idle[rows] >= _IDLE) | (spent & ~np.isin(rows, [*change.finished, *change.failed]))
+        stuck = (self._idle[rows] >= _IDLE) | (spent & ~change.ended)
         if stuck.any():
             number = self._ids[rows[stuck][0]]
             raise RuntimeError(f"{self.sampler!r} makes no progress in request {number}: it must finish it")

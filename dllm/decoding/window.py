@@ -152,10 +152,15 @@ class Change:
     settled: NDArray[np.int64]
 
     @property
+    def ended(self) -> NDArray[np.bool_]:
+        """(B,) rows that are finished or failed."""
+        return np.asarray((self.rows[:, None] == np.concatenate((self.finished, self.failed))).any(1))
+
+    @property
     def idle(self) -> NDArray[np.bool_]:
         """(B,) unfinished rows without any change, other than those held."""
         touched = (self.committed | self.revoked | self.filled).any(1) | (self.grown > 0) | self.held
-        return ~touched & ~np.isin(self.rows, [*self.finished, *self.failed])
+        return ~touched & ~self.ended
 
 
 @dataclass(frozen=True)

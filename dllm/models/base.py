@@ -145,8 +145,13 @@ class MaskedDiffusionModel(PreTrainedModel):
         ids = dict.fromkeys((*token_ids(self.config.eos_token_id), *self.extra_eos_token_ids))
         return tuple(self._own("eos_token_id", token) for token in ids or (None,))
 
+    @property
+    def _text_config(self) -> PretrainedConfig:
+        # `get_text_config` looks for a dozen names, many times in a step.
+        return self.config.get_text_config() if self.config.sub_configs else self.config
+
     def _own(self, name: str, token: int | None) -> int:
-        vocabulary = self.config.get_text_config().vocab_size
+        vocabulary = self._text_config.vocab_size
         rows = min(vocabulary, getattr(self.get_input_embeddings(), "num_embeddings", vocabulary))
         if token is None or not 0 <= token < rows:
             raise ValueError(
@@ -158,17 +163,17 @@ class MaskedDiffusionModel(PreTrainedModel):
     @property
     def logits_size(self) -> int:
         """Entries V of the logits."""
-        return self.config.get_text_config().vocab_size
+        return self._text_config.vocab_size
 
     @property
     def embedding_size(self) -> int:
         """Width d of the hidden states."""
-        return self.config.get_text_config().hidden_size
+        return self._text_config.hidden_size
 
     @property
     def max_length(self) -> int:
         """Maximum canvas length, in tokens."""
-        return self.config.get_text_config().max_position_embeddings
+        return self._text_config.max_position_embeddings
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
@@ -178,7 +183,7 @@ class MaskedDiffusionModel(PreTrainedModel):
     @property
     def query_heads(self) -> int:
         """Attention heads of this process."""
-        heads: int = self.config.get_text_config().num_attention_heads
+        heads: int = self._text_config.num_attention_heads
         return heads // self.head_shares
 
     def all_heads(self, values: Tensor, dim: int) -> Tensor:
