@@ -21,7 +21,9 @@ from dllm.samplers.selection import top
 
 @dataclass(frozen=True)
 class Revoking(Policy):
-    """Commits the three best, then takes back the least sure token of an earlier step of the block."""
+    """Commits the best, then takes back the least sure token of an earlier step of the block."""
+
+    count: int = 3
 
     def start(self, setup: Setup) -> int:
         return setup.mask_token_id
@@ -29,7 +31,7 @@ class Revoking(Policy):
     def step(self, window: Window, denoise: Denoise, state: int) -> Edit:
         settled = window.inside & ~window.masked
         prediction = denoise(asked=window.inside)
-        best = top(prediction.confidence, 3, window.masked)
+        best = top(prediction.confidence, self.count, window.masked)
         worst = top(-prediction.confidence, 1, settled) & (best.sum(-1) > 1)[:, None] & (window.step < 6)[:, None]
         return Edit(window.columns, prediction.tokens.masked_fill(worst, state), best | worst)
 
