@@ -334,9 +334,11 @@ class MaskedDiffusionModel(PreTrainedModel):
 
 def _at_hand(model: nn.Module, name: str, weight: Tensor) -> Tensor:
     """A weight, loaded from accelerate's offload map if it is not in memory."""
+    if not weight.is_meta:
+        return weight
     module, _, own = name.rpartition(".")
     kept = getattr(getattr(model.get_submodule(module), "_hf_hook", None), "weights_map", None)
-    return weight if not weight.is_meta or kept is None else kept[own]
+    return weight if kept is None else kept[own]
 
 
 def token_ids(ids: int | Sequence[int] | None) -> tuple[int, ...]:
