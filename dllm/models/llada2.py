@@ -265,7 +265,6 @@ class LLaDA2MoeModelLM(MaskedDiffusionModel):
     tempered_confidence = True
     constants = ("num_experts_per_tok", "n_group", "topk_group", "routed_scaling_factor", "partial_rotary_factor")
     _no_split_modules = ["LLaDA2MoeDecoderLayer"]
-    _keep_in_fp32_modules_strict = ["expert_bias"]  # as it is published beside bfloat16 weights
 
     def __init__(self, config: LLaDA2MoeConfig) -> None:
         super().__init__(config)
@@ -273,6 +272,8 @@ class LLaDA2MoeModelLM(MaskedDiffusionModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.block_length: int = config.block_size
         self.post_init()
+        # As it is published beside bfloat16 weights. Set here, since transformers 4 takes no buffer in the class's list.
+        self._keep_in_fp32_modules_strict = {"expert_bias"}
 
     @classmethod
     def layer_alone(cls, config: PretrainedConfig, layer: int) -> dict[str, Any]:
