@@ -37,7 +37,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     known = {file.relative_to(DOCS).as_posix() for file in DOCS.rglob("*") if file.suffix in (".md", ".py", ".ipynb")}
     known |= {"index.md", "reference/index.md", *(f"source/{name}" for name in OUTSIDE)}
     kinds = pages.policies()
-    made = {
+    made: dict[str, list[Any]] = {
         "policies/*": [{kind.capitalize(): [f"policies/{name}.md" for name in own]} for kind, own in kinds.items()],
         "caches/*": [f"caches/{name}.md" for name in names("cache")],
         "reference/*": [f"reference/{name}.md" for name in reference.PAGES],

@@ -272,7 +272,7 @@ class LLaDA2MoeModelLM(MaskedDiffusionModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.block_length: int = config.block_size
         self.post_init()
-        # As it is published beside bfloat16 weights. Set here, since transformers 4 takes no buffer in the class's list.
+        # As published beside bfloat16 weights. Set here: transformers 4 rejects a buffer in the list of the class.
         self._keep_in_fp32_modules_strict = {"expert_bias"}
 
     @classmethod
