@@ -22,6 +22,8 @@ DOCS = Path(__file__).parent
 _IPYTHON = TemporaryDirectory(prefix="dllm-ipython-")  # removed when the build ends
 # Pages outside docs/ that the navigation names.
 OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md")
+# Pages of wide tables, which get the room of the navigation.
+WIDE = re.compile(r"results\.md|bench-[^/]+\.md|.+/report\.md")
 
 
 def on_pre_build(config: MkDocsConfig) -> None:
@@ -97,7 +99,9 @@ def _generated(files: Files) -> dict[str, str]:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn links to files of the repository into links to their pages."""
+    """Turn links to files of the repository into links to their pages, and give wide tables room."""
+    if WIDE.fullmatch(page.file.src_uri):
+        page.meta["hide"] = ["navigation", "toc"]
     return sources.rewritten(page.file.src_uri, markdown, set(files.src_uris))
 
 
