@@ -6,8 +6,9 @@ Rule:
     feed-forward(h) = scale * sum of s_e / (sum of these s) expert_e(h) over the k experts e of the best groups with the
                       largest s + bias,   s = sigmoid(W h)
 
-Tensor names are the published ones. Queries, keys and values are one projection; rotary embedding covers the first
-part of each head; the router is that of `GroupLimitedRouter`. Difference: the published code attends in blocks only
+h is the hidden state of a position, W the router's matrix, and a group is good by its two largest s + bias
+(`GroupLimitedRouter`). Tensor names are the published ones. Queries, keys and values are one projection; rotary
+embedding covers the first part of each head. Difference: the published code attends in blocks only
 where it is given such a mask, and to every position without one; here blocks are counted from the row's first token.
 """
 

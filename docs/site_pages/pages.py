@@ -47,7 +47,7 @@ def policy(name: str) -> str:
         *_options("sampler", name),
         *_policy_cost(name, made),
         *_rows("sampler", name),
-        *_details(cls),
+        *_differences(cls),
     )
 
 
@@ -63,7 +63,7 @@ def cache(name: str) -> str:
         *_options("cache", name),
         *_cache_cost(name, made),
         *_rows("cache", name),
-        *_details(cls),
+        *_differences(cls),
     )
 
 
@@ -112,6 +112,7 @@ def _method(cls: type, *files: str) -> list[str]:
     return [
         _plain(method.summary),
         _block(method.rule, "rule"),
+        method.explanation,
         f"Source: {', '.join([*papers, *code])}.",
     ]
 
@@ -264,9 +265,9 @@ def _canvas(made: Decode | None, computed: bool = False) -> list[str]:
     return parts
 
 
-def _details(cls: type) -> list[str]:
-    details = facts.method_of(cls).details
-    return ["## Details", details] if details else []
+def _differences(cls: type) -> list[str]:
+    differences = facts.method_of(cls).differences
+    return ["## Differences", differences] if differences else []
 
 
 def _family(cls: type[MaskedDiffusionModel]) -> list[str]:
@@ -282,7 +283,6 @@ def _family(cls: type[MaskedDiffusionModel]) -> list[str]:
         ["policies", f"all but {', '.join(f'`{each}`' for each in refused)}" if refused else "all"],
         ["caches", f"all but {', '.join(f'`{each}`' for each in caches)}" if caches else "all"],
     ]
-    method = facts.method_of(cls)
     made = None
     if cls.__name__ in _BUNDLED:
         options = {"gen_length": 64, "block_length": 16 if pattern.startswith("causal") else 32}
@@ -290,7 +290,7 @@ def _family(cls: type[MaskedDiffusionModel]) -> list[str]:
     return [
         *_method(cls),
         _table(["", f"`{cls.__name__}`"], rows),
-        method.details,
+        facts.method_of(cls).differences,
         *(_canvas(made)[1:] if made is not None else []),
     ]
 
