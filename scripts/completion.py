@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -60,7 +61,7 @@ _dllm() {
 compdef _dllm dllm
 """,
     "fish": r"""function __dllm_words
-    set -l before (commandline -opc)
+    set -l before (commandline -xpc 2>/dev/null; or commandline -opc)  # -x is of fish 4
     dllm completion fish (count $before) $before (commandline -ct) 2>/dev/null
 end
 complete -c dllm -f -a '(__dllm_words)'
@@ -81,12 +82,12 @@ def main() -> None:
         fail("dllm completion", f"{rest[0]!r} is not the number of a word; use dllm completion {shell}")
     else:
         with suppress(ValueError):  # a damaged YAML of the user's own completes nothing
-            print("\n".join(_reply(shell, int(rest[0]), rest[1:])))
+            sys.stdout.writelines(f"{line}\n" for line in _reply(shell, int(rest[0]), rest[1:]))
 
 
 def _reply(shell: str, index: int, words: Sequence[str]) -> list[str]:
     """The lines that a shell's script reads."""
-    words = [*words, ""] if index == len(words) else words
+    words = [_unquoted(word) for word in (*words, *[""] * (index == len(words)))]
     before, raw = (words[1:index], words[index]) if 0 < index < len(words) else ([], "")
     if shell != "bash":
         found, _ = candidates(before, raw)
@@ -96,6 +97,14 @@ def _reply(shell: str, index: int, words: Sequence[str]) -> list[str]:
     found, are_files = candidates(before, current)
     cut = len(current) - (0 if raw in ("=", ":") else len(raw))
     return ["files" if are_files else "words", *(word[cut:] for word in found)]
+
+
+def _unquoted(word: str) -> str:
+    """A word as a command gets it, without the quotes of the shell; the last one may be open."""
+    for closing in ("", "'", '"'):
+        with suppress(ValueError):
+            return " ".join(shlex.split(word + closing))
+    return word
 
 
 def _joined(before: Sequence[str], raw: str) -> tuple[list[str], str]:
@@ -245,7 +254,7 @@ def _own_folders(before: Sequence[str]) -> list[Path]:
     for flag, follows in zip(before, [*before[1:], ""], strict=False):
         name, separator, value = flag.partition("=")
         if name in ("--config-dir", "-cd"):
-            found.append(Path(value if separator else follows))
+            found.append(Path(value if separator else follows).expanduser())
     return found
 
 
