@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from dllm.calibration import Calibration
-from dllm.escape import markdown
+from dllm.escape import markdown, markdown_table
 from dllm.reports.matrix import Cell, Matrix, Plan, Setting
 from dllm.resolve import TARGET, names, options_of
 
@@ -132,7 +132,7 @@ def _table(matrix: Matrix, reasons: Sequence[str], speed: bool) -> str:
         name += _setting(sampler, plan.settings.get(sampler))
         rows.append([name, *cells, _number(matrix.aup(sampler=sampler))])
     rows.append(["AUP", *(_number(matrix.aup(cache=cache)) for cache in caches), _number(matrix.aup())])
-    return _markdown(["policy", *(f"`{cache}`" for cache in caches), "AUP"], rows)
+    return markdown_table(["policy", *(f"`{cache}`" for cache in caches), "AUP"], rows)
 
 
 def _cell(cell: Cell, speed: bool) -> str:
@@ -184,7 +184,7 @@ def _cards(settings: Mapping[str, Setting], folder: Path, place: str) -> Iterato
     else:
         yield "Nothing: there is no card of `dllm calibrate`."
     head = ["policy", "knob", "value", "NFE", "right", "lost, at most", "n", "loss", "delta"]
-    yield _markdown(head, rows)
+    yield markdown_table(head, rows)
 
 
 def _named(cache: Mapping[str, Any]) -> str:
@@ -213,8 +213,3 @@ def _said(place: Mapping[str, Any], name: str) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.0f}"
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])

@@ -17,7 +17,7 @@ from dllm.cache.base import Cache
 from dllm.decoding.compatibility import NEEDS, unmet
 from dllm.models import ARCHITECTURES, MaskedDiffusionModel
 from dllm.reports.matrix import Cell, Matrix
-from dllm.resolve import TARGET, merged, names, resolve, sources, variants
+from dllm.resolve import names, resolve, sources, variants
 from dllm.samplers.base import Sampler
 
 ROOT = Path(__file__).parents[2]
@@ -105,11 +105,6 @@ def settings(group: str, name: str) -> list[Setting]:
 def _commented(file: str) -> dict[str, tuple[str, str]]:
     """The options of a YAML and of those that it includes: value and comment."""
     return {option: (value, meaning) for text in sources(file) for option, value, meaning in _OPTION.findall(text)}
-
-
-def undocumented(group: str, name: str) -> list[str]:
-    """The options of a choice that `settings` leaves out."""
-    return sorted(set(merged(f"{group}/{name}")) - {TARGET} - {each.name for each in settings(group, name)})
 
 
 @cache

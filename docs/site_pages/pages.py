@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from html import escape
 
 from dllm.decoding.compatibility import NEEDS
+from dllm.escape import markdown_table
 from dllm.models import ARCHITECTURES, MaskedDiffusionModel
 from dllm.reports.matrix import Cell
 from dllm.resolve import names
@@ -302,8 +303,7 @@ def _block(text: str, kind: str = "") -> str:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return markdown_table(head, [[cell.replace("|", r"\|") for cell in row] for row in rows])
 
 
 def _code(text: str) -> str:
