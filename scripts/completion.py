@@ -167,7 +167,7 @@ def _names(config_name: str, before: Sequence[str], current: str) -> tuple[Words
     defaults = usage.groups(config_name)
     prefix, dot, _ = current.partition(".")
     if dot and prefix in defaults:
-        held = _group_options(prefix, _chosen(prefix, defaults[prefix], before), before)
+        held = _group_options(prefix, _chosen(prefix, defaults[prefix], before))
         return _starting(current, {f"{prefix}.{name}=": _about(text) for name, text in held.items()}), False
     if "/" in current and config_name in flags.POSITIONAL:
         return _files(current), True
@@ -190,7 +190,7 @@ def _values(config_name: str, before: Sequence[str], name: str, value: str) -> t
         return (matching, False) if matching or name not in flags.OTHERS else (_files(value), True)
     group, dot, inner = name.partition(".")
     if dot and group in defaults:
-        text = _group_options(group, _chosen(group, defaults[group], before), before).get(inner, "")
+        text = _group_options(group, _chosen(group, defaults[group], before)).get(inner, "")
     else:
         text = usage.entries(config_name).get(name, "")
     listed = re.fullmatch(r"(\[(?:[^,\]]*,)*|)([^,\]]*)", value)
@@ -234,7 +234,7 @@ def _names_a_file(text: str) -> bool:
     return _default(text) in ("null", "???", "") and bool(re.search(r"\b(files?|folder|FOLDER|card)\b", _about(text)))
 
 
-def _group_options(group: str, choice: str, before: Iterable[str]) -> Mapping[str, str]:
+def _group_options(group: str, choice: str) -> Mapping[str, str]:
     """The options of a choice, with the lines of its YAML; none for one that is not known."""
     if choice in usage.choices(group):
         return usage.entries(f"{group}/{choice}")

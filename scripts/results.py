@@ -163,9 +163,7 @@ def _run(
 
 
 def _shown(results: Mapping[str, Any]) -> str:
-    metrics = results["metrics"]
-    if metrics["nfe"] is None or metrics["accuracy"] is None:
-        raise ValueError(f"task={results['task']!r} does not grade generated answers; use a task that does")
+    metrics = matrix.graded(results)
     return f"{metrics['accuracy']:.1%} of {metrics['n']}  NFE {metrics['nfe']:.1f}  TPF {metrics['tpf']:.2f}"
 
 

@@ -266,10 +266,20 @@ def _check_alike(common: dict[str, Any], own: Mapping[str, Any], folder: Path) -
             raise ValueError(f"{folder} has another {name} ({value}) than others ({common[name]}); give another runs")
 
 
-def _cell(sampler: str, cache: str, results: Mapping[str, Any], started: str, place: int) -> Cell:
-    metrics = results["metrics"]
+def graded(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of a run.
+
+    Raises:
+        ValueError: its task does not grade generated answers.
+    """
+    metrics: dict[str, Any] = results["metrics"]
     if metrics["nfe"] is None or metrics["accuracy"] is None:
         raise ValueError(f"task={results['task']!r} does not grade generated answers; use a task that does")
+    return metrics
+
+
+def _cell(sampler: str, cache: str, results: Mapping[str, Any], started: str, place: int) -> Cell:
+    metrics = graded(results)
     low, high = metrics["accuracy_interval"] or (None, None)
     return Cell(
         sampler=sampler,

@@ -80,15 +80,14 @@ class Decode:
 def run_of_policy(name: str) -> Run | None:
     """How the picture of a policy is made; None if no bundled model can show it."""
     chosen = f"tiny/{name}" if f"tiny/{name}" in variants("sampler") else name
-    match sorted(build("sampler", options_of("sampler", name), Sampler).needs):
-        case [*needs] if "noise" in needs:
-            return None
-        case [*needs] if "causal" in needs:
-            return Run(chosen, model="tiny-block", options={"gen_length": 64, "block_length": 1})
-        case ["growth"]:
-            return Run(chosen, options={"gen_length": 64}, own={"initial": 16})
-        case _:
-            return Run(chosen, options={"gen_length": 64, "block_length": 32})
+    needs = build("sampler", options_of("sampler", name), Sampler).needs
+    if "noise" in needs:
+        return None
+    if "causal" in needs:
+        return Run(chosen, model="tiny-block", options={"gen_length": 64, "block_length": 1})
+    if "growth" in needs:
+        return Run(chosen, options={"gen_length": 64}, own={"initial": 16})
+    return Run(chosen, options={"gen_length": 64, "block_length": 32})
 
 
 def run_of_cache(name: str) -> Run:

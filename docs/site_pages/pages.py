@@ -145,14 +145,14 @@ def _policy_cost(name: str, made: Decode | None) -> list[str]:
     if needs := facts.needs_of(own):
         rows.append(["asks of model and cache", "; ".join(needs)])
     rows.append(["models", _families(facts.families_of(name))])
-    rows.append(["caches", _refusals("cache", facts.refused("sampler", name))])
+    rows.append(["caches", _refusals(facts.refused("sampler", name))])
     if own.knob is not None:
         rows.append(["`dllm calibrate` sets", f"`{own.knob.name}`, trying {_span(own.knob.values)}"])
     return ["## What it costs", _table(["", f"`{name}`"], [*rows, *_decoded(made)])]
 
 
 def _cache_cost(name: str, made: Decode) -> list[str]:
-    rows = [["policies", _refusals("sampler", facts.refused("cache", name))]]
+    rows = [["policies", _refusals(facts.refused("cache", name))]]
     if refuses := facts.built("cache", name).refuses:
         rows.append(["refuses", "; ".join(f"{NEEDS[need][0]}: {why}" for need, why in refuses.items())])
     return ["## What it costs", _table(["", f"`{name}`"], [*rows, *_decoded(made)])]
@@ -175,7 +175,7 @@ def _span(values: tuple[float, ...]) -> str:
     return f"{len(values)} values from {values[0]:g} to {values[-1]:g}"
 
 
-def _refusals(other: str, reasons: dict[str, list[str]]) -> str:
+def _refusals(reasons: dict[str, list[str]]) -> str:
     if not reasons:
         return "all"
     refused = [f"{', '.join(f'`{each}`' for each in names_)} ({why})" for why, names_ in reasons.items()]
