@@ -39,7 +39,7 @@ class Run:
         parts = [f"sampler={self.sampler}", *(f"sampler.{name}={value}" for name, value in self.own.items())]
         parts += [f"cache={self.cache}"] if self.cache != "none" else []
         parts += [f"{name}={value}" for name, value in self.options.items()]
-        return f'dllm generate model={self.model} {" ".join(parts)} prompt="{PROMPT}"'
+        return f'dllm generate model={self.model} {" ".join(parts)} \\\n    prompt="{PROMPT}"'
 
 
 @dataclass(frozen=True)
