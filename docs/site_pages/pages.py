@@ -222,7 +222,7 @@ def _rows(group: str, name: str) -> list[str]:
 def _with_others(group: str, name: str) -> list[str]:
     """The results of a policy with every cache, or of a cache with every policy: a column for each model."""
     other = "cache" if group == "sampler" else "policy"
-    columns = {matrix.plan.model: facts.runs(group, name, matrix) for matrix in facts.matrices()}
+    columns = {matrix.header.model: facts.runs(group, name, matrix) for matrix in facts.matrices()}
     lines = list(dict.fromkeys(each for cells in columns.values() for each in cells))
     if not lines:
         return []
