@@ -19,8 +19,8 @@ from dllm.models import ARCHITECTURES, MaskedDiffusionModel
 from dllm.reports.matrix import Cell, Matrix
 from dllm.resolve import names, resolve, sources, variants
 from dllm.samplers.base import Sampler
+from site_pages.sources import ROOT
 
-ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 # Where measured rows are from: folders of docs/ with a report.csv and a report.md, and the data of `dllm results`.
 TABLES = {

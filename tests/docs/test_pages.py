@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 import dllm
 from dllm.models import ARCHITECTURES
 from dllm.resolve import TARGET, names, options_of, variants
-from site_pages import facts, pages, reference
+from site_pages import facts, pages, reference, sources
 
 CHOICES = [(group, name) for group in ("sampler", "cache") for name in names(group)]
 
@@ -35,7 +35,7 @@ def test_every_policy_and_cache_states_its_rule_its_symbols_and_its_source(group
     unexplained = {each for each in symbols if not re.search(rf"(?<!\w){each}(?![A-Za-z0-9])", method.explanation)}
     assert not unexplained
     assert method.path.startswith({"sampler": "samplers/", "cache": "cache/"}[group])
-    assert (facts.ROOT / method.path).is_file()
+    assert (sources.ROOT / method.path).is_file()
 
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
@@ -116,7 +116,7 @@ def test_the_reference_has_every_public_object() -> None:
 
 
 def test_tables_of_methods_link_to_their_pages() -> None:
-    text = (facts.ROOT / "README.md").read_text()
+    text = (sources.ROOT / "README.md").read_text()
     linked = pages.linked_tables(text)
     found = re.findall(r"\[`(\w+)`\]\(docs/(\w+)/\1\.md\)", linked)
     assert {name for name, folder in found if folder == "policies"} >= {"vanilla", "wino", "daedal"}
