@@ -140,23 +140,24 @@ def candidates(before: Sequence[str], current: str) -> tuple[Words, bool]:
 
 def _of_command(config_name: str, before: Sequence[str], current: str) -> tuple[Words, bool]:
     search_also(*_own_folders(before))
-    if before and before[-1].startswith("-") and (kind := _flag_value(before[-1])) is not None:
-        return (_files(current), True) if kind == () else (_starting(current, dict.fromkeys(kind, "")), False)
+    if before and (of_flag := _flag_values(before[-1], current)) is not None:
+        return of_flag
     name, separator, value = current.partition("=")
     if not separator:
         return _names(config_name, before, current)
     if name.startswith("-"):
-        kind = _flag_value(name)
-        found, are_files = (_files(value), True) if not kind else (_starting(value, dict.fromkeys(kind, "")), False)
+        found, are_files = _flag_values(name, value) or ({}, False)
     else:
         found, are_files = _values(config_name, before, name.lstrip("+"), value)
     return {f"{name}={word}": about for word, about in found.items()}, are_files
 
 
-def _flag_value(flag: str) -> tuple[str, ...] | None:
-    """The values of a flag: words, () for a path, None if it takes none."""
+def _flag_values(flag: str, value: str) -> tuple[Words, bool] | None:
+    """What the value of a flag can be completed to; None if it takes none."""
     taken = flags.known().get(flag, ())
-    return None if taken == () else taken or ()
+    if taken is None:
+        return _files(value), True
+    return (_starting(value, dict.fromkeys(taken, "")), False) if taken else None
 
 
 def _names(config_name: str, before: Sequence[str], current: str) -> tuple[Words, bool]:
