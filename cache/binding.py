@@ -106,7 +106,7 @@ class Gathered:
 
     def __init__(self, kept: Kept, selection: Selection) -> None:
         self.kept, self.columns, (low, high) = kept, selection.columns, selection.span
-        # Columns behind those that are attended to are only written.
+        # Columns after those that are attended to are only written.
         self.span, self.width = slice(low, max(high, int(selection.host.max()) + 1)), high - low
         self.rows = put(self.columns.device, selection.slots)
         self.first = put(self.columns.device, np.flatnonzero(selection.first))

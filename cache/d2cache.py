@@ -12,14 +12,13 @@ Rule:
              rollout: column sums of the product over layers of (A + I) / 2, where A are the attention
              weights averaged over the heads, and the identity where a position was not computed
 
-These are computed; the first forward computes every position. A gap between two selected positions that are at most
-`inflate_w` apart is computed as well. Families with shifted logits compute, instead of a mask, the position at which
-its prediction is read.
+These are computed; the first forward computes every position. I is the identity matrix. A gap between two selected
+positions that are at most `inflate_w` apart is computed as well. Families with shifted logits compute, instead of a
+mask, the position at which its prediction is read.
 
-Differences from the reference: confidences are updated by every forward that computes them, as in the
-paper (the reference keeps the first ones); rows of a batch are not padded to a common number.
-It needs the confidences of masks outside the block, hence their logits; and the attention weights,
-hence eager attention.
+Differences from the reference: confidences are updated by every forward that computes them, as in the paper (the
+reference keeps the first ones); rows of a batch are not padded to a common number. It needs the confidences of masks
+outside the block, hence their logits; and the attention weights, hence eager attention.
 """
 
 from __future__ import annotations

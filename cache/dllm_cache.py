@@ -10,16 +10,15 @@ Rule:
                                    feed-forward part
 
 s counts the row's forwards so far (section 3.2 and algorithm 1). The first layer is always computed for the whole
-response, because it sees new tokens. The response is everything after the prompt and, in families with shifted logits,
-the position at which its first prediction is read.
+response, because it sees new tokens. The response, n positions with values v, is everything after the prompt and, in
+families with shifted logits, the position at which its first prediction is read.
 
-Selection by rank in every layer amplifies rounding: in float32, results of this cache differ between
-batch sizes more often than those of other caches.
+Selection by rank in every layer amplifies rounding: in float32, results of this cache differ between batch sizes more
+often than those of other caches.
 
-Differences from the reference: similarities are ranked without the cancellation of 1 - x near 1, so
-that float32 ranks like float64; ties, including all columns that changed by no more than rounding, go
-to the leftmost; a revoked or rewritten position is computed in every layer; rows have their own
-steps.
+Differences from the reference: similarities are ranked without the cancellation of 1 - x near 1, so that float32 ranks
+like float64; ties, including all columns that changed by no more than rounding, go to the leftmost; a revoked or
+rewritten position is computed in every layer; rows have their own steps.
 """
 
 from __future__ import annotations

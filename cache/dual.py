@@ -5,9 +5,10 @@ Rule:
     first forward of a block    compute every position
     then                        compute the block
 
-Families with shifted logits read a prediction one position to its left: there the block is shifted
-left by one, as in d2Cache's implementation. The reference runs a redundant forward where the first one
-completed the block; here it is skipped.
+Families with shifted logits read a prediction one position to its left: there the block is shifted left by one, as in
+d2Cache's implementation.
+
+Difference: the reference runs a redundant forward where the first one completed the block; here it is skipped.
 """
 
 from __future__ import annotations

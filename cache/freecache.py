@@ -16,11 +16,12 @@ positions keep:
     clean           those of one more forward, with the final tokens; the prompt is also computed once more,
                     when the first block is complete
 
-Positions more than `window` after the active block keep the keys and values of the first forward.
+Everything to the left of f is reused. Positions more than `window` after the active block keep the keys and values of
+the first forward.
 
-Differences from the reference: a revoked or rewritten position is computed again; frozen positions keep
-their slots whatever a step commits, whereas the reference's modes for guided decoding misplace them
-(`aggressive`, our token; `sliding`, our window).
+Differences from the reference: a revoked or rewritten position is computed again; frozen positions keep their slots
+whatever a step commits, whereas the reference's modes for guided decoding misplace them (`aggressive`, our token;
+`sliding`, our window).
 """
 
 from __future__ import annotations

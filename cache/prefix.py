@@ -5,10 +5,11 @@ Rule:
     first forward of a block    compute every position
     then                        compute the positions from the block's start on
 
-Families with shifted logits read the block's first prediction one position to its left, so that the
-computed range starts and ends one position earlier, as in d2Cache's implementation; Fast-dLLM commits
-the first token of a Dream block unconditionally instead. The reference runs a redundant forward where
-the first one completed the block; here it is skipped.
+Families with shifted logits read the block's first prediction one position to its left, so that the computed range
+starts and ends one position earlier, as in d2Cache's implementation.
+
+Differences: Fast-dLLM commits the first token of a Dream block unconditionally instead, and runs a redundant forward
+where the first one completed the block; here it is skipped.
 """
 
 from __future__ import annotations

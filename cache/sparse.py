@@ -9,8 +9,9 @@ Rule:
 
     importance_j = max over the positions i within kernel_size // 2 of j of  mean over the heads of  q . k_i
 
-with q the mean of the block's queries. Prompt and suffix are one list, in which the two positions beside the block are
-neighbours. All heads of a layer keep the same positions. With retention=1 and delay=0 it is the dual cache.
+with q the mean of the block's queries, k_i the key of position i, and n the number of positions outside the block.
+Prompt and suffix are one list, in which the two positions beside the block are neighbours. All heads of a layer keep
+the same positions. With retention=1 and delay=0 it is the dual cache.
 
 Differences from the reference: ties, of which pooling makes many, go to the leftmost; what is computed outside the
 block, because it was revoked or is read there, is attended to in that forward even if it was evicted; evicted keys and

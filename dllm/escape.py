@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 # Control and invisible characters: control characters, bidirectional marks, line separators, the byte order mark, tags,
@@ -43,6 +44,12 @@ def markdown(text: object) -> str:
     escaped = _MEANT.sub(lambda match: f"\\{match[0]}", plain)
     # Characters that would begin a heading, a list or a rule; numbers are unchanged.
     return re.sub(r"^(\d+)(?=[.)]\s)|^(?=[#=+-](?![\d.]))", r"\1\\", escaped)
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of cells that are Markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
 def cell(value: Any) -> Any:

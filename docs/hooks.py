@@ -22,6 +22,8 @@ DOCS = Path(__file__).parent
 _IPYTHON = TemporaryDirectory(prefix="dllm-ipython-")  # removed when the build ends
 # Pages outside docs/ that the navigation names.
 OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md")
+# Pages of wide tables, which get the room of the navigation.
+WIDE = re.compile(r"results\.md|bench-[^/]+\.md|.+/report\.md")
 
 
 def on_pre_build(config: MkDocsConfig) -> None:
@@ -37,7 +39,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     known = {file.relative_to(DOCS).as_posix() for file in DOCS.rglob("*") if file.suffix in (".md", ".py", ".ipynb")}
     known |= {"index.md", "reference/index.md", *(f"source/{name}" for name in OUTSIDE)}
     kinds = pages.policies()
-    made = {
+    made: dict[str, list[Any]] = {
         "policies/*": [{kind.capitalize(): [f"policies/{name}.md" for name in own]} for kind, own in kinds.items()],
         "caches/*": [f"caches/{name}.md" for name in names("cache")],
         "reference/*": [f"reference/{name}.md" for name in reference.PAGES],
@@ -97,7 +99,9 @@ def _generated(files: Files) -> dict[str, str]:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn links to files of the repository into links to their pages."""
+    """Turn links to files of the repository into links to their pages, and give wide tables room."""
+    if WIDE.fullmatch(page.file.src_uri):
+        page.meta["hide"] = ["navigation", "toc"]
     return sources.rewritten(page.file.src_uri, markdown, set(files.src_uris))
 
 

@@ -5,9 +5,9 @@ Rule:
     a block ends right after d  if  p(d) >= delimiter_threshold,  and after `block_length` positions otherwise
     commit i                    if  p(top token at i) >= threshold,  and always the best
 
-When a block begins, at the first mask, d is the predicted delimiter with the highest probability of the first
-floor(share * generated length) positions. Every step commits masks of the block, the first one included.
-The prediction that chooses the end of a block costs no forward of its own.
+p is the probability of a predicted token. When a block begins, at the first mask, d is the predicted delimiter with the
+highest p of the first floor(share * generated length) positions. Every step commits masks of the block, the first one
+included. The prediction that chooses the end of a block costs no forward of its own.
 
 Of models that are causal over blocks, a block ends at the latest with the block of attention.
 """

@@ -6,9 +6,10 @@ Rule:
 
     d_j = sum_(decoded i) exp(-(i - j)^2 / (2 sigma^2)) / sum_(all i) exp(-(i - j)^2 / (2 sigma^2))
 
-Per step, over the masked positions j of the block; d_j is the Gaussian-weighted share of decoded positions i around j.
-As many positions as are generated count on either side: those to the left are decoded, those to the right if the last
-generated one is. A small sigma decodes from the decoded text on; a large one is the order of the confidence.
+Per step, over the masked positions j of the block, with p_j the predicted distribution at j, and d_j the
+Gaussian-weighted share of decoded positions i around j. As many positions as are generated count on either side: those
+to the left are decoded, those to the right if the last generated one is. A small sigma decodes from the decoded text
+on; a large one is the order of the confidence.
 """
 
 from __future__ import annotations

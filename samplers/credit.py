@@ -7,11 +7,11 @@ Rule:
     commit i      if  p(top token at i) by these logits >= threshold,  and always the `at_least` best
 
 A token v collects credit C at a masked position i of the block while it is y, the most probable one there by the
-model's own distribution p. The token committed is the one of the new logits. A block begins without credit. strength =
-0 is the plain confidence threshold.
+model's own distribution p; [v = y] is 1 for that token and 0 for all others. The token committed is the one of the new
+logits. A block begins without credit. strength = 0 is the plain confidence threshold.
 
-The tokens that ever collected credit are few, so only these are kept, `SLOTS` a position; of more the one
-with the least credit is dropped. The reference keeps a number for every position and entry of the vocabulary.
+The tokens that ever collected credit are few, so only these are kept, `SLOTS` a position; of more the one with the
+least credit is dropped. The reference keeps a number for every position and entry of the vocabulary.
 """
 
 from __future__ import annotations

@@ -5,13 +5,13 @@ Rule:
     commit the longest prefix U with  sum of H(p_i) over U  -  max of H(p_i) over U  <=  gamma,
     and always the `at_least` best ones
 
-The joint entropy of the positions in a set U is at least their largest entropy and at most the sum of them
-all; predicting them independently costs at most the difference. Per step, a prefix is one of the block's masked
-positions in order of their error proxy, best first. The proxy is `order`: -p(top token), the margin or the entropy.
-gamma = 0 commits one token per step unless entropies are zero.
+H is the entropy, in nats, of the predicted distribution p_i at i. The joint entropy of the positions in a set U is at
+least their largest entropy and at most the sum of them all; predicting them independently costs at most the difference.
+Per step, a prefix is one of the block's masked positions in order of their error proxy, best first. The proxy is
+`order`: -p(top token), the margin or the entropy. gamma = 0 commits one token per step unless entropies are zero.
 
-Difference: d2Cache's implementation leaves out the entropy of the last position of the prefix instead of the
-largest one (leave_out=last), a bound that is at most as wide; with order=entropy they are the same.
+Difference: d2Cache's implementation leaves out the entropy of the last position of the prefix instead of the largest
+one (leave_out=last), a bound that is at most as wide; with order=entropy they are the same.
 """
 
 from __future__ import annotations

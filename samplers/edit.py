@@ -5,10 +5,10 @@ Rule:
     commit i   if  i is masked, and the base policy commits it
     replace i  if  i was decided before, another token is predicted there, and p(that token) > editing_threshold
 
-Per step, with the predictions of one forward for the whole block.
+Per step, with the predictions of one forward for the whole block; p is the predicted probability.
 
-When no mask is left, the block is denoised again, up to `max_post_steps` times and until nothing is replaced; only
-then does the row go on to its next block, or end. The prompt is never edited.
+When no mask is left, the block is denoised again, up to `max_post_steps` times and until nothing is replaced; only then
+does the row go on to its next block, or end. The prompt is never edited.
 
 Differences: any base with one forward a step (the published one is a threshold); a row that may stop ends with the
 block of its first end-of-text, whether `stop_at_eos` is checked while decoding or afterwards.

@@ -4,8 +4,8 @@ Rule:
 
     commit i  if  H(p_i) <= threshold,  and always the position with the lowest H
 
-Per step, over the masked positions of the block, with entropies H in nats. The reference for Dream uses <; here both
-families use <=.
+Per step, over the masked positions of the block, with H the entropy, in nats, of the predicted distribution p_i. The
+reference for Dream uses <; here both families use <=.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ Rule:
     commit i  if  p(top token at i) > threshold,  or  > low_threshold and i is the most confident of its run,
     and always the most confident of all
 
-Committed tokens divide the block's masked positions into runs of consecutive ones; tokens in different runs depend less
-on each other than neighbours do. A block without committed tokens is a single run, so that the middle of long runs is
-divided first.
+p is the probability of a predicted token, by which one is more confident than another. Committed tokens divide the
+block's masked positions into runs of consecutive ones; tokens in different runs depend less on each other than
+neighbours do. A block without committed tokens is a single run, so that the middle of long runs is divided first.
 """
 
 from __future__ import annotations

@@ -5,14 +5,14 @@ Rule:
     commit i  if  KL(p_t || p_(t-1)) < kl_threshold  in each of the last `history` steps,
               and  p_t(top token at i) >= threshold;  where none qualifies, the `at_least` most confident
 
-Per step, over the masked positions of the block, with p_t the distribution at i in this forward and p_(t-1) in the one
-before. A position has no distribution before its first forward, so it qualifies after history + 1 forwards at the
-earliest.
+Per step, over the masked positions of the block, with p_t the distribution at i in this forward, p_(t-1) that in the
+one before, and KL the Kullback-Leibler divergence in nats. A position has no distribution before its first forward, so
+it qualifies after history + 1 forwards at the earliest.
 
-With ahead=true, as in d2Cache's implementation, the positions of later blocks are predicted, too, so that a
-block begins with a history. With ahead=false each block begins without: a cache then has fewer positions to
-compute, and a forward fewer to project to the vocabulary. The distributions that are compared take several times the
-memory of a step's logits, which with ahead=true are those of all masks.
+With ahead=true, as in d2Cache's implementation, the positions of later blocks are predicted, too, so that a block
+begins with a history. With ahead=false each block begins without: a cache then has fewer positions to compute, and a
+forward fewer to project to the vocabulary. The distributions that are compared take several times the memory of a
+step's logits, which with ahead=true are those of all masks.
 """
 
 from __future__ import annotations

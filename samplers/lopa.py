@@ -6,11 +6,11 @@ Rule:
                 weight * creation + (1 - weight) * mean of the lower half of the confidences of its masks
     commit i    if  p(top token at i) >= threshold  on that branch,  and always the best
 
-A step has the canvas and, but for the first step of a block, the predictions for it before its last tokens were
-committed. Branches are the canvas, and the canvas with one of its `branches` most confident masks filled. One forward
-over all of them gives each its own predictions. `creation` is the confidence of the token that made a branch, 1 for the
-canvas itself; of equals the canvas comes first, then the more confident token. The predictions of the branch that are
-not committed are kept for the branches of the next step.
+p is the probability of a predicted token, its confidence. A step has the canvas and, but for the first step of a block,
+the predictions for it before its last tokens were committed. Branches are the canvas, and the canvas with one of its
+`branches` most confident masks filled. One forward over all of them gives each its own predictions. `creation` is the
+confidence of the token that made a branch, 1 for the canvas itself; of equals the canvas comes first, then the more
+confident token. The predictions of the branch that are not committed are kept for the branches of the next step.
 
 So every forward commits at least one token. weight = 1 is the plain threshold.
 

@@ -5,7 +5,8 @@ Rule:
     the next block is open    if the one before it is open and d >= add of that,
     and it decodes like any   if d >= activate; before that, only tokens with p(top token) > threshold are committed
 
-Of the active block and those that follow it, at most `blocks` are open; d is the decided share of the block before.
+Of the active block and those that follow it, at most `blocks` are open; d is the decided share of the block before, and
+p the probability of a predicted token.
 
 One forward predicts the masks of all open blocks, and in each the base policy chooses what to commit, as in a block
 that it enters. The active block always decodes as under the base, so every forward commits what that would, or more.

@@ -4,13 +4,13 @@ Rule:
 
     commit the k masked positions i with the largest  exp(-position_weight * i) * min(-p(y) * log(q(y) + 1e-9), clip)
 
-By its confidence alone a model decodes the ends of a text first, and words that are frequent everywhere. Here q is the
-frequency of a position's predicted token y in a corpus, i the position's offset in the block, and k what LLaDA's
-uniform schedule gives this step (see `vanilla`). A large position_weight decodes from left to right; position_weight =
-0 and a uniform q are the order of the confidence.
+By its confidence alone a model decodes the ends of a text first, and words that are frequent everywhere. Here p is the
+probability of a position's predicted token y and q its frequency in a corpus, i the position's offset in the block, and
+k what LLaDA's uniform schedule gives this step (see `vanilla`). A large position_weight decodes from left to right;
+position_weight = 0 and a uniform q are the order of the confidence.
 
-The frequencies of any corpus are counted with `dllm.frequencies.count_tokens`. The reference ranks by the
-probabilities in the dtype of the model, here by those in float64.
+The frequencies of any corpus are counted with `dllm.frequencies.count_tokens`. The reference ranks by the probabilities
+in the dtype of the model, here by those in float64.
 """
 
 from __future__ import annotations

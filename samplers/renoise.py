@@ -8,10 +8,10 @@ Rule:
 
 For models that denoise uniformly random tokens. A block of a canvas x takes at most N steps, n = N, ..., 1. Each
 predicts all of its positions at the temperature t(n), draws a token of every position, and accepts those within the
-bound on the sum of the entropies H, so always the best one (the rule of EB-Sampler, arXiv 2505.24857). x keeps the
-drawn tokens there and gets new random ones everywhere else; nothing accepted is final. The block is finished, with the
-most probable tokens of its last step, where n = 1, or these are those of the `stability_threshold` steps before and the
-mean entropy is below `confidence_threshold`.
+bound on the sum of the entropies H of their distributions p, so always the best one (the rule of EB-Sampler, arXiv
+2505.24857). x keeps the drawn tokens there and gets new random ones everywhere else; nothing accepted is final. The
+block is finished, with the most probable tokens of its last step, where n = 1, or these are those of the
+`stability_threshold` steps before and the mean entropy is below `confidence_threshold`.
 
 All random numbers of a row come from a generator of its own, in the order of the published code, whose decodes with
 `torch.manual_seed` on the same device are those with the same seed here. Difference: a block with given tokens, or a

@@ -7,10 +7,11 @@ Rule:
     commit   v_1, ..., v_i up to the first i with d_i != v_i
 
 A model whose attention is causal over blocks is a causal model at block length 1, and that is what the engine decodes
-with (`block_length=1`). A step takes two forwards about the first `draft_length` masks m_1 < m_2 < ... of a row. Every
-committed token is the one that the causal mode gives after the tokens before it, so the result is that of `vanilla` at
-block length 1, in fewer forwards than tokens as soon as two drafts or more are right; above temperature 0 it has the
-same distribution.
+with (`block_length=1`). A step takes two forwards about the first `draft_length` masks m_1 < m_2 < ... of a row: the
+drafts d_i are drawn (~) from the predictions p of the first, the tokens v_i from those of the second. Every committed
+token is the one that the causal mode gives after the tokens before it, so the result is that of `vanilla` at block
+length 1, in fewer forwards than tokens as soon as two drafts or more are right; above temperature 0 it has the same
+distribution.
 
 Differences: the paper verifies within a block whose prefix was computed in blocks, and accepts by rejection sampling
 between both distributions; here the whole text is causal, so the result does not depend on the drafts, and a draft is

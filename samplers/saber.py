@@ -5,9 +5,9 @@ Rule:
     commit      i  if  p(top token at i) > m,  or the `at_least` most confident if these are more;  say c positions
     mask again  the min(max(floor(at_least / 2), ceil(c / 8)), c - 1) whose p(top) rose least since the last step
 
-Per step, over the block; m is the mean confidence with which the row's tokens were committed (1 before the first), and
-p(top) the highest probability at a position. Tokens are masked again only where masks are left in the block. In a
-block's first step this is where p(top) is lowest. A step gains at least one token.
+Per step, over the block; c is the number of tokens committed, m the mean confidence with which the row's tokens were
+committed (1 before the first), and p(top) the highest probability at a position. Tokens are masked again only where
+masks are left in the block. In a block's first step this is where p(top) is lowest. A step gains at least one token.
 
 Difference: the reference may also revoke tokens of earlier blocks; with one block, its default, it is the same.
 """

@@ -5,14 +5,13 @@ Rule:
     d_k = the canvas with its k most probable masks of the last forward filled,  k = 0, ..., draft_length
     from d_i  go on to d_(i+1)  while  d_(i+1) = t_i;  then to t_i
 
-The denoiser both drafts and verifies (`dllm.samplers.drafting`). The drafts d_k of the block are a chain, the paper's
-greedy verification tree. One forward over the chain gives t_i, what the base makes of d_i in one step. The longest such
-prefix is accepted, with the token that its last draft's own predictions add, so every forward commits at least one
-token.
+The denoiser both drafts and verifies (`dllm.samplers.drafting`). The drafts d_k of the block, k tokens further each,
+are a chain, the paper's greedy verification tree. One forward over the chain gives t_i, what the base makes of d_i in
+one step. The longest such prefix is accepted, with the token that its last draft's own predictions add, so every
+forward commits at least one token.
 
-Over one token per step in order of confidence this takes the forwards of `freedave` with
-draft_steps = draft_length + 1. Over another base `freedave` drafts steps by the rule of the base, and this single
-tokens in order of confidence.
+Over one token per step in order of confidence this takes the forwards of `freedave` with draft_steps = draft_length +
+1. Over another base `freedave` drafts steps by the rule of the base, and this single tokens in order of confidence.
 
 Differences from the paper:
 - Its trees that also branch into drafts in another order (mixed order) are left out.

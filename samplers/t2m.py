@@ -8,7 +8,8 @@ Rule:
                 t2t       another token predicted with p > bound                (0.9; LLaDA2.1's editing replaces it)
                 change    |q - q at the step before| > bound                    (0.3)
 
-Per step, of one forward about the whole block, with q the probability of the token that is there. What is masked again:
+Per step, of one forward about the whole block, with p the probability of a predicted token and q that of the token that
+is there. What is masked again:
 
 the most doubtful first, at most max(1, share * tokens) of them, and each position at most `most` times. Once its block
 has no mask, a row stays for up to `post_steps` steps without masks, until nothing is taken back.

@@ -4,11 +4,12 @@ Rule:
 
     commit i  if  p(top token at i) >= threshold,  and always the `at_least` most confident ones
 
-Per step, over the masked positions of the block. A threshold above 1 commits `at_least` tokens per step.
+Per step, over the masked positions of the block; p is the probability of a predicted token, its confidence. A threshold
+above 1 commits `at_least` tokens per step.
 
-With `steps`, the number of tokens committed after step i of a block is capped by the uniform schedule
-masks (i + 1) / steps; quota left by one step carries over. The reference's Dream sampler without cache
-does this, where steps = generated length means one token per step.
+With `steps`, the number of tokens committed after step i of a block is capped by the uniform schedule masks (i + 1) /
+steps; quota left by one step carries over. The reference's Dream sampler without cache does this, where steps =
+generated length means one token per step.
 
 With `steps_per_block` the number that is always committed is the length of the block divided evenly over that many
 steps, the remainder first, as in SDAR (arXiv 2510.06303: low_confidence_dynamic) and LLaDA2.0 (arXiv 2512.15745).

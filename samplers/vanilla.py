@@ -4,8 +4,8 @@ Rule:
 
     commit the k masked positions of the block with the highest score,  k the quota of this step
 
-LLaDA (arXiv 2502.09992, algorithm 5, semi-autoregressive blocks) and Dream (arXiv 2508.15487).
-The schedule gives the quota, and the score is
+LLaDA (arXiv 2502.09992, algorithm 5, semi-autoregressive blocks) and Dream (arXiv 2508.15487). The schedule gives the
+quota, and the score is, with p the predicted distribution and H its entropy in nats,
 
     low_confidence  p(top token)            (Dream: maskgit_plus)
     margin          p(top) - p(second)      (Dream: topk_margin)
@@ -13,18 +13,18 @@ The schedule gives the quota, and the score is
     random          uniform noise
     left_to_right   the leftmost first (SDAR, arXiv 2510.06303: sequential)
 
-With `alg_temp` above 0 (Dream) the k positions are drawn without replacement, each with a
-probability proportional to exp(score / alg_temp). Above temperature 0 Dream's p is softmax(logits /
-temperature) after top_p and top_k, LLaDA's is softmax(logits); see `tempered_confidence` of `dllm.Options`.
+With `alg_temp` above 0 (Dream) the k positions are drawn without replacement, each with a probability proportional to
+exp(score / alg_temp). Above temperature 0 Dream's p is softmax(logits / temperature) after top_p and top_k, LLaDA's is
+softmax(logits); see `tempered_confidence` of `dllm.Options`.
 
 With `steps_per_block` (SDAR: denoising_steps) k is the length of a block divided evenly over that many steps, the
 remainder first. schedule=uniform (LLaDA) gives each step floor(masks / steps), with the remainder in the first steps.
 schedule=timestep (Dream) commits int(m (1 - s/t)) of m masks on the grid t = linspace(1, 0.001, steps + 1), and the
 remaining masks in the last step.
 
-Differences: a step whose quota is zero is skipped and costs no forward; steps are divided among
-the blocks in proportion to their length, so that no divisibility is required of steps or generated
-length; ties go to the leftmost position.
+Differences: a step whose quota is zero is skipped and costs no forward; steps are divided among the blocks in
+proportion to their length, so that no divisibility is required of steps or generated length; ties go to the leftmost
+position.
 """
 
 from __future__ import annotations

@@ -7,10 +7,11 @@ Rule:
                 at most (committed - at_least)
 
 One forward per step. Beside the canvas it computes a shadow of the block: masks at its positions that attend to
-everything but the position they stand for, and that the canvas does not attend to. p is that of the masks' top tokens,
-and q the shadows' probability of the tokens committed in earlier steps. So every step leaves fewer masks, and a block
-of K positions takes at most K forwards. With narrow_out = 0 it takes nothing back and computes shadows for
-nothing; above 1 it takes back as much as the bound allows.
+everything but the position they stand for, and that the canvas does not attend to. p is the probability of a mask's top
+token, q a shadow's probability of the token that its position was given in an earlier step; `masks` and `committed` are
+numbers, of the block's masks and of what the step commits. So every step leaves fewer masks, and a block of K positions
+takes at most K forwards. With narrow_out = 0 it takes nothing back and computes shadows for nothing; above 1 it takes
+back as much as the bound allows.
 
 Differences: the authors' code bounds what is taken back by the commits of the step before, and forgets positions that
 it masked again, so that its output keeps masks; this is the rule as d2Cache states it. Of models with shifted logits

@@ -181,12 +181,6 @@ def _refuse_empty(fields: Mapping[str, Any]) -> None:
             raise ValueError(f"{option}={value!r} contains a null byte, which is invalid in a path; give another")
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
-
-
 def check_writable(option: str, value: str, file: str | None = None) -> None:
     """Reject a path that is not writable, before any work is done.
 

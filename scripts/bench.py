@@ -28,7 +28,7 @@ from dllm.cache.base import Cache
 from dllm.checks import choice, number, threads
 from dllm.checks import known as check_known
 from dllm.decoding import compatibility
-from dllm.escape import markdown
+from dllm.escape import markdown, markdown_table
 from dllm.models.checkpoint import DTYPES
 from dllm.models.loading import find_device
 from dllm.models.packed import pack
@@ -215,7 +215,7 @@ def _costs_table(costs: Mapping[str, Cost], weights: int) -> str:
         )
     cells = "".join(cell for row in rows for cell in row)
     notes = [f"\n{meaning}\n" for mark, meaning in _MARKS.items() if mark in cells]
-    return f"{app.markdown(head, rows)}\n{''.join(notes)}"
+    return f"{markdown_table(head, rows)}\n{''.join(notes)}"
 
 
 def _mark(cost: Cost, reference: Cost) -> str:
@@ -231,7 +231,7 @@ def _shares_table(costs: Mapping[str, Cost]) -> str:
         for label, cost in costs.items()
         if cost.shares is not None
     ]
-    return f"{app.markdown(['% of a step', *SECTIONS], rows)}\n"
+    return f"{markdown_table(['% of a step', *SECTIONS], rows)}\n"
 
 
 def _ratio(value: float | None) -> str:

@@ -28,7 +28,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from dllm.checks import number, seed
-from dllm.escape import cell, terminal
+from dllm.escape import cell, markdown_table, terminal
 from dllm.evaluation.jsonl import read_questions
 from dllm.resolve import options_of
 from dllm.scripts import app, own
@@ -276,7 +276,7 @@ def _table(rows: Sequence[Row]) -> str:
             "" if not row.rss_start or not row.rss_end else f"{row.rss_start >> 20} to {row.rss_end >> 20}",
         ]
         cells.append([*line[:7], *([str(row.unfinished)] if "unfinished" in head else []), *line[7:]])
-    return app.markdown(head, cells)
+    return markdown_table(head, cells)
 
 
 def _seconds(*values: float | None) -> str:

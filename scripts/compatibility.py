@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from dllm.cache.base import Cache
 from dllm.decoding.compatibility import AT_ONCE, NEEDS, unmet
+from dllm.escape import markdown_table
 from dllm.models import ARCHITECTURES, MaskedDiffusionModel
 from dllm.models.base import CAUSAL_REFUSES
 from dllm.resolve import build, names, resolve
@@ -93,7 +94,7 @@ def matrix(samplers: dict[str, Any], caches: dict[str, Any]) -> str:
         + (f" except {at_once}, which decide several tokens at once." if at_once else "."),
         *_exceptions(),
         "",
-        app.markdown(head, rows),
+        markdown_table(head, rows),
         "",
         *(f"({number}) {reason}." for reason, number in reasons.items()),
     ]

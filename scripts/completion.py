@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -60,7 +61,7 @@ _dllm() {
 compdef _dllm dllm
 """,
     "fish": r"""function __dllm_words
-    set -l before (commandline -opc)
+    set -l before (commandline -xpc 2>/dev/null; or commandline -opc)  # -x is of fish 4
     dllm completion fish (count $before) $before (commandline -ct) 2>/dev/null
 end
 complete -c dllm -f -a '(__dllm_words)'
@@ -81,12 +82,12 @@ def main() -> None:
         fail("dllm completion", f"{rest[0]!r} is not the number of a word; use dllm completion {shell}")
     else:
         with suppress(ValueError):  # a damaged YAML of the user's own completes nothing
-            print("\n".join(_reply(shell, int(rest[0]), rest[1:])))
+            sys.stdout.writelines(f"{line}\n" for line in _reply(shell, int(rest[0]), rest[1:]))
 
 
 def _reply(shell: str, index: int, words: Sequence[str]) -> list[str]:
     """The lines that a shell's script reads."""
-    words = [*words, ""] if index == len(words) else words
+    words = [_unquoted(word) for word in (*words, *[""] * (index == len(words)))]
     before, raw = (words[1:index], words[index]) if 0 < index < len(words) else ([], "")
     if shell != "bash":
         found, _ = candidates(before, raw)
@@ -96,6 +97,14 @@ def _reply(shell: str, index: int, words: Sequence[str]) -> list[str]:
     found, are_files = candidates(before, current)
     cut = len(current) - (0 if raw in ("=", ":") else len(raw))
     return ["files" if are_files else "words", *(word[cut:] for word in found)]
+
+
+def _unquoted(word: str) -> str:
+    """A word as a command gets it, without the quotes of the shell; the last one may be open."""
+    for closing in ("", "'", '"'):
+        with suppress(ValueError):
+            return " ".join(shlex.split(word + closing))
+    return word
 
 
 def _joined(before: Sequence[str], raw: str) -> tuple[list[str], str]:
@@ -131,23 +140,24 @@ def candidates(before: Sequence[str], current: str) -> tuple[Words, bool]:
 
 def _of_command(config_name: str, before: Sequence[str], current: str) -> tuple[Words, bool]:
     search_also(*_own_folders(before))
-    if before and before[-1].startswith("-") and (kind := _flag_value(before[-1])) is not None:
-        return (_files(current), True) if kind == () else (_starting(current, dict.fromkeys(kind, "")), False)
+    if before and (of_flag := _flag_values(before[-1], current)) is not None:
+        return of_flag
     name, separator, value = current.partition("=")
     if not separator:
         return _names(config_name, before, current)
     if name.startswith("-"):
-        kind = _flag_value(name)
-        found, are_files = (_files(value), True) if not kind else (_starting(value, dict.fromkeys(kind, "")), False)
+        found, are_files = _flag_values(name, value) or ({}, False)
     else:
         found, are_files = _values(config_name, before, name.lstrip("+"), value)
     return {f"{name}={word}": about for word, about in found.items()}, are_files
 
 
-def _flag_value(flag: str) -> tuple[str, ...] | None:
-    """The values of a flag: words, () for a path, None if it takes none."""
+def _flag_values(flag: str, value: str) -> tuple[Words, bool] | None:
+    """What the value of a flag can be completed to; None if it takes none."""
     taken = flags.known().get(flag, ())
-    return None if taken == () else taken or ()
+    if taken is None:
+        return _files(value), True
+    return (_starting(value, dict.fromkeys(taken, "")), False) if taken else None
 
 
 def _names(config_name: str, before: Sequence[str], current: str) -> tuple[Words, bool]:
@@ -158,7 +168,7 @@ def _names(config_name: str, before: Sequence[str], current: str) -> tuple[Words
     defaults = usage.groups(config_name)
     prefix, dot, _ = current.partition(".")
     if dot and prefix in defaults:
-        held = _group_options(prefix, _chosen(prefix, defaults[prefix], before), before)
+        held = _group_options(prefix, _chosen(prefix, defaults[prefix], before))
         return _starting(current, {f"{prefix}.{name}=": _about(text) for name, text in held.items()}), False
     if "/" in current and config_name in flags.POSITIONAL:
         return _files(current), True
@@ -181,7 +191,7 @@ def _values(config_name: str, before: Sequence[str], name: str, value: str) -> t
         return (matching, False) if matching or name not in flags.OTHERS else (_files(value), True)
     group, dot, inner = name.partition(".")
     if dot and group in defaults:
-        text = _group_options(group, _chosen(group, defaults[group], before), before).get(inner, "")
+        text = _group_options(group, _chosen(group, defaults[group], before)).get(inner, "")
     else:
         text = usage.entries(config_name).get(name, "")
     listed = re.fullmatch(r"(\[(?:[^,\]]*,)*|)([^,\]]*)", value)
@@ -225,7 +235,7 @@ def _names_a_file(text: str) -> bool:
     return _default(text) in ("null", "???", "") and bool(re.search(r"\b(files?|folder|FOLDER|card)\b", _about(text)))
 
 
-def _group_options(group: str, choice: str, before: Iterable[str]) -> Mapping[str, str]:
+def _group_options(group: str, choice: str) -> Mapping[str, str]:
     """The options of a choice, with the lines of its YAML; none for one that is not known."""
     if choice in usage.choices(group):
         return usage.entries(f"{group}/{choice}")
@@ -245,7 +255,7 @@ def _own_folders(before: Sequence[str]) -> list[Path]:
     for flag, follows in zip(before, [*before[1:], ""], strict=False):
         name, separator, value = flag.partition("=")
         if name in ("--config-dir", "-cd"):
-            found.append(Path(value if separator else follows))
+            found.append(Path(value if separator else follows).expanduser())
     return found
 
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dllm.checks import number
-from dllm.escape import markdown, terminal
+from dllm.escape import markdown, markdown_table, terminal
 from dllm.reports import page, plots, table
 from dllm.reports.reading import load
 from dllm.reports.runs import Group, Sweep
@@ -88,12 +88,12 @@ def _markdown(sweep: Sweep, drawn: dict[str, dict[str, str]]) -> str:
     for group in sweep.groups:
         shown = table.columns(group)
         rows = [[markdown(text) for text in row] for row in table.cells(group, shown)]
-        parts += [f"## {markdown(group.title)}", app.markdown([markdown(column.head) for column in shown], rows)]
+        parts += [f"## {markdown(group.title)}", markdown_table([markdown(column.head) for column in shown], rows)]
         if any(run.bound for run in group.runs):
             parts.append(_BOUND)
         if areas := table.areas(group):
             areas_shown = [[markdown(each.of), str(each.runs), f"{each.aup:.1f}"] for each in areas]
-            parts.append(app.markdown(["runs of", "runs", "AUP"], areas_shown))
+            parts.append(markdown_table(["runs of", "runs", "AUP"], areas_shown))
             parts.append(_AUP)
         pictures = [(plots.COSTS[cost], _picture(sweep, group, cost)) for cost in drawn[group.title]]
         parts += [f"![{markdown(group.title)}: quality against {cost}]({file})" for cost, file in pictures]

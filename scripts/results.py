@@ -22,7 +22,7 @@ from dllm.escape import terminal
 from dllm.evaluation.run_folder import RunFolder
 from dllm.files import BUNDLED
 from dllm.reports import matrix, matrix_page
-from dllm.reports.matrix import Plan, Setting
+from dllm.reports.matrix import Setting
 from dllm.reports.matrix_page import CARDS, card_name
 from dllm.resolve import CALIBRATION, build, merged, names, options_of, resolve, variants
 from dllm.samplers.base import Knob, Sampler
@@ -100,13 +100,10 @@ def _collect(fields: Mapping[str, Any], samplers: Sequence[str], caches: Sequenc
             _certify(fields, sampler, cards)
     chosen = {sampler: _options(sampler, cards) for sampler in samplers}
     found = _run(fields, chosen, caches, runs) if fields["run"] else matrix.found_in(runs)
-    plan = Plan(
-        command=_command(fields), model="", weights="", task="", asked={}, score="", samplers=list(samplers),
-        caches=list(caches), settings={name: _setting(name, options) for name, options in chosen.items()}, places=[],
-    )  # fmt: skip
-    made = matrix.collect(found, plan)
-    if made.plan.model != out.name:
-        raise ValueError(f"runs={str(runs)!r} has runs of {made.plan.model}; use model={made.plan.model}")
+    settings = {name: _setting(name, options) for name, options in chosen.items()}
+    made = matrix.collect(found, settings, caches, _command(fields))
+    if made.header.model != out.name:
+        raise ValueError(f"runs={str(runs)!r} has runs of {made.header.model}; use model={made.header.model}")
     for sampler in samplers:
         card, copy = (place / card_name(sampler) / "calibration.json" for place in (cards, out / CARDS))
         if card.is_file() and sampler != _BOUND and not (copy.is_file() and card.samefile(copy)):
@@ -163,9 +160,7 @@ def _run(
 
 
 def _shown(results: Mapping[str, Any]) -> str:
-    metrics = results["metrics"]
-    if metrics["nfe"] is None or metrics["accuracy"] is None:
-        raise ValueError(f"task={results['task']!r} does not grade generated answers; use a task that does")
+    metrics = matrix.graded(results)
     return f"{metrics['accuracy']:.1%} of {metrics['n']}  NFE {metrics['nfe']:.1f}  TPF {metrics['tpf']:.2f}"
 
 

@@ -117,20 +117,7 @@ def random_sdar(
     sharpness: float = 5.0,
 ) -> LanguageModel:
     """A random SDAR, whose attention is causal over blocks; arguments as for `random_llada`."""
-    config = SDARConfig(
-        vocab_size=vocab,
-        hidden_size=32,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=12,
-        intermediate_size=64,
-        max_position_embeddings=max_length,
-        rope_theta=10000.0,
-        block_size=block_length,
-        mask_token_id=vocab - 1,
-        eos_token_id=vocab - 2,
-    )
+    config = SDARConfig(**_sizes(vocab, layers, max_length), head_dim=12, block_size=block_length)
     return LanguageModel(_randomise(SDARForCausalLM(config), seed, dtype, sharpness), None, "random-sdar")
 
 

@@ -49,6 +49,7 @@ def test_has_every_paper_once_and_whole(citation: dict[str, Any]) -> None:
         assert set(reference) == {"type", "title", "authors", "year", "journal", "doi", "url", "notes"}
         assert reference["type"] == "article"
         check_authors(reference["authors"])
+        assert {"name": "others"} not in reference["authors"]
         number = reference["url"].removeprefix("https://arxiv.org/abs/")
         assert reference["doi"] == f"10.48550/arXiv.{number}"
         assert reference["year"] == 2000 + int(number[:2])

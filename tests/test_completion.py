@@ -32,7 +32,8 @@ def bash(folder: Path, *lines: str) -> list[list[str]]:
         script.append(f"COMP_WORDS=({line}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _dllm")
         script.append('printf "%s\\n" "${COMPREPLY[@]}"; echo ----')
     asked = [str(BASH), "--norc", "-c", "\n".join(script)]
-    told = subprocess.run(asked, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=True)
+    own = ENVIRONMENT | {"HOME": str(folder)}
+    told = subprocess.run(asked, cwd=folder, env=own, capture_output=True, text=True, timeout=120, check=True)
     assert told.stderr == ""
     return [part.split("\n")[:-1] for part in told.stdout.replace("----\n", "\0").split("\0")[:-1]]
 
@@ -71,6 +72,10 @@ def test_bash_completes_commands_options_groups_values_and_files(tmp_path: Path)
         "dllm generate --cfg ''": ["job", "hydra", "all"],
         "dllm generate --mul": ["--multirun"],
         "dllm results 'samplers=[klass,tiny/wi'": ["samplers=[klass,tiny/wino"],
+        # Words are as they were typed: with their quotes, the last of which may be open, and with ~.
+        """dllm results "'samplers=[klass,tiny/wi" """: ["samplers=[klass,tiny/wino"],
+        """dllm generate '"my'\\ folder'"' input = 'my\\ q'""": ["my questions.jsonl"],
+        "dllm generate --config-dir \\~/conf sampler = mi": ["mine"],
         "dllm generate nope =": [],
     }
     found = bash(tmp_path, *expected)
@@ -135,6 +140,8 @@ def test_other_shells_are_told_what_words_mean(shell: str) -> None:
         told == "sampler=localleap\tLocalLeap: confident tokens are anchors, and a lower threshold applies near them.\n"
     )
     assert command("completion", shell, "1", "dllm").out.startswith("generate\tGenerate from a prompt, ")
+    # An empty line would be a word.
+    assert command("completion", shell, "2", "dllm", "generate", "nope=").out == ""
 
 
 @pytest.mark.parametrize(

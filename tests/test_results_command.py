@@ -168,7 +168,7 @@ def test_aup_is_over_the_caches_of_a_policy_and_over_the_policies_of_a_cache() -
         return Cell(sampler, cache, "committing", 100, quality, None, 10.0, None, tpf, 1.0, "", 0)
 
     cells = (cell("a", "x", 0.9, 2.0), cell("a", "y", 0.88, 3.0), cell("b", "x", 0.95, 1.0), cell("oracle", "x", 1, 9))
-    matrix = Matrix(None, cells, ())  # type: ignore[arg-type]  # the plan does not matter
+    matrix = Matrix(None, cells, ())  # type: ignore[arg-type]  # the header does not matter
     assert matrix.aup(sampler="a") == aup([(2.0, 90.0), (3.0, 88.0)], 95.0)
     assert matrix.aup(cache="x") == aup([(2.0, 90.0), (1.0, 95.0)], 95.0)
     assert matrix.aup(sampler="oracle") is None

@@ -27,3 +27,8 @@ def shade(colour: str, share: float) -> tuple[int, int, int]:
 def is_bright(colour: tuple[int, int, int]) -> bool:
     """Whether black is more legible on a colour than white."""
     return sum(weight * part for weight, part in zip((0.299, 0.587, 0.114), colour, strict=True)) > 140
+
+
+def on(colour: tuple[int, int, int]) -> str:
+    """The CSS of a colour with legible text on it."""
+    return f"background:#{bytes(colour).hex()};color:{'#000' if is_bright(colour) else '#fff'}"

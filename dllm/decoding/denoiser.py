@@ -98,7 +98,7 @@ class Denoiser:
         own = asked is None and columns is None and tokens is None
         if own and attention == "shadow":
             asked, columns, tokens = self._shadows()
-            question = about_shadows(self.canvas, window, tokens, shift)
+            question = about_shadows(self.canvas, tokens, shift)
         elif own:
             asked, columns = window.inside if decided else window.masked, window.columns
             if ahead:

@@ -251,7 +251,7 @@ def _settle(
     if fits(place, new):
         committed = bool((new != MASK).any()) or bool(beyond.size) or bool(grown[entry])
         refused = 0
-    elif grown[entry]:  # what it inserts moves everything behind, so that no part of it can be kept
+    elif grown[entry]:  # what it inserts moves everything after it, so that no part of it can be kept
         write[entry], grown[entry] = False, 0
         committed, refused = False, int((new != MASK).sum())
     else:

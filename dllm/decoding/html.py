@@ -16,7 +16,7 @@ from jaxtyping import Int
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from dllm.decoding.colours import RAMPS, is_bright, shade
+from dllm.decoding.colours import RAMPS, on, shade
 from dllm.escape import terminal
 
 if TYPE_CHECKING:
@@ -147,7 +147,8 @@ def _answer(result: Generation, row: int) -> str:
             given = vocabulary is None or token != vocabulary.mask_token_id
             cells.append((_word(vocabulary, token), SOFT if given else OPEN, ""))
         else:
-            cells.append((_word(vocabulary, token), paint(step / max(1, nfe - 1)), f"forward {step + 1} of {nfe}"))
+            style = on(shade("commit_step", step / max(1, nfe - 1)))
+            cells.append((_word(vocabulary, token), style, f"forward {step + 1} of {nfe}"))
     if len(tokens) > MOST_TOKENS:
         cells.append((f" … and {counted(len(tokens) - MOST_TOKENS, 'more token')}", SOFT, ""))
     head = []
@@ -185,12 +186,6 @@ def _canvas(
         else:
             cells.append((_word(vocabulary, token), OPEN, ""))
     return cells + [(f" x{len(tokens) - end + 1}", SOFT, "")] * (end < len(tokens))
-
-
-def paint(share: float) -> str:
-    """The style of a token committed at this share of the forwards."""
-    red, green, blue = colour = shade("commit_step", share)
-    return f"background:#{red:02x}{green:02x}{blue:02x};color:{'#000' if is_bright(colour) else '#fff'}"
 
 
 def _padding(vocabulary: Vocabulary | None, tokens: Int[np.ndarray, " n"], unwritten: NDArray[np.bool_]) -> int:

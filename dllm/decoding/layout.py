@@ -88,7 +88,7 @@ class Layout:
         low, high = low // _SPAN * _SPAN, min(-(-high // _SPAN) * _SPAN, length)
         source, place = np.full(len(rows), -1), self.slots - start
         source[place] = self.source
-        # What nobody asks about is written behind the canvas, and attends to whatever is there.
+        # What is not asked about is written after the end of the canvas, and attends to whatever is there.
         host, visible = np.full((len(rows), width), length), np.ones((len(rows), length), dtype=bool)
         host[place] = np.pad(self.host, ((0, 0), (0, width - self.host.shape[1])), mode="edge")
         visible[place] = self.visible

@@ -196,12 +196,11 @@ def about_drafts(
     return _about_grid(canvas, grid, where, tokens, attention, shift)
 
 
-def about_shadows(canvas: Canvas, window: Window, tokens: Int[Tensor, "B D L"], shift: int) -> Question:
+def about_shadows(canvas: Canvas, tokens: Int[Tensor, "B D L"], shift: int) -> Question:
     """A request for the masked positions of the window and, in rows with decided ones, for shadows of all of them.
 
     Args:
         canvas: the canvas.
-        window: its active blocks.
         tokens: the canvases, and the same with masks at the positions of the window.
         shift: the prediction for column i is read at column i - shift.
     """

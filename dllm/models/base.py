@@ -332,6 +332,24 @@ class MaskedDiffusionModel(PreTrainedModel):
         return self.get_output_embeddings()(self.final_norm(hidden))[..., : self.config.vocab_size]
 
 
+class BlockCausalModel(MaskedDiffusionModel):
+    """A family whose attention is causal over blocks.
+
+    Attributes:
+        block_length: positions of a block, those of the config unless it is set.
+    """
+
+    refuses = CAUSAL_REFUSES
+    block_length: int
+
+    @property
+    def pattern(self) -> BlockCausal:
+        return BlockCausal(self.block_length)
+
+    def pattern_of(self, block_length: int | None) -> BlockCausal:
+        return BlockCausal(block_length or self.block_length)
+
+
 def _at_hand(model: nn.Module, name: str, weight: Tensor) -> Tensor:
     """A weight, loaded from accelerate's offload map if it is not in memory."""
     if not weight.is_meta:

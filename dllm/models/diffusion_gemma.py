@@ -236,7 +236,7 @@ class _Context:
             if store is None:
                 nothing = like.new_zeros((len(count), heads, 0, size))
                 self.layers.append(_Layer(nothing, nothing))
-            else:  # written behind the canvas
+            else:  # written after the end of the canvas
                 unused = like.new_zeros((len(count), 1, 1, self._width))
                 self.layers.append(_Layer(*self._through(store, layer, unused, unused)))
 

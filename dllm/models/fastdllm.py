@@ -18,8 +18,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from dllm.checks import choice, number
-from dllm.models.attention import BlockCausal
-from dllm.models.base import CAUSAL_REFUSES, check_config
+from dllm.models.base import BlockCausalModel, check_config
 from dllm.models.checkpoint import published
 from dllm.models.published import check_fixed, check_special_ids, check_synonyms, take_rope_theta
 from dllm.models.qwen import TP_PLAN, QwenDenoiser
@@ -97,15 +96,10 @@ class Fast_dLLM_QwenConfig(PretrainedConfig):  # the published name
         check_special_ids("Fast-dLLM", self.mask_token_id, eos_token_id)
 
 
-class Fast_dLLM_QwenForCausalLM(QwenDenoiser):  # the published name
-    """Fast-dLLM v2 with its vocabulary projection.
-
-    Attributes:
-        block_length: positions of a block, those of the config unless it is set.
-    """
+class Fast_dLLM_QwenForCausalLM(BlockCausalModel, QwenDenoiser):  # the published name
+    """Fast-dLLM v2 with its vocabulary projection."""
 
     config_class = Fast_dLLM_QwenConfig
-    refuses = CAUSAL_REFUSES
     logits_shift = 1
     tempered_confidence = True
     end_of_turn = ("<|im_end|>",)
@@ -114,11 +108,4 @@ class Fast_dLLM_QwenForCausalLM(QwenDenoiser):  # the published name
 
     def __init__(self, config: Fast_dLLM_QwenConfig) -> None:
         super().__init__(config)
-        self.block_length: int = config.bd_size
-
-    @property
-    def pattern(self) -> BlockCausal:
-        return BlockCausal(self.block_length)
-
-    def pattern_of(self, block_length: int | None) -> BlockCausal:
-        return BlockCausal(block_length or self.block_length)
+        self.block_length = config.bd_size

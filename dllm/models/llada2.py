@@ -6,8 +6,9 @@ Rule:
     feed-forward(h) = scale * sum of s_e / (sum of these s) expert_e(h) over the k experts e of the best groups with the
                       largest s + bias,   s = sigmoid(W h)
 
-Tensor names are the published ones. Queries, keys and values are one projection; rotary embedding covers the first
-part of each head; the router is that of `GroupLimitedRouter`. Difference: the published code attends in blocks only
+h is the hidden state of a position, W the router's matrix, and a group is good by its two largest s + bias
+(`GroupLimitedRouter`). Tensor names are the published ones. Queries, keys and values are one projection; rotary
+embedding covers the first part of each head. Difference: the published code attends in blocks only
 where it is given such a mask, and to every position without one; here blocks are counted from the row's first token.
 """
 
@@ -20,8 +21,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from dllm.checks import number
-from dllm.models.attention import BlockCausal
-from dllm.models.base import CAUSAL_REFUSES, MaskedDiffusionModel, check_config
+from dllm.models.base import BlockCausalModel, check_config
 from dllm.models.checkpoint import published
 from dllm.models.experts import (
     SPARSE_TP_PLAN,
@@ -253,26 +253,22 @@ class _Inner(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
-class LLaDA2MoeModelLM(MaskedDiffusionModel):
-    """LLaDA2 with its vocabulary projection.
-
-    Attributes:
-        block_length: positions of a block, those of the config unless it is set.
-    """
+class LLaDA2MoeModelLM(BlockCausalModel):
+    """LLaDA2 with its vocabulary projection."""
 
     config_class = LLaDA2MoeConfig
-    refuses = CAUSAL_REFUSES
     tempered_confidence = True
     constants = ("num_experts_per_tok", "n_group", "topk_group", "routed_scaling_factor", "partial_rotary_factor")
     _no_split_modules = ["LLaDA2MoeDecoderLayer"]
-    _keep_in_fp32_modules_strict = ["expert_bias"]  # as it is published beside bfloat16 weights
 
     def __init__(self, config: LLaDA2MoeConfig) -> None:
         super().__init__(config)
         self.model = _Inner(config, self.head_dim)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.block_length: int = config.block_size
+        self.block_length = config.block_size
         self.post_init()
+        # As published beside bfloat16 weights. Set here: transformers 4 rejects a buffer in the list of the class.
+        self._keep_in_fp32_modules_strict = {"expert_bias"}
 
     @classmethod
     def layer_alone(cls, config: PretrainedConfig, layer: int) -> dict[str, Any]:
@@ -289,13 +285,6 @@ class LLaDA2MoeModelLM(MaskedDiffusionModel):
     @property
     def rotary_dim(self) -> int:
         return int(self.head_dim * self.config.partial_rotary_factor)
-
-    @property
-    def pattern(self) -> BlockCausal:
-        return BlockCausal(self.block_length)
-
-    def pattern_of(self, block_length: int | None) -> BlockCausal:
-        return BlockCausal(block_length or self.block_length)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.word_embeddings

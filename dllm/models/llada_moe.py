@@ -5,8 +5,8 @@ Rule:
     p(token at i) = softmax(logits at i),   i attends to every position
     feed-forward(h) = sum of w_e expert_e(h) over the k experts e with the largest w,   w = softmax(W h)
 
-Its config has the model_type of the dense LLaDA, "llada"; `architectures` tells them apart. Tensor names are the
-published ones. Each position has the k experts with the largest softmax scores, weighted by these scores as they are.
+h is the hidden state of a position, W the router's matrix; the weights w are the softmax scores as they are. Its config
+has the model_type of the dense LLaDA, "llada"; `architectures` tells them apart. Tensor names are the published ones.
 """
 
 from __future__ import annotations

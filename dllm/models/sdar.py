@@ -15,8 +15,7 @@ from typing import Any, ClassVar
 from transformers import PretrainedConfig
 
 from dllm.checks import number
-from dllm.models.attention import BlockCausal
-from dllm.models.base import CAUSAL_REFUSES, check_config
+from dllm.models.base import BlockCausalModel, check_config
 from dllm.models.checkpoint import published
 from dllm.models.published import check_fixed, check_special_ids, check_synonyms, take_rope_theta
 from dllm.models.qwen import TP_PLAN, QwenDenoiser
@@ -102,25 +101,13 @@ class SDARConfig(PretrainedConfig):
         check_config(self)
 
 
-class SDARForCausalLM(QwenDenoiser):
-    """SDAR with its vocabulary projection.
-
-    Attributes:
-        block_length: positions of a block, those of the config unless it is set.
-    """
+class SDARForCausalLM(BlockCausalModel, QwenDenoiser):
+    """SDAR with its vocabulary projection."""
 
     config_class = SDARConfig
-    refuses = CAUSAL_REFUSES
     end_of_turn = ("<|im_end|>",)
     qkv_bias, qk_norms = False, True
 
     def __init__(self, config: SDARConfig) -> None:
         super().__init__(config)
-        self.block_length: int = config.block_size
-
-    @property
-    def pattern(self) -> BlockCausal:
-        return BlockCausal(self.block_length)
-
-    def pattern_of(self, block_length: int | None) -> BlockCausal:
-        return BlockCausal(block_length or self.block_length)
+        self.block_length = config.block_size

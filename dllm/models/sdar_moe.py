@@ -5,7 +5,8 @@ Rule:
     feed-forward(h) = sum of w_e expert_e(h) over the k experts e with the largest w,   w = softmax(W h),
                       divided by the sum of these k if `norm_topk_prob`
 
-Tensor names are the published ones. All else is that of SDAR.
+h is the hidden state of a position, W the router's matrix. Tensor names are the published ones. All else is that of
+SDAR.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +86,8 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What was to be run.
+class Header:
+    """What was run, for all runs of a table.
 
     Attributes:
         command: that made it.
@@ -119,12 +119,12 @@ class Matrix:
     """The results of one model.
 
     Attributes:
-        plan: what was to be run.
+        header: what was run.
         cells: finished runs.
         refusals: refused combinations.
     """
 
-    plan: Plan
+    header: Header
     cells: tuple[Cell, ...]
     refusals: tuple[Refusal, ...]
 
@@ -139,7 +139,7 @@ class Matrix:
             head, *rows = [parse_json(line) for line in file.read_text(encoding="utf-8").splitlines()]
             if head.pop("format", None) != FORMAT or head.pop("version", None) != VERSION:
                 raise ValueError("it is of another kind or version")
-            wrong = misfit(head, Plan, "the first line")
+            wrong = misfit(head, Header, "the first line")
             for number, row in enumerate(rows, start=2):
                 wrong = wrong or misfit(row, Refusal if "refused" in row else Cell, f"line {number}")
             if wrong:
@@ -148,7 +148,7 @@ class Matrix:
             raise ValueError(f"{file} cannot be read ({error}); {_FIX}") from None
         settings = {name: Setting(**value) for name, value in head.pop("settings").items()}
         return cls(
-            Plan(**head, settings=settings),
+            Header(**head, settings=settings),
             tuple(Cell(**row) for row in rows if "refused" not in row),
             tuple(Refusal(**row) for row in rows if "refused" in row),
         )
@@ -156,7 +156,7 @@ class Matrix:
     def text(self) -> str:
         """The content of its file."""
         rows = [asdict(each) for each in self.rows]
-        head = {"format": FORMAT, "version": VERSION, **asdict(self.plan)}
+        head = {"format": FORMAT, "version": VERSION, **asdict(self.header)}
         return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in (head, *rows))
 
     @property
@@ -171,7 +171,7 @@ class Matrix:
     def missing(self) -> list[tuple[str, str]]:
         """Combinations that were neither run nor refused."""
         pairs = {(each.sampler, each.cache) for each in self.rows}
-        planned = [(sampler, cache) for sampler in self.plan.samplers for cache in self.plan.caches]
+        planned = [(sampler, cache) for sampler in self.header.samplers for cache in self.header.caches]
         return [pair for pair in planned if pair not in pairs]
 
     def aup(self, **of: str) -> float | None:
@@ -216,12 +216,14 @@ def _choices(label: str) -> tuple[str, str]:
     return sampler.partition(" ")[0].rstrip(","), cache.partition(" ")[0].rstrip(",") or "none"
 
 
-def collect(found: Found, plan: Plan) -> Matrix:
-    """The results of the combinations of a plan, whose model, task and environments are read from the runs.
+def collect(found: Found, settings: dict[str, Setting], caches: Sequence[str], command: str) -> Matrix:
+    """The results of every sampler with every cache; model, task and environments are read from the runs.
 
     Args:
         found: the folder of each finished run, or why it was refused, by sampler and cache.
-        plan: samplers, caches, settings and command.
+        settings: of the samplers, in the order of the table.
+        caches: choices, in the order of the table.
+        command: that made the runs.
 
     Raises:
         ValueError: no run is finished, or the runs are of several models or tasks.
@@ -230,8 +232,8 @@ def collect(found: Found, plan: Plan) -> Matrix:
     refusals: list[Refusal] = []
     places: list[dict[str, Any]] = []
     common: dict[str, Any] = {}
-    for sampler in plan.samplers:
-        for cache in plan.caches:
+    for sampler in settings:
+        for cache in caches:
             what = found.get((sampler, cache))
             if isinstance(what, str):
                 refusals.append(Refusal(sampler, cache, what))
@@ -243,7 +245,8 @@ def collect(found: Found, plan: Plan) -> Matrix:
                 cells.append(_cell(sampler, cache, results, str(session.get("started", "")), places.index(place)))
     if not cells:
         raise ValueError(f"no run is finished; the first is refused: {refusals[0].refused}" if refusals else "no run")
-    return Matrix(replace(plan, **common, places=places), tuple(cells), tuple(refusals))
+    header = Header(command, **common, samplers=[*settings], caches=[*caches], settings=settings, places=places)
+    return Matrix(header, tuple(cells), tuple(refusals))
 
 
 _PLACE = ("device", "platform", "threads", "dtype", "python", "packages", "git")
@@ -266,10 +269,20 @@ def _check_alike(common: dict[str, Any], own: Mapping[str, Any], folder: Path) -
             raise ValueError(f"{folder} has another {name} ({value}) than others ({common[name]}); give another runs")
 
 
-def _cell(sampler: str, cache: str, results: Mapping[str, Any], started: str, place: int) -> Cell:
-    metrics = results["metrics"]
+def graded(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of a run.
+
+    Raises:
+        ValueError: its task does not grade generated answers.
+    """
+    metrics: dict[str, Any] = results["metrics"]
     if metrics["nfe"] is None or metrics["accuracy"] is None:
         raise ValueError(f"task={results['task']!r} does not grade generated answers; use a task that does")
+    return metrics
+
+
+def _cell(sampler: str, cache: str, results: Mapping[str, Any], started: str, place: int) -> Cell:
+    metrics = graded(results)
     low, high = metrics["accuracy_interval"] or (None, None)
     return Cell(
         sampler=sampler,

@@ -9,8 +9,8 @@ from typing import Any
 from urllib.parse import quote
 
 from dllm.calibration import Calibration
-from dllm.escape import markdown
-from dllm.reports.matrix import Cell, Matrix, Plan, Setting
+from dllm.escape import markdown, markdown_table
+from dllm.reports.matrix import Cell, Header, Matrix, Setting
 from dllm.resolve import TARGET, names, options_of
 
 CARDS = "calibration"  # folder of the cards, beside the runs
@@ -67,13 +67,13 @@ def card_name(sampler: str) -> str:
 
 
 def _model(matrix: Matrix, folder: Path, place: str, speed: bool) -> Iterator[str]:
-    plan = matrix.plan
-    yield f"## {markdown(plan.model)}, {markdown(plan.task)}"
+    header = matrix.header
+    yield f"## {markdown(header.model)}, {markdown(header.task)}"
     counts = sorted({each.n for each in matrix.cells})
-    asked = ", ".join(f"{name}={value}" for name, value in plan.asked.items() if value is not None)
+    asked = ", ".join(f"{name}={value}" for name, value in header.asked.items() if value is not None)
     yield (
         f"{' to '.join(map(str, counts[:1] + counts[1:][-1:]))} problems ({markdown(asked)}), judged by "
-        f"{markdown(plan.score)}; weights {plan.weights}. Runs: "
+        f"{markdown(header.score)}; weights {header.weights}. Runs: "
         f"[{markdown(place)}/runs.jsonl]({quote(place)}/runs.jsonl)."
     )
     reasons: dict[str, list[tuple[str, str]]] = {}
@@ -82,15 +82,15 @@ def _model(matrix: Matrix, folder: Path, place: str, speed: bool) -> Iterator[st
     yield _table(matrix, list(reasons), speed)
     if reasons:
         lines = [
-            f"- ({number}) {'; '.join(_combinations(plan, pairs))}: {markdown(reason)}"
+            f"- ({number}) {'; '.join(_combinations(header, pairs))}: {markdown(reason)}"
             for number, (reason, pairs) in enumerate(reasons.items(), 1)
         ]
         yield "Refused:\n\n" + "\n".join(lines)
     if missing := matrix.missing():
-        yield "Not run: " + "; ".join(_combinations(plan, missing)) + "."
-    yield from _cards(plan.settings, folder / CARDS, f"{place}/{CARDS}")
+        yield "Not run: " + "; ".join(_combinations(header, missing)) + "."
+    yield from _cards(header.settings, folder / CARDS, f"{place}/{CARDS}")
     yield "### Where and how"
-    yield f"Runs: `{plan.command}`. The same command resumes, and reads what is finished."
+    yield f"Runs: `{header.command}`. The same command resumes, and reads what is finished."
     yield "\n".join(_places(matrix))
 
 
@@ -99,11 +99,11 @@ def _reason(message: str) -> str:
     return re.sub(r"^\S+ is (?=not compatible with )", "", message.partition("; use ")[0])
 
 
-def _combinations(plan: Plan, pairs: Sequence[tuple[str, str]]) -> Iterator[str]:
+def _combinations(header: Header, pairs: Sequence[tuple[str, str]]) -> Iterator[str]:
     """Combinations in words, as few as possible."""
     left = list(pairs)
-    for cache in plan.caches:
-        if len(plan.samplers) > 1 and all((sampler, cache) in left for sampler in plan.samplers):
+    for cache in header.caches:
+        if len(header.samplers) > 1 and all((sampler, cache) in left for sampler in header.samplers):
             yield f"every policy with `{cache}`"
             left = [pair for pair in left if pair[1] != cache]
     by_caches: dict[tuple[str, ...], list[str]] = {}
@@ -111,15 +111,15 @@ def _combinations(plan: Plan, pairs: Sequence[tuple[str, str]]) -> Iterator[str]
         by_caches.setdefault(tuple(cache for each, cache in left if each == sampler), []).append(f"`{sampler}`")
     for caches, samplers in by_caches.items():
         # Those of the line above are not said again.
-        every = len(caches) > 1 and all((samplers[0].strip("`"), cache) in pairs for cache in plan.caches)
+        every = len(caches) > 1 and all((samplers[0].strip("`"), cache) in pairs for cache in header.caches)
         yield f"{', '.join(samplers)} with {'every cache' if every else ', '.join(f'`{each}`' for each in caches)}"
 
 
 def _table(matrix: Matrix, reasons: Sequence[str], speed: bool) -> str:
-    plan, rows = matrix.plan, []
+    header, rows = matrix.header, []
     # Policies and caches without any run are listed below the table.
-    samplers = [name for name in plan.samplers if any(each.sampler == name for each in matrix.cells)]
-    caches = [name for name in plan.caches if any(each.cache == name for each in matrix.cells)]
+    samplers = [name for name in header.samplers if any(each.sampler == name for each in matrix.cells)]
+    caches = [name for name in header.caches if any(each.cache == name for each in matrix.cells)]
     for sampler in samplers:
         cells = []
         for cache in caches:
@@ -129,10 +129,10 @@ def _table(matrix: Matrix, reasons: Sequence[str], speed: bool) -> str:
             else:
                 cells.append("*absent*" if what is None else f"*({reasons.index(_reason(what.refused)) + 1})*")
         name = f"`{sampler}`" + (" (bound)" if sampler == "oracle" else "")
-        name += _setting(sampler, plan.settings.get(sampler))
+        name += _setting(sampler, header.settings.get(sampler))
         rows.append([name, *cells, _number(matrix.aup(sampler=sampler))])
     rows.append(["AUP", *(_number(matrix.aup(cache=cache)) for cache in caches), _number(matrix.aup())])
-    return _markdown(["policy", *(f"`{cache}`" for cache in caches), "AUP"], rows)
+    return markdown_table(["policy", *(f"`{cache}`" for cache in caches), "AUP"], rows)
 
 
 def _cell(cell: Cell, speed: bool) -> str:
@@ -160,17 +160,12 @@ def _cards(settings: Mapping[str, Setting], folder: Path, place: str) -> Iterato
         card = Calibration.read(file)
         chosen = next((test for test in card.tests if test["value"] == card.value), None)
         caches.add(_named(card.cache))
-        link = f"[{card.value!r}]" if chosen else "[none]"
-        rows.append(
-            [
-                f"`{sampler}`",
-                card.knob,
-                f"{link}({quote(place)}/{card_name(sampler)}/calibration.json)",
-                *([f"{chosen['nfe']:.1f}", f"{chosen['accuracy']:.1%}"] if chosen else ["", ""]),
-                f"{chosen['mean_loss']:.2%}, {chosen['bound']:.2%}" if chosen else "",
-                *(f"{card.n}", f"{card.loss:g}", f"{card.delta:g}"),
-            ]
-        )
+        value, found = "none", ["", "", ""]
+        if chosen is not None:
+            value, lost = repr(card.value), f"{chosen['mean_loss']:.2%}, {chosen['bound']:.2%}"
+            found = [f"{chosen['nfe']:.1f}", f"{chosen['accuracy']:.1%}", lost]
+        link = f"[{value}]({quote(place)}/{card_name(sampler)}/calibration.json)"
+        rows.append([f"`{sampler}`", card.knob, link, *found, f"{card.n}", f"{card.loss:g}", f"{card.delta:g}"])
     if not rows:
         return
     yield "### What is certified"
@@ -184,7 +179,7 @@ def _cards(settings: Mapping[str, Setting], folder: Path, place: str) -> Iterato
     else:
         yield "Nothing: there is no card of `dllm calibrate`."
     head = ["policy", "knob", "value", "NFE", "right", "lost, at most", "n", "loss", "delta"]
-    yield _markdown(head, rows)
+    yield markdown_table(head, rows)
 
 
 def _named(cache: Mapping[str, Any]) -> str:
@@ -194,7 +189,7 @@ def _named(cache: Mapping[str, Any]) -> str:
 
 
 def _places(matrix: Matrix) -> Iterator[str]:
-    for number, place in enumerate(matrix.plan.places):
+    for number, place in enumerate(matrix.header.places):
         runs = [each for each in matrix.cells if each.place == number]
         days = sorted({each.started[:10] for each in runs})
         count = f"{len(runs)} run{'s' * (len(runs) != 1)}"
@@ -213,8 +208,3 @@ def _said(place: Mapping[str, Any], name: str) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.0f}"
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])

@@ -22,7 +22,7 @@ def integers(schema: Mapping[str, Any], at: str) -> str:
     Raises:
         ValueError: there are none, or too many to list.
     """
-    low, high = _bounds(schema, whole=True)
+    low, high = _bounds(schema)
     each = schema.get("multipleOf", 1)
     if each != 1:
         if low is None or high is None or high - low > _LISTED or each != int(each):
@@ -89,7 +89,7 @@ def _strictest(schema: Mapping[str, Any], name: str, exclusive: str, choose: Any
     return bound, bound is not None and exclusive in schema and int(schema[exclusive]) == bound
 
 
-def _bounds(schema: Mapping[str, Any], whole: bool) -> tuple[int | None, int | None]:
+def _bounds(schema: Mapping[str, Any]) -> tuple[int | None, int | None]:
     """The smallest and the largest integer within the bounds; None where there is none."""
 
     def up(value: Any) -> int:

@@ -78,7 +78,7 @@ def schema_regex(schema: Any, depth: int) -> str:
     Raises:
         ValueError: an invalid schema, or a keyword that is not supported.
     """
-    regex = _of(schema, depth).value(schema, "", depth)
+    regex = _of(schema).value(schema, "", depth)
     if regex is None:
         raise ValueError(f"json_schema has no value that ends within depth={depth}; use a larger depth")
     return regex
@@ -91,7 +91,7 @@ def scaffold(schema: Any, depth: int) -> list[Part]:
         ValueError: as `schema_regex`.
     """
     schema_regex(schema, depth)
-    return list(_joined(_of(schema, depth).parts(schema, "", depth)))
+    return list(_joined(_of(schema).parts(schema, "", depth)))
 
 
 def object_regex(depth: int) -> str:
@@ -99,7 +99,7 @@ def object_regex(depth: int) -> str:
     return str(_object(_any(depth - 1)))
 
 
-def _of(schema: Any, depth: int) -> _Translator:
+def _of(schema: Any) -> _Translator:
     library = extra("jsonschema", "json_schema")
     try:
         library.Draft202012Validator.check_schema(schema)

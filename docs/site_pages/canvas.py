@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import dllm
-from dllm.decoding.colours import shade
+from dllm.decoding.colours import UNKNOWN, on, shade
 from dllm.decoding.step import Step
 from dllm.resolve import build, options_of, variants
 from dllm.samplers.base import Sampler
@@ -39,7 +39,7 @@ class Run:
         parts = [f"sampler={self.sampler}", *(f"sampler.{name}={value}" for name, value in self.own.items())]
         parts += [f"cache={self.cache}"] if self.cache != "none" else []
         parts += [f"{name}={value}" for name, value in self.options.items()]
-        return f'dllm generate model={self.model} {" ".join(parts)} prompt="{PROMPT}"'
+        return f'dllm generate model={self.model} {" ".join(parts)} \\\n    prompt="{PROMPT}"'
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,14 @@ class Decode:
 def run_of_policy(name: str) -> Run | None:
     """How the picture of a policy is made; None if no bundled model can show it."""
     chosen = f"tiny/{name}" if f"tiny/{name}" in variants("sampler") else name
-    match sorted(build("sampler", options_of("sampler", name), Sampler).needs):
-        case [*needs] if "noise" in needs:
-            return None
-        case [*needs] if "causal" in needs:
-            return Run(chosen, model="tiny-block", options={"gen_length": 64, "block_length": 1})
-        case ["growth"]:
-            return Run(chosen, options={"gen_length": 64}, own={"initial": 16})
-        case _:
-            return Run(chosen, options={"gen_length": 64, "block_length": 32})
+    needs = build("sampler", options_of("sampler", name), Sampler).needs
+    if "noise" in needs:
+        return None
+    if "causal" in needs:
+        return Run(chosen, model="tiny-block", options={"gen_length": 64, "block_length": 1})
+    if "growth" in needs:
+        return Run(chosen, options={"gen_length": 64}, own={"initial": 16})
+    return Run(chosen, options={"gen_length": 64, "block_length": 32})
 
 
 def run_of_cache(name: str) -> Run:
@@ -138,14 +137,11 @@ def tokens_html(made: Decode) -> str:
     """The answer, each token on the colour of the step that committed it, and numbered with it."""
     cells = []
     for word, step in zip(made.words[made.start :], made.written[made.start :], strict=True):
-        background, ink = _colours(step, made.steps)
+        colour = _colour(step, made.steps)
         title = f"step {step + 1}" if step >= 0 else "not committed"
         label = escape(word).replace(" ", "&nbsp;")
         number = step + 1 if step >= 0 else "·"
-        cells.append(
-            f'<span class="token" style="background:{background};color:{ink}" title="{title}">{label}'
-            f"<small>{number}</small></span>"
-        )
+        cells.append(f'<span class="token" style="{on(colour)}" title="{title}">{label}<small>{number}</small></span>')
         if word == "∎":
             break
     return f'<div class="canvas">{"".join(cells)}</div>'
@@ -172,7 +168,7 @@ def _row(made: Decode, step: int, computed: bool) -> Iterator[str]:
     looks = ["computed" if each else "cached" for each in made.computed[step]] if computed else made.states[step]
     for look, places in groupby(range(len(looks)), key=lambda place: looks[place]):
         first, *rest = places
-        fill = f' fill="{_colours(step, made.steps)[0]}"' if look == _COMMITTED else ""
+        fill = f' fill="rgb{_colour(step, made.steps)}"' if look == _COMMITTED else ""
         if look != _ABSENT:
             width = (len(rest) + 1) * _CELL
             yield (
@@ -181,10 +177,6 @@ def _row(made: Decode, step: int, computed: bool) -> Iterator[str]:
             )
 
 
-def _colours(step: int, steps: int) -> tuple[str, str]:
-    """Of a token: the colour of its step, and black or white, whichever is legible on it."""
-    if step < 0:
-        return "#888", "#fff"
-    red, green, blue = shade("commit_step", step / max(1, steps - 1))
-    ink = "#000" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "#fff"
-    return f"rgb({red},{green},{blue})", ink
+def _colour(step: int, steps: int) -> tuple[int, int, int]:
+    """Of the tokens that a step committed; -1 is none."""
+    return shade("commit_step", step / max(1, steps - 1)) if step >= 0 else UNKNOWN

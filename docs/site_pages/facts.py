@@ -17,10 +17,10 @@ from dllm.cache.base import Cache
 from dllm.decoding.compatibility import NEEDS, unmet
 from dllm.models import ARCHITECTURES, MaskedDiffusionModel
 from dllm.reports.matrix import Cell, Matrix
-from dllm.resolve import TARGET, merged, names, resolve, sources, variants
+from dllm.resolve import names, resolve, sources, variants
 from dllm.samplers.base import Sampler
+from site_pages.sources import ROOT
 
-ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 # Where measured rows are from: folders of docs/ with a report.csv and a report.md, and the data of `dllm results`.
 TABLES = {
@@ -42,14 +42,16 @@ class Method:
     Attributes:
         summary: its first line.
         rule: the formula: the block after the line `Rule:`; empty if there is none.
-        details: everything else, as Markdown.
+        explanation: its symbols and what follows from it, as Markdown.
+        differences: from the paper or the published code, likewise; empty if there are none.
         papers: arXiv identifiers, in order.
         path: of the module in the repository.
     """
 
     summary: str
     rule: str
-    details: str
+    explanation: str
+    differences: str
     papers: tuple[str, ...]
     path: str
 
@@ -64,8 +66,15 @@ def method_of(cls: type) -> Method:
     details = _RULE.sub("", rest + "\n").strip()
     # A list needs an empty line before it.
     details = re.sub(r"(:)\n(- )", r"\1\n\n\2", details)
-    path = Path(inspect.getsourcefile(module) or "").resolve().relative_to(ROOT)
-    return Method(" ".join(summary.split()), rule, details, tuple(dict.fromkeys(_PAPER.findall(text))), path.as_posix())
+    explanation, opening, differences = f"\n{details}".partition("\nDifference")
+    return Method(
+        summary=" ".join(summary.split()),
+        rule=rule,
+        explanation=explanation.strip("\n"),
+        differences=(opening + differences).strip("\n"),
+        papers=tuple(dict.fromkeys(_PAPER.findall(text))),
+        path=Path(inspect.getsourcefile(module) or "").resolve().relative_to(ROOT).as_posix(),
+    )
 
 
 def built(group: str, name: str) -> Any:
@@ -96,11 +105,6 @@ def settings(group: str, name: str) -> list[Setting]:
 def _commented(file: str) -> dict[str, tuple[str, str]]:
     """The options of a YAML and of those that it includes: value and comment."""
     return {option: (value, meaning) for text in sources(file) for option, value, meaning in _OPTION.findall(text)}
-
-
-def undocumented(group: str, name: str) -> list[str]:
-    """The options of a choice that `settings` leaves out."""
-    return sorted(set(merged(f"{group}/{name}")) - {TARGET} - {each.name for each in settings(group, name)})
 
 
 @cache

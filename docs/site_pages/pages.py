@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from html import escape
 
 from dllm.decoding.compatibility import NEEDS
+from dllm.escape import markdown_table
 from dllm.models import ARCHITECTURES, MaskedDiffusionModel
 from dllm.reports.matrix import Cell
 from dllm.resolve import names
@@ -47,7 +48,7 @@ def policy(name: str) -> str:
         *_options("sampler", name),
         *_policy_cost(name, made),
         *_rows("sampler", name),
-        *_details(cls),
+        *_differences(cls),
     )
 
 
@@ -63,7 +64,7 @@ def cache(name: str) -> str:
         *_options("cache", name),
         *_cache_cost(name, made),
         *_rows("cache", name),
-        *_details(cls),
+        *_differences(cls),
     )
 
 
@@ -112,6 +113,7 @@ def _method(cls: type, *files: str) -> list[str]:
     return [
         _plain(method.summary),
         _block(method.rule, "rule"),
+        method.explanation,
         f"Source: {', '.join([*papers, *code])}.",
     ]
 
@@ -143,14 +145,14 @@ def _policy_cost(name: str, made: Decode | None) -> list[str]:
     if needs := facts.needs_of(own):
         rows.append(["asks of model and cache", "; ".join(needs)])
     rows.append(["models", _families(facts.families_of(name))])
-    rows.append(["caches", _refusals("cache", facts.refused("sampler", name))])
+    rows.append(["caches", _refusals(facts.refused("sampler", name))])
     if own.knob is not None:
         rows.append(["`dllm calibrate` sets", f"`{own.knob.name}`, trying {_span(own.knob.values)}"])
     return ["## What it costs", _table(["", f"`{name}`"], [*rows, *_decoded(made)])]
 
 
 def _cache_cost(name: str, made: Decode) -> list[str]:
-    rows = [["policies", _refusals("sampler", facts.refused("cache", name))]]
+    rows = [["policies", _refusals(facts.refused("cache", name))]]
     if refuses := facts.built("cache", name).refuses:
         rows.append(["refuses", "; ".join(f"{NEEDS[need][0]}: {why}" for need, why in refuses.items())])
     return ["## What it costs", _table(["", f"`{name}`"], [*rows, *_decoded(made)])]
@@ -173,7 +175,7 @@ def _span(values: tuple[float, ...]) -> str:
     return f"{len(values)} values from {values[0]:g} to {values[-1]:g}"
 
 
-def _refusals(other: str, reasons: dict[str, list[str]]) -> str:
+def _refusals(reasons: dict[str, list[str]]) -> str:
     if not reasons:
         return "all"
     refused = [f"{', '.join(f'`{each}`' for each in names_)} ({why})" for why, names_ in reasons.items()]
@@ -220,7 +222,7 @@ def _rows(group: str, name: str) -> list[str]:
 def _with_others(group: str, name: str) -> list[str]:
     """The results of a policy with every cache, or of a cache with every policy: a column for each model."""
     other = "cache" if group == "sampler" else "policy"
-    columns = {matrix.plan.model: facts.runs(group, name, matrix) for matrix in facts.matrices()}
+    columns = {matrix.header.model: facts.runs(group, name, matrix) for matrix in facts.matrices()}
     lines = list(dict.fromkeys(each for cells in columns.values() for each in cells))
     if not lines:
         return []
@@ -264,9 +266,9 @@ def _canvas(made: Decode | None, computed: bool = False) -> list[str]:
     return parts
 
 
-def _details(cls: type) -> list[str]:
-    details = facts.method_of(cls).details
-    return ["## Details", details] if details else []
+def _differences(cls: type) -> list[str]:
+    differences = facts.method_of(cls).differences
+    return ["## Differences", differences] if differences else []
 
 
 def _family(cls: type[MaskedDiffusionModel]) -> list[str]:
@@ -282,7 +284,6 @@ def _family(cls: type[MaskedDiffusionModel]) -> list[str]:
         ["policies", f"all but {', '.join(f'`{each}`' for each in refused)}" if refused else "all"],
         ["caches", f"all but {', '.join(f'`{each}`' for each in caches)}" if caches else "all"],
     ]
-    method = facts.method_of(cls)
     made = None
     if cls.__name__ in _BUNDLED:
         options = {"gen_length": 64, "block_length": 16 if pattern.startswith("causal") else 32}
@@ -290,7 +291,7 @@ def _family(cls: type[MaskedDiffusionModel]) -> list[str]:
     return [
         *_method(cls),
         _table(["", f"`{cls.__name__}`"], rows),
-        method.details,
+        facts.method_of(cls).differences,
         *(_canvas(made)[1:] if made is not None else []),
     ]
 
@@ -302,8 +303,7 @@ def _block(text: str, kind: str = "") -> str:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return markdown_table(head, [[cell.replace("|", r"\|") for cell in row] for row in rows])
 
 
 def _code(text: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 import dllm
 from dllm.models.experts import Experts, GroupLimitedRouter, SoftmaxRouter
@@ -154,6 +155,27 @@ def test_a_bias_of_nan_is_found(tmp_path: Path) -> None:
     moe.gate.expert_bias[1] = torch.nan
     with pytest.raises(ValueError, match=r"expert_bias holds NaN"):
         dllm.load(save_folder(lm, tmp_path), device="cpu")
+
+
+def test_the_bias_stays_in_float32_where_weights_are_in_bfloat16(tmp_path: Path) -> None:
+    folder = save_folder(random_llada2(dtype=torch.float32), tmp_path)
+    gate: Any = dllm.load(folder, device="cpu", dtype="bfloat16").backbone.blocks[1].mlp.gate
+    assert (gate.expert_bias.dtype, gate.weight.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(gate.expert_bias, load_file(folder / "model.safetensors")["model.layers.1.mlp.gate.expert_bias"])
+
+
+def test_llada2_is_constructed_where_what_stays_in_float32_has_to_be_a_parameter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    post_init = PreTrainedModel.post_init
+
+    def of_transformers_4(model: PreTrainedModel) -> None:
+        names = {part for name, _ in model.named_parameters() for part in name.split(".")}
+        assert set(model._keep_in_fp32_modules_strict or ()) <= names
+        post_init(model)
+
+    monkeypatch.setattr(PreTrainedModel, "post_init", of_transformers_4)
+    random_llada2()
 
 
 @makers

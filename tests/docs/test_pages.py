@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 import dllm
 from dllm.models import ARCHITECTURES
 from dllm.resolve import TARGET, names, options_of, variants
-from site_pages import facts, pages, reference
+from site_pages import facts, pages, reference, sources
 
 CHOICES = [(group, name) for group in ("sampler", "cache") for name in names(group)]
 
@@ -26,13 +26,16 @@ def value(text: str) -> Any:
 
 
 @pytest.mark.parametrize(("group", "name"), CHOICES)
-def test_every_policy_and_cache_states_its_rule_and_source(group: str, name: str) -> None:
+def test_every_policy_and_cache_states_its_rule_its_symbols_and_its_source(group: str, name: str) -> None:
     method = facts.method_of(type(facts.built(group, name)))
     assert method.summary
     assert method.rule
-    assert "Rule:" not in method.details
+    assert "Rule:" not in method.explanation
+    symbols = set(re.findall(r"(?<![\w'])(?:[B-Zb-hk-z]|KL)(?![A-Za-z0-9])", method.rule))
+    unexplained = {each for each in symbols if not re.search(rf"(?<!\w){each}(?![A-Za-z0-9])", method.explanation)}
+    assert not unexplained
     assert method.path.startswith({"sampler": "samplers/", "cache": "cache/"}[group])
-    assert (facts.ROOT / method.path).is_file()
+    assert (sources.ROOT / method.path).is_file()
 
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
@@ -52,7 +55,6 @@ def test_every_method_has_a_section_in_its_guide(guide: str) -> None:
 
 @pytest.mark.parametrize(("group", "name"), CHOICES)
 def test_every_option_is_shown_with_its_default_and_meaning(group: str, name: str) -> None:
-    assert facts.undocumented(group, name) == []
     options = {option: each for option, each in options_of(group, name).items() if option != TARGET}
     found = {each.name: value(each.default) for each in facts.settings(group, name)}
     assert found == options
@@ -73,10 +75,18 @@ def test_the_values_for_the_bundled_models_are_shown(variant: str) -> None:
 def test_a_page_shows_rule_source_options_cost_and_a_canvas(group: str, name: str) -> None:
     page = shown(group, name)
     method = facts.method_of(type(facts.built(group, name)))
-    assert f"\n{method.rule}\n```" in page
     assert all(f"https://arxiv.org/abs/{number}" in page for number in method.papers)
-    for heading in ("When to take it", "A canvas that it filled", "Options", "What it costs", "Measured", "Details"):
+    for heading in (
+        "When to take it",
+        "A canvas that it filled",
+        "Options",
+        "What it costs",
+        "Measured",
+        "Differences",
+    ):
         assert f"\n## {heading}\n" in page
+    # What the symbols mean stands directly below them.
+    assert f"\n{method.rule}\n```\n\n{method.explanation}\n\nSource: " in page
     assert all(f"| `{each.name}` |" in page for each in facts.settings(group, name))
     assert '<span class="token"' in page
     assert page.count("<svg") == (2 if group == "cache" else 1)
@@ -106,7 +116,7 @@ def test_the_reference_has_every_public_object() -> None:
 
 
 def test_tables_of_methods_link_to_their_pages() -> None:
-    text = (facts.ROOT / "README.md").read_text()
+    text = (sources.ROOT / "README.md").read_text()
     linked = pages.linked_tables(text)
     found = re.findall(r"\[`(\w+)`\]\(docs/(\w+)/\1\.md\)", linked)
     assert {name for name, folder in found if folder == "policies"} >= {"vanilla", "wino", "daedal"}
