@@ -90,7 +90,9 @@ def _run(load: Load, rates: Sequence[Mapping[str, float]]) -> None:
     """Put load on the server, as the arguments of `Load.put` say."""
     if any("multiple" in rate for rate in rates):
         print("measuring the capacity", file=sys.stderr, flush=True)
-        print(f"capacity {load.measure_capacity():.2f} requests/s", file=sys.stderr, flush=True)
+        capacity, row = load.measure_capacity(), load.rows[-1]
+        busy = "" if row.busy is None else f", {row.busy:.0%} of the slots busy"
+        print(f"capacity {capacity:.2f} requests/s with {row.clients} clients{busy}", file=sys.stderr, flush=True)
     else:
         load.warm_up()
     for rate in rates:
@@ -262,7 +264,7 @@ def _table(rows: Sequence[Row]) -> str:
     cells = []
     for row in rows:
         line = [
-            "" if row.load is None else f"{row.load:g}",
+            _CAPACITY if row.clients is not None else "" if row.load is None else f"{row.load:g}",
             f"{row.rate:.2f}",
             f"{row.achieved:.2f}",
             f"{row.goodput:.2f}",
