@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,13 +20,24 @@ from typing import Any, Literal, TypeAlias
 import httpx
 import numpy as np
 
-from dllm.serving.client import Reader, ServerError, describe, model_of, refusal, request, settings_of
+from dllm.serving.client import (
+    Reader,
+    ServerError,
+    describe,
+    model_of,
+    opened,
+    refusal,
+    request,
+    settings_of,
+    shown,
+)
 
 Asked: TypeAlias = str | Sequence[Mapping[str, Any]]
 _QUANTILES = (50, 95, 99)
 _REQUESTS, _SLOTS = 100, 8  # unless told
 _ROUNDS = 4  # requests of each client of the closed loop, at least
 _LONGEST_WAIT = 1.0  # seconds after a refusal in the closed loop
+_AGAIN = re.compile(r"; try again in [\d.]+ s(?:econds)?$")
 
 
 @dataclass
@@ -82,7 +94,7 @@ class Target:
         """A client without limits, whose requests share no connections, like those of separate users."""
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         settings = settings_of(self.server, self.api_key, None) | {"timeout": None}
-        return httpx.AsyncClient(limits=limits, **settings)
+        return opened(httpx.AsyncClient, limits=limits, **settings)
 
 
 def arrivals(rate: float, requests: int | None, duration: float | None, seed: int) -> Iterator[float]:
@@ -207,7 +219,7 @@ async def _send(
                     record.first = time.perf_counter() - begun
         reader.end()
         record.outcome = "finished"
-        record.tokens = reader.tokens or int(reader.statistics.get("tokens") or 0)
+        record.tokens = reader.tokens or 0
     except ServerError as error:
         record.outcome = "refused" if error.status == 429 else "failed"
         record.error, record.wait = str(error), error.retry_after
@@ -256,7 +268,7 @@ async def _get(target: Target, path: str, seconds: float = 60.0) -> httpx.Respon
             async with asyncio.timeout(seconds):
                 return await client.get(path)
         except TimeoutError:
-            raise ServerError(f"{target.server}{path} did not answer in time") from None
+            raise ServerError(f"{shown(target.server)}{path} did not answer in time") from None
         except httpx.HTTPError as error:
             raise ServerError(describe(error, target.server)) from None
 
@@ -422,7 +434,8 @@ def summarise(records: Sequence[Record], rate: float, load: float | None, deadli
         for name, values in (("first", first), ("whole", whole))
         for quantile, value in zip(_QUANTILES, _percentiles(values), strict=True)
     }
-    errors = Counter(record.error for record in records if record.error is not None)
+    # Refusals differ in the time after which to try again, and would hide the other errors.
+    errors = Counter(_AGAIN.sub("", record.error) for record in records if record.error is not None)
     return Row(
         rate=rate,
         load=load,
