@@ -144,10 +144,17 @@ def _check_fields(fields: Mapping[Any, Any]) -> None:
     for name, value in fields.items():
         if not isinstance(name, str):
             raise ValueError(f"fields has the name {name!r}, which is no text; put it in quotes")
-        try:
-            json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
-        except ValueError:
-            raise ValueError(f"fields.{name}={value!r} is not valid in JSON; give finite numbers") from None
+        if not _is_json(value):
+            raise ValueError(f"fields.{name}={value!r} is not valid in JSON; give finite numbers")
+
+
+def _is_json(value: Any) -> bool:
+    """Whether a request can have a value."""
+    try:
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    except ValueError:
+        return False
+    return True
 
 
 def _numbers(name: str, given: Any, word: str | None = None) -> list[Any]:
@@ -166,7 +173,13 @@ def _asked(options: Mapping[str, Any]) -> list[Any]:
     """Prompts and chats in random order: lines of the input, or word problems, some after a solved one."""
     draw = random.Random(options["seed"])
     if options["input"] is not None:
-        asked: list[Any] = [question.prompt for question in read_questions(Path(options["input"]))]
+        questions = read_questions(Path(options["input"]))
+        for question in questions:
+            if not _is_json(question.prompt):
+                raise ValueError(
+                    f"{question.place} has a number that is not finite, which no request can have; remove it"
+                )
+        asked: list[Any] = [question.prompt for question in questions]
     else:
         solved, problems = (word_problems.problems(_PROMPTS, seed=2 * options["seed"] + part) for part in range(2))
         asked = [problem.question for problem in problems]

@@ -201,6 +201,12 @@ class TestOptions:
     def test_the_key_of_a_server_of_its_own_is_text(self, key: str) -> None:
         refused(bench(f"serve={{api_key:{key}}}"), "serve.api_key=")
 
+    @pytest.mark.parametrize("value", ["NaN", "1e999"])
+    def test_numbers_that_no_request_can_have_are_found_in_the_input(self, tmp_path: Path, value: str) -> None:
+        path = tmp_path / "asked.jsonl"
+        path.write_text(f'{{"prompt": "a"}}\n{{"messages": [{{"role": "user", "content": "a", "x": {value}}}]}}\n')
+        refused(bench("server=http://127.0.0.1:9", f"input={path}"), "line 2 has a number that is not finite")
+
     def test_fields_may_have_any_name(self, server: FakeServer) -> None:
         assert bench(f"server={server.url}", "fields={asked:1,path:2,self:3}").code == 0
         assert server.asked[0][2]["asked"] == 1
