@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import psutil
 from hydra.core.hydra_config import HydraConfig
@@ -47,6 +47,7 @@ _CAPACITY = "capacity"
 _COMMAND = (sys.executable, "-m", "dllm.scripts.cli", "serve")
 _GROUPS = ("model", "sampler", "cache")
 _PROMPTS = 500  # word problems; further requests begin again
+_MOST_CLIENTS = 10_000
 _STOP_SECONDS = 60
 _RESERVED = ("model", "prompt", "messages", "max_tokens", "stream", "stream_options")
 _HOST, _KEY = "127.0.0.1", "DLLM_API_KEY"
@@ -65,7 +66,7 @@ def bench_serve(cfg: DictConfig) -> None:
     import dllm.serving.client  # names what is missing without the extra
     from dllm.serving.load import Load, Plan, Target
 
-    asked, key, server = _asked(options), options["api_key"] or os.environ.get(_KEY), options["server"]
+    asked, key, server = _asked(options), options["api_key"] or os.environ.get(_KEY) or None, options["server"]
     running: AbstractContextManager[psutil.Process | None] = nullcontext(None)
     if server is None:
         port = _free_port()
@@ -90,7 +91,9 @@ def _run(load: Load, rates: Sequence[Mapping[str, float]]) -> None:
     """Put load on the server, as the arguments of `Load.put` say."""
     if any("multiple" in rate for rate in rates):
         print("measuring the capacity", file=sys.stderr, flush=True)
-        print(f"capacity {load.measure_capacity():.2f} requests/s", file=sys.stderr, flush=True)
+        capacity, row = load.measure_capacity(), load.rows[-1]
+        busy = "" if row.busy is None else f", {row.busy:.0%} of the slots busy"
+        print(f"capacity {capacity:.2f} requests/s with {row.clients} clients{busy}", file=sys.stderr, flush=True)
     else:
         load.warm_up()
     for rate in rates:
@@ -107,18 +110,26 @@ def _check(options: Mapping[str, Any]) -> list[dict[str, float]]:
                 raise ValueError(f"{name} has no effect with server, which has its own; leave it out")
     elif options["api_key"] is not None:
         raise ValueError("api_key has no effect without server; give both, or leave it out")
-    for name in ("requests", "clients", "max_tokens"):
+    for name in ("requests", "max_tokens"):
         if options[name] is not None:
             number(name, options[name], "a whole number of at least 1, or null", low=1, whole=True)
+    if options["clients"] is not None:
+        use = f"a whole number from 1 to {_MOST_CLIENTS}, or null"
+        number("clients", options["clients"], use, low=1, high=_MOST_CLIENTS, whole=True)
     for name in ("duration", "deadline", "timeout"):
         if options[name] is not None:
-            number(name, options[name], "a number of seconds above 0", above=0, high=1e6)
+            number(name, options[name], "a number of seconds above 0, up to 1000000", above=0, high=1e6)
     seed("seed", options["seed"])
     for group, reserved in (("fields", _RESERVED), ("serve", ("host", "port", *_GROUPS))):
         for name in options[group] or {}:
             if str(name).partition(".")[0] in reserved:
                 raise ValueError(f"{group}.{name} is set by the command itself; leave it out")
+    _check_fields(options["fields"] or {})
+    if not isinstance(key := (options["serve"] or {}).get("api_key"), str | None):
+        raise ValueError(f"serve.api_key={key!r} is of the wrong type; give text in quotes")
     if options["out"] is not None:
+        if not os.path.basename(options["out"]).strip("."):  # noqa: PTH119  # Path drops a / at the end
+            raise ValueError(f"out={options['out']!r} is a folder; give the beginning of a file's name, such as load")
         own.check("out", options["out"], _files(options["out"]))
     if options["rate"] is None:
         return [{"multiple": each} for each in _numbers("load", options["load"])]
@@ -126,6 +137,24 @@ def _check(options: Mapping[str, Any]) -> list[dict[str, float]]:
         raise ValueError("rate and load are mutually exclusive; give one of them")
     rates = _numbers("rate", options["rate"], _CAPACITY)
     return [{"multiple": 1.0} if each == _CAPACITY else {"rate": each} for each in rates]
+
+
+def _check_fields(fields: Mapping[Any, Any]) -> None:
+    """Refuse fields that no request can have."""
+    for name, value in fields.items():
+        if not isinstance(name, str):
+            raise ValueError(f"fields has the name {name!r}, which is no text; put it in quotes")
+        if not _is_json(value):
+            raise ValueError(f"fields.{name}={value!r} is not valid in JSON; give finite numbers")
+
+
+def _is_json(value: Any) -> bool:
+    """Whether a request can have a value."""
+    try:
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    except ValueError:
+        return False
+    return True
 
 
 def _numbers(name: str, given: Any, word: str | None = None) -> list[Any]:
@@ -144,7 +173,13 @@ def _asked(options: Mapping[str, Any]) -> list[Any]:
     """Prompts and chats in random order: lines of the input, or word problems, some after a solved one."""
     draw = random.Random(options["seed"])
     if options["input"] is not None:
-        asked: list[Any] = [question.prompt for question in read_questions(Path(options["input"]))]
+        questions = read_questions(Path(options["input"]))
+        for question in questions:
+            if not _is_json(question.prompt):
+                raise ValueError(
+                    f"{question.place} has a number that is not finite, which no request can have; remove it"
+                )
+        asked: list[Any] = [question.prompt for question in questions]
     else:
         solved, problems = (word_problems.problems(_PROMPTS, seed=2 * options["seed"] + part) for part in range(2))
         asked = [problem.question for problem in problems]
@@ -178,10 +213,13 @@ def _started(port: int, options: Mapping[str, Any]) -> Iterator[psutil.Process]:
         try:
             while not _is_ready(port):
                 if process.poll() is not None:
-                    said.seek(0)
-                    raise ValueError(f"the server did not start: {_last_line(said.read())}")
+                    raise ValueError(f"the server did not start: {_last_line(said)}")
                 time.sleep(0.1)
-            yield psutil.Process(process.pid)
+            try:
+                yield psutil.Process(process.pid)
+            finally:
+                if process.poll() is not None and not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+                    raise ValueError(f"the server ended during the load: {_last_line(said)}") from None
         finally:
             process.terminate()
             try:
@@ -210,8 +248,10 @@ def _is_ready(port: int) -> bool:
     return False
 
 
-def _last_line(said: bytes) -> str:
-    lines = said.decode(errors="replace").strip().splitlines()
+def _last_line(said: IO[bytes]) -> str:
+    """What the server wrote last, other than its log."""
+    said.seek(0)
+    lines = [each for each in said.read().decode(errors="replace").strip().splitlines() if not each.startswith("{")]
     return (lines or ["it ended without a word"])[-1].removeprefix("dllm serve: error: ")
 
 
@@ -235,10 +275,13 @@ def _allow_connections() -> None:
 
 def _tell(load: Load, out: str | None) -> None:
     """Print the table, and write the records."""
+    from dllm.serving.client import shown
+
     if not load.rows:
         return
     capacity = "" if load.capacity is None else f", capacity {load.capacity:.2f} requests/s"
-    print(f"{terminal(load.target.server)}, {terminal(load.model, one_line=True)}{capacity}\n")
+    server = shown(load.target.server)
+    print(f"{terminal(server)}, {terminal(load.model, one_line=True)}{capacity}\n")
     print(_table(load.rows))
     errors = [f"{count} times: {said}" for row in load.rows for said, count in row.errors.items()]
     for error in dict.fromkeys(errors):
@@ -246,7 +289,7 @@ def _tell(load: Load, out: str | None) -> None:
     if (late := max(row.lag_p99 or 0.0 for row in load.rows)) > _LATE:
         print(f"requests were sent up to {late:.2f} s late (p99): this machine is too busy to send at these rates")
     if out is not None:
-        rows = [{"server": load.target.server, "model": load.model, "capacity": load.capacity, **asdict(row)}
+        rows = [{"server": server, "model": load.model, "capacity": load.capacity, **asdict(row)}
                 for row in load.rows]  # fmt: skip
         own.write("out", out, {path: (kind, _written(path, rows)) for path, kind in _files(out).items()})
         print(f"written to {' and '.join(map(str, _files(out)))}")
@@ -262,7 +305,7 @@ def _table(rows: Sequence[Row]) -> str:
     cells = []
     for row in rows:
         line = [
-            "" if row.load is None else f"{row.load:g}",
+            _CAPACITY if row.clients is not None else "" if row.load is None else f"{row.load:g}",
             f"{row.rate:.2f}",
             f"{row.achieved:.2f}",
             f"{row.goodput:.2f}",

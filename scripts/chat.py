@@ -37,7 +37,7 @@ with suppress(ImportError):  # Windows
     import readline  # noqa: F401  # line editing for `input`
 
 KINDS = get_type_hints(dllm.Options) | {"seed": int | None, "server": str | None, "api_key": str | None}
-_COMMAND, _PROMPT = "dllm chat", "> "
+_COMMAND, _PROMPT, _BOM = "dllm chat", "> ", "\ufeff"
 _SHOWS = ("auto", "live", "lines", "none")
 _HELP = """\
 /help               this list
@@ -60,7 +60,7 @@ def chat(cfg: DictConfig) -> None:
     """Run the command."""
     choice("show", cfg.show, _SHOWS)
     fields: Any = OmegaConf.to_container(cfg, resolve=True)
-    terminals = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+    terminals = all(each is not None and each.isatty() for each in (sys.stdin, sys.stdout))
     conversation = Conversation(_partner(fields), cfg.show, terminals)
     with suppress(AttributeError):  # what is not valid UTF-8 is refused line by line
         sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
@@ -90,7 +90,8 @@ def _partner(fields: dict[str, Any]) -> Partner:
     own_policy = any(name.partition(".")[0] == "sampler" for name in given)
     options = {name: fields[name] for name in REMOTE if name in given}
     chosen = (policy, fields["sampler"]) if own_policy else ()
-    return Remote(fields["server"], fields["api_key"] or os.environ.get("DLLM_API_KEY"), Settings(options, *chosen))
+    key = fields["api_key"] or os.environ.get("DLLM_API_KEY") or None
+    return Remote(fields["server"], key, Settings(options, *chosen))
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ class Conversation:
         # Without a terminal, only answers go to stdout.
         self._out, self._notes = Console(), Console(stderr=not terminals)
         self._told = self._within_line = False
+        self._first = True  # line of a pipe
         self._commands: dict[str, Callable[[str], None]] = {
             "help": lambda _: self._say(_HELP),
             "reset": self._reset,
@@ -136,6 +138,7 @@ class Conversation:
         if self.terminals:
             self._say("/help lists the commands; Ctrl-D ends.")
         while True:
+            text: str | None = ""
             try:
                 text = self._read()
                 if text is None or text.split()[:1] == ["/exit"]:
@@ -152,12 +155,12 @@ class Conversation:
             except Stopped:
                 raise
             except KeyboardInterrupt:
-                if len(interrupted) > 1:
+                if len(interrupted) > 1 or not (text or self.terminals):  # nothing is asked, and nobody types
                     raise
                 failed += 1
                 if self.terminals:  # after ^C
                     self._out.print()
-                self._say("stopped, and this turn forgotten; Ctrl-C again, or Ctrl-D, ends")
+                self._say(f"{'stopped, and this turn forgotten; ' if text else ''}Ctrl-C again, or Ctrl-D, ends")
 
     def _read(self) -> str | None:
         """The next line; None at the end."""
@@ -167,7 +170,9 @@ class Conversation:
             except EOFError:
                 self._out.print()
                 return None
-        return (sys.stdin.readline() if sys.stdin is not None else "") or None
+        typed = (sys.stdin.readline() if sys.stdin is not None else "") or None
+        first, self._first = self._first, False
+        return typed.removeprefix(_BOM) if first and typed is not None else typed
 
     def _take(self, text: str) -> None:
         """A command, or a question."""
@@ -255,6 +260,8 @@ class Conversation:
     def _save(self, rest: str) -> None:
         if not rest:
             raise ValueError("/save has no file; write /save FILE")
+        if "\0" in rest:
+            raise ValueError(f"/save={rest!r} contains a null byte, which is invalid in a path; give another")
         if not self.turns:
             raise ValueError("/save: the conversation is empty")
         rows: list[dict[str, Any]] = []

@@ -153,8 +153,10 @@ def interruption(number: int = signal.SIGINT) -> str:
 
 def fail(command: str, message: str, code: int = 2) -> NoReturn:
     """Print an error and exit."""
-    with suppress(BrokenPipeError):
+    try:
         print(line(command, message), file=sys.stderr, flush=True)
+    except OSError:  # a closed pipe, or a full disk
+        _silence(sys.stderr)
     sys.exit(code)
 
 

@@ -250,13 +250,7 @@ class Remote:
                     if display.show != "none":
                         display.write(text)
         reader.end()
-        nfe = reader.statistics.get("nfe")
-        nfe = nfe[0] if isinstance(nfe, list) and nfe else nfe
-        tokens = reader.tokens if reader.tokens is not None else reader.statistics.get("tokens")
-        return Reply(
-            "".join(parts), tokens if isinstance(tokens, int) else None, nfe if isinstance(nfe, int) else None,
-            time.perf_counter() - begun,
-        )  # fmt: skip
+        return Reply("".join(parts), reader.tokens, reader.nfe, time.perf_counter() - begun)
 
     def _fields(self, turn: int) -> dict[str, Any]:
         """The settings as fields of a request."""

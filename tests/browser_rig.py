@@ -27,6 +27,27 @@ UNNAMED = """
     !(e.getAttribute('aria-label') || e.textContent.trim() || e.labels?.length)).map((e) => e.outerHTML)
 """
 
+# Texts whose contrast is below that of WCAG AA: contrast, class, text. What is disabled is exempt.
+FAINT = """
+  const parts = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const over = (top, below) => top.slice(0, 3).map((v, i) => v * (top[3] ?? 1) + below[i] * (1 - (top[3] ?? 1)));
+  const linear = (v) => v / 255 <= 0.04045 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4;
+  const luminance = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), faint = [];
+  for (let text; (text = texts.nextNode());) {
+    const element = text.parentElement, above = [];
+    if (!text.data.trim() || !element.checkVisibility() || element.closest('option, noscript, :disabled')) continue;
+    for (let each = element; each; each = each.parentElement) above.unshift(getComputedStyle(each));
+    const ground = above.reduce((below, style) => over(parts(style.backgroundColor), below), [255, 255, 255]);
+    const opacity = above.reduce((product, style) => product * style.opacity, 1);
+    const ink = over([...over(parts(above.at(-1).color), ground), opacity], ground);
+    const [low, high] = [luminance(ink), luminance(ground)].sort((a, b) => a - b);
+    const contrast = (high + 0.05) / (low + 0.05);
+    if (contrast < 4.5) faint.push([contrast.toFixed(2), element.className, text.data.trim()]);
+  }
+  return faint;
+"""
+
 
 @contextmanager
 def opened(profile: Path) -> Iterator[Any]:
@@ -45,6 +66,35 @@ def asked(page: Any) -> set[str]:
     """The addresses that were asked for since the last call."""
     messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
     return {each["params"]["request"]["url"] for each in messages if each["method"] == "Network.requestWillBeSent"}
+
+
+def spoken(page: Any) -> list[tuple[str, str, dict[str, Any]]]:
+    """What a screen reader is told of the parts of a page: role, name and properties, in order."""
+    nodes = page.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    return [
+        (
+            node["role"]["value"],
+            node.get("name", {}).get("value", ""),
+            {each["name"]: each["value"].get("value") for each in node.get("properties", [])},
+        )
+        for node in nodes
+        if not node["ignored"]
+    ]
+
+
+@contextmanager
+def themed(page: Any, theme: str) -> Iterator[None]:
+    """The page in the light or the dark theme."""
+
+    def prefer(value: str) -> None:
+        features = [{"name": "prefers-color-scheme", "value": value}]
+        page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+    prefer(theme)
+    try:
+        yield
+    finally:
+        prefer("")
 
 
 def width_on_a_phone(page: Any) -> int:

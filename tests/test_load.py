@@ -25,6 +25,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from commands import Outcome, command
 from fake_server import FakeServer, serving
+from models import random_llada
 
 pytest.importorskip("httpx")
 
@@ -185,6 +186,29 @@ class TestCapacity:
             assert bench.put(multiple=0.5).rate == pytest.approx(0.5 * (bench.capacity or 0))
             assert max(len(server.asked) - 40, 0) == 40
 
+    def test_is_a_row_of_its_own_that_tells_how_busy_the_slots_were(self) -> None:
+        with serving(slots=4, seconds=0.1) as server:
+            bench = Load(target(server), Plan(requests=40, deadline=1.0))
+            capacity = bench.measure_capacity()
+            (row,) = bench.rows
+            assert (row.clients, row.load, row.rate, row.offered) == (8, None, capacity, capacity)
+            assert row.busy == pytest.approx(0.75)  # as this server says
+            assert row.achieved == row.goodput == pytest.approx(capacity, rel=0.1)
+            assert row.finished == row.requests > 20
+            assert row.whole_p50 == pytest.approx(0.2, abs=0.1)  # half of the clients wait for a slot
+            assert bench.put(rate=100.0).clients is None
+
+    def test_every_slot_has_a_next_request_waiting(self) -> None:
+        for needed in ("fastapi", "prometheus_client", "uvicorn"):
+            pytest.importorskip(needed)
+        from serve_rig import serving as serving_model
+
+        with serving_model(random_llada(tokenizer=True, max_length=64), batch_size=4, gen_length=24) as running:
+            bench = Load(Target(running.url, None, ["Tom has 3 apples."]), Plan(requests=48))
+            bench.measure_capacity()
+            assert (bench.rows[0].busy or 0.0) >= 0.9
+            assert bench.rows[0].clients == 8
+
     def test_survives_refusals(self) -> None:
         with serving(slots=2, seconds=0.05, queue=0) as server:
             assert Load(target(server), Plan(requests=16, clients=3)).measure_capacity() > 1
@@ -228,6 +252,8 @@ class TestCommand:
     def test_loads_are_multiples_of_the_capacity(self, server: FakeServer) -> None:
         result = command("bench-serve", f"server={server.url}", "load=[0.5,2]", "requests=32")
         capacity = float(re.findall(r"capacity ([\d.]+) requests/s", result.out)[0])
+        assert re.search(rf"^\| capacity \| {capacity:.2f} \|.*\| 75% \|", result.out, re.MULTILINE)
+        assert f"capacity {capacity:.2f} requests/s with 8 clients, 75% of the slots busy" in result.err
         rates = [float(line.split("|")[2]) for line in result.out.splitlines() if line.startswith(("| 0.5", "| 2 "))]
         assert rates == pytest.approx([capacity / 2, capacity * 2], rel=0.01)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ httpx = pytest.importorskip("httpx")
 for needed in ("fastapi", "prometheus_client", "uvicorn"):
     pytest.importorskip(needed)
 
-from browser_rig import UNNAMED, asked, in_a_browser, opened, width_on_a_phone  # noqa: E402
+from browser_rig import FAINT, UNNAMED, asked, in_a_browser, opened, spoken, themed, width_on_a_phone  # noqa: E402
 from dllm.serving.static import files  # noqa: E402
 from serve_rig import QUESTION, Running, serving  # noqa: E402
 
@@ -471,10 +472,10 @@ class TestSteps:
         assert text(page, "output").startswith("step 2 ")
         assert slider.get_attribute("aria-valuetext") == text(page, "output")
         slide(page, int(last) - 1)
-        toggle = find(page, ".answer [aria-pressed]")
+        toggle = find(page, ".answer .play")
         toggle.click()
-        assert toggle.get_attribute("aria-pressed") == "true"
-        until(page, "document.querySelector('.answer [aria-pressed]').getAttribute('aria-pressed') === 'false'")
+        assert toggle.get_attribute("aria-label") == "Pause"
+        until(page, "document.querySelector('.answer .play').ariaLabel === 'Play'")
         assert text(page, "output").startswith(f"step {last} of")
 
     def test_colours_tell_the_confidence_instead(self, page: Any) -> None:
@@ -514,11 +515,15 @@ class TestAccess:
         ask(page)
         assert page.switch_to.active_element == find(page, "#send")  # which was disabled meanwhile
         said = page.execute_script("return window.said")
-        assert len(said) == 2 and re.fullmatch(r"tiny/threshold: \d+ tokens in \d+ forwards\.", said[1])
-        assert (
-            page.execute_script("return document.querySelectorAll('.answer [aria-live], .answer [role=status]').length")
-            == 0
-        )
+        assert len(said) == 2
+        answer = re.escape(text(page, ".text"))
+        assert answer and re.fullmatch(rf"tiny/threshold: \d+ tokens in \d+ forwards\. {answer} ", said[1])
+        live = "return [...document.querySelectorAll('.answer output, .answer [aria-live]')].map((e) => e.ariaLive)"
+        assert page.execute_script(live) == ["off"]
+        find(page, ".answer [data-go=back]").click()  # what a button does has to be said, the slider says it itself
+        assert page.execute_script(live) == ["polite"]
+        slide(page, 2)
+        assert page.execute_script(live) == ["off"]
 
     def test_names_its_parts_to_those_who_cannot_see_them(self, page: Any) -> None:
         find(page, "#compare").click()
@@ -526,6 +531,61 @@ class TestAccess:
         assert page.execute_script(UNNAMED) == []
         names = page.execute_script("return [...document.querySelectorAll('[id]')].map((e) => e.id)")
         assert len(names) == len(set(names))
+
+    @pytest.mark.parametrize("infill", [False, True])
+    def test_every_part_has_a_role_and_a_name(self, page: Any, infill: bool) -> None:
+        find(page, "#compare").click()
+        put(page, "sampler", "wino", panel=1)
+        if infill:
+            find(page, "[value=infill]").click()
+        ask(page, HOLED if infill else QUESTION)
+        parts = spoken(page)
+        assert [each for each in parts if each[2].get("focusable") and (not each[1] or each[0] == "generic")] == []
+        assert [role for role, name, _ in parts if role in ("group", "region", "form", "heading") and not name] == []
+        named = [(role, name) for role, name, _ in parts]
+        for part in [
+            ("group", "Settings A"), ("group", "Settings B"), ("group", "Options of the sampler"), ("button", "Play"),
+            ("region", "B: wino"), ("group", "Canvas of B: wino; arrow keys go from token to token"),
+            ("slider", "Step"), ("form", "What to send"), ("group", "Colour"),
+            ("group", "Infilled texts" if infill else "Conversation"),
+        ]:  # fmt: skip
+            assert part in named, part
+        levels = [each[2]["level"] for each in parts if each[0] == "heading"]
+        assert all(after - before <= 1 for before, after in itertools.pairwise([0, *levels]))
+
+    def test_tab_goes_through_the_page_from_top_to_bottom(self, page: Any) -> None:
+        ask(page)
+        page.execute_script("document.querySelector('.skip').focus()")
+        seen = []
+        while page.switch_to.active_element.tag_name != "body":
+            seen.append(page.switch_to.active_element)
+            assert len(seen) < 60
+            seen[-1].send_keys(TAB)
+        order = "return arguments[0].compareDocumentPosition(arguments[1]) & Node.DOCUMENT_POSITION_FOLLOWING"
+        assert all(page.execute_script(order, *each) for each in itertools.pairwise(seen))
+        assert {
+            find(page, each) for each in ("#key", ".answer .token", ".answer [type=range]", "#prompt", "#send")
+        } <= {*seen}
+
+    @pytest.mark.parametrize("theme", ["light", "dark"])
+    def test_all_text_has_enough_contrast(self, page: Any, theme: str) -> None:
+        with themed(page, theme):
+            find(page, "#compare").click()
+            put(page, "sampler", "vanilla")
+            put(page, "sampler", "wino", panel=1)
+            ask(page)
+            kinds = {kind for cell in cells(page) for kind in cell["kinds"]}
+            assert {"written", "beyond"} <= kinds
+            assert page.execute_script(FAINT) == []
+            for answer in (0, 1):
+                slide(page, 4, answer)
+            find(page, "[name=colour][value=confidence]").click()
+            assert page.execute_script(FAINT) == []
+            put(page, "temperature", -1)
+            find(page, "[value=infill]").click()
+            ask(page, HOLED)
+            assert text(page, ".problem", 2)
+            assert page.execute_script(FAINT) == []
 
     def test_fits_a_phone(self, page: Any) -> None:
         find(page, "#compare").click()

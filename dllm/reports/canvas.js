@@ -110,11 +110,13 @@ export function drawRamp(element, ramps, meaning) {
 // Slider, buttons and play of `root`; `draw(step)` shows a step and returns what is said of it.
 export function stepper(root, draw) {
   const slider = root.querySelector("input[type=range]");
-  const toggle = root.querySelector("[aria-pressed]");
+  const toggle = root.querySelector(".play");
   const said = root.querySelector("output");
   let [at, last, timer] = [0, 0, null];
 
-  function go(step) {
+  // The slider tells its own value; while it plays, every step would be read out.
+  function go(step, aloud = false) {
+    said.setAttribute("aria-live", aloud ? "polite" : "off");
     at = Math.min(Math.max(step, 0), last);
     slider.value = at + 1;
     said.textContent = draw(at);
@@ -125,11 +127,11 @@ export function stepper(root, draw) {
     clearInterval(timer);
     timer = on ? setInterval(advance, 350) : null;
     toggle.textContent = on ? "⏸ Pause" : "▶ Play";
-    toggle.setAttribute("aria-pressed", String(on));
+    toggle.setAttribute("aria-label", on ? "Pause" : "Play");
   }
 
   function advance() {
-    go(at + 1);
+    go(at + 1, at + 1 === last);
     if (at === last) play(false);
   }
 
@@ -140,7 +142,8 @@ export function stepper(root, draw) {
     go(step);
   }
 
-  const moves = { first: () => go(0), back: () => go(at - 1), next: () => go(at + 1), last: () => go(last) };
+  const targets = { first: () => 0, back: () => at - 1, next: () => at + 1, last: () => last };
+  const moves = Object.fromEntries(Object.entries(targets).map(([name, target]) => [name, () => go(target(), true)]));
   slider.addEventListener("input", () => go(slider.value - 1));
   toggle.addEventListener("click", () => {
     if (timer === null && at === last) go(0);

@@ -6,13 +6,14 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from secrets import token_hex
 from typing import Any
 
 from dllm.decoding.step import Answer
-from dllm.serving.events import TokenLogprob
+from dllm.serving.events import TextLogprobs
 from dllm.serving.protocol import Plan, named
-from dllm.serving.ticket import Failure, Ticket
+from dllm.serving.ticket import Failure, News, Ticket
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Writer:
             choices.append({
                 "index": index,
                 **said,
-                "logprobs": self._logprobs(ticket, answer),
+                "logprobs": self._logprobs(ticket, ticket.text_logprobs(answer)),
                 "finish_reason": _reason(ticket, answer),
             })  # fmt: skip
         kind = "chat.completion" if self.plan.chat else "text_completion"
@@ -68,16 +69,15 @@ class Writer:
         """The chunk that begins a choice."""
         return self._chunk(index, {"role": "assistant", "content": ""} if self.plan.chat else "")
 
-    def part(self, index: int, text: str, step: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """A chunk with text, and what a step changed."""
-        chunk = self._chunk(index, ({"content": text} if text else {}) if self.plan.chat else text)
+    def part(self, index: int, news: News | None, step: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """A chunk with the text of some news, and what a step changed."""
+        chunk = self._text(index, news)
         return chunk if step is None else chunk | {"dllm": {"choice": index, **step}}
 
-    def last(self, index: int, text: str, answer: Answer) -> dict[str, Any]:
+    def last(self, index: int, news: News, answer: Answer) -> dict[str, Any]:
         """The chunk that ends a choice; with the whole text, where that does not begin with what was sent."""
-        ticket = self.tickets[index]
-        chunk = self._chunk(index, ({"content": text} if text else {}) if self.plan.chat else text)
-        chunk["choices"][0] |= {"finish_reason": _reason(ticket, answer), "logprobs": self._logprobs(ticket, answer)}
+        ticket, chunk = self.tickets[index], self._text(index, news)
+        chunk["choices"][0]["finish_reason"] = _reason(ticket, answer)
         chunk["dllm"] = {"choice": index, **self.told([index], [answer])}
         if not ticket.kept:
             chunk["dllm"]["text"] = ticket.text(answer)
@@ -131,14 +131,19 @@ class Writer:
         choice = {"index": index, field: said, "logprobs": None, "finish_reason": None}
         return {**self._head(self._chunks), "choices": [choice]}
 
-    def _logprobs(self, ticket: Ticket, answer: Answer) -> dict[str, Any] | None:
-        """The log-probabilities of the text's tokens, in the form of OpenAI's chats or completions."""
-        if ticket.job.top_logprobs is None:
+    def _text(self, index: int, news: News | None) -> dict[str, Any]:
+        """A chunk with the text of some news, and the log-probabilities of its tokens."""
+        text = "" if news is None else news.text
+        chunk = self._chunk(index, ({"content": text} if text else {}) if self.plan.chat else text)
+        if news is not None:
+            chunk["choices"][0]["logprobs"] = self._logprobs(self.tickets[index], news.logprobs)
+        return chunk
+
+    def _logprobs(self, ticket: Ticket, told: TextLogprobs | None) -> dict[str, Any] | None:
+        """The log-probabilities of a text's tokens, in the form of OpenAI's chats or completions."""
+        if told is None:
             return None
-        first = 0 if ticket.job.middle is None else ticket.job.middle[0]
-        known = enumerate(ticket.tokens(answer), start=first)
-        found = [ticket.logprobs.get(place, TokenLogprob(token, None)) for place, token in known]
-        piece = ticket.pieces
+        piece, found = ticket.pieces, told.tokens
         if self.plan.chat:
             content = [
                 {**_entry(piece[each.token], each.logprob), "top_logprobs": [_entry(piece[t], p) for t, p in each.top]}
@@ -146,7 +151,7 @@ class Writer:
             ]
             return {"content": content, "refusal": None}
         texts = [piece[each.token] for each in found]
-        starts = [sum(map(len, texts[:place])) for place in range(len(texts))]
+        starts = list(accumulate(map(len, texts), initial=told.offset))[:-1]
         top = [{piece[token]: share for token, share in each.top} for each in found]
         return {
             "tokens": texts,

@@ -302,9 +302,9 @@ async def _stream(following: Following, writer: Writer) -> AsyncGenerator[str, N
         for index, news in following.take():
             if index in answers:
                 continue
-            text = news.text if news.answer is None else ""
+            text = news if news.answer is None and news.text else None
             for step in news.steps[:-1]:
-                yield event(writer.part(index, "", step))
+                yield event(writer.part(index, None, step))
             if news.steps or text:
                 yield event(writer.part(index, text, news.steps[-1] if news.steps else None))
             if news.failure is not None:
@@ -312,7 +312,7 @@ async def _stream(following: Following, writer: Writer) -> AsyncGenerator[str, N
                 return
             if news.answer is not None:
                 answers[index] = news.answer
-                yield event(writer.last(index, news.text, news.answer))
+                yield event(writer.last(index, news, news.answer))
         if len(answers) < len(following.tickets):
             await following.wait()
     if writer.plan.usage:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from dllm.checks import first_line
@@ -20,6 +21,10 @@ except ImportError:
 _LOOPBACK = ("localhost", "127.", "::1")
 _LONGEST_EVENT = 1 << 24  # bytes
 _CONNECT_SECONDS = 10.0
+_MOST_SLOTS = 4096  # that are believed
+_LARGEST_COUNT = 1 << 53
+
+AnyClient = TypeVar("AnyClient", httpx.Client, httpx.AsyncClient)
 
 
 class ServerError(ValueError):
@@ -60,19 +65,23 @@ def settings_of(server: str, api_key: str | None, seconds: float | None) -> dict
         seconds: maximum time between two pieces of an answer; None for no limit.
 
     Raises:
-        ValueError: not an address, or a key that no header can hold.
+        ValueError: not an address, or a key that no header can hold, or that the address leaves no room for.
     """
     url, problem = server.rstrip("/").removesuffix("/v1"), "is not the address of a server; use http://HOST:PORT"
     try:
         parts = urlsplit(url)
         fits = parts.scheme in ("http", "https") and parts.hostname and not parts.query and not parts.fragment
-        httpx.URL(url, port=parts.port)
+        name = httpx.URL(url, port=parts.port).host
+        if ":" not in name:
+            name.encode("idna")
     except (ValueError, httpx.InvalidURL):
         fits = False
     if not fits or not url.isascii() or any(character.isspace() for character in url):
-        raise ValueError(f"server={server!r} {problem}")
-    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key):
+        raise ValueError(f"server={shown(server)!r} {problem}")
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
         raise ValueError("api_key is empty or has characters other than printable ASCII; give the key of the server")
+    if api_key is not None and parts.username is not None:
+        raise ValueError("server has a user name in it, and api_key (or DLLM_API_KEY) is given, too; give one of them")
     return {
         "base_url": url,
         "headers": {} if api_key is None else {"Authorization": f"Bearer {api_key}"},
@@ -84,7 +93,27 @@ def settings_of(server: str, api_key: str | None, seconds: float | None) -> dict
 
 def connect(server: str, api_key: str | None, seconds: float | None) -> httpx.Client:
     """A client for one request at a time; arguments as for `settings_of`."""
-    return httpx.Client(**settings_of(server, api_key, seconds))
+    return opened(httpx.Client, **settings_of(server, api_key, seconds))
+
+
+def opened(kind: type[AnyClient], **settings: Any) -> AnyClient:
+    """A client.
+
+    Raises:
+        ValueError: what the environment says of proxies and certificates cannot be used.
+    """
+    try:
+        return kind(**settings)
+    except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
+        variables = "HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY and SSL_CERT_FILE"
+        raise ValueError(
+            f"the proxy or the certificates of the environment cannot be used ({first_line(error)}); check {variables}"
+        ) from None
+
+
+def shown(server: str) -> str:
+    """An address without the user name and the password in it."""
+    return re.sub(r"(?<=//)[^/?#]*@", "", server)
 
 
 def model_of(content: bytes) -> Model:
@@ -95,15 +124,29 @@ def model_of(content: bytes) -> Model:
     """
     try:
         entry = parse_json(content)["data"][0]
-        own = entry.get("dllm") or {}
-        slots = own.get("slots")
-        return Model(str(entry["id"]), bool(own.get("chat", True)), slots if isinstance(slots, int) else None)
+        own, name = entry.get("dllm") or {}, mended(entry["id"])
+        slots = _count(own.get("slots"))
+        return Model(name, bool(own.get("chat", True)), min(slots, _MOST_SLOTS) if slots else None)
     except (ValueError, LookupError, TypeError, AttributeError):
         raise ServerError("/v1/models names no model; give the address of an OpenAI-compatible server") from None
 
 
+def mended(text: str) -> str:
+    """Text that can be encoded, with U+FFFD for each lone surrogate; JSON may hold those.
+
+    Raises:
+        AttributeError: it is no text.
+    """
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _count(value: Any) -> int | None:
+    """A number of things, as a server tells it; None if it is none."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LARGEST_COUNT else None
+
+
 def request(
-    model: str, asked: str | Sequence[Mapping[str, Any]], max_tokens: int | None, **more: Any
+    model: str, asked: str | Sequence[Mapping[str, Any]], /, max_tokens: int | None, **more: Any
 ) -> tuple[str, dict[str, Any]]:
     """Path and body of a request that streams.
 
@@ -124,15 +167,15 @@ class Reader:
 
     Attributes:
         tokens: of the answer, as the server counts them; None before it did.
-        statistics: `dllm` of the latest chunk that finished the answer.
+        nfe: forwards for the answer; None before the server told them.
         done: whether the stream is complete.
     """
 
     def __init__(self) -> None:
         self._rest = b""
         self.tokens: int | None = None
-        self.statistics: dict[str, Any] = {}
-        self.done = False
+        self.nfe: int | None = None
+        self.done = self._begun = False
 
     def feed(self, data: bytes) -> str:
         """Take the next bytes; return the text that they complete.
@@ -153,9 +196,11 @@ class Reader:
             ServerError: it was not.
         """
         if not self.done:
-            raise ServerError("the server ended the answer before it was complete")
+            why = "" if self._begun else " (no event came; give the address of an OpenAI-compatible server)"
+            raise ServerError(f"the server ended the answer before it was complete{why}")
 
     def _take(self, event: bytes) -> str:
+        self._begun = True
         if event == b"[DONE]":
             self.done = True
             return ""
@@ -166,19 +211,21 @@ class Reader:
         if not isinstance(chunk, dict):
             raise ServerError("the server sent an event that is not a JSON object")
         if chunk.get("error"):
-            raise ServerError(f"the server ended the answer: {_message(chunk)}")
+            raise ServerError(f"the server ended the answer: {_message(chunk) or 'it does not say why'}")
         usage, own = chunk.get("usage"), chunk.get("dllm")
-        if isinstance(usage, dict) and isinstance(usage.get("completion_tokens"), int):
-            self.tokens = usage["completion_tokens"]
         if isinstance(own, dict) and "nfe" in own:
-            self.statistics = own
+            nfe = own["nfe"]
+            self.nfe = _count(nfe[0] if isinstance(nfe, list) and nfe else nfe)
+            self.tokens = self.tokens if (told := _count(own.get("tokens"))) is None else told
+        if isinstance(usage, dict) and (told := _count(usage.get("completion_tokens"))) is not None:
+            self.tokens = told
         choices = chunk.get("choices")
         choice = choices[0] if isinstance(choices, list) and choices else None
         if not isinstance(choice, dict):
             return ""
         delta = choice.get("delta")
         text = delta.get("content") if isinstance(delta, dict) else choice.get("text")
-        return text if isinstance(text, str) else ""
+        return mended(text) if isinstance(text, str) else ""
 
 
 def refusal(status: int, headers: Mapping[str, str], content: bytes) -> ServerError:
@@ -218,6 +265,7 @@ def naming_failures(server: str) -> Iterator[None]:
 
 def describe(error: httpx.HTTPError, server: str) -> str:
     """A failed request in one line."""
+    server = shown(server)
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
         reason = "no answer in time" if isinstance(error, httpx.ConnectTimeout) else first_line(error)
         return f"{server} cannot be reached ({reason}); start it with `dllm serve`"
@@ -230,4 +278,4 @@ def _message(answer: Any) -> str:
     """The message of an error object; empty if it has none."""
     error = answer.get("error", answer.get("detail")) if isinstance(answer, dict) else None
     message = error.get("message") if isinstance(error, dict) else error
-    return " ".join(message.split()) if isinstance(message, str) else ""
+    return mended(" ".join(message.split())) if isinstance(message, str) else ""

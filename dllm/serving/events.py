@@ -5,7 +5,7 @@ Positions count from the first generated one; of an infilled text from its first
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,19 @@ class TokenLogprob:
     token: int
     logprob: float | None
     top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class TextLogprobs:
+    """The log-probabilities of consecutive tokens of a text.
+
+    Attributes:
+        tokens: in the order of the text.
+        offset: characters of the tokens before them.
+    """
+
+    tokens: Sequence[TokenLogprob]
+    offset: int = 0
 
 
 def begun(event: Event, origin: int, infill: bool, pieces: Pieces) -> dict[str, Any]:

@@ -8,24 +8,36 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, repeat, takewhile
 from typing import Any, Literal, TypeAlias
 
 import httpx
 import numpy as np
 
-from dllm.serving.client import Reader, ServerError, describe, model_of, refusal, request, settings_of
+from dllm.serving.client import (
+    Reader,
+    ServerError,
+    describe,
+    model_of,
+    opened,
+    refusal,
+    request,
+    settings_of,
+    shown,
+)
 
 Asked: TypeAlias = str | Sequence[Mapping[str, Any]]
 _QUANTILES = (50, 95, 99)
 _REQUESTS, _SLOTS = 100, 8  # unless told
 _ROUNDS = 4  # requests of each client of the closed loop, at least
 _LONGEST_WAIT = 1.0  # seconds after a refusal in the closed loop
+_AGAIN = re.compile(r"; try again in [\d.]+ s(?:econds)?$")
 
 
 @dataclass
@@ -52,6 +64,11 @@ class Record:
     error: str | None = None
     wait: float | None = None
 
+    def after(self, seconds: float) -> Record:
+        """With times in seconds after a later start."""
+        first, ended = (None if each is None else each - seconds for each in (self.first, self.ended))
+        return replace(self, arrival=self.arrival - seconds, sent=self.sent - seconds, first=first, ended=ended)
+
 
 @dataclass(frozen=True)
 class Target:
@@ -77,7 +94,7 @@ class Target:
         """A client without limits, whose requests share no connections, like those of separate users."""
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         settings = settings_of(self.server, self.api_key, None) | {"timeout": None}
-        return httpx.AsyncClient(limits=limits, **settings)
+        return opened(httpx.AsyncClient, limits=limits, **settings)
 
 
 def arrivals(rate: float, requests: int | None, duration: float | None, seed: int) -> Iterator[float]:
@@ -112,10 +129,25 @@ async def open_loop(target: Target, model: str, times: Iterator[float], records:
             group.create_task(_send(client, target, model, number, record, begun))
 
 
-async def closed_loop(target: Target, model: str, clients: int, requests: int) -> float:
-    """Requests per second that are answered when some clients ask again at once after every answer.
+@dataclass(frozen=True)
+class Saturation:
+    """What a server does while some clients ask again at once after every answer.
 
-    Counted from when each could have had its first answer until the last request is sent: all of them are busy then.
+    Attributes:
+        rate: answers per second.
+        records: of the requests that ended; times in seconds after the begin of the measurement.
+        busy: share of the slots that had a request; None without /metrics.
+    """
+
+    rate: float
+    records: Sequence[Record]
+    busy: float | None
+
+
+async def closed_loop(target: Target, model: str, clients: int, requests: int) -> Saturation:
+    """What is answered when some clients ask again at once after every answer.
+
+    Measured from when each could have had its first answer until the last request is sent: all of them are busy then.
 
     Args:
         target: the server.
@@ -127,17 +159,22 @@ async def closed_loop(target: Target, model: str, clients: int, requests: int) -
         ServerError: a request failed, or all clients are refused.
     """
     requests = max(requests, _ROUNDS * clients)
-    numbers, finished, refused = iter(range(requests)), 0, 0
-    from_, until = (0, 0.0), (0, 0.0)
+    numbers, records, finished, refused = iter(range(requests)), list[Record](), 0, 0
+    edges: list[tuple[int, float, asyncio.Task[dict[str, float]]]] = []
     begun = time.perf_counter()
 
+    def note_edge() -> None:
+        edges.append((finished, time.perf_counter() - begun, asyncio.create_task(metrics(target))))
+
     async def ask(client: httpx.AsyncClient) -> None:
-        nonlocal finished, refused, from_, until
+        nonlocal finished, refused
         for number in numbers:
-            until = finished, time.perf_counter() - begun
+            if number == requests - 1:
+                note_edge()
             while True:
-                record = Record(0.0)
+                record = Record(time.perf_counter() - begun)
                 await _send(client, target, model, number, record, begun)
+                records.append(record)
                 if record.outcome == "finished":
                     break
                 refused += 1
@@ -146,7 +183,7 @@ async def closed_loop(target: Target, model: str, clients: int, requests: int) -
                 await asyncio.sleep(min(record.wait or _LONGEST_WAIT, _LONGEST_WAIT))
             finished += 1
             if finished == clients:
-                from_ = finished, time.perf_counter() - begun
+                note_edge()
 
     async with target.client() as client:
         tasks = [asyncio.create_task(ask(client)) for _ in range(clients)]
@@ -155,8 +192,10 @@ async def closed_loop(target: Target, model: str, clients: int, requests: int) -
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-    return (until[0] - from_[0]) / (until[1] - from_[1])
+            await asyncio.gather(*tasks, *(reading for _, _, reading in edges), return_exceptions=True)
+    (before, from_, first), (after, until, last) = edges
+    within = [record.after(from_) for record in records if from_ < (record.ended or 0.0) <= until]
+    return Saturation((after - before) / (until - from_), within, busy_share(first.result(), last.result()))
 
 
 async def warm_up(target: Target, model: str, requests: int) -> None:
@@ -180,7 +219,7 @@ async def _send(
                     record.first = time.perf_counter() - begun
         reader.end()
         record.outcome = "finished"
-        record.tokens = reader.tokens or int(reader.statistics.get("tokens") or 0)
+        record.tokens = reader.tokens or 0
     except ServerError as error:
         record.outcome = "refused" if error.status == 429 else "failed"
         record.error, record.wait = str(error), error.retry_after
@@ -229,7 +268,7 @@ async def _get(target: Target, path: str, seconds: float = 60.0) -> httpx.Respon
             async with asyncio.timeout(seconds):
                 return await client.get(path)
         except TimeoutError:
-            raise ServerError(f"{target.server}{path} did not answer in time") from None
+            raise ServerError(f"{shown(target.server)}{path} did not answer in time") from None
         except httpx.HTTPError as error:
             raise ServerError(describe(error, target.server)) from None
 
@@ -262,7 +301,7 @@ class Load:
         memory: bytes that the server occupies; None if unknown.
 
     Attributes:
-        rows: what became of each rate; of one that was interrupted, what it had.
+        rows: what became of the measurement of the capacity and of each rate; of one that was interrupted, what it had.
         capacity: requests per second; None before it was measured.
 
     Raises:
@@ -281,13 +320,17 @@ class Load:
         asyncio.run(warm_up(self.target, self.model, self.slots))
 
     def measure_capacity(self) -> float:
-        """Requests per second that the server can answer.
+        """Requests per second that the server can answer; what became of those that measured it is a row, too.
 
         Raises:
             ServerError: it cannot be measured.
         """
-        clients = self.plan.clients or 2 * self.slots
-        self.capacity = asyncio.run(closed_loop(self.target, self.model, clients, self.plan.requests or _REQUESTS))
+        plan, memory, clients = self.plan, self.memory(), self.plan.clients or 2 * self.slots
+        found = asyncio.run(closed_loop(self.target, self.model, clients, plan.requests or _REQUESTS))
+        more = {"busy": found.busy, "rss_start": memory, "rss_end": self.memory(), "clients": clients}
+        row = summarise(found.records, found.rate, None, plan.deadline, **more)
+        self.rows.append(replace(row, offered=found.rate))
+        self.capacity = found.rate
         return self.capacity
 
     def put(self, rate: float | None = None, multiple: float | None = None) -> Row:
@@ -314,7 +357,9 @@ class Load:
 
 @dataclass(frozen=True)
 class Row:
-    """One rate, and what became of its requests. Seconds count from a request's scheduled arrival.
+    """One rate, or the measurement of the capacity, and what became of its requests.
+
+    Seconds count from a request's scheduled arrival; where clients ask again at once, from when it was sent.
 
     Attributes:
         rate: nominal requests per second.
@@ -340,6 +385,7 @@ class Row:
         rss_start: memory of the server at the start, in bytes; None if it was not started here.
         rss_end: memory at the end.
         errors: most frequent errors with their numbers.
+        clients: that asked again at once, to measure the capacity; None where requests arrived at a rate.
     """
 
     rate: float
@@ -365,6 +411,7 @@ class Row:
     rss_start: int | None = None
     rss_end: int | None = None
     errors: Mapping[str, int] = field(default_factory=dict)
+    clients: int | None = None
 
 
 def summarise(records: Sequence[Record], rate: float, load: float | None, deadline: float | None, **more: Any) -> Row:
@@ -387,13 +434,14 @@ def summarise(records: Sequence[Record], rate: float, load: float | None, deadli
         for name, values in (("first", first), ("whole", whole))
         for quantile, value in zip(_QUANTILES, _percentiles(values), strict=True)
     }
-    errors = Counter(record.error for record in records if record.error is not None)
+    # Refusals differ in the time after which to try again, and would hide the other errors.
+    errors = Counter(_AGAIN.sub("", record.error) for record in records if record.error is not None)
     return Row(
         rate=rate,
         load=load,
         requests=len(records),
         seconds=seconds,
-        offered=len(records) / records[-1].arrival if records else 0.0,
+        offered=_per_second(len(records), max((record.arrival for record in records), default=0.0)),
         achieved=_per_second(len(finished), seconds),
         goodput=_per_second(sum(deadline is None or each <= deadline for each in whole), seconds),
         finished=len(finished),

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from dllm.checks import renamed
-from dllm.decoding.ending import cut, without_beginning
+from dllm.decoding.ending import count_tokens, cut, decode_text, without_beginning
 from dllm.decoding.request import Request
 from dllm.decoding.step import Answer, Event
-from dllm.serving.events import Pieces, TokenLogprob, begun, changed, logprobs
+from dllm.serving.events import Pieces, TextLogprobs, TokenLogprob, begun, changed, logprobs
 
 _SHOWN = 256  # unread steps after which a slow client is no longer told what is provisional
 _PARTIAL = "\ufffd"  # decoded from tokens that hold part of a character
@@ -91,12 +91,14 @@ class News:
 
     Attributes:
         text: that became final.
+        logprobs: of the tokens whose text that completes, and with the answer of all others; None without any.
         steps: what each step changed, of a request with `steps`.
         answer: once it is finished.
         failure: once it failed.
     """
 
     text: str
+    logprobs: TextLogprobs | None
     steps: Sequence[Mapping[str, Any]]
     answer: Answer | None
     failure: Failure | None
@@ -148,6 +150,19 @@ class FinalText:
         self.kept = text.startswith(self.told)
         return self._tell(text)
 
+    def within(self, tokens: NDArray[np.int64], least: int = 0) -> int:
+        """How many tokens have all of their text in what was told.
+
+        Args:
+            tokens: all final ones, from the first.
+            least: how many had it before.
+        """
+        count = int(count_tokens(tokens[None], self._eos)[0])
+        # What was not told is part of a character or of a stop string: few tokens.
+        while count > least and not self.told.startswith(decode_text(self._tokenizer, tokens[:count]) or ""):
+            count -= 1
+        return count
+
     def _tell(self, text: str) -> str:
         if not text.startswith(self.told):
             return ""
@@ -190,6 +205,8 @@ class Ticket:
         ends = () if request.infill and self.job.middle is None else request.eos_token_ids
         self._text = FinalText(self.pieces.tokenizer, request.stops, ends)
         self._lock, self._new, self._steps = Lock(), "", deque[Mapping[str, Any]]()
+        self._told: list[TokenLogprob] = []  # those of the text so far
+        self._sent = 0  # of them
         self._answer: Answer | None = None
         self._failure: Failure | None = None
 
@@ -209,11 +226,16 @@ class Ticket:
         if job.top_logprobs is not None:
             self.logprobs |= logprobs(event, origin, job.top_logprobs)
         answer, text = event.answer, ""
+        told = self._told
         if answer is not None and answer.error is None:
             text = self._text.finish(self.text(answer))
+            told = self._logprobs(self.tokens(answer))
         elif job.text and answer is None:
             settled = int(step.change.settled[entry])
-            text = self._text.grow(job.completion(step.tokens[entry, int(step.padding[entry]) : settled]))
+            tokens = job.completion(step.tokens[entry, int(step.padding[entry]) : settled])
+            text = self._text.grow(tokens)
+            if text and job.top_logprobs is not None:
+                told = self._logprobs(tokens[: self._text.within(tokens, len(told))].tolist())
         if text and self.written is None:
             self.written = now
         if answer is not None:
@@ -222,6 +244,7 @@ class Ticket:
             if self._failure is not None:  # the client gave up
                 return
             self._new += text
+            self._told = told
             self._steps.extend(steps)
             if answer is not None and answer.error is not None:
                 limited = answer.error.startswith("max_forwards=")
@@ -273,10 +296,23 @@ class Ticket:
     def news(self) -> News:
         """What happened since the last call."""
         with self._lock:
-            news = News(self._new, tuple(self._steps), self._answer, self._failure)
-            self._new = ""
+            before, now = self._told[: self._sent], self._told[self._sent :]
+            found = TextLogprobs(now, sum(len(self.pieces[each.token]) for each in before)) if now else None
+            news = News(self._new, found, tuple(self._steps), self._answer, self._failure)
+            self._new, self._sent = "", len(self._told)
             self._steps.clear()
         return news
+
+    def text_logprobs(self, answer: Answer) -> TextLogprobs | None:
+        """The log-probabilities of the tokens of an answer; None where they are not asked for."""
+        return None if self.job.top_logprobs is None else TextLogprobs(self._logprobs(self.tokens(answer)))
+
+    def _logprobs(self, tokens: Sequence[int]) -> list[TokenLogprob]:
+        """Those of the first tokens of the text; none where they are not asked for."""
+        if self.job.top_logprobs is None:
+            return []
+        first = 0 if self.job.middle is None else self.job.middle[0]
+        return [self.logprobs.get(place, TokenLogprob(token, None)) for place, token in enumerate(tokens, start=first)]
 
     def text(self, answer: Answer) -> str:
         """The text of an answer."""

@@ -126,6 +126,14 @@ function show(text, views) {
   turn.scrollIntoView({ block: "start" });
 }
 
+// Said aloud once, with the answers, which those who see them read elsewhere.
+function tell(ends, texts) {
+  part.status.replaceChildren(...ends.flatMap((end, side) => {
+    const answer = Object.assign(document.createElement("span"), { className: "spoken", textContent: texts[side] });
+    return [`${end} `, answer, " "];
+  }));
+}
+
 async function send() {
   const field = fields[mode()];
   const text = field.value;
@@ -140,7 +148,7 @@ async function send() {
     if (mode() === "chat") field.value = "";
     part.status.textContent = "Decoding…";
     const ends = await Promise.all(requests.map((each, side) => receive(views[side], each, controller.signal)));
-    part.status.textContent = ends.map((end, side) => `${titles[side]}: ${end}.`).join(" ");
+    tell(ends.map((end, side) => `${titles[side]}: ${end}.`), views.map((view) => view.text));
   } catch (error) {
     complain(error.message);
   } finally {

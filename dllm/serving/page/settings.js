@@ -85,6 +85,9 @@ export function settingsPanel(letter, served) {
     };
   }
 
+  const heading = element.querySelector("summary");
+  heading.id = `settings-${letter}`;
+  element.setAttribute("aria-labelledby", heading.id);
   element.querySelector(".letter").textContent = letter;
   field("sampler").replaceChildren(
     new Option(`${served.sampler} (the server's own)`, ""),
