@@ -9,7 +9,7 @@ if __name__ == "__main__":
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import numpy as np
 from hydra.core.hydra_config import HydraConfig
@@ -32,7 +32,7 @@ from dllm.tasks.base import Task
 KINDS = get_type_hints(dllm.Options) | {
     "knob": str | None,
     "values": Sequence[float] | None,
-    "gen_length": int | None,
+    "gen_length": int | Literal["auto"] | None,
     "temperature": float | None,
     "seed": int,
     "threads": int | None,
@@ -109,7 +109,7 @@ class _Runs:
         Args:
             sampler: `_target_` and options.
             name: of the sampler.
-            setting: of the knob.
+            setting: of the knob; none for one token per step.
 
         Raises:
             ValueError: the task does not score generated answers one by one.
@@ -117,6 +117,8 @@ class _Runs:
         ours = ("knob", "values", "loss", "delta")
         fields = {key: value for key, value in self._fields.items() if key not in ours} | _UNUSED
         fields |= {"sampler": dict(sampler), "objective": ["accuracy"]}
+        if not setting and fields["gen_length"] == "auto":  # one token per step needs a length: the task's
+            fields["gen_length"] = None
         chosen = {**self._chosen, "sampler": name}
         cache = "" if chosen["cache"] == "none" else f" + {chosen['cache']}"
         self.last, folder = evaluate.run(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -43,7 +43,7 @@ from dllm.tasks.base import Task
 
 _OPTIONS = set(dllm.Options.__dataclass_fields__) - {"seed", "stop"}  # stop strings are the task's
 KINDS = get_type_hints(dllm.Options) | {
-    "gen_length": int | None,
+    "gen_length": int | Literal["auto"] | None,
     "temperature": float | None,
     "seed": int,
     "threads": int | None,

@@ -56,11 +56,13 @@ def some_later(output: Path, chance: random.Random, alive: Callable[[], bool] = 
     time.sleep(chance.random() * 0.3)
 
 
-def kill_process(process: Process, output: Path, chance: random.Random) -> None:
-    """Kill a process with SIGKILL at a random moment of its work."""
+def kill_process(process: Process, output: Path, chance: random.Random) -> bool:
+    """Kill a process with SIGKILL at a random moment of its work; whether it had not ended before."""
     some_later(output, chance, lambda: process.poll() is None)
+    alive = process.poll() is None
     process.kill()
     process.wait()
+    return alive
 
 
 class ActorKiller(threading.Thread):

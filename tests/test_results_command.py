@@ -125,6 +125,8 @@ class TestFinishedRuns:
         assert "- (1) `s2d2` with `dual`: it has \\<no\\> order" in text
         assert "Not run: `vanilla`, `oracle` with `dual`; `tiny/threshold`, `s2d2` with `none`." in text
         assert "| `tiny/threshold` | threshold | not calibrated |" in text
+        again = command("results", "run=false", f"out={tmp_path / 'out'}")
+        assert (again.code, again.err) == (0, "")  # a page without cards is one of this command, too
 
     def test_links_lead_to_names_with_spaces(self, tmp_path: Path) -> None:
         runs = self.write(tmp_path)

@@ -192,13 +192,13 @@ class DLLM(TemplateLM):
         mine = self.runner.setting.options
         prompt = self.tok_encode(context)
         options, stops = harness_options.generation(asked, len(prompt), self._warn)
-        options["gen_length"] = min(options["gen_length"], self.max_length // 2)
+        own = options["gen_length"] = min(options["gen_length"], self.max_length // 2)
         options = {name: value for name, value in options.items() if name not in mine}
         length = (options | dict(mine))["gen_length"]
         room = self.max_length - (1 if length == "auto" else int(length))
         self._note_cut(len(prompt) > room > 0)
         prompt = prompt[-room:] if room > 0 else prompt
-        return Query(self._name(instance), prompt, stops, self._seed + self._next()), options
+        return Query(self._name(instance), prompt, stops, self._seed + self._next(), own), options
 
     def _note_cut(self, was: bool) -> None:
         if was:

@@ -26,12 +26,14 @@ class Query:
         prompt: token ids.
         until: stop strings; tokens after them are neither kept nor counted.
         seed: of this request.
+        length: positions that its task would generate: those of its baselines, where `gen_length` is auto.
     """
 
     id: str
     prompt: Sequence[int]
     until: tuple[str, ...] = ()
     seed: int = 0
+    length: int = 128
 
 
 @dataclass(frozen=True)

@@ -234,6 +234,9 @@ class Runner:
         return [request for request in requests if self.journal.get("record", request.id) is None]
 
     def _baseline(self, name: str, requests: Sequence[Query], options: Mapping[str, Any]) -> None:
+        if options.get("gen_length") == "auto":  # one token per step needs a length
+            room = self.lm.backbone.max_length - max(len(request.prompt) for request in requests)
+            options = {**options, "gen_length": min(room, max(request.length for request in requests))}
         made = self._prepare(requests, Vanilla(), NoCache(), options)
         for record in [record for record, _ in follow(*made, requests, frozenset())]:
             row = Baseline(ids=[record.id], tokens=record.tokens, seconds=record.seconds, nfe=record.nfe)

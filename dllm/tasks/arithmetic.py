@@ -47,7 +47,7 @@ class WordProblems:
         asked = word_problems.problems(self.limit, self.seed)
         problems = {f"{self.name}/{place}": problem for place, problem in enumerate(asked)}
         requests = [
-            Query(name, tokenizer(problem.question).input_ids, seed=seed + place)
+            Query(name, tokenizer(problem.question).input_ids, seed=seed + place, length=self.gen_length)
             for place, (name, problem) in enumerate(problems.items())
         ]
         records = {record.id: record for record in runner.answer(requests)}
