@@ -29,6 +29,6 @@ def is_bright(colour: tuple[int, int, int]) -> bool:
     return sum(weight * part for weight, part in zip((0.299, 0.587, 0.114), colour, strict=True)) > 140
 
 
-def on(colour: tuple[int, int, int]) -> str:
+def css(colour: tuple[int, int, int]) -> str:
     """The CSS of a colour with legible text on it."""
     return f"background:#{bytes(colour).hex()};color:{'#000' if is_bright(colour) else '#fff'}"

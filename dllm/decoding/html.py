@@ -16,7 +16,7 @@ from jaxtyping import Int
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from dllm.decoding.colours import RAMPS, on, shade
+from dllm.decoding.colours import RAMPS, css, shade
 from dllm.escape import terminal
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def _answer(result: Generation, row: int) -> str:
             given = vocabulary is None or token != vocabulary.mask_token_id
             cells.append((_word(vocabulary, token), SOFT if given else OPEN, ""))
         else:
-            style = on(shade("commit_step", step / max(1, nfe - 1)))
+            style = css(shade("commit_step", step / max(1, nfe - 1)))
             cells.append((_word(vocabulary, token), style, f"forward {step + 1} of {nfe}"))
     if len(tokens) > MOST_TOKENS:
         cells.append((f" … and {counted(len(tokens) - MOST_TOKENS, 'more token')}", SOFT, ""))

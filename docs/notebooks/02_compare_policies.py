@@ -82,8 +82,8 @@ table.style.format("{:.1%}").format("{:.2f}", subset=["NFE", "TPF"])
 
 # %% [markdown]
 # Agreement asks for the same text, and is stricter than accuracy: these problems have several correct answers. The
-# chart has accuracy against NFE; up and to the left is better, and what lies within the other's interval is not told
-# apart by this many prompts.
+# chart has accuracy against NFE; up and to the left is better, and this many prompts do not distinguish what lies
+# within the other's interval.
 
 # %%
 figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")

@@ -53,7 +53,7 @@ print(f"{len(records.prompt)} records; {final.float().mean():.0%} of the predict
 
 # %% [markdown]
 # What is not final has a low confidence, but so has much that is final. A filter sees the neighbours, too, and can
-# tell some of these apart.
+# distinguish some of these.
 
 # %%
 figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
@@ -104,7 +104,7 @@ table = pd.DataFrame(
 table.style.format("{:.1%}").format("{:.2f}", subset=["NFE", "TPF"])
 
 # %% [markdown]
-# `low` and `high` are the 95% interval of the accuracy: 32 problems tell little apart. The bundled filter was trained
+# `low` and `high` are the 95% interval of the accuracy: 32 problems distinguish little. The bundled filter was trained
 # in the same way, on more prompts.
 
 # %%

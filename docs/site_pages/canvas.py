@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import dllm
-from dllm.decoding.colours import UNKNOWN, on, shade
+from dllm.decoding.colours import UNKNOWN, css, shade
 from dllm.decoding.step import Step
 from dllm.resolve import build, options_of, variants
 from dllm.samplers.base import Sampler
@@ -141,7 +141,7 @@ def tokens_html(made: Decode) -> str:
         title = f"step {step + 1}" if step >= 0 else "not committed"
         label = escape(word).replace(" ", "&nbsp;")
         number = step + 1 if step >= 0 else "·"
-        cells.append(f'<span class="token" style="{on(colour)}" title="{title}">{label}<small>{number}</small></span>')
+        cells.append(f'<span class="token" style="{css(colour)}" title="{title}">{label}<small>{number}</small></span>')
         if word == "∎":
             break
     return f'<div class="canvas">{"".join(cells)}</div>'
