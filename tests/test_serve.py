@@ -726,10 +726,19 @@ def test_formats_that_cannot_be_followed_are_refused(writer: Running, wanted: An
     assert error["param"].startswith("response_format")
 
 
-def test_a_format_that_would_take_the_server_down_is_refused(writer: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"type": "regex", "regex": "(a|b)*a(a|b){30}"},
+        {"type": "grammar", "grammar": "start: " + ' ("a"|"b")' * 24},
+    ],
+)
+def test_a_format_that_would_take_the_server_down_is_refused(
+    given: dict[str, Any], writer: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("dllm.structure.probe.SECONDS", 1)
-    error = writer.refused(response_format={"type": "regex", "regex": "(a|b)*a(a|b){30}"})
-    assert error["message"].startswith("response_format of type regex takes too long or too much memory")
+    error = writer.refused(response_format=given)
+    assert error["message"].startswith(f"response_format of type {given['type']} takes too long or too much memory")
 
 
 def test_a_stop_string_across_a_special_token_is_not_streamed_in_part() -> None:

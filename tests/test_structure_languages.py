@@ -374,3 +374,28 @@ def test_sizes_are_bounded_before_and_after_compiling(monkeypatch: pytest.Monkey
     monkeypatch.setattr(language, "_MOST_STATES", 50)
     with pytest.raises(ValueError, match="regex has 103 states, and 50 are the most"):
         compile_regex("a{0,100}", "regex")
+
+
+def test_expressions_of_strangers_are_not_tried_on_the_values_of_an_enum() -> None:
+    for schema in (
+        {"enum": ["a" * 60 + "!"], "pattern": "^(a+)+$"},
+        {"const": {"b": "a" * 60 + "!"}, "properties": {"b": {"pattern": "^(a+)+$"}}},
+    ):
+        with pytest.raises(ValueError, match="json_schema has 'pattern' beside enum or const, which is not supported"):
+            read_format({"type": "json_schema", "schema": schema})
+
+
+def test_schemas_that_refer_to_each_other_are_translated_in_bounded_time() -> None:
+    inner = {f"k{name}": {"$ref": f"#/$defs/{name}"} for name in "abcd"}
+    definitions = {name: {"anyOf": [{"type": "integer"}, {"properties": inner}]} for name in "abcd"}
+    with pytest.raises(ValueError, match="json_schema is too large once its references are followed"):
+        read_format({"type": "json_schema", "schema": {"$defs": definitions, "$ref": "#/$defs/a"}})
+    endless = {name: {"properties": inner, "required": list(inner)} for name in "abcd"}
+    with pytest.raises(ValueError, match=r"too large|no value that ends"):
+        read_format({"type": "json_schema", "schema": {"$defs": endless, "$ref": "#/$defs/a"}})
+
+
+def test_counts_within_counts_are_multiplied_before_anything_is_compiled() -> None:
+    with pytest.raises(ValueError, match="repeats parts 1001000 times in all"):
+        compile_regex("(?:[0-9]{1,1000}){1,1000}", "it")
+    assert compile_regex(r"(?:[(]{2}\x{61}{2}){3}", "it").accepts(b"((aa" * 3)

@@ -18,7 +18,7 @@ from dllm.structure.language import check_closed, escaped, extra
 
 # Lark's own terminal for strings looks behind, which automata do not.
 _ESCAPED_STRING = {r'".*?(?<!\\)(\\\\)*?"': r'"(?:[^"\\\n]|\\[^\n])*"'}
-_LONGEST = 2_000_000
+_LONGEST, _MOST_RULES = 2_000_000, 50_000  # characters of an expression; rules, each within others
 
 
 def grammar_regex(text: str, depth: int) -> str:
@@ -84,11 +84,14 @@ class _Expansion:
             return None
         key = name, *sorted(within.items())
         if key not in self.known:
-            found = self._expanded(name, {**within, name: within.get(name, 0) + 1})
-            if found is not None and len(found) > _LONGEST:
-                raise ValueError(f"grammar is too large with depth={self.depth}; use a smaller depth")
-            self.known[key] = found
+            self.known[key] = self._expanded(name, {**within, name: within.get(name, 0) + 1})
+            self._check(len(self.known[key] or ""))
         return self.known[key]
+
+    def _check(self, length: int) -> None:
+        """Reject (ValueError) a text that is too long, or too many of them."""
+        if length > _LONGEST or len(self.known) > _MOST_RULES:
+            raise ValueError(f"grammar is too large with depth={self.depth}; use a smaller depth")
 
     def _expanded(self, name: str, within: Mapping[str, int]) -> str | None:
         productions = [each for each in self.productions[name] if [symbol.name for symbol in each] != [name]]
@@ -123,4 +126,5 @@ class _Expansion:
                 if found is None:
                     return None
                 text += found
+            self._check(len(text))
         return text

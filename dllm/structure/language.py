@@ -20,9 +20,11 @@ from dllm.checks import first_line
 
 # States of an automaton over bytes before it is minimized, and the positions that counted repetitions may stand for
 # before it is compiled: they bound the memory.
-_MOST_STATES, _MOST_REPEATED = 100_000, 5_000
+_MOST_STATES, _MOST_REPEATED, _MOST_NESTED = 100_000, 5_000, 100_000
 _LONGEST = 2_000_000  # characters of an expression
 _BYTES = 256
+# Escapes, classes, groups, counts of repetitions, and other letters.
+_COUNTED = re.compile(r"\\(?:[xuUpP]\{[^}]*\}|.)|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(\d+)(?:,(\d*))?\}|.", re.DOTALL)
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,14 +202,30 @@ def escaped(text: str) -> str:
 
 def _check_size(regex: str, name: str) -> None:
     """Reject (ValueError) an expression whose automaton could be too large to be compiled at all."""
-    counts = re.findall(r"(?<!\\x)(?<!\\u)\{(\d+)(?:,(\d*))?\}", regex)
-    total = sum(max(int(low), int(high or 0)) for low, high in counts)
-    if total > _MOST_REPEATED:
-        raise ValueError(
-            f"{name} repeats parts {total} times in all, and {_MOST_REPEATED} is the most; use smaller bounds"
-        )
+    flat, nested = _repeated(regex)
+    for total, most in ((flat, _MOST_REPEATED), (nested, _MOST_NESTED)):
+        if total > most:
+            raise ValueError(f"{name} repeats parts {total} times in all, and {most} is the most; use smaller bounds")
     if len(regex) > _LONGEST:
         raise ValueError(f"{name} is too large; use a smaller one, or a smaller depth")
+
+
+def _repeated(regex: str) -> tuple[int, int]:
+    """The sum of all counts of repetitions, and that of each times those of the groups that it is in."""
+    flat, groups, closed = 0, [0], 0
+    for part in _COUNTED.finditer(regex):
+        if part[0] == "(":
+            groups.append(0)
+        elif part[0] == ")" and len(groups) > 1:
+            closed = groups.pop()
+            groups[-1] += closed
+            continue
+        elif part[1] is not None:
+            times = max(int(part[1]), int(part[2] or 0))
+            flat += times
+            groups[-1] += times + closed * max(0, times - 1)
+        closed = 0
+    return flat, sum(groups)
 
 
 def _why(message: str) -> str:

@@ -49,6 +49,7 @@ _OF_TYPE = {
 }
 _TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 _COMBINED = ("$ref", "anyOf", "oneOf", "allOf")
+_LONGEST, _MOST_PARTS = 2_000_000, 50_000  # characters of an expression; parts, each counted as often as it is reached
 
 
 @dataclass(frozen=True)
@@ -131,13 +132,22 @@ class _Translator:
     Attributes:
         root: the whole schema, to which references point.
         within: how often each reference is being followed.
+        parts_made: how many parts were translated so far.
     """
 
     root: Any
     within: dict[str, int] = field(default_factory=dict)
+    parts_made: int = 0
 
     def value(self, schema: Any, at: str, depth: int) -> str | None:
         """The expression of a schema; None where it has no value."""
+        self.parts_made += 1
+        found = self._value(schema, at, depth)
+        if self.parts_made > _MOST_PARTS or (found is not None and len(found) > _LONGEST):
+            raise ValueError("json_schema is too large once its references are followed; use a smaller depth")
+        return found
+
+    def _value(self, schema: Any, at: str, depth: int) -> str | None:
         if schema is False:
             return None
         if schema is True:
@@ -202,6 +212,9 @@ class _Translator:
         for name in ("not", "if", *_COMBINED):
             if name in schema:
                 raise _unsupported(name, at, "beside enum or const")
+        for name in ("pattern", "patternProperties"):  # Python's expressions may take any time
+            if _holds(schema, name):
+                raise _unsupported(name, at, "beside enum or const", "leave out the values that it forbids")
         values = schema["enum"] if "enum" in schema else [schema["const"]]
         check = library.Draft202012Validator(schema)
         try:
@@ -439,6 +452,13 @@ def _plain_classes(pattern: str) -> str:
             found.append(pair[0])
             at += 1
     return "".join(found)
+
+
+def _holds(value: Any, name: str) -> bool:
+    """Whether a schema, or one within it, has a keyword."""
+    if isinstance(value, Mapping):
+        return name in value or any(_holds(each, name) for word, each in value.items() if word not in ("enum", "const"))
+    return isinstance(value, list) and any(_holds(each, name) for each in value)
 
 
 def _apart(schemas: list[Any]) -> bool:
