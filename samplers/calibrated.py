@@ -1,10 +1,11 @@
 """A policy with the setting that `dllm calibrate` certified, for the model it was certified for.
 
-The guarantee is for the cache and the lengths that the card was made with; under others a notice says so.
+The guarantee is for the cache, the lengths and the sampling that the card was made with; under others a notice says so.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from collections.abc import Iterable
@@ -146,7 +147,21 @@ class Calibrated:
         # A block that is longer than what is generated is all of it.
         if len({min(each or request.span, request.span) for each in (block, request.blocks)}) > 1:
             found["block_length"] = block, request.blocks
+        found |= self._sampling(setup, request)
         return {name: pair for name, pair in found.items() if pair[0] != pair[1]}
+
+    def _sampling(self, setup: Setup, request: Request) -> dict[str, tuple[Any, Any]]:
+        """How tokens are chosen: on the card, where null is the default, and here."""
+        options, used = self.card.options, request.sampling
+        found: dict[str, tuple[Any, Any]] = {
+            "temperature": (options.get("temperature") or 0.0, used.temperature),
+            "eos_suppression": (options.get("eos_suppression"), used.eos_suppression),
+            "cfg_scale": (options.get("cfg_scale") or 0.0, setup.cfg_scale),
+            "response_format": (options.get("response_format") and "given", request.constraint and "given"),
+        }
+        if used.temperature > 0:
+            found |= {name: (options.get(name), getattr(used, name)) for name in ("top_p", "top_k")}
+        return found
 
 
 def _written(cache: Any) -> dict[str, Any]:
@@ -159,7 +174,7 @@ def _written(cache: Any) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    return {None: "null", True: "true", False: "false"}.get(value, str(value))
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _turned(policy: Any, knob: str, value: Any) -> Any:

@@ -21,6 +21,7 @@ import dllm
 from dllm.calibration import Calibration
 from dllm.checks import naming, number, seed, threads
 from dllm.escape import terminal
+from dllm.evaluation.records import sample_of
 from dllm.evaluation.risk import Test, fixed_sequence, losses_of
 from dllm.evaluation.run_folder import sessions
 from dllm.resolve import CALIBRATION, TARGET, build, option_names, options_of, with_option
@@ -67,10 +68,12 @@ def certify(cfg: DictConfig, chosen: Mapping[str, Any]) -> None:
     out = Path(fields["out"])
     card_file, plot_file = out / "calibration.json", out / "calibration.svg"
     own.check("out", fields["out"], {card_file: own.CALIBRATION, plot_file: own.CERTIFICATE})
-    _check_card(fields, knob, card_file)
+    before = _check_card(fields, knob, card_file)
     runs = _Runs(cfg, fields, chosen)
     with evaluate.limited_threads(fields["threads"]):
         base = runs.scores({**options_of("sampler", "vanilla"), CALIBRATION: None}, "vanilla")
+        if before is not None:
+            _refuse_others(fields["out"], card_file, {"model": before.weights, "task": before.task}, runs.subject)
         tests: list[dict[str, Any]] = []
         named = str(chosen["sampler"])
 
@@ -134,7 +137,7 @@ class _Runs:
             if score is None:
                 raise ValueError(f"task={task!r} leaves answers without a score; use a task that grades each problem")
             # Several answers to a problem are one draw, with one score.
-            problem = str(sample).partition("#")[0]
+            problem = sample_of(str(sample))
             if found.setdefault(problem, float(score)) != float(score):
                 raise ValueError(f"task={task!r} scores several answers to a problem apart; use one answer to each")
         if not all(0 <= score <= 1 for score in found.values()):
@@ -144,6 +147,11 @@ class _Runs:
             if not self._weights or "weights" not in self._weights[0]:
                 raise ValueError(f"{folder}/manifest.json is damaged; remove {folder} to run that setting again")
         return found
+
+    @property
+    def subject(self) -> dict[str, str]:
+        """The weights of the model, and the name of the task."""
+        return {"model": str(self._weights[0]["weights"]), "task": str(self.first["task"])}
 
     def card(self, knob: str, tests: Sequence[Mapping[str, Any]]) -> Calibration:
         """The card of the fastest certified value."""
@@ -155,7 +163,7 @@ class _Runs:
         best = min(certified, key=lambda test: test["nfe"], default=None)
         return Calibration(
             model=self.first["model"],
-            weights=str(self._weights[0]["weights"]),
+            weights=self.subject["model"],
             sampler={name: value for name, value in fields["sampler"].items() if name != CALIBRATION},
             knob=knob,
             value=None if best is None else best["value"],
@@ -163,7 +171,7 @@ class _Runs:
             options={
                 name: used.get(name, asked[name]) for name in sorted(dllm.Options.__dataclass_fields__) if name in asked
             },
-            task=self.first["task"],
+            task=self.subject["task"],
             data=self.first["asked"],
             n=self.first["metrics"]["n"],
             loss=fields["loss"],
@@ -216,10 +224,14 @@ def _refused(sampler: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _check_card(fields: Mapping[str, Any], knob: str, file: Path) -> None:
-    """Reject a card of another policy, knob, cache or loss in the same place; others rely on it."""
+def _check_card(fields: Mapping[str, Any], knob: str, file: Path) -> Calibration | None:
+    """Reject a card of another policy, knob, cache or loss in the same place; others rely on it.
+
+    Returns:
+        The card that is there, whose model and task are not compared yet.
+    """
     if not file.is_file() or file.stat().st_size == 0:
-        return
+        return None
     with naming({"calibration": "out"}):
         card = Calibration.read(file)
     own = {name: value for name, value in fields["sampler"].items() if name != CALIBRATION}
@@ -227,11 +239,16 @@ def _check_card(fields: Mapping[str, Any], knob: str, file: Path) -> None:
     own, theirs = (with_option("sampler", options, knob, None) for options in (own, card.sampler))
     pairs = {"knob": (knob, card.knob), "sampler": (own, theirs), "cache": (dict(fields["cache"]), card.cache)}
     pairs |= {name: (fields[name], getattr(card, name)) for name in ("loss", "delta")}
-    for name, (asked, made) in pairs.items():
-        if asked != made:
-            raise ValueError(
-                f"out={fields['out']!r} holds a card of another {name} ({made}); give another out, or remove {file}"
-            )
+    made, asked = ({name: pair[which] for name, pair in pairs.items()} for which in (1, 0))
+    _refuse_others(fields["out"], file, made, asked)
+    return card
+
+
+def _refuse_others(out: str, file: Path, made: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    for name, value in made.items():
+        if asked[name] != value:
+            problem = f"out={out!r} holds a card of another {name} ({value})"
+            raise ValueError(f"{problem}; give another out, or remove {file}")
 
 
 def _paired(base: Mapping[str, float], other: Mapping[str, float]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

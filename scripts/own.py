@@ -200,8 +200,9 @@ REPORT = {
 
 RESULTS = _text(
     "page of dllm results",
-    r"# Results\n\nMade by `dllm results [^\n]*\n(?:\n|(?:A cell: |\*certified\*: |AUP is |Speeds, of |## |### W|\|"
-    r"|\d[^\n]* problems \(|Refused:|- \(\d|Not run: |Nothing: |With probability |Runs: `|- \d+ runs?, )[^\n]*\n)*\Z",
+    r"# Results\n\nMade by `+ ?dllm results [^\n]*\n(?:\n|(?:A cell: |\*certified\*: |AUP is |Speeds, of |## |### W|\|"
+    r"|\d[^\n]* problems \(|Refused:|- \(\d|Not run: |Nothing: there is no card of |With probability |Runs: `+"
+    r"|- \d+ runs?, )[^\n]*\n)*\Z",
 )
 MATRIX_DATA = _text("file of dllm results", r'\{"format": "dllm-matrix"')
 

@@ -20,7 +20,7 @@ from dllm.calibration import Calibration
 from dllm.checks import Notice, number, seed, threads
 from dllm.escape import terminal
 from dllm.evaluation.run_folder import RunFolder
-from dllm.files import BUNDLED
+from dllm.files import BUNDLED, read_json
 from dllm.reports import matrix, matrix_page
 from dllm.reports.matrix import Setting
 from dllm.reports.matrix_page import CARDS, card_name
@@ -95,15 +95,18 @@ def _collect(fields: Mapping[str, Any], samplers: Sequence[str], caches: Sequenc
     data = out / matrix.NAME
     own.check("out", fields["out"], {data: own.MATRIX_DATA})
     if fields["run"]:
-        app.load_model(fields["model"])  # one that cannot be loaded is refused here, rather than once for each run
+        lm = app.load_model(fields["model"])  # refused here, rather than once for each run
+        if data.is_file():
+            _check_same(fields["out"], data, weights=lm.backbone.fingerprint())
         for sampler in samplers:
             _certify(fields, sampler, cards)
     chosen = {sampler: _options(sampler, cards) for sampler in samplers}
     found = _run(fields, chosen, caches, runs) if fields["run"] else matrix.found_in(runs)
-    settings = {name: _setting(name, options) for name, options in chosen.items()}
+    settings = {name: _setting(name, _as_run(name, options, found)) for name, options in chosen.items()}
     made = matrix.collect(found, settings, caches, _command(fields))
     if made.header.model != out.name:
         raise ValueError(f"runs={str(runs)!r} has runs of {made.header.model}; use model={made.header.model}")
+    _check_same(fields["out"], data, weights=made.header.weights, task=made.header.task)
     for sampler in samplers:
         card, copy = (place / card_name(sampler) / "calibration.json" for place in (cards, out / CARDS))
         if card.is_file() and sampler != _BOUND and not (copy.is_file() and card.samefile(copy)):
@@ -177,6 +180,30 @@ def _knob(sampler: str, options: Mapping[str, Any]) -> Knob | None:
     if sampler in (_BASE, _BOUND):
         return None
     return getattr(build("sampler", {**options, CALIBRATION: None}, Sampler), "knob", None)
+
+
+def _as_run(sampler: str, options: Mapping[str, Any], found: Mapping[tuple[str, str], Path | str]) -> Mapping[str, Any]:
+    """The options of the runs of a sampler: its card may have been made after them."""
+    folders = (folder for (name, _), folder in found.items() if name == sampler and isinstance(folder, Path))
+    runs = [read_json(folder / "results.json").get("sampler") for folder in folders]
+    own = next((each for each in runs if isinstance(each, dict) and each.get(CALIBRATION) is None), None)
+    if own is None or options.get(CALIBRATION) is None:
+        return options
+    return {name: own.get(name, value) for name, value in options.items()} | {CALIBRATION: None}
+
+
+def _check_same(out: str, data: Path, **made: str) -> None:
+    """Reject data of another model, or another task, in the same place."""
+    try:
+        before = matrix.Matrix.read(data).header
+    except ValueError:  # missing, or damaged, which is made again
+        return
+    for name, value in made.items():
+        if (other := getattr(before, name)) != value:
+            raise ValueError(
+                f"out={out!r}: {data} has the results of {before.model} with another value of {name} ({other}); give "
+                "another out, or remove it and the cards beside it"
+            )
 
 
 def _setting(sampler: str, options: Mapping[str, Any]) -> Setting:

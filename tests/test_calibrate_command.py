@@ -183,6 +183,14 @@ def test_a_card_of_another_setting_is_kept(made: tuple[Path, Outcome], card: Pat
     assert card.read_bytes() == before
 
 
+def test_a_card_of_another_model_is_kept(made: tuple[Path, Outcome], card: Path) -> None:
+    before = card.read_bytes()
+    refused = run(made[0], "model=tiny-dream", "task.limit=2", "gen_length=8")
+    assert refused.code == 2
+    assert "holds a card of another model (" in refused.err.splitlines()[-1]
+    assert card.read_bytes() == before
+
+
 @pytest.mark.parametrize("change", [{"knob": "nothing"}, {"value": -3}, {"sampler": {}}])
 def test_damaged_cards_are_named(change: dict[str, Any], card: Path, tmp_path: Path) -> None:
     file = tmp_path / "card.json"

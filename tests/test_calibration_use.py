@@ -124,6 +124,11 @@ class TestOtherSettings:
             ("dual", {"gen_length": 16}, ("gen_length=12", "gen_length=16")),
             ("dual", {"block_length": None}, ("block_length=4", "block_length=null")),
             ("dual", {"block_length": "auto"}, ("block_length=4", "block_length=32")),
+            ("dual", {"temperature": 0.7}, ("temperature=0.0", "temperature=0.7")),
+            ("dual", {"temperature": 1, "top_k": 5}, ("temperature=0.0, top_k=null", "temperature=1, top_k=5")),
+            ("dual", {"top_k": 5, "top_p": 0.5}, None),
+            ("none", {"cfg_scale": 1.5}, ("cache=dual, cfg_scale=0.0", "cache=none, cfg_scale=1.5")),
+            ("dual", {"eos_suppression": "both"}, ("eos_suppression=null", "eos_suppression=both")),
             (
                 "prefix", {"gen_length": 8, "block_length": 5},
                 ("cache=dual, gen_length=12, block_length=4", "cache=prefix, gen_length=8, block_length=5"),

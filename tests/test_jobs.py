@@ -394,6 +394,13 @@ class TestFolder:
         refused(run(), "output='out' holds notes.txt, which is no shard of a job; give another output")
         assert names() == ["notes.txt"]
 
+    def test_a_refused_folder_keeps_what_another_process_is_writing(self) -> None:
+        lines("q.jsonl", ROWS)
+        lines("out/.dllm-0123456789abcdef", [])
+        lines("out/results.json", [])
+        refused(run(), "holds results.json, which is no shard of a job")
+        assert names() == [".dllm-0123456789abcdef", "results.json"]
+
     def test_shards_of_another_job_are_refused(self) -> None:
         lines("q.jsonl", ROWS[:8])
         run()
@@ -499,6 +506,10 @@ class TestInput:
         lines("many/a.jsonl", ROWS[:2])
         lines("many/b.csv", ["x"])
         assert run(source="many").err == "input='many': not read, since neither .jsonl nor .parquet: b.csv\n"
+
+    def test_a_column_that_is_there_twice_is_refused(self) -> None:
+        parquet.write_table(pa.table([["a"], ["b"]], names=["prompt", "prompt"]), "q.parquet")
+        refused(run(source="q.parquet"), "has several columns prompt; keep one of them")
 
     def test_bad_input_is_one_line(self) -> None:
         lines("good.jsonl", ROWS[:2])

@@ -15,8 +15,10 @@ from dllm.decoding.options import parse_options
 from dllm.evaluation.journal import Journal
 from dllm.evaluation.metrics import cost
 from dllm.evaluation.records import Query, cut, follow
+from dllm.evaluation.run_folder import samples
 from dllm.evaluation.runner import Runner, Setting
 from dllm.tasks import word_problems
+from dllm.tasks.base import Graded
 from models import random_llada
 from toys import Spying
 
@@ -218,3 +220,15 @@ def _spying(add: Any, log: list[str]) -> Any:
         add(kind, name, value)
 
     return noting
+
+
+def test_answers_belong_to_their_sample_whatever_the_task_is_called() -> None:
+    ids = ["c#/0", "a#1/12", "plain"]
+    setting = Setting(random_llada(), dllm.samplers.Threshold(0.5), NoCache(), {"gen_length": 4})
+    runner = Runner(setting, Journal(None))
+    runner.answer([Query(f"{name}{number}", [5, 6]) for name in ids[:2] for number in ("#0", "#0.1")])
+    runner.answer([Query("plain", [7])])
+    graded = Graded({"right": dict.fromkeys(ids, 1.0)}, "right", {name: {"question": name} for name in ids}, {})
+    rows = samples(runner.records(), graded)
+    assert [row["question"] for row in rows] == ["c#/0", "c#/0", "a#1/12", "a#1/12", "plain"]
+    assert all(row["right"] == 1.0 for row in rows)

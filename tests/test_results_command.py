@@ -11,8 +11,11 @@ import pytest
 
 from commands import Outcome, command
 from dllm.calibration import Calibration
+from dllm.files import BUNDLED
+from dllm.reports import matrix_page
 from dllm.reports.frontier import aup
 from dllm.reports.matrix import Cell, Matrix
+from dllm.scripts import own
 from report_rig import write_error, write_run
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -165,6 +168,51 @@ class TestFinishedRuns:
             assert f"{file} cannot be read (" in result.err
 
 
+@pytest.mark.parametrize("text", ["dllm results 'x=a\n<b>\nc'", "dllm results 'model=`a` ``b`'"])
+def test_a_command_is_one_line_of_code_whatever_is_in_it(text: str, tmp_path: Path) -> None:
+    if not (DOCS / "results").is_dir():
+        pytest.skip("an installed copy without docs")
+    shutil.copytree(DOCS / "results" / "tiny-dream", tmp_path / "results" / "m")
+    file = tmp_path / "results" / "m" / "runs.jsonl"
+    head, _, rest = file.read_text().partition("\n")
+    file.write_text(json.dumps(json.loads(head) | {"command": text}) + "\n" + rest)
+    page = tmp_path / "results.md"
+    page.write_text(matrix_page.page(tmp_path / "results", text, False, False))
+    assert "\n<b>" not in page.read_text()
+    own.check("out", "x", {page: own.RESULTS})
+
+
+class TestOtherData:
+    OPTIONS = ("samplers=[vanilla,threshold]", "caches=[none]", "task.limit=2", "gen_length=8", "model.device=cpu")
+
+    def test_of_a_model_of_the_same_name_are_kept(self, tmp_path: Path) -> None:
+        out = f"out={tmp_path / 'all'}"
+        for name in ("tiny-llada", "tiny-dream"):
+            shutil.copytree(BUNDLED / name, tmp_path / name / "final")
+        first, other = (f"model={tmp_path / name / 'final'}" for name in ("tiny-llada", "tiny-dream"))
+        assert command("results", first, out, "calibrate=false", *self.OPTIONS).code == 0
+        data = tmp_path / "all" / "final" / "runs.jsonl"
+        before = data.read_bytes()
+        refused = command("results", other, out, "calibrate=false", *self.OPTIONS)
+        assert (refused.code, refused.err.count("\n")) == (2, 1)
+        assert f"{data} has the results of final with another value of weights" in refused.err
+        assert data.read_bytes() == before
+
+        # A card that is made after runs certifies nothing about them.
+        card = tmp_path / "all" / "final" / "calibration" / "threshold"
+        made = command(
+            "calibrate", first, "values=[0.5]", "task.limit=12", "loss=0.9", "gen_length=8", f"out={card}"
+        )  # fmt: skip
+        assert made.code == 0, made.err
+        again = command(
+            "results", first, out, "run=false", f"runs={tmp_path / 'all' / 'final' / 'runs'}", *self.OPTIONS
+        )
+        assert again.code == 0, again.err
+        text = (tmp_path / "all.md").read_text()
+        assert "threshold=0.9, default" in text
+        assert "certified |" not in text
+
+
 def test_aup_is_over_the_caches_of_a_policy_and_over_the_policies_of_a_cache() -> None:
     def cell(sampler: str, cache: str, quality: float, tpf: float) -> Cell:
         return Cell(sampler, cache, "committing", 100, quality, None, 10.0, None, tpf, 1.0, "", 0)
@@ -186,5 +234,6 @@ def test_the_committed_page_is_made_from_the_committed_data(tmp_path: Path, monk
     result = command("results", "out=docs/results", "run=false")
     assert result.code == 0, result.err
     assert (tmp_path / "docs" / "results.md").read_bytes() == (DOCS / "results.md").read_bytes()
+    assert command("results", "out=docs/results", "run=false").code == 0  # it knows its own page, without cards, too
     sizes = [file.stat().st_size for file in (DOCS / "results").rglob("*") if file.is_file()]
     assert sum(sizes) < 1_500_000

@@ -122,6 +122,7 @@ class Engine:
             query_heads=backbone.query_heads,
             all_heads=backbone.all_heads,
             cache=self.cache,
+            cfg_scale=cfg_scale,
         )
         self.max_length = setup.length if max_length is not None else self._memory.fitting_length(self.cache, setup)
         self._setup = replace(setup, length=self.max_length)

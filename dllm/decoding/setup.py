@@ -59,6 +59,7 @@ class Setup:
         query_heads: attention heads of the backbone in this process; None for as many as key-value heads.
         all_heads: joins what every process has of its heads, along a dimension; there, all take the same decisions.
         cache: the engine's cache, for samplers that were measured with one; None if unknown.
+        cfg_scale: of the engine's classifier-free guidance, likewise.
     """
 
     slots: int
@@ -78,3 +79,4 @@ class Setup:
     query_heads: int | None = None
     all_heads: Callable[[Tensor, int], Tensor] = undivided
     cache: Any = None
+    cfg_scale: float = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,11 @@ from dllm.decoding.engine import Engine
 from dllm.decoding.result import Clock
 from dllm.decoding.step import Answer, Step
 from dllm.evaluation.trace import Frames
+
+
+def sample_of(name: str) -> str:
+    """The sample that an answer is to: its id without the number of the answer (`TASK/3#0`, `TASK/3#0.1`)."""
+    return re.sub(r"#\d+(?:\.\d+)?$", "", name)
 
 
 @dataclass(frozen=True)

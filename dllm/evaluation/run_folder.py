@@ -22,7 +22,7 @@ from pyarrow import parquet
 
 from dllm.decoding.result import padded
 from dllm.evaluation.metrics import COSTS, cost, quality, speedup
-from dllm.evaluation.records import Record
+from dllm.evaluation.records import Record, sample_of
 from dllm.evaluation.runner import BASELINES, Runner
 from dllm.evaluation.trace import Trace, words_of
 from dllm.files import check_kept, read_json, write_json, write_whole
@@ -246,7 +246,7 @@ def samples(records: Sequence[Record], graded: Graded) -> list[dict[str, Any]]:
     rows = []
     answered = set()
     for record in records:
-        sample = record.id.partition("#")[0]
+        sample = sample_of(record.id)
         answered.add(sample)
         rows.append(
             {

@@ -219,11 +219,13 @@ class JobFolder:
 
     def _read(self) -> None:
         """Read the manifest, and remove what was not finished when the job was killed."""
-        for path in self.path.iterdir():
+        there = sorted(self.path.iterdir())
+        for path in there:
+            if not path.name.startswith(".") and path.name != MANIFEST and not _SHARD.fullmatch(path.name):
+                raise ValueError(f"{self.called} holds {path.name}, which is no shard of a job; give another output")
+        for path in there:  # of this job, since nothing of others is here
             if _UNFINISHED.fullmatch(path.name) and path.is_file():
                 path.unlink(missing_ok=True)
-            elif not path.name.startswith(".") and path.name != MANIFEST and not _SHARD.fullmatch(path.name):
-                raise ValueError(f"{self.called} holds {path.name}, which is no shard of a job; give another output")
         shards, file = self._shards(), self.path / MANIFEST
         if not shards:
             return  # nothing is lost by beginning again

@@ -182,6 +182,8 @@ class Input:
                 self._check_columns(part, list(keys))
 
     def _check_columns(self, part: Part, names: Sequence[str]) -> None:
+        if twice := next((name for name in (*self._prompts, "id") if names.count(name) > 1), None):
+            raise ValueError(f"{part.place} has several columns {twice}; keep one of them")
         if not any(name in names for name in self._prompts):
             wanted = " or ".join(self._prompts)
             raise ValueError(

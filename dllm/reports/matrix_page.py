@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from dllm.calibration import Calibration
-from dllm.escape import markdown, markdown_table
+from dllm.escape import markdown, markdown_table, terminal
 from dllm.reports.matrix import Cell, Header, Matrix, Setting
 from dllm.resolve import TARGET, names, options_of
 
@@ -48,7 +48,7 @@ def page(folder: Path, command: str, speed: bool, performance: bool) -> str:
         raise ValueError(f"out={str(folder)!r} holds no results (MODEL/runs.jsonl); give model=, with run=true")
     parts = [
         "# Results",
-        f"Made by `{command}` from the data in `{folder.name}/`: of each model one file `runs.jsonl`, "
+        f"Made by {_code(command)} from the data in `{folder.name}/`: of each model one file `runs.jsonl`, "
         "and the cards of `dllm calibrate`.",
         _CELL + (" Then tokens per second, which are true only of a machine that does nothing else." if speed else ""),
         _SETTING,
@@ -73,7 +73,7 @@ def _model(matrix: Matrix, folder: Path, place: str, speed: bool) -> Iterator[st
     asked = ", ".join(f"{name}={value}" for name, value in header.asked.items() if value is not None)
     yield (
         f"{' to '.join(map(str, counts[:1] + counts[1:][-1:]))} problems ({markdown(asked)}), judged by "
-        f"{markdown(header.score)}; weights {header.weights}. Runs: "
+        f"{markdown(header.score)}; weights {markdown(header.weights)}. Runs: "
         f"[{markdown(place)}/runs.jsonl]({quote(place)}/runs.jsonl)."
     )
     reasons: dict[str, list[tuple[str, str]]] = {}
@@ -90,7 +90,7 @@ def _model(matrix: Matrix, folder: Path, place: str, speed: bool) -> Iterator[st
         yield "Not run: " + "; ".join(_combinations(header, missing)) + "."
     yield from _cards(header.settings, folder / CARDS, f"{place}/{CARDS}")
     yield "### Where and how"
-    yield f"Runs: `{header.command}`. The same command resumes, and reads what is finished."
+    yield f"Runs: {_code(header.command)}. The same command resumes, and reads what is finished."
     yield "\n".join(_places(matrix))
 
 
@@ -204,6 +204,15 @@ def _places(matrix: Matrix) -> Iterator[str]:
 def _said(place: Mapping[str, Any], name: str) -> str:
     value = place.get(name)
     return "unknown" if value is None else markdown(value)
+
+
+def _code(text: str) -> str:
+    """A command as code of Markdown, in one line."""
+    shown = terminal(text, one_line=True)
+    if "`" not in shown:
+        return f"`{shown}`"
+    fence = "`" * (1 + max(map(len, re.findall("`+", shown))))
+    return f"{fence} {shown} {fence}"
 
 
 def _number(value: float | None) -> str:
