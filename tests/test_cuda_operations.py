@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dllm
-from contract_rig import BY_NAME, GUIDED, LEARNED, Maker, backbones, more_backbones
+from contract_rig import BACKBONES, BY_NAME, GUIDED, LEARNED, Maker, backbones, more_backbones
 from dllm.decoding.compatibility import unmet
 from dllm.evaluation.likelihood import Estimate, is_greedy, loglikelihood
 from dllm.filters.training import collect
@@ -68,11 +68,13 @@ SAMPLERS: dict[str, Any] = {
 
 
 @backbones
-@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
-def test_every_sampler_and_cache_asks_for_nothing_that_cuda_lacks(make: Maker, sampler: Any) -> None:
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_and_cache_asks_for_nothing_that_cuda_lacks(make: Maker, name: str) -> None:
     lm, drawn = make(), {"temperature": 0.7, "top_p": 0.9, "top_k": 9, "eos_suppression": "both"}
-    for cache in names("cache"):
-        if not unmet(sampler, resolve("cache", cache, object)):
+    sampler, turn = SAMPLERS[name], list(SAMPLERS).index(name) + list(BACKBONES.values()).index(make)
+    for number, cache in enumerate(names("cache")):
+        # Of other caches every second one: the other backbone meets the rest.
+        if (cache in ("none", "dual") or (number + turn) % 2) and not unmet(sampler, resolve("cache", cache, object)):
             for options in ({}, drawn) if cache in ("none", "dual") else ({},):
                 with OnCuda():
                     dllm.generate(lm, [[5], [6, 7, 8]], sampler, cache, gen_length=5, block_length=3, seed=0, **options)

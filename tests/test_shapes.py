@@ -26,11 +26,11 @@ FILES = (
 NAMES = (
     "(backbones and not packs and not test_kernels and not (decodes_are_the_same and not dllm_cache-random_dream))",
     "wrong_shape", "within_another", "(finishes_without_masks and llada)",
-    "(masks_anywhere and ([freecache-prompt or [d2cache] or [dkv]))", "(lower_precision and dtype0)",
-    "edited_position", "(drafts_are_lossless and (prefix-tree or (clean and batch) or (anchored and not threshold)))",
+    "(masks_anywhere and ([freecache-prompt or [d2cache] or [dkv]))", "(lower_precision and dtype0 and elastic)",
+    "(edited_position and llada)", "(drafts_are_lossless and (prefix-tree or (clean and batch) or (anchored and not threshold)))",
     "test_api", "test_prediction", "test_canvas",
     "(test_drift and not measuring_changes_nothing and not refreshing_above_nothing)", "test_layout",
-    "(test_store and not grows)", "(test_branches and not (ignores_its and not dkv-random_sdar))", "equals_the_rule",
+    "(test_store and not grows and not has_the_size)", "(test_branches and not (ignores_its and not dkv-random_sdar))", "equals_the_rule",
     "(as_the_method and (unstable or patient-block))", "(published_loop and 0.3-1-0.0-0-random_sdar)",
     "(as_by_hand and random_dream and not (t2m and not t2t))",
 )  # fmt: skip

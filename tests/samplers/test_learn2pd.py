@@ -16,10 +16,8 @@ from torch import Tensor
 import dllm
 from dllm.checks import Notice
 from dllm.decoding.prediction import Prediction, Sampling
-from dllm.evaluation.word_problems import evaluate
 from dllm.filters import ConfidenceFilter, Filter, FilterCard, NeighbourFilter
 from dllm.samplers import Learn2PD
-from dllm.tasks import word_problems
 from models import random_dream, random_filter, random_llada
 from sampler_rig import MASK, chosen, facts, request, window
 
@@ -175,17 +173,6 @@ class TestEndOfText:
         assert (cut.completions[0][filled] == lm.backbone.eos_token_ids[0]).all()
         assert filled.tolist() == sorted(filled.tolist())  # one run to the end
         assert cut.nfe[0] < whole.nfe[0]
-
-
-class TestBundled:
-    @pytest.mark.parametrize("name", ["tiny-llada", "tiny-dream"])
-    def test_it_is_found_and_saves_most_forwards_at_nearly_the_same_accuracy(self, name: str) -> None:
-        lm = dllm.load(name, device="cpu")
-        problems = word_problems.problems(40, 4_000_001)  # the filters were trained on seed 3,000,001
-        options = {"gen_length": 64, "block_length": 32, "batch_size": 10}
-        slow, fast = (evaluate(lm, problems, sampler, **options) for sampler in ("vanilla", Learn2PD(threshold=0.99)))
-        assert fast.nfe < 0.6 * slow.nfe
-        assert fast.final >= slow.final - 0.1  # 40 problems
 
 
 class TestRefusals:
