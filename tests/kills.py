@@ -17,7 +17,7 @@ from pyarrow import parquet
 from dllm.tasks import word_problems
 from warm import Process
 
-KILLS = int(os.environ.get("DLLM_KILLS", "3"))
+KILLS = int(os.environ.get("DLLM_KILLS", "2"))
 ROWS = 20 * KILLS
 _PATIENCE = 300  # seconds without any progress
 

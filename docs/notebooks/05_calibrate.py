@@ -73,12 +73,12 @@ pd.DataFrame([vars(test) for test in tests]).set_index("setting")
 # ## By the command, which writes a card
 #
 # `dllm calibrate` does the same for any policy with a knob and any task, resumes after an interruption, and writes a
-# card that names the model by its weights. On a terminal: `dllm calibrate sampler=threshold 'values=[0.999,0.99,0.9]'
+# card that names the model by its weights. On a terminal: `dllm calibrate sampler=threshold 'values=[0.99,0.9]'
 # task.limit=40 loss=0.1 delta=0.1`.
 
 # %%
 folder = tempfile.TemporaryDirectory()
-command = ["calibrate", "model=tiny-llada", "sampler=threshold", "values=[0.999,0.99,0.9]", "threads=1"]
+command = ["calibrate", "model=tiny-llada", "sampler=threshold", "values=[0.99,0.9]", "threads=1"]
 command += ["task.limit=40", "loss=0.1", "delta=0.1", f"out={folder.name}/calibrate"]
 done = subprocess.run(
     [sys.executable, "-m", "dllm", *command], cwd=folder.name, capture_output=True, text=True, check=True
