@@ -84,3 +84,9 @@ class Terminal:
         os.close(self._master)
         assert self._process.wait(60) == 0, b"".join(parts)
         return b"".join(parts).decode()
+
+
+def chat(lines: str, *arguments: str) -> Outcome:
+    """Run `dllm chat` with lines on a pipe."""
+    with mock.patch.object(sys, "stdin", io.StringIO(lines)):
+        return command("chat", *arguments)

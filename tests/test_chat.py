@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import pty
@@ -19,7 +18,7 @@ from unittest import mock
 import pytest
 
 import dllm
-from commands import Outcome, command, in_a_process
+from commands import Outcome, chat, in_a_process
 from dllm.scripts import partners
 from fake_server import FakeServer, serving
 from models import random_llada, save_folder
@@ -47,12 +46,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server() -> Iterator[FakeServer]:
     with serving() as running:
         yield running
-
-
-def chat(lines: str, *arguments: str) -> Outcome:
-    """Run the command with lines on a pipe."""
-    with mock.patch.object(sys, "stdin", io.StringIO(lines)):
-        return command("chat", *arguments)
 
 
 def answers(*prompts: str, **options: Any) -> list[str | None]:

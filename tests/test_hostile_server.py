@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 
-from commands import Outcome, command
+from commands import Outcome, chat, command
 from dllm.scripts import bench_serve, ending
 from fake_server import FakeServer, serving
 
@@ -30,11 +30,6 @@ DONE = "data: [DONE]\n\n"
 def server() -> Iterator[FakeServer]:
     with serving() as running:
         yield running
-
-
-def chat(lines: str, *arguments: str) -> Outcome:
-    with mock.patch.object(sys, "stdin", io.StringIO(lines)):
-        return command("chat", *arguments)
 
 
 def bench(*arguments: str) -> Outcome:
