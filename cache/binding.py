@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dllm.cache.selection import Selection
 from dllm.decoding.transfer import put
+from dllm.models.kernels import write
 from dllm.models.transformer import KVStore
 
 # Keys and values, (layers, slots, H, L, D) each.
@@ -30,7 +31,7 @@ def bind(kept: Kept, selection: Selection) -> KVStore:
         return Runs([bind(kept, run) for run in runs], [len(run.slots) for run in runs])
     # Contiguous rows, one sequence each: attention reads the store in place, and only fresh columns are copied.
     (low, high), host = selection.span, selection.host
-    stored, index = [each[:, slots, :, low:] for each in kept], selection.columns - low
+    stored, index = [each[:, slots, :, low:] for each in kept], selection.within
     memory = slots.start, slots.stop, low, high
     if (host == host[0, 0] + np.arange(host.shape[1])).all() and int(host[0, -1]) < high:
         return Slice(stored, high - low, index, memory, int(host[0, 0]) - low)
@@ -49,7 +50,6 @@ class Scattered:
 
     def __init__(self, stored: Sequence[Tensor], width: int, index: Int[Tensor, "A C"], memory: Hashable) -> None:
         self.stored, self.width, self.index, self.memory = stored, width, index, memory
-        self._expanded = index[:, None, :, None]
 
     def through(self, index: Int[Tensor, "A C"]) -> Scattered:
         """The same, with the columns given by a tensor."""
@@ -57,10 +57,8 @@ class Scattered:
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write in place."""
-        index = self._expanded.expand_as(keys)
-        k, v = (
-            stored[layer].scatter_(2, index, fresh) for stored, fresh in zip(self.stored, (keys, values), strict=True)
-        )
+        k, v = (stored[layer] for stored in self.stored)
+        write(keys, values, k, v, self.index)
         return k[:, :, : self.width], v[:, :, : self.width]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -37,6 +38,11 @@ class Selection:
     columns: Int[Tensor, "A C"]
     span: tuple[int, int]
     drafts: int = 1
+
+    @cached_property
+    def within(self) -> Int[Tensor, "A C"]:
+        """The columns within the span; the same tensor each time."""
+        return self.columns - self.span[0]
 
     @property
     def neighbours(self) -> slice | None:

@@ -167,8 +167,8 @@ class Reuse(PerRow):
         plan = self.rule.plan(question, due, stale)
         assert plan.compute is not None
         compute = plan.compute | question.read | stale | due[:, None]
-        # Tokens that a draft changes outside the block; within the block the rule decides.
-        compute |= question.drafted & (question.since(question.high) | ~question.since(question.low))
+        if not first.all():  # tokens that a draft changes outside the block; within the block the rule decides
+            compute |= question.drafted & (question.since(question.high) | ~question.since(question.low))
         # Planned positions beyond the horizon (later blocks of a block-causal model) stay stale for a later forward.
         self._due[rows[first]], self._stale[rows[first]] = False, (compute & question.since(question.horizon))[first]
         taken = np.zeros(len(rows), dtype=np.int64)

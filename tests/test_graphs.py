@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import dllm
 from dllm.decoding import graphs
 from engine_rig import waiting_engine
-from models import random_dream, random_llada
+from models import random_dream, random_llada, random_llada_moe
 from toys import Device
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [5, 9], [6, 6, 6]]
@@ -45,8 +46,8 @@ def test_replayed_forwards_give_what_launched_ones_do(
         launched = dllm.generate(lm, PROMPTS, "threshold", cache, **options)
     assert torch.equal(replayed.sequences, launched.sequences)
     assert torch.equal(replayed.nfe, launched.nfe)
-    # Those that choose within the layers, look at attention or reuse nothing have no memory that stays where it is.
-    assert bool(device.made) == (cache in ("prefix", "dual", "freecache", "dkv", "sparse"))
+    # Those that choose within the layers or look at attention have no memory that stays where it is.
+    assert bool(device.made) == (cache in ("none", "prefix", "dual", "freecache", "dkv", "sparse"))
 
 
 def test_positions_that_share_a_column_are_all_answered(device: Device) -> None:
@@ -70,6 +71,33 @@ def test_a_shape_is_captured_once_it_comes_again(device: Device) -> None:
     )  # fmt: skip
     # Each block begins with everything, which here is a narrow forward as well; each shape is launched once.
     assert seen == [0, 0, *[1] * 6, *[2] * 8]
+
+
+def test_a_wide_shape_is_captured_later(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "_NARROW", 8)
+    seen: list[int] = []
+    dllm.generate(
+        random_llada(), [[5, 6, 7]], "vanilla", "none", gen_length=8, block_length=8, stop_at_eos=False,
+        callback=lambda step: seen.append(len(device.made)),
+    )  # fmt: skip
+    assert seen == [0, 0, 0, *[1] * 5]
+
+
+def test_what_is_there_already_is_not_copied(device: Device) -> None:
+    engine = waiting_engine(
+        random_llada(), [[5, 6, 7]], "vanilla", "dual", gen_length=16, block_length=16, stop_at_eos=False
+    )
+    given = [next(iter(engine.denoiser._run._captured.values())).given for _ in engine.steps() if device.made]
+    for before, after in pairwise(given):
+        same = [left is right for left, right in zip(before, after, strict=True)]
+        assert same == [False, False, True, True]  # selected, tokens, positions, columns
+
+
+def test_experts_that_are_computed_everywhere_are_not_captured_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = random_llada_moe(dtype=torch.float64).backbone
+    assert graphs.Forward(backbone, True).widest == graphs._NARROW
+    assert graphs.Forward(random_llada().backbone, True).widest == graphs._WIDEST
+    assert graphs.Forward(backbone, False).widest == 0
 
 
 def launches(lm: dllm.LanguageModel, patch: pytest.MonkeyPatch) -> list[int]:
@@ -134,7 +162,7 @@ def test_the_oldest_graphs_are_given_up(monkeypatch: pytest.MonkeyPatch, device:
     assert len(device.made) > 1
 
 
-@pytest.mark.parametrize("cache", ["none", "dllm_cache", "d2cache", "elastic"])
+@pytest.mark.parametrize("cache", ["dllm_cache", "d2cache", "elastic"])
 def test_graphs_that_would_have_no_effect_are_refused(cache: str) -> None:
     with pytest.raises(ValueError, match=f"cache={cache} is not compatible with CUDA graphs .*; use cuda_graphs=null"):
         dllm.generate(random_llada(), PROMPTS, cache=cache, cuda_graphs=True)

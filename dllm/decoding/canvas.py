@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dllm.decoding.ending import StopStrings
 from dllm.decoding.nonfinite import Broken
+from dllm.decoding.recent import Recent
 from dllm.decoding.request import Request
 from dllm.decoding.transfer import put, send
 from dllm.decoding.window import Change, Edit, Exchange, Window
@@ -74,6 +75,7 @@ class Canvas:
         # read of each row (`until`, and flags), so that it needs no synchronization of its own.
         self._buffer = torch.zeros((slots, length + 3), dtype=torch.long, device=device)
         self._region = torch.zeros((slots, length), dtype=torch.bool, device=device)
+        self._recent: Recent[list[Tensor]] = Recent()
 
     def exchange(
         self,
@@ -114,7 +116,7 @@ class Canvas:
         self.rows = rows[:busy]
         self._send(np.concatenate((entered, target)))
         new = np.asarray(numbers, dtype=np.int64)
-        self._enter_blocks(new)
+        self._enter_blocks(new, self._masked(new))
         return Exchange(new, entered, np.stack((source, target), axis=1))
 
     def _lay_out(self, row: int, request: Request) -> None:
@@ -153,33 +155,39 @@ class Canvas:
         columns = self.low[rows, None] + offset
         inside = (columns < np.minimum(self.end, self.until)[rows, None]) & (offset < length[:, None])
         columns = np.minimum(columns, self.length - 1)
-        at = rows[:, None], columns
-        inside &= self.region[at]
-        masked = inside & (self.host[at] == self.mask_token_id)
+        place = rows[:, None], columns
+        inside &= self.region[place]
+        masked = inside & (self.host[place] == self.mask_token_id)
         self.active = columns, inside, masked
-        stop = np.array([request.stop_at_eos for request in self._requests(rows)])
-        each = self.padding, self.start, self.spans, self.block, self.entry_masks, self.step
-        sent = send(
-            self.device, rows, *[values[rows] for values in each], length, self.ends[rows], stop, *self.active,
-            np.flatnonzero(masked),
-        )  # fmt: skip
+        stop = self._stopping(rows)
+        each = self.padding, self.start, self.spans, self.block, self.entry_masks
+        still = rows, *[values[rows] for values in each], length, self.ends[rows], stop, columns, inside
+        # What changes within a block, and what does not.
+        step, index, masked = send(self.device, self.step[rows], np.flatnonzero(masked), masked)
+        (own, first, start, span, block, entry_masks, width, ends, stop_at_eos, at, within) = self._recent(
+            still,
+            lambda: [
+                each.bool() if array.dtype == bool else each
+                for each, array in zip(send(self.device, *still), still, strict=True)
+            ],
+        )
         return Window(
-            rows=sent[0],
+            rows=own,
             tokens=self._buffer[: len(rows), : self.length],
-            first=sent[1],
+            first=first,
             region=self._region[: len(rows)],
-            start=sent[2],
-            span=sent[3],
-            columns=sent[10],
-            inside=sent[11].bool(),
-            masked=sent[12].bool(),
-            index=sent[13],
-            block=sent[4],
-            entry_masks=sent[5],
-            step=sent[6],
-            block_length=sent[7],
-            ends=sent[8],
-            stop_at_eos=sent[9].bool(),
+            start=start,
+            span=span,
+            columns=at,
+            inside=within,
+            masked=masked.bool(),
+            index=index,
+            block=block,
+            entry_masks=entry_masks,
+            step=step,
+            block_length=width,
+            ends=ends,
+            stop_at_eos=stop_at_eos,
             uniform=self._uniform(rows, columns.shape[1]),
         )
 
@@ -221,11 +229,13 @@ class Canvas:
         self.host[rows], self.until[rows] = after, read[:, -2]
         self.step[rows] += 1
         filled = self._cut(rows, edit.end, failed) if edit.end is not None else np.zeros_like(changed)
-        settled = self._settled(rows, held, edit.final)
-        stopped = self._stop_at_eos(rows, settled)
+        left = self._masked(rows)
+        settled = self._settled(rows, left, held, edit.final)
+        stopped = self._stop_at_eos(rows, left, settled)
         stopped |= self._stop_at_strings(rows, changed & ~unset, settled)
-        filled |= stopped
-        left = (self.host[rows] == self.mask_token_id) & self.region[rows]
+        if stopped.any():
+            filled |= stopped
+            left = self._masked(rows)
         done = ~left.any(1)
         if edit.finished is not None:
             if (left.any(1) & finished & ~failed).any():
@@ -233,7 +243,8 @@ class Canvas:
             done &= finished | stopped.any(1)
         done &= ~failed & (~held | stopped.any(1))
         rest = self._rest(rows) & done[:, None]
-        self._enter_blocks(rows[~done & ~failed], held[~done & ~failed])
+        on = ~done & ~failed
+        self._enter_blocks(rows[on], left[on], held[on])
         gained = unset.sum(1) - (self.host[rows] == self.mask_token_id).sum(1) + rest.sum(1)
         committed, revoked = changed & ~masked & ~filled, changed & masked & ~filled
         filled |= rest
@@ -260,6 +271,10 @@ class Canvas:
             own = [why for number, why in enumerate(reasons) if code >> number & 1]
             self.errors[row] = own[0] if own else self.doomed[row]
         return np.asarray(failed)
+
+    def _stopping(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """(B,) rows that are finished by an end-of-text."""
+        return np.array([request.stop_at_eos for request in self._requests(rows)], dtype=bool)
 
     def _requests(self, rows: NDArray[np.int64]) -> list[Request]:
         return [request for row in rows.tolist() if (request := self.requests[row]) is not None]
@@ -310,9 +325,14 @@ class Canvas:
         column = np.arange(self.length)
         return np.asarray((column >= self.end[rows, None]) & (column < self.full[rows, None]))
 
-    def _settled(self, rows: NDArray[np.int64], held: NDArray[np.bool_], final: bool) -> NDArray[np.int64]:
+    def _masked(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """(B, L) positions to generate that are masked."""
+        return np.asarray((self.host[rows] == self.mask_token_id) & self.region[rows])
+
+    def _settled(
+        self, rows: NDArray[np.int64], masked: NDArray[np.bool_], held: NDArray[np.bool_], final: bool
+    ) -> NDArray[np.int64]:
         """(B,) the column before which tokens stay: the first mask, or the start of a block that may change."""
-        masked = (self.host[rows] == self.mask_token_id) & self.region[rows]
         whole = np.where(self.end[rows] < self.full[rows], self.end[rows], self.length)
         first = np.where(masked.any(1), masked.argmax(1), whole)
         if not final:
@@ -322,12 +342,14 @@ class Canvas:
             first = np.where(masked.any(1), np.where(active, self.low[rows], start), first)
         return np.where(held, np.minimum(first, self.low[rows]), first)
 
-    def _stop_at_eos(self, rows: NDArray[np.int64], settled: NDArray[np.int64]) -> NDArray[np.bool_]:
+    def _stop_at_eos(
+        self, rows: NDArray[np.int64], masked: NDArray[np.bool_], settled: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
         """Fill the masks after each first end-of-text among settled tokens, in rows with `stop_at_eos`."""
-        region, tokens = self.region[rows], self.host[rows]
-        stop = np.array([request.stop_at_eos for request in self._requests(rows)])
-        masked = (tokens == self.mask_token_id) & region
-        ended = (tokens[..., None] == self.ends[rows, None]).any(-1) & region
+        stop = self._stopping(rows)
+        if not stop.any():
+            return np.zeros_like(masked)
+        ended = (self.host[rows, :, None] == self.ends[rows, None]).any(-1) & self.region[rows]
         done = stop & ended.any(1) & (ended.argmax(1) < settled)
         filled = masked & done[:, None]
         if filled.any():
@@ -339,6 +361,8 @@ class Canvas:
         self, rows: NDArray[np.int64], rewritten: NDArray[np.bool_], settled: NDArray[np.int64]
     ) -> NDArray[np.bool_]:
         """End rows after the settled token that completes a stop string."""
+        if not self._stops:
+            return np.zeros_like(rewritten)
         end = np.full(len(rows), self.length)
         for entry, row in enumerate(rows.tolist()):
             if (stops := self._stops.get(row)) is None:
@@ -358,9 +382,10 @@ class Canvas:
         """Write end-of-text."""
         self.host[rows] = np.where(where, self.ends[rows, :1], self.host[rows])
 
-    def _enter_blocks(self, rows: NDArray[np.int64], held: NDArray[np.bool_] | None = None) -> None:
+    def _enter_blocks(
+        self, rows: NDArray[np.int64], masked: NDArray[np.bool_], held: NDArray[np.bool_] | None = None
+    ) -> None:
         """Set the active block to that of the first mask; rows without masks and those that are held keep theirs."""
-        masked = (self.host[rows] == self.mask_token_id) & self.region[rows]
         first, length, reach = masked.argmax(1), self.block_length[rows], self.reach[rows]
         block = (first - self.origin[rows]) // length
         outside = (first < self.low[rows]) | (first >= self.high[rows])
@@ -368,6 +393,8 @@ class Canvas:
         new = (block != self.block[rows]) & masked.any(1)
         if held is not None:
             new &= ~held | (first < self.low[rows])
+        if not new.any():
+            return
         rows, masked, first, length, reach = rows[new], masked[new], first[new], length[new], reach[new]
         self.block[rows], self.step[rows] = block[new], 0
         start = np.where(reach > 0, first, self.origin[rows] + self.block[rows] * length)

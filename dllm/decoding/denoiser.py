@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,9 +25,33 @@ from dllm.decoding.layout import OVERHEAD, Layout, by_width, pack, span
 from dllm.decoding.nonfinite import Broken, not_finite, reason
 from dllm.decoding.prediction import Part, Prediction, Sampling
 from dllm.decoding.question import Question, about_drafts, about_shadows, about_window
+from dllm.decoding.recent import Recent
 from dllm.decoding.transfer import put, send
 from dllm.decoding.window import Edit, Window
 from dllm.models.transformer import KVStore
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """Where the columns of a forward over A sequences are.
+
+    Attributes:
+        selection: the columns, for the store.
+        source: the sequence of the question that each one is; None for all, in order.
+        start: place of the first column of each sequence of the question.
+        within: (A, L) place of each computed column in its sequence.
+        read: columns of the canvas from which tokens are read.
+        positions: of the columns.
+        mask: attention mask.
+    """
+
+    selection: Selection
+    source: Int[Tensor, " A"] | None
+    start: NDArray[np.int64]
+    within: NDArray[np.int64]
+    read: Int[Tensor, "A C"]
+    positions: Int[Tensor, "A C"]
+    mask: Tensor | None
 
 
 class Denoiser:
@@ -64,6 +88,7 @@ class Denoiser:
         self._overhead = OVERHEAD.get(self.backbone.device.type, OVERHEAD["cpu"])
         self.canvas, self.cache, self.meter, self.cfg_scale = canvas, cache, meter, cfg_scale
         self._gate = gate
+        self._recent: Recent[_Placed] = Recent()
         self._encoded = Encoded(self.backbone, canvas) if self.backbone.uniform else None
 
     def bind(self, window: Window) -> Denoiser:
@@ -72,7 +97,7 @@ class Denoiser:
         self.forwards, self.computed, self.refreshes, self.reused = np.zeros((4, len(window.rows)), dtype=np.int64)
         self.last: tuple[Prediction, Tensor] | None = None
         self.looked: list[tuple[NDArray[np.int64], NDArray[np.bool_]]] = []
-        self._broken = torch.zeros_like(window.rows, dtype=torch.bool)
+        self._broken: Bool[Tensor, " B"] | None = None
         if self._encoded is not None:
             self._encoded.begin()
         return self
@@ -80,7 +105,11 @@ class Denoiser:
     @property
     def broken(self) -> Broken:
         """Entries of the window with non-finite logits in some forward."""
-        return Broken(self._broken, reason("the model", self.backbone.dtype, "dtype="))
+        return Broken(self._flags, reason("the model", self.backbone.dtype, "dtype="))
+
+    @property
+    def _flags(self) -> Bool[Tensor, " B"]:
+        return torch.zeros_like(self.window.rows, dtype=torch.bool) if self._broken is None else self._broken
 
     def __call__(
         self,
@@ -120,7 +149,8 @@ class Denoiser:
         # The indices of the window's masks are on the device already.
         index = window.index if asked is window.masked and columns is window.columns else self._put(question.index)
         prediction = self._predict(logits, asked, index, question)
-        self._broken = self._broken | prediction.broken.flatten(1).any(1)
+        broken = prediction.broken.flatten(1).any(1)
+        self._broken = broken if self._broken is None else self._broken | broken
         # Of several drafts the first is the current canvas.
         shown = prediction if asked.ndim == 2 else prediction.arranged(lambda values: values[:, 0])
         self.last = shown, columns if columns.ndim == 2 else columns[:, 0]
@@ -212,24 +242,39 @@ class Denoiser:
             return self._encoded.logits(question, compute, store)
         if question.joined > 1:
             return self._joined(question, store, compute)
-        tokens, places = question.tokens, question.places
+        placed = self._placed(question, store, compute)
+        sequence, column = question.places
+        select = placed.start[sequence] + placed.within[sequence, column]
+        tokens = question.tokens if placed.source is None else question.tokens[placed.source]
+        bound = store.bind(placed.selection)
+        return self._forward(tokens.gather(1, placed.read), placed.positions, placed.mask, bound, self._put(select))
+
+    def _placed(self, question: Question, store: Store, compute: NDArray[np.bool_]) -> _Placed:
+        """Where the columns of a forward are: most often where they were in the last one."""
+        padding, joint = self.canvas.padding[question.rows], question.joint(self.backbone.logits_shift)
+        inputs = question.rows, question.slots, question.first, padding, compute, question.visible
+        extra = () if joint is None else (joint,)
+        return self._recent((*inputs, *extra), lambda: self._place(question, store, compute))
+
+    def _place(self, question: Question, store: Store, compute: NDArray[np.bool_]) -> _Placed:
+        """Lay out the columns of a forward."""
         layout, within = self._layout(question, store, compute)
         low, high = layout.span
-        sequence, column = places
-        select = layout.place[sequence] * layout.host.shape[1] + within[sequence, column]
         source = np.maximum(layout.source, 0)
-        rows = question.rows[source]
-        columns, select_at, first, of = send(tokens.device, layout.host, select, self.canvas.padding[rows], source)
-        if len(source) > len(tokens):
-            tokens = tokens[of]
-        first_of_row = question.first[source]
-        selection = Selection(rows, layout.slots, first_of_row, layout.host, columns, layout.span)
+        rows, tokens = question.rows[source], question.tokens
+        columns, first, of = send(tokens.device, layout.host, self.canvas.padding[rows], source)
         positions = (columns - first[:, None]).clamp(min=0)
         keys = torch.arange(low, high, device=tokens.device) - first[:, None]
-        joint = self._joint(question, source)
-        mask = self._mask(self._attention_mask(layout.visible[:, low:high]), positions, keys, joint)
-        tokens = tokens.gather(1, columns.clamp(max=tokens.shape[1] - 1))
-        return self._forward(tokens, positions, mask, store.bind(selection), select_at)
+        mask = self._attention_mask(layout.visible[:, low:high])
+        return _Placed(
+            selection=Selection(rows, layout.slots, question.first[source], layout.host, columns, layout.span),
+            source=of if len(source) > len(tokens) else None,
+            start=layout.place * layout.host.shape[1],
+            within=within,
+            read=columns.clamp(max=tokens.shape[1] - 1),
+            positions=positions,
+            mask=self._mask(mask, positions, keys, self._joint(question, source)),
+        )
 
     def _layout(self, question: Question, store: Store, compute: NDArray[np.bool_]) -> tuple[Layout, NDArray[np.int64]]:
         """The layout of a forward, and (A, L) the index of each computed column in its sequence."""
@@ -316,7 +361,7 @@ class Denoiser:
                 np.add.at(self.computed, some.slots, some.visible.sum(1))
             logits = self._whole(some, comparison)
             asking = self._put(some.slots[some.places[0]])
-            self._broken = flagged(self._broken[None], asking[None], not_finite(logits)[None])[0]
+            self._broken = flagged(self._flags[None], asking[None], not_finite(logits)[None])[0]
             return logits
 
         logits, off = meter.measure(question, plan, logits, exact)

@@ -355,6 +355,8 @@ class Engine:
                 left = int((self._canvas.host[row] == self._canvas.mask_token_id).sum())
                 self._canvas.errors[row] = f"max_forwards={request.max_forwards} is reached with {left} tokens missing"
                 over.append(row)
+        if not over:
+            return change
         return replace(change, failed=np.concatenate((change.failed, np.array(sorted(over), dtype=np.int64))))
 
     def _record(self, change: Change, edit: Any, started: float, uncounted: float) -> Step:

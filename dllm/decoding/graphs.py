@@ -1,15 +1,16 @@
 """CUDA graphs: a forward over a window is a thousand small kernels, dominated by launch overhead.
 
 A forward whose shape recurs is captured and replayed from then on: its inputs (tokens, positions, columns, selected
-slots) are copied to the static inputs of the graph. Keys and values have fixed addresses. `Layout.recurring` widens a
-forward to one of few shapes. Those over many columns keep the device busy anyway and are launched as usual.
+slots) are copied to the static inputs of the graph, except those that are there already. Keys and values have fixed
+addresses. `Layout.recurring` widens a forward to one of few shapes. Those over very many columns keep the device busy
+while their kernels are launched as usual.
 """
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -20,19 +21,25 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dllm.models.base import MaskedDiffusionModel
+from dllm.models.experts import everywhere
 from dllm.models.transformer import KVStore
 
-_WIDEST = 512  # columns of a forward, over all sequences, up to which launch overhead dominates
-_AFTER = 1  # forwards of a shape that are launched before it is captured, which takes as long as a few of them
+_WIDEST = 2048  # columns of a forward, over all sequences, up to which launching takes longer than computing
+_NARROW = 512  # up to which it takes several times as long
+# Forwards of a shape that are launched before it is captured, which takes as long as a few of them: narrow and wide.
+_AFTER, _AFTER_WIDE = 1, 3
 _MOST = 64  # graphs kept
 _FEWEST = 16  # projected positions
-# Fastest first for few queries on an H200: 13, 35 and 18 us a layer. cuDNN is last since it plans each new shape.
-_ATTENTION = [
+_FEW = 128  # queries of one sequence for which flash attention is faster than cuDNN's
+# Fastest first on an H200, for 1,024 keys: 32 queries of one sequence take 14, 35 and 17 us a layer, of 16 sequences
+# 107 (flash) and 71 (cuDNN). cuDNN plans each new shape, so only captured forwards begin with it.
+_FEW_QUERIES = [
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.MATH,
 ]
+_MANY_QUERIES = [SDPBackend.CUDNN_ATTENTION, *(each for each in _FEW_QUERIES if each != SDPBackend.CUDNN_ATTENTION)]
 
 
 @runtime_checkable
@@ -77,9 +84,8 @@ class Capture:
         """Capture a function without arguments; each replay overwrites the same result tensor."""
         with torch.cuda.device(self._device):
             self._aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._aside):  # warm-up: libraries initialize at their first call
-                for _ in range(2):
-                    run()
+            with torch.cuda.stream(self._aside):  # libraries initialize at their first call
+                run()
             torch.cuda.current_stream().wait_stream(self._aside)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, stream=self._aside):
@@ -87,11 +93,32 @@ class Capture:
         return graph, result
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Captured:
+    """A captured forward.
+
+    Attributes:
+        graph: of it.
+        inputs: its static inputs.
+        hidden: its result.
+        given: what was copied to the inputs last. Nobody writes to inputs of a forward, so the same tensors are not
+            copied again.
+    """
+
     graph: Graph
     inputs: tuple[Tensor, ...]
     hidden: Float[Tensor, "N d"]
+    given: tuple[Tensor, ...]
+
+    def replay(self, inputs: tuple[Tensor, ...]) -> Float[Tensor, "N d"]:
+        """The result for other inputs, the first of which are the selected positions, of any number up to its own."""
+        count = len(inputs[0])
+        for kept, before, fresh in zip((self.inputs[0][:count], *self.inputs[1:]), self.given, inputs, strict=True):
+            if fresh is not before:
+                kept.copy_(fresh)
+        self.given = inputs
+        self.graph.replay()
+        return self.hidden[:count]
 
 
 class Forward:
@@ -114,6 +141,8 @@ class Forward:
             ordinary = getattr(backbone, "hf_quantizer", None) is None and not backbone.is_divided
             self.graphs = ordinary and {each.device.type for each in backbone.parameters()} == {"cuda"}
             self.graphs &= len({each.device for each in backbone.parameters()}) == 1
+        # In a graph, which has fixed shapes, experts without a grouped product are computed at every position.
+        self._widest = _NARROW if any(map(everywhere, backbone.modules())) else _WIDEST
         self._capture = capture
         self._seen: Counter[Hashable] = Counter()
         self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
@@ -121,7 +150,7 @@ class Forward:
     @property
     def widest(self) -> int:
         """Columns of a forward, over all sequences, up to which it is replayed."""
-        return _WIDEST if self.graphs else 0
+        return self._widest if self.graphs else 0
 
     def __call__(
         self,
@@ -132,39 +161,53 @@ class Forward:
         select: Int[Tensor, " N"],
     ) -> Float[Tensor, "N V"]:
         """Logits of the selected positions."""
-        with sdpa_kernel(_ATTENTION, set_priority=True) if tokens.is_cuda else nullcontext():
-            return self._replayed(tokens, mask, positions, store, select)
+        fixed = store if isinstance(store, FixedStore) else None
+        if tokens.numel() > self.widest or fixed is not store:
+            return self._launched(tokens, mask, positions, store, select)
+        # The number of requested positions varies between steps: it is padded to the next power of two.
+        places = max(_FEWEST, 1 << (len(select) - 1).bit_length())
+        memory, index = (None, None) if fixed is None else (fixed.memory, fixed.index)
+        key = memory, tokens.shape, places, None if mask is None else mask.shape
+        self._seen[key] += 1
+        if self._seen[key] <= (_AFTER if tokens.numel() <= _NARROW else _AFTER_WIDE):
+            return self._launched(tokens, mask, positions, store, select)
+        inputs = select, tokens, positions, *(each for each in (index, mask) if each is not None)
+        if key not in self._captured:
+            self._captured[key] = self._new(fixed, mask is not None, places, inputs)
+            if len(self._captured) > _MOST:
+                self._seen.pop(self._captured.popitem(last=False)[0])
+        self._captured.move_to_end(key)
+        return self.backbone.project(self._captured[key].replay(inputs))
 
-    def _replayed(
+    def _launched(
         self, tokens: Tensor, mask: Tensor | None, positions: Tensor, store: KVStore | None, select: Tensor
     ) -> Tensor:
-        if tokens.numel() > self.widest or not isinstance(store, FixedStore):
+        with _fastest(tokens, first=False):
             return self.backbone(tokens, mask, positions, store, select).logits
-        # The number of requested positions varies between steps: it is padded to the next power of two.
-        places = F.pad(select, (0, max(_FEWEST, 1 << (len(select) - 1).bit_length()) - len(select)))
-        key = store.memory, tokens.shape, len(places), mask is None
-        self._seen[key] += 1
-        if self._seen[key] <= _AFTER:  # a shape that does not recur is not worth capturing
-            return self.backbone(tokens, mask, positions, store, select).logits
-        inputs = tokens, positions, store.index, places, *([] if mask is None else [mask])
-        if key not in self._captured:
-            self._captured[key] = self._new(store, inputs)
-            if len(self._captured) > _MOST:
-                self._captured.popitem(last=False)
-        self._captured.move_to_end(key)
-        found = self._captured[key]
-        for kept, fresh in zip(found.inputs, inputs, strict=True):
-            kept.copy_(fresh)
-        found.graph.replay()
-        return self.backbone.project(found.hidden[: len(select)])
 
-    def _new(self, store: FixedStore, inputs: tuple[Tensor, ...]) -> _Captured:
+    def _new(self, store: FixedStore | None, masked: bool, places: int, inputs: tuple[Tensor, ...]) -> _Captured:
         if self._capture is None:
             self._capture = Capture(inputs[0].device)
-        own = tuple(each.clone() for each in inputs)
-        tokens, positions, index, places, *masks = own
-        bound, mask = store.through(index), masks[0] if masks else None
+        select, *others = (each.clone() for each in inputs)
+        select = F.pad(select, (0, places - len(select)))
+        tokens, positions, *optional = others
+        bound = None if store is None else store.through(optional[0])
+        mask = optional[-1] if masked else None
         # Logits stay outside: each graph keeps the memory of its result.
         run = self.backbone.hidden_states
-        graph, hidden = self._capture(lambda: run(tokens, mask, positions, bound, places))
-        return _Captured(graph, own, hidden)
+        with _fastest(tokens, first=True):
+            graph, hidden = self._capture(lambda: run(tokens, mask, positions, bound, select))
+        return _Captured(graph, (select, *others), hidden, inputs)
+
+
+def _fastest(tokens: Int[Tensor, "A C"], first: bool) -> AbstractContextManager[None]:
+    """Attention by the fastest kernel.
+
+    Args:
+        tokens: of the forward.
+        first: whether planning for a new shape does not matter.
+    """
+    if not tokens.is_cuda:
+        return nullcontext()
+    many = first and (tokens.shape[0] > 1 or tokens.shape[1] > _FEW)
+    return sdpa_kernel(_MANY_QUERIES if many else _FEW_QUERIES, set_priority=True)

@@ -12,8 +12,11 @@ from numpy.typing import NDArray
 # columns with it, at 989 TFLOP/s.
 OVERHEAD = {"cpu": 64, "cuda": 256}
 # Of forwards that are replayed from CUDA graphs: columns of a sequence, and steps of the ends of what is attended to.
-WIDTHS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+WIDTHS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, *range(512, 1024, 64), *range(1024, 2049, 128))
 _SPAN = 64
+# A forward may grow up to so many columns, over all sequences, since reading the weights takes longer than computing
+# them; beyond, by so much.
+_FREE, _GROWTH = 512, 1.15
 
 
 def pack(compute: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -73,7 +76,8 @@ class Layout:
 
         Args:
             slots: of the engine.
-            most: columns, over all sequences, up to which a forward may grow; beyond it stays as it is.
+            most: columns, over all sequences, beyond which a forward stays as it is; it also does where much more
+                would be computed.
         """
         length, (low, high) = self.visible.shape[1], self.span
         # The smallest aligned group of slots, a power of two of them, that holds all sequences.
@@ -83,7 +87,7 @@ class Layout:
         start = first // size * size
         rows = np.arange(start, min(start + size, slots))
         width = next((each for each in WIDTHS if each >= self.host.shape[1]), most + 1)
-        if len(rows) * width > most:
+        if len(rows) * width > min(most, max(_FREE, _GROWTH * self.host.size)):
             return self
         low, high = low // _SPAN * _SPAN, min(-(-high // _SPAN) * _SPAN, length)
         source, place = np.full(len(rows), -1), self.slots - start

@@ -49,9 +49,11 @@ class Recorder:
         self._reused[rows] += denoiser.reused
         if edit.guide_forwards is not None:
             self._guide_nfe[rows] += edit.guide_forwards
-        settled = self._commit_step[rows]
-        settled[change.revoked | change.filled] = -1
-        self._commit_step[rows] = np.where(change.committed, self.nfe[rows, None] - 1, settled)
+        for unset in (change.revoked, change.filled):
+            entry, column = np.nonzero(unset)
+            self._commit_step[rows[entry], column] = -1
+        entry, column = np.nonzero(change.committed)
+        self._commit_step[rows[entry], column] = self.nfe[rows[entry]] - 1
 
     def charge(self, rows: NDArray[np.int64], seconds: float, guide_seconds: float) -> None:
         """Divide the time of one step among its rows."""

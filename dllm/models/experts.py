@@ -246,6 +246,11 @@ class _Joined:
         return torch.empty_like(out).index_copy_(0, order, out).view(*experts.shape, -1)
 
 
+def everywhere(module: nn.Module) -> bool:
+    """Whether these are experts that, in a CUDA graph, are computed at every position, chosen there or not."""
+    return isinstance(module, Experts) and not _has_groups(next(module.parameters()))
+
+
 def _has_groups(x: Tensor) -> bool:
     """Whether torch multiplies groups of such rows."""
     able = not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0)

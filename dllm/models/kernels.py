@@ -13,7 +13,7 @@ from typing import Generic, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm.checks import first_line
@@ -98,6 +98,27 @@ def gated(gate: Float[Tensor, "*B m"], up: Float[Tensor, "*B m"]) -> Float[Tenso
     # would copy them.
     hidden = F.silu(gate, inplace=True)
     return hidden.mul_(up) if hidden.is_contiguous() else hidden * up
+
+
+@Kernel
+def write(
+    keys: Float[Tensor, "B H C D"],
+    values: Float[Tensor, "B H C D"],
+    kept_keys: Float[Tensor, "B H L D"],
+    kept_values: Float[Tensor, "B H L D"],
+    index: Int[Tensor, "B C"],
+) -> None:
+    """Write the keys and values of some columns among those that are kept."""
+    pairs = (kept_keys, keys), (kept_values, values)
+    if torch.compiler.is_compiling():  # a compiled scatter would copy what is kept
+        rows = torch.arange(keys.shape[0], device=keys.device)[:, None, None]
+        heads = torch.arange(keys.shape[1], device=keys.device)[:, None]
+        for kept, fresh in pairs:
+            kept[rows, heads, index[:, None]] = fresh
+        return
+    at = index[:, None, :, None].expand_as(keys)
+    for kept, fresh in pairs:
+        kept.scatter_(2, at, fresh)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
