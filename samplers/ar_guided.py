@@ -82,7 +82,7 @@ class ARGuided(Policy):
 
     Args:
         guide: the causal model: a bundled name, a local folder, a hub id, or a loaded model (one that
-            takes the denoiser's token ids, or a `dllm.guide.Guide` with its tokenizer).
+            takes the denoiser's token ids, or a `dllm.guide.Guide` with its tokenizer) on the denoiser's device.
         accept: when a draft is accepted: argmax, topk, ratio or sample.
         top_k: drafts among the k most probable tokens are accepted, under topk and ratio; None for 5.
         ratio: minimum probability of a draft as a fraction of the highest, under ratio; None for 0.5.
@@ -91,7 +91,7 @@ class ARGuided(Policy):
 
     Raises:
         ValueError: an option out of range or without effect; at the start of a run: a guide that cannot be
-            loaded, cropped or aligned, or that cannot read a prompt.
+            loaded, cropped or aligned, is on another device, or cannot read a prompt.
     """
 
     kind = "guided"
@@ -140,6 +140,11 @@ class ARGuided(Policy):
                 guide = self.guide
             case PreTrainedModel():
                 guide = Guide(self.guide, setup.tokenizer)
+        if guide.model.device != setup.device:
+            raise ValueError(
+                f"guide={guide.name!r} is on {guide.model.device} and the model on {setup.device}; move one of them "
+                "(.to)"
+            )
         aligner = align(guide, setup.tokenizer, setup.vocab_size)
         numbers = None
         if isinstance(aligner, SameVocabulary):

@@ -11,6 +11,7 @@ import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -73,6 +74,8 @@ def bench(cfg: DictConfig) -> None:
         torch.set_num_threads(cfg.threads)
     lm = _load(cfg)
     weights = sum(each.nbytes for each in lm.backbone.parameters())
+    embedding: Any = lm.backbone.get_input_embeddings().weight  # a step reads a few rows of it
+    tied = embedding is lm.backbone.get_output_embeddings().weight
     # The reference implementations run on unpacked weights, and so does everything unless told otherwise.
     packed = cfg.model.pack is True
     plain = copy.deepcopy(lm.backbone) if packed and cfg.references else None
@@ -81,7 +84,8 @@ def bench(cfg: DictConfig) -> None:
     for sampler, cache in settings.values():
         compatibility.check(sampler, cache, 0.0, lm.backbone)
     run = Bench(lm, cfg.canvas, cfg.gen_length, cfg.batch_size, cfg.block_length, cfg.cuda_graphs, plain)
-    floor = run.memory_floor(weights)
+    floor = run.memory_floor(weights if tied else weights - embedding.nbytes)
+    products = run.arithmetic_floor(cfg.canvas * cfg.batch_size) if lm.device.type == "cuda" else None
     costs, causal = _measure(run, settings, cfg)
     device = torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else "cpu"
     names = ("canvas", "gen_length", "block_length", "batch_size", "commits_per_step", "repeats")
@@ -90,8 +94,14 @@ def bench(cfg: DictConfig) -> None:
     if packed:
         dtype += " packed (not for reference implementations)"
     caption = f"{lm.name}, {dtype}, {sizes}, {device} with {torch.get_num_threads()} thread(s)"
-    text = f"{markdown(caption)}\n\n{_costs_table(costs, weights)}\n{_shares_table(costs)}"
+    table = _costs_table(costs, weights, bool(run.bare.forward.graphs))
+    text = f"{markdown(caption)}\n\n{table}\n{_shares_table(costs)}"
     text += f"\nReading the weights once, at the bandwidth of a copy, takes {1000 * floor:.1f} ms.\n"
+    if products is not None:
+        text += (
+            f"\nMultiplying them with {cfg.canvas * cfg.batch_size} columns, at the rate of a large product, takes "
+            f"{1000 * products:.1f} ms.\n{_state(lm.device)}"
+        )
     if causal is not None:
         text += (
             f"\nA causal model of the same shape (transformers, `generate` with its KV cache): {causal:.1f} tokens/s\n"
@@ -105,6 +115,7 @@ def bench(cfg: DictConfig) -> None:
             "torch": torch.__version__,
             "weights": weights,
             "memory_floor": floor,
+            "arithmetic_floor": products,
             "costs": {label: asdict(replace(cost, tokens=None)) for label, cost in costs.items()},
             "causal_tokens_per_second": causal,
         }
@@ -178,7 +189,7 @@ def _measure(
     references = {name: cfg.commits_per_step or 1 for name in cfg.references if name in REFERENCES}
     console = Console(stderr=True)
     steps = cfg.gen_length if cfg.steps is None else cfg.steps
-    total = (len(settings) + len(references)) * (steps * cfg.repeats + 3)
+    total = (len(settings) + len(references)) * (steps * cfg.repeats + (steps if run.bare.forward.graphs else 3))
     with progress_bar("timing", total, console=console, show=watched(console)) as update:
         costs = run.run(settings, cfg.steps, cfg.repeats, references, partial(update, advance=1))
     for label, setting in settings.items():
@@ -186,12 +197,20 @@ def _measure(
     return costs, run.causal(cfg.repeats) if _CAUSAL in cfg.references else None
 
 
-def _costs_table(costs: Mapping[str, Cost], weights: int) -> str:
+def _state(device: torch.device) -> str:
+    """Clock, power and temperature of a GPU; empty where torch cannot ask (nvidia-ml-py)."""
+    with suppress(Exception):  # of several libraries
+        clock, power = torch.cuda.clock_rate(device), torch.cuda.power_draw(device) / 1000
+        return f"\nAfter it the GPU ran at {clock} MHz, {power:.0f} W and {torch.cuda.temperature(device)} degrees C.\n"
+    return ""
+
+
+def _costs_table(costs: Mapping[str, Cost], weights: int, graphs: bool) -> str:
     references = [name for name in REFERENCES if name in costs]
     head = [
         "setting", "steps", "columns per step", "ms per step", "step / bare forward", "spread",
         "refreshing step / bare", "tokens/s", *(f"of {name}" for name in references), "store MiB",
-        "peak / (weights + store)",
+        "peak / (weights + store)", *(["first step, ms", "steps with launches"] if graphs else []),
     ]  # fmt: skip
     rows = []
     for label, cost in costs.items():
@@ -211,6 +230,7 @@ def _costs_table(costs: Mapping[str, Cost], weights: int) -> str:
                 ),
                 f"{cost.store_bytes / 2**20:.1f}",
                 _ratio(None if cost.peak is None else (weights + cost.peak) / (weights + cost.store_bytes)),
+                *([f"{1000 * cost.first:.1f}", f"{cost.launched:.0f}"] if graphs else []),
             ]
         )
     cells = "".join(cell for row in rows for cell in row)

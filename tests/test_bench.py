@@ -21,6 +21,7 @@ from dllm.decoding.denoiser import Denoiser
 from dllm.decoding.graphs import Forward
 from dllm.decoding.prediction import Prediction
 from dllm.samplers import Learn2PD, LocalLeap, Threshold, Vanilla
+from dllm.scripts.bench import _costs_table
 from models import random_dream, random_llada
 from toys import Device
 
@@ -75,6 +76,30 @@ def test_the_record_holds_what_the_table_shows(benched: tuple[Outcome, Path]) ->
     assert costs["dual"]["shares"]["cache"] > 0
     assert record["causal_tokens_per_second"] > 0
     assert record["memory_floor"] > 0
+    assert record["arithmetic_floor"] is None
+
+
+def test_what_a_gpu_replays_is_told_from_what_it_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device()
+    monkeypatch.setattr("dllm.decoding.memory.Forward", lambda backbone, _: Forward(backbone, True, device.capture))
+    bench = Bench(random_llada(), 40, 20, 1, 10)
+    bench.bare.forward = Forward(bench.lm.backbone, True, device.capture)
+    cost = bench.run({"none": (Vanilla(), NoCache()), "some": (Vanilla(), DLLMCache(99, 99, 0.5))}, None, 2)
+    assert cost["none"].launched == 0  # its shape was captured while warming up
+    assert cost["some"].launched == cost["some"].steps
+    assert cost["none"].first > 0
+    table = _costs_table(cost, 1, True)
+    assert "| first step, ms | steps with launches |" in table
+    assert [line.split(" | ")[-1] for line in table.splitlines()[2:4]] == ["0 |", f"{cost['some'].steps} |"]
+
+
+def test_the_floor_of_arithmetic_is_proportional_to_the_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dllm.bench.timing._MULTIPLIED", 64)
+    ticks = iter(range(100))
+    monkeypatch.setattr("dllm.bench.timing.now", lambda _: float(next(ticks)))
+    bench = Bench(random_llada(), 40, 20, 1, 10)
+    layers = sum(each.numel() for block in bench.lm.backbone.blocks for each in block.parameters())
+    assert bench.arithmetic_floor(40) == pytest.approx(layers * 40 / 64**3)
 
 
 def test_a_layer_that_computes_some_columns_is_compared_with_a_forward_of_as_many() -> None:
@@ -172,7 +197,7 @@ def test_settings_end_where_the_canvas_is_full() -> None:
         (["commits_per_step=0"], "commits_per_step=0"),
         (["references=[tomorrow]"], "references[0]='tomorrow'"),
         (["cuda_graphs=true", "caches=[dual]"], "cuda_graphs=true needs a CUDA device"),
-        (["cuda_graphs=true"], "cache=none is not compatible with CUDA graphs"),
+        (["cuda_graphs=true", "caches=[d2cache]"], "cache=d2cache is not compatible with CUDA graphs"),
         (["threads=0"], "threads=0"),
         (["model.device=foo"], "device='foo'"),
         (["model.revision=abc"], "model.revision='abc' has no effect on a random model"),
@@ -209,5 +234,5 @@ def test_forwards_that_are_replayed_are_timed_as_well(monkeypatch: pytest.Monkey
     assert costs["dual"].steps == 20
     assert costs["dual"].to_bare is not None
     # Every step has a forward to be compared with, replayed where it was.
-    ratios = [timing.bare for timing in islice(bench._decoding("dual", {}, Vanilla(), Dual()), 20)]
+    ratios = [timing.bare for timing in islice(bench._decoding("dual", {}, *bench._engine(Vanilla(), Dual())), 20)]
     assert all(ratios)

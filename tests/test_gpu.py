@@ -44,11 +44,13 @@ def settings() -> Iterator[Any]:
             yield pytest.param(sampler, cache_name, graphs, id=f"{sampler}-{cache_name}-{'replayed' if graphs else ''}")
 
 
-def sampler_of(name: str) -> Any:
-    """A sampler whose models are its own, since they move to the device of the denoiser."""
+def sampler_of(name: str, device: str) -> Any:
+    """A sampler whose models are its own, and on the device of the denoiser."""
     if name == "learn2pd":
         return Learn2PD(random_filter(), threshold=0.8, allow_mismatch=True)
-    return ARGuided(random_guide(), accept="topk", top_k=9) if name == "ar_guided" else BY_NAME[name]
+    if name == "ar_guided":
+        return ARGuided(random_guide().to(device), accept="topk", top_k=9)
+    return BY_NAME[name]
 
 
 @cache
@@ -66,10 +68,10 @@ def models(family: str, dtype: torch.dtype) -> tuple[dllm.LanguageModel, dllm.La
 def test_tokens_are_those_of_the_cpu(family: str, sampler: str, cache_name: str, graphs: bool, batch_size: int) -> None:
     options: dict[str, Any] = {"gen_length": 24, "block_length": 8, "batch_size": batch_size}
     cpu, device = models(family, torch.float64)
-    expected = dllm.generate(cpu, PROMPTS, sampler_of(sampler), CACHES[cache_name], **options)
+    expected = dllm.generate(cpu, PROMPTS, sampler_of(sampler, "cpu"), CACHES[cache_name], **options)
     for _ in range(2 if graphs else 1):  # the second time everything is captured
         found = dllm.generate(
-            device, PROMPTS, sampler_of(sampler), CACHES[cache_name], cuda_graphs=graphs or None, **options
+            device, PROMPTS, sampler_of(sampler, DEVICE), CACHES[cache_name], cuda_graphs=graphs or None, **options
         )
         assert torch.equal(found.sequences.cpu(), expected.sequences)
         assert torch.equal(found.nfe.cpu(), expected.nfe)

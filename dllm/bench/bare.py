@@ -37,6 +37,21 @@ class Call:
     reuses: bool
 
 
+@dataclass(frozen=True)
+class Heard:
+    """A call that was made.
+
+    Attributes:
+        call: its shape.
+        in_part: layers compute only some of its columns.
+        launched: kernel by kernel, not replayed from a CUDA graph.
+    """
+
+    call: Call
+    in_part: bool
+    launched: bool
+
+
 class Given:
     """A store with constant keys and values of a whole canvas, without any cost.
 
@@ -105,15 +120,16 @@ def in_part(call: Call, computed: int) -> Call:
 
 
 @contextmanager
-def listening() -> Iterator[list[tuple[Call, bool]]]:
-    """Record the forwards, launched or replayed, and whether their layers compute only some columns."""
-    calls: list[tuple[Call, bool]] = []
+def listening() -> Iterator[list[Heard]]:
+    """Record the forwards."""
+    calls: list[Heard] = []
     inner = Forward.__call__
 
     def noting(self: Forward, tokens: Tensor, mask: Any, positions: Tensor, store: Any, select: Tensor) -> Tensor:
-        call = Call(tokens.shape[0], tokens.shape[1], len(select), store is not None)
-        calls.append((call, isinstance(store, FeatureStore)))
-        return inner(self, tokens, mask, positions, store, select)
+        call, launches = Call(tokens.shape[0], tokens.shape[1], len(select), store is not None), self.launches
+        logits = inner(self, tokens, mask, positions, store, select)
+        calls.append(Heard(call, isinstance(store, FeatureStore), self.launches > launches))
+        return logits
 
     with patch.object(Forward, "__call__", noting):
         yield calls

@@ -19,6 +19,7 @@ class Timing:
         committed: tokens, over all rows.
         refreshed: whether a cache recomputed every position of some row.
         store_bytes: of the cached keys and values.
+        launched: whether some forward was launched kernel by kernel, not replayed from a CUDA graph.
     """
 
     seconds: float
@@ -27,6 +28,7 @@ class Timing:
     committed: int
     refreshed: bool = False
     store_bytes: int = 0
+    launched: bool = True
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Cost:
         refresh_to_bare: median of step over bare, for steps that refresh some row while others are reused; None
             without any.
         store_bytes: of the cached keys and values.
+        first: median seconds of the first step, until tokens are committed.
+        launched: steps per repetition of which some forward was launched, the mean.
         peak: peak memory in bytes, beyond that before the run (weights etc.); None if not measured.
         shares: share of the time of a step, by section.
         tokens: decoded tokens, if decoded to the end.
@@ -56,6 +60,8 @@ class Cost:
     spread: float | None
     refresh_to_bare: float | None
     store_bytes: int
+    first: float
+    launched: float
     peak: int | None = None
     shares: Mapping[str, float] | None = None
     tokens: Sequence[Sequence[int]] | None = None
@@ -79,5 +85,7 @@ def cost_of(repeats: Sequence[Sequence[Timing]], tokens: Sequence[Sequence[int]]
         spread=quartiles[2] - quartiles[0] if ratios else None,
         refresh_to_bare=median(refreshing) if refreshing and len(reusing) < len(timings) else None,
         store_bytes=timings[0].store_bytes,
+        first=median(repeat[0].seconds for repeat in repeats),
+        launched=sum(each.launched for each in timings) / len(repeats),
         tokens=tokens,
     )

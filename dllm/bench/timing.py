@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
@@ -21,14 +21,16 @@ from dllm.bench.bare import Bare, Call, in_part, listening
 from dllm.bench.cost import Cost, Timing, cost_of
 from dllm.bench.models import causal_model
 from dllm.bench.sections import SectionTimer, watching
+from dllm.decoding.engine import Engine
 from dllm.decoding.options import Options
+from dllm.decoding.request import Request
 from dllm.decoding.result import Clock, now
 from dllm.models import MaskedDiffusionModel
 from dllm.models.loading import LanguageModel
 
 REFERENCES = {"straightforward": reference.straightforward, "dual": reference.dual}
 _WARM_UP, _PROFILED = 3, 10  # steps
-_COPIED = 2**28  # bytes
+_COPIED, _MULTIPLIED = 2**28, 2**13  # bytes; rows and columns
 Setting: TypeAlias = tuple[Any, Any]
 
 
@@ -87,7 +89,7 @@ class Bench:
         references: Mapping[str, int] | None = None,
         progress: Callable[[], object] = lambda: None,
     ) -> dict[str, Cost]:
-        """Time settings in alternation, after a few warm-up steps of each.
+        """Time settings in alternation, after a few steps of each, or a whole decode with CUDA graphs, to warm up.
 
         Args:
             settings: pairs of sampler and cache.
@@ -99,8 +101,10 @@ class Bench:
         references = references or {}
         timings: dict[str, list[list[Timing]]] = {label: [] for label in (*settings, *references)}
         ends: dict[str, list[list[int]]] = {}
-        for count in (_WARM_UP, *[steps] * repeats):
-            running = {label: self._decoding(label, ends, *setting) for label, setting in settings.items()}
+        engines = {label: self._engine(*each) for label, each in settings.items()}
+        # Where forwards are captured, a whole decode, so that every shape has come.
+        for count in (steps if self.bare.forward.graphs else _WARM_UP, *[steps] * repeats):
+            running = {label: self._decoding(label, ends, *each) for label, each in engines.items()}
             running |= {label: self._reference(label, ends, commits) for label, commits in references.items()}
             for each in timings.values():
                 each.append([])
@@ -114,6 +118,8 @@ class Bench:
                         timings[label][-1].append(timing)
                     progress()
                 done += 1
+            for iterator in running.values():
+                iterator.close()
         return {label: cost_of(each[1:], ends.get(label), self.batch) for label, each in timings.items()}
 
     @torch.inference_mode()
@@ -159,6 +165,19 @@ class Bench:
         copy()
         return weights / (2 * _COPIED / median(copy() for _ in range(9)))
 
+    def arithmetic_floor(self, columns: int) -> float:
+        """Seconds to multiply the weights of every layer with so many columns, at the rate of a large product."""
+        count = sum(each.numel() for block in self.lm.backbone.blocks for each in block.parameters())
+        x = torch.randn((_MULTIPLIED, _MULTIPLIED), dtype=self.lm.backbone.dtype, device=self.lm.device)
+
+        def product() -> float:
+            started = now(self.lm.device)
+            x @ x
+            return now(self.lm.device) - started
+
+        product()
+        return 2 * count * columns / (2 * _MULTIPLIED**3 / median(product() for _ in range(9)))
+
     def causal(self, repeats: int) -> float:
         """Tokens per second, over all rows, of a causal model of the same shape with `generate` and a KV cache."""
         model = causal_model(self.lm.backbone)
@@ -175,9 +194,27 @@ class Bench:
         decode(2)
         return self.batch * self.generated / median(decode(self.generated) for _ in range(repeats))
 
+    def _engine(self, sampler: Any, cache: Any) -> tuple[list[Request], Engine]:
+        """Requests, and an engine for all repetitions of them, to which the captured graphs belong."""
+        requests, engine = prepare(self.lm, self.prompts, sampler, cache, self.options)
+        for number in range(self.batch):
+            engine.abort(number)
+        return requests, engine
+
     @torch.inference_mode()
-    def _decoding(self, label: str, ends: dict[str, list[list[int]]], sampler: Any, cache: Any) -> Iterator[Timing]:
-        _, engine = prepare(self.lm, self.prompts, sampler, cache, self.options)
+    def _decoding(
+        self, label: str, ends: dict[str, list[list[int]]], requests: Sequence[Request], engine: Engine
+    ) -> Generator[Timing, None, None]:
+        ids = [engine.submit(request) for request in requests]
+        try:
+            yield from self._timed(label, ends, ids[0], engine)
+        finally:
+            for number in ids:
+                engine.abort(number)
+
+    def _timed(
+        self, label: str, ends: dict[str, list[list[int]]], first: int, engine: Engine
+    ) -> Generator[Timing, None, None]:
         end = np.full((self.batch, self.canvas), self.lm.backbone.mask_token_id)
         steps = engine.steps()
         while True:
@@ -188,15 +225,16 @@ class Bench:
             if found is None:
                 ends[label] = end.tolist()
                 return
-            end[found.ids] = found.tokens
+            end[found.ids - first] = found.tokens
             computed, refreshed = int(found.computed.sum()), bool(found.refreshes.any())
-            shapes = [in_part(call, computed) if features else call for call, features in calls]
+            shapes = [in_part(each.call, computed) if each.in_part else each.call for each in calls]
+            launched = any(each.launched for each in calls)
             bare = sum(self._bare(call) for call in shapes)
             kept = getattr(getattr(engine.denoiser.cache, "store", None), "nbytes", 0)
-            yield Timing(seconds, bare, computed, int(found.change.committed.sum()), refreshed, kept)
+            yield Timing(seconds, bare, computed, int(found.change.committed.sum()), refreshed, kept, launched)
 
     @torch.inference_mode()
-    def _reference(self, label: str, ends: dict[str, list[list[int]]], commits: int) -> Iterator[Timing]:
+    def _reference(self, label: str, ends: dict[str, list[list[int]]], commits: int) -> Generator[Timing, None, None]:
         backbone, chosen = self.plain, self.options.block_length
         block = chosen if isinstance(chosen, int) else self.generated
         rows = [[*prompt, *[backbone.mask_token_id] * self.generated] for prompt in self.prompts]

@@ -144,6 +144,7 @@ class Forward:
         # In a graph, which has fixed shapes, experts without a grouped product are computed at every position.
         self._widest = _NARROW if any(map(everywhere, backbone.modules())) else _WIDEST
         self._capture = capture
+        self.launches = 0  # forwards that were launched kernel by kernel
         self._seen: Counter[Hashable] = Counter()
         self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
 
@@ -182,6 +183,7 @@ class Forward:
     def _launched(
         self, tokens: Tensor, mask: Tensor | None, positions: Tensor, store: KVStore | None, select: Tensor
     ) -> Tensor:
+        self.launches += 1
         with _fastest(tokens, first=False):
             return self.backbone(tokens, mask, positions, store, select).logits
 

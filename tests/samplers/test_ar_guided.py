@@ -122,6 +122,14 @@ def test_guide_forwards_are_counted_and_timed_apart_and_read_little_twice() -> N
     assert dllm.generate(lm, [[3]], "vanilla", gen_length=4).stats.guide_seconds == 0
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_guide_on_another_device_is_refused(wrapped: bool) -> None:
+    model = random_guide().to("meta")
+    guide = ARGuided(Guide(model, None) if wrapped else model)
+    with pytest.raises(ValueError, match=r"guide='Qwen2ForCausalLM' is on meta and the model on cpu; move one of them"):
+        dllm.generate(random_llada(), [[3]], guide, gen_length=4)
+
+
 @pytest.mark.parametrize("name", ["tiny-llada", "tiny-dream"])
 def test_the_bundled_guide_saves_most_forwards(name: str) -> None:
     lm, problems = dllm.load(name, device="cpu"), word_problems.problems(30, 3_000_001)
