@@ -85,6 +85,15 @@ class CacheRun(Protocol):
         ...
 
 
+@runtime_checkable
+class Steady(Protocol):
+    """A running cache whose next plan may be independent of what the last step wrote."""
+
+    def steady(self, rows: NDArray[np.int64]) -> bool:
+        """Whether it is for these rows, while they stay in their blocks; to plan it twice then changes nothing."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Metered:
     """Options shared by all caches.

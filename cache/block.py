@@ -51,6 +51,8 @@ class Block(Metered):
 
 
 class _Everything(PerRow):
+    foreseeable = True
+
     def plan(self, question: Question, due: Flags, stale: Flags) -> Plan:
         # `Reuse` leaves out what is exact.
         return Plan(np.ones_like(question.read))

@@ -32,6 +32,8 @@ class Dual(Metered):
 
 
 class _BlockAlone(Blocks):
+    foreseeable = True
+
     def plan(self, question: Question, due: Flags, stale: Flags) -> Plan:
         shift = self.setup.logits_shift
         block = question.since(question.low - shift) & ~question.since(question.high - shift)

@@ -76,6 +76,7 @@ class _Frozen(PerRow):
         super().__init__(setup)
         self.options = options
         self.front = self.per_row(0)  # where the last forward of each row started to compute
+        self.foreseeable = options.granularity != "token"
         self.raw = self.per_row(True, dtype=bool)  # the prompt has the keys and values of the first forward
 
     def plan(self, question: Question, due: Flags, stale: Flags) -> Plan:

@@ -40,6 +40,10 @@ class NoCache(Metered):
         """No memory to allocate: the run is the cache itself."""
         return self
 
+    def steady(self, rows: NDArray[np.int64]) -> bool:
+        """Always."""
+        return True
+
     def plan(self, question: Question) -> Plan:
         """Every position, no store."""
         return Plan()

@@ -33,6 +33,8 @@ class Prefix(Metered):
 
 
 class _FromBlockOn(Blocks):
+    foreseeable = True
+
     def plan(self, question: Question, due: Flags, stale: Flags) -> Plan:
         shift = self.setup.logits_shift
         compute = question.since(question.low - shift)

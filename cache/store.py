@@ -74,7 +74,12 @@ class PerRow:
 
     Args:
         setup: of the engine.
+
+    Attributes:
+        foreseeable: as in `Rule`.
     """
+
+    foreseeable = False
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
@@ -94,7 +99,14 @@ class PerRow:
 
 @runtime_checkable
 class Rule(Protocol):
-    """The rule of a cache: which columns are computed when."""
+    """The rule of a cache: which columns are computed when.
+
+    Attributes:
+        foreseeable: while a row stays in its block, the columns do not depend on what is decoded there.
+    """
+
+    @property
+    def foreseeable(self) -> bool: ...  # noqa: D102
 
     def enter(self, rows: NDArray[np.int64]) -> None:
         """Reset the state of row numbers that now belong to other requests."""
@@ -176,6 +188,10 @@ class Reuse(PerRow):
             taken = self._take(question)
             compute = self._without_exact(question, compute)
         return replace(plan, compute=compute, store=self.store, taken=taken)
+
+    def steady(self, rows: NDArray[np.int64]) -> bool:
+        """Whether the rule says so, and no row is due for a refresh; what is stale is computed by the next plan."""
+        return self.rule.foreseeable and not self._due[rows].any()
 
     def _take(self, question: Question) -> NDArray[np.int64]:
         """(A,) columns that rows take over from earlier requests, in their first forward."""

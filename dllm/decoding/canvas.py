@@ -8,6 +8,7 @@ synchronization per step, whatever the number of rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,11 +19,20 @@ from dllm.decoding.ending import StopStrings
 from dllm.decoding.nonfinite import Broken
 from dllm.decoding.recent import Recent
 from dllm.decoding.request import Request
-from dllm.decoding.transfer import put, send
+from dllm.decoding.transfer import HostCopy, put, send
 from dllm.decoding.window import Change, Edit, Exchange, Window
 from dllm.models.attention import BlockCausal
 
+_PACE = 1.5  # a row may commit so many times as many tokens as in its last step
 _BITS = 24  # of a length that is read back with the tokens
+
+
+class Unforeseen(Exception):
+    """A step cannot be taken before the last one is read."""
+
+
+def _unforeseen() -> Tensor:
+    raise Unforeseen("it draws numbers")
 
 
 class Canvas:
@@ -68,6 +78,7 @@ class Canvas:
         self.padding, self.origin, self.start, self.end, self.block_length = np.zeros((5, slots), dtype=np.int64)
         self.block, self.step, self.entry_masks = np.zeros((3, slots), dtype=np.int64)
         self.full: NDArray[np.int64] = np.zeros(slots, dtype=np.int64)
+        self.pace: NDArray[np.int64] = np.zeros(slots, dtype=np.int64)  # tokens of the last step
         self.low, self.high, self.reach = np.zeros((3, slots), dtype=np.int64)  # reach 0: blocks of fixed length
         self.ends: NDArray[np.int64] = np.full((slots, 1), -1)
         self.until: NDArray[np.int64] = np.full(slots, length)  # columns from there on are hidden in the next step
@@ -76,6 +87,7 @@ class Canvas:
         self._buffer = torch.zeros((slots, length + 3), dtype=torch.long, device=device)
         self._region = torch.zeros((slots, length), dtype=torch.bool, device=device)
         self._recent: Recent[list[Tensor]] = Recent()
+        self._copy = HostCopy(self._buffer)
 
     def exchange(
         self,
@@ -130,6 +142,7 @@ class Canvas:
         self.until[row] = self.length
         self.region[row] = (self.host[row] == self.mask_token_id) & self.real[row]
         self.start[row], self.end[row] = padding + request.start, padding + request.end
+        self.pace[row] = 0
         self.full[row], self.origin[row] = padding + request.end, padding + request.origin
         self.block_length[row], self.block[row], self.low[row], self.high[row] = request.block_length, -1, 0, 0
         more = len(request.eos_token_ids) - self.ends.shape[1]
@@ -191,16 +204,37 @@ class Canvas:
             uniform=self._uniform(rows, columns.shape[1]),
         )
 
+    def foreseen(self, window: Window) -> Window:
+        """The window of the next step, after an edit that is written and not read, if every row stays in its block.
+
+        What is masked, the device knows; on the host and in `index` it is what was masked before.
+        """
+        masked = window.inside & (window.tokens.gather(1, window.columns) == self.mask_token_id)
+        return replace(window, masked=masked, step=window.step + 1, uniform=_unforeseen)
+
+    @property
+    def foreseeable(self) -> bool:
+        """Whether every row is likely to stay in its block in this step, and draws nothing."""
+        rows, masked = self.rows, self.active[2].sum(1)
+        drawn = any(request.sampling.temperature > 0 for request in self._requests(rows))
+        return not (drawn or self.reach[rows].any()) and bool((masked > _PACE * self.pace[rows] + 1).all())
+
+    def look(self) -> None:
+        """Update `active` for a window that was foreseen."""
+        columns, inside, _ = self.active
+        self.active = columns, inside, inside & (self.host[self.rows[:, None], columns] == self.mask_token_id)
+
     def apply(self, window: Window, edit: Edit, broken: Broken | None = None) -> Change:
-        """Write an edit, update the host's copy, advance blocks, determine which rows are finished or failed.
+        """Write an edit and read the result, of a window whose rows have not left."""
+        self.write(edit, broken)
+        return self.read(edit, broken)
+
+    def write(self, edit: Edit, broken: Broken | None = None) -> None:
+        """Write an edit on the device, without waiting for it.
 
         Args:
-            window: the rows; those finished earlier must have left.
-            edit: what to write.
+            edit: what to write, in the rows of the latest window.
             broken: rows whose logits are not finite; None for none.
-
-        Raises:
-            RuntimeError: the edit writes outside the generated region, or finishes a row that has masks.
         """
         rows = self.rows
         buffer = self._buffer[: len(rows)]
@@ -214,7 +248,20 @@ class Canvas:
         for bit, wanted in fields:
             if wanted is not None:
                 buffer[:, -1] |= wanted.long() << bit + len(reports)
-        read = buffer.cpu().numpy()  # the only synchronization of the step
+        self._copy.begin(buffer)
+
+    def read(self, edit: Edit, broken: Broken | None = None) -> Change:
+        """Read what an edit wrote, update the host's copy, advance blocks, determine which rows are finished or failed.
+
+        Args:
+            edit: what was written.
+            broken: as for `write`.
+
+        Raises:
+            RuntimeError: the edit writes outside the generated region, or finishes a row that has masks.
+        """
+        rows, reports = self.rows, [each for each in (broken, edit.broken) if each is not None]
+        read = self._copy.end()  # the only synchronization of the step
         flags, codes = np.divmod(read[:, -1], 1 << len(reports))
         finished, held = flags & 1 > 0, flags & 2 > 0
         self._end_blocks(rows, flags >> 2 & (1 << _BITS) - 1)
@@ -247,6 +294,7 @@ class Canvas:
         self._enter_blocks(rows[on], left[on], held[on])
         gained = unset.sum(1) - (self.host[rows] == self.mask_token_id).sum(1) + rest.sum(1)
         committed, revoked = changed & ~masked & ~filled, changed & masked & ~filled
+        self.pace[rows] = committed.sum(1)
         filled |= rest
         ends = rows[done], rows[failed]
         return Change(rows, committed, committed & ~unset, revoked, filled, gained, *ends, grown, held, settled)

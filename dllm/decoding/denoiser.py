@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -15,12 +15,12 @@ from torch import Tensor
 from dllm.cache.base import CacheRun, Plan
 from dllm.cache.selection import Selection, Store
 from dllm.decoding.branches import Attention, Branches
-from dllm.decoding.canvas import Canvas
+from dllm.decoding.canvas import Canvas, Unforeseen
 from dllm.decoding.drift import Meter
 from dllm.decoding.encoded import Encoded
 from dllm.decoding.flags import flagged
 from dllm.decoding.gate import Gate
-from dllm.decoding.graphs import Forward
+from dllm.decoding.graphs import FixedStore, Forward
 from dllm.decoding.layout import OVERHEAD, Layout, by_width, pack, span
 from dllm.decoding.nonfinite import Broken, not_finite, reason
 from dllm.decoding.prediction import Part, Prediction, Sampling
@@ -43,6 +43,7 @@ class _Placed:
         read: columns of the canvas from which tokens are read.
         positions: of the columns.
         mask: attention mask.
+        slots: slot of each sequence; of those that are not asked about, perhaps one without a row.
     """
 
     selection: Selection
@@ -52,6 +53,30 @@ class _Placed:
     read: Int[Tensor, "A C"]
     positions: Int[Tensor, "A C"]
     mask: Tensor | None
+    slots: Int[Tensor, " A"]
+
+
+@dataclass
+class Account:
+    """What the predictions for one window took, and the last of them.
+
+    Attributes:
+        forwards: (B,) forwards of each entry of the window.
+        computed: (B,) columns computed for each entry; padding of any kind is not counted.
+        refreshes: (B,) forwards in which a cache recomputed every position.
+        reused: (B,) columns that entries took from earlier requests.
+        looked: columns computed in each forward, as (slots, (A, L) columns).
+        last: the latest prediction and its columns.
+        broken: entries with non-finite logits in some forward; None before any.
+    """
+
+    forwards: NDArray[np.int64]
+    computed: NDArray[np.int64]
+    refreshes: NDArray[np.int64]
+    reused: NDArray[np.int64]
+    looked: list[tuple[NDArray[np.int64], NDArray[np.bool_]]] = field(default_factory=list)
+    last: tuple[Prediction, Tensor] | None = None
+    broken: Bool[Tensor, " B"] | None = None
 
 
 class Denoiser:
@@ -67,12 +92,7 @@ class Denoiser:
         gate: excludes tokens that would leave the format of an answer.
 
     Attributes:
-        forwards: (B,) forwards of each entry of the current window.
-        last: the latest prediction for the current window and its columns.
-        looked: columns computed in each forward of the current window, as (slots, (A, L) columns).
-        computed: (B,) columns computed for each entry of the window; padding of any kind is not counted.
-        refreshes: (B,) forwards of the current window in which a cache recomputed every position.
-        reused: (B,) columns that entries of the window took from earlier requests.
+        account: of the current window.
     """
 
     def __init__(
@@ -91,25 +111,25 @@ class Denoiser:
         self._recent: Recent[_Placed] = Recent()
         self._encoded = Encoded(self.backbone, canvas) if self.backbone.uniform else None
 
-    def bind(self, window: Window) -> Denoiser:
-        """Switch to a new window."""
-        self.window = window
-        self.forwards, self.computed, self.refreshes, self.reused = np.zeros((4, len(window.rows)), dtype=np.int64)
-        self.last: tuple[Prediction, Tensor] | None = None
-        self.looked: list[tuple[NDArray[np.int64], NDArray[np.bool_]]] = []
-        self._broken: Bool[Tensor, " B"] | None = None
+    def bind(self, window: Window, foreseen: bool = False) -> Account:
+        """Switch to a new window.
+
+        Args:
+            window: of the next predictions.
+            foreseen: it is that of `Canvas.foreseen`, so that only the device knows which of its positions are masked;
+                calls that need to know raise `Unforeseen`.
+        """
+        self.window, self._foreseen = window, foreseen
+        self.account = Account(*np.zeros((4, len(window.rows)), dtype=np.int64))
         if self._encoded is not None:
             self._encoded.begin()
-        return self
+        return self.account
 
-    @property
-    def broken(self) -> Broken:
-        """Entries of the window with non-finite logits in some forward."""
-        return Broken(self._flags, reason("the model", self.backbone.dtype, "dtype="))
-
-    @property
-    def _flags(self) -> Bool[Tensor, " B"]:
-        return torch.zeros_like(self.window.rows, dtype=torch.bool) if self._broken is None else self._broken
+    def broken(self, account: Account) -> Broken | None:
+        """Entries of a window with non-finite logits in some forward; None where nothing was predicted."""
+        if account.broken is None:
+            return None
+        return Broken(account.broken, reason("the model", self.backbone.dtype, "dtype="))
 
     def __call__(
         self,
@@ -125,6 +145,8 @@ class Denoiser:
         window = self.window
         shift = self.backbone.logits_shift
         own = asked is None and columns is None and tokens is None
+        if self._foreseen and (attention != "apart" or not own):
+            raise Unforeseen("it asks about positions of its own")
         if own and attention == "shadow":
             asked, columns, tokens = self._shadows()
             question = about_shadows(self.canvas, tokens, shift)
@@ -139,7 +161,7 @@ class Denoiser:
             columns = window.columns if columns is None else columns
             tokens = window.tokens[:, None] if tokens is None else tokens
             question = about_drafts(self.canvas, asked, columns, tokens, attention, shift)
-        self.forwards[np.unique(question.slots)] += 1
+        self.account.forwards[np.unique(question.slots)] += 1
         if self._encoded is not None:
             question = self._encoded.shown(question, temperature)
         logits = self._logits(question)
@@ -147,14 +169,19 @@ class Denoiser:
             logits = logits / temperature[self._put(question.slots[question.places[0]])][:, None]
         logits = self._gate.exclude(logits, question, asked, columns)
         # The indices of the window's masks are on the device already.
-        index = window.index if asked is window.masked and columns is window.columns else self._put(question.index)
-        prediction = self._predict(logits, asked, index, question)
-        broken = prediction.broken.flatten(1).any(1)
-        self._broken = broken if self._broken is None else self._broken | broken
+        known = asked is window.masked and columns is window.columns and not self._foreseen
+        prediction = self._predict(logits, asked, window.index if known else self._put(question.index), question)
+        if self._foreseen:  # more was requested than is masked
+            prediction = prediction.within(asked)
+        self._flag(prediction.broken.flatten(1).any(1))
         # Of several drafts the first is the current canvas.
         shown = prediction if asked.ndim == 2 else prediction.arranged(lambda values: values[:, 0])
-        self.last = shown, columns if columns.ndim == 2 else columns[:, 0]
+        self.account.last = shown, columns if columns.ndim == 2 else columns[:, 0]
         return prediction
+
+    def _flag(self, broken: Bool[Tensor, " B"]) -> None:
+        before = self.account.broken
+        self.account.broken = broken if before is None else before | broken
 
     def _shadows(self) -> tuple[Bool[Tensor, "B 2 K"], Int[Tensor, "B 2 K"], Int[Tensor, "B 2 L"]]:
         """The masked positions of the window and, in rows with decided ones, a shadow of each."""
@@ -173,13 +200,13 @@ class Denoiser:
         plan, visible = self.cache.plan(question), question.visible
         if plan.compute is not None and plan.store is not None:
             compute = plan.compute & visible
-            self.looked.append((question.slots, compute))
+            self.account.looked.append((question.slots, compute))
             return self._reusing(question, replace(plan, compute=compute))
         self.meter.trust(question, self.meter.due(question))
         compute = question.together(visible)
-        self.looked.append((question.slots, compute))
+        self.account.looked.append((question.slots, compute))
         cost = compute.sum(1)
-        np.add.at(self.computed, question.slots, question.count(compute))
+        np.add.at(self.account.computed, question.slots, question.count(compute))
         if question.joined > 1:
             return self._in_forwards(question, cost, lambda some, group: self._joined(some, None, compute[group]))
         return self._in_forwards(question, cost, lambda some, group: self._whole(some))
@@ -218,19 +245,19 @@ class Denoiser:
         assert plan.store is not None
         store, asked = plan.store, len(question.places[0])
         question = question if store.joinable else replace(question, joined=1)
-        np.add.at(self.refreshes, question.slots[plan.whole(question.visible) & question.first], 1)
+        np.add.at(self.account.refreshes, question.slots[plan.whole(question.visible) & question.first], 1)
         if plan.taken is not None:
-            np.add.at(self.reused, question.slots, plan.taken)
+            np.add.at(self.account.reused, question.slots, plan.taken)
         compute = question.together(plan.compute)
         cost = compute.sum(1) if plan.cost is None else plan.cost
-        np.add.at(self.computed, question.slots, question.count(compute) if plan.cost is None else cost)
+        np.add.at(self.account.computed, question.slots, question.count(compute) if plan.cost is None else cost)
         wanted = question if plan.probe is None else question.and_about(plan.probe.read)
         logits = self._in_forwards(wanted, cost, lambda some, group: self._part(some, store, compute[group]))
         if plan.more is not None:
             more = plan.more()
-            np.add.at(self.computed, question.slots, more)
+            np.add.at(self.account.computed, question.slots, more)
             everything = (more > 0) & (cost + more >= question.visible.sum(1))
-            np.add.at(self.refreshes, question.slots[everything & question.first], 1)
+            np.add.at(self.account.refreshes, question.slots[everything & question.first], 1)
         if plan.probe is not None:
             plan.probe.tell(_top_probability(logits[asked:], plan.probe.read, self.canvas.mask_token_id))
             logits = logits[:asked].clone()  # a slice would keep all logits alive
@@ -247,7 +274,17 @@ class Denoiser:
         select = placed.start[sequence] + placed.within[sequence, column]
         tokens = question.tokens if placed.source is None else question.tokens[placed.source]
         bound = store.bind(placed.selection)
+        if self._foreseen:
+            bound = self._harmless(bound, placed, store.spare)
         return self._forward(tokens.gather(1, placed.read), placed.positions, placed.mask, bound, self._put(select))
+
+    def _harmless(self, bound: KVStore, placed: _Placed, spare: int) -> KVStore:
+        """The same, but rows without masks in their block, which leave it, write after the end of the canvas."""
+        if not (spare and isinstance(bound, FixedStore)):
+            raise Unforeseen("what it writes has no fixed place")
+        stays = self.window.masked.any(-1)[placed.slots.clamp(max=len(self.window.rows) - 1)]
+        after = self.canvas.length - placed.selection.span[0]
+        return bound.through(torch.where(stays[:, None], bound.index, after))
 
     def _placed(self, question: Question, store: Store, compute: NDArray[np.bool_]) -> _Placed:
         """Where the columns of a forward are: most often where they were in the last one."""
@@ -262,7 +299,7 @@ class Denoiser:
         low, high = layout.span
         source = np.maximum(layout.source, 0)
         rows, tokens = question.rows[source], question.tokens
-        columns, first, of = send(tokens.device, layout.host, self.canvas.padding[rows], source)
+        columns, first, of, at = send(tokens.device, layout.host, self.canvas.padding[rows], source, layout.slots)
         positions = (columns - first[:, None]).clamp(min=0)
         keys = torch.arange(low, high, device=tokens.device) - first[:, None]
         mask = self._attention_mask(layout.visible[:, low:high])
@@ -274,6 +311,7 @@ class Denoiser:
             read=columns.clamp(max=tokens.shape[1] - 1),
             positions=positions,
             mask=self._mask(mask, positions, keys, self._joint(question, source)),
+            slots=at,
         )
 
     def _layout(self, question: Question, store: Store, compute: NDArray[np.bool_]) -> tuple[Layout, NDArray[np.int64]]:
@@ -357,11 +395,12 @@ class Denoiser:
         def exact(sequences: NDArray[np.int64], comparison: KVStore) -> Float[Tensor, "N V"]:
             some = replace(question, joined=1).some(sequences)
             if meter.above is not None:  # a measurement that may change the result is counted
-                self.forwards[some.slots] += 1
-                np.add.at(self.computed, some.slots, some.visible.sum(1))
+                self.account.forwards[some.slots] += 1
+                np.add.at(self.account.computed, some.slots, some.visible.sum(1))
             logits = self._whole(some, comparison)
             asking = self._put(some.slots[some.places[0]])
-            self._broken = flagged(self._flags[None], asking[None], not_finite(logits)[None])[0]
+            none = torch.zeros_like(self.window.rows, dtype=torch.bool)
+            self._flag(flagged(none[None], asking[None], not_finite(logits)[None])[0])
             return logits
 
         logits, off = meter.measure(question, plan, logits, exact)

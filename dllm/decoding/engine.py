@@ -21,6 +21,7 @@ from dllm.decoding import compatibility
 from dllm.decoding.canvas import Canvas
 from dllm.decoding.denoiser import Denoiser
 from dllm.decoding.drift import Meter
+from dllm.decoding.foresight import Foresight, Taken
 from dllm.decoding.gate import Gate
 from dllm.decoding.memory import Memory
 from dllm.decoding.options import make_request, parse_options, seeds
@@ -39,6 +40,7 @@ from dllm.samplers.base import Sampler
 # A sampler counts as stuck after this many consecutive steps that leave a request unchanged, or this many steps or
 # forwards per position to generate.
 _IDLE, _BUDGET = 8, 16
+FORESEEING = {"cuda"}  # devices that work while the host does something else
 
 
 class Engine:
@@ -133,6 +135,13 @@ class Engine:
                 self._state = self.sampler.start(self._setup)
             cache_run, forward = self.cache.start(self._setup), self._memory.forward(cuda_graphs)
             self.denoiser = Denoiser(forward, self._canvas, cache_run, cfg_scale, self._meter, self._gate)
+        self._next: Taken | None = None
+        self._foresight: Foresight | None = None
+        simple = self.sampler.single_forward and self.cache.measure_every is None and not cfg_scale
+        # Where a position is read in the block before its own, the columns to compute depend on whether it is masked.
+        apart = backbone.uniform or backbone.is_divided or (self.pattern is not None and backbone.logits_shift)
+        if lm.device.type in FORESEEING and simple and not apart:
+            self._foresight = Foresight(self._canvas, self.denoiser, self._gate, self.sampler, self._state)
         self._stepping, self._lock = RLock(), Lock()
         self._waiting: deque[tuple[int, Request]] = deque()
         self._entering: list[Request] = []
@@ -256,13 +265,24 @@ class Engine:
             self._exchange()
             if not self._canvas.rows.size:
                 return ()
-            window = self._gate.seen(self._canvas.window())
-            edit = self.sampler.step(window, self.denoiser.bind(window), self._state)
-            edit = self._gate.permit(window, edit, self.denoiser.last)
-            change = self._canvas.apply(window, edit, self.denoiser.broken)
+            taken, self._next = self._next or self._take(), None
+            broken = self.denoiser.broken(taken.account)
+            self._canvas.write(taken.edit, broken)
+            following = None if self._foresight is None else self._foresight(taken)
+            change = self._canvas.read(taken.edit, broken)
             self.denoiser.cache.observe(change)
+            if self._foresight is not None and following is not None and self._foresight.holds(change):
+                self._canvas.look()
+                self._next = following
             self._check_progress(change)
-            return self._record(change, edit, started, uncounted)
+            return self._record(change, taken, started, uncounted)
+
+    def _take(self) -> Taken:
+        """What the policy does next."""
+        window = self._gate.seen(self._canvas.window())
+        account = self.denoiser.bind(window)
+        edit = self.sampler.step(window, self.denoiser, self._state)
+        return Taken(window, self._gate.permit(window, edit, account.last), account)
 
     def steps(self) -> Iterator[Step]:
         """Take steps until nothing is left."""
@@ -285,7 +305,7 @@ class Engine:
             if not self._closed:
                 self._tell("close")
                 self.lm.spare[:] = [self._memory]
-            self._closed, self._waiting = True, deque()
+            self._closed, self._waiting, self._next = True, deque(), None
             self._canvas.rows = self._canvas.rows[:0]
 
     def __enter__(self) -> Engine:
@@ -304,6 +324,7 @@ class Engine:
             entering = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
             if not leaving and not entering:
                 return
+            self._next = None
             self._entering = [request for _, request in entering]
             exchange = self._canvas.exchange(
                 leaving,
@@ -359,9 +380,9 @@ class Engine:
             return change
         return replace(change, failed=np.concatenate((change.failed, np.array(sorted(over), dtype=np.int64))))
 
-    def _record(self, change: Change, edit: Any, started: float, uncounted: float) -> Step:
-        canvas, denoiser, rows = self._canvas, self.denoiser, change.rows
-        self._recorder.count(change, edit, denoiser)
+    def _record(self, change: Change, taken: Taken, started: float, uncounted: float) -> Step:
+        canvas, edit, account, rows = self._canvas, taken.edit, taken.account, change.rows
+        self._recorder.count(change, edit, account)
         change = self._over_limit(change)
         # The device was synchronized, so no work of the step is pending.
         uncounted = self._uncounted() - uncounted
@@ -378,17 +399,17 @@ class Engine:
             mask_token_id=canvas.mask_token_id,
             change=change,
             edit=edit,
-            forwards=denoiser.forwards,
+            forwards=account.forwards,
             nfe=self._recorder.nfe[rows],
-            computed=denoiser.computed,
-            refreshes=denoiser.refreshes,
+            computed=account.computed,
+            refreshes=account.refreshes,
             drift=self._meter.take(change.failed, self._ids),
             answers={int(self._ids[row]): self._recorder.answer(row, int(self._ids[row])) for row in ended},
             slots=self.batch_size,
             seconds=seconds,
             uncounted_seconds=uncounted,
-            last=denoiser.last,
-            looked=denoiser.looked,
+            last=account.last,
+            looked=account.looked,
             constraint_seconds=constraint_seconds,
             constraint_refusals=constraint_refusals,
             tokenizer=self.lm.tokenizer,

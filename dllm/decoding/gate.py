@@ -83,6 +83,11 @@ class Gate:
         self._canvas, self._rows = canvas, dict[int, _Row]()
         self.seconds, self.refused = 0.0, 0
 
+    @property
+    def holds(self) -> bool:
+        """Whether any row is held to a format."""
+        return bool(self._rows)
+
     def exchange(self, entered: NDArray[np.int64]) -> None:
         """Begin with the rows that entered, and forget those that left."""
         canvas = self._canvas

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from dllm.decoding.canvas import Canvas
-from dllm.decoding.denoiser import Denoiser
+from dllm.decoding.denoiser import Account
 from dllm.decoding.ending import cut
 from dllm.decoding.step import Answer
 from dllm.decoding.window import Change, Edit
@@ -40,13 +40,13 @@ class Recorder:
         self._commit_step[rows] = -1
         self._seconds[rows], self._guide_seconds[rows], self._started[rows] = 0, 0, self._elapsed
 
-    def count(self, change: Change, edit: Edit, denoiser: Denoiser) -> None:
+    def count(self, change: Change, edit: Edit, account: Account) -> None:
         """Count one step."""
         rows = change.rows
-        self.nfe[rows] += denoiser.forwards
-        self._positions[rows] += denoiser.computed
-        self._refreshes[rows] += denoiser.refreshes
-        self._reused[rows] += denoiser.reused
+        self.nfe[rows] += account.forwards
+        self._positions[rows] += account.computed
+        self._refreshes[rows] += account.refreshes
+        self._reused[rows] += account.reused
         if edit.guide_forwards is not None:
             self._guide_nfe[rows] += edit.guide_forwards
         for unset in (change.revoked, change.filled):

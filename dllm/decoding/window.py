@@ -114,6 +114,12 @@ class Edit:
     guide_seconds: float = 0.0
     broken: Broken | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it writes tokens and does nothing else."""
+        plain = ("columns", "tokens", "write", "final", "drafted", "guide_seconds")
+        return self.final and all(value is None for name, value in vars(self).items() if name not in plain)
+
     def on(self, tokens: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
         """These canvases with the edit applied, out of place."""
         length = tokens.shape[1]
