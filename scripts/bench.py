@@ -210,7 +210,8 @@ def _costs_table(costs: Mapping[str, Cost], weights: int, graphs: bool) -> str:
     head = [
         "setting", "steps", "columns per step", "ms per step", "step / bare forward", "spread",
         "refreshing step / bare", "tokens/s", *(f"of {name}" for name in references), "store MiB",
-        "peak / (weights + store)", *(["first step, ms", "steps with launches"] if graphs else []),
+        "peak / (weights + store)",
+        *(["first step, ms", "steps with launches", "whole decode, tokens/s"] if graphs else []),
     ]  # fmt: skip
     rows = []
     for label, cost in costs.items():
@@ -230,7 +231,7 @@ def _costs_table(costs: Mapping[str, Cost], weights: int, graphs: bool) -> str:
                 ),
                 f"{cost.store_bytes / 2**20:.1f}",
                 _ratio(None if cost.peak is None else (weights + cost.peak) / (weights + cost.store_bytes)),
-                *([f"{1000 * cost.first:.1f}", f"{cost.launched:.0f}"] if graphs else []),
+                *([f"{1000 * cost.first:.1f}", f"{cost.launched:.0f}", _rate(cost.whole)] if graphs else []),
             ]
         )
     cells = "".join(cell for row in rows for cell in row)
@@ -252,6 +253,10 @@ def _shares_table(costs: Mapping[str, Cost]) -> str:
         if cost.shares is not None
     ]
     return f"{markdown_table(['% of a step', *SECTIONS], rows)}\n"
+
+
+def _rate(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
 
 
 def _ratio(value: float | None) -> str:

@@ -89,8 +89,9 @@ def test_what_a_gpu_replays_is_told_from_what_it_launches(monkeypatch: pytest.Mo
     assert cost["some"].launched == cost["some"].steps
     assert cost["none"].first > 0
     table = _costs_table(cost, 1, True)
-    assert "| first step, ms | steps with launches |" in table
-    assert [line.split(" | ")[-1] for line in table.splitlines()[2:4]] == ["0 |", f"{cost['some'].steps} |"]
+    assert "| first step, ms | steps with launches | whole decode, tokens/s |" in table
+    assert [line.split(" | ")[-2] for line in table.splitlines()[2:4]] == ["0", f"{cost['some'].steps}"]
+    assert min(each.whole for each in cost.values()) > 0
 
 
 def test_the_floor_of_arithmetic_is_proportional_to_the_columns(monkeypatch: pytest.MonkeyPatch) -> None:

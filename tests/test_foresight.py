@@ -51,7 +51,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
         found.held += held
         return held
 
-    monkeypatch.setattr("dllm.decoding.engine.FORESEEING", {"cpu"})
+    monkeypatch.setattr("dllm.decoding.foresight.DEVICES", {"cpu"})
     monkeypatch.setattr(Foresight, "__call__", making)
     monkeypatch.setattr(Foresight, "holds", holding)
     return found
@@ -90,7 +90,7 @@ def compare(lm: dllm.LanguageModel, sampler: Any, cache: Any, counted: Counted, 
     counted.made = counted.held = 0
     found = list(steps(lm, sampler, cache, **options))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dllm.decoding.engine.FORESEEING", set())
+        patch.setattr("dllm.decoding.foresight.DEVICES", set())
         the_same(iter(found), steps(lm, sampler, cache, **options))
 
 

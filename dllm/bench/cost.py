@@ -47,6 +47,7 @@ class Cost:
         store_bytes: of the cached keys and values.
         first: median seconds of the first step, until tokens are committed.
         launched: steps per repetition of which some forward was launched, the mean.
+        whole: tokens per second of decodes whose steps do not wait for each other, the median; None if not measured.
         peak: peak memory in bytes, beyond that before the run (weights etc.); None if not measured.
         shares: share of the time of a step, by section.
         tokens: decoded tokens, if decoded to the end.
@@ -62,6 +63,7 @@ class Cost:
     store_bytes: int
     first: float
     launched: float
+    whole: float | None = None
     peak: int | None = None
     shares: Mapping[str, float] | None = None
     tokens: Sequence[Sequence[int]] | None = None

@@ -21,7 +21,7 @@ from dllm.decoding import compatibility
 from dllm.decoding.canvas import Canvas
 from dllm.decoding.denoiser import Denoiser
 from dllm.decoding.drift import Meter
-from dllm.decoding.foresight import Foresight, Taken
+from dllm.decoding.foresight import Foresight, Taken, foreseeable
 from dllm.decoding.gate import Gate
 from dllm.decoding.memory import Memory
 from dllm.decoding.options import make_request, parse_options, seeds
@@ -40,7 +40,6 @@ from dllm.samplers.base import Sampler
 # A sampler counts as stuck after this many consecutive steps that leave a request unchanged, or this many steps or
 # forwards per position to generate.
 _IDLE, _BUDGET = 8, 16
-FORESEEING = {"cuda"}  # devices that work while the host does something else
 
 
 class Engine:
@@ -66,6 +65,9 @@ class Engine:
             None: if there is a CUDA device.
         block_length: positions of a block of attention, of models that are causal over blocks of any length; None for
             the model's own.
+
+    Attributes:
+        waits: whether a step always waits for the one before it to be read (`dllm.decoding.foresight`).
 
     Raises:
         ValueError: an unknown name, a value out of range, or an incompatible sampler and cache.
@@ -137,11 +139,9 @@ class Engine:
             self.denoiser = Denoiser(forward, self._canvas, cache_run, cfg_scale, self._meter, self._gate)
         self._next: Taken | None = None
         self._foresight: Foresight | None = None
-        simple = self.sampler.single_forward and self.cache.measure_every is None and not cfg_scale
-        # Where a position is read in the block before its own, the columns to compute depend on whether it is masked.
-        apart = backbone.uniform or backbone.is_divided or (self.pattern is not None and backbone.logits_shift)
-        if lm.device.type in FORESEEING and simple and not apart:
+        if foreseeable(self.sampler, self.cache, cfg_scale, backbone, self.pattern):
             self._foresight = Foresight(self._canvas, self.denoiser, self._gate, self.sampler, self._state)
+        self.waits = False
         self._stepping, self._lock = RLock(), Lock()
         self._waiting: deque[tuple[int, Request]] = deque()
         self._entering: list[Request] = []
@@ -268,10 +268,11 @@ class Engine:
             taken, self._next = self._next or self._take(), None
             broken = self.denoiser.broken(taken.account)
             self._canvas.write(taken.edit, broken)
-            following = None if self._foresight is None else self._foresight(taken)
+            foresight = None if self.waits else self._foresight
+            following = None if foresight is None else foresight(taken)
             change = self._canvas.read(taken.edit, broken)
             self.denoiser.cache.observe(change)
-            if self._foresight is not None and following is not None and self._foresight.holds(change):
+            if foresight is not None and following is not None and foresight.holds(change):
                 self._canvas.look()
                 self._next = following
             self._check_progress(change)

@@ -13,12 +13,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dllm.cache.base import Steady
+from dllm.cache.base import Cache, Steady
 from dllm.decoding.canvas import Canvas
 from dllm.decoding.denoiser import Account, Denoiser
 from dllm.decoding.gate import Gate
 from dllm.decoding.window import Change, Edit, Window
+from dllm.models.attention import BlockCausal
+from dllm.models.base import MaskedDiffusionModel
 from dllm.samplers.base import Sampler
+
+DEVICES = {"cuda"}  # that work while the host does something else
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,16 @@ class Taken:
     window: Window
     edit: Edit
     account: Account
+
+
+def foreseeable(
+    sampler: Sampler, cache: Cache, cfg_scale: float, backbone: MaskedDiffusionModel, pattern: BlockCausal | None
+) -> bool:
+    """Whether an engine takes steps in advance: one with a policy whose step is a single forward, on a GPU."""
+    plain = sampler.single_forward and cache.measure_every is None and not cfg_scale
+    # Where a position is read in the block before its own, the columns to compute depend on whether it is masked.
+    apart = backbone.uniform or backbone.is_divided or (pattern is not None and backbone.logits_shift)
+    return plain and not apart and backbone.device.type in DEVICES
 
 
 class Foresight:

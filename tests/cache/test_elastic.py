@@ -91,7 +91,7 @@ class SpeltOut:
 )  # fmt: skip
 def test_decodes_as_the_method_spelt_out(make: Maker, cache: Elastic, threshold: float) -> None:
     began = []
-    for seed, prompt in enumerate(([5, 9, 3], [1, 2, 3, 4, 5, 6, 7, 8, 9], [])):
+    for seed, prompt in enumerate(([5, 9, 3], [1, 2, 3, 4, 5, 6, 7, 8, 9], [50])):
         lm = make(seed=seed, layers=4)
         method = SpeltOut(lm, cache)
         row = [*prompt, *[lm.backbone.mask_token_id] * 20]

@@ -69,7 +69,7 @@ class SpeltOut:
     ids=repr,
 )  # fmt: skip
 def test_decodes_as_the_method_spelt_out(make: Maker, cache: Sparse, threshold: float) -> None:
-    for seed, prompt in enumerate(([5, 9, 3], [1, 2, 3, 4, 5, 6, 7, 8, 9], [])):
+    for seed, prompt in enumerate(([5, 9, 3], [1, 2, 3, 4, 5, 6, 7, 8, 9], [50])):
         lm = make(seed=seed, layers=3)
         row = [*prompt, *[lm.backbone.mask_token_id] * 20]
         result = dllm.generate(lm, [prompt], dllm.samplers.Threshold(threshold), cache, **OPTIONS)
