@@ -15,6 +15,7 @@ import dllm
 from cache_rig import selected
 from dllm.cache.dllm_cache import Features
 from dllm.cache.store import KeyValues
+from dllm.decoding.recent import Recent
 from dllm.resolve import names
 from engine_rig import observed
 from models import random_dream, random_llada
@@ -53,16 +54,26 @@ def alive() -> int:
 
 
 @pytest.mark.parametrize("name", ["none", *CACHES])
-def test_a_decode_keeps_nothing_that_grows_with_its_steps(name: str) -> None:
+def test_a_decode_keeps_nothing_that_grows_with_its_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Recent, "__call__", lambda self, inputs, make: make())  # which keeps a few
     lm = random_llada(dtype=torch.float32)
     gc.freeze()  # what was there before is not looked at again
-    steps = dllm.stream(lm, [[5, 6], [7, 8, 9]], "vanilla", name, gen_length=120, block_length=12, stop_at_eos=False)
+    steps = dllm.stream(lm, [[5, 6], [7, 8, 9]], "vanilla", name, gen_length=60, block_length=20, stop_at_eos=False)
     # The second and the last but one of each block; in between fewer positions are asked about.
-    held = [alive() for number, _ in enumerate(steps) if number % 12 in (1, 10)]
-    assert len(held) == 20
-    # The plans of four blocks are kept (`dllm.decoding.recent`).
-    assert max(held[10::2]) <= max(held[:10:2])
-    assert max(held[11::2]) <= max(held[1:10:2])
+    held = [alive() for number, _ in enumerate(steps) if number % 20 in (1, 18)]
+    assert len(held) == 6
+    assert held[0] == held[2] == held[4]
+    assert held[1] == held[3] == held[5]
+    assert held[1] <= held[0]
+
+
+def test_the_last_few_plans_are_kept() -> None:
+    recent: Recent[object] = Recent()
+    inputs = [(np.array([number]),) for number in range(6)]
+    made = [recent(each, object) for each in inputs]
+    assert [recent(each, object) is one for each, one in zip(inputs[2:], made[2:], strict=True)] == [True] * 4
+    assert recent(inputs[0], object) is not made[0]
+    assert recent(inputs[2], object) is not made[2]  # the least recently used one
 
 
 def bound(store: KeyValues, rows: list[int], columns: list[list[int]], first: list[bool] | None = None) -> Any:
