@@ -219,10 +219,17 @@ class Canvas:
         drawn = any(request.sampling.temperature > 0 for request in self._requests(rows))
         return not (drawn or self.reach[rows].any()) and bool((masked > _PACE * self.pace[rows] + 1).all())
 
-    def look(self) -> None:
-        """Update `active` for a window that was foreseen."""
+    def goes_on(self, change: Change) -> bool:
+        """Whether the window that was foreseen is that of the next step, given what the edit before it did.
+
+        It then is what the host knows of it, too.
+        """
+        surprising = change.revoked.any() or change.edited.any() or change.filled.any()
+        if change.finished.size or change.failed.size or surprising or (self.step[change.rows] == 0).any():
+            return False
         columns, inside, _ = self.active
         self.active = columns, inside, inside & (self.host[self.rows[:, None], columns] == self.mask_token_id)
+        return True
 
     def apply(self, window: Window, edit: Edit, broken: Broken | None = None) -> Change:
         """Write an edit and read the result, of a window whose rows have not left."""

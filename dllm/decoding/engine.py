@@ -268,13 +268,10 @@ class Engine:
             taken, self._next = self._next or self._take(), None
             broken = self.denoiser.broken(taken.account)
             self._canvas.write(taken.edit, broken)
-            foresight = None if self.waits else self._foresight
-            following = None if foresight is None else foresight(taken)
+            following = None if self.waits or self._foresight is None else self._foresight(taken)
             change = self._canvas.read(taken.edit, broken)
             self.denoiser.cache.observe(change)
-            if foresight is not None and following is not None and foresight.holds(change):
-                self._canvas.look()
-                self._next = following
+            self._next = following if following is not None and self._canvas.goes_on(change) else None
             self._check_progress(change)
             return self._record(change, taken, started, uncounted)
 

@@ -17,7 +17,7 @@ from dllm.cache.base import Cache, Steady
 from dllm.decoding.canvas import Canvas
 from dllm.decoding.denoiser import Account, Denoiser
 from dllm.decoding.gate import Gate
-from dllm.decoding.window import Change, Edit, Window
+from dllm.decoding.window import Edit, Window
 from dllm.models.attention import BlockCausal
 from dllm.models.base import MaskedDiffusionModel
 from dllm.samplers.base import Sampler
@@ -78,9 +78,3 @@ class Foresight:
             return Taken(window, self._sampler.step(window, self._denoiser, self._state), account)
         except Exception:  # noqa: BLE001  # `Unforeseen`; what else goes wrong will be reported by the step itself
             return None
-
-    def holds(self, change: Change) -> bool:
-        """Whether a step is what would be taken, given what the edit before it did."""
-        ended = change.finished.size or change.failed.size
-        surprising = change.revoked.any() or change.edited.any() or change.filled.any()
-        return not (ended or surprising or (self._canvas.step[change.rows] == 0).any())
