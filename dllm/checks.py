@@ -6,12 +6,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from decimal import Decimal
+from difflib import get_close_matches
 from math import inf
 from numbers import Integral, Real
 from typing import Any
 
 from dllm.escape import brief
 
+_LONGEST = 100  # characters of a misspelt name that are compared
 SEEDS = 2**62  # base seeds are below, since row i uses seed + i
 
 
@@ -52,13 +54,21 @@ def choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """
     if getattr(value, "ndim", 0) or value not in choices:  # an array has no single truth value
         words = ", ".join("null" if one is None else str(one) for one in choices)
-        raise ValueError(f"unknown {name}={_shown(value)}; expected one of {words}")
+        meant = close(value, [one for one in choices if isinstance(one, str)])
+        raise ValueError(f"unknown {name}={_shown(value)}{meant}; expected one of {words}")
 
 
 def _shown(value: Any) -> str:
     """A value in messages: abbreviated, and not by `str`, which raises an error for thousands of digits."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     return brief(str(Decimal(value)) if whole else repr(value))
+
+
+def close(value: Any, names: Iterable[str]) -> str:
+    """The name that was probably meant, as a question to insert in a message; empty if there is none."""
+    text = value if isinstance(value, str) else ""
+    found = get_close_matches(text[:_LONGEST], [each for each in names if each != text], 1, 0.8)
+    return f" (did you mean {found[0]}?)" if found else ""
 
 
 def known(given: Iterable[Any], names: Iterable[str], prefix: str = "") -> None:
@@ -74,7 +84,8 @@ def known(given: Iterable[Any], names: Iterable[str], prefix: str = "") -> None:
     """
     expected = list(names)
     if strange := sorted(str(name) for name in given if name not in expected):
-        raise ValueError(f"unknown option {prefix + strange[0]!r}; expected one of {', '.join(expected) or 'none'}")
+        meant, listed = close(strange[0], expected), ", ".join(expected) or "none"
+        raise ValueError(f"unknown option {prefix + strange[0]!r}{meant}; expected one of {listed}")
 
 
 def seed(name: str, value: Any, low: int = 0, use: str = "") -> None:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from dllm.checks import known, naming
+from dllm.checks import close, known, naming
 
 TARGET = "_target_"
 # An option of every policy that can be calibrated: a card of `dllm calibrate`.
@@ -175,7 +175,8 @@ def find_class(place: str, fields: Any, protocol: type) -> type:
         found = found if own else None
     if found is None or not all(callable(getattr(found, each, None)) for each in _methods(protocol)):
         raise ValueError(
-            f"{place}._target_={name!r} is not a {kind} of dllm; register custom classes with dllm.register"
+            f"{place}._target_={name!r} is not a {kind} of dllm; register custom classes with dllm.register, in a "
+            "script that imports them (docs/write-a-policy.md)"
         )
     return found
 
@@ -192,7 +193,9 @@ def options_of(group: str, name: str, parameter: str | None = None) -> dict[str,
     """
     known = names(group) + variants(group)
     if name not in known:
-        raise ValueError(f"unknown {parameter or group}={name!r}; expected one of {', '.join(known)}")
+        raise ValueError(
+            f"unknown {parameter or group}={name!r}{close(name, known)}; expected one of {', '.join(known)}"
+        )
     return deepcopy(merged(f"{group}/{name}"))
 
 

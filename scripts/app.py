@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import dllm
-from dllm.checks import Notice, first_line, is_text, naming, renamed
+from dllm.checks import Notice, close, first_line, is_text, naming, renamed
 from dllm.checks import known as known_options
 from dllm.escape import brief
 from dllm.files import parse_json
@@ -493,14 +493,16 @@ def one_line(error: BaseException, config_name: str | None = None) -> str:
         file = str(error.missing_cfg_file)
         group, _, name = file.rpartition("/") if file.startswith("hydra/") else file.partition("/")
         more = variants(group) if group in flags.GROUPS else []
-        return f"unknown {group}={name}; expected one of {', '.join([*error.options, *more])}"
+        found = [*error.options, *more]
+        return f"unknown {group}={name}{close(name, found)}; expected one of {', '.join(found)}"
     if match := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)' ?(?:1\. To use|requires -)", text):
         return f"{match[1]} names several; give one, or add -m to run them one after another"
     if match := re.search(r"Could not (?:override|delete from config\.) '((?:(\w+)\.)?[^']+)'", text):
         group = match[2] if config_name and match[2] in usage.groups(config_name) else ""
-        expected = f"expected one of {', '.join(usage.options(config_name))}" if config_name else _LISTED
+        options = usage.options(config_name) if config_name else []
+        expected = f"expected one of {', '.join(options)}" if config_name else _LISTED
         fix = f"choose with {group}=NAME, and `{group}=NAME --help` lists its options" if group else expected
-        return f"unknown option {match[1]!r}; {fix}"
+        return f"unknown option {match[1]!r}{close(match[1], options)}; {fix}"
     while isinstance(cause, HydraException) and isinstance(cause.__cause__, (*BAD_INPUT, TypeError)):
         cause = cause.__cause__
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:

@@ -78,7 +78,10 @@ def _dispatch(command: str, given: list[str]) -> None:
 
         print(f"dllm {version('dllm-samplers')}")
     elif command not in (*COMMANDS, *OTHERS):
-        fail("dllm", f"unknown command {command!r}; expected one of {', '.join((*COMMANDS, *OTHERS))}")
+        from dllm.checks import close
+
+        every = (*COMMANDS, *OTHERS)
+        fail("dllm", f"unknown command {command!r}{close(command, every)}; expected one of {', '.join(every)}")
     else:
         sys.argv = [f"dllm {command}", *given]
         with working(), torchrun.together(sys.argv[0]):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
+from dllm.checks import close
 from dllm.resolve import search_also
 
 # Values of each flag: none (), any (None), or one of some words.
@@ -96,7 +97,7 @@ def _checked(typed: str, flag: str, value: str, after: str) -> str:
         before = "" if after == "-" else f" before {after!r}"
         raise ValueError(f"{typed} has no value{before}; write {typed}={'|'.join(takes or ['VALUE'])}")
     if takes and value not in takes:
-        raise ValueError(f"unknown {typed}={value!r}; expected one of {', '.join(takes)}")
+        raise ValueError(f"unknown {typed}={value!r}{close(value, takes)}; expected one of {', '.join(takes)}")
     if flag in _FOLDERS and "://" not in value:
         if "\0" in value or not Path(value).is_dir():
             raise ValueError(f"{typed}={value!r} is not a folder; give another path")

@@ -133,7 +133,7 @@ BENCH = _text(
     "table of dllm bench",
     r"(?!#)[^\n]+\n\n\| setting \| steps \|[^\n]*\n" + _ROWS
     + r"(?:\n|\|[^\n]*\n|\\\* not the same[^\n]*\n|\? not decoded[^\n]*\n|Reading the weights once[^\n]*\n"
-    r"|A causal model of the same shape[^\n]*\n)*\Z",
+    r"|Multiplying them with[^\n]*\n|After it the GPU ran at[^\n]*\n|A causal model of the same shape[^\n]*\n)*\Z",
 )  # fmt: skip
 BENCH_FORMAT = "dllm-bench"
 BENCH_RECORD = _text("record of dllm bench", rf'\{{\s*"(?:format": "{BENCH_FORMAT}"|setting": "[^\n]*",\s*"torch": )')

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from dllm.checks import close
 from dllm.resolve import TARGET, defaults_list, names, sources, text, variants
 from dllm.scripts import flags
 
@@ -137,7 +138,7 @@ def _aligned(entries: Mapping[str, str]) -> list[str]:
 def _describe_group(group: str, choice: str, default: str) -> list[str]:
     found = choices(group)
     if choice not in (*found, default):
-        raise ValueError(f"unknown {group}={choice}; expected one of {', '.join(found)}")
+        raise ValueError(f"unknown {group}={choice}{close(choice, found)}; expected one of {', '.join(found)}")
     width = max(map(len, found))
     lines = [f"{group}=NAME, by default {default}:", ""]
     lines += _indent(f"{name:<{width}}  {about}" for name, about in found.items())

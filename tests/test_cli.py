@@ -63,13 +63,23 @@ class TestDllm:
     def test_tells_its_version(self) -> None:
         assert command("--version") == Outcome(0, f"dllm {version('dllm-samplers')}\n", "")
 
-    @pytest.mark.parametrize("name", ["generat", "train_tiny", "app", "prompt=x", "--foo", ""])
-    def test_an_unknown_command_is_named_with_those_there_are(self, name: str) -> None:
+    @pytest.mark.parametrize(
+        ("name", "meant"),
+        [
+            ("generat", "generate"),
+            ("train_filter", "train-filter"),
+            ("app", ""),
+            ("prompt=x", ""),
+            ("--foo", ""),
+            ("", ""),
+        ],
+    )
+    def test_an_unknown_command_is_named_with_those_there_are(self, name: str, meant: str) -> None:
         result = command(name)
         assert (result.code, result.out) == (2, "")
-        assert (
-            result.err == f"dllm: error: unknown command {name!r}; expected one of {', '.join((*COMMANDS, *OTHERS))}\n"
-        )
+        asked = f" (did you mean {meant}?)" if meant else ""
+        every = ", ".join((*COMMANDS, *OTHERS))
+        assert result.err == f"dllm: error: unknown command {name!r}{asked}; expected one of {every}\n"
 
 
 class TestHelp:
@@ -313,7 +323,8 @@ class TestOptionsOfABase:
         one = command(*plain, "sampler=edit", "sampler.base.threshold=0.6", "seed=1")
         same = command(*plain, "sampler=edit", written, "seed=1")
         answers = [re.sub(r"[\d.,]+ tokens/s", "", result.out) for result in (one, same)]
-        assert (one.code, one.err, answers[0]) == (0, "", answers[1])
+        assert (one.code, one.err, answers[0]) == (0, same.err, answers[1])
+        assert one.err in ("", "the answer is empty: the model wrote end-of-text first\n")
 
     def test_those_of_a_base_that_is_named_and_of_its_base(self) -> None:
         options = ["sampler=freedave", "sampler.base=tiny/threshold", "sampler.base.threshold=0.6"]
@@ -338,7 +349,7 @@ class TestOptionsOfABase:
             (["sampler=edit", "sampler.base=nothing", "sampler.base.threshold=1"], "unknown sampler.base='nothing'"),
             (
                 ["sampler=edit", "sampler.base.thresold=1"],
-                "unknown option 'sampler.base.thresold'; expected one of thr",
+                "unknown option 'sampler.base.thresold' (did you mean threshold?); expected one of thr",
             ),
             (["sampler=threshold", "sampler.base.threshold=1"], "unknown option 'sampler.base.threshold'"),
             (["sampler=edit", "sampler.base.threshold=x"], "sampler.base.threshold='x'"),

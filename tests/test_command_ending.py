@@ -117,13 +117,16 @@ class TestSignals:
     def test_a_process_ends_at_any_moment_with_one_line(
         self, number: int, delay: float | None, code: int, tmp_path: Path
     ) -> None:
-        process: Any = (start if delay is None else start_cold)(*LONG, f"out={tmp_path}")
-        if delay is None:  # once it is at work; before, it imports
-            while not any(tmp_path.rglob("journal.jsonl")):
-                time.sleep(0.05)
-        time.sleep(delay or 0.5)
-        process.send_signal(number)
-        err = process.communicate(timeout=60)[1]
+        for later in (0.0, 0.5, 1.0, 2.0):
+            process: Any = (start if delay is None else start_cold)(*LONG, f"out={tmp_path}")
+            if delay is None:  # once it is at work; before, it imports
+                while not any(tmp_path.rglob("journal.jsonl")):
+                    time.sleep(0.05)
+            time.sleep((delay or 0.5) + later)
+            process.send_signal(number)
+            err = process.communicate(timeout=60)[1]
+            if "Traceback" not in err or "dllm" in err:
+                break  # else Python itself was not up yet, on a busy machine
         told = [line for line in err.splitlines() if not line.startswith("vanilla: ")]  # how far it was
         assert process.returncode == code
         assert told == [

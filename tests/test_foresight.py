@@ -97,10 +97,10 @@ def compare(lm: dllm.LanguageModel, sampler: Any, cache: Any, counted: Counted, 
 
 
 def settings() -> Iterator[tuple[str, str, str]]:
-    """Every policy with every cache that is steady, and a few with the others and on the other family."""
+    """Every policy; a few with every cache, and on the other family."""
     few = ("vanilla", "threshold", "leftmost")
-    yield from product(("llada",), SINGLE, FORESEEABLE)
-    yield from product(("dream",), few, FORESEEABLE)
+    yield from product(("llada",), SINGLE.keys() - {*few}, ("none", "dual"))
+    yield from product(("llada", "dream"), few, FORESEEABLE)
     yield from product(("llada",), few[1:2], CACHES.keys() - {*FORESEEABLE})
 
 

@@ -325,7 +325,7 @@ class TestProcess:
 
 
 BAD_OPTIONS = [
-    (["gen_lenght=5"], "unknown option 'gen_lenght'; expected one of "),
+    (["gen_lenght=5"], "unknown option 'gen_lenght' (did you mean gen_length?); expected one of "),
     (["+extra=5"], "unknown option 'extra'; expected one of "),
     (["sampler.tempo=5"], "unknown option 'sampler.tempo'; "),
     (["+sampler.tempo=5"], "tempo"),
@@ -333,6 +333,7 @@ BAD_OPTIONS = [
     (["nonsense"], "unknown option 'nonsense'; options are written name=value"),
     (["--prompt", "x"], "unknown flag '--prompt'"),
     (["-x"], "unknown flag '-x'"),
+    (["sampler=treshold"], "unknown sampler=treshold (did you mean threshold?); expected one of adablock, "),
     (["sampler=nope"], "unknown sampler=nope; expected one of adablock, anchored, ar_guided, "),
     (["cache=nope"], "unknown cache=nope; expected one of"),
     (["sampler=vanilla,threshold"], "sampler=vanilla,threshold names several"),

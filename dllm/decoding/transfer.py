@@ -27,7 +27,7 @@ class HostCopy:
         if self._pinned is not None:
             self._values = self._pinned[: len(values)].copy_(values, non_blocking=True)
             self._ready = torch.cuda.Event()
-            self._ready.record()
+            self._ready.record(torch.cuda.current_stream(values.device))  # the current device may be another
 
     def end(self) -> NDArray[np.int64]:
         """Wait for it. The next copy overwrites it."""
