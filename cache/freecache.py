@@ -76,7 +76,9 @@ class _Frozen(PerRow):
         super().__init__(setup)
         self.options = options
         self.front = self.per_row(0)  # where the last forward of each row started to compute
-        self.foreseeable = options.granularity != "token"
+        # With the shift, what is read before the prompt's end is computed only while the first position is masked.
+        prompt = options.granularity == "prompt" and not setup.logits_shift
+        self.foreseeable = options.granularity == "block" or prompt
         self.raw = self.per_row(True, dtype=bool)  # the prompt has the keys and values of the first forward
 
     def plan(self, question: Question, due: Flags, stale: Flags) -> Plan:

@@ -102,11 +102,9 @@ class Rule(Protocol):
     """The rule of a cache: which columns are computed when.
 
     Attributes:
-        foreseeable: while a row stays in its block, the columns do not depend on what is decoded there.
+        foreseeable: while a row stays in its block, the columns do not depend on what is decoded there; False if it
+            does not say.
     """
-
-    @property
-    def foreseeable(self) -> bool: ...  # noqa: D102
 
     def enter(self, rows: NDArray[np.int64]) -> None:
         """Reset the state of row numbers that now belong to other requests."""
@@ -191,7 +189,7 @@ class Reuse(PerRow):
 
     def steady(self, rows: NDArray[np.int64]) -> bool:
         """Whether the rule says so, and no row is due for a refresh; what is stale is computed by the next plan."""
-        return self.rule.foreseeable and not self._due[rows].any()
+        return bool(getattr(self.rule, "foreseeable", False)) and not self._due[rows].any()
 
     def _take(self, question: Question) -> NDArray[np.int64]:
         """(A,) columns that rows take over from earlier requests, in their first forward."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import dllm
 from contract_rig import BACKBONES, BY_NAME, MORE_BACKBONES, PROMPTS, common_token
@@ -22,6 +23,8 @@ from dllm.decoding.step import Step
 from dllm.decoding.window import Change, Edit, Window
 from dllm.resolve import names, resolve
 from dllm.samplers import Vanilla
+from dllm.samplers.base import commit
+from dllm.samplers.selection import top
 from models import random_llada
 from toys import Device, Leftmost
 
@@ -118,6 +121,65 @@ def test_steps_are_those_that_wait(
         assert bool(counted.made) == (cache in FORESEEABLE)
     if cache in FORESEEABLE and sampler in ("vanilla", "leftmost"):
         assert 0 < counted.held < counted.made
+
+
+@pytest.mark.parametrize("family", BACKBONES)
+@pytest.mark.parametrize("freeze", ["clean", "last_forward"])
+def test_a_frozen_prompt(family: str, freeze: Any, counted: Counted) -> None:
+    for seed in range(4):
+        compare(BACKBONES[family](seed=seed), Leftmost(), FreeCache(freeze=freeze, granularity="prompt"), counted)
+        assert bool(counted.held) == (family == "llada")
+
+
+@dataclass(frozen=True)
+class Hiding(Leftmost):
+    """Hides the end of the canvas in the step after the first of a block."""
+
+    def step(self, window: Window, denoise: Any, state: None) -> Edit:
+        edit = super().step(window, denoise, state)
+        until = (window.columns[:, 0] + window.block_length - 2).where(window.step == 0, window.tokens.shape[1])
+        return replace(edit, until=until) if bool((window.step == 0).any()) else edit
+
+
+@dataclass(frozen=True)
+class ByIndex(Leftmost):
+    """Commits by what it knows of the positions that are asked about."""
+
+    def step(self, window: Window, denoise: Any, state: None) -> Edit:
+        prediction = denoise()
+        index = prediction.index
+        score = torch.full((window.columns.numel(),), -torch.inf)
+        score = score.scatter(0, index, torch.arange(len(index)).flip(0).float()).view(window.columns.shape)
+        return commit(window, prediction, top(score, 1, score > -torch.inf))
+
+
+@dataclass(frozen=True)
+class Adjusting(Leftmost):
+    """Commits where a prediction that was changed has a confidence."""
+
+    def step(self, window: Window, denoise: Any, state: None) -> Edit:
+        prediction = denoise()
+        rows = len(prediction.logits)
+        changed = prediction.adjusted(torch.zeros((rows, 1), dtype=torch.long), torch.zeros(rows, 1))
+        return commit(window, changed, top(changed.confidence, 1, changed.confidence >= 0))
+
+
+@pytest.mark.parametrize("sampler", [Hiding(), ByIndex(), Adjusting()], ids=repr)
+@pytest.mark.parametrize("cache", ["none", "prefix"])
+def test_policies_of_ones_own(sampler: Any, cache: str, counted: Counted) -> None:
+    compare(random_llada(), sampler, CACHES[cache], counted, block_length=8)
+
+
+def test_what_draws_takes_one_forward_in_vain(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, inner = [0], graphs.Forward.__call__
+
+    def noted(self: Any, *inputs: Any) -> Any:
+        calls[0] += 1
+        return inner(self, *inputs)
+
+    monkeypatch.setattr(graphs.Forward, "__call__", noted)
+    found = dllm.generate(random_llada(), [[5, 9]], Vanilla(order="random"), gen_length=12, stop_at_eos=False)
+    assert calls[0] == int(found.nfe[0]) + 1
 
 
 def test_steps_of_equal_pace_are_foreseen_rightly(counted: Counted) -> None:

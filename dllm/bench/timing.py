@@ -149,6 +149,7 @@ class Bench:
         """
         launched = replace(self.options, cuda_graphs=False)
         _, engine = prepare(self.lm, self.prompts, sampler, cache, launched)
+        engine.waits = True
         steps = engine.steps()
         deque(islice(steps, _WARM_UP), maxlen=0)
         clock = SectionTimer(self.lm.device)

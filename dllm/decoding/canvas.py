@@ -20,19 +20,15 @@ from dllm.decoding.nonfinite import Broken
 from dllm.decoding.recent import Recent
 from dllm.decoding.request import Request
 from dllm.decoding.transfer import HostCopy, put, send
-from dllm.decoding.window import Change, Edit, Exchange, Window
+from dllm.decoding.window import Change, Draws, Edit, Exchange, Window
 from dllm.models.attention import BlockCausal
 
 _PACE = 1.5  # a row may commit so many times as many tokens as in its last step
 _BITS = 24  # of a length that is read back with the tokens
 
 
-class Unforeseen(Exception):
-    """A step cannot be taken before the last one is read."""
-
-
 def _unforeseen() -> Tensor:
-    raise Unforeseen("it draws numbers")
+    raise Draws
 
 
 class Canvas:
@@ -59,6 +55,7 @@ class Canvas:
         high: the column after it, which may lie past the end.
         end: the column after the last position to generate; with what a row may still gain, `full`.
         active: columns, inside and masked of the latest window.
+        index: flat indices of `masked` of the latest window that was not foreseen, on the device.
     """
 
     def __init__(
@@ -176,7 +173,7 @@ class Canvas:
         each = self.padding, self.start, self.spans, self.block, self.entry_masks
         still = rows, *[values[rows] for values in each], length, self.ends[rows], stop, columns, inside
         # What changes within a block, and what does not.
-        step, index, masked = send(self.device, self.step[rows], np.flatnonzero(masked), masked)
+        step, self.index, masked = send(self.device, self.step[rows], np.flatnonzero(masked), masked)
         (own, first, start, span, block, entry_masks, width, ends, stop_at_eos, at, within) = self._recent(
             still,
             lambda: [
@@ -194,7 +191,6 @@ class Canvas:
             columns=at,
             inside=within,
             masked=masked.bool(),
-            index=index,
             block=block,
             entry_masks=entry_masks,
             step=step,
@@ -207,7 +203,7 @@ class Canvas:
     def foreseen(self, window: Window) -> Window:
         """The window of the next step, after an edit that is written and not read, if every row stays in its block.
 
-        What is masked, the device knows; on the host and in `index` it is what was masked before.
+        What is masked, the device knows; on the host it is what was masked before.
         """
         masked = window.inside & (window.tokens.gather(1, window.columns) == self.mask_token_id)
         return replace(window, masked=masked, step=window.step + 1, uniform=_unforeseen)
@@ -217,7 +213,8 @@ class Canvas:
         """Whether every row is likely to stay in its block in this step, and draws nothing."""
         rows, masked = self.rows, self.active[2].sum(1)
         drawn = any(request.sampling.temperature > 0 for request in self._requests(rows))
-        return not (drawn or self.reach[rows].any()) and bool((masked > _PACE * self.pace[rows] + 1).all())
+        narrowed = self.reach[rows].any() or (self.until[rows] < self.length).any()
+        return not (drawn or narrowed) and bool((masked > _PACE * self.pace[rows] + 1).all())
 
     def goes_on(self, change: Change) -> bool:
         """Whether the window that was foreseen is that of the next step, given what the edit before it did.

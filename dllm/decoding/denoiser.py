@@ -15,7 +15,7 @@ from torch import Tensor
 from dllm.cache.base import CacheRun, Plan
 from dllm.cache.selection import Selection, Store
 from dllm.decoding.branches import Attention, Branches
-from dllm.decoding.canvas import Canvas, Unforeseen
+from dllm.decoding.canvas import Canvas
 from dllm.decoding.drift import Meter
 from dllm.decoding.encoded import Encoded
 from dllm.decoding.flags import flagged
@@ -27,7 +27,7 @@ from dllm.decoding.prediction import Part, Prediction, Sampling
 from dllm.decoding.question import Question, about_drafts, about_shadows, about_window
 from dllm.decoding.recent import Recent
 from dllm.decoding.transfer import put, send
-from dllm.decoding.window import Edit, Window
+from dllm.decoding.window import Edit, Unforeseen, Window
 from dllm.models.transformer import KVStore
 
 
@@ -170,9 +170,9 @@ class Denoiser:
         logits = self._gate.exclude(logits, question, asked, columns)
         # The indices of the window's masks are on the device already.
         known = asked is window.masked and columns is window.columns and not self._foreseen
-        prediction = self._predict(logits, asked, window.index if known else self._put(question.index), question)
+        prediction = self._predict(logits, asked, self.canvas.index if known else self._put(question.index), question)
         if self._foreseen:  # more was requested than is masked
-            prediction = prediction.within(asked)
+            prediction = prediction.foreseen()
         self._flag(prediction.broken.flatten(1).any(1))
         # Of several drafts the first is the current canvas.
         shown = prediction if asked.ndim == 2 else prediction.arranged(lambda values: values[:, 0])
@@ -219,6 +219,8 @@ class Denoiser:
     ) -> Float[Tensor, "N V"]:
         """Logits of the requested positions, split into forwards by the number of columns of each sequence."""
         groups = by_width(cost, question.slots, self._overhead)
+        if self._foreseen and len(groups) > 1:  # before any of them is launched
+            raise Unforeseen("it takes several forwards")
         parts = [forward(question.some(group), group) for group in groups]
         if len(parts) == 1:
             return parts[0]

@@ -17,7 +17,7 @@ from dllm.cache.base import Cache, Steady
 from dllm.decoding.canvas import Canvas
 from dllm.decoding.denoiser import Account, Denoiser
 from dllm.decoding.gate import Gate
-from dllm.decoding.window import Edit, Window
+from dllm.decoding.window import Draws, Edit, Unforeseen, Window
 from dllm.models.attention import BlockCausal
 from dllm.models.base import MaskedDiffusionModel
 from dllm.samplers.base import Sampler
@@ -64,11 +64,12 @@ class Foresight:
     def __init__(self, canvas: Canvas, denoiser: Denoiser, gate: Gate, sampler: Sampler, state: Any) -> None:
         self._canvas, self._denoiser, self._gate = canvas, denoiser, gate
         self._sampler, self._state = sampler, state
+        self._off = False
 
     def __call__(self, taken: Taken) -> Taken | None:
         """The step after one whose edit is written and not read; None where it may depend on what is read."""
         canvas, cache = self._canvas, self._denoiser.cache
-        if not (taken.edit.is_plain and isinstance(cache, Steady) and cache.steady(canvas.rows)):
+        if self._off or not (taken.edit.is_plain and isinstance(cache, Steady) and cache.steady(canvas.rows)):
             return None
         if self._gate.holds or not canvas.foreseeable:
             return None
@@ -76,5 +77,7 @@ class Foresight:
             window = canvas.foreseen(taken.window)
             account = self._denoiser.bind(window, foreseen=True)
             return Taken(window, self._sampler.step(window, self._denoiser, self._state), account)
-        except Exception:  # noqa: BLE001  # `Unforeseen`; what else goes wrong will be reported by the step itself
+        except Exception as error:  # noqa: BLE001  # will be reported by the step itself
+            # What is raised before a forward may be tried again at little cost; the rest would take one in vain.
+            self._off = isinstance(error, Draws) or not isinstance(error, Unforeseen)
             return None

@@ -29,6 +29,7 @@ _NARROW = 512  # up to which it takes several times as long
 # Forwards of a shape that are launched before it is captured, which takes as long as a few of them: narrow and wide.
 _AFTER, _AFTER_WIDE = 1, 3
 _MOST = 64  # graphs kept
+_SHAPES = 4096  # shapes counted
 _FEWEST = 16  # projected positions
 _FEW = 128  # queries of one sequence for which flash attention is faster than cuDNN's
 # Fastest first on an H200, for 1,024 keys: 32 queries of one sequence take 14, 35 and 17 us a layer, of 16 sequences
@@ -108,12 +109,13 @@ class _Captured:
     graph: Graph
     inputs: tuple[Tensor, ...]
     hidden: Float[Tensor, "N d"]
-    given: tuple[Tensor, ...]
+    given: tuple[Tensor | None, ...]
 
     def replay(self, inputs: tuple[Tensor, ...]) -> Float[Tensor, "N d"]:
         """The result for other inputs, the first of which are the selected positions, of any number up to its own."""
-        count = len(inputs[0])
-        for kept, before, fresh in zip((self.inputs[0][:count], *self.inputs[1:]), self.given, inputs, strict=True):
+        count, given = len(inputs[0]), self.given
+        self.given = (None,) * len(given)  # if it is interrupted
+        for kept, before, fresh in zip((self.inputs[0][:count], *self.inputs[1:]), given, inputs, strict=True):
             if fresh is not before:
                 kept.copy_(fresh)
         self.given = inputs
@@ -169,6 +171,8 @@ class Forward:
         places = max(_FEWEST, 1 << (len(select) - 1).bit_length())
         memory, index = (None, None) if fixed is None else (fixed.memory, fixed.index)
         key = memory, tokens.shape, places, None if mask is None else mask.shape
+        if len(self._seen) > _SHAPES:
+            self._seen.clear()
         self._seen[key] += 1
         if self._seen[key] <= (_AFTER if tokens.numel() <= _NARROW else _AFTER_WIDE):
             return self._launched(tokens, mask, positions, store, select)
@@ -176,7 +180,7 @@ class Forward:
         if key not in self._captured:
             self._captured[key] = self._new(fixed, mask is not None, places, inputs)
             if len(self._captured) > _MOST:
-                self._seen.pop(self._captured.popitem(last=False)[0])
+                self._seen.pop(self._captured.popitem(last=False)[0], None)
         self._captured.move_to_end(key)
         return self.backbone.project(self._captured[key].replay(inputs))
 

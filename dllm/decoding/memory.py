@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import psutil
 import torch
@@ -15,6 +16,7 @@ from dllm.decoding.graphs import Forward
 from dllm.decoding.setup import Setup
 from dllm.models.base import MaskedDiffusionModel
 
+_ADAPTERS = ("active_adapter", "disable_adapters", "merged_adapters", "scaling")  # of a layer
 _SHARE = 0.8  # of free memory, that keys and values may take
 
 
@@ -32,7 +34,7 @@ class Memory:
 
     @property
     def fits(self) -> bool:
-        """Whether the weights have the same addresses, so that captured graphs are valid."""
+        """Whether weights have the same addresses, and adapters and hooks are the same, so that graphs are valid."""
         return self._weights == _weights(self._backbone)
 
     def forward(self, cuda_graphs: bool | None) -> Forward:
@@ -97,5 +99,10 @@ def _bytes(cache: Cache, setup: Setup) -> int:
     return sum(sizes)
 
 
-def _weights(backbone: MaskedDiffusionModel) -> tuple[int, ...]:
-    return tuple(each.data_ptr() for each in backbone.parameters())
+def _weights(backbone: MaskedDiffusionModel) -> tuple[Any, ...]:
+    """The addresses of weights, and the state of what runs with the modules: hooks, and which adapters of PEFT do."""
+    state = (
+        (*each._forward_hooks, *each._forward_pre_hooks, *(str(getattr(each, name, "")) for name in _ADAPTERS))
+        for each in backbone.modules()
+    )
+    return *(each.data_ptr() for each in backbone.parameters()), *state

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dllm.checks import choice, number
 from dllm.decoding.nonfinite import not_finite
+from dllm.decoding.window import Unforeseen
 
 _ALIGNED = ("tokens", "confidence", "margin", "entropy", "broken")
 
@@ -138,6 +139,7 @@ class Prediction:
         self._mask_token_id, self._parts = mask_token_id, parts
         chosen = _choose_in_parts(self.given, mask_token_id, parts)
         self._within: Tensor | None = None
+        self._indexed = True
         self.logits, self._chosen, self._broken, self._last = chosen.logits, chosen.tokens, chosen.broken, chosen.last
 
     def adjusted(self, tokens: Int[Tensor, "N S"], by: Float[Tensor, "N S"]) -> Prediction:
@@ -149,6 +151,7 @@ class Prediction:
         """
         other, logits = object.__new__(Prediction), self.given.scatter_add(-1, tokens, by.to(self.given.dtype))
         other._set(logits, self.asked, self._index, self._mask_token_id, self._parts)
+        other._within, other._indexed = self._within, self._indexed
         return other
 
     def arranged(self, arrange: Callable[[Tensor], Tensor]) -> Prediction:
@@ -169,6 +172,12 @@ class Prediction:
         other = object.__new__(Prediction)
         vars(other).update({name: value for name, value in vars(self).items() if name not in _ALIGNED})
         other.asked = other._within = asked
+        return other
+
+    def foreseen(self) -> Prediction:
+        """The same predictions within `asked`, of more positions than that; which of them, only the device knows."""
+        other = self.within(self.asked)
+        other._indexed = False
         return other
 
     def kept(self, arrange: Callable[[Tensor], Tensor], also: Sequence[str] = ()) -> Prediction:
@@ -246,6 +255,8 @@ class Prediction:
     @property
     def index(self) -> Int[Tensor, " N"]:
         """Flat indices of the requested positions into what was asked, before any arrangement."""
+        if not self._indexed:
+            raise Unforeseen("the host does not know what was asked")
         return self._index
 
     def aligned(self, values: Shaped[Tensor, " N"], fill: float) -> Shaped[Tensor, "*B K"]:

@@ -15,6 +15,14 @@ from torch import Tensor
 from dllm.decoding.nonfinite import Broken
 
 
+class Unforeseen(Exception):
+    """A step cannot be taken before the last one is read."""
+
+
+class Draws(Unforeseen):
+    """The policy draws random numbers."""
+
+
 @dataclass(frozen=True)
 class Window:
     """A sampler's view of one step: the active rows, each at its own block.
@@ -30,7 +38,6 @@ class Window:
         inside: True at positions to generate, masked or not; False past the end of a short block, at
             given tokens and where the last edit hides them.
         masked: True where a token may be committed now.
-        index: flat indices of `masked`, computed on the host.
         block: number of each row's active block.
         entry_masks: masked positions the row had when it entered this block.
         step: steps of the row in this block so far.
@@ -52,7 +59,6 @@ class Window:
     columns: Int[Tensor, "B K"]
     inside: Bool[Tensor, "B K"]
     masked: Bool[Tensor, "B K"]
-    index: Int[Tensor, " N"]
     block: Int[Tensor, " B"]
     entry_masks: Int[Tensor, " B"]
     step: Int[Tensor, " B"]
@@ -63,8 +69,8 @@ class Window:
     permit: Callable[[Window, Edit, Any], Edit] | None = None
 
     def taken(self, entries: Int[Tensor, " N"]) -> Window:
-        """Some entries in this order, repeats allowed; `index`, `uniform` and `permit` are unchanged."""
-        whole = {"index", "uniform", "permit"}
+        """Some entries in this order, repeats allowed; `uniform` and `permit` are unchanged."""
+        whole = {"uniform", "permit"}
         return replace(self, **{name: each[entries] for name, each in vars(self).items() if name not in whole})
 
 
