@@ -16,13 +16,13 @@ import dllm
 from commands import Outcome, command
 from dllm.bench import Bench, CommitsPerStep, random_model
 from dllm.bench.bare import Call
-from dllm.cache import DLLMCache, Dual, NoCache
+from dllm.cache import Block, DLLMCache, Dual, NoCache
 from dllm.decoding.denoiser import Denoiser
 from dllm.decoding.graphs import Forward
 from dllm.decoding.prediction import Prediction
 from dllm.samplers import Learn2PD, LocalLeap, Threshold, Vanilla
 from dllm.scripts.bench import _costs_table
-from models import random_dream, random_llada
+from models import random_dream, random_llada, random_sdar
 from toys import Device
 
 SMALL = ["model=random:tiny", "canvas=48", "gen_length=16", "block_length=8", "steps=6"]
@@ -92,6 +92,15 @@ def test_what_a_gpu_replays_is_told_from_what_it_launches(monkeypatch: pytest.Mo
     assert "| first step, ms | steps with launches | whole decode, tokens/s |" in table
     assert [line.split(" | ")[-2] for line in table.splitlines()[2:4]] == ["0", f"{cost['some'].steps}"]
     assert min(each.whole for each in cost.values()) > 0
+
+
+def test_a_block_causal_model_computes_its_prompt_in_every_repetition() -> None:
+    bench = Bench(random_sdar(), 40, 20, 1, None)
+    costs = bench.run({"block": (Vanilla(), Block()), "none": (Vanilla(), NoCache())}, None, 2)
+    assert costs["block"].to_bare is not None
+    assert 1 < costs["block"].columns < costs["none"].columns
+    once = bench.run({"block": (Vanilla(), Block())}, None, 1)
+    assert once["block"].columns == costs["block"].columns
 
 
 def test_the_floor_of_arithmetic_is_proportional_to_the_columns(monkeypatch: pytest.MonkeyPatch) -> None:

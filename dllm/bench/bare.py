@@ -106,7 +106,10 @@ class Bare:
             self._given[shape] = Given(self.backbone, *shape, self.canvas)
         store = self._given[shape] if call.reuses else None
         select = torch.arange(call.selected, device=device) % tokens.numel()
-        run = partial(self.forward, tokens, None, positions, store, select)
+        mask = None
+        if call.reuses and self.backbone.pattern is not None:  # which is part of every mask
+            mask = torch.ones((call.sequences, 1, call.columns, self.canvas), dtype=torch.bool, device=device)
+        run = partial(self.forward, tokens, mask, positions, store, select)
         if self.forward.graphs and call not in self._known:
             self._known.add(call)
             for _ in range(_FIRST):

@@ -202,6 +202,8 @@ class Bench:
 
     def _engine(self, sampler: Any, cache: Any) -> tuple[list[Request], Engine]:
         """Requests, and an engine for all repetitions of them, to which the captured graphs belong."""
+        if getattr(cache, "shared", 0) is None:  # or repetitions would begin with what the first one computed
+            cache = replace(cache, shared=0)
         requests, engine = prepare(self.lm, self.prompts, sampler, cache, self.options)
         for number in range(self.batch):
             engine.abort(number)
