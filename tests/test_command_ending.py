@@ -125,7 +125,7 @@ class TestSignals:
             time.sleep((delay or 0.5) + later)
             process.send_signal(number)
             err = process.communicate(timeout=60)[1]
-            if "Traceback" not in err or "dllm" in err:
+            if "Traceback" not in err:
                 break  # else Python itself was not up yet, on a busy machine
         told = [line for line in err.splitlines() if not line.startswith("vanilla: ")]  # how far it was
         assert process.returncode == code
