@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dllm.scripts import torchrun
-from dllm.scripts.ending import Stopped, fail, interruption, leave_quietly, piped, watching, working
+from dllm.scripts.ending import Stopped, fail, heard, interruption, leave_quietly, piped, watching, working
 
 COMMANDS = (
     "generate",
@@ -62,6 +62,10 @@ def main(command: str | None = None) -> None:
             if error.errno is None or error.filename is not None:  # not about stdout: network or files
                 fail(called, str(error))
             fail(called, f"{error.strerror or error}; free disk space, or redirect the output elsewhere")
+        except Exception:
+            if number := heard():
+                fail(called, interruption(number), code=128 + number)
+            raise
 
 
 def run_file(file: str) -> NoReturn:

@@ -37,10 +37,11 @@ class _Watch:
 
     def __init__(self) -> None:
         self.command, self.working, self.stopping = "dllm", False, False
+        self.number = 0
 
     def __call__(self, number: int, frame: object) -> None:
         if self.working and not self.stopping:
-            self.stopping = True
+            self.stopping, self.number = True, number
             raise Stopped(number)
         self.end(number)
 
@@ -146,13 +147,20 @@ def _silence(stream: TextIO | None) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def heard() -> int:
+    """The signal that stops the command; 0 for none. Libraries may turn the exception that it raises into another."""
+    return _watch.number if _watch.stopping else 0
+
+
 def interruption(number: int = signal.SIGINT) -> str:
     """The message for a signal."""
     return f"{_SAID.get(signal.Signals(number), 'ended')}; what was written is kept"
 
 
 def fail(command: str, message: str, code: int = 2) -> NoReturn:
-    """Print an error and exit."""
+    """Print an error and exit; what a signal caused is the signal."""
+    if (number := heard()) and code == 2:
+        message, code = interruption(number), 128 + number
     try:
         print(line(command, message), file=sys.stderr, flush=True)
     except OSError:  # a closed pipe, or a full disk

@@ -125,13 +125,31 @@ class TestSignals:
             time.sleep((delay or 0.5) + later)
             process.send_signal(number)
             err = process.communicate(timeout=60)[1]
-            if "Traceback" not in err:
+            if "Traceback" not in err or "scripts/cli.py" in err:
                 break  # else Python itself was not up yet, on a busy machine
         told = [line for line in err.splitlines() if not line.startswith("vanilla: ")]  # how far it was
         assert process.returncode == code
         assert told == [
             f"dllm evaluate: error: {'interrupted' if code == 130 else 'terminated'}; what was written is kept"
         ]
+
+    @pytest.mark.parametrize("kind", [ModuleNotFoundError, ValueError, ZeroDivisionError])
+    def test_a_signal_that_a_library_turns_into_another_error_is_told(
+        self, kind: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def imports(command: str, given: list[str]) -> None:
+            with ending.working():
+                try:
+                    signal.raise_signal(signal.SIGINT)
+                except BaseException as error:
+                    raise kind("cannot be imported") from error
+
+        monkeypatch.setattr(cli, "_dispatch", imports)
+        monkeypatch.setattr(sys, "argv", ["dllm", "evaluate"])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        assert left.value.code == 130
+        assert capsys.readouterr().err == "dllm evaluate: error: interrupted; what was written is kept\n"
 
 
 class TestPipes:
