@@ -181,8 +181,6 @@ class Session:
             fill = dllm.infill if self.infill else dllm.generate
             result = fill(self.lm, ids, self.sampler, self.cache, callback=callback, **self.options)
         console.print(Text(terminal(result.texts[0]), "green"), soft_wrap=True)
-        if not (result.texts[0] or "").strip():
-            print("the answer is empty: the model wrote end-of-text first", file=sys.stderr)
         stats, nfe = result.stats, int(result.nfe[0])
         counts = f"NFE {nfe}  tokens {stats.tokens}  TPF {stats.tpf:.2f}  {stats.tokens_per_second:.1f} tokens/s"
         # Costs beyond NFE are shown if there are any.

@@ -56,7 +56,6 @@ def window(
         columns=4 + torch.arange(width)[None],
         inside=torch.ones_like(masked),
         masked=masked,
-        index=masked.flatten().nonzero()[:, 0],
         block=torch.tensor([block]),
         entry_masks=torch.tensor([width if entry_masks is None else entry_masks]),
         step=torch.tensor([step]),
@@ -74,7 +73,7 @@ def chosen(sampler: Any, confidence: list[float], **where: Any) -> list[int]:
     logits = two_way(values[~values.isnan()])
 
     def denoise(*args: Any, **kwargs: Any) -> Prediction:
-        return Prediction(logits, view.masked, view.index, GUESSES, Sampling())
+        return Prediction(logits, view.masked, view.masked.flatten().nonzero()[:, 0], GUESSES, Sampling())
 
     state = sampler.start(facts())
     asked = request(len(confidence), 2 * len(confidence))

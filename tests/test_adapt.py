@@ -233,7 +233,7 @@ class TestTraining:
         (["matrix_lr=-1"], "matrix_lr=-1 is out of range"),
         (["device=nonsense"], "device='nonsense' is not available here"),
         (["autocast=int8"], "unknown autocast='int8'"),
-        (["stepz=3"], "unknown option 'stepz'; expected one of "),
+        (["stepz=3"], "unknown option 'stepz' (did you mean steps?); expected one of "),
         (["publish=/dev/null/x"], "publish='/dev/null/x' cannot be written"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -65,7 +65,7 @@ class TestWithoutATerminal:
             (["{}", "colour=red"], "unknown colour='red'; expected one of commit_step, confidence"),
             (["{}", "{}"], "is a second path"),
             (["{}", "path=x"], "is a second path"),
-            (["{}", "color=red"], "unknown option 'color'; expected one of path, "),
+            (["{}", "color=red"], "unknown option 'color' (did you mean colour?); expected one of path, "),
             (["pyproject.toml"], "pyproject.toml is not a trace"),
         ],
     )

@@ -325,7 +325,7 @@ class TestCard:
         (["step_weights=[a]"], "step_weights=['a']"),
         (["noise=3"], "noise=3"),
         (["prompt_length=9"], "prompt_length=9 is out of range"),
-        (["stepz=3"], "unknown option 'stepz'; expected one of "),
+        (["stepz=3"], "unknown option 'stepz' (did you mean steps?); expected one of "),
         (["out=/dev/null/x"], "out='/dev/null/x' cannot be written"),
         (["publish=/dev/null/x"], "publish='/dev/null/x' cannot be written"),
     ],

@@ -107,7 +107,11 @@ def end(sampler: AdaBlock, tokens: list[int], probability: list[float], length: 
     logits = two_way(torch.tensor(probability, dtype=torch.float64), torch.tensor(tokens), GUESSES + 2)
     state = sampler.start(facts())
     sampler.enter(state, 0, request(length, len(tokens)))
-    edit = sampler.step(view, lambda *_, **__: Prediction(logits, view.masked, view.index, MASK, Sampling()), state)
+    edit = sampler.step(
+        view,
+        lambda *_, **__: Prediction(logits, view.masked, view.masked.flatten().nonzero()[:, 0], MASK, Sampling()),
+        state,
+    )
     assert edit.block_length is not None
     assert edit.write[0, int(edit.block_length) :].sum() == 0
     return int(edit.block_length)

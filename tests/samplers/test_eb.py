@@ -56,7 +56,7 @@ def test_leaving_out_the_last_entropy_is_another_rule() -> None:
     rest = torch.tensor([[0.4, *[0.0] * 9], [0.041] * 10, [0.42, *[0.0] * 9]])
     probabilities = torch.cat((torch.tensor([[0.6], [0.59], [0.58]]), rest, torch.zeros(3, 1)), dim=1)
     view = window(torch.ones(3, dtype=torch.bool))
-    prediction = Prediction(probabilities.log(), view.masked, view.index, 11, Sampling())
+    prediction = Prediction(probabilities.log(), view.masked, view.masked.flatten().nonzero()[:, 0], 11, Sampling())
     one, spread, other = prediction.entropy[0].tolist()
     assert spread > one + other
     for leave_out, count in (("largest", 3), ("last", 2)):

@@ -44,7 +44,11 @@ def stepped(
     state.confidence[0, view.columns[0]] = torch.tensor(committed, dtype=torch.float64).nan_to_num()
     values = confidence[~confidence.isnan()]
     logits = two_way(values, torch.zeros(len(values), dtype=torch.long), GUESSES + 2)
-    edit = sampler.step(view, lambda *_, **__: Prediction(logits, view.masked, view.index, MASK, Sampling()), state)
+    edit = sampler.step(
+        view,
+        lambda *_, **__: Prediction(logits, view.masked, view.masked.flatten().nonzero()[:, 0], MASK, Sampling()),
+        state,
+    )
     back = edit.write & (edit.tokens == MASK)
     assert not (back & view.masked).any()
     return tuple(each[0].nonzero()[:, 0].tolist() for each in (edit.write & ~back, back))  # type: ignore[return-value]
