@@ -7,9 +7,11 @@ from typing import Any
 
 import dllm
 from dllm.api import prepare
+from dllm.decoding.canvas import Canvas
 from dllm.decoding.engine import Engine
 from dllm.decoding.options import parse_options
 from dllm.decoding.step import Step
+from dllm.decoding.window import Change, Edit
 
 
 def waiting_engine(
@@ -31,3 +33,9 @@ def observed(
     engine = waiting_engine(lm, ids, sampler, cache, **options)
     for step in engine.steps():
         see(engine, step)
+
+
+def applied(canvas: Canvas, edit: Edit) -> Change:
+    """What an edit of the latest window does, written and read."""
+    canvas.write(edit)
+    return canvas.read(edit)

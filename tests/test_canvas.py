@@ -10,6 +10,7 @@ from dllm.decoding.canvas import Canvas
 from dllm.decoding.prediction import Sampling
 from dllm.decoding.request import Request
 from dllm.decoding.window import Change, Edit
+from engine_rig import applied
 
 MASK, EOS, FILL = 9, 7, 8
 
@@ -30,7 +31,7 @@ def write(target: Canvas, row: int, tokens: dict[int, int]) -> Change:
     window = target.window()
     columns = torch.tensor(sorted(tokens)).expand(len(window.rows), -1)
     values = torch.tensor([tokens[column] for column in sorted(tokens)]).expand(len(window.rows), -1)
-    change = target.apply(window, Edit(columns, values, (window.rows == row)[:, None].expand_as(columns)))
+    change = applied(target, Edit(columns, values, (window.rows == row)[:, None].expand_as(columns)))
     target.exchange({*change.finished.tolist(), *change.failed.tolist()}, ())
     return change
 
@@ -59,10 +60,10 @@ def test_rows_advance_on_their_own() -> None:
 def test_an_edit_may_end_a_row_early() -> None:
     c = canvas([[1, 2, 3, MASK, MASK, MASK, MASK], [1, MASK, MASK, MASK, MASK]], stop=False)
     assert c.host.shape == (2, 7)
-    window = c.window()
+    c.window()
     columns = torch.tensor([[3], [3]])
     edit = Edit(columns, torch.full((2, 1), 5), torch.ones(2, 1, dtype=torch.bool), end=torch.tensor([5, 7]))
-    change = c.apply(window, edit)
+    change = applied(c, edit)
     assert c.host.tolist() == [[1, 2, 3, 5, MASK, FILL, FILL], [FILL, FILL, 1, 5, MASK, MASK, MASK]]
     assert change.filled.sum(1).tolist() == [2, 0]
     assert not (change.committed & change.filled).any()
@@ -77,7 +78,8 @@ def test_a_row_does_not_end_later_again() -> None:
     c = canvas([[1, MASK, MASK, MASK, MASK, MASK]], stop=False)
     for column, end in ((1, 4), (2, 6)):
         one = torch.tensor([[column]])
-        c.apply(c.window(), Edit(one, one, one > 0, end=torch.tensor([end])))
+        c.window()
+        applied(c, Edit(one, one, one > 0, end=torch.tensor([end])))
     assert c.host[0].tolist() == [1, 1, 2, MASK, FILL, FILL]
     assert c.visible(np.arange(1))[0].tolist() == [True] * 4 + [False] * 2
 
@@ -150,11 +152,11 @@ def test_an_edit_hides_columns_in_the_next_step_alone() -> None:
     first = nothing.clone()
     first[:, 0] = True
     hidden = Edit(window.columns, torch.full_like(window.columns, 5), first, until=torch.tensor([4, 6]))
-    c.apply(window, hidden)
+    applied(c, hidden)
     assert c.visible(c.rows).tolist() == [[True] * 4 + [False] * 2, [False] + [True] * 5]
     window = c.window()
     assert window.masked.tolist() == [[False, True, False, False], [False, True, True, True]]
-    c.apply(window, Edit(window.columns, window.columns, nothing))
+    applied(c, Edit(window.columns, window.columns, nothing))
     assert c.window().masked.sum(1).tolist() == [3, 3]
     assert c.visible(c.rows).sum(1).tolist() == [6, 5]
 
@@ -163,6 +165,6 @@ def test_who_takes_the_place_of_a_row_sees_everything() -> None:
     c = canvas([[1, MASK, MASK, MASK]], stop=False)
     window = c.window()
     tokens = torch.full_like(window.columns, 5)
-    change = c.apply(window, Edit(window.columns, tokens, window.masked, until=torch.tensor([2])))
+    change = applied(c, Edit(window.columns, tokens, window.masked, until=torch.tensor([2])))
     c.exchange(change.finished.tolist(), requests([[1, 2, MASK, MASK]]))
     assert c.visible(c.rows).all()

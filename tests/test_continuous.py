@@ -20,6 +20,7 @@ from dllm.decoding.request import Request
 from dllm.decoding.window import Edit
 from dllm.resolve import names
 from dllm.tasks import word_problems
+from engine_rig import applied
 from models import random_dream, random_frequencies, random_guide, random_llada
 from policies import over_masks
 
@@ -60,7 +61,7 @@ class TestCanvas:
             assert window.tokens.tolist() == canvas.host[canvas.rows].tolist()
             assert window.region.tolist() == canvas.region[canvas.rows].tolist()
             write = window.masked & (window.masked.cumsum(1) <= per_row)
-            change = canvas.apply(window, Edit(window.columns, torch.full_like(window.columns, 3), write))
+            change = applied(canvas, Edit(window.columns, torch.full_like(window.columns, 3), write))
             leaving = set(change.finished.tolist())
             yield canvas, exchange, change
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 import dllm
 from dllm.decoding import graphs
@@ -173,6 +174,30 @@ def test_graphs_need_a_device_that_has_them() -> None:
         pytest.skip("there is one")
     with pytest.raises(ValueError, match="cuda_graphs=true needs a CUDA device, and the model is on cpu; use null"):
         dllm.generate(random_llada(), PROMPTS, cache="dual", cuda_graphs=True)
+
+
+@pytest.mark.parametrize("what", ["hook", "adapter", "weight"])
+def test_what_runs_with_the_weights_is_part_of_a_graph(what: str, device: Device) -> None:
+    lm = random_llada()
+    if what == "adapter":
+        kind = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+        adapted = get_peft_model(lm.backbone, kind)
+    options: dict[str, Any] = {"gen_length": 8, "block_length": 8, "stop_at_eos": False}
+    made = []
+    for _ in range(3):
+        dllm.generate(lm, [[5, 6, 7]], "vanilla", "dual", **options)
+        made.append(len(device.made))
+    assert 0 < made[1] == made[2]
+    match what:
+        case "hook":
+            lm.backbone.blocks[0].register_forward_hook(lambda *_: None)
+        case "adapter":
+            adapted.base_model.disable_adapter_layers()
+        case _:
+            layer = lm.backbone.get_output_embeddings()
+            layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+    dllm.generate(lm, [[5, 6, 7]], "vanilla", "dual", **options)
+    assert len(device.made) > made[2]
 
 
 @pytest.mark.gpu

@@ -228,11 +228,6 @@ class Canvas:
         self.active = columns, inside, inside & (self.host[self.rows[:, None], columns] == self.mask_token_id)
         return True
 
-    def apply(self, window: Window, edit: Edit, broken: Broken | None = None) -> Change:
-        """Write an edit and read the result, of a window whose rows have not left."""
-        self.write(edit, broken)
-        return self.read(edit, broken)
-
     def write(self, edit: Edit, broken: Broken | None = None) -> None:
         """Write an edit on the device, without waiting for it.
 
