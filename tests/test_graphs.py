@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 
 import dllm
 from dllm.decoding import graphs
@@ -180,8 +179,9 @@ def test_graphs_need_a_device_that_has_them() -> None:
 def test_what_runs_with_the_weights_is_part_of_a_graph(what: str, device: Device) -> None:
     lm = random_llada()
     if what == "adapter":
-        kind = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
-        adapted = get_peft_model(lm.backbone, kind)
+        peft = pytest.importorskip("peft")
+        kind = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+        adapted = peft.get_peft_model(lm.backbone, kind)
     options: dict[str, Any] = {"gen_length": 8, "block_length": 8, "stop_at_eos": False}
     made = []
     for _ in range(3):
