@@ -13,7 +13,7 @@ import torch
 import dllm
 from dllm.decoding import graphs
 from engine_rig import waiting_engine
-from models import random_dream, random_llada, random_llada_moe
+from models import random_dream, random_guide, random_llada, random_llada_moe
 from toys import Device
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [5, 9], [6, 6, 6]]
@@ -48,6 +48,23 @@ def test_replayed_forwards_give_what_launched_ones_do(
     assert torch.equal(replayed.nfe, launched.nfe)
     # Those that choose within the layers or look at attention have no memory that stays where it is.
     assert bool(device.made) == (cache in ("none", "prefix", "dual", "freecache", "dkv", "sparse"))
+
+
+@pytest.mark.parametrize("accept", ["argmax", "ratio", "sample"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_a_guide_is_replayed_too(cache: str, batch_size: int, accept: Any, device: Device) -> None:
+    lm, policy = random_llada(), dllm.samplers.ARGuided(random_guide(), accept)
+    options: dict[str, Any] = {"gen_length": 24, "block_length": 8, "batch_size": batch_size, "seed": 0}
+    replayed = dllm.generate(lm, PROMPTS, policy, cache, **options)
+    shapes = {each.result.shape[-1] for each in device.made}
+    assert shapes == {lm.backbone.embedding_size, lm.backbone.logits_size}  # hidden states, and the guide's logits
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dllm.decoding.memory.Forward", graphs.Forward)
+        lm.spare.clear()
+        launched = dllm.generate(lm, PROMPTS, policy, cache, **options)
+    assert torch.equal(replayed.sequences, launched.sequences)
+    assert torch.equal(replayed.guide_nfe, launched.guide_nfe)
 
 
 def test_positions_that_share_a_column_are_all_answered(device: Device) -> None:
@@ -87,7 +104,7 @@ def test_what_is_there_already_is_not_copied(device: Device) -> None:
     engine = waiting_engine(
         random_llada(), [[5, 6, 7]], "vanilla", "dual", gen_length=16, block_length=16, stop_at_eos=False
     )
-    given = [next(iter(engine.denoiser._run._captured.values())).given for _ in engine.steps() if device.made]
+    given = [next(iter(engine.denoiser._run.replays._captured.values())).given for _ in engine.steps() if device.made]
     for before, after in pairwise(given):
         same = [left is right for left, right in zip(before, after, strict=True)]
         assert same == [False, False, True, True]  # selected, tokens, positions, columns
@@ -158,7 +175,7 @@ def test_the_oldest_graphs_are_given_up(monkeypatch: pytest.MonkeyPatch, device:
     options: dict[str, Any] = {"gen_length": 16, "block_length": 8, "stop_at_eos": False}
     engine = waiting_engine(random_llada(), PROMPTS[:2], "vanilla", "prefix", **options)
     assert len(list(engine.steps())) == 16
-    assert len(engine.denoiser._run._captured) == 1
+    assert len(engine.denoiser._run.replays._captured) == 1
     assert len(device.made) > 1
 
 

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from dllm.decoding.graphs import Replays
 from dllm.guide import Guide, Judging, load_guide
 from models import random_guide
+from toys import Device
 
 VOCAB = 64
 
@@ -34,10 +36,12 @@ def conversation(seed: int, rows: int = 4, turns: int = 30) -> Any:
         yield {row: list(text) for row, text in texts.items()}, asking
 
 
+@pytest.mark.parametrize("replayed", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_answers_are_those_of_reading_everything_anew(seed: int) -> None:
-    model = random_guide()
-    judging, answered = Judging(Guide(model, None)), 0
+def test_answers_are_those_of_reading_everything_anew(seed: int, replayed: bool) -> None:
+    model, device = random_guide(), Device()
+    judging = Judging(Guide(model, None), 4, (lambda: Replays(device.capture)) if replayed else None)
+    answered = 0
     for texts, asking in conversation(seed):
         ids = torch.zeros((len(texts), max(map(len, texts.values()))), dtype=torch.long)
         for entry, text in enumerate(texts.values()):
@@ -63,25 +67,33 @@ def test_answers_are_those_of_reading_everything_anew(seed: int) -> None:
             torch.testing.assert_close(row, anew, atol=1e-10, rtol=0)
             answered += 1
     assert answered > 40
+    assert bool(device.made) == replayed
 
 
-def test_slots_of_rejected_tokens_do_not_pile_up() -> None:
-    judging = Judging(Guide(random_guide(), None))
+def test_a_guide_whose_kernels_depend_on_its_tokens_is_not_captured() -> None:
+    model = random_guide()
+    assert Guide(model, None).is_static
+    model.model.rotary_emb.rope_type = "dynamic"
+    assert not Guide(model, None).is_static
+    assert Judging(Guide(model, None), 1, lambda: Replays(Device().capture))._replays is None
+    experts = random_guide()
+    experts.config.num_local_experts = 4
+    assert not Guide(experts, None).is_static
+
+
+def test_rejected_tokens_take_no_room() -> None:
+    judging = Judging(Guide(random_guide(), None), 2)
     draw = torch.Generator().manual_seed(0)
-    prompt = torch.randint(0, VOCAB, (2, 20), generator=draw)
-    # One row keeps every token, the other none: no slot is free in both, and only squeezing helps.
-    grown, widest = prompt, 0
-    for turn in range(40):
+    grown = torch.randint(0, VOCAB, (2, 20), generator=draw)
+    for turn in range(40):  # one row keeps a token of eight, the other none
         fresh = torch.randint(0, VOCAB, (2, 8), generator=draw)
         ids = torch.cat((grown, fresh), dim=1)
         ids[1, 20:28] = fresh[1]
         lengths, start = torch.tensor([ids.shape[1], 28]), torch.tensor([20 + turn, 20])
         judging.logits(torch.tensor([0, 1]), ids, lengths, start)
         grown = ids[:, : 21 + turn]
-        assert judging.held is not None
-        widest = max(widest, judging.held.shape[1])
-    assert judging.cache.get_seq_length() == judging.held.shape[1]
-    assert widest <= 2 * (20 + 40) + 8
+    assert judging.held.shape == (2, 128)  # of 67 tokens, in steps of 64
+    assert [(judging.held[row] >= 0).sum().item() for row in (0, 1)] == [66, 27]
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
@@ -104,7 +116,7 @@ def test_a_guide_gets_its_cache_by_the_name_that_it_has_for_it(name: str) -> Non
     answers = []
     for kind in (type(model), Renamed):
         model.__class__ = kind
-        judging = Judging(Guide(model, None))
+        judging = Judging(Guide(model, None), 1)
         for text in texts:
             found = judging.logits(torch.tensor([0]), text, torch.tensor([text.shape[1]]), torch.tensor([4]))
             assert found is not None

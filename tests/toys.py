@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dllm.cache.base import Plan, Question
 from dllm.cache.store import KeyValues
@@ -301,6 +302,24 @@ class Replaying:
         self.result.copy_(self.run())
 
 
+class Capturing(TorchDispatchMode):
+    """Refuses what cannot be captured: what the host waits for, and copies of its values."""
+
+    WAITS = frozenset(
+        "_local_scalar_dense item is_nonzero equal nonzero masked_select repeat_interleave _unique2 unique_dim "
+        "unique_consecutive bincount lift_fresh".split()
+    )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.partition(".")[0]
+        chosen = name in ("index", "index_put_", "index_put") and any(
+            each is not None and each.dtype == torch.bool for each in args[1]
+        )
+        if chosen or name in self.WAITS:
+            raise RuntimeError(f"{name} is not permitted when stream is capturing")
+        return func(*args, **(kwargs or {}))
+
+
 @dataclass
 class Device:
     """Captures; counts captures and replays."""
@@ -308,6 +327,7 @@ class Device:
     made: list[Replaying] = field(default_factory=list)
 
     def capture(self, run: Callable[[], Tensor]) -> tuple[Replaying, Tensor]:
-        result = run()
+        with Capturing():
+            result = run()
         self.made.append(Replaying(run, result))
         return self.made[-1], result

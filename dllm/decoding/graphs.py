@@ -12,7 +12,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -77,42 +78,46 @@ class Capture:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._aside = device, torch.cuda.Stream(device)
-        # Graphs are replayed one at a time, so they can share a memory pool.
-        self._pool = torch.cuda.graph_pool_handle()
+        self._device = device
+
+    @cached_property
+    def _shared(self) -> tuple[torch.cuda.Stream, Any]:
+        """A stream of its own, and a memory pool: graphs are replayed one at a time, so they can share it."""
+        return torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Graph, Tensor]:
         """Capture a function without arguments; each replay overwrites the same result tensor."""
         with torch.cuda.device(self._device):
-            self._aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._aside):  # libraries initialize at their first call
+            aside, pool = self._shared
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):  # libraries initialize at their first call
                 run()
-            torch.cuda.current_stream().wait_stream(self._aside)
+            torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._aside):
+            with torch.cuda.graph(graph, pool=pool, stream=aside):
                 result = run()
         return graph, result
 
 
 @dataclass
 class _Captured:
-    """A captured forward.
+    """A captured function.
 
     Attributes:
         graph: of it.
         inputs: its static inputs.
-        hidden: its result.
+        result: of it.
         given: what was copied to the inputs last. Nobody writes to inputs of a forward, so the same tensors are not
             copied again.
     """
 
     graph: Graph
     inputs: tuple[Tensor, ...]
-    hidden: Float[Tensor, "N d"]
+    result: Tensor
     given: tuple[Tensor | None, ...]
 
-    def replay(self, inputs: tuple[Tensor, ...]) -> Float[Tensor, "N d"]:
-        """The result for other inputs, the first of which are the selected positions, of any number up to its own."""
+    def replay(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """The result for other inputs, the first of which may have fewer entries than the static one."""
         count, given = len(inputs[0]), self.given
         self.given = (None,) * len(given)  # if it is interrupted
         for kept, before, fresh in zip((self.inputs[0][:count], *self.inputs[1:]), given, inputs, strict=True):
@@ -120,7 +125,54 @@ class _Captured:
                 kept.copy_(fresh)
         self.given = inputs
         self.graph.replay()
-        return self.hidden[:count]
+        return self.result[:count]
+
+
+class Replays:
+    """Functions of tensors, replayed from graphs once their shapes have recurred; the most recent ones are kept.
+
+    Args:
+        capture: makes a graph of a function without arguments, and returns its result.
+    """
+
+    def __init__(self, capture: Callable[[Callable[[], Tensor]], tuple[Graph, Tensor]]) -> None:
+        self._capture = capture
+        self._seen: Counter[Hashable] = Counter()
+        self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
+
+    def beside(self) -> Replays:
+        """Of other functions, which may end sooner."""
+        return Replays(self._capture)
+
+    def __call__(
+        self, key: Hashable, run: Callable[..., Tensor], inputs: tuple[Tensor, ...], after: int, most: int
+    ) -> Tensor | None:
+        """The result of a function, or None if it shall be launched.
+
+        Args:
+            key: equal for the same function of inputs of the same shapes, but for the first one's entries.
+            run: the function; it may use other tensors only at their present addresses.
+            inputs: of it; results belong to the entries of the first.
+            after: how often it is launched before it is captured.
+            most: entries of the first input, which is padded.
+        """
+        if len(self._seen) > _SHAPES:
+            self._seen.clear()
+        self._seen[key] += 1
+        if self._seen[key] <= after:
+            return None
+        if key not in self._captured:
+            self._captured[key] = self._new(run, inputs, most)
+            if len(self._captured) > _MOST:
+                self._seen.pop(self._captured.popitem(last=False)[0], None)
+        self._captured.move_to_end(key)
+        return self._captured[key].replay(inputs)
+
+    def _new(self, run: Callable[..., Tensor], inputs: tuple[Tensor, ...], most: int) -> _Captured:
+        first, *others = (each.clone() for each in inputs)
+        static = F.pad(first, (0, 0) * (first.ndim - 1) + (0, most - len(first))), *others
+        graph, result = self._capture(lambda: run(*static))
+        return _Captured(graph, static, result, inputs)
 
 
 class Forward:
@@ -130,6 +182,9 @@ class Forward:
         backbone: the denoiser.
         graphs: whether to use graphs; None: if the whole model is in one process, on one CUDA device and not quantised.
         capture: makes a graph; None for `Capture`.
+
+    Attributes:
+        replays: the graphs.
     """
 
     def __init__(
@@ -138,17 +193,15 @@ class Forward:
         graphs: bool | None = None,
         capture: Callable[[Callable[[], Tensor]], tuple[Graph, Tensor]] | None = None,
     ) -> None:
-        self.backbone, self.graphs = backbone, graphs
         if graphs is None:
             ordinary = getattr(backbone, "hf_quantizer", None) is None and not backbone.is_divided
-            self.graphs = ordinary and {each.device.type for each in backbone.parameters()} == {"cuda"}
-            self.graphs &= len({each.device for each in backbone.parameters()}) == 1
+            devices = {each.device for each in backbone.parameters()}
+            graphs = ordinary and len(devices) == 1 and {each.type for each in devices} == {"cuda"}
+        self.backbone, self.graphs = backbone, graphs
         # In a graph, which has fixed shapes, experts without a grouped product are computed at every position.
         self._widest = _NARROW if any(map(everywhere, backbone.modules())) else _WIDEST
-        self._capture = capture
+        self.replays = Replays(capture or Capture(backbone.device))
         self.launches = 0  # forwards that were launched kernel by kernel
-        self._seen: Counter[Hashable] = Counter()
-        self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
 
     @property
     def widest(self) -> int:
@@ -171,18 +224,20 @@ class Forward:
         places = max(_FEWEST, 1 << (len(select) - 1).bit_length())
         memory, index = (None, None) if fixed is None else (fixed.memory, fixed.index)
         key = memory, tokens.shape, places, None if mask is None else mask.shape
-        if len(self._seen) > _SHAPES:
-            self._seen.clear()
-        self._seen[key] += 1
-        if self._seen[key] <= (_AFTER if tokens.numel() <= _NARROW else _AFTER_WIDE):
-            return self._launched(tokens, mask, positions, store, select)
         inputs = select, tokens, positions, *(each for each in (index, mask) if each is not None)
-        if key not in self._captured:
-            self._captured[key] = self._new(fixed, mask is not None, places, inputs)
-            if len(self._captured) > _MOST:
-                self._seen.pop(self._captured.popitem(last=False)[0], None)
-        self._captured.move_to_end(key)
-        return self.backbone.project(self._captured[key].replay(inputs))
+
+        def run(select: Tensor, tokens: Tensor, positions: Tensor, *optional: Tensor) -> Tensor:
+            bound = None if fixed is None else fixed.through(optional[0])
+            with _fastest(tokens, first=True):
+                # Logits stay outside: each graph keeps the memory of its result.
+                return self.backbone.hidden_states(
+                    tokens, None if mask is None else optional[-1], positions, bound, select
+                )
+
+        hidden = self.replays(key, run, inputs, _AFTER if tokens.numel() <= _NARROW else _AFTER_WIDE, places)
+        if hidden is None:
+            return self._launched(tokens, mask, positions, store, select)
+        return self.backbone.project(hidden)
 
     def _launched(
         self, tokens: Tensor, mask: Tensor | None, positions: Tensor, store: KVStore | None, select: Tensor
@@ -190,20 +245,6 @@ class Forward:
         self.launches += 1
         with _fastest(tokens, first=False):
             return self.backbone(tokens, mask, positions, store, select).logits
-
-    def _new(self, store: FixedStore | None, masked: bool, places: int, inputs: tuple[Tensor, ...]) -> _Captured:
-        if self._capture is None:
-            self._capture = Capture(inputs[0].device)
-        select, *others = (each.clone() for each in inputs)
-        select = F.pad(select, (0, places - len(select)))
-        tokens, positions, *optional = others
-        bound = None if store is None else store.through(optional[0])
-        mask = optional[-1] if masked else None
-        # Logits stay outside: each graph keeps the memory of its result.
-        run = self.backbone.hidden_states
-        with _fastest(tokens, first=True):
-            graph, hidden = self._capture(lambda: run(tokens, mask, positions, bound, select))
-        return _Captured(graph, (select, *others), hidden, inputs)
 
 
 def _fastest(tokens: Int[Tensor, "A C"], first: bool) -> AbstractContextManager[None]:

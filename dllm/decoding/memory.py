@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dllm.cache.base import Cache
-from dllm.decoding.graphs import Forward
+from dllm.decoding.graphs import Forward, Replays
 from dllm.decoding.setup import Setup
 from dllm.models.base import MaskedDiffusionModel
 
@@ -42,6 +42,11 @@ class Memory:
         if cuda_graphs not in self._forwards:
             self._forwards[cuda_graphs] = Forward(self._backbone, cuda_graphs)
         return self._forwards[cuda_graphs]
+
+    def replays(self, cuda_graphs: bool | None) -> Callable[[], Replays] | None:
+        """What makes graphs of a sampler's own forwards, which end with the engine; None without graphs."""
+        forward = self.forward(cuda_graphs)
+        return forward.replays.beside if forward.graphs else None
 
     def tensor(self, name: str, shape: Sequence[int]) -> Tensor:
         """Zeros of a shape, in the model's dtype and on its device; reuses the tensor of this name if it fits.

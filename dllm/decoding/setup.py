@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dllm.decoding.graphs import Replays
 from dllm.decoding.request import Request
 from dllm.models.attention import BlockCausal
 
@@ -60,6 +61,7 @@ class Setup:
         all_heads: joins what every process has of its heads, along a dimension; there, all take the same decisions.
         cache: the engine's cache, for samplers that were measured with one; None if unknown.
         cfg_scale: of the engine's classifier-free guidance, likewise.
+        replays: makes graphs of a sampler's own forwards; None if forwards are not replayed from graphs.
     """
 
     slots: int
@@ -80,3 +82,4 @@ class Setup:
     all_heads: Callable[[Tensor, int], Tensor] = undivided
     cache: Any = None
     cfg_scale: float = 0.0
+    replays: Callable[[], Replays] | None = None

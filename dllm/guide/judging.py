@@ -1,16 +1,17 @@
-"""A causal language model that verifies drafts: batched, with its own cropped KV cache.
+"""A causal language model that verifies drafts: batched, with its own KV cache.
 
-Any Hugging Face `AutoModelForCausalLM` with full attention is supported. Rows differ in length and in
-the number of accepted drafts, so every cache slot has the index of its token; slots of rejected tokens
-are masked, cropped where no row needs them, and compacted when they are the majority.
+Any Hugging Face `AutoModelForCausalLM` with full attention is supported. Keys and values are kept at the index of their
+token: those of rejected tokens are overwritten, and excluded from attention until then. They stay at one address, so
+narrow forwards can be replayed from CUDA graphs.
 """
 
 from __future__ import annotations
 
 import inspect
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,22 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
+from dllm.decoding.graphs import Replays
+from dllm.decoding.layout import WIDTHS
 from dllm.identity import checkpoint
 from dllm.models import adapters
 from dllm.models.checkpoint import check_causal_folder
 from dllm.models.loading import checkpoint_folder, quiet
 from dllm.models.tokenizers import check_tokenizer_config, load_tokenizer
+
+_NONE = -2  # no token; the guide lacks tokens that are -1
+_STEP = 64  # columns that are added at a time, or attended to
+_NARROW = 512  # columns of a forward, over all sequences, up to which launching takes longer than computing
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_AFTER = 1  # forwards of a shape that are launched before it is captured
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +63,18 @@ class Guide:
     def vocab_size(self) -> int:
         """Size of its vocabulary."""
         return self.model.config.get_text_config().vocab_size
+
+    @cached_property
+    def is_static(self) -> bool:
+        """Whether its forward computes the same kernels whatever the tokens, so that it can be captured in a graph."""
+        config = self.model.config.get_text_config()
+        ropes = {str(getattr(each, "rope_type", "")) for each in self.model.modules()}
+        return (
+            getattr(self.model, "hf_quantizer", None) is None
+            and not any(getattr(config, name, None) for name in _EXPERTS)
+            and not any("dynamic" in rope or "longrope" in rope for rope in ropes)
+            and len({each.device for each in self.model.parameters()}) == 1
+        )
 
     @cached_property
     def cache_argument(self) -> str:
@@ -119,29 +141,85 @@ def _load(name: str, folder: Path, device: torch.device, state: str) -> Guide:
 
 
 @dataclass
+class _Place:
+    """Where keys and values are kept, and which of them the present forward writes and attends to.
+
+    Attributes:
+        shape: rows, and columns of each; the last one is spare.
+        rows: the row of each sequence of the forward.
+        columns: of its tokens; the spare one for those that are not kept.
+        span: columns that are attended to.
+    """
+
+    shape: tuple[int, int]
+    rows: Int[Tensor, " B"]
+    columns: Int[Tensor, "B W"]
+    span: int = 0
+
+
+class _Columns(DynamicLayer):
+    """Keys and values of a layer, at an address that changes only when it is resized."""
+
+    def __init__(self, place: _Place) -> None:
+        super().__init__()
+        self._place, self._kept = place, list[Tensor]()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Keep the keys and values (B, H, W, d) of a forward; return those that it attends to (B, H, S, d)."""
+        place, fresh = self._place, (key_states, value_states)
+        if not self._kept:
+            # Zeros, since what is excluded from attention must not be NaN.
+            self._kept = [each.new_zeros((*place.shape, each.shape[1], each.shape[3])) for each in fresh]
+        for kept, each in zip(self._kept, fresh, strict=True):
+            kept[place.rows[:, None], place.columns] = each.transpose(1, 2)
+        seen = (kept if place.shape[0] == 1 else kept[place.rows] for kept in self._kept)
+        keys, values = (each[:, : place.span].transpose(1, 2) for each in seen)
+        return keys, values
+
+    def forget(self, row: int) -> None:
+        """Clear a row, whose values may be NaN."""
+        for kept in self._kept:
+            kept[row] = 0
+
+    def resize(self) -> None:
+        """Move to as many columns as there are now."""
+        columns = self._place.shape[1]
+        self._kept = [F.pad(kept, (0, 0, 0, 0, 0, columns - kept.shape[1])) for kept in self._kept]
+
+
 class Judging:
     """A guide and its KV cache during one run.
 
-    Attributes:
+    Keys and values take 2 * layers * rows * heads * columns * head size numbers, with columns for at most twice the
+    longest text, or 64.
+
+    Args:
         guide: the guide.
-        cache: keys and values, one entry per row of `rows`.
-        rows: row numbers of the last call; -1 for a dropped row.
-        ids: tokens of the last call.
-        held: index of the token in each slot of the cache; -1 for invalid slots.
+        rows: of the engine.
+        replays: makes graphs of its forwards, the narrow ones; None to launch all.
+
+    Attributes:
+        held: the tokens whose keys and values are cached, each in the column of its index.
+        seconds: wall time of the guide.
     """
 
-    guide: Guide
-    cache: Any = None
-    rows: Int[Tensor, " B"] | None = None
-    ids: Int[Tensor, "B T"] | None = None
-    held: Int[Tensor, "B S"] | None = None
-    seconds: float = 0.0
+    def __init__(self, guide: Guide, rows: int, replays: Callable[[], Replays] | None = None) -> None:
+        self.guide, self.seconds = guide, 0.0
+        device = guide.model.device
+        self.held = torch.full((rows, 0), _NONE, device=device)
+        self._place = _Place((rows, 1), torch.arange(rows, device=device), self.held)
+        layers: Any = partial(_Columns, self._place)
+        self.cache: Any = Cache(layer_class_to_replicate=layers)
+        self._graphs = replays if guide.is_static else None
+        self._replays = self._graphs and self._graphs()
 
     def forget(self, row: int) -> None:
         """Drop the cache of a row."""
-        if self.rows is not None:
-            self.rows = self.rows.masked_fill(self.rows == row, -1)
+        self.held[row] = _NONE
+        for layer in self.cache.layers:
+            layer.forget(row)
 
+    @torch.inference_mode()
     def logits(
         self, rows: Int[Tensor, " B"], ids: Int[Tensor, "B T"], lengths: Int[Tensor, " B"], start: Int[Tensor, " B"]
     ) -> tuple[Float[Tensor, "B N V"], Int[Tensor, "B N"]] | None:
@@ -158,76 +236,82 @@ class Judging:
             judged.
         """
         started = time.perf_counter()
-        known = self._keep(rows, ids).minimum((start - 1).clamp(min=0))
+        self._make_room(ids.shape[1])
+        held = self.held[rows, : ids.shape[1]]
+        known = (held == ids).long().cumprod(-1).sum(-1).minimum((start - 1).clamp(min=0))
         last = torch.where(lengths > start, lengths - 1, known)  # the last token is judged, but not an input
-        width = int((last - known).amax())  # synchronizes, like `skip`: the width of the forward
+        # Logits are needed from the first judged token on, in the row where it comes first.
+        before = (start - 1 - known).clamp(min=0).where(last > known, ids.shape[1])
+        # Synchronizes: the sizes of the forward.
+        width, skip, span = torch.stack(((last - known).amax(), before.amin(), last.amax())).tolist()
         if width <= 0:
             return None
-        self._drop(known)
-        assert self.held is not None
+        replayed = self._replays is not None and len(rows) * width <= _NARROW
+        if replayed:
+            width, skip = next(each for each in WIDTHS if each >= width), 0
+            span = -(-span // _STEP) * _STEP
         index = known[:, None] + torch.arange(width, device=ids.device)
         fresh = index < last[:, None]
         chunk = ids.gather(1, index.clamp(max=ids.shape[1] - 1)).where(fresh, 0)
-        self.held = torch.cat((self.held, index.where(fresh, -1)), dim=1)
-        # Logits are needed from the first judged token on, in the row where it comes first.
-        skip = int((start - 1 - known).clamp(min=0).where(last > known, width - 1).amin())
-        keep = width - skip
+        chunk = chunk.where((chunk >= 0) & (chunk < self.guide.vocab_size), 0)
+        self.held[rows] = _NONE  # for an interrupted forward
+        inputs = rows, chunk, index.where(fresh, 0), index.where(fresh, self.held.shape[1])
+        run, out = partial(self._forward, span, width - skip), None
+        if self._replays is not None and replayed:
+            out = self._replays((len(rows), width, span), run, inputs, _AFTER, len(rows))
+        if out is None:
+            out = run(*inputs)
+        column = torch.arange(self.held.shape[1], device=ids.device)
+        longer = F.pad(ids, (0, self.held.shape[1] - ids.shape[1]), value=_NONE)
+        self.held[rows] = longer.where(column < last[:, None], _NONE)
+        if ids.device.type == "cuda":
+            torch.cuda.synchronize(ids.device)
+        self.seconds += time.perf_counter() - started
+        # A column predicts the next token.
+        about = index + 1
+        return out, about.where(fresh & (about >= start[:, None]), ids.shape[1])[:, skip:]
+
+    def _forward(
+        self,
+        span: int,
+        keep: int,
+        rows: Int[Tensor, " B"],
+        chunk: Int[Tensor, "B W"],
+        index: Int[Tensor, "B W"],
+        columns: Int[Tensor, "B W"],
+    ) -> Float[Tensor, "B N V"]:
+        """Logits of the last tokens of a chunk.
+
+        Args:
+            span: columns that are attended to.
+            keep: number of tokens.
+            rows: of the sequences.
+            chunk: tokens.
+            index: of each token in its row.
+            columns: where it is kept.
+        """
+        self._place.rows, self._place.columns, self._place.span = rows, columns, span
+        dtype = self.guide.model.dtype
+        seen = torch.arange(span, device=index.device) <= index[..., None]
+        mask = torch.zeros((), dtype=dtype, device=index.device).where(seen, torch.finfo(dtype).min)
         out = self.guide.model(
-            input_ids=chunk.where((chunk >= 0) & (chunk < self.guide.vocab_size), 0),
-            attention_mask=(self.held >= 0).long(),
+            input_ids=chunk,
+            attention_mask=mask[:, None],
             position_ids=index,
             use_cache=True,
             logits_to_keep=keep,
             **{self.guide.cache_argument: self.cache},
-        ).logits[:, -keep:]
-        self.rows, self.ids = rows, ids
-        if ids.device.type == "cuda":
-            torch.cuda.synchronize(ids.device)
-        self.seconds += time.perf_counter() - started
-        # A slot predicts the next token.
-        about = index + 1
-        return out, about.where(fresh & (about >= start[:, None]), ids.shape[1])[:, skip:]
+        )
+        logits: Tensor = out.logits[:, -keep:]
+        return logits
 
-    def _keep(self, rows: Tensor, ids: Tensor) -> Int[Tensor, " B"]:
-        """Follow rows that left, came or moved; return the number of leading tokens of each row that are cached."""
-        if self.rows is None:
-            self.cache = DynamicCache()
-            self.held = torch.empty((len(rows), 0), dtype=torch.long, device=rows.device)
-            self.rows, self.ids = rows, ids
-            return torch.zeros_like(rows)
-        assert self.ids is not None
-        assert self.held is not None
-        # Synchronizes, like the sizes in `_drop`: a cache can only be cropped by host integers.
-        if not torch.equal(self.rows, rows):
-            same = rows[:, None] == self.rows
-            entry = same.int().argmax(-1)
-            self.cache.batch_select_indices(entry)
-            # A new row has no cache; zeros, since masked values must not be NaN.
-            known = same.any(-1)
-            self.held = self.held[entry].where(known[:, None], -1)
-            for layer in self.cache.layers:
-                layer.keys, layer.values = (
-                    each.where(known[:, None, None, None], 0) for each in (layer.keys, layer.values)
-                )
-            self.rows, self.ids = rows, self.ids[entry]
-        width = min(ids.shape[1], self.ids.shape[1])
-        same = (ids[:, :width] == self.ids[:, :width]).long().cumprod(-1).sum(-1)
-        return same.minimum(F.pad(self.held, (1, 0), value=-1).amax(-1) + 1)
-
-    def _drop(self, known: Int[Tensor, " B"]) -> None:
-        """Drop all tokens from index `known` on."""
-        assert self.held is not None
-        held = self.held.where(self.held < known[:, None], -1)
-        needed = int((held >= 0).sum(-1).amax())
-        used = (held >= 0).any(0).nonzero()
-        size = int(used[-1]) + 1 if len(used) else 0
-        if size > 2 * needed:
-            order = (held < 0).long().argsort(dim=1, stable=True)[:, :needed]
-            for layer in self.cache.layers:
-                at = order[:, None, :, None]
-                layer.keys = layer.keys.take_along_dim(at, 2)
-                layer.values = layer.values.take_along_dim(at, 2)
-            held, size = held.gather(1, order), needed
-        elif size < held.shape[1]:
-            self.cache.crop(size - held.shape[1])  # negative: the number of slots to remove
-        self.held = held[:, :size]
+    def _make_room(self, length: int) -> None:
+        """Have columns for rows of a length."""
+        if length <= self.held.shape[1]:
+            return
+        columns = max(2 * self.held.shape[1], -(-length // _STEP) * _STEP)
+        self.held = F.pad(self.held, (0, columns - self.held.shape[1]), value=_NONE)
+        self._place.shape = len(self.held), columns + 1
+        for layer in self.cache.layers:
+            layer.resize()
+        self._replays = self._graphs and self._graphs()  # those captured use the old columns
