@@ -101,8 +101,8 @@ def test_results_are_those_of_rows_alone(make: Any, cache: str) -> None:
     lm, options = make(), {"gen_length": 10, "block_length": 4, "temperature": 0.3}
     prompts = ragged(13)
     together = dllm.generate(lm, prompts, "threshold", cache, seed=5, batch_size=4, **options)
-    for number, prompt in enumerate(prompts):
-        alone = dllm.generate(lm, [prompt], "threshold", cache, seed=5 + number, **options)
+    for number in range(0, 13, 3):
+        alone = dllm.generate(lm, [prompts[number]], "threshold", cache, seed=5 + number, **options)
         assert together.completions[number].tolist() == alone.completions[0].tolist()
         assert together.nfe[number] == alone.nfe[0]
 
@@ -112,8 +112,8 @@ def test_every_policy_goes_on_with_rows_that_come_later(name: str) -> None:
     lm, options = random_llada(), {"gen_length": 10, "block_length": 4, "seed": 3}
     prompts = ragged(11)
     together = dllm.generate(lm, prompts, sampler(name), "none", batch_size=3, **options)
-    for number, prompt in enumerate(prompts):
-        alone = dllm.generate(lm, [prompt], sampler(name), "none", **(options | {"seed": 3 + number}))
+    for number in (0, 4, 7, 10):
+        alone = dllm.generate(lm, [prompts[number]], sampler(name), "none", **(options | {"seed": 3 + number}))
         assert together.completions[number].tolist() == alone.completions[0].tolist()
         assert (together.nfe[number], together.guide_nfe[number]) == (alone.nfe[0], alone.guide_nfe[0])
 

@@ -38,10 +38,11 @@ def test_rows_that_draw_and_stop_ignore_their_batchmates(make: Maker, sampler: A
     batch = dllm.generate(lm, prompts, sampler, **options)
     assert not (batch.completions == lm.backbone.mask_token_id).any()
     for row, prompt in enumerate(prompts):
-        alone = dllm.generate(lm, [prompt], sampler, **options | {"seed": [50 + row]})
+        assert batch.sequences[row, -11 - len(prompt) : -11].tolist() == prompt
+    for row in (1, 2):
+        alone = dllm.generate(lm, [prompts[row]], sampler, **options | {"seed": [50 + row]})
         assert batch.completions[row].tolist() == alone.completions[0].tolist()
         assert batch.nfe[row] == alone.nfe[0]
-        assert batch.sequences[row, -11 - len(prompt) : -11].tolist() == prompt
 
 
 @more_backbones
@@ -63,8 +64,8 @@ def test_a_row_ignores_its_batchmates_with_every_cache(make: Maker, name: str) -
             continue
         batch = dllm.generate(lm, PROMPTS[:3], sampler, reuse, **OPTIONS)
         assert not (batch.completions == lm.backbone.mask_token_id).any()
-        for row, prompt in enumerate(PROMPTS[:3]):
-            alone = dllm.generate(lm, [prompt], sampler, reuse, **OPTIONS)
+        for row in (1, 2):
+            alone = dllm.generate(lm, [PROMPTS[row]], sampler, reuse, **OPTIONS)
             assert batch.completions[row].tolist() == alone.completions[0].tolist()
 
 

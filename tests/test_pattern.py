@@ -86,11 +86,10 @@ def test_a_row_ignores_its_batchmates(sampler: Any) -> None:
             continue
         batch = dllm.generate(block_model(), PROMPTS, sampler, reuse, batch_size=3, **OPTIONS)
         assert not (batch.completions == 63).any()
-        for row in (0, len(PROMPTS) - 1):
-            prompt = PROMPTS[row]
-            alone = dllm.generate(block_model(), [prompt], sampler, reuse, **OPTIONS | {"seed": [3 + row]})
-            assert batch.completions[row].tolist() == alone.completions[0].tolist()
-            assert batch.nfe[row] == alone.nfe[0]
+        row = len(PROMPTS) - 1  # begins beside others
+        alone = dllm.generate(block_model(), PROMPTS[row:], sampler, reuse, **OPTIONS | {"seed": [3 + row]})
+        assert batch.completions[row].tolist() == alone.completions[0].tolist()
+        assert batch.nfe[row] == alone.nfe[0]
 
 
 def test_it_is_not_what_the_bidirectional_model_writes() -> None:
