@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from dllm.cache import Block, DLLMCache, Dual, NoCache
 from dllm.decoding.denoiser import Denoiser
 from dllm.decoding.graphs import Forward
 from dllm.decoding.prediction import Prediction
+from dllm.models.experts import GatedMLP
 from dllm.samplers import Learn2PD, LocalLeap, Threshold, Vanilla
 from dllm.scripts.bench import _costs_table
-from models import random_dream, random_llada, random_sdar
+from models import random_dream, random_llada, random_llada_moe, random_sdar
 from toys import Device
 
 SMALL = ["model=random:tiny", "canvas=48", "gen_length=16", "block_length=8", "steps=6"]
@@ -110,6 +111,19 @@ def test_the_floor_of_arithmetic_is_proportional_to_the_columns(monkeypatch: pyt
     bench = Bench(random_llada(), 40, 20, 1, 10)
     layers = sum(each.numel() for block in bench.lm.backbone.blocks for each in block.parameters())
     assert bench.arithmetic_floor(40) == pytest.approx(layers * 40 / 64**3)
+
+
+def test_experts_that_are_not_chosen_are_not_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dllm.bench.timing._MULTIPLIED", 64)
+    ticks = count()
+    monkeypatch.setattr("dllm.bench.timing.now", lambda _: float(next(ticks)))
+    lm = random_llada_moe()
+    experts = [part for block in lm.backbone.blocks for part in block.modules() if isinstance(part, GatedMLP)]
+    chosen = lm.backbone.config.num_experts_per_tok / lm.backbone.config.num_experts
+    expert = sum(each.numel() for part in experts for each in part.parameters())
+    layers = sum(each.numel() for block in lm.backbone.blocks for each in block.parameters())
+    wanted = (layers - (1 - chosen) * expert) * 40 / 64**3
+    assert Bench(lm, 40, 20, 1, 10).arithmetic_floor(40) == pytest.approx(wanted)
 
 
 def test_a_layer_that_computes_some_columns_is_compared_with_a_forward_of_as_many() -> None:

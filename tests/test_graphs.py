@@ -12,6 +12,7 @@ import torch
 
 import dllm
 from dllm.decoding import graphs
+from dllm.models.experts import GatedMLP
 from engine_rig import waiting_engine
 from models import random_dream, random_guide, random_llada, random_llada_moe
 from toys import Device
@@ -115,6 +116,11 @@ def test_experts_that_are_computed_everywhere_are_not_captured_wide(monkeypatch:
     assert graphs.Forward(backbone, True).widest == graphs._NARROW
     assert graphs.Forward(random_llada().backbone, True).widest == graphs._WIDEST
     assert graphs.Forward(backbone, False).widest == 0
+    grouped = random_llada_moe(dtype=torch.float32).backbone  # in one product for all experts
+    assert graphs.Forward(grouped, True).widest == graphs._WIDEST
+    expert = next(part for part in grouped.modules() if isinstance(part, GatedMLP))
+    expert.up_proj.register_forward_hook(lambda *_: None)  # as an adapter might
+    assert graphs.Forward(grouped, True).widest == graphs._NARROW
 
 
 def launches(lm: dllm.LanguageModel, patch: pytest.MonkeyPatch) -> list[int]:

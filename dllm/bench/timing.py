@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from torch import nn
 
 from dllm.api import prepare
 from dllm.bench import reference
@@ -26,6 +27,7 @@ from dllm.decoding.options import Options
 from dllm.decoding.request import Request
 from dllm.decoding.result import Clock, now
 from dllm.models import MaskedDiffusionModel
+from dllm.models.experts import MixtureOfExperts
 from dllm.models.loading import LanguageModel
 
 REFERENCES = {"straightforward": reference.straightforward, "dual": reference.dual}
@@ -172,8 +174,8 @@ class Bench:
         return weights / (2 * _COPIED / median(copy() for _ in range(9)))
 
     def arithmetic_floor(self, columns: int) -> float:
-        """Seconds to multiply the weights of every layer with so many columns, at the rate of a large product."""
-        count = sum(each.numel() for block in self.lm.backbone.blocks for each in block.parameters())
+        """Seconds to multiply so many columns by their weights in every layer, at the rate of a large product."""
+        count = sum(_multiplied(block) for block in self.lm.backbone.blocks)
         x = torch.randn((_MULTIPLIED, _MULTIPLIED), dtype=self.lm.backbone.dtype, device=self.lm.device)
 
         def product() -> float:
@@ -287,3 +289,14 @@ def _resident(device: torch.device) -> int:
     with suppress(OSError, AttributeError):  # glibc only
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     return Clock(device).peak_memory()
+
+
+def _multiplied(block: nn.Module) -> float:
+    """Weights of a layer that a column is multiplied by: of experts, those that are chosen for it."""
+    found = float(sum(each.numel() for each in block.parameters()))
+    for part in block.modules():
+        if isinstance(part, MixtureOfExperts):
+            router: Any = part.gate
+            experts = sum(each.numel() for each in part.experts.parameters())
+            found -= experts * (1 - router.chosen / len(part.experts))
+    return found

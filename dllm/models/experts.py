@@ -217,13 +217,11 @@ class _Joined:
     @classmethod
     def of(cls, experts: Experts, x: Tensor) -> _Joined | None:
         """Join them; None where they are not all plain weights like the input, or too odd in size."""
-        layers: list[Any] = [layer for expert in experts for layer in expert.children()]
-        if not all(_is_plain(layer, x) for layer in layers):
+        if not _can_be_joined(experts, x):
             return None
+        layers: list[Any] = [layer for expert in experts for layer in expert.children()]
         width, size = layers[0].weight.shape
         parts = [layer.weight for layer in layers]
-        if x.is_cuda and (size * x.element_size() % _ALIGNED or width * x.element_size() % _ALIGNED):
-            return None
         # Not inference tensors: the model may be trained later.
         with torch.inference_mode(False), torch.no_grad():
             gate_up, down = x.new_empty((len(experts), 2 * width, size)), x.new_empty((len(experts), size, width))
@@ -248,7 +246,18 @@ class _Joined:
 
 def everywhere(module: nn.Module) -> bool:
     """Whether these are experts that, in a CUDA graph, are computed at every position, chosen there or not."""
-    return isinstance(module, Experts) and not _has_groups(next(module.parameters()))
+    if not isinstance(module, Experts):
+        return False
+    weight = next(module.parameters())
+    return not (_has_groups(weight) and _can_be_joined(module, weight))
+
+
+def _can_be_joined(experts: Experts, x: Tensor) -> bool:
+    """Whether all are plain weights like the input, of sizes that grouped products take."""
+    layers: list[Any] = [layer for expert in experts for layer in expert.children()]
+    if not all(_is_plain(layer, x) for layer in layers):
+        return False
+    return not x.is_cuda or all(size * x.element_size() % _ALIGNED == 0 for size in layers[0].weight.shape)
 
 
 def _has_groups(x: Tensor) -> bool:
