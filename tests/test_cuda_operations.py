@@ -74,10 +74,9 @@ def test_every_sampler_and_cache_asks_for_nothing_that_cuda_lacks(make: Maker, n
     sampler, turn = SAMPLERS[name], list(SAMPLERS).index(name) + list(BACKBONES.values()).index(make)
     for number, cache in enumerate(names("cache")):
         # Of other caches every third one: other samplers and the other backbone meet the rest.
-        if (cache in ("none", "dual") or (number + turn) % 3 == 0) and not unmet(
-            sampler, resolve("cache", cache, object)
-        ):
-            for options in ({}, drawn) if cache in ("none", "dual") else ({},):
+        both = cache in ("none", "dual")
+        if (both or (number + turn) % 3 == 0) and not unmet(sampler, resolve("cache", cache, object)):
+            for options in ({}, drawn) if both else ({},):
                 with OnCuda():
                     dllm.generate(lm, [[5], [6, 7, 8]], sampler, cache, gen_length=5, block_length=3, seed=0, **options)
 
