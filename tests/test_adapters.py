@@ -201,6 +201,7 @@ def _other_model(folder: Path) -> None:
 
 
 LORA = "base_model.model.model.transformer.blocks.1.q_proj.lora_A.weight"
+ENDLESS = r"(([a-z_0-9.]+)+)+\$"  # tries every way to split a name
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json"),
     "no weights": (lambda folder: (folder / FILE).unlink(), "adapter_model"),
@@ -222,14 +223,26 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "extra tensor": (_change_weights(lambda weights: weights.update(extra=torch.zeros(2))), "tensor extra has"),
     "NaN": (_change_weights(lambda weights: weights[LORA].fill_(float("nan"))), "NaN"),
     "infinity": (_change_weights(lambda weights: weights[LORA].fill_(float("inf"))), "infinity"),
+    "whole numbers": (_change_weights(lambda weights: weights.update({LORA: weights[LORA].int()})), "torch.int32"),
+    "complex": (_change_weights(lambda weights: weights.update({LORA: weights[LORA].cfloat()})), "torch.complex64"),
+    "truth values": (_change_weights(lambda weights: weights.update({LORA: weights[LORA].bool()})), "torch.bool"),
+    "endless expression": (lambda folder: edit_config(folder, target_modules=ENDLESS), "take more than"),
+    "endless exclusion": (lambda folder: edit_config(folder, exclude_modules=ENDLESS), "take more than"),
+    "endless pattern": (lambda folder: edit_config(folder, alpha_pattern={ENDLESS: 8}), "take more than"),
+    "no expression": (lambda folder: edit_config(folder, target_modules="(q_proj"), "expression is invalid"),
+    "repeated layers": (lambda folder: edit_config(folder, layer_replication=[[0, 2]] * 3), "layer_replication"),
+    "endless config": (lambda folder: edit_config(folder, layer_replication=[[0, 2]] * 10**6), "too long"),
     "cut off": (lambda folder: (folder / FILE).write_bytes((folder / FILE).read_bytes()[:-99]), "cannot be merged"),
     "other model": (_other_model, "cannot be merged"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_an_adapter_that_does_not_fit_is_one_clear_line(damage: str, base: Path, adapter: Path) -> None:
+def test_an_adapter_that_does_not_fit_is_one_clear_line(
+    damage: str, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     edit, expected = DAMAGE[damage]
+    monkeypatch.setattr("dllm.models.adapters._SECONDS", 1)
     edit(adapter)
     message = refusal(base, adapter=adapter)
     assert str(adapter) in message

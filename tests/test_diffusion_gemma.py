@@ -35,6 +35,11 @@ OPTIONS: dict[str, Any] = {"gen_length": 20, "stop_at_eos": False, "seed": 3}
 FAST = Renoise(4, 2.0)
 
 
+def rope(config: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = config["text_config"]["rope_parameters"]
+    return found
+
+
 @shared
 def test_logits_are_the_published_ones() -> None:
     folder = SHARED / "diffusiongemma-rand-a"
@@ -125,6 +130,30 @@ class TestFolder:
             (lambda config: config["text_config"].update(eos_token_id=None), "has no eos_token_id"),
             (lambda config: config["vision_config"].update(model_type="timm_wrapper"), "gemma4_vision"),
             (lambda config: config["vision_config"].update(num_hidden_layers=2**20), "num_hidden_layers=1048576"),
+            (lambda config: config["text_config"].update(top_k_experts=10**7), "top_k_experts=10000000 is more than"),
+            (lambda config: rope(config).update(full_attention=None), "rope_parameters.full_attention=None is not"),
+            (
+                lambda config: rope(config).pop("sliding_attention"),
+                "rope_parameters=.* is not supported; give those of",
+            ),
+            (
+                lambda config: rope(config)["full_attention"].update(partial_rotary_factor=1.5),
+                "partial_rotary_factor=1.5",
+            ),
+            (
+                lambda config: rope(config)["full_attention"].update(partial_rotary_factor=10**8),
+                "partial_rotary_factor=",
+            ),
+            (lambda config: rope(config)["full_attention"].update(factor=4.0), "full_attention=.* is not supported"),
+            (lambda config: rope(config)["full_attention"].update(rope_theta=None), "rope_theta=None"),
+            (
+                lambda config: rope(config)["sliding_attention"].update(rope_type="yarn"),
+                "rope_type='yarn' is not supported",
+            ),
+            (
+                lambda config: config["vision_config"].update(rope_parameters=[1]),
+                "vision_config.rope_parameters=.1. is not",
+            ),
             (lambda config: config.update(canvas_length=0), "canvas_length=0 is not a valid size"),
             (lambda config: config.update(text_config=None), "text_config"),
             (lambda config: config["text_config"]["per_layer_config"].update({"0": {"hidden_size": 8}}), "per_layer"),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from dllm.decoding.graphs import Replays
 from dllm.guide import Guide, Judging, load_guide
@@ -124,6 +126,13 @@ def test_a_guide_gets_its_cache_by_the_name_that_it_has_for_it(name: str) -> Non
     assert len(given) == 2
     assert all(cache is judging.cache for cache in given)
     assert all(torch.equal(*pair) for pair in zip(answers[:2], answers[2:], strict=True))
+
+
+def test_a_guide_whose_head_is_its_embedding_is_loaded(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path)
+    assert load_guide(str(tmp_path), torch.device("cpu")).vocab_size == 64
 
 
 def test_the_last_guide_loaded_is_kept() -> None:

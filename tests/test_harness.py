@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from importlib.metadata import entry_points
@@ -322,11 +323,29 @@ class TestWordsOfOthers:
         assert len(words) == len(set(words)) == 2
         assert any(word.startswith("temperature=0.7 has no effect") for word in words)
 
-    @pytest.mark.parametrize("asked", [{"temperature": "warm"}, {"top_k": [1]}, {"until": [3]}, {"max_tokens": "all"}])
+    @pytest.mark.parametrize(
+        "asked",
+        [
+            {"temperature": "warm"},
+            {"top_k": [1]},
+            {"until": [3]},
+            {"max_tokens": "all"},
+            {"max_gen_toks": "inf"},
+            {"max_gen_toks": 7.5},
+            {"max_length": math.inf},
+            {"top_k": "1e400", "temperature": 1},
+            {"top_k": math.nan, "temperature": 1},
+        ],
+    )
     def test_a_value_of_another_kind_is_named(self, asked: dict[str, Any]) -> None:
         name = next(iter(asked))
         with pytest.raises(ValueError, match=f"^{name}="):
             harness_options.generation(asked, 1, pytest.fail)
+
+    @pytest.mark.parametrize("argument", ["top_k=inf", "top_k=2.5", "batch_size=auto,max_batch_size=all"])
+    def test_an_argument_that_counts_is_a_whole_number(self, argument: str) -> None:
+        with pytest.raises(ValueError, match=f"^{argument.rpartition(',')[2].partition('=')[0]}="):
+            DLLM.create_from_arg_string(f"pretrained=tiny-llada,{argument}", {"device": "cpu"})
 
     @pytest.mark.parametrize(
         ("arguments", "beside", "told"),

@@ -108,16 +108,16 @@ def generation(asked: Mapping[str, Any], prompt: int, tell: Tell) -> tuple[dict[
 def _length(asked: Mapping[str, Any], prompt: int) -> int:
     name = next((name for name in _LENGTHS if name in asked), None)
     if name is None:
-        whole = _number("max_length", asked.get("max_length"))
-        return GEN_LENGTH if whole is None else max(1, int(whole) - prompt)
-    return int(_number(name, asked[name]) or 0)
+        whole = _count("max_length", asked.get("max_length"))
+        return GEN_LENGTH if whole is None else max(1, whole - prompt)
+    return _count(name, asked[name]) or 0
 
 
 def _batch_size(value: Any, most: Any, tell: Tell) -> int:
     """Batch size; "auto" or "auto:N" give the default, at most `most`."""
     text = "" if _off(value) else str(value)
     if text.partition(":")[0] == "auto":
-        size = BATCH_SIZE if _off(most) else min(BATCH_SIZE, int(most))
+        size = min(BATCH_SIZE, _count("max_batch_size", most) or BATCH_SIZE)
         tell(f"batch_size={text!r} is not searched for; {size} rows are decoded together")
         return size
     if text and not text.isdigit():
@@ -146,14 +146,22 @@ def _number(name: str, value: Any) -> float | None:
         raise ValueError(f"{name}={value!r} is not a number; give one, or null") from None
 
 
+def _count(name: str, value: Any) -> int | None:
+    """A whole number, possibly as text; None if off."""
+    found = _number(name, value)
+    if found is not None and not found.is_integer():  # nor are infinity and NaN
+        raise ValueError(f"{name}={value!r} is not a whole number; give one, or null")
+    return None if found is None else int(found)
+
+
 def _top_p(value: Any) -> float | None:
     share = _number("top_p", value)
     return None if share is None or share >= 1 else share
 
 
 def _top_k(value: Any) -> int | None:
-    count = _number("top_k", value)
-    return None if count is None or count <= 0 else int(count)
+    count = _count("top_k", value)
+    return None if count is None or count <= 0 else count
 
 
 _LIMITS: dict[str, Callable[[Any], Any]] = {"top_p": _top_p, "top_k": _top_k}

@@ -112,8 +112,8 @@ def _load(name: str, folder: Path, device: torch.device, state: str) -> Guide:
     nothing_else: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     tokenizer = None
     try:
-        check_causal_folder(folder)
         with quiet():
+            check_causal_folder(folder)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **nothing_else
             )

@@ -6,6 +6,9 @@ differs from that of an unmerged adapter by rounding in the precision of the wei
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +22,9 @@ from dllm.files import read_json
 from dllm.models.published import is_whole
 
 CONFIG = "adapter_config.json"
+_CONFIG_BYTES = 10**6
+_SECONDS = 5  # of matching
+_MATCH = "import json, re, sys; all_, names = json.load(sys.stdin); [re.match(e, name) for e in all_ for name in names]"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -63,6 +69,8 @@ def merge(backbone: PreTrainedModel, folder: Path) -> None:
             cannot be merged.
     """
     called = f"adapter={str(folder)!r}"
+    if (folder / CONFIG).stat().st_size > _CONFIG_BYTES:
+        raise ValueError(f"{called} has a {CONFIG} that is too long for a config; copy it again")
     read_json(folder / CONFIG)
     if not any((folder / file).is_file() for file in WEIGHTS):
         raise ValueError(f"{called} has no {' or '.join(WEIGHTS)}; give the folder of a complete adapter")
@@ -97,7 +105,14 @@ def _merge(backbone: PreTrainedModel, folder: Path, peft: Any) -> str | None:
     if begun.startswith("pissa_niter"):  # random at each load
         return f"init_lora_weights={begun!r} takes a random decomposition off the weights; convert it to LoRA with peft"
     config.inference_mode, config.base_model_name_or_path = True, None
+    if getattr(config, "layer_replication", None):
+        return "layer_replication changes its layers"
+    if problem := _unmatchable(config, backbone):
+        return problem
     weights = peft.load_peft_weights(folder, device="cpu")
+    odd = next((name for name, weight in weights.items() if not weight.is_floating_point()), None)
+    if odd is not None:
+        return f"tensor {odd} is {weights[odd].dtype}, and weights are floating-point numbers"
     wrong = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
     if wrong is not None:
         return f"tensor {wrong} holds NaN or infinity"
@@ -114,3 +129,28 @@ def _merge(backbone: PreTrainedModel, folder: Path, peft: Any) -> str | None:
     peft.set_peft_model_state_dict(model, weights)
     model.merge_and_unload(safe_merge=True)
     return None
+
+
+def _unmatchable(config: Any, backbone: PreTrainedModel) -> str | None:
+    """The problem with regular expressions that are invalid, or take too long to match the names of the modules.
+
+    They are matched in a process of its own, which can be ended.
+    """
+    named = (getattr(config, name, None) for name in ("target_modules", "exclude_modules", "feedforward_modules"))
+    expressions = [rf"(?:{each})\Z" for each in named if isinstance(each, str)]
+    patterns = (getattr(config, name, None) or {} for name in ("rank_pattern", "alpha_pattern"))
+    expressions += [rf"(.*\.)?({each})$" for keys in patterns for each in keys]
+    expressions += [rf"(^|.*\.){each}($|\..*)" for each in getattr(config, "modules_to_save", None) or ()]
+    layers = getattr(config, "layers_pattern", None) or ()
+    expressions += [rf"(?:^|.*?\.){each}\.(\d+)\." for each in ([layers] if isinstance(layers, str) else layers)]
+    if not expressions:
+        return None
+    given = json.dumps([expressions, [name for name, _ in backbone.named_modules()]])
+    try:
+        matched = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _MATCH], input=given, text=True, capture_output=True, timeout=_SECONDS,
+            check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"its regular expressions take more than {_SECONDS} seconds to match the names of the modules"
+    return None if matched.returncode == 0 else f"a regular expression is invalid: {matched.stderr.splitlines()[-1]}"

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from dllm.checks import number
 from dllm.files import read_json
@@ -56,6 +56,8 @@ _OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # magic number of torch file
 _CONFIG_BYTES, _HEADER_BYTES, _DEPTH = 10**7, 3 * 10**7, 32
 _LARGEST = 2**24  # maximum plausible size
 _LABELS = 10**5
+_MODULES = 1024  # layers, or experts of a layer
+_BUFFERS = 2**28  # entries of tensors that are no weights
 _OPTIONAL = ("num_key_value_heads", "embedding_size")
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
           "max_position_embeddings", *_OPTIONAL)  # fmt: skip
@@ -151,20 +153,37 @@ def check_causal_folder(folder: Path) -> None:
     config = read_config(folder)
     if (folder / "generation_config.json").is_file():
         _read(folder / "generation_config.json")
-    stored = read_headers(folder)
-    if stored is None or config.get("quantization_config"):
-        return
-    for name, tensor in stored.items():
-        if tensor.dtype not in FLOATS:
-            raise ValueError(f"{tensor.file}: tensor {name} is {tensor.dtype}; weights are floating-point numbers")
-    values = sum(prod(tensor.shape) for tensor in stored.values())
+    path, stored = folder / "config.json", read_headers(folder)
+    _check_counts(path, config)
+    values = 8 * sum(file.stat().st_size for file in _weight_files(folder)[0])  # a bit each at least
+    if stored is not None and not config.get("quantization_config"):
+        for name, tensor in stored.items():
+            if tensor.dtype not in FLOATS:
+                raise ValueError(f"{tensor.file}: tensor {name} is {tensor.dtype}; weights are floating-point numbers")
+        values = sum(prod(tensor.shape) for tensor in stored.values())
     for names in (("num_hidden_layers",), ("vocab_size", "hidden_size"), ("intermediate_size", "hidden_size")):
         sizes = [config.get(name, 1) for name in names]
         for name, size in zip(names, sizes, strict=True):
-            check_size(f"{folder / 'config.json'}: {name}", size)
+            check_size(f"{path}: {name}", size)
         if prod(sizes) > values:
             said = ", ".join(f"{name}={size}" for name, size in zip(names, sizes, strict=True))
-            raise ValueError(f"{folder / 'config.json'}: {said} needs more weights than there are; {_AGAIN}")
+            raise ValueError(f"{path}: {said} needs more weights than there are; {_AGAIN}")
+    # Other names, parts and defaults of a model count as well.
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    for kind, tensors, most in (("weights", model.parameters(), values), ("constants", model.buffers(), _BUFFERS)):
+        count = sum(tensor.numel() for tensor in tensors)
+        if count > most:
+            raise ValueError(f"{path} asks for {count} {kind}, and there is room for {most}; {_AGAIN}")
+
+
+def _check_counts(path: Path, content: Mapping[str, Any]) -> None:
+    """Reject implausible numbers of layers and experts, each of which is a module, under any name."""
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            _check_counts(path, value)
+        elif re.search("layer|expert", name) and is_whole(value) and value > _MODULES:
+            raise ValueError(f"{path}: {name}={value} is not plausible; {_AGAIN}")
 
 
 def read_headers(folder: Path) -> dict[str, Stored] | None:

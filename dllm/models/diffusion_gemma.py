@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers.models.diffusion_gemma import configuration_diffusion_gemma as published
 from transformers.models.diffusion_gemma import modeling_diffusion_gemma as modules
 
+from dllm.checks import number
 from dllm.models.attention import OpenBlock
 from dllm.models.base import MaskedDiffusionModel, token_ids
 from dllm.models.checkpoint import check_ids, check_size, check_values, compare, read_config, read_headers
@@ -41,6 +42,7 @@ _LAYERS = 1024
 _SIZES = ("num_experts", "top_k_experts", "moe_intermediate_size", "head_dim", "sliding_window", "global_head_dim")
 _WINDOWED = "sliding_attention"
 _KINDS = (_WINDOWED, "full_attention")
+_ROPES = ("default", "proportional", "axial")
 # Entries of the text model's config that change results and not the weights.
 _CONSTANTS = ("hidden_activation", "layer_types", "num_attention_heads",
               "rms_norm_eps", "rope_parameters", "sliding_window", "top_k_experts")  # fmt: skip
@@ -289,6 +291,9 @@ def _check(content: Mapping[str, Any]) -> None:
     for key in _SIZES:
         if text.get(key) is not None or key in _SIZES[:3]:
             check_size(f"text_config.{key}", text.get(key))
+    count, chosen = text.get("num_experts"), text.get("top_k_experts")
+    if count is not None and chosen is not None and chosen > count:
+        raise ValueError(f"text_config.top_k_experts={chosen} is more than num_experts={count}; use at most {count}")
     check_size("canvas_length", content.get("canvas_length", 256))
     check_values(DiffusionGemmaConfig, text)
     both = text.get("use_bidirectional_attention")
@@ -299,3 +304,20 @@ def _check(content: Mapping[str, Any]) -> None:
         raise ValueError(f"layer_types={kinds!r} is not supported; use {' and '.join(_KINDS)}")
     if kinds is not None and len(kinds) != text.get("num_hidden_layers", len(kinds)):
         raise ValueError(f"layer_types names {len(kinds)} layers; copy it again from the published model")
+    _check_rope(text.get("rope_parameters"), content["vision_config"].get("rope_parameters"), kinds or _KINDS)
+
+
+def _check_rope(text: Any, vision: Any, kinds: Iterable[str]) -> None:
+    """Reject (ValueError) rotary embeddings other than those of the published model, with other constants at most."""
+    name = "text_config.rope_parameters"
+    if text is not None and not (isinstance(text, Mapping) and {*kinds} <= set(text) <= {*_KINDS}):
+        raise ValueError(f"{name}={text!r} is not supported; give those of {' and '.join(_KINDS)}, or null")
+    parts = {f"{name}.{kind}": own for kind, own in (text or {}).items()}
+    for place, own in (parts | {"vision_config.rope_parameters": {} if vision is None else vision}).items():
+        if not isinstance(own, Mapping) or not own.keys() <= {"rope_type", "rope_theta", "partial_rotary_factor"}:
+            raise ValueError(f"{place}={own!r} is not supported; give rope_type and rope_theta")
+        if (kind := own.get("rope_type", "default")) not in _ROPES:
+            raise ValueError(f"{place}.rope_type={kind!r} is not supported; use {', '.join(_ROPES)}")
+        number(f"{place}.rope_theta", own.get("rope_theta", 1.0), "a positive number", above=0, high=1e15)
+        share = own.get("partial_rotary_factor", 1.0)
+        number(f"{place}.partial_rotary_factor", share, "a number above 0, at most 1", above=0, high=1)
