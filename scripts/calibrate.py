@@ -27,7 +27,7 @@ from dllm.evaluation.run_folder import sessions
 from dllm.resolve import CALIBRATION, TARGET, build, option_names, options_of, with_option
 from dllm.samplers.base import Knob, Sampler
 from dllm.scripts import app, evaluate, own
-from dllm.scripts.kinds import canonical
+from dllm.structure import read_format_file
 from dllm.tasks.base import Task
 
 KINDS = get_type_hints(dllm.Options) | {
@@ -38,6 +38,8 @@ KINDS = get_type_hints(dllm.Options) | {
     "seed": int,
     "threads": int | None,
 }
+# Decoding options that a certificate does not depend on.
+_FREE = ("batch_size", "cuda_graphs", "seed")
 # Options of `dllm evaluate` that a certificate does not need.
 _UNUSED = {
     "baselines": 0,
@@ -64,16 +66,18 @@ def certify(cfg: DictConfig, chosen: Mapping[str, Any]) -> None:
         chosen: names of the sampler and the cache.
     """
     fields: Any = OmegaConf.to_container(cfg, resolve=True)
+    fields["response_format"] = read_format_file(fields["response_format"])
     knob, values = _check(fields, str(chosen["sampler"]))
     out = Path(fields["out"])
     card_file, plot_file = out / "calibration.json", out / "calibration.svg"
     own.check("out", fields["out"], {card_file: own.CALIBRATION, plot_file: own.CERTIFICATE})
-    before = _check_card(fields, knob, card_file)
+    called = f"out={fields['out']!r}"
+    before = _check_card(fields, knob, called, card_file)
     runs = _Runs(cfg, fields, chosen)
     with evaluate.limited_threads(fields["threads"]):
         base = runs.scores({**options_of("sampler", "vanilla"), CALIBRATION: None}, "vanilla")
         if before is not None:
-            _refuse_others(fields["out"], card_file, {"model": before.weights, "task": before.task}, runs.subject)
+            refuse_others(called, card_file, {"model": (before.weights, runs.weights)})
         tests: list[dict[str, Any]] = []
         named = str(chosen["sampler"])
 
@@ -149,29 +153,24 @@ class _Runs:
         return found
 
     @property
-    def subject(self) -> dict[str, str]:
-        """The weights of the model, and the name of the task."""
-        return {"model": str(self._weights[0]["weights"]), "task": str(self.first["task"])}
+    def weights(self) -> str:
+        """The fingerprint of the model."""
+        return str(self._weights[0]["weights"])
 
     def card(self, knob: str, tests: Sequence[Mapping[str, Any]]) -> Calibration:
         """The card of the fastest certified value."""
         fields = self._fields
-        asked = canonical(fields, KINDS)
-        task: Task = build("task", self._cfg.task, Task)
-        used = {"gen_length": task.gen_length} if asked["gen_length"] is None else {}
         certified = [test for test in tests if test["certified"]]
         best = min(certified, key=lambda test: test["nfe"], default=None)
         return Calibration(
             model=self.first["model"],
-            weights=self.subject["model"],
+            weights=self.weights,
             sampler={name: value for name, value in fields["sampler"].items() if name != CALIBRATION},
             knob=knob,
             value=None if best is None else best["value"],
             cache=dict(fields["cache"]),
-            options={
-                name: used.get(name, asked[name]) for name in sorted(dllm.Options.__dataclass_fields__) if name in asked
-            },
-            task=self.subject["task"],
+            options=decoding(fields),
+            task=str(self.first["task"]),
             data=self.first["asked"],
             n=self.first["metrics"]["n"],
             loss=fields["loss"],
@@ -224,11 +223,54 @@ def _refused(sampler: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _check_card(fields: Mapping[str, Any], knob: str, file: Path) -> Calibration | None:
-    """Reject a card of another policy, knob, cache or loss in the same place; others rely on it.
+def decoding(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The decoding options as a card has them.
+
+    Args:
+        fields: options of `dllm evaluate`.
+    """
+    asked = evaluate.normal(fields)
+    if asked["gen_length"] is None:
+        task: Task = build("task", fields["task"], Task)
+        asked["gen_length"] = task.gen_length
+    return {name: asked[name] for name in sorted(dllm.Options.__dataclass_fields__) if name in asked}
+
+
+def certified_for(card: Calibration, options: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The decoding options that a certificate depends on: of a card, and here.
+
+    Args:
+        card: the card.
+        options: from `decoding`.
+    """
+    names = [name for name in dict.fromkeys([*options, *card.options]) if name not in _FREE]
+    return {name: (card.options.get(name), options.get(name)) for name in names}
+
+
+def refuse_others(called: str, file: Path, pairs: Mapping[str, tuple[Any, Any]], what: str = "this run") -> None:
+    """Reject a card of another setting.
+
+    Args:
+        called: the option that names its folder, with its value.
+        file: the card.
+        pairs: by name, what it was made with, and what it is to certify.
+        what: that is to be certified.
+
+    Raises:
+        ValueError: they differ.
+    """
+    for name, (made, asked) in pairs.items():
+        if made != asked:
+            made, asked = ("null" if value is None else value for value in (made, asked))
+            problem = f"{called} holds a card of another {name} ({made}); {what} has {asked}"
+            raise ValueError(f"{problem}: give another {called.partition('=')[0]}, or remove {file}")
+
+
+def _check_card(fields: Mapping[str, Any], knob: str, called: str, file: Path) -> Calibration | None:
+    """Reject a card of another setting in the same place; others rely on it.
 
     Returns:
-        The card that is there, whose model and task are not compared yet.
+        The card that is there, whose model is not compared yet.
     """
     if not file.is_file() or file.stat().st_size == 0:
         return None
@@ -237,18 +279,14 @@ def _check_card(fields: Mapping[str, Any], knob: str, file: Path) -> Calibration
     own = {name: value for name, value in fields["sampler"].items() if name != CALIBRATION}
     # Whatever the value that is chosen.
     own, theirs = (with_option("sampler", options, knob, None) for options in (own, card.sampler))
-    pairs = {"knob": (knob, card.knob), "sampler": (own, theirs), "cache": (dict(fields["cache"]), card.cache)}
-    pairs |= {name: (fields[name], getattr(card, name)) for name in ("loss", "delta")}
-    made, asked = ({name: pair[which] for name, pair in pairs.items()} for which in (1, 0))
-    _refuse_others(fields["out"], file, made, asked)
+    pairs = {"knob": (card.knob, knob), "sampler": (theirs, own), "cache": (card.cache, dict(fields["cache"]))}
+    pairs |= {name: (getattr(card, name), fields[name]) for name in ("loss", "delta")}
+    task: Task = build("task", fields["task"], Task)
+    pairs |= {"task": (card.task, task.name)} | certified_for(card, decoding(fields))
+    data = evaluate.normal(fields)["task"]
+    pairs |= {f"task.{name}": (made, data[name]) for name, made in card.data.items() if name in data}
+    refuse_others(called, file, pairs)
     return card
-
-
-def _refuse_others(out: str, file: Path, made: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    for name, value in made.items():
-        if asked[name] != value:
-            problem = f"out={out!r} holds a card of another {name} ({value})"
-            raise ValueError(f"{problem}; give another out, or remove {file}")
 
 
 def _paired(base: Mapping[str, float], other: Mapping[str, float]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

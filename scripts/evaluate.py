@@ -67,7 +67,7 @@ def evaluate(cfg: DictConfig) -> float | tuple[float, ...] | None:
     _check(fields)
     hydra = HydraConfig.get()
     out, label = Path(fields["out"]), _label(fields, hydra.runtime.choices)
-    refused, sweeping = RunFolder(out, label, canonical(fields, KINDS)), hydra.mode == RunMode.MULTIRUN
+    refused, sweeping = RunFolder(out, label, normal(fields)), hydra.mode == RunMode.MULTIRUN
     try:
         with limited_threads(fields["threads"]):
             results, path = run(cfg, fields, label, hydra.runtime.choices)
@@ -123,7 +123,7 @@ def run(
     with naming({name: f"estimate.{name}" for name in fields["estimate"]}):
         estimate = Estimate(**fields["estimate"], seed=seed, cfg_scale=fields["cfg_scale"])
     files = task.check()
-    path, asked = fields["model"]["path"], canonical(fields, KINDS)
+    path, asked = fields["model"]["path"], normal(fields)
     stamps = identity.stamps_read_by(sampler, cache)
     read = identity.contents([asked["sampler"], asked["cache"]])
     read |= identity.read_by(sampler) | identity.read_by(cache)
@@ -150,6 +150,12 @@ def run(
             return found, folder.path
         finally:
             runner.close()
+
+
+def normal(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Normalized options, with the format as JSON: the order of a schema's properties is that of an answer."""
+    form = fields["response_format"]
+    return canonical({**fields, "response_format": None}, KINDS) | {"response_format": form and json.dumps(form)}
 
 
 def _by_name(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+import dllm
 from dllm.calibration import Calibration
 from dllm.checks import Notice, number, seed, threads
 from dllm.escape import terminal
@@ -27,15 +28,17 @@ from dllm.reports.matrix_page import CARDS, card_name
 from dllm.resolve import CALIBRATION, build, merged, names, options_of, resolve, variants
 from dllm.samplers.base import Knob, Sampler
 from dllm.scripts import app, calibrate, evaluate, own
-from dllm.scripts.kinds import canonical
+from dllm.tasks.base import Task
 
 KINDS = evaluate.KINDS | {
     "samplers": Sequence[str] | None,
     "caches": Sequence[str] | None,
     "runs": str | None,
     "cards": str | None,
+    "problems": int | None,
 }
 _BASE, _BOUND = "vanilla", "oracle"  # neither has a setting to choose
+_OTHER_CACHE = r".* was measured with (cache[^=]*=[^,]*, )+and is used with (cache[^=]*=[^,]*(, |: ))+its guarantee"
 _PLACES = ("out", "runs", "cards", "run", "speed")  # options that change no number
 _OURS = ("samplers", "caches", "calibrate", "problems", "loss", "delta", *_PLACES)
 
@@ -67,7 +70,8 @@ def _check(fields: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """The samplers and the caches; bad options are rejected before the model is loaded."""
     for name in ("loss", "delta"):
         number(name, fields[name], "a number above 0 and below 1", above=0, high=1 - 1e-12)
-    number("problems", fields["problems"], "a whole number of at least 1", low=1, whole=True)
+    if fields["problems"] is not None:
+        number("problems", fields["problems"], "a whole number of at least 1, or null", low=1, whole=True)
     for name in ("baselines", "frames"):
         number(name, fields[name], "0 or more", low=0, whole=True)
     number("batch_size", fields["batch_size"], "a whole number of at least 1", low=1, whole=True)
@@ -95,6 +99,7 @@ def _collect(fields: Mapping[str, Any], samplers: Sequence[str], caches: Sequenc
     data = out / matrix.NAME
     own.check("out", fields["out"], {data: own.MATRIX_DATA})
     if fields["run"]:
+        _check_cards(fields, samplers, cards)
         lm = app.load_model(fields["model"])  # refused here, rather than once for each run
         if data.is_file():
             _check_same(fields["out"], data, weights=lm.backbone.fingerprint())
@@ -102,28 +107,74 @@ def _collect(fields: Mapping[str, Any], samplers: Sequence[str], caches: Sequenc
             _certify(fields, sampler, cards)
     chosen = {sampler: _options(sampler, cards) for sampler in samplers}
     found = _run(fields, chosen, caches, runs) if fields["run"] else matrix.found_in(runs)
-    settings = {name: _setting(name, _as_run(name, options, found)) for name, options in chosen.items()}
+    used = {name: _as_run(name, options, found) for name, options in chosen.items()}
+    if not fields["run"]:
+        _check_runs(fields, found, used)
+    settings = {name: _setting(name, options) for name, options in used.items()}
     made = matrix.collect(found, settings, caches, _command(fields))
     if made.header.model != out.name:
         raise ValueError(f"runs={str(runs)!r} has runs of {made.header.model}; use model={made.header.model}")
     _check_same(fields["out"], data, weights=made.header.weights, task=made.header.task)
     for sampler in samplers:
-        card, copy = (place / card_name(sampler) / "calibration.json" for place in (cards, out / CARDS))
+        card, copy = _card(sampler, cards), _card(sampler, out / CARDS)
         if card.is_file() and sampler != _BOUND and not (copy.is_file() and card.samefile(copy)):
             own.write("out", fields["out"], {copy: (own.CALIBRATION, card.read_bytes())})
     own.write("out", fields["out"], {data: (own.MATRIX_DATA, made.text())})
 
 
+def _called(fields: Mapping[str, Any]) -> str:
+    """The option that names the folder of the cards."""
+    return f"out={fields['out']!r}" if fields["cards"] is None else f"cards={fields['cards']!r}"
+
+
+def _card(sampler: str, cards: Path) -> Path:
+    return cards / card_name(sampler) / "calibration.json"
+
+
+def _check_cards(fields: Mapping[str, Any], samplers: Sequence[str], cards: Path) -> None:
+    """Reject cards that do not certify what is asked for."""
+    called, task = _called(fields), build("task", fields["task"], Task)
+    options = calibrate.decoding({**merged("evaluate"), **fields})
+    for sampler in samplers:
+        file = _card(sampler, cards)
+        if sampler in (_BASE, _BOUND) or not file.is_file():
+            continue
+        card = Calibration.read(file)
+        pairs = {"task": (card.task, task.name)} | calibrate.certified_for(card, options)
+        if fields["calibrate"]:  # otherwise those that exist are used, whatever they certify
+            pairs |= {name: (getattr(card, name), fields[name]) for name in ("loss", "delta")}
+            if fields["problems"] is not None:
+                pairs["number of problems"] = card.data.get("limit"), fields["problems"]
+        calibrate.refuse_others(called, file, pairs)
+
+
+def _check_runs(
+    fields: Mapping[str, Any], found: Mapping[tuple[str, str], Path | str], used: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Reject finished runs that the card of their policy does not certify."""
+    called, task = _called(fields), build("task", fields["task"], Task)
+    for (sampler, _), folder in found.items():
+        file = used[sampler].get(CALIBRATION) if sampler in used else None
+        if file is None or not isinstance(folder, Path):
+            continue
+        card, results = Calibration.read(file), read_json(folder / "results.json")
+        options = {name: results["options"].get(name) for name in dllm.Options.__dataclass_fields__}
+        if options["gen_length"] is None and results["task"] == task.name:
+            options["gen_length"] = task.gen_length
+        pairs = {"task": (card.task, results["task"])} | calibrate.certified_for(card, options)
+        calibrate.refuse_others(called, Path(file), pairs, str(folder))
+
+
 def _certify(fields: Mapping[str, Any], sampler: str, cards: Path) -> None:
     """Make the card of a sampler with a knob, unless it exists or none are to be made."""
     folder, options = cards / card_name(sampler), options_of("sampler", sampler)
-    if (folder / "calibration.json").is_file() or not fields["calibrate"] or _knob(sampler, options) is None:
+    if _card(sampler, cards).is_file() or not fields["calibrate"] or _knob(sampler, options) is None:
         return
     task = f"calibration/{HydraConfig.get().runtime.choices['task']}"
     if task not in variants("task"):
         raise ValueError(f"there is no task={task} to calibrate with; use calibrate=false, with cards= or without")
     more = {name: value for name, value in fields.items() if name in merged("calibrate") and name != "out"}
-    own_task = options_of("task", task) | {"limit": fields["problems"]}
+    own_task = options_of("task", task) | ({} if fields["problems"] is None else {"limit": fields["problems"]})
     made = merged("calibrate") | more | {"out": str(folder), "task": own_task, "model": fields["model"]}
     made |= {"sampler": options, "cache": options_of("cache", "none")}
     print(f"{sampler}:", flush=True)
@@ -142,12 +193,12 @@ def _run(
     common |= {"out": str(runs)}
     with evaluate.limited_threads(fields["threads"]), warnings.catch_warnings():
         # The page says for which cache a guarantee holds.
-        warnings.filterwarnings("ignore", ".*its guarantee does not hold", Notice)
+        warnings.filterwarnings("ignore", _OTHER_CACHE, Notice)
         for sampler, options in chosen.items():
             for cache in caches:
                 made = {**merged("evaluate"), **common, "sampler": dict(options), "cache": options_of("cache", cache)}
                 label = sampler + (f" + {cache}" if cache != "none" else "")
-                refused = RunFolder(runs, label, canonical(made, evaluate.KINDS))
+                refused = RunFolder(runs, label, evaluate.normal(made))
                 try:
                     names_ = {"sampler": sampler, "cache": cache}
                     metrics, folder = evaluate.run(OmegaConf.create(made), made, label, names_)
@@ -170,7 +221,7 @@ def _shown(results: Mapping[str, Any]) -> str:
 def _options(sampler: str, cards: Path) -> dict[str, Any]:
     """The options of a sampler: its own, with its card if that certifies a value."""
     options = options_of("sampler", sampler)
-    card = cards / card_name(sampler) / "calibration.json"
+    card = _card(sampler, cards)
     if sampler not in (_BASE, _BOUND) and card.is_file() and Calibration.read(card).value is not None:
         options[CALIBRATION] = str(card)
     return options

@@ -166,6 +166,15 @@ def test_the_usual_values_suit_the_other_options(name: str, tmp_path: Path) -> N
     assert (outcome.code, outcome.out.count("not certified")) == (0, 1)
 
 
+def test_a_format_is_known_by_its_content(tmp_path: Path) -> None:
+    form, out = tmp_path / "form.json", tmp_path / "out"
+    for text in ("1", "2"):
+        form.write_text(json.dumps({"type": "choice", "choice": [text]}))
+        outcome = run(out, "task.limit=1", "values=[0.5]", f"response_format={form}")
+        assert outcome.code == (0 if text == "1" else 2), outcome.err
+    assert 'response_format ({"type": "choice", "choice": ["1"]}); this run has {"type": ' in outcome.err
+
+
 def test_files_of_others_are_kept(tmp_path: Path) -> None:
     (tmp_path / "calibration.json").write_text("mine")
     outcome = run(tmp_path)
@@ -176,16 +185,31 @@ def test_files_of_others_are_kept(tmp_path: Path) -> None:
 
 def test_a_card_of_another_setting_is_kept(made: tuple[Path, Outcome], card: Path) -> None:
     before = card.read_bytes()
-    for other in ("cache=dual", "sampler=credit", "sampler.at_least=2", "delta=0.2"):
+    for other, told in (
+        ("cache=dual", "cache ("),
+        ("sampler=credit", "sampler ("),
+        ("sampler.at_least=2", "sampler ("),
+        ("delta=0.2", "delta (0.05); this run has 0.2: give another out, or remove "),
+        ("gen_length=40", "gen_length (64); this run has 40: "),
+        ("block_length=8", "block_length (auto); this run has 8: "),
+        ("temperature=0.5", "temperature (null); this run has 0.5: "),
+        ("response_format={type: choice, choice: [a]}", 'response_format (null); this run has {"type": "choice", '),
+        ("task.limit=20", "task.limit (30); this run has 20: "),
+    ):
         refused = run(made[0], other)
         assert (refused.code, refused.err.count("\n")) == (2, 1)
-        assert "holds a card of another" in refused.err
+        assert f"holds a card of another {told}" in refused.err
     assert card.read_bytes() == before
 
 
-def test_a_card_of_another_model_is_kept(made: tuple[Path, Outcome], card: Path) -> None:
+def test_a_card_of_another_model_is_kept(card: Path, tmp_path: Path) -> None:
+    short = ("task.limit=2", "gen_length=8")
+    content = json.loads(card.read_text())
+    content |= {"data": content["data"] | {"limit": 2}, "options": content["options"] | {"gen_length": 8}}
+    card = tmp_path / "calibration.json"
+    card.write_text(json.dumps(content))
     before = card.read_bytes()
-    refused = run(made[0], "model=tiny-dream", "task.limit=2", "gen_length=8")
+    refused = run(tmp_path, "model=tiny-dream", *short)
     assert refused.code == 2
     assert "holds a card of another model (" in refused.err.splitlines()[-1]
     assert card.read_bytes() == before

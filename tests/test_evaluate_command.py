@@ -64,6 +64,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_runs_of_other_formats_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()  # which makes ./a and a the same path
+    schemas = [{}, {"const": None}, {"const": "./a"}, {"const": "a"}]
+    schemas += [{"properties": dict.fromkeys(order, True)} for order in ("ab", "ba")]
+    forms = [{"response_format": {"type": "json_schema", "schema": schema}} for schema in schemas]
+    paths = [RunFolder(tmp_path, "x", application.normal(form)).path for form in forms]
+    assert len(set(paths)) == len(schemas)
+    assert paths == [RunFolder(tmp_path, "x", application.normal(json.loads(json.dumps(form)))).path for form in forms]
+
+
 class TestFiles:
     def test_a_run_leaves_results_samples_trace_and_manifest(self, finished: Path) -> None:
         members = {path.name for path in finished.iterdir()}

@@ -349,6 +349,14 @@ class TestResume:
         )
         assert names() == there
 
+    def test_another_format_is_refused(self) -> None:
+        lines("q.jsonl", ROWS[:2])
+        asked = ['{"type": "json_schema", "schema": {}}', '{"type": "json_schema", "schema": {"const": null}}']
+        assert run(f"response_format={asked[0]}").code == 0
+        assert run(f"response_format={asked[0]}").code == 0
+        told = f"made with response_format={asked[0]}; this run has response_format={asked[1]}: give another output"
+        refused(run(f"response_format={asked[1]}"), told)
+
     def test_another_input_is_refused(self) -> None:
         lines("q.jsonl", ROWS[:8])
         run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -68,6 +69,49 @@ class TestCommand:
         assert {file: file.stat().st_mtime_ns for file in files} == before
         assert made[0].with_name("all.md").read_bytes() == text
         assert "certified" not in again.out
+
+    @pytest.mark.parametrize(
+        ("options", "told"),
+        [
+            (["loss=0.05"], "loss (0.3); this run has 0.05"),
+            (["delta=0.001"], "delta (0.05); this run has 0.001"),
+            (["problems=20"], "number of problems (10); this run has 20"),
+            (["gen_length=24"], "gen_length (32); this run has 24"),
+            (["gen_length=24", "calibrate=false"], "gen_length (32); this run has 24"),
+            (["block_length=8"], "block_length (auto); this run has 8"),
+            (["cfg_scale=1"], "cfg_scale (0.0); this run has 1.0"),
+        ],
+    )
+    def test_a_card_of_another_setting_is_refused(
+        self, options: list[str], told: str, made: tuple[Path, Outcome], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("dllm.load", lambda *args, **options: pytest.fail("a model was loaded"))
+        page = made[0].with_name("all.md").read_bytes()
+        refused = run(made[0], *options)
+        assert (refused.code, refused.err.count("\n")) == (2, 1)
+        card = made[0] / "tiny-llada" / "calibration" / "saber" / "calibration.json"
+        assert f"out='{made[0]}' holds a card of another {told}: give another out, or remove {card}" in refused.err
+        assert made[0].with_name("all.md").read_bytes() == page
+
+    def test_any_card_that_exists_is_used_where_none_is_made(self, made: tuple[Path, Outcome]) -> None:
+        assert run(made[0], "loss=0.05", "problems=null", "calibrate=false").code == 0
+
+    def test_runs_that_their_card_does_not_certify_are_refused(
+        self, made: tuple[Path, Outcome], tmp_path: Path
+    ) -> None:
+        card = made[0] / "tiny-llada" / "calibration" / "saber" / "calibration.json"
+        content = json.loads(card.read_text())
+        copy = tmp_path / "cards" / "saber" / "calibration.json"
+        copy.parent.mkdir(parents=True)
+        finished = ("run=false", f"runs={made[0] / 'tiny-llada' / 'runs'}", f"cards={tmp_path / 'cards'}")
+        for length, code in ((32, 0), (64, 2)):
+            copy.write_text(json.dumps(content | {"options": content["options"] | {"gen_length": length}}))
+            outcome = run(tmp_path / "out", *finished)
+            assert outcome.code == code, outcome.err
+        told = (
+            f"cards='{tmp_path / 'cards'}' holds a card of another gen_length (64); {made[0] / 'tiny-llada' / 'runs'}"
+        )
+        assert told in outcome.err
 
     def test_the_page_is_made_from_the_data_alone(self, made: tuple[Path, Outcome], tmp_path: Path) -> None:
         out = tmp_path / "all"
@@ -223,6 +267,23 @@ def test_aup_is_over_the_caches_of_a_policy_and_over_the_policies_of_a_cache() -
     assert matrix.aup(cache="x") == aup([(2.0, 90.0), (1.0, 95.0)], 95.0)
     assert matrix.aup(sampler="oracle") is None
     assert matrix.aup() == aup([(1.0, 95.0), (2.0, 90.0), (3.0, 88.0)], 95.0)
+
+
+@pytest.mark.parametrize("name", ["tiny-llada", "tiny-dream", "tiny-block"])
+def test_the_documented_command_takes_the_committed_cards(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not (DOCS / "results").is_dir():
+        pytest.skip("an installed copy without docs")
+    shutil.copytree(DOCS / "results", tmp_path / "docs" / "results")
+    monkeypatch.chdir(tmp_path)
+
+    def load(*args: object, **options: object) -> None:
+        raise ValueError("the model is loaded")
+
+    monkeypatch.setattr("dllm.load", load)
+    options = shlex.split(Matrix.read(DOCS / "results" / name / "runs.jsonl").header.command)
+    assert "the model is loaded" in command(*options[1:]).err
 
 
 def test_the_committed_page_is_made_from_the_committed_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import torch
 import dllm
 from commands import Outcome, command
 from dllm.evaluation import claim
-from dllm.evaluation.answer_manifest import AnswerManifest
+from dllm.evaluation.answer_manifest import AnswerManifest, describe, differences, told
 from dllm.files import BUNDLED
 from models import random_llada
 
@@ -149,6 +149,49 @@ class TestOptions:
         told = f"output='a.jsonl' was made with {before}; this run has {now}: give another output, or resume=mixed"
         refused(run(*arguments), told)
         assert Path("a.jsonl").read_bytes() == answered
+
+    @pytest.mark.parametrize(
+        ("before", "now"),
+        [
+            ({}, {"const": None}),
+            ({"const": True}, {"const": 1}),
+            ({"enum": [{"a.b": 1}]}, {"enum": [{"a": {"b": 1}}]}),
+            ({"const": {"a.b": 1}}, {"const": {"a": {"b": 1}}}),
+            ({"properties": {"a": {}, "b": {}}}, {"properties": {"b": {}, "a": {}}}),
+        ],
+    )
+    def test_a_format_counts_as_a_whole(self, before: Any, now: Any) -> None:
+        asked = [json.dumps({"type": "json_schema", "schema": schema}) for schema in (before, now)]
+        fields, other = (
+            {"cache": {}, "sampler": {}, "model": {"path": "m"}, "response_format": json.loads(each)} for each in asked
+        )
+        sessions = [describe(each, {"sampler": "s", "cache": "c"}, {}) for each in (fields, other)]
+        assert differences(sessions[0]["options"], sessions[1]["options"]) == ["response_format"]
+        assert differences(sessions[0]["options"], json.loads(json.dumps(sessions[0]))["options"]) == []
+        assert [told("response_format", each) for each in sessions] == [f"response_format={each}" for each in asked]
+
+    def test_another_format_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        ask("Tom")
+        for name, schema in (("any", {}), ("null", {"const": None})):
+            Path(f"{name}.json").write_text(json.dumps({"type": "json_schema", "schema": schema}))
+        assert run("response_format=any.json").code == 0
+        monkeypatch.setattr(dllm, "load", None)
+        assert run("response_format=any.json").out == "1 of 1 answers are in a.jsonl\n"
+        made = 'response_format={"type": "json_schema", "schema": {}}; '
+        refused(
+            run("response_format=null.json"), made, 'this run has response_format={"type": "json_schema", "schema": {"c'
+        )
+        refused(run(), made, "this run has response_format=null: give another output")
+
+        # As recorded by earlier versions.
+        old = manifest()
+        del old["sessions"][0]["options"]["response_format"]
+        old["sessions"][0]["options"]["response_format.type"] = "json_schema"
+        Path("a.jsonl.manifest.json").write_text(json.dumps(old))
+        for asked in ("any.json", "null.json", "null"):
+            refused(
+                run(f"response_format={asked}"), "response_format=(recorded in parts by an earlier version); this run"
+            )
 
     def test_a_finished_file_of_other_options_is_refused_too(self, unloaded: None, monkeypatch: Any) -> None:
         monkeypatch.setattr(dllm, "load", lambda path, **_: MODELS[path])

@@ -19,6 +19,7 @@ from dllm.evaluation.jsonl import MANIFEST, AnswerFile, PromptLine
 from dllm.files import check_kept, expanded, read_json, write_json
 from dllm.models import adapters
 from dllm.models.loading import LanguageModel
+from dllm.resolve import TARGET
 from dllm.stored import misfit
 
 FORMAT, VERSION = "dllm-answers", 1
@@ -34,6 +35,8 @@ _FREE = {
 _COSTS = 20  # the manifest is rewritten at most every this many times the duration of a write
 # The required fields of a session; its other fields are informational.
 _PARTS: dict[str, Any] = {"answers": 0, "options": {}, "names": {}, "named": {}, "model": {}}
+_FORMAT = "response_format"
+_IN_PARTS = "(recorded in parts by an earlier version)"
 
 
 class AnswerManifest:
@@ -277,15 +280,28 @@ def _files(fields: Mapping[str, Any]) -> list[list[Any]]:
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Options by dotted names."""
+    """Options by dotted names; mappings that are values, such as a schema, are JSON, in the order of their keys."""
     flat: dict[str, Any] = {}
     for name, value in fields.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        match value:
+            case Mapping() if TARGET in value:
+                flat |= _flat(value, f"{prefix}{name}.")
+            case Mapping():
+                flat[f"{prefix}{name}"] = json.dumps(value, ensure_ascii=False)
+            case _:
+                flat[f"{prefix}{name}"] = value
     return flat
+
+
+def _joined(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Options with the format as one value: earlier versions recorded parts, which do not tell formats apart."""
+    rest = {name: value for name, value in options.items() if not name.startswith(f"{_FORMAT}.")}
+    return options if len(rest) == len(options) else {**rest, _FORMAT: _IN_PARTS}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Names whose values differ; a missing option counts as null."""
+    before, now = _joined(before), _joined(now)
     names = [name for name in dict.fromkeys([*now, *before]) if before.get(name) != now.get(name)]
     # If the sampler differs, its options are not compared.
     others = [name for name in names if name in ("sampler._target_", "cache._target_")]
@@ -300,7 +316,7 @@ def told(name: str, session: Mapping[str, Any]) -> str:
         return f"{group}={session['names'][group]}"
     if name == "model":
         return f"model={session['named'].get('path')}"
-    value = (session["options"] | session.get("model", {})).get(name)
+    value = (_joined(session["options"]) | session.get("model", {})).get(name)
     return f"{name}={value if isinstance(value, str) else json.dumps(value)}"
 
 
