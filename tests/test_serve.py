@@ -736,7 +736,7 @@ def test_formats_that_cannot_be_followed_are_refused(writer: Running, wanted: An
 def test_a_format_that_would_take_the_server_down_is_refused(
     given: dict[str, Any], writer: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dllm.structure.probe.SECONDS", 1)
+    monkeypatch.setattr("dllm.structure.compiled.SECONDS", 1)
     error = writer.refused(response_format=given)
     assert error["message"].startswith(f"response_format of type {given['type']} takes too long or too much memory")
 

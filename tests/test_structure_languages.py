@@ -6,7 +6,9 @@ import itertools
 import json
 import random
 import re
+import signal
 from pathlib import Path
+from time import monotonic, process_time
 from typing import Any
 
 import numpy as np
@@ -22,8 +24,8 @@ from structure_rig import SUMS, text_model, text_tokenizer
 jsonschema = pytest.importorskip("jsonschema")
 lark = pytest.importorskip("lark")
 pytest.importorskip("outlines_core")
-from dllm.structure import language  # noqa: E402
-from dllm.structure.language import Automaton, compile_regex  # noqa: E402
+from dllm.structure import compiled, language  # noqa: E402
+from dllm.structure.language import Automaton, compile_regex, minimal  # noqa: E402
 from dllm.structure.tokens import END, TokenAutomaton, lift, token_bytes  # noqa: E402
 
 # The first one ends the text, and two are parts of a character.
@@ -163,7 +165,7 @@ SCHEMAS: list[tuple[Any, list[Any], list[str]]] = [
 def test_texts_of_a_schema_are_valid_under_it(schema: Any, right: list[Any], wrong: list[str]) -> None:
     form = read_format({"type": "json_schema", "schema": schema})
     assert form is not None
-    automaton = compile_regex(form.regex, form.name)
+    automaton = form.compiled.automaton
     check = jsonschema.Draft202012Validator(schema)
     for value in right:
         check.validate(value)
@@ -235,7 +237,7 @@ def test_texts_of_a_grammar_parse(depth: int) -> None:
     parser = lark.Lark(SUMS)
     form = read_format({"type": "grammar", "grammar": SUMS, "depth": depth})
     assert form is not None
-    automaton = compile_regex(form.regex, form.name)
+    automaton = form.compiled.automaton
     for text in sampled(automaton, 40):
         parser.parse(text)
     for level in range(4):
@@ -255,7 +257,7 @@ def test_texts_of_a_grammar_parse(depth: int) -> None:
 def test_repetition_of_rules(grammar: str, right: list[str], wrong: list[str]) -> None:
     form = read_format({"type": "grammar", "grammar": grammar})
     assert form is not None
-    automaton = compile_regex(form.regex, form.name)
+    automaton = form.compiled.automaton
     assert all(automaton.accepts(text.encode()) for text in right)
     assert not any(automaton.accepts(text.encode()) for text in wrong)
     for text in right:
@@ -326,7 +328,7 @@ def test_a_large_vocabulary_takes_seconds_and_few_classes() -> None:
         words.add("".join(source.choices(pieces, k=source.randrange(1, 7))).encode()[: source.randrange(2, 30)])
     form = read_format({"type": "json_object"})
     assert form is not None
-    tokens = lift(compile_regex(form.regex, form.name), sorted(words), form.name)
+    tokens = lift(form.compiled.automaton, sorted(words), form.name)
     assert tokens.table.shape[1] < 3000
     assert tokens.table.nbytes < 2**24
     assert Tracker(tokens, 512).allowed(3).any()
@@ -399,3 +401,65 @@ def test_counts_within_counts_are_multiplied_before_anything_is_compiled() -> No
     with pytest.raises(ValueError, match="repeats parts 1001000 times in all"):
         compile_regex("(?:[0-9]{1,1000}){1,1000}", "it")
     assert compile_regex(r"(?:[(]{2}\x{61}{2}){3}", "it").accepts(b"((aa" * 3)
+
+
+def test_a_minimal_automaton_has_a_state_for_each_set_of_words_that_may_follow() -> None:
+    source = np.random.default_rng(0)
+    for states in (2, 5, 9, 30, 60) * 8:
+        table, byte = source.integers(0, states, (states, 3)), source.integers(0, 3, 256)
+        table[0] = 0
+        follow = table[:, byte]
+        accepting = source.random(states) < 0.3
+        accepting[0] = False
+        different = accepting[:, None] != accepting
+        for _ in range(states):
+            different |= different[table[:, None], table[None]].any(-1)
+        found = minimal(Automaton(follow, 1, accepting))
+        assert len(found.follow) == len(np.unique(different, axis=0))
+        assert not found.follow[0].any() and not found.accepting[0]
+        for _ in range(50):
+            word = source.integers(0, 256, source.integers(0, 9)).astype(np.uint8).tobytes()
+            assert found.accepts(word) == Automaton(follow, 1, accepting).accepts(word)
+
+
+def test_a_long_chain_is_minimized_in_seconds() -> None:
+    chain, start = np.zeros((20_001, 256), dtype=np.int64), process_time()
+    chain[1:-1, ord("a")] = np.arange(2, 20_001)
+    assert len(minimal(Automaton(chain, 1, np.arange(20_001) > 0)).follow) == 20_001
+    assert process_time() - start < 8
+
+
+BOMB = "start: " + ' ("a"|"b")' * 24
+HARD = {"type": "regex", "regex": "[ab]*a[ab]{21}"}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [HARD, {"type": "json_schema", "schema": {"pattern": HARD["regex"]}}, {"type": "grammar", "grammar": BOMB}],
+)  # fmt: skip
+def test_a_format_that_takes_too_long_is_refused(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "SECONDS", 1)
+    with pytest.raises(ValueError, match=f"^response_format of type {given['type']} takes too long .*; use a simpler"):
+        dllm.Options(response_format=given)
+
+
+def test_a_signal_ends_the_compilation_at_once() -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before, start = signal.signal(signal.SIGALRM, stop), monotonic()
+    signal.setitimer(signal.ITIMER_REAL, 1)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            dllm.Options(response_format=HARD | {"regex": "b?" + HARD["regex"]})
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert monotonic() - start < 4
+
+
+def test_small_choices_need_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled.subprocess, "run", None)
+    form = read_format({"type": "choice", "choice": ["yes", "né"]})
+    assert form is not None
+    assert form.compiled.automaton.accepts("né".encode())

@@ -73,8 +73,9 @@ def with_scaffold(form: ResponseFormat, lm: LanguageModel, ids: Sequence[int], l
         raise ValueError("response_format.scaffold gives a text of its own; leave it out to infill")
     tokenizer = lm.tokenizer
     assert tokenizer is not None
-    given = {number: _tokens(tokenizer, part.text) for number, part in enumerate(form.parts) if part.text}
-    values = {number: part for number, part in enumerate(form.parts) if part.regex}
+    parts = form.compiled.parts
+    given = {number: _tokens(tokenizer, part.text) for number, part in enumerate(parts) if part.text}
+    values = {number: part for number, part in enumerate(parts) if part.regex}
     if not values:
         raise ValueError(
             "response_format.scaffold has no value to fill in, as the schema allows one text; leave it out"
@@ -101,8 +102,8 @@ def with_scaffold(form: ResponseFormat, lm: LanguageModel, ids: Sequence[int], l
                     f"{', '.join(sorted(paths))}"
                 )
     mask = lm.backbone.mask_token_id
-    parts = [given[number] if number in given else [mask] * lengths[number] for number in range(len(form.parts))]
-    return [*ids, *(token for part in parts for token in part)]
+    written = [given[number] if number in given else [mask] * lengths[number] for number in range(len(parts))]
+    return [*ids, *(token for each in written for token in each)]
 
 
 _VALUE = 16  # positions of a value that a mapping leaves out

@@ -22,7 +22,6 @@ from dllm.escape import brief
 from dllm.models.attention import BlockCausal
 from dllm.models.loading import LanguageModel
 from dllm.serving.ticket import NAMES, Job, SamplerChoice
-from dllm.structure.probe import check_compiles
 
 # Integers are those that tensors can hold.
 Number = Annotated[bool | Annotated[int, Field(ge=-(2**63), lt=2**63)] | float, Field(union_mode="left_to_right")]
@@ -298,8 +297,6 @@ class Terms:
         given = {name: getattr(request, name) for name in ("temperature", "top_p", "stop", "response_format")}
         given |= {name: getattr(request.dllm, name) for name in DllmOptions.PASSED}
         given["gen_length"] = self._length(request)
-        if request.response_format is not None:
-            check_compiles(request.response_format)
         return parse_options(dict(self.defaults) | {name: value for name, value in given.items() if value is not None})
 
     def _length(self, request: ChatRequest | CompletionRequest) -> int | None:

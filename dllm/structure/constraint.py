@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from dllm.structure.formats import ResponseFormat
-from dllm.structure.language import Automaton, compile_regex
+from dllm.structure.language import Automaton
 from dllm.structure.tokens import END, NOTHING, NOWHERE, TokenAutomaton, lift, token_bytes
 
 MASK = -1  # class of a mask
@@ -92,7 +92,7 @@ class Constraint:
         if key not in sizes:
             sizes[key] = token_bytes(tokenizer, size)
         words, strips = sizes[key]
-        automaton = compile_regex(form.regex, form.name)
+        automaton = form.compiled.automaton
         automaton = _without_space(automaton) if strips else automaton
         lifted = lift(automaton, [None if number in ends else word for number, word in enumerate(words)], form.name)
         classes = lifted.classes.copy()

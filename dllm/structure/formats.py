@@ -21,12 +21,14 @@ from typing import Any
 
 from dllm.checks import choice, is_text, known, number
 from dllm.files import check_readable, expanded, parse_json, read_json
+from dllm.structure.compiled import Compiled, compiled
 from dllm.structure.grammar import grammar_regex
-from dllm.structure.language import check_closed, escaped, without_anchors
+from dllm.structure.language import check_closed, compile_regex, escaped, without_anchors
 from dllm.structure.schema import Part, object_regex, scaffold, schema_regex
 
 TYPES = ("text", "json_object", "json_schema", "regex", "choice", "grammar")
 _DEPTH = 3
+_SMALL = 10_000  # characters of texts that need no process of their own
 _FIELDS = {
     "text": (),
     "json_object": ("depth",),
@@ -97,6 +99,17 @@ class ResponseFormat:
                 return str(self.body)
 
     @cached_property
+    def compiled(self) -> Compiled:
+        """The automaton of the texts, and the parts of a scaffold.
+
+        Raises:
+            ValueError: a format that is not supported, or takes too much time or memory.
+        """
+        if self.kind == "choice" and len(self.regex) <= _SMALL:  # at most a state for each letter
+            return Compiled(compile_regex(self.regex, self.name), [])
+        return compiled(self.key, self.name)
+
+    @cached_property
     def parts(self) -> list[Part]:
         """Of a scaffold: what is given and the values, in their order."""
         return scaffold(self.body, self.depth)
@@ -124,7 +137,7 @@ def read_format(value: Any) -> ResponseFormat | None:
     if kind == "text":
         return None
     form = _read(kind, value)
-    form.regex  # noqa: B018  # rejects what is not supported before a model is loaded
+    form.compiled  # noqa: B018  # rejects what is not supported before a model is loaded
     return form
 
 

@@ -41,6 +41,11 @@ class Automaton:
     start: int
     accepting: NDArray[np.bool_]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For other processes: most bytes lead where others do."""
+        columns, of_byte = distinct_columns(self.follow)
+        return _widened, (self.follow[:, columns].astype(np.int32), of_byte, self.start, self.accepting)
+
     def accepts(self, word: bytes) -> bool:
         """Whether these bytes are a word of the language."""
         state = self.start
@@ -49,8 +54,18 @@ class Automaton:
         return bool(self.accepting[state])
 
 
+def _widened(
+    follow: NDArray[np.int32], of_byte: NDArray[np.int64], start: int, accepting: NDArray[np.bool_]
+) -> Automaton:
+    return Automaton(follow.astype(np.int64)[:, of_byte], start, accepting)
+
+
 def extra(module: str, name: str) -> Any:
     """A module of the extra `structure`.
+
+    Args:
+        module: its name.
+        name: of the format in errors.
 
     Raises:
         ValueError: it is not installed.
@@ -59,8 +74,7 @@ def extra(module: str, name: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         raise ValueError(
-            f"response_format of type {name} needs {module.partition('.')[0]}; "
-            "install it with pip install 'dllm-samplers[structure]'"
+            f"{name} needs {module.partition('.')[0]}; install it with pip install 'dllm-samplers[structure]'"
         ) from None
 
 
@@ -84,17 +98,15 @@ def compile_regex(regex: str, name: str) -> Automaton:
         edges: Mapping[int, Mapping[int, int]] = index.get_transitions()
     except Exception as error:  # noqa: BLE001  # the library raises several kinds, of which some are private
         raise ValueError(f"{name} cannot be compiled: {_why(str(error))}") from None
-    numbers = {state: number for number, state in enumerate(edges, start=1)}
-    if len(numbers) > _MOST_STATES:
+    if len(edges) > _MOST_STATES:
         raise ValueError(
-            f"{name} has {len(numbers)} states, and {_MOST_STATES} are the most; use shorter bounds or a smaller depth"
+            f"{name} has {len(edges)} states, and {_MOST_STATES} are the most; use shorter bounds or a smaller depth"
         )
-    follow = np.zeros((len(numbers) + 1, _BYTES), dtype=np.int64)
+    numbers = {state: number for number, state in enumerate(edges, start=1)}
+    follow = np.zeros((len(numbers) + 1, _BYTES + 1), dtype=np.int64)  # the last one ends a text
     for state, targets in edges.items():
-        at = numbers[state]
-        for byte, target in targets.items():
-            if byte < _BYTES:
-                follow[at, byte] = numbers[target]
+        follow[numbers[state], list(targets)] = [numbers[target] for target in targets.values()]
+    follow = follow[:, :_BYTES]
     ended = np.zeros(len(follow), dtype=bool)
     ended[[numbers[state] for state in index.get_final_states()]] = True
     start = int(follow[numbers[index.get_initial_state()], 0])
@@ -121,25 +133,19 @@ def _reached(follow: NDArray[np.int64], start: int) -> NDArray[np.bool_]:
 
 
 def minimal(automaton: Automaton) -> Automaton:
-    """The smallest automaton of the same language (Moore's partition refinement).
+    """The smallest automaton of the same language.
+
+    Partition refinement as of Hopcroft: of a class that splits the largest part keeps its label, and only states before
+    those with new labels are compared again. Moore's compares all in each round, and a chain takes a round for each
+    state.
 
     Raises:
         AssertionError: two different states were merged, by a collision of hashes.
     """
-    follow, first = np.unique(automaton.follow, axis=1, return_inverse=True)
-    generator = np.random.default_rng(0)
-    factors = generator.integers(1, 2**63, size=follow.shape[1], dtype=np.uint64) | np.uint64(1)
-    label = automaton.accepting.astype(np.int64)
-    count = 0
-    while True:
-        names = generator.integers(1, 2**63, size=len(label) + 1, dtype=np.uint64)
-        with np.errstate(over="ignore"):
-            keys = (names[label[follow]] * factors).sum(1, dtype=np.uint64) ^ names[label] * np.uint64(31)
-        _, representative, label = np.unique(keys, return_index=True, return_inverse=True)
-        if len(representative) == count:
-            break
-        count = len(representative)
-    merged = label[follow]
+    columns, of_byte = distinct_columns(automaton.follow)
+    follow = automaton.follow[:, columns]
+    _, representative, label = np.unique(_classes(follow, automaton.accepting), return_index=True, return_inverse=True)
+    merged, count = label[follow], len(representative)
     assert (merged == merged[representative][label]).all()
     assert (automaton.accepting == automaton.accepting[representative][label]).all()
     # The dead state comes first.
@@ -150,7 +156,53 @@ def minimal(automaton: Automaton) -> Automaton:
     table[order] = order[merged[representative]]
     accepting = np.zeros(count, dtype=bool)
     accepting[order] = automaton.accepting[representative]
-    return Automaton(table[:, first.ravel()], int(order[label[automaton.start]]), accepting)
+    return Automaton(table[:, of_byte], int(order[label[automaton.start]]), accepting)
+
+
+def _classes(follow: NDArray[np.int64], accepting: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """(S,) labels, equal for states from which the same words are accepted."""
+    generator = np.random.default_rng(0)
+    names = generator.integers(1, 2**63, size=len(follow) + 2, dtype=np.uint64)
+    factors = generator.integers(1, 2**63, size=follow.shape[1], dtype=np.uint64) | np.uint64(1)
+    edges = follow.ravel().argsort(kind="stable")
+    before, begin = edges // follow.shape[1], np.searchsorted(follow.ravel()[edges], np.arange(len(follow) + 1))
+    label = accepting.astype(np.int64)
+    sizes, count = np.bincount(label, minlength=len(follow) + 2), 2
+    states = np.arange(len(follow))
+    while states.size:
+        with np.errstate(over="ignore"):
+            keys = (names[label[follow[states]]] * factors).sum(1, dtype=np.uint64)
+        order = np.lexsort((keys, label[states]))
+        states, keys, old = states[order], keys[order], label[states[order]]
+        parts = np.flatnonzero(np.append(True, (old[1:] != old[:-1]) | (keys[1:] != keys[:-1])))
+        of, lengths = old[parts], np.diff(np.append(parts, len(states)))
+        # The states of a class that are not compared keep its label; if there are none, its largest part does.
+        last = np.flatnonzero(np.append(of[1:] != of[:-1], True))
+        compared = np.diff(np.append(0, lengths.cumsum()[last]))
+        moved = np.ones(len(parts), dtype=bool)
+        moved[np.lexsort((lengths, of))[last[compared == sizes[of[last]]]]] = False
+        np.subtract.at(sizes, of[moved], lengths[moved])
+        of[moved] = np.arange(count, count + moved.sum())
+        sizes[of[moved]] = lengths[moved]
+        count += int(moved.sum())
+        label[states] = np.repeat(of, lengths)
+        changed = states[np.repeat(moved, lengths)]
+        entering = begin[changed + 1] - begin[changed]
+        offset = np.repeat(begin[changed] - (entering.cumsum() - entering), entering)
+        states = np.unique(before[offset + np.arange(len(offset))])
+    return label
+
+
+def distinct_columns(table: NDArray[np.integer[Any]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The first of each kind of equal columns, and the kind of each column."""
+    known: dict[bytes, int] = {}
+    first: list[int] = []
+    kind = np.empty(table.shape[1], dtype=np.int64)
+    for place, column in enumerate(np.ascontiguousarray(table.T)):
+        kind[place] = known.setdefault(column.tobytes(), len(first))
+        if kind[place] == len(first):
+            first.append(place)
+    return np.array(first), kind
 
 
 def check_closed(regex: str, name: str) -> None:

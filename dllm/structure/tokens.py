@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from dllm.structure.language import Automaton
+from dllm.structure.language import Automaton, distinct_columns
 
 # Classes that every table has: tokens that fit nowhere, given tokens that write nothing, and end-of-text.
 NOWHERE, NOTHING, END = 0, 1, 2
@@ -100,7 +100,7 @@ def lift(automaton: Automaton, words: list[bytes | None], name: str) -> TokenAut
     number[~kept] = 0
     table = number[table[kept]]
     last = len(table)
-    columns, inverse = _distinct(table)
+    columns, inverse = distinct_columns(table)
     classes = np.where(table.any(0)[classes], inverse[classes] + 3, NOWHERE)
     final = np.append(automaton.accepting[kept], True)
     whole = np.zeros((last + 1, len(columns) + 3), dtype=np.uint16 if last < 2**16 - 1 else np.uint32)
@@ -116,9 +116,9 @@ def _maps(
     automaton: Automaton, words: list[bytes | None], name: str
 ) -> tuple[NDArray[np.integer[Any]], NDArray[np.int64]]:
     """The (C, S) maps of all tokens, and the map of each; the first leads nowhere."""
-    follow, kind = np.unique(automaton.follow, axis=1, return_inverse=True)
-    kind, states = kind.ravel(), len(follow)
-    follow = follow.astype(np.uint16 if states < 2**16 else np.uint32)
+    columns, kind = distinct_columns(automaton.follow)
+    states = len(automaton.follow)
+    follow = automaton.follow[:, columns].astype(np.uint16 if states < 2**16 else np.uint32)
     lengths = np.array([len(word) if word else 0 for word in words])
     flat = np.frombuffer(b"".join(word or b"" for word in words), dtype=np.uint8)
     begin = lengths.cumsum() - lengths
@@ -178,18 +178,6 @@ def _distance(final: NDArray[np.bool_], source: NDArray[np.int64], target: NDArr
             return distance
         step += 1
         distance[near] = step
-
-
-def _distinct(table: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The first of each kind of equal columns, and the kind of each column."""
-    known: dict[bytes, int] = {}
-    first: list[int] = []
-    kind = np.empty(table.shape[1], dtype=np.int64)
-    for place, column in enumerate(np.ascontiguousarray(table.T)):
-        kind[place] = known.setdefault(column.tobytes(), len(first))
-        if kind[place] == len(first):
-            first.append(place)
-    return np.array(first), kind
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[bytes | None], bool]:
