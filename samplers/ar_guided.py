@@ -153,7 +153,7 @@ class ARGuided(Policy):
         elif self._replaces:
             own, use = ("accept=sample", "argmax") if self.accept == "sample" else ("on_reject=guide", "draft")
             raise ValueError(f"{own} needs a guide with the model's own vocabulary; use {own.partition('=')[0]}={use}")
-        return GuideState(Judging(guide, setup.slots, setup.replays), aligner, numbers, setup.mask_token_id)
+        return GuideState(Judging.of(guide, setup), aligner, numbers, setup.mask_token_id)
 
     def check(self, state: GuideState, request: Request) -> None:
         """Reject a prompt that the guide cannot represent."""

@@ -60,6 +60,11 @@ def test_a_guide_is_replayed_too(cache: str, batch_size: int, accept: Any, devic
     replayed = dllm.generate(lm, PROMPTS, policy, cache, **options)
     shapes = {each.result.shape[-1] for each in device.made}
     assert shapes == {lm.backbone.embedding_size, lm.backbone.logits_size}  # hidden states, and the guide's logits
+    made = []
+    for _ in range(4):  # the first of them capture what has not come often enough
+        assert torch.equal(dllm.generate(lm, PROMPTS, policy, cache, **options).sequences, replayed.sequences)
+        made.append(len(device.made))
+    assert made[2] == made[3]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dllm.decoding.memory.Forward", graphs.Forward)
         lm.spare.clear()
@@ -92,7 +97,7 @@ def test_a_shape_is_captured_once_it_comes_again(device: Device) -> None:
 
 
 def test_a_wide_shape_is_captured_later(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "_NARROW", 8)
+    monkeypatch.setattr(graphs, "NARROW", 8)
     seen: list[int] = []
     dllm.generate(
         random_llada(), [[5, 6, 7]], "vanilla", "none", gen_length=8, block_length=8, stop_at_eos=False,
@@ -113,14 +118,14 @@ def test_what_is_there_already_is_not_copied(device: Device) -> None:
 
 def test_experts_that_are_computed_everywhere_are_not_captured_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = random_llada_moe(dtype=torch.float64).backbone
-    assert graphs.Forward(backbone, True).widest == graphs._NARROW
+    assert graphs.Forward(backbone, True).widest == graphs.NARROW
     assert graphs.Forward(random_llada().backbone, True).widest == graphs._WIDEST
     assert graphs.Forward(backbone, False).widest == 0
     grouped = random_llada_moe(dtype=torch.float32).backbone  # in one product for all experts
     assert graphs.Forward(grouped, True).widest == graphs._WIDEST
     expert = next(part for part in grouped.modules() if isinstance(part, GatedMLP))
     expert.up_proj.register_forward_hook(lambda *_: None)  # as an adapter might
-    assert graphs.Forward(grouped, True).widest == graphs._NARROW
+    assert graphs.Forward(grouped, True).widest == graphs.NARROW
 
 
 def launches(lm: dllm.LanguageModel, patch: pytest.MonkeyPatch) -> list[int]:

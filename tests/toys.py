@@ -306,8 +306,8 @@ class Capturing(TorchDispatchMode):
     """Refuses what cannot be captured: what the host waits for, and copies of its values."""
 
     WAITS = frozenset(
-        "_local_scalar_dense item is_nonzero equal nonzero masked_select repeat_interleave _unique2 unique_dim "
-        "unique_consecutive bincount lift_fresh".split()
+        "_local_scalar_dense item is_nonzero equal nonzero masked_select _unique2 unique_dim unique_consecutive "
+        "bincount lift_fresh".split()
     )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -315,7 +315,7 @@ class Capturing(TorchDispatchMode):
         chosen = name in ("index", "index_put_", "index_put") and any(
             each is not None and each.dtype == torch.bool for each in args[1]
         )
-        if chosen or name in self.WAITS:
+        if chosen or name in self.WAITS or str(func.__name__) == "repeat_interleave.self_Tensor":
             raise RuntimeError(f"{name} is not permitted when stream is capturing")
         return func(*args, **(kwargs or {}))
 

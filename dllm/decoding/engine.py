@@ -128,6 +128,7 @@ class Engine:
             cache=self.cache,
             cfg_scale=cfg_scale,
             replays=self._memory.replays(cuda_graphs),
+            kept=self._memory.kept,
         )
         self.max_length = setup.length if max_length is not None else self._memory.fitting_length(self.cache, setup)
         self._setup = replace(setup, length=self.max_length)

@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dllm.models.base import MaskedDiffusionModel
@@ -26,11 +26,12 @@ from dllm.models.experts import everywhere
 from dllm.models.transformer import KVStore
 
 _WIDEST = 2048  # columns of a forward, over all sequences, up to which launching takes longer than computing
-_NARROW = 512  # up to which it takes several times as long
+NARROW = 512  # up to which it takes several times as long
 # Forwards of a shape that are launched before it is captured, which takes as long as a few of them: narrow and wide.
-_AFTER, _AFTER_WIDE = 1, 3
+AFTER, _LATER = 1, 3
 _MOST = 64  # graphs kept
 _SHAPES = 4096  # shapes counted
+_ADAPTERS = ("active_adapter", "disable_adapters", "merged_adapters", "scaling")  # of a layer
 _FEWEST = 16  # projected positions
 _FEW = 128  # queries of one sequence for which flash attention is faster than cuDNN's
 # Fastest first on an H200, for 1,024 keys: 32 queries of one sequence take 14, 35 and 17 us a layer, of 16 sequences
@@ -140,12 +141,8 @@ class Replays:
         self._seen: Counter[Hashable] = Counter()
         self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
 
-    def beside(self) -> Replays:
-        """Of other functions, which may end sooner."""
-        return Replays(self._capture)
-
     def __call__(
-        self, key: Hashable, run: Callable[..., Tensor], inputs: tuple[Tensor, ...], after: int, most: int
+        self, key: Hashable, run: Callable[..., Tensor], inputs: tuple[Tensor, ...], after: int, places: int
     ) -> Tensor | None:
         """The result of a function, or None if it shall be launched.
 
@@ -154,7 +151,7 @@ class Replays:
             run: the function; it may use other tensors only at their present addresses.
             inputs: of it; results belong to the entries of the first.
             after: how often it is launched before it is captured.
-            most: entries of the first input, which is padded.
+            places: entries that the first input is padded to.
         """
         if len(self._seen) > _SHAPES:
             self._seen.clear()
@@ -162,15 +159,15 @@ class Replays:
         if self._seen[key] <= after:
             return None
         if key not in self._captured:
-            self._captured[key] = self._new(run, inputs, most)
+            self._captured[key] = self._new(run, inputs, places)
             if len(self._captured) > _MOST:
                 self._seen.pop(self._captured.popitem(last=False)[0], None)
         self._captured.move_to_end(key)
         return self._captured[key].replay(inputs)
 
-    def _new(self, run: Callable[..., Tensor], inputs: tuple[Tensor, ...], most: int) -> _Captured:
+    def _new(self, run: Callable[..., Tensor], inputs: tuple[Tensor, ...], places: int) -> _Captured:
         first, *others = (each.clone() for each in inputs)
-        static = F.pad(first, (0, 0) * (first.ndim - 1) + (0, most - len(first))), *others
+        static = F.pad(first, (0, 0) * (first.ndim - 1) + (0, places - len(first))), *others
         graph, result = self._capture(lambda: run(*static))
         return _Captured(graph, static, result, inputs)
 
@@ -199,9 +196,14 @@ class Forward:
             graphs = ordinary and len(devices) == 1 and {each.type for each in devices} == {"cuda"}
         self.backbone, self.graphs = backbone, graphs
         # In a graph, which has fixed shapes, experts without a grouped product are computed at every position.
-        self._widest = _NARROW if any(map(everywhere, backbone.modules())) else _WIDEST
-        self.replays = Replays(capture or Capture(backbone.device))
+        self._widest = NARROW if any(map(everywhere, backbone.modules())) else _WIDEST
+        self._capture = capture
+        self.replays = self.more_replays()
         self.launches = 0  # forwards that were launched kernel by kernel
+
+    def more_replays(self) -> Replays:
+        """Graphs of other functions, in memory of their own."""
+        return Replays(self._capture or Capture(self.backbone.device))
 
     @property
     def widest(self) -> int:
@@ -234,7 +236,7 @@ class Forward:
                     tokens, None if mask is None else optional[-1], positions, bound, select
                 )
 
-        hidden = self.replays(key, run, inputs, _AFTER if tokens.numel() <= _NARROW else _AFTER_WIDE, places)
+        hidden = self.replays(key, run, inputs, AFTER if tokens.numel() <= NARROW else _LATER, places)
         if hidden is None:
             return self._launched(tokens, mask, positions, store, select)
         return self.backbone.project(hidden)
@@ -258,3 +260,12 @@ def _fastest(tokens: Int[Tensor, "A C"], first: bool) -> AbstractContextManager[
         return nullcontext()
     many = first and (tokens.shape[0] > 1 or tokens.shape[1] > _FEW)
     return sdpa_kernel(_MANY_QUERIES if many else _FEW_QUERIES, set_priority=True)
+
+
+def weights_of(model: nn.Module) -> tuple[Any, ...]:
+    """The addresses of weights, and the state of what runs with the modules: hooks, and which adapters of PEFT do."""
+    state = (
+        (*each._forward_hooks, *each._forward_pre_hooks, *(str(getattr(each, name, "")) for name in _ADAPTERS))
+        for each in model.modules()
+    )
+    return *(each.data_ptr() for each in model.parameters()), *state

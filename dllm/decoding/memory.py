@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from dllm.cache.base import Cache
-from dllm.decoding.graphs import Forward, Replays
+from dllm.decoding.graphs import Forward, Replays, weights_of
 from dllm.decoding.setup import Setup
 from dllm.models.base import MaskedDiffusionModel
 
-_ADAPTERS = ("active_adapter", "disable_adapters", "merged_adapters", "scaling")  # of a layer
 _SHARE = 0.8  # of free memory, that keys and values may take
 
 
@@ -28,14 +27,15 @@ class Memory:
     """
 
     def __init__(self, backbone: MaskedDiffusionModel) -> None:
-        self._backbone, self._weights = backbone, _weights(backbone)
+        self._backbone, self._weights = backbone, weights_of(backbone)
         self._forwards: dict[bool | None, Forward] = {}
         self._tensors: dict[str, Tensor] = {}
+        self.kept: dict[str, Any] = {}  # of samplers
 
     @property
     def fits(self) -> bool:
         """Whether weights have the same addresses, and adapters and hooks are the same, so that graphs are valid."""
-        return self._weights == _weights(self._backbone)
+        return self._weights == weights_of(self._backbone)
 
     def forward(self, cuda_graphs: bool | None) -> Forward:
         """The backbone, with the graphs captured so far."""
@@ -44,9 +44,9 @@ class Memory:
         return self._forwards[cuda_graphs]
 
     def replays(self, cuda_graphs: bool | None) -> Callable[[], Replays] | None:
-        """What makes graphs of a sampler's own forwards, which end with the engine; None without graphs."""
+        """What makes graphs of a sampler's own forwards; None without graphs."""
         forward = self.forward(cuda_graphs)
-        return forward.replays.beside if forward.graphs else None
+        return forward.more_replays if forward.graphs else None
 
     def tensor(self, name: str, shape: Sequence[int]) -> Tensor:
         """Zeros of a shape, in the model's dtype and on its device; reuses the tensor of this name if it fits.
@@ -102,12 +102,3 @@ def _bytes(cache: Cache, setup: Setup) -> int:
 
     cache.start(replace(setup, tensor=tensor))
     return sum(sizes)
-
-
-def _weights(backbone: MaskedDiffusionModel) -> tuple[Any, ...]:
-    """The addresses of weights, and the state of what runs with the modules: hooks, and which adapters of PEFT do."""
-    state = (
-        (*each._forward_hooks, *each._forward_pre_hooks, *(str(getattr(each, name, "")) for name in _ADAPTERS))
-        for each in backbone.modules()
-    )
-    return *(each.data_ptr() for each in backbone.parameters()), *state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -62,6 +62,7 @@ class Setup:
         cache: the engine's cache, for samplers that were measured with one; None if unknown.
         cfg_scale: of the engine's classifier-free guidance, likewise.
         replays: makes graphs of a sampler's own forwards; None if forwards are not replayed from graphs.
+        kept: what a sampler leaves to the next engine, by name; used by one at a time.
     """
 
     slots: int
@@ -83,3 +84,4 @@ class Setup:
     cache: Any = None
     cfg_scale: float = 0.0
     replays: Callable[[], Replays] | None = None
+    kept: dict[str, Any] = field(default_factory=dict)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -22,19 +22,19 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-from dllm.decoding.graphs import Replays
+from dllm.decoding.graphs import AFTER, NARROW, Replays, weights_of
 from dllm.decoding.layout import WIDTHS
+from dllm.decoding.setup import Setup
 from dllm.identity import checkpoint
 from dllm.models import adapters
-from dllm.models.checkpoint import check_causal_folder
+from dllm.models.checkpoint import ATTENTION, check_causal_folder
 from dllm.models.loading import checkpoint_folder, quiet
+from dllm.models.published import is_whole
 from dllm.models.tokenizers import check_tokenizer_config, load_tokenizer
 
-_NONE = -2  # no token; the guide lacks tokens that are -1
+_NONE = -2  # no token; -1 is a token that the guide lacks
 _STEP = 64  # columns that are added at a time, or attended to
-_NARROW = 512  # columns of a forward, over all sequences, up to which launching takes longer than computing
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_AFTER = 1  # forwards of a shape that are launched before it is captured
+_KEPT = "guide"  # of a setup
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,11 +48,15 @@ class Guide:
         config = self.model.config.get_text_config()
         sliding = getattr(config, "sliding_window", None) is not None
         kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if sliding else "full_attention"])
-        if kinds != {"full_attention"} or "position_ids" not in inspect.signature(self.model.forward).parameters:
+        named = "position_ids" in inspect.signature(self.model.forward).parameters
+        # GPT-Neo masks keys by where they lie, whatever mask it is given.
+        if kinds != {"full_attention"} or not named or hasattr(config, "attention_layers"):
             raise ValueError(
                 f"guide={self.name!r} cannot be cropped ({type(self.model).__name__} with "
                 f"{', '.join(sorted(kinds))}); use a causal model with full attention and position ids"
             )
+        if (used := config._attn_implementation) not in ATTENTION:  # others take no mask of single columns
+            raise ValueError(f"guide={self.name!r} has attn_implementation={used!r}; use {' or '.join(ATTENTION)}")
 
     @property
     def name(self) -> str:
@@ -67,11 +71,11 @@ class Guide:
     @cached_property
     def is_static(self) -> bool:
         """Whether its forward computes the same kernels whatever the tokens, so that it can be captured in a graph."""
-        config = self.model.config.get_text_config()
+        config = self.model.config.get_text_config().to_dict()
         ropes = {str(getattr(each, "rope_type", "")) for each in self.model.modules()}
         return (
             getattr(self.model, "hf_quantizer", None) is None
-            and not any(getattr(config, name, None) for name in _EXPERTS)
+            and not _has_experts(config)
             and not any("dynamic" in rope or "longrope" in rope for rope in ropes)
             and len({each.device for each in self.model.parameters()}) == 1
         )
@@ -141,8 +145,8 @@ def _load(name: str, folder: Path, device: torch.device, state: str) -> Guide:
 
 
 @dataclass
-class _Place:
-    """Where keys and values are kept, and which of them the present forward writes and attends to.
+class _Present:
+    """How many keys and values there are, and which of them the present forward writes and attends to.
 
     Attributes:
         shape: rows, and columns of each; the last one is spare.
@@ -160,20 +164,20 @@ class _Place:
 class _Columns(DynamicLayer):
     """Keys and values of a layer, at an address that changes only when it is resized."""
 
-    def __init__(self, place: _Place) -> None:
+    def __init__(self, now: _Present) -> None:
         super().__init__()
-        self._place, self._kept = place, list[Tensor]()
+        self._now, self._kept = now, list[Tensor]()
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Keep the keys and values (B, H, W, d) of a forward; return those that it attends to (B, H, S, d)."""
-        place, fresh = self._place, (key_states, value_states)
+        now, fresh = self._now, (key_states, value_states)
+        slots, columns = now.shape
         if not self._kept:
             # Zeros, since what is excluded from attention must not be NaN.
-            self._kept = [each.new_zeros((*place.shape, each.shape[1], each.shape[3])) for each in fresh]
+            self._kept = [each.new_zeros((slots, each.shape[1], columns, each.shape[3])) for each in fresh]
         for kept, each in zip(self._kept, fresh, strict=True):
-            kept[place.rows[:, None], place.columns] = each.transpose(1, 2)
-        seen = (kept if place.shape[0] == 1 else kept[place.rows] for kept in self._kept)
-        keys, values = (each[:, : place.span].transpose(1, 2) for each in seen)
+            kept[now.rows[:, None], :, now.columns] = each.transpose(1, 2)
+        keys, values = (kept[:, :, : now.span] if slots == 1 else kept[now.rows, :, : now.span] for kept in self._kept)
         return keys, values
 
     def forget(self, row: int) -> None:
@@ -183,36 +187,49 @@ class _Columns(DynamicLayer):
 
     def resize(self) -> None:
         """Move to as many columns as there are now."""
-        columns = self._place.shape[1]
-        self._kept = [F.pad(kept, (0, 0, 0, 0, 0, columns - kept.shape[1])) for kept in self._kept]
+        self._kept = [F.pad(kept, (0, 0, 0, self._now.shape[1] - kept.shape[2])) for kept in self._kept]
 
 
 class Judging:
     """A guide and its KV cache during one run.
 
     Keys and values take 2 * layers * rows * heads * columns * head size numbers, with columns for at most twice the
-    longest text, or 64.
+    longest text, or 64, and one more. With graphs, logits take up to 512 * vocabulary numbers, once for all graphs.
 
     Args:
         guide: the guide.
         rows: of the engine.
-        replays: makes graphs of its forwards, the narrow ones; None to launch all.
+        new_replays: makes graphs of its narrow forwards; None to launch all.
 
     Attributes:
         held: the tokens whose keys and values are cached, each in the column of its index.
         seconds: wall time of the guide.
     """
 
-    def __init__(self, guide: Guide, rows: int, replays: Callable[[], Replays] | None = None) -> None:
+    def __init__(self, guide: Guide, rows: int, new_replays: Callable[[], Replays] | None = None) -> None:
         self.guide, self.seconds = guide, 0.0
         device = guide.model.device
         self.held = torch.full((rows, 0), _NONE, device=device)
-        self._place = _Place((rows, 1), torch.arange(rows, device=device), self.held)
-        layers: Any = partial(_Columns, self._place)
+        self._now = _Present((rows, 1), torch.arange(rows, device=device), self.held)
+        layers: Any = partial(_Columns, self._now)
         self.cache: Any = Cache(layer_class_to_replicate=layers)
-        self._graphs = replays if guide.is_static else None
-        self._replays = self._graphs and self._graphs()
+        self._new_replays = new_replays if guide.is_static else None
+        self._replays: Replays | None = None
+        self._logits: Tensor | None = None  # of every graph
+        self._weights = weights_of(guide.model)
 
+    @classmethod
+    def of(cls, guide: Guide, setup: Setup) -> Judging:
+        """For an engine: that of the last one, if its graphs are those of this guide."""
+        last: Judging | None = setup.kept.pop(_KEPT, None)
+        same = last is not None and last.guide.model is guide.model and len(last.held) == setup.slots
+        if last is None or not same or last._weights != weights_of(guide.model):
+            last = cls(guide, setup.slots, setup.replays)
+        if last._new_replays is not None:
+            setup.kept[_KEPT] = last
+        return last
+
+    @torch.inference_mode()
     def forget(self, row: int) -> None:
         """Drop the cache of a row."""
         self.held[row] = _NONE
@@ -232,8 +249,8 @@ class Judging:
             start: index of the first judged token; token 0 has no context and no logits.
 
         Returns:
-            Logits, and the index of the token that each predicts; T for unused ones. None if no row is
-            judged.
+            Logits, which the next call may overwrite, and the index of the token that each predicts; T for unused
+            ones. None if no row is judged.
         """
         started = time.perf_counter()
         self._make_room(ids.shape[1])
@@ -243,24 +260,24 @@ class Judging:
         # Logits are needed from the first judged token on, in the row where it comes first.
         before = (start - 1 - known).clamp(min=0).where(last > known, ids.shape[1])
         # Synchronizes: the sizes of the forward.
-        width, skip, span = torch.stack(((last - known).amax(), before.amin(), last.amax())).tolist()
+        sizes = torch.stack(((last - known).amax(), before.amin(), last.amax(), known.amax())).tolist()
+        width, skip, span, old = sizes
         if width <= 0:
             return None
-        replayed = self._replays is not None and len(rows) * width <= _NARROW
-        if replayed:
-            width, skip = next(each for each in WIDTHS if each >= width), 0
-            span = -(-span // _STEP) * _STEP
         index = known[:, None] + torch.arange(width, device=ids.device)
         fresh = index < last[:, None]
         chunk = ids.gather(1, index.clamp(max=ids.shape[1] - 1)).where(fresh, 0)
         chunk = chunk.where((chunk >= 0) & (chunk < self.guide.vocab_size), 0)
         self.held[rows] = _NONE  # for an interrupted forward
+        # Tokens that are not kept lie in the spare column.
         inputs = rows, chunk, index.where(fresh, 0), index.where(fresh, self.held.shape[1])
-        run, out = partial(self._forward, span, width - skip), None
-        if self._replays is not None and replayed:
-            out = self._replays((len(rows), width, span), run, inputs, _AFTER, len(rows))
+        out = self._replayed(span, *inputs)
         if out is None:
-            out = run(*inputs)
+            out = self._forward(span, width - skip, old > 0, *inputs)
+            if self._logits is None and self._new_replays is not None:
+                self._logits = out.new_empty((NARROW, out.shape[-1]))
+        else:
+            out = out[:, skip:width]
         column = torch.arange(self.held.shape[1], device=ids.device)
         longer = F.pad(ids, (0, self.held.shape[1] - ids.shape[1]), value=_NONE)
         self.held[rows] = longer.where(column < last[:, None], _NONE)
@@ -275,6 +292,7 @@ class Judging:
         self,
         span: int,
         keep: int,
+        masked: bool,
         rows: Int[Tensor, " B"],
         chunk: Int[Tensor, "B W"],
         index: Int[Tensor, "B W"],
@@ -285,18 +303,21 @@ class Judging:
         Args:
             span: columns that are attended to.
             keep: number of tokens.
+            masked: whether a token attends by its index; or else to all before it in the chunk, which is all there is.
             rows: of the sequences.
             chunk: tokens.
             index: of each token in its row.
             columns: where it is kept.
         """
-        self._place.rows, self._place.columns, self._place.span = rows, columns, span
-        dtype = self.guide.model.dtype
-        seen = torch.arange(span, device=index.device) <= index[..., None]
-        mask = torch.zeros((), dtype=dtype, device=index.device).where(seen, torch.finfo(dtype).min)
+        self._now.rows, self._now.columns, self._now.span = rows, columns, span
+        mask = None
+        if masked:
+            dtype = self.guide.model.dtype
+            seen = torch.arange(span, device=index.device) <= index[..., None]
+            mask = torch.zeros((), dtype=dtype, device=index.device).where(seen, torch.finfo(dtype).min)[:, None]
         out = self.guide.model(
             input_ids=chunk,
-            attention_mask=mask[:, None],
+            attention_mask=mask,
             position_ids=index,
             use_cache=True,
             logits_to_keep=keep,
@@ -305,13 +326,51 @@ class Judging:
         logits: Tensor = out.logits[:, -keep:]
         return logits
 
+    def _replayed(
+        self,
+        span: int,
+        rows: Int[Tensor, " B"],
+        chunk: Int[Tensor, "B W"],
+        index: Int[Tensor, "B W"],
+        columns: Int[Tensor, "B W"],
+    ) -> Float[Tensor, "B W2 V"] | None:
+        """Logits of a chunk, and of more after it, from a graph; None if it shall be launched."""
+        count, width = chunk.shape
+        wide = next((each for each in WIDTHS if each >= width), width)
+        if self._new_replays is None or self._logits is None or count * wide > NARROW:
+            return None
+        if self._replays is None:
+            self._replays = self._new_replays()
+        span, kept = -(-span // _STEP) * _STEP, self._logits[: count * wide].view(count, wide, -1)
+
+        def run(*inputs: Tensor) -> Tensor:
+            return kept.copy_(self._forward(span, wide, True, *inputs))
+
+        more = (0, wide - width)
+        padded = rows, F.pad(chunk, more), F.pad(index, more), F.pad(columns, more, value=self.held.shape[1])
+        try:
+            return self._replays((count, wide, span), run, padded, AFTER, count)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # a forward that cannot be captured
+            self._new_replays = self._replays = None
+            return None
+
     def _make_room(self, length: int) -> None:
         """Have columns for rows of a length."""
         if length <= self.held.shape[1]:
             return
         columns = max(2 * self.held.shape[1], -(-length // _STEP) * _STEP)
         self.held = F.pad(self.held, (0, columns - self.held.shape[1]), value=_NONE)
-        self._place.shape = len(self.held), columns + 1
+        self._now.shape = len(self.held), columns + 1
         for layer in self.cache.layers:
             layer.resize()
-        self._replays = self._graphs and self._graphs()  # those captured use the old columns
+        self._replays = None  # its graphs use the old columns
+
+
+def _has_experts(config: Mapping[str, Any]) -> bool:
+    """Whether a config names experts, which are chosen by the tokens."""
+    return any(
+        _has_experts(value) if isinstance(value, Mapping) else "expert" in str(name) and is_whole(value) and value > 0
+        for name, value in config.items()
+    )
