@@ -82,6 +82,62 @@ def test_bash_completes_commands_options_groups_values_and_files(tmp_path: Path)
     assert dict(zip(expected, found, strict=True)) == {line: reply or [""] for line, reply in expected.items()}
 
 
+FISH, ZSH = shutil.which("fish"), shutil.which("zsh")
+
+
+@pytest.mark.skipif(FISH is None, reason="no fish")
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("dllm gen", ["generate"]),
+        ("dllm generate sampler=tiny/th", ["sampler=tiny/threshold"]),
+        ("dllm generate sampler=localleap sampler.r", ["sampler.radius=", "sampler.relaxed_threshold="]),
+        ("dllm evaluate -m cache=none,sub", ["cache=none,sub_blocks"]),
+        ("dllm completion ", ["bash", "fish", "zsh"]),
+        ("dllm generate input=my", ["input=my questions.jsonl"]),
+    ],
+)
+def test_fish_completes_as_bash_does(line: str, expected: list[str], tmp_path: Path) -> None:
+    (tmp_path / "my questions.jsonl").touch()
+    script = f"dllm completion fish | source; complete -C {shlex.quote(line)}"
+    asked = [str(FISH), "--no-config", "-c", script]
+    own = ENVIRONMENT | {"HOME": str(tmp_path)}
+    told = subprocess.run(asked, cwd=tmp_path, env=own, capture_output=True, text=True, timeout=120, check=True)
+    assert [word.partition("\t")[0] for word in told.stdout.splitlines()] == expected
+
+
+@pytest.mark.skipif(ZSH is None, reason="no zsh")
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("dllm gen", "dllm generate "),
+        ("dllm generate sampler=tiny/th", "dllm generate sampler=tiny/threshold "),
+        ("dllm generate gen_l", "dllm generate gen_length="),
+        ("dllm evaluate -m cache=none,sub", "dllm evaluate -m cache=none,sub_blocks "),
+        ("dllm generate input=m", "dllm generate input=my\\ questions.jsonl "),
+        ("dllm generate sampler=localleap sampler.", "sampler.radius=  positions on either side that count as near"),
+    ],
+)
+def test_zsh_completes_as_bash_does(line: str, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "my questions.jsonl").touch()
+    # Completion needs a terminal, which zsh gives another zsh.
+    script = f"""
+zmodload zsh/zpty
+zpty -b inner {ZSH} -f -i
+zpty -w inner 'PS1=; stty cols 200; autoload -Uz compinit; compinit -u; source <(dllm completion zsh); print re""ady'
+zpty -r -m inner word '*ready*' || exit 1
+zpty -w -n inner {shlex.quote(line)}$'\\t'
+repeat 150; do
+    while zpty -r -t inner word; do print -rn -- $word; done
+    sleep 0.02
+done
+"""
+    own = ENVIRONMENT | {"HOME": str(tmp_path), "TERM": "dumb"}
+    asked = [str(ZSH), "-f", "-c", script]
+    told = subprocess.run(asked, cwd=tmp_path, env=own, capture_output=True, text=True, timeout=120, check=True)
+    assert expected in told.stdout.replace("\a", "")  # it rings where several words are possible
+
+
 class TestWords:
     def test_first_are_all_commands(self) -> None:
         assert words("") == [*COMMANDS, *OTHERS, "--help", "--version"]
