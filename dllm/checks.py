@@ -13,6 +13,7 @@ from typing import Any
 
 from dllm.escape import brief
 
+_LARGEST = 3.4028234e38  # of float32
 _LONGEST = 100  # characters of a misspelt name that are compared
 SEEDS = 2**62  # base seeds are below, since row i uses seed + i
 
@@ -33,15 +34,17 @@ def number(
         low: smallest value allowed.
         high: largest value allowed.
         above: the value must be larger than this.
-        whole: reject fractions, and integers beyond 64 bits; otherwise values beyond the range of a float.
+        whole: reject fractions. Integers beyond 64 bits and finite values beyond float32 are rejected always.
 
     Raises:
         ValueError: the value is rejected.
     """
     kinds = Integral if whole else Real
     of_kind = isinstance(value, kinds) and not isinstance(value, bool)
-    largest = 2**63 if whole else 2**1023  # as tensors hold it
-    fits = not isinstance(value, Integral) or -largest <= int(value) < largest
+    # As tensors hold it.
+    fits = (
+        -(2**63) <= int(value) < 2**63 if isinstance(value, Integral) else of_kind and not _LARGEST < abs(value) < inf
+    )
     if not of_kind or not fits or not (low <= value <= high and value > above):
         raise ValueError(f"{name}={_shown(value)} is out of range; use {use}")
 

@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dllm.checks import first_line
 from dllm.files import BUNDLED, check_readable, expanded, parse_json, write_json
+from dllm.models.tokenizers import tokens_of
 from dllm.stored import misfit
 
 _FILE = "frequencies.json"
@@ -92,7 +93,7 @@ def count_tokens(texts: Iterable[str | Sequence[int]], tokenizer: PreTrainedToke
         if isinstance(text, str):
             if tokenizer is None:
                 raise ValueError("tokenizer=None cannot read texts; give the model's, or rows of token ids")
-            text = tokenizer(text, add_special_tokens=False)["input_ids"]
+            text = tokens_of(tokenizer, text, "a text")
         counts.update(map(int, text))
     table = {str(id): counts[id] for id in sorted(counts)}
     return Frequencies(table, None if tokenizer is None else vocabulary_of(tokenizer))

@@ -84,7 +84,7 @@ class Daedal(Policy):
     def __post_init__(self) -> None:
         for name, value in (("initial", 64), ("factor", 8), ("check_positions", 32)):
             use = f"a whole number of at least 1 ({value} is published)"
-            number(name, getattr(self, name), use, low=1, whole=True)
+            number(name, getattr(self, name), use, low=1, high=2**31 - 1, whole=True)
         for name, share in (("enough", 0.5), ("expand", 0.9), ("high", 0.9), ("low", 0.1)):
             number(name, getattr(self, name), f"0 or more ({share} is published)", low=0)
 

@@ -8,7 +8,10 @@ import pytest
 
 import dllm
 from dllm.evaluation.likelihood import Estimate
+from dllm.resolve import build, names, options_of
+from dllm.samplers.base import Sampler
 from models import random_llada
+from policies import over_masks
 
 LM = random_llada()
 HUGE = 2**62
@@ -57,6 +60,28 @@ def test_more_of_an_option_of_a_sampler_than_is_of_use(sampler: Any, other: Any,
 def test_more_of_an_option_of_a_cache_than_is_of_use(cache: Any, other: Any) -> None:
     found = decoded("threshold", cache, block_length=5)
     assert found == decoded("threshold", other, block_length=5)
+
+
+@pytest.mark.parametrize("name", sorted(names("sampler")))
+@pytest.mark.parametrize("value", [10**20, 1e39, -1e39, 2**63])
+def test_numbers_that_a_tensor_cannot_hold_are_refused(name: str, value: Any) -> None:
+    options = options_of("sampler", name)
+    for option in (each for each, default in options.items() if type(default) in (int, float)):
+        with pytest.raises(ValueError, match=rf"^(sampler\.)?{option}=.* (is out of range|has no effect)"):
+            build("sampler", options | {option: value}, Sampler)
+
+
+@pytest.mark.parametrize("name", [each for each in over_masks() if each not in ("learn2pd", "pc", "ar_guided")])
+@pytest.mark.parametrize("value", [2**63 - 1, 3e38])
+def test_numbers_that_it_can_hold_are_refused_or_decode(name: str, value: Any) -> None:
+    options = options_of("sampler", name)
+    for option in (each for each, default in options.items() if type(default) in (int, float)):
+        try:
+            found = decoded(build("sampler", options | {option: value}, Sampler), "none")
+        except ValueError as error:
+            assert str(error).removeprefix("sampler.").startswith(f"{option}=")  # noqa: PT017
+        else:
+            assert LM.backbone.mask_token_id not in found[0][0][-12:]
 
 
 def test_more_of_an_option_of_a_run_than_is_of_use() -> None:

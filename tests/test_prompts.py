@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import Split
 
 import dllm
 from byte_words import byte_tokenizer
@@ -212,6 +214,15 @@ class TestChats:
 def test_halves_of_characters_are_refused(prompt: Any) -> None:
     with pytest.raises(ValueError, match=r"^prompts\[0\] contains lone surrogates"):
         encode([prompt], build_tokenizer())
+
+
+def test_a_text_that_the_tokenizer_gives_up_on_is_refused() -> None:
+    tokenizer: Any = build_tokenizer()
+    endless = Split(Regex(r"(([a-z]+)+)+\d"), "isolated")  # tries every way to split a word
+    tokenizer.backend_tokenizer.pre_tokenizer = endless
+    with pytest.raises(ValueError, match=r"^prompts\[0\] cannot be tokenized \(.*retry-limit.*\); give another text"):
+        encode(["a" * 60], tokenizer)
+    assert encode(["7"], tokenizer) != [[]]
 
 
 def test_a_mask_without_a_name_is_told_by_its_id() -> None:

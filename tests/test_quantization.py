@@ -37,6 +37,8 @@ methods = pytest.mark.parametrize(
         ({"quant_method": ["torchao"]}, "is not supported"),
         ("int8", "quantization='int8' is not supported"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": 5}, "cannot be used (load_in_8bit must be a boolean)"),
+        ({"quant_method": "quanto", "weights": "int4"}, "weights='int4' are not supported; use int8 or float8"),
+        ({"quant_method": "quanto", "weights": ["int8"]}, "weights=['int8'] are not supported"),
     ],
     ids=str,
 )
@@ -100,6 +102,13 @@ def test_a_command_says_it_in_one_line() -> None:
     assert "error: model.quantization={'quant_method': 'magic'} is not supported; give" in told.err
     told = command("bench", "model.path=random:tiny", "model.quantization={quant_method: torchao}")
     assert told.code == 2 and "model.quantization=" in told.err
+
+
+@pytest.mark.skipif(find_spec("optimum") is None, reason="needs optimum")
+def test_float8_weights_decode() -> None:
+    lm = dllm.load("tiny-llada", device="cpu", quantization={"quant_method": "quanto", "weights": "float8"})
+    assert lm.backbone.fingerprint() != dllm.load("tiny-llada", device="cpu").backbone.fingerprint()
+    assert dllm.generate(lm, QUESTION, "threshold", gen_length=16).stats.tokens > 0
 
 
 @methods

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dllm.decoding.request import Request
 from dllm.models.loading import LanguageModel
+from dllm.models.tokenizers import tokens_of
 from dllm.structure import Constraint, ResponseFormat, Tracker
 
 
@@ -116,4 +117,4 @@ def _length(lengths: int | Mapping[str, int], path: str, fixed: int | None) -> i
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    return tokens_of(tokenizer, text, "response_format.scaffold")

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dllm.checks import is_text
+from dllm.models.tokenizers import tokens_of
 
 Message: TypeAlias = Mapping[str, Any]
 Chat: TypeAlias = Sequence[Message]
@@ -108,11 +109,11 @@ def _encode_one(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, number: 
     if tokenizer is None:
         raise ValueError(f"prompts[{number}] is text, and this model has no tokenizer; give token ids")
     if isinstance(prompt, str):
-        return list(tokenizer(_whole(prompt, number), verbose=False).input_ids)
+        return tokens_of(tokenizer, _whole(prompt, number), f"prompts[{number}]", special=True)
     if tokenizer.chat_template is None:
         raise ValueError(f"prompts[{number}] is a chat, and this tokenizer has no chat template; give plain text")
     text = _written(prompt, tokenizer, number)
-    return list(tokenizer(_whole(text, number), add_special_tokens=False, verbose=False).input_ids)
+    return tokens_of(tokenizer, _whole(text, number), f"prompts[{number}]")
 
 
 def _whole(text: str, number: int) -> str:

@@ -30,6 +30,7 @@ from dllm.evaluation.likelihood import Estimate
 from dllm.evaluation.records import Query
 from dllm.evaluation.runner import Runner, Setting
 from dllm.models.loading import load
+from dllm.models.tokenizers import tokens_of
 from dllm.resolve import TARGET, build, options_of, resolve
 from dllm.samplers.base import Sampler
 
@@ -135,7 +136,7 @@ class DLLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids; without special tokens after a chat template, which contains them."""
         special = not self._chat if add_special_tokens is None else add_special_tokens
-        return list(self.tokenizer(string, add_special_tokens=special, verbose=False).input_ids)
+        return tokens_of(self.tokenizer, string, "a text of the task", special=special)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generate for each request up to its first stop string."""

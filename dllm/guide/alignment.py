@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dllm.decoding.flags import flagged
 from dllm.guide import Guide
+from dllm.models.tokenizers import tokenizing
 
 NEVER = 2**31
 _CONTEXT = 16  # tokens decoded again before each boundary: how a token decodes depends on few before it
@@ -250,7 +251,11 @@ class ByText:
 
     def _encode(self, text: str) -> tuple[list[int], dict[int, int]]:
         """The guide's tokens of a text, and the number of tokens before each token boundary, where exact."""
-        encoded = self.theirs(text, add_special_tokens=False, return_offsets_mapping=True)
+        try:
+            with tokenizing(f"guide={self.name!r}: a text"):
+                encoded = self.theirs(text, add_special_tokens=False, return_offsets_mapping=True)
+        except ValueError as error:
+            raise _UnreadableError(str(error)) from None
         ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
         back = str(self.theirs.decode(ids, clean_up_tokenization_spaces=False))
         exact = next(

@@ -446,9 +446,16 @@ def _check_choices(content: Mapping[str, Any]) -> None:
     quantised = content.get("quantization_config")
     if isinstance(quantised, (dict, str, list, int, float)):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-        if method not in tuple(QUANTISED):  # it may be of any type
+        if not isinstance(quantised, dict) or method not in tuple(QUANTISED):  # it may be of any type
             said = f"quantization_config={quantised!r}" if method is None else f"quant_method={method!r}"
             raise ValueError(f"{said} is not supported; use weights quantised with one of {', '.join(QUANTISED)}")
+        check_width(quantised)
+
+
+def check_width(settings: Mapping[str, Any]) -> None:
+    """Reject (ValueError) weights that quanto packs, whose products torch refuses in inference mode."""
+    if settings["quant_method"] == "quanto" and (width := settings.get("weights", "int8")) not in ("int8", "float8"):
+        raise ValueError(f"quanto's weights={width!r} are not supported; use int8 or float8")
 
 
 def _is_size(value: Any) -> bool:

@@ -23,7 +23,7 @@ from dllm.files import BUNDLED, expanded, is_folder, read_json
 from dllm.identity import Stamp, stamps
 from dllm.models import FAMILIES, NEWER, MaskedDiffusionModel, adapters, family_of, leading, packed, parallel
 from dllm.models.base import token_ids
-from dllm.models.checkpoint import ATTENTION, DTYPES, QUANTISED, check_values, read_config
+from dllm.models.checkpoint import ATTENTION, DTYPES, QUANTISED, check_values, check_width, read_config
 from dllm.models.linear import join_products
 from dllm.models.tokenizers import load_tokenizer
 from dllm.resolve import names
@@ -381,6 +381,7 @@ def _quantization(given: Any) -> Any:
             f"{', '.join(QUANTISED)}, and its settings in transformers"
         )
     try:
+        check_width(given)
         with quiet():
             return AutoQuantizationConfig.from_dict(dict(given))
     except ImportError as error:
@@ -465,7 +466,8 @@ def _load_weights(family: type[MaskedDiffusionModel], folder: Path, options: Map
 def _is_finite(weight: torch.Tensor) -> bool:
     # Quantised formats are always finite, and offloaded weights are not in memory.
     ordinary = weight.is_floating_point() and type(weight.data) is torch.Tensor and not weight.is_meta
-    return not ordinary or bool(weight.isfinite().all())
+    wide = weight.float() if weight.element_size() == 1 else weight  # torch knows of few functions of float8
+    return not ordinary or bool(wide.isfinite().all())
 
 
 def _extra_eos(

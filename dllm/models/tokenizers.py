@@ -7,6 +7,8 @@ and the code is never run.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,33 @@ _BPE_FILES = ("vocab.json", "merges.txt")
 _OTHER_FILES = ("tokenizer_config.json", "tokenizer.model")
 # Entries of tokenizer_config.json that a loader would read as file names.
 _ELSEWHERE = ("fast_tokenizer_files", "gguf_file", "init_inputs", "tokenizer_object", "vocab", "merges")
+
+
+def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str, what: str, *, special: bool = False) -> list[int]:
+    """Token ids of a text.
+
+    Args:
+        tokenizer: the tokenizer.
+        text: the text.
+        what: the text is, in errors.
+        special: whether to add special tokens.
+
+    Raises:
+        ValueError: the tokenizer's own expressions give up on it.
+    """
+    with tokenizing(what):
+        return list(tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
+
+
+@contextmanager
+def tokenizing(what: str) -> Iterator[None]:
+    """Raise a ValueError where the library panics, which it tells by no `Exception`."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{what} cannot be tokenized ({first_line(error)}); give another text") from None
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
