@@ -600,6 +600,20 @@ def test_an_engine_that_breaks_fails_its_requests_and_is_replaced(lm: dllm.Langu
         assert httpx.get(f"{server.url}/health").status_code == 503
 
 
+def test_a_policy_that_a_client_chose_makes_no_server_unhealthy(
+    lm: dllm.LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*_: Any) -> None:
+        raise RuntimeError("it broke")
+
+    monkeypatch.setattr(dllm.samplers.LocalLeap, "step", breaks)
+    with serving(lm) as server:
+        for _ in range(4):
+            asked = {"prompt": QUESTION, "max_tokens": 8, "dllm": {"sampler": "localleap"}}
+            assert server.post("completions", asked).status_code == 500
+        assert httpx.get(f"{server.url}/health").status_code == 200
+
+
 def test_what_runs_is_finished_when_the_server_stops_and_nothing_new_begins(lm: dllm.LanguageModel) -> None:
     body = {"prompt": QUESTION, "max_tokens": 100, "dllm": {"stop_at_eos": False}, "stream": True}
     with serving(lm, batch_size=1) as server, httpx.Client() as other:

@@ -275,7 +275,7 @@ class EngineLoop:
         try:
             step = room.engine.step()
         except Exception as error:  # noqa: BLE001  # whatever it is, the server goes on with a new engine
-            self._failures += 1
+            self._failures += choice is None  # what a client chose may be at fault, and not the server
             for ticket in room.tickets.values():
                 self._end(ticket, Failure(500, f"decoding failed: {first_line(error)}"))
             del self._rooms[choice]
