@@ -444,6 +444,42 @@ class TestFolder:
         monkeypatch.setattr(jobs.JobFolder, "write", removing)
         refused(run(), "output='out': rows-000000000000.parquet was removed by another program during this run")
 
+    def test_a_shard_cut_during_the_run_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        lines("q.jsonl", ROWS[:8])
+        write = jobs.JobFolder.write
+
+        def cutting(self: jobs.JobFolder, results: Any) -> None:
+            write(self, results)
+            Path("out/rows-000000000000.parquet").write_bytes(b"")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(jobs.JobFolder, "write", cutting)
+            refused(
+                run(),
+                "output='out': rows-000000000000.parquet was changed by another program during this run; remove it, "
+                "then run the command again",
+            )
+        Path("out/rows-000000000000.parquet").unlink()
+        assert run().code == 0
+        assert [row["id"] for row in made()] == [row["id"] for row in ROWS[:8]]
+
+    @pytest.mark.parametrize("finished", [True, False])
+    def test_a_shard_of_an_earlier_run_cut_during_this_one_is_told(
+        self, finished: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lines("q.jsonl", ROWS[:8])
+        run()
+        if not finished:
+            Path("out/rows-000000000004.parquet").unlink()
+        open_folder = jobs.JobFolder.open
+
+        def cutting(self: jobs.JobFolder, *given: Any) -> None:
+            open_folder(self, *given)
+            Path("out/rows-000000000000.parquet").write_bytes(b"")
+
+        monkeypatch.setattr(jobs.JobFolder, "open", cutting)
+        refused(run(), "output='out': rows-000000000000.parquet was changed by another program during this run")
+
     def test_a_job_that_does_not_begin_leaves_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         lines("q.jsonl", [{"id": 1}])
         refused(run(output="deep/out"), "has no column prompt or messages")

@@ -27,7 +27,7 @@ from pyarrow import parquet
 from dllm.checks import first_line
 from dllm.evaluation.answer_manifest import differences, told
 from dllm.evaluation.claim import Claim
-from dllm.files import disturbed, read_json, write_json, write_whole
+from dllm.files import disturbed, read_json, state, write_json, write_whole
 from dllm.jobs.rows import Summary
 from dllm.stored import misfit
 
@@ -95,6 +95,7 @@ class JobFolder:
         self._found: dict[str, Any] | None = None
         self._claim = Claim(Path(os.path.realpath(self.path)) / MANIFEST, self.called, "another output")
         self._made: list[Path] = []
+        self._states: dict[int, tuple[int, int, int] | None] = {}  # of the shards that are there
         self._size, self._whole, self._job = 0, False, ""
 
     @property
@@ -135,6 +136,7 @@ class JobFolder:
         self._job = _job(self._found)
         for path in self._shards():
             first = int(_SHARD.fullmatch(path.name)[1])  # type: ignore[index]  # `_shards` matched it
+            self._states[first] = state(path)
             self.finished[first] = self._failed(path, min(size, summary.rows - first))
 
     def fits(self, session: Mapping[str, Any]) -> bool:
@@ -182,19 +184,22 @@ class JobFolder:
         }
         file = pa.BufferOutputStream()
         parquet.write_table(pa.table(columns).replace_schema_metadata({_MARK: self._job}), file, compression="zstd")
-        write_whole(self.path / f"rows-{first:012}.parquet", file.getvalue().to_pybytes())
+        path = self._shard(first)
+        write_whole(path, file.getvalue().to_pybytes())
+        self._states[first] = state(path)
         self.finished[first] = sum(each.error is not None for each in results)
 
     def verify(self) -> None:
-        """Verify that every shard is still there.
+        """Verify that every shard is still there, and of its size.
 
         Raises:
-            OSError: another program removed one.
+            OSError: another program removed or changed one.
         """
-        there = {path.name for path in self._shards()}
-        for first in sorted(self.finished):
-            if (name := f"rows-{first:012}.parquet") not in there:
-                raise disturbed(f"{self.called}: {name}", self.path / name, "; run the command again")
+        for first, written in sorted(self._states.items()):
+            path = self._shard(first)
+            if (there := state(path)) is None or there != written:
+                fix = "run the command again" if there is None else "remove it, then run the command again"
+                raise disturbed(f"{self.called}: {path.name}", path, f"; {fix}")
 
     def __enter__(self) -> JobFolder:
         path = Path(os.path.realpath(self.path))
@@ -238,6 +243,9 @@ class JobFolder:
         if (wrong := misfit(found, _Manifest)) or misfit(found["options"].get("seed"), int | None):
             raise ValueError(f"{file} is damaged ({wrong or 'seed'}); {fix}")
         self._found = found
+
+    def _shard(self, first: int) -> Path:
+        return self.path / f"rows-{first:012}.parquet"
 
     def _shards(self) -> list[Path]:
         return sorted(path for path in self.path.iterdir() if _SHARD.fullmatch(path.name))
