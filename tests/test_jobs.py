@@ -480,6 +480,67 @@ class TestFolder:
         monkeypatch.setattr(jobs.JobFolder, "open", cutting)
         refused(run(), "output='out': rows-000000000000.parquet was changed by another program during this run")
 
+    @pytest.mark.parametrize("content", [None, "{}"])
+    @pytest.mark.parametrize("first", [0, 4, 8])
+    def test_a_manifest_lost_during_the_run_is_written_again(
+        self, content: str | None, first: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lines("q.jsonl", ROWS[:12])
+        write, file = jobs.JobFolder.write, Path("out/_manifest.json")
+        before: list[bytes] = []
+
+        def losing(self: jobs.JobFolder, results: Any) -> None:
+            write(self, results)
+            before.append(file.read_bytes())
+            if results[0].number == first:
+                file.unlink() if content is None else file.write_text(content)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(jobs.JobFolder, "write", losing)
+            what = "removed" if content is None else "changed"
+            refused(
+                run(),
+                f"out/_manifest.json was {what} by another program during this run; it is written again, and all rows "
+                "are kept",
+            )
+        assert {*before, file.read_bytes()} == {before[0]}  # with the next shard, if there is one
+        monkeypatch.setattr(dllm, "load", None)
+        assert run().code == 0
+        assert len(made()) == 12
+
+    @pytest.mark.parametrize("finished", [True, False])
+    def test_a_manifest_of_an_earlier_run_lost_during_this_one_is_written_again(
+        self, finished: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lines("q.jsonl", ROWS[:8])
+        run()
+        if not finished:
+            Path("out/rows-000000000004.parquet").unlink()
+        open_folder = jobs.JobFolder.open
+
+        def losing(self: jobs.JobFolder, *given: Any) -> None:
+            open_folder(self, *given)
+            Path("out/_manifest.json").unlink()
+
+        with monkeypatch.context() as patched:
+            patched.setattr(jobs.JobFolder, "open", losing)
+            refused(run(), "out/_manifest.json was removed by another program during this run; it is written again")
+        assert run().code == 0
+
+    def test_a_manifest_lost_before_an_error_is_written_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        lines("q.jsonl", [*ROWS[:4], {"id": "none"}])
+        write = jobs.JobFolder.write
+
+        def losing(self: jobs.JobFolder, results: Any) -> None:
+            write(self, results)
+            Path("out/_manifest.json").unlink()
+
+        with monkeypatch.context() as patched:
+            patched.setattr(jobs.JobFolder, "write", losing)
+            refused(run("engine.max_failures=0", "batch_size=1"), "engine.max_failures=0 is exceeded")
+        assert names() == ["_manifest.json", "rows-000000000004.parquet"]
+        assert run().code == 0
+
     def test_a_job_that_does_not_begin_leaves_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         lines("q.jsonl", [{"id": 1}])
         refused(run(output="deep/out"), "has no column prompt or messages")

@@ -27,7 +27,7 @@ from pyarrow import parquet
 from dllm.checks import first_line
 from dllm.evaluation.answer_manifest import differences, told
 from dllm.evaluation.claim import Claim
-from dllm.files import disturbed, read_json, state, write_json, write_whole
+from dllm.files import check_kept, disturbed, read_json, state, write_json, write_whole
 from dllm.jobs.rows import Summary
 from dllm.stored import misfit
 
@@ -93,6 +93,8 @@ class JobFolder:
             raise ValueError(f"{self.called} is not a folder; give another output")
         self.finished: dict[int, int] = {}
         self._found: dict[str, Any] | None = None
+        self._content: bytes | None = None  # of the manifest
+        self._lost: OSError | None = None  # if another program removed or changed the manifest
         self._claim = Claim(Path(os.path.realpath(self.path)) / MANIFEST, self.called, "another output")
         self._made: list[Path] = []
         self._states: dict[int, tuple[int, int, int] | None] = {}  # of the shards that are there
@@ -161,9 +163,10 @@ class JobFolder:
         self._found = {**about, "input": summary.digest, "rows": summary.rows, **session}
         self._job = _job(self._found)
         write_json(self.path / MANIFEST, self._found)
+        self._content = (self.path / MANIFEST).read_bytes()
 
     def write(self, results: Sequence[Result]) -> None:
-        """Write one shard.
+        """Write one shard, and the manifest again where another program removed or changed it.
 
         Args:
             results: of its rows, in the order of the input.
@@ -184,22 +187,26 @@ class JobFolder:
         }
         file = pa.BufferOutputStream()
         parquet.write_table(pa.table(columns).replace_schema_metadata({_MARK: self._job}), file, compression="zstd")
+        self._keep_manifest()
         path = self._shard(first)
         write_whole(path, file.getvalue().to_pybytes())
         self._states[first] = state(path)
         self.finished[first] = sum(each.error is not None for each in results)
 
     def verify(self) -> None:
-        """Verify that every shard is still there, and of its size.
+        """Verify that every shard is still there, and of its size, and that nothing happened to the manifest.
 
         Raises:
-            OSError: another program removed or changed one.
+            OSError: another program removed or changed one of them; a manifest is written again.
         """
         for first, written in sorted(self._states.items()):
             path = self._shard(first)
             if (there := state(path)) is None or there != written:
                 fix = "run the command again" if there is None else "remove it, then run the command again"
                 raise disturbed(f"{self.called}: {path.name}", path, f"; {fix}")
+        self._keep_manifest()
+        if self._lost is not None:
+            raise self._lost
 
     def __enter__(self) -> JobFolder:
         path = Path(os.path.realpath(self.path))
@@ -217,6 +224,9 @@ class JobFolder:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        with suppress(OSError):  # the folder is gone, or the disk full
+            if self._shards():
+                self._keep_manifest()
         self._claim.release()
         with suppress(OSError):  # not empty any more
             for folder in self._made:
@@ -242,7 +252,18 @@ class JobFolder:
             raise ValueError(f"{file} is not a manifest of a job that this version of dllm knows; {fix}")
         if (wrong := misfit(found, _Manifest)) or misfit(found["options"].get("seed"), int | None):
             raise ValueError(f"{file} is damaged ({wrong or 'seed'}); {fix}")
-        self._found = found
+        self._found, self._content = found, file.read_bytes()
+
+    def _keep_manifest(self) -> None:
+        """Write the manifest again if another program removed or changed it: shards without it have no job."""
+        if self._content is None:
+            return
+        file = self.path / MANIFEST
+        try:
+            check_kept(file, self._content, "; it is written again, and all rows are kept")
+        except OSError as error:
+            self._lost = error
+            write_whole(file, self._content)
 
     def _shard(self, first: int) -> Path:
         return self.path / f"rows-{first:012}.parquet"
