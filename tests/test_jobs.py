@@ -9,6 +9,8 @@ import random
 import re
 import shutil
 from collections.abc import Iterator
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -596,6 +598,28 @@ class TestInput:
         run("chat=true", source="texts.jsonl", output="x")
         run(source="asked.jsonl", output="y")
         assert made("x") == made("y")
+
+    @pytest.mark.parametrize(
+        ("more", "kind"),
+        [
+            ({"content": b"Ann"}, "bytes"), ({"sent": date(2026, 1, 2)}, "date"),
+            ({"sent": datetime(2026, 1, 2)}, "datetime"), ({"cost": Decimal("0.5")}, "Decimal"),
+        ],
+    )  # fmt: skip
+    def test_values_of_tables_that_json_lacks_fail_their_row(self, more: dict[str, Any], kind: str) -> None:
+        chats = [[{"role": "user", "content": "Ann", **more}], None]
+        table = pa.table({"messages": pa.array(chats), "prompt": [None, "Tom"]})
+        parquet.write_table(table, "q.parquet")
+        assert run(source="q.parquet").code == 0
+        failed, fine = made()
+        assert (failed["text"], fine["error"]) == (None, None)
+        said = f"and neither text nor messages (JSON has no {kind})"
+        assert failed["error"] == f"the prompt is {chats[0]!r}, {said}"
+
+    def test_a_prompt_that_is_binary_fails_its_row(self) -> None:
+        parquet.write_table(pa.table({"prompt": [b"Tom", b"Ann"]}), "q.parquet")
+        refused(run(source="q.parquet"), "none of the 2 rows has an answer")
+        assert made()[0]["error"].startswith("the prompt is b'Tom', and neither text nor messages")
 
     def test_the_column_of_prompts_can_be_named(self) -> None:
         rows = [{"id": n, "question": row["prompt"], "prompt": "other"} for n, row in enumerate(ROWS[:5])]

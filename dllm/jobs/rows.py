@@ -205,11 +205,13 @@ class Input:
                 return replace(row, error="the prompt has a lone surrogate")
             return replace(row, prompt=prompt)
         try:
-            chat = parse_json(json.dumps(_without_none(prompt), default=str))
-        except (ValueError, TypeError, RecursionError):
-            chat = None
+            chat, why = parse_json(json.dumps(_without_none(prompt), default=_refuse)), ""
+        except TypeError as error:
+            chat, why = None, f" ({error})"
+        except (ValueError, RecursionError):
+            chat, why = None, ""
         if not is_chat(chat):
-            return replace(row, error=f"the prompt is {brief(repr(prompt))}, and neither text nor messages")
+            return replace(row, error=f"the prompt is {brief(repr(prompt))}, and neither text nor messages{why}")
         return replace(row, prompt=chat)
 
     def _files(self, folder: Path) -> list[Part]:
@@ -338,6 +340,11 @@ def _without_none(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _without_none(each) for name, each in value.items() if each is not None or name == "content"}
     return [_without_none(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def _refuse(value: Any) -> None:
+    """Refuse what a table has and JSON does not: binary values, dates, decimals."""
+    raise TypeError(f"JSON has no {type(value).__name__}")
 
 
 def _hash(rows: Sequence[Row]) -> str:
