@@ -422,6 +422,23 @@ class TestFolder:
         Path("out/_manifest.json").unlink()
         refused(run(), "output='out' has shards without a _manifest.json")
 
+    @pytest.mark.parametrize("whole", [True, False])
+    @pytest.mark.parametrize("first", [4, 2, 12])
+    def test_a_shard_with_the_rows_of_another_is_refused(self, first: int, whole: bool) -> None:
+        rows = [{"id": n if whole else f"r{n}", "prompt": row["prompt"]} for n, row in enumerate(ROWS[:8])]
+        lines("q.jsonl", rows)
+        run()
+        Path("out/rows-000000000004.parquet").unlink()
+        shutil.copy("out/rows-000000000000.parquet", f"out/rows-{first:012}.parquet")
+        refused(
+            run(),
+            f"output='out': rows-{first:012}.parquet has other rows than its name says; move it elsewhere, then run "
+            "the command again",
+        )
+        Path(f"out/rows-{first:012}.parquet").unlink()
+        assert run().code == 0
+        assert [row["id"] for row in made()] == [row["id"] for row in rows]
+
     @pytest.mark.parametrize(
         ("content", "said"),
         [

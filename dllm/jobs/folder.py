@@ -28,7 +28,7 @@ from dllm.checks import first_line
 from dllm.evaluation.answer_manifest import differences, told
 from dllm.evaluation.claim import Claim
 from dllm.files import check_kept, disturbed, read_json, state, write_json, write_whole
-from dllm.jobs.rows import Summary
+from dllm.jobs.rows import Summary, hash_of
 from dllm.stored import misfit
 
 MANIFEST = "_manifest.json"
@@ -98,7 +98,7 @@ class JobFolder:
         self._claim = Claim(Path(os.path.realpath(self.path)) / MANIFEST, self.called, "another output")
         self._made: list[Path] = []
         self._states: dict[int, tuple[int, int, int] | None] = {}  # of the shards that are there
-        self._size, self._whole, self._job = 0, False, ""
+        self._whole, self._job = False, ""
 
     @property
     def seed(self) -> int | None:
@@ -126,7 +126,7 @@ class JobFolder:
         Raises:
             ValueError: they are of another input or of other options, or one is damaged.
         """
-        self._size, self._whole = size, summary.whole
+        self._whole = summary.whole
         if self._found is None:
             return
         refuse(self.called, self._found, session, "options")
@@ -136,10 +136,11 @@ class JobFolder:
                 f"{summary.rows}: give another output, or the original input"
             )
         self._job = _job(self._found)
+        ids = dict(zip(range(0, summary.rows, size), summary.ids, strict=True))
         for path in self._shards():
             first = int(_SHARD.fullmatch(path.name)[1])  # type: ignore[index]  # `_shards` matched it
             self._states[first] = state(path)
-            self.finished[first] = self._failed(path, min(size, summary.rows - first))
+            self.finished[first] = self._failed(path, ids.get(first))
 
     def fits(self, session: Mapping[str, Any]) -> bool:
         """Whether the model is the same by name, so that it need not be loaded for comparison."""
@@ -271,17 +272,27 @@ class JobFolder:
     def _shards(self) -> list[Path]:
         return sorted(path for path in self.path.iterdir() if _SHARD.fullmatch(path.name))
 
-    def _failed(self, path: Path, rows: int) -> int:
-        """The number of failed rows of a shard, after checking that it belongs to this job."""
+    def _failed(self, path: Path, ids: str | None) -> int:
+        """The number of failed rows of a shard, after checking that it belongs to this job.
+
+        Args:
+            path: the shard.
+            ids: the hash of its ids; None if no shard begins there.
+        """
         called = f"{self.called}: {path.name}"
         try:
-            table = parquet.read_table(path, columns=["error"], partitioning=None)
+            table = parquet.read_table(path, columns=["id", "error"], partitioning=None)
+            found = hash_of(table.column("id").to_pylist())
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             raise ValueError(
                 f"{called} cannot be read ({first_line(error)}); remove it, then the same command makes it again"
             ) from None
-        if (table.schema.metadata or {}).get(_MARK) != self._job.encode() or table.num_rows != rows:
+        if (table.schema.metadata or {}).get(_MARK) != self._job.encode():
             raise ValueError(f"{called} is no shard of this job; move it elsewhere, then the same command makes it")
+        if found != ids:
+            raise ValueError(
+                f"{called} has other rows than its name says; move it elsewhere, then run the command again"
+            )
         return int(len(table) - table.column("error").null_count)
 
 
