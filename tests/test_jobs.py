@@ -9,6 +9,8 @@ import random
 import re
 import shutil
 from collections.abc import Iterator
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -420,6 +422,23 @@ class TestFolder:
         Path("out/_manifest.json").unlink()
         refused(run(), "output='out' has shards without a _manifest.json")
 
+    @pytest.mark.parametrize("whole", [True, False])
+    @pytest.mark.parametrize("first", [4, 2, 12])
+    def test_a_shard_with_the_rows_of_another_is_refused(self, first: int, whole: bool) -> None:
+        rows = [{"id": n if whole else f"r{n}", "prompt": row["prompt"]} for n, row in enumerate(ROWS[:8])]
+        lines("q.jsonl", rows)
+        run()
+        Path("out/rows-000000000004.parquet").unlink()
+        shutil.copy("out/rows-000000000000.parquet", f"out/rows-{first:012}.parquet")
+        refused(
+            run(),
+            f"output='out': rows-{first:012}.parquet has other rows than its name says; move it elsewhere, then run "
+            "the command again",
+        )
+        Path(f"out/rows-{first:012}.parquet").unlink()
+        assert run().code == 0
+        assert [row["id"] for row in made()] == [row["id"] for row in rows]
+
     @pytest.mark.parametrize(
         ("content", "said"),
         [
@@ -443,6 +462,103 @@ class TestFolder:
 
         monkeypatch.setattr(jobs.JobFolder, "write", removing)
         refused(run(), "output='out': rows-000000000000.parquet was removed by another program during this run")
+
+    def test_a_shard_cut_during_the_run_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        lines("q.jsonl", ROWS[:8])
+        write = jobs.JobFolder.write
+
+        def cutting(self: jobs.JobFolder, results: Any) -> None:
+            write(self, results)
+            Path("out/rows-000000000000.parquet").write_bytes(b"")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(jobs.JobFolder, "write", cutting)
+            refused(
+                run(),
+                "output='out': rows-000000000000.parquet was changed by another program during this run; remove it, "
+                "then run the command again",
+            )
+        Path("out/rows-000000000000.parquet").unlink()
+        assert run().code == 0
+        assert [row["id"] for row in made()] == [row["id"] for row in ROWS[:8]]
+
+    @pytest.mark.parametrize("finished", [True, False])
+    def test_a_shard_of_an_earlier_run_cut_during_this_one_is_told(
+        self, finished: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lines("q.jsonl", ROWS[:8])
+        run()
+        if not finished:
+            Path("out/rows-000000000004.parquet").unlink()
+        open_folder = jobs.JobFolder.open
+
+        def cutting(self: jobs.JobFolder, *given: Any) -> None:
+            open_folder(self, *given)
+            Path("out/rows-000000000000.parquet").write_bytes(b"")
+
+        monkeypatch.setattr(jobs.JobFolder, "open", cutting)
+        refused(run(), "output='out': rows-000000000000.parquet was changed by another program during this run")
+
+    @pytest.mark.parametrize("content", [None, "{}"])
+    @pytest.mark.parametrize("first", [0, 4, 8])
+    def test_a_manifest_lost_during_the_run_is_written_again(
+        self, content: str | None, first: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lines("q.jsonl", ROWS[:12])
+        write, file = jobs.JobFolder.write, Path("out/_manifest.json")
+        before: list[bytes] = []
+
+        def losing(self: jobs.JobFolder, results: Any) -> None:
+            write(self, results)
+            before.append(file.read_bytes())
+            if results[0].number == first:
+                file.unlink() if content is None else file.write_text(content)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(jobs.JobFolder, "write", losing)
+            what = "removed" if content is None else "changed"
+            refused(
+                run(),
+                f"out/_manifest.json was {what} by another program during this run; it is written again, and all rows "
+                "are kept",
+            )
+        assert {*before, file.read_bytes()} == {before[0]}  # with the next shard, if there is one
+        monkeypatch.setattr(dllm, "load", None)
+        assert run().code == 0
+        assert len(made()) == 12
+
+    @pytest.mark.parametrize("finished", [True, False])
+    def test_a_manifest_of_an_earlier_run_lost_during_this_one_is_written_again(
+        self, finished: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lines("q.jsonl", ROWS[:8])
+        run()
+        if not finished:
+            Path("out/rows-000000000004.parquet").unlink()
+        open_folder = jobs.JobFolder.open
+
+        def losing(self: jobs.JobFolder, *given: Any) -> None:
+            open_folder(self, *given)
+            Path("out/_manifest.json").unlink()
+
+        with monkeypatch.context() as patched:
+            patched.setattr(jobs.JobFolder, "open", losing)
+            refused(run(), "out/_manifest.json was removed by another program during this run; it is written again")
+        assert run().code == 0
+
+    def test_a_manifest_lost_before_an_error_is_written_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        lines("q.jsonl", [*ROWS[:4], {"id": "none"}])
+        write = jobs.JobFolder.write
+
+        def losing(self: jobs.JobFolder, results: Any) -> None:
+            write(self, results)
+            Path("out/_manifest.json").unlink()
+
+        with monkeypatch.context() as patched:
+            patched.setattr(jobs.JobFolder, "write", losing)
+            refused(run("engine.max_failures=0", "batch_size=1"), "engine.max_failures=0 is exceeded")
+        assert names() == ["_manifest.json", "rows-000000000004.parquet"]
+        assert run().code == 0
 
     def test_a_job_that_does_not_begin_leaves_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         lines("q.jsonl", [{"id": 1}])
@@ -499,6 +615,28 @@ class TestInput:
         run("chat=true", source="texts.jsonl", output="x")
         run(source="asked.jsonl", output="y")
         assert made("x") == made("y")
+
+    @pytest.mark.parametrize(
+        ("more", "kind"),
+        [
+            ({"content": b"Ann"}, "bytes"), ({"sent": date(2026, 1, 2)}, "date"),
+            ({"sent": datetime(2026, 1, 2)}, "datetime"), ({"cost": Decimal("0.5")}, "Decimal"),
+        ],
+    )  # fmt: skip
+    def test_values_of_tables_that_json_lacks_fail_their_row(self, more: dict[str, Any], kind: str) -> None:
+        chats = [[{"role": "user", "content": "Ann", **more}], None]
+        table = pa.table({"messages": pa.array(chats), "prompt": [None, "Tom"]})
+        parquet.write_table(table, "q.parquet")
+        assert run(source="q.parquet").code == 0
+        failed, fine = made()
+        assert (failed["text"], fine["error"]) == (None, None)
+        said = f"and neither text nor messages (JSON has no {kind})"
+        assert failed["error"] == f"the prompt is {chats[0]!r}, {said}"
+
+    def test_a_prompt_that_is_binary_fails_its_row(self) -> None:
+        parquet.write_table(pa.table({"prompt": [b"Tom", b"Ann"]}), "q.parquet")
+        refused(run(source="q.parquet"), "none of the 2 rows has an answer")
+        assert made()[0]["error"].startswith("the prompt is b'Tom', and neither text nor messages")
 
     def test_the_column_of_prompts_can_be_named(self) -> None:
         rows = [{"id": n, "question": row["prompt"], "prompt": "other"} for n, row in enumerate(ROWS[:5])]

@@ -27,8 +27,8 @@ from pyarrow import parquet
 from dllm.checks import first_line
 from dllm.evaluation.answer_manifest import differences, told
 from dllm.evaluation.claim import Claim
-from dllm.files import disturbed, read_json, write_json, write_whole
-from dllm.jobs.rows import Summary
+from dllm.files import check_kept, disturbed, read_json, state, write_json, write_whole
+from dllm.jobs.rows import Summary, hash_of
 from dllm.stored import misfit
 
 MANIFEST = "_manifest.json"
@@ -93,9 +93,12 @@ class JobFolder:
             raise ValueError(f"{self.called} is not a folder; give another output")
         self.finished: dict[int, int] = {}
         self._found: dict[str, Any] | None = None
+        self._content: bytes | None = None  # of the manifest
+        self._lost: OSError | None = None  # if another program removed or changed the manifest
         self._claim = Claim(Path(os.path.realpath(self.path)) / MANIFEST, self.called, "another output")
         self._made: list[Path] = []
-        self._size, self._whole, self._job = 0, False, ""
+        self._states: dict[int, tuple[int, int, int] | None] = {}  # of the shards that are there
+        self._whole, self._job = False, ""
 
     @property
     def seed(self) -> int | None:
@@ -123,7 +126,7 @@ class JobFolder:
         Raises:
             ValueError: they are of another input or of other options, or one is damaged.
         """
-        self._size, self._whole = size, summary.whole
+        self._whole = summary.whole
         if self._found is None:
             return
         refuse(self.called, self._found, session, "options")
@@ -133,9 +136,11 @@ class JobFolder:
                 f"{summary.rows}: give another output, or the original input"
             )
         self._job = _job(self._found)
+        ids = dict(zip(range(0, summary.rows, size), summary.ids, strict=True))
         for path in self._shards():
             first = int(_SHARD.fullmatch(path.name)[1])  # type: ignore[index]  # `_shards` matched it
-            self.finished[first] = self._failed(path, min(size, summary.rows - first))
+            self._states[first] = state(path)
+            self.finished[first] = self._failed(path, ids.get(first))
 
     def fits(self, session: Mapping[str, Any]) -> bool:
         """Whether the model is the same by name, so that it need not be loaded for comparison."""
@@ -159,9 +164,10 @@ class JobFolder:
         self._found = {**about, "input": summary.digest, "rows": summary.rows, **session}
         self._job = _job(self._found)
         write_json(self.path / MANIFEST, self._found)
+        self._content = (self.path / MANIFEST).read_bytes()
 
     def write(self, results: Sequence[Result]) -> None:
-        """Write one shard.
+        """Write one shard, and the manifest again where another program removed or changed it.
 
         Args:
             results: of its rows, in the order of the input.
@@ -182,19 +188,26 @@ class JobFolder:
         }
         file = pa.BufferOutputStream()
         parquet.write_table(pa.table(columns).replace_schema_metadata({_MARK: self._job}), file, compression="zstd")
-        write_whole(self.path / f"rows-{first:012}.parquet", file.getvalue().to_pybytes())
+        self._keep_manifest()
+        path = self._shard(first)
+        write_whole(path, file.getvalue().to_pybytes())
+        self._states[first] = state(path)
         self.finished[first] = sum(each.error is not None for each in results)
 
     def verify(self) -> None:
-        """Verify that every shard is still there.
+        """Verify that every shard is still there, and of its size, and that nothing happened to the manifest.
 
         Raises:
-            OSError: another program removed one.
+            OSError: another program removed or changed one of them; a manifest is written again.
         """
-        there = {path.name for path in self._shards()}
-        for first in sorted(self.finished):
-            if (name := f"rows-{first:012}.parquet") not in there:
-                raise disturbed(f"{self.called}: {name}", self.path / name, "; run the command again")
+        for first, written in sorted(self._states.items()):
+            path = self._shard(first)
+            if (there := state(path)) is None or there != written:
+                fix = "run the command again" if there is None else "remove it, then run the command again"
+                raise disturbed(f"{self.called}: {path.name}", path, f"; {fix}")
+        self._keep_manifest()
+        if self._lost is not None:
+            raise self._lost
 
     def __enter__(self) -> JobFolder:
         path = Path(os.path.realpath(self.path))
@@ -212,6 +225,9 @@ class JobFolder:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        with suppress(OSError):  # the folder is gone, or the disk full
+            if self._shards():
+                self._keep_manifest()
         self._claim.release()
         with suppress(OSError):  # not empty any more
             for folder in self._made:
@@ -237,22 +253,46 @@ class JobFolder:
             raise ValueError(f"{file} is not a manifest of a job that this version of dllm knows; {fix}")
         if (wrong := misfit(found, _Manifest)) or misfit(found["options"].get("seed"), int | None):
             raise ValueError(f"{file} is damaged ({wrong or 'seed'}); {fix}")
-        self._found = found
+        self._found, self._content = found, file.read_bytes()
+
+    def _keep_manifest(self) -> None:
+        """Write the manifest again if another program removed or changed it: shards without it have no job."""
+        if self._content is None:
+            return
+        file = self.path / MANIFEST
+        try:
+            check_kept(file, self._content, "; it is written again, and all rows are kept")
+        except OSError as error:
+            self._lost = error
+            write_whole(file, self._content)
+
+    def _shard(self, first: int) -> Path:
+        return self.path / f"rows-{first:012}.parquet"
 
     def _shards(self) -> list[Path]:
         return sorted(path for path in self.path.iterdir() if _SHARD.fullmatch(path.name))
 
-    def _failed(self, path: Path, rows: int) -> int:
-        """The number of failed rows of a shard, after checking that it belongs to this job."""
+    def _failed(self, path: Path, ids: str | None) -> int:
+        """The number of failed rows of a shard, after checking that it belongs to this job.
+
+        Args:
+            path: the shard.
+            ids: the hash of its ids; None if no shard begins there.
+        """
         called = f"{self.called}: {path.name}"
         try:
-            table = parquet.read_table(path, columns=["error"], partitioning=None)
+            table = parquet.read_table(path, columns=["id", "error"], partitioning=None)
+            found = hash_of(table.column("id").to_pylist())
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             raise ValueError(
                 f"{called} cannot be read ({first_line(error)}); remove it, then the same command makes it again"
             ) from None
-        if (table.schema.metadata or {}).get(_MARK) != self._job.encode() or table.num_rows != rows:
+        if (table.schema.metadata or {}).get(_MARK) != self._job.encode():
             raise ValueError(f"{called} is no shard of this job; move it elsewhere, then the same command makes it")
+        if found != ids:
+            raise ValueError(
+                f"{called} has other rows than its name says; move it elsewhere, then run the command again"
+            )
         return int(len(table) - table.column("error").null_count)
 
 

@@ -59,11 +59,13 @@ class Summary:
     Attributes:
         rows: their number.
         shards: a hash of the ids and prompts of every shard.
+        ids: a hash of the ids of every shard, see `hash_of`.
         whole: whether every id is a whole number that fits into a column of them.
     """
 
     rows: int
     shards: Sequence[str]
+    ids: Sequence[str]
     whole: bool
 
     @property
@@ -130,7 +132,7 @@ class Input:
             ValueError: a part that cannot be read, has no column of prompts or no rows, or an id that occurs twice.
         """
         seen: set[str] = set()
-        shards, whole = [], True
+        shards, ids, whole = [], [], True
         for rows in self.shards(size):
             for row in rows:
                 whole = whole and isinstance(row.id, int) and -_LARGEST <= row.id < _LARGEST
@@ -138,9 +140,10 @@ class Input:
                     raise ValueError(f"{row.place}: id {name!r} occurs twice; make ids unique")
                 seen.add(name)
             shards.append(_hash(rows))
+            ids.append(hash_of(row.id for row in rows))
         if not seen:
             raise ValueError(f"{self.called} has no rows; give at least one prompt")
-        return Summary(len(seen), shards, whole)
+        return Summary(len(seen), shards, ids, whole)
 
     def left(self, size: int, summary: Summary, finished: Iterable[int]) -> Iterator[list[Row]]:
         """The shards that are not finished, by the number of their first row.
@@ -205,11 +208,13 @@ class Input:
                 return replace(row, error="the prompt has a lone surrogate")
             return replace(row, prompt=prompt)
         try:
-            chat = parse_json(json.dumps(_without_none(prompt), default=str))
-        except (ValueError, TypeError, RecursionError):
-            chat = None
+            chat, why = parse_json(json.dumps(_without_none(prompt), default=_refuse)), ""
+        except TypeError as error:
+            chat, why = None, f" ({error})"
+        except (ValueError, RecursionError):
+            chat, why = None, ""
         if not is_chat(chat):
-            return replace(row, error=f"the prompt is {brief(repr(prompt))}, and neither text nor messages")
+            return replace(row, error=f"the prompt is {brief(repr(prompt))}, and neither text nor messages{why}")
         return replace(row, prompt=chat)
 
     def _files(self, folder: Path) -> list[Part]:
@@ -305,6 +310,11 @@ def _load(given: str, split: str | None) -> Any:
     return found[wanted]
 
 
+def hash_of(ids: Iterable[str | int]) -> str:
+    """A hash of the ids of a shard, in their order; numbers are taken as text."""
+    return hashlib.sha256(json.dumps([str(each) for each in ids]).encode()).hexdigest()[:16]
+
+
 def _file(place: str, path: Path) -> Part:
     return _Parquet(place, path) if path.suffix == ".parquet" else _Lines(place, path)
 
@@ -338,6 +348,11 @@ def _without_none(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _without_none(each) for name, each in value.items() if each is not None or name == "content"}
     return [_without_none(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def _refuse(value: Any) -> None:
+    """Refuse what a table has and JSON does not: binary values, dates, decimals."""
+    raise TypeError(f"JSON has no {type(value).__name__}")
 
 
 def _hash(rows: Sequence[Row]) -> str:
