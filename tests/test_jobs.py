@@ -617,20 +617,23 @@ class TestInput:
         assert made("x") == made("y")
 
     @pytest.mark.parametrize(
-        ("more", "kind"),
-        [
-            ({"content": b"Ann"}, "bytes"), ({"sent": date(2026, 1, 2)}, "date"),
-            ({"sent": datetime(2026, 1, 2)}, "datetime"), ({"cost": Decimal("0.5")}, "Decimal"),
-        ],
-    )  # fmt: skip
-    def test_values_of_tables_that_json_lacks_fail_their_row(self, more: dict[str, Any], kind: str) -> None:
-        chats = [[{"role": "user", "content": "Ann", **more}], None]
+        "more", [{"sent": date(2026, 1, 2)}, {"sent": datetime(2026, 1, 2)}, {"cost": Decimal("0.5")}]
+    )
+    def test_messages_may_carry_times_and_decimals_beside_their_text(self, more: dict[str, Any]) -> None:
+        chat = {"role": "user", "content": "Ann"}
+        parquet.write_table(pa.table({"messages": [[chat], [chat | more]]}), "q.parquet")
+        assert run(source="q.parquet").code == 0
+        plain, other = made()
+        assert (other["text"], other["error"]) == (plain["text"], None)
+
+    def test_a_message_that_is_binary_fails_its_row(self) -> None:
+        chats = [[{"role": "user", "content": b"Ann"}], None]
         table = pa.table({"messages": pa.array(chats), "prompt": [None, "Tom"]})
         parquet.write_table(table, "q.parquet")
         assert run(source="q.parquet").code == 0
         failed, fine = made()
         assert (failed["text"], fine["error"]) == (None, None)
-        said = f"and neither text nor messages (JSON has no {kind})"
+        said = "and neither text nor messages (JSON has no bytes)"
         assert failed["error"] == f"the prompt is {chats[0]!r}, {said}"
 
     def test_a_prompt_that_is_binary_fails_its_row(self) -> None:

@@ -208,7 +208,7 @@ class Input:
                 return replace(row, error="the prompt has a lone surrogate")
             return replace(row, prompt=prompt)
         try:
-            chat, why = parse_json(json.dumps(_without_none(prompt), default=_refuse)), ""
+            chat, why = parse_json(json.dumps(_without_none(prompt), default=_written)), ""
         except TypeError as error:
             chat, why = None, f" ({error})"
         except (ValueError, RecursionError):
@@ -350,9 +350,11 @@ def _without_none(value: Any) -> Any:
     return [_without_none(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
-def _refuse(value: Any) -> None:
-    """Refuse what a table has and JSON does not: binary values, dates, decimals."""
-    raise TypeError(f"JSON has no {type(value).__name__}")
+def _written(value: Any) -> str:
+    """What a table has and JSON does not: times and decimals, as messages may carry beside their text; no bytes."""
+    if isinstance(value, bytes):
+        raise TypeError("JSON has no bytes")
+    return str(value)
 
 
 def _hash(rows: Sequence[Row]) -> str:
