@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dllm.files import read_json, write_json
+from dllm import identity
+from dllm.files import BUNDLED, read_json, write_json
 from dllm.stored import misfit, there
 
 FORMAT, VERSION = "dllm-calibration", 1
@@ -33,6 +34,7 @@ class Calibration:
         bound: upper confidence bound on the risk of the chosen value; None without one.
         baseline: accuracy and NFE of one token per step.
         tests: of each value in order: mean loss, p-value, bound, accuracy, NFE, whether it is certified.
+        contents: hashes of the files that the policy reads, from `files_of`; none in cards of earlier versions.
     """
 
     model: str
@@ -50,6 +52,7 @@ class Calibration:
     bound: float | None
     baseline: dict[str, float]
     tests: list[dict[str, Any]] = field(default_factory=list)
+    contents: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str | Path) -> Calibration:
@@ -64,13 +67,17 @@ class Calibration:
         found = read_json(file, _FIX)
         if found.pop("format", None) != FORMAT or found.pop("version", None) != VERSION:
             raise ValueError(f"calibration={str(path)!r} is not a card of dllm calibrate; {_FIX}")
+        found = {"contents": {}} | found
         if wrong := misfit(found, cls, "the card"):
             raise ValueError(f"calibration={str(path)!r} is damaged ({wrong}); {_FIX}")
         return cls(**found)
 
     def write(self, file: Path) -> None:
         """Write the card."""
-        write_json(file, {"format": FORMAT, "version": VERSION, **asdict(self)})
+        fields = asdict(self)
+        if not self.contents:
+            del fields["contents"]
+        write_json(file, {"format": FORMAT, "version": VERSION, **fields})
 
     def check(self, fingerprint: str) -> None:
         """Reject another model.
@@ -83,3 +90,30 @@ class Calibration:
                 f"calibration is of {self.model} with weights {self.weights}, and this model has {fingerprint}; "
                 "calibrate this model with dllm calibrate"
             )
+
+    def compared(self, policy: Any) -> dict[str, tuple[str, str]]:
+        """The hash of each file on the card, and that of the same file now; a moved file is the same.
+
+        Args:
+            policy: with the options of the card.
+        """
+        now = files_of(policy) if self.contents else {}
+        found = {}
+        for name, made in self.contents.items():
+            moved = name not in now and made in now.values()
+            found[name] = made, made if moved else now.get(name, "another file")
+        return found
+
+
+def files_of(policy: Any) -> dict[str, str]:
+    """A hash of every file that a policy reads, by its path, or for bundled ones that below the package.
+
+    Raises:
+        OSError: one cannot be read.
+    """
+    found = {Path(path): content[:16] for path, content in identity.read_by(policy).items()}
+    package = BUNDLED.parent
+    return {
+        (path.relative_to(package) if path.is_relative_to(package) else path).as_posix(): content
+        for path, content in found.items()
+    }

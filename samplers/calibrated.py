@@ -1,6 +1,7 @@
 """A policy with the setting that `dllm calibrate` certified, for the model it was certified for.
 
-The guarantee is for the cache, the lengths and the sampling that the card was made with; under others a notice says so.
+The guarantee is for the cache, the lengths, the sampling and the files (filters, guides, tables) that the card was made
+with; under others a notice says so.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ class CalibratedState:
     Attributes:
         state: that of the policy.
         setup: of the engine.
+        files: hashes of the card's files, then and now.
         told: whether the notice was given.
     """
 
     state: Any
     setup: Setup
+    files: dict[str, tuple[str, str]]
     told: bool = False
 
 
@@ -112,12 +115,12 @@ class Calibrated:
     def start(self, setup: Setup) -> CalibratedState:
         """Reject another model, and start the policy."""
         self.card.check(setup.fingerprint())
-        return CalibratedState(self.policy.start(setup), setup)
+        return CalibratedState(self.policy.start(setup), setup, self.card.compared(self.policy))
 
     def check(self, state: CalibratedState, request: Request) -> None:
         """As the policy; once, warn of a request that the guarantee does not cover."""
         self.policy.check(state.state, request)
-        if not state.told and (differing := self._differing(state.setup, request)):
+        if not state.told and (differing := self._differing(state, request)):
             state.told = True
             measured, used = (", ".join(f"{name}={_text(pair[k])}" for name, pair in differing.items()) for k in (0, 1))
             message = f"calibration={str(self.calibration)!r} was measured with {measured}, and is used with {used}"
@@ -131,9 +134,10 @@ class Calibrated:
         """One step of the policy."""
         return self.policy.step(window, denoise, state.state)
 
-    def _differing(self, setup: Setup, request: Request) -> dict[str, tuple[Any, Any]]:
+    def _differing(self, state: CalibratedState, request: Request) -> dict[str, tuple[Any, Any]]:
         """The settings of the card that are others here, with both values."""
         found: dict[str, tuple[Any, Any]] = {}
+        setup = state.setup
         if setup.cache is not None:
             measured, used = _written(self.cache), _written(setup.cache)
             names = [name for name in measured if name in used] if measured["cache"] == used["cache"] else ["cache"]
@@ -147,7 +151,7 @@ class Calibrated:
         # A block that is longer than what is generated is all of it.
         if len({min(each or request.span, request.span) for each in (block, request.blocks)}) > 1:
             found["block_length"] = block, request.blocks
-        found |= self._sampling(setup, request)
+        found |= self._sampling(setup, request) | state.files
         return {name: pair for name, pair in found.items() if pair[0] != pair[1]}
 
     def _sampling(self, setup: Setup, request: Request) -> dict[str, tuple[Any, Any]]:

@@ -19,6 +19,7 @@ if __name__ == "__main__":
 
     dllm.scripts.cli.run_file(__file__)
 
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -89,8 +90,10 @@ class BlockDiffusion(OnWordProblems):
     """Training data and loss."""
 
     def _build(self) -> PreTrainedModel:
-        folder = checkpoint_folder(self.cfg.init, option="init", known=("tiny-guide",))
-        return as_block_diffusion(folder, self.cfg.init, self.tokenizer, self.cfg.block_length)
+        return as_block_diffusion(self._start(), self.cfg.init, self.tokenizer, self.cfg.block_length)
+
+    def _start(self) -> Path:
+        return checkpoint_folder(self.cfg.init, option="init", known=("tiny-guide",))
 
     def _loss(self, ids: Tensor, valid: Tensor, masked: Tensor, weight: Tensor) -> Tensor:
         width, block_length = self.cfg.prompt_length, self.cfg.block_length

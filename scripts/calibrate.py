@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from pyarrow import parquet
 
 import dllm
-from dllm.calibration import Calibration
+from dllm.calibration import Calibration, files_of
 from dllm.checks import naming, number, seed, threads
 from dllm.escape import terminal
 from dllm.evaluation.records import sample_of
@@ -72,7 +72,8 @@ def certify(cfg: DictConfig, chosen: Mapping[str, Any]) -> None:
     card_file, plot_file = out / "calibration.json", out / "calibration.svg"
     own.check("out", fields["out"], {card_file: own.CALIBRATION, plot_file: own.CERTIFICATE})
     called = f"out={fields['out']!r}"
-    before = _check_card(fields, knob, called, card_file)
+    policy = build("sampler", fields["sampler"], Sampler)
+    files, before = files_of(policy), _check_card(fields, knob, called, card_file, policy)
     runs = _Runs(cfg, fields, chosen)
     with evaluate.limited_threads(fields["threads"]):
         base = runs.scores({**options_of("sampler", "vanilla"), CALIBRATION: None}, "vanilla")
@@ -89,7 +90,10 @@ def certify(cfg: DictConfig, chosen: Mapping[str, Any]) -> None:
         for test in fixed_sequence(values, losses, fields["loss"], fields["delta"]):
             tests.append(_row(test, runs.last))
             print(f"{knob}={test.setting!r}: {_shown(runs.last)}  {_verdict(test)}", flush=True)
-    card = runs.card(knob, tests)
+    now = files_of(policy)
+    if other := [name for name in files if now.get(name) != files[name]]:
+        raise OSError(f"{other[0]} was changed by another program during this run; run the command again")
+    card = runs.card(knob, tests, files)
     own.write("out", fields["out"], {plot_file: (own.CERTIFICATE, plot)} if (plot := _plot(card)) else {})
     card.write(card_file)
     print(_summary(card, card_file))
@@ -157,7 +161,7 @@ class _Runs:
         """The fingerprint of the model."""
         return str(self._weights[0]["weights"])
 
-    def card(self, knob: str, tests: Sequence[Mapping[str, Any]]) -> Calibration:
+    def card(self, knob: str, tests: Sequence[Mapping[str, Any]], files: dict[str, str]) -> Calibration:
         """The card of the fastest certified value."""
         fields = self._fields
         certified = [test for test in tests if test["certified"]]
@@ -178,6 +182,7 @@ class _Runs:
             bound=None if best is None else best["bound"],
             baseline={name: self.first["metrics"][name] for name in ("accuracy", "nfe")},
             tests=[dict(test) for test in tests],
+            contents=files,
         )
 
 
@@ -266,7 +271,7 @@ def refuse_others(called: str, file: Path, pairs: Mapping[str, tuple[Any, Any]],
             raise ValueError(f"{problem}: give another {called.partition('=')[0]}, or remove {file}")
 
 
-def _check_card(fields: Mapping[str, Any], knob: str, called: str, file: Path) -> Calibration | None:
+def _check_card(fields: Mapping[str, Any], knob: str, called: str, file: Path, policy: Sampler) -> Calibration | None:
     """Reject a card of another setting in the same place; others rely on it.
 
     Returns:
@@ -285,7 +290,7 @@ def _check_card(fields: Mapping[str, Any], knob: str, called: str, file: Path) -
     pairs |= {"task": (card.task, task.name)} | certified_for(card, decoding(fields))
     data = evaluate.normal(fields)["task"]
     pairs |= {f"task.{name}": (made, data[name]) for name, made in card.data.items() if name in data}
-    refuse_others(called, file, pairs)
+    refuse_others(called, file, pairs | card.compared(policy))
     return card
 
 

@@ -82,6 +82,31 @@ def _read(cfg: DictConfig) -> list[Any]:
         return list(rows[: cfg.prompts][column])
 
 
+def contents_of(lm: dllm.LanguageModel, ids: list[list[int]], reads: tuple[Any, Any]) -> dict[str, str]:
+    """What records are made from besides the options: a hash by option.
+
+    Args:
+        lm: the model that makes them.
+        ids: the prompts.
+        reads: sampler and cache, with the files that they read.
+
+    Raises:
+        OSError: the model's files changed since it was loaded.
+    """
+    files = {
+        name: sorted(identity.read_by(read).values()) for name, read in zip(("sampler", "cache"), reads, strict=True)
+    }
+    return {
+        "model.path": " ".join(identity.model(lm).values()),
+        "data": _hash(ids),
+        **{name: " ".join(found) for name, found in files.items()},
+    }
+
+
+def _hash(ids: list[list[int]]) -> str:
+    return sha256(json.dumps(ids).encode()).hexdigest()
+
+
 def collected(
     lm: dllm.LanguageModel,
     ids: list[list[int]],
@@ -90,6 +115,7 @@ def collected(
     folder: Path,
     load: Callable[[Path, range], dict[str, Tensor] | None],
     make: Callable[[range], dict[str, Tensor]],
+    fix: str = "remove that folder",
 ) -> list[dict[str, Tensor]]:
     """What was made from each batch of prompts; that of an earlier run with the same recipe is reused.
 
@@ -101,24 +127,22 @@ def collected(
         folder: of the stored files.
         load: reads a file of some prompts; None if it is missing or damaged.
         make: makes it for some prompts.
+        fix: what else to do where they are of other settings.
 
     Raises:
         ValueError: the folder holds that of other settings.
     """
     file = folder / "recipe.json"
-    asked = sha256(json.dumps(ids).encode()).hexdigest()
     stamps = identity.stamps_read_by(*reads)
     files = identity.contents({**recipe}) | identity.read_by(reads[0]) | identity.read_by(reads[1])
     now = {**recipe, "fingerprint": lm.backbone.fingerprint(), "checkpoint": identity.model(lm), "files": files}
-    now |= {"prompts": asked}
+    now |= {"prompts": _hash(ids)}
     if there(file, "remove that folder"):
         before = read_json(file, "remove that folder")
         # Training options do not change the records.
         other = ", ".join(name for name in now if name != "training" and before.get(name) != now[name])
         if other:
-            raise ValueError(
-                f"out: {folder} has records of other settings ({other}); give another out, or remove that folder"
-            )
+            raise ValueError(f"out: {folder} has records of other settings ({other}); give another out, or {fix}")
     write_json(file, now)
     written = file.read_bytes()
     size, parts = recipe["batch_size"], []

@@ -38,7 +38,7 @@ from dllm.progress import watched
 from dllm.resolve import build, resolve
 from dllm.samplers.base import Sampler
 from dllm.scripts import app, training
-from dllm.scripts.collecting import check_source, collected, data_name, read_prompts
+from dllm.scripts.collecting import check_source, collected, contents_of, data_name, read_prompts
 from dllm.scripts.model_card import NO_RECIPE, check_recipe, write_card, yaml_block
 from dllm.scripts.training import Trainer, claimed
 from dllm.stored import there
@@ -67,6 +67,7 @@ class Distillation:
         requests: of the prompts.
         completions: (N, G) their results, in the order of the requests.
         how: settings of the loss.
+        contents: hashes of what the completions are made from, by option.
     """
 
     def __init__(
@@ -77,8 +78,10 @@ class Distillation:
         requests: list[Request],
         completions: Tensor,
         how: Forcing,
+        contents: dict[str, str],
     ) -> None:
         self.cfg, self.backbone, self.tokenizer, self.how = cfg, backbone, tokenizer, how
+        self.contents = contents
         self.rng = torch.Generator().manual_seed(cfg.seed)
         starts = torch.tensor([len(request.tokens) - completions.shape[1] for request in requests])
         self.width = max(1, int(starts.max()))  # shifted logits are read a column earlier
@@ -174,11 +177,15 @@ def distill(cfg: DictConfig) -> None:
     requests, _ = prepare(lm, ids, sampler, cache, dllm.Options(**options))
     with claimed("out", cfg.out, RECIPE):
         out = Path(cfg.out)
-        check_recipe(out / RECIPE, cfg, (out / training.STATE).exists())
+        state, contents = training.read_state(out, mapped=True), contents_of(lm, ids, (sampler, cache))
+        check_recipe(out / RECIPE, cfg, state is not None)
+        if state is not None:
+            training.check_contents(cfg, contents, state, (training.STATE, DECODES))
         if not there(out / RECIPE):
             write_whole(out / RECIPE, OmegaConf.to_yaml(cfg))
         completions = _collect(lm, ids, (sampler, cache), options, fields)
-        trainer = trainer_of(cfg, Distillation(cfg, lm.backbone, lm.tokenizer, requests, completions, how))
+        trained = Distillation(cfg, lm.backbone, lm.tokenizer, requests, completions, how, contents)
+        trainer = trainer_of(cfg, trained)
         trainer.resume()
         training.run(trainer, "distilling")
         trainer.export()
@@ -251,7 +258,9 @@ def _collect(
         return found if known and tokens.shape == (len(batch), size) else None
 
     recipe = {name: fields[name] for name in _DECODING}
-    parts = collected(lm, ids, reads, recipe, Path(fields["out"]) / DECODES, stored, make)
+    folder, state = (Path(fields["out"]) / name for name in (DECODES, training.STATE))
+    fix = f"remove that folder and {state}" if state.exists() else "remove that folder"
+    parts = collected(lm, ids, reads, recipe, folder, stored, make, fix)
     return torch.cat([part["completions"] for part in parts])
 
 

@@ -145,6 +145,8 @@ def _check_cards(fields: Mapping[str, Any], samplers: Sequence[str], cards: Path
             pairs |= {name: (getattr(card, name), fields[name]) for name in ("loss", "delta")}
             if fields["problems"] is not None:
                 pairs["number of problems"] = card.data.get("limit"), fields["problems"]
+        policy = build("sampler", {**options_of("sampler", sampler), CALIBRATION: None}, Sampler)
+        pairs |= card.compared(policy)
         calibrate.refuse_others(called, file, pairs)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from dllm import identity
 from dllm.checks import number, seed
 from dllm.files import write_whole
 from dllm.scripts import app, training
@@ -46,10 +47,16 @@ class OnWordProblems:
         self.batches = BatchMaker(cfg, self.tokenizer)
         self.rng = torch.Generator().manual_seed(cfg.seed)
         self.model = self._build().to(cfg.device)
+        start = self._start()
+        self.contents = {} if start is None else {"init": identity.of_path(start)}
         self.compute_loss = torch.compile(self._loss, dynamic=False) if cfg.compile else self._loss
 
     def _build(self) -> PreTrainedModel:
         raise NotImplementedError
+
+    def _start(self) -> Path | None:
+        """The folder of the initial weights."""
+        return Path(self.cfg.init) if self.cfg.init else None
 
     def _loss(self, ids: Tensor, valid: Tensor, masked: Tensor, extra: Tensor) -> Tensor:
         raise NotImplementedError

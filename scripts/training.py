@@ -10,14 +10,14 @@ import io
 import os
 import pickle
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol, TextIO
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -43,9 +43,11 @@ class Objective(Protocol):
 
     Attributes:
         model: whose parameters that require gradients are trained.
+        contents: a hash of what each option that names files stands for, by option.
     """
 
     model: nn.Module
+    contents: dict[str, str]
 
     def loss(self) -> Tensor:
         """The loss of the next batch."""
@@ -107,7 +109,7 @@ class Trainer:
         state = {
             "model": [p.detach().clone() for p in self.parameters], "average": self.average,
             "optimizers": [o.state_dict() for o in self.optimizers], "step": self.step, "seconds": self.seconds,
-            **self.objective.state(),
+            "contents": self.objective.contents, **self.objective.state(),
         }  # fmt: skip
         file = io.BytesIO()
         torch.save(state, file)
@@ -128,17 +130,17 @@ class Trainer:
         """Resume from `out/state.pt` if it exists.
 
         Raises:
-            ValueError: it is damaged, or from another recipe.
+            ValueError: it is damaged, from another recipe, or of other contents.
         """
-        path, state = self.out / STATE, None
+        state = read_state(self.out)
+        check_recipe(self.out / self.recipe, self.cfg, state is not None)
+        if state is None:
+            return
+        check_contents(self.cfg, self.objective.contents, state)
         try:
-            if there(path):
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            check_recipe(self.out / self.recipe, self.cfg, state is not None)
-            if state is not None:
-                self._restore(state)
+            self._restore(state)
         except _DAMAGE as error:
-            raise ValueError(f"{path} is damaged ({first_line(error)}); remove it to train from scratch") from None
+            raise _damaged(self.out / STATE, error) from None
 
     def _restore(self, state: dict[str, Any]) -> None:
         shapes = [p.shape for p in self.parameters]
@@ -168,6 +170,61 @@ class Trainer:
         with torch.no_grad():
             for parameter, value in zip(self.parameters, values, strict=True):
                 parameter.copy_(value)
+
+
+def read_state(out: Path, mapped: bool = False) -> dict[str, Any] | None:
+    """The training checkpoint in a folder; None if there is none.
+
+    Args:
+        out: the folder.
+        mapped: map the tensors instead of reading them.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = out / STATE
+    try:
+        if not there(path):
+            return None
+        state: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        if not isinstance(state, dict) or misfit(state.get("contents", {}), dict[str, str]):
+            raise TypeError("no hashes of contents")
+    except _DAMAGE as error:
+        raise _damaged(path, error) from None
+    return state
+
+
+def check_contents(
+    cfg: DictConfig, now: Mapping[str, str], state: Mapping[str, Any], kept: Sequence[str] = (STATE,)
+) -> None:
+    """Reject a training checkpoint that was made from other contents under the same names.
+
+    Those of earlier versions do not say what they were made from.
+
+    Args:
+        cfg: the options.
+        now: as `Objective.contents`.
+        state: the training checkpoint.
+        kept: names in `out` of what was made from these contents.
+
+    Raises:
+        ValueError: contents differ.
+    """
+    before = state.get("contents", {})
+    if names := [name for name in now if before.get(name, now[name]) != now[name]]:
+        values = {name: OmegaConf.select(cfg, name) for name in names}
+        named = " and ".join(
+            name if isinstance(value, DictConfig) else f"{name}={value!r}" for name, value in values.items()
+        )
+        stale = " and ".join(str(Path(cfg.out) / name) for name in kept)
+        raise ValueError(
+            f"out={str(cfg.out)!r} was trained with other contents of {named}; give another out, or remove {stale} to "
+            "train from scratch"
+        )
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} is damaged ({first_line(error)}); remove it to train from scratch")
 
 
 def muon_and_adamw(model: nn.Module, matrix_lr: float, rest_lr: float) -> list[torch.optim.Optimizer]:

@@ -198,6 +198,41 @@ class TestTraining:
             assert result.code == 2
             assert f"this run has {change}" in result.err
 
+    def test_the_training_of_other_initial_weights_is_not_resumed(
+        self, guide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        init, out = shutil.copytree(guide, tmp_path / "init"), tmp_path / "out"
+        save = training.Trainer.save
+
+        def interrupt(trainer: training.Trainer) -> None:
+            save(trainer)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training.Trainer, "save", interrupt)
+            assert adapt(init, out).code == 130
+        random_guide(len(build_tokenizer()), seed=1, dtype=torch.float32).save_pretrained(init)
+        said = (
+            f"dllm adapt: error: out='{out}' was trained with other contents of init='{init}'; give another out, or "
+            f"remove {out / 'state.pt'} to train from scratch\n"
+        )
+        result = adapt(init, out)
+        assert (result.code, result.err) == (2, said)
+        (out / "state.pt").unlink()
+        assert same(succeed(init, out), succeed(init, tmp_path / "new"))
+        shutil.copytree(guide, init, dirs_exist_ok=True)
+        before = (out / "model.safetensors").read_bytes()
+        result = adapt(init, out)
+        assert (result.code, result.err) == (2, said)
+        assert (out / "model.safetensors").read_bytes() == before
+
+    def test_a_state_of_an_earlier_version_is_resumed(self, guide: Path, adapted: Path, tmp_path: Path) -> None:
+        out = shutil.copytree(adapted, tmp_path / "copy")
+        state = torch.load(out / "state.pt", weights_only=True)
+        del state["contents"]
+        torch.save(state, out / "state.pt")
+        assert same(succeed(guide, out), adapted)
+
     def test_its_card_says_what_it_is_and_only_the_model_is_published(
         self, guide: Path, adapted: Path, tmp_path: Path
     ) -> None:

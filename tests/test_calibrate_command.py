@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import dllm
 from commands import Outcome, command
+from dllm import identity
 from dllm.calibration import Calibration
+from dllm.files import BUNDLED
 from dllm.samplers import Anchored, Calibrated, LocalLeap, Threshold
 
 SETTINGS = "task.limit=30", "batch_size=30", "threads=1", "model.device=cpu", "loss=0.2"
@@ -215,7 +219,46 @@ def test_a_card_of_another_model_is_kept(card: Path, tmp_path: Path) -> None:
     assert card.read_bytes() == before
 
 
-@pytest.mark.parametrize("change", [{"knob": "nothing"}, {"value": -3}, {"sampler": {}}])
+def test_a_card_knows_the_files_of_its_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for end in ("safetensors", "json"):
+        shutil.copy(BUNDLED / "tiny-llada" / f"learn2pd.{end}", f"f.{end}")
+    policy = ("sampler=learn2pd", "sampler.filter=f.safetensors")
+    calibrate = ("calibrate", *SETTINGS, *policy, "task.limit=12", "values=[0.9999]", "loss=0.5", "out=cal")
+    use = ("generate", *policy, "sampler.calibration=cal/calibration.json", "prompt=Tom", "gen_length=64", "show=none")
+    assert command(*calibrate).code == 0
+    card = Path("cal/calibration.json")
+    files = Calibration.read(card).contents
+    assert files.keys() == {"f.safetensors", "f.json"}
+    told = command(*use)
+    assert (told.code, told.err) == (0, "")
+    assert command(*calibrate).code == 0
+    made = files["f.safetensors"]
+    save_file({name: value * 2 for name, value in load_file("f.safetensors").items()}, "f.safetensors")
+    now = identity.digest(Path("f.safetensors"))[:16]
+    told = command(*use)
+    assert told.code == 0
+    assert told.err == (
+        "dllm generate: warning: calibration='cal/calibration.json' was measured with "
+        f"f.safetensors={made}, and is used with f.safetensors={now}: its guarantee does not hold; calibrate with "
+        "these\n"
+    )
+    before = card.read_bytes()
+    refused = command(*calibrate)
+    assert (refused.code, refused.err) == (
+        2,
+        f"dllm calibrate: error: out='cal' holds a card of another f.safetensors ({made}); this run has {now}: give "
+        "another out, or remove cal/calibration.json\n",
+    )
+    assert card.read_bytes() == before
+    earlier = json.loads(before)
+    del earlier["contents"]
+    card.write_text(json.dumps(earlier))
+    told = command(*use)
+    assert (told.code, told.err) == (0, "")
+
+
+@pytest.mark.parametrize("change", [{"contents": 1}, {"knob": "nothing"}, {"value": -3}, {"sampler": {}}])
 def test_damaged_cards_are_named(change: dict[str, Any], card: Path, tmp_path: Path) -> None:
     file = tmp_path / "card.json"
     file.write_text(json.dumps(json.loads(card.read_text()) | change))

@@ -12,14 +12,14 @@ import pytest
 
 import dllm
 from commands import command
-from dllm.calibration import Calibration
+from dllm.calibration import Calibration, files_of
 from dllm.checks import Notice
 from dllm.evaluation.journal import Journal
 from dllm.evaluation.likelihood import Estimate
 from dllm.evaluation.records import Query
 from dllm.evaluation.runner import Runner, Setting
 from dllm.resolve import with_option
-from dllm.samplers import Calibrated, Threshold
+from dllm.samplers import PC, Calibrated, Threshold
 from models import random_llada, random_sdar, save_folder
 
 CARD = {
@@ -195,6 +195,22 @@ class TestOtherSettings:
             "batch_size=1",
         )
         assert (evaluated.code, evaluated.err.count("warning")) == (0, 0)
+
+
+def test_a_moved_file_is_the_same_and_a_changed_one_is_not(made: Callable[..., Path], tmp_path: Path) -> None:
+    table = tmp_path / "table.json"
+    table.write_text("{}")
+    policy, (bundled,) = PC(table), files_of(PC())
+    (own,) = files_of(policy).values()
+    assert bundled == "checkpoints/tiny-llada/frequencies.json"
+    for files, now in (
+        ({}, []), ({table.as_posix(): own}, [own]), ({"moved.json": own}, [own]), ({table.as_posix(): "0"}, [own]),
+        ({"moved.json": "0"}, ["another file"]),
+    ):  # fmt: skip
+        found = Calibration.read(made(contents=files)).compared(policy)
+        assert list(found.items()) == [
+            (name, (then, here)) for (name, then), here in zip(files.items(), now, strict=True)
+        ]
 
 
 def test_several_answers_to_a_problem_are_one_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -248,6 +249,52 @@ class TestResuming:
         assert (result.code, result.err.count("\n")) == (2, 1)
         assert (
             "says eval_seed=1000001, this run has eval_seed=2, so it holds the training of another model" in result.err
+        )
+
+    def test_other_prompts_or_another_model_are_another_training(self, tmp_path: Path) -> None:
+        model, out, data = folder_of(random_llada, tmp_path / "model"), tmp_path / "out", tmp_path / "q.jsonl"
+        trained = out / "state.pt", out / "trajectories"
+
+        def ask(questions: list[str]) -> None:
+            data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in questions))
+
+        def other_model() -> None:
+            save_file(
+                {name: value * 1.5 for name, value in start.items()}, model / "model.safetensors", {"format": "pt"}
+            )
+
+        ask(QUESTIONS)
+        succeed(model, out, f"data={data}")
+        start, before = load_file(model / "model.safetensors"), (out / "adapter_model.safetensors").read_bytes()
+        for change, named in ((lambda: ask(QUESTIONS[::-1]), f"data='{data}'"), (other_model, f"model.path='{model}'")):
+            change()
+            for _ in range(2):
+                result = distil(model, out, f"data={data}")
+                assert (result.code, result.err) == (
+                    2,
+                    f"dllm distill: error: out='{out}' was trained with other contents of {named}; give another out, "
+                    f"or remove {trained[0]} and {trained[1]} to train from scratch\n",
+                )
+                shutil.rmtree(trained[1], ignore_errors=True)
+            assert (out / "adapter_model.safetensors").read_bytes() == before
+            trained[0].unlink()
+            succeed(model, out, f"data={data}")
+            assert same(out, succeed(model, tmp_path / f"new-{change.__name__}", f"data={data}"))
+            before = (out / "adapter_model.safetensors").read_bytes()
+
+    def test_a_training_of_an_earlier_version_goes_on_and_is_removed_whole(self, model: Path, tmp_path: Path) -> None:
+        out, data = tmp_path / "out", tmp_path / "q.jsonl"
+        data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in QUESTIONS))
+        succeed(model, out, f"data={data}")
+        state = torch.load(out / "state.pt", weights_only=True)
+        del state["contents"]
+        torch.save(state, out / "state.pt")
+        succeed(model, out, f"data={data}")
+        data.write_text(json.dumps({"prompt": "Hi"}) + "\n")
+        result = distil(model, out, f"data={data}")
+        assert result.code == 2
+        assert result.err.endswith(
+            f"has records of other settings (prompts); give another out, or remove that folder and {out / 'state.pt'}\n"
         )
 
     def test_a_damaged_batch_is_decoded_again(self, model: Path, distilled: Path, tmp_path: Path) -> None:

@@ -93,6 +93,15 @@ class TestCommand:
         assert f"out='{made[0]}' holds a card of another {told}: give another out, or remove {card}" in refused.err
         assert made[0].with_name("all.md").read_bytes() == page
 
+    def test_a_card_of_another_file_is_refused(self, made: tuple[Path, Outcome], tmp_path: Path) -> None:
+        content = json.loads((made[0] / "tiny-llada" / "calibration" / "saber" / "calibration.json").read_text())
+        card = tmp_path / "cards" / "saber" / "calibration.json"
+        card.parent.mkdir(parents=True)
+        card.write_text(json.dumps(content | {"contents": {"f.safetensors": "12"}}))
+        refused = run(tmp_path / "out", f"cards={tmp_path / 'cards'}")
+        assert (refused.code, refused.err.count("\n")) == (2, 1)
+        assert "holds a card of another f.safetensors (12); this run has another file: give another" in refused.err
+
     def test_any_card_that_exists_is_used_where_none_is_made(self, made: tuple[Path, Outcome]) -> None:
         assert run(made[0], "loss=0.05", "problems=null", "calibrate=false").code == 0
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Qwen2ForCausalLM
 
@@ -224,6 +224,19 @@ class TestWarmStart:
         assert moved < 1e-3  # one step of the warm-up
         assert "starting from the weights of biased" in (out / "README.md").read_text()
 
+    def test_other_weights_in_the_same_folder_are_refused(self, guide: Path, tmp_path: Path) -> None:
+        init = shutil.copytree(guide, tmp_path / "init")
+        out = succeed(tmp_path / "warm", "arch=llada", f"init={init}", "steps=1")
+        succeed(out, "arch=llada", f"init={init}", "steps=1")
+        changed = {name: tensor * 2 for name, tensor in weights(init).items()}
+        save_file(changed, init / "model.safetensors", {"format": "pt"})
+        result = train(out, "arch=llada", f"init={init}", "steps=1")
+        assert (result.code, result.out) == (2, "")
+        assert result.err == (
+            f"dllm train-tiny: error: out='{out}' was trained with other contents of init='{init}'; give another out, "
+            f"or remove {out / 'state.pt'} to train from scratch\n"
+        )
+
 
 class TestCard:
     @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -383,7 +396,9 @@ class TestOtherRuns:
         said = self.refused(out)
         assert "train_tiny.yaml" in said
 
-    @pytest.mark.parametrize("name", ["optimizers", "step", "average", "rng", "problems", "seconds", "state", "model"])
+    @pytest.mark.parametrize(
+        "name", ["optimizers", "step", "average", "rng", "problems", "seconds", "state", "model", "contents"]
+    )
     def test_a_damaged_state_is_named(self, out: Path, name: str) -> None:
         state = torch.load(out / "state.pt", weights_only=True)
         if name == "state":
