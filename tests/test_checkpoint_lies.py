@@ -520,17 +520,17 @@ class TestGuides:
         "no config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
         "an unknown architecture": (lambda folder: config(folder, model_type="evil"), "evil"),
         "heads as text": (lambda folder: config(folder, num_attention_heads="a"), "is not a causal language model"),
-        "heads that are wide": (lambda folder: config(folder, head_dim=10**9), "weights, and there is room for"),
+        "heads that are wide": (lambda folder: config(folder, head_dim=10**9), "weights, and at most"),
         "experts": (_guide(model_type="mixtral", num_local_experts=10**5), "num_local_experts=100000"),
-        "some experts": (_guide(model_type="mixtral", num_local_experts=1000), "weights, and there is room for"),
+        "some experts": (_guide(model_type="mixtral", num_local_experts=1000), "weights, and at most"),
         "layers by another name": (_guide(model_type="gpt2", n_layer=10**6, n_head=4, n_embd=32), "n_layer=1000000"),
-        "some layers": (_guide(model_type="gpt2", n_layer=900, n_head=4, n_embd=32), "weights, and there is room for"),
+        "some layers": (_guide(model_type="gpt2", n_layer=900, n_head=4, n_embd=32), "weights, and at most"),
         "positions": (
             _guide(model_type="gpt2", n_positions=10**7, n_head=4, n_embd=32, n_layer=1),
-            "there is room for",
+            "are plausible",
         ),
-        "sizes of a part": (_guide(model_type="llama4"), "weights, and there is room for"),
-        "width by another name": (_guide(model_type="opt", ffn_dim=10**9, num_hidden_layers=2), "there is room for"),
+        "sizes of a part": (_guide(model_type="llama4"), "weights, and at most"),
+        "width by another name": (_guide(model_type="opt", ffn_dim=10**9, num_hidden_layers=2), "are plausible"),
         "no eps": (lambda folder: config(folder, rms_norm_eps=None), "is not a causal language model"),
     }
 
