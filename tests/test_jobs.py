@@ -8,7 +8,7 @@ import pickle
 import random
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -482,21 +482,29 @@ class TestFolder:
         assert run().code == 0
         assert [row["id"] for row in made()] == [row["id"] for row in ROWS[:8]]
 
-    @pytest.mark.parametrize("finished", [True, False])
-    def test_a_shard_of_an_earlier_run_cut_during_this_one_is_told(
-        self, finished: bool, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def begun(self, finished: bool) -> None:
+        """A job of two shards, of which the second may be missing."""
         lines("q.jsonl", ROWS[:8])
         run()
         if not finished:
             Path("out/rows-000000000004.parquet").unlink()
+
+    def once_open(self, act: Callable[[], object], patch: pytest.MonkeyPatch) -> None:
+        """Do something after the next run has read the folder."""
         open_folder = jobs.JobFolder.open
 
-        def cutting(self: jobs.JobFolder, *given: Any) -> None:
-            open_folder(self, *given)
-            Path("out/rows-000000000000.parquet").write_bytes(b"")
+        def acting(folder: jobs.JobFolder, *given: Any) -> None:
+            open_folder(folder, *given)
+            act()
 
-        monkeypatch.setattr(jobs.JobFolder, "open", cutting)
+        patch.setattr(jobs.JobFolder, "open", acting)
+
+    @pytest.mark.parametrize("finished", [True, False])
+    def test_a_shard_of_an_earlier_run_cut_during_this_one_is_told(
+        self, finished: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.begun(finished)
+        self.once_open(lambda: Path("out/rows-000000000000.parquet").write_bytes(b""), monkeypatch)
         refused(run(), "output='out': rows-000000000000.parquet was changed by another program during this run")
 
     @pytest.mark.parametrize("content", [None, "{}"])
@@ -531,18 +539,9 @@ class TestFolder:
     def test_a_manifest_of_an_earlier_run_lost_during_this_one_is_written_again(
         self, finished: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        lines("q.jsonl", ROWS[:8])
-        run()
-        if not finished:
-            Path("out/rows-000000000004.parquet").unlink()
-        open_folder = jobs.JobFolder.open
-
-        def losing(self: jobs.JobFolder, *given: Any) -> None:
-            open_folder(self, *given)
-            Path("out/_manifest.json").unlink()
-
+        self.begun(finished)
         with monkeypatch.context() as patched:
-            patched.setattr(jobs.JobFolder, "open", losing)
+            self.once_open(Path("out/_manifest.json").unlink, patched)
             refused(run(), "out/_manifest.json was removed by another program during this run; it is written again")
         assert run().code == 0
 

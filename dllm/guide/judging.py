@@ -260,8 +260,8 @@ class Judging:
         # Logits are needed from the first judged token on, in the row where it comes first.
         before = (start - 1 - known).clamp(min=0).where(last > known, ids.shape[1])
         # Synchronizes: the sizes of the forward.
-        sizes = torch.stack(((last - known).amax(), before.amin(), last.amax(), known.amax())).tolist()
-        width, skip, span, old = sizes
+        sizes = (last - known).amax(), before.amin(), last.amax(), known.amax()
+        width, skip, span, old = torch.stack(sizes).tolist()
         if width <= 0:
             return None
         index = known[:, None] + torch.arange(width, device=ids.device)

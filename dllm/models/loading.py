@@ -466,8 +466,10 @@ def _load_weights(family: type[MaskedDiffusionModel], folder: Path, options: Map
 def _is_finite(weight: torch.Tensor) -> bool:
     # Quantised formats are always finite, and offloaded weights are not in memory.
     ordinary = weight.is_floating_point() and type(weight.data) is torch.Tensor and not weight.is_meta
+    if not ordinary:
+        return True
     wide = weight.float() if weight.element_size() == 1 else weight  # torch knows of few functions of float8
-    return not ordinary or bool(wide.isfinite().all())
+    return bool(wide.isfinite().all())
 
 
 def _extra_eos(
