@@ -119,6 +119,7 @@ class Renoise(Policy):
         rows, inside, left = window.rows.tolist(), window.inside, self.max_steps - window.step  # synchronizes
         at = window.rows[:, None], window.columns
         entered = window.step == 0
+        # Synchronizes: each row draws by its own generator.
         self._renoise(window, state, [row for row, new in zip(rows, entered.tolist(), strict=True) if new])
         state.best[window.rows[entered]] = -1
         shown = Edit(window.columns, state.noise[at], window.masked).on(window.tokens)
