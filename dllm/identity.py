@@ -223,7 +223,7 @@ def checksum(tensors: Iterable[tuple[str, Any]], exact: bool = False) -> str:
     state = hashlib.sha256()
     mixers: dict[torch.device, Tensor] = {}
     for name, tensor in tensors:
-        for part in _plain(tensor):
+        for part in plain_tensors(tensor):
             state.update(f"{name}{tuple(part.shape)}".encode())
             if part.is_meta:
                 continue  # offloaded to disk
@@ -258,13 +258,13 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-def _plain(tensor: Any) -> Iterator[Tensor]:
-    """The plain tensors of a tensor: quantised ones have several."""
+def plain_tensors(tensor: Any) -> Iterator[Tensor]:
+    """The plain tensors of a tensor, none if it is something else: quantised ones have several."""
     if not isinstance(tensor, Tensor):
         return
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
-            yield from _plain(getattr(tensor, name))
+            yield from plain_tensors(getattr(tensor, name))
     elif tensor.is_quantized or type(tensor).dequantize is not Tensor.dequantize:
         yield tensor.dequantize().detach()
     else:

@@ -26,10 +26,11 @@ from dllm.bench import Bench, CommitsPerStep, Cost, random_model
 from dllm.bench.sections import SECTIONS
 from dllm.bench.timing import REFERENCES
 from dllm.cache.base import Cache
-from dllm.checks import choice, number, threads
+from dllm.checks import choice, naming, number, threads
 from dllm.checks import known as check_known
 from dllm.decoding import compatibility
 from dllm.escape import markdown, markdown_table
+from dllm.identity import plain_tensors
 from dllm.models.checkpoint import DTYPES
 from dllm.models.loading import find_device
 from dllm.models.packed import pack
@@ -73,7 +74,7 @@ def bench(cfg: DictConfig) -> None:
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     lm = _load(cfg)
-    weights = sum(each.nbytes for each in lm.backbone.parameters())
+    weights = sum(part.nbytes for each in lm.backbone.parameters() for part in plain_tensors(each))
     embedding: Any = lm.backbone.get_input_embeddings().weight  # a step reads a few rows of it
     tied = embedding is lm.backbone.get_output_embeddings().weight
     # The reference implementations run on unpacked weights, and so does everything unless told otherwise.
@@ -172,13 +173,15 @@ def _load(cfg: DictConfig) -> dllm.LanguageModel:
     options: Any = OmegaConf.to_container(cfg.model, resolve=True)
     if not options["path"].startswith("random:"):
         return app.load_model(options | {"pack": False})
-    for name in ("revision", "device_map", "attn_implementation", "adapter", "quantization", "tp"):
+    for name in ("revision", "device_map", "attn_implementation", "adapter", "tp"):
         if options[name]:
             raise ValueError(f"model.{name}={options[name]!r} has no effect on a random model; leave it out")
     device = find_device(options["device"], "model.device")
     dtype = "float32" if options["dtype"] == "auto" else options["dtype"]
     choice("model.dtype", dtype, DTYPES)
-    return random_model(options["path"].removeprefix("random:"), cfg.canvas, device, getattr(torch, dtype))
+    preset = options["path"].removeprefix("random:")
+    with naming({"quantization": "model.quantization"}):
+        return random_model(preset, cfg.canvas, device, getattr(torch, dtype), options["quantization"])
 
 
 def _measure(

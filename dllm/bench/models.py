@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -12,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from dllm.models import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM
 from dllm.models.base import MaskedDiffusionModel
 from dllm.models.linear import join_products
-from dllm.models.loading import LanguageModel
+from dllm.models.loading import LanguageModel, quantised
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,24 @@ PRESETS = {
 }
 
 
-def random_model(preset: str, max_length: int, device: str | torch.device, dtype: torch.dtype) -> LanguageModel:
+def random_model(
+    preset: str,
+    max_length: int,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    quantization: Mapping[str, Any] | None = None,
+) -> LanguageModel:
     """A model with random weights in one of the `PRESETS`, created on its device in its dtype.
 
+    Args:
+        preset: name of the shape.
+        max_length: longest sequence.
+        device: of the weights.
+        dtype: of the weights.
+        quantization: as for `dllm.load`.
+
     Raises:
-        ValueError: an unknown preset.
+        ValueError: an unknown preset, or a `quantization` that cannot be used.
     """
     if preset not in PRESETS:
         known = ", ".join(f"random:{each}" for each in PRESETS)
@@ -63,9 +77,11 @@ def random_model(preset: str, max_length: int, device: str | torch.device, dtype
                     n_layers=shape.layers, mlp_hidden_size=shape.inner, max_sequence_length=max_length, **special,
                 )
             )  # fmt: skip
+    if quantization is not None:
+        backbone = quantised(backbone, quantization)
     if backbone.device.type == "cuda":
         join_products(backbone.blocks)
-    return LanguageModel(backbone.eval(), None, f"random:{preset}")
+    return LanguageModel(backbone.eval(), None, f"random:{preset}", quantization=quantization)
 
 
 @contextmanager

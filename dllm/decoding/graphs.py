@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dllm.models import float8
 from dllm.models.base import MaskedDiffusionModel
 from dllm.models.experts import everywhere
 from dllm.models.transformer import KVStore
@@ -177,7 +178,8 @@ class Forward:
 
     Args:
         backbone: the denoiser.
-        graphs: whether to use graphs; None: if the whole model is in one process, on one CUDA device and not quantised.
+        graphs: whether to use graphs; None: if the whole model is in one process, on one CUDA device, and not quantised
+            but by `float8`.
         capture: makes a graph; None for `Capture`.
 
     Attributes:
@@ -191,9 +193,9 @@ class Forward:
         capture: Callable[[Callable[[], Tensor]], tuple[Graph, Tensor]] | None = None,
     ) -> None:
         if graphs is None:
-            ordinary = getattr(backbone, "hf_quantizer", None) is None and not backbone.is_divided
+            ordinary = getattr(backbone, "hf_quantizer", None) is None or float8.computes(backbone)
             devices = {each.device for each in backbone.parameters()}
-            graphs = ordinary and len(devices) == 1 and {each.type for each in devices} == {"cuda"}
+            graphs = ordinary and not backbone.is_divided and [each.type for each in devices] == ["cuda"]
         self.backbone, self.graphs = backbone, graphs
         # In a graph, which has fixed shapes, experts without a grouped product are computed at every position.
         self._widest = NARROW if any(map(everywhere, backbone.modules())) else _WIDEST
@@ -268,4 +270,11 @@ def weights_of(model: nn.Module) -> tuple[Any, ...]:
         (*each._forward_hooks, *each._forward_pre_hooks, *(str(getattr(each, name, "")) for name in _ADAPTERS))
         for each in model.modules()
     )
-    return *(each.data_ptr() for each in model.parameters()), *state
+    return *(address for each in model.parameters() for address in _addresses(each)), *state
+
+
+def _addresses(tensor: Tensor) -> list[int]:
+    """Of the plain tensors of a tensor: quantised ones have several."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor.data_ptr()]
+    return [address for name in tensor.__tensor_flatten__()[0] for address in _addresses(getattr(tensor, name))]

@@ -19,6 +19,7 @@ from torch import Tensor
 from dllm.checks import first_line
 
 _VARIANTS = 32
+_SMALLEST = 1e-12  # largest number of a row, as which rows of zeros are scaled
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -98,6 +99,14 @@ def gated(gate: Float[Tensor, "*B m"], up: Float[Tensor, "*B m"]) -> Float[Tenso
     # would copy them.
     hidden = F.silu(gate, inplace=True)
     return hidden.mul_(up) if hidden.is_contiguous() else hidden * up
+
+
+@Kernel
+def quantise_rows(x: Float[Tensor, "N d"]) -> tuple[Float[Tensor, "N d"], Float[Tensor, "N 1"]]:
+    """Each row divided by a scale, with which it fills the range of float8 (e4m3); and the scales, in float32."""
+    wide, largest = x.float(), torch.finfo(torch.float8_e4m3fn).max
+    scale = wide.abs().amax(-1, keepdim=True).clamp_min(_SMALLEST) / largest
+    return (wide / scale).clamp(-largest, largest).to(torch.float8_e4m3fn), scale
 
 
 @Kernel

@@ -2,7 +2,7 @@
 
 Few columns take as long as reading the weights, and one product reads them faster than three. The layers keep their
 published names: joined layers are views of one tensor, so that they load, save, train and move as before, and a layer
-that was replaced (quantised, or with an adapter) is computed apart.
+that was replaced (quantised but for `float8`, or with an adapter) is computed apart.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from dllm.models import float8
 
 Layer: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -55,12 +57,13 @@ def _leading(x: Tensor, layers: Sequence[Layer]) -> Sequence[Tensor]:
         run = _run(layers, _continues)
         sizes = [each.high - each.low for each in run]
         return Rows(first.whole, first.low, run[-1].high)(x).split(sizes, -1)
-    run = _run(layers, _is_next) if not torch.is_grad_enabled() and is_plain(first) else [first]
+    run = [first] if torch.is_grad_enabled() else _run(layers, _is_next)
     if len(run) == 1:
         return [first(x)]
     sizes = [each.out_features for each in run]
-    bias = None if run[0].bias is None else run[0].bias.as_strided((sum(sizes),), (1,))
-    return F.linear(x, run[0].weight.as_strided((sum(sizes), x.shape[-1]), (x.shape[-1], 1)), bias).split(sizes, -1)
+    together = [each.as_strided((sum(sizes), *each.shape[1:]), each.stride()) for each in _tensors(first)]
+    product = float8.linear if isinstance(first, float8.Float8Linear) else F.linear
+    return product(x, *together).split(sizes, -1)
 
 
 def _run(layers: Sequence[Any], continues: Callable[[Any, Any], bool]) -> list[Any]:
@@ -76,14 +79,10 @@ def _continues(before: Rows, layer: Any) -> bool:
     return isinstance(layer, Rows) and layer.whole is before.whole and layer.low == before.high
 
 
-def _is_next(before: nn.Linear, layer: Any) -> bool:
+def _is_next(before: Any, layer: Any) -> bool:
     """Whether the weights and biases of a layer follow those of another in the same memory."""
-    if not is_plain(layer) or (before.bias is None) != (layer.bias is None):
-        return False
-    pairs = [(before.weight, layer.weight)]
-    if before.bias is not None:
-        pairs.append((before.bias, layer.bias))
-    return all(_adjacent(left, right) for left, right in pairs)
+    left, right = _tensors(before), _tensors(layer)
+    return type(before) is type(layer) and 0 < len(left) == len(right) and all(map(_adjacent, left, right))
 
 
 def _adjacent(left: Tensor, right: Tensor) -> bool:
@@ -95,6 +94,17 @@ def _adjacent(left: Tensor, right: Tensor) -> bool:
         and left.is_contiguous()
         and right.is_contiguous()
     )
+
+
+def _tensors(layer: Any) -> list[Tensor]:
+    """The tensors of a layer that have a row for each output; none if it is only computed by itself."""
+    if isinstance(layer, float8.Float8Linear) and not is_hooked(layer):
+        own = [*layer.rows, layer.bias]
+    elif is_plain(layer):
+        own = [layer.weight, layer.bias]
+    else:
+        own = []
+    return [each for each in own if each is not None]
 
 
 def is_plain(layer: Any) -> bool:
@@ -113,13 +123,13 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def joinable(*layers: Any) -> bool:
-    """Whether layers are ordinary, and their weights and biases can be stored in one tensor."""
-    if not all(is_plain(layer) and not layer.weight.is_meta for layer in layers):
+    """Whether the weights and biases of layers can be stored in one tensor."""
+    own = [_tensors(layer) for layer in layers]
+    kinds = {(type(layer), len(each)) for layer, each in zip(layers, own, strict=True)}
+    if len(kinds) != 1 or not own[0]:
         return False
-    return all(
-        len({None if each is None else (each.shape[1:], each.dtype, each.device) for each in own}) == 1
-        for own in ([layer.weight for layer in layers], [layer.bias for layer in layers])
-    )
+    alike = [{(each.shape[1:], each.dtype, each.device) for each in same} for same in zip(*own, strict=True)]
+    return all(len(each) == 1 for each in alike) and not own[0][0].is_meta
 
 
 def join(*layers: Any) -> None:
@@ -127,17 +137,16 @@ def join(*layers: Any) -> None:
 
     Without gradients, `outputs` then computes them as one product.
     """
-    for name in ("weight", "bias"):
-        own = [getattr(layer, name) for layer in layers]
-        if own[0] is not None:
-            together = torch.cat([each.data for each in own])
-            for each, view in zip(own, together.split([len(each) for each in own]), strict=True):
-                each.data = view
+    for same in zip(*map(_tensors, layers), strict=True):
+        together = torch.cat([each.data for each in same])
+        for each, view in zip(same, together.split([len(each) for each in same]), strict=True):
+            each.data = view
 
 
 def join_products(blocks: Iterable[Any]) -> None:
     """Join the layers of transformer blocks that have the same input, where they can be."""
     for block in blocks:
+        float8.adopt(block)
         for layers in block.parts.of_one_input if hasattr(block, "parts") else ():
             if joinable(*layers):
                 join(*layers)

@@ -391,6 +391,12 @@ def _quantization(given: Any) -> Any:
         raise ValueError(f"quantization={given!r} cannot be used ({reason}); see transformers for {method}") from None
 
 
+def _unusable(given: Mapping[str, Any], error: Exception) -> ValueError:
+    if isinstance(error, ImportError):
+        return _needs_library(given, error)
+    return ValueError(f"quantization={given!r} cannot be used here ({first_line(error)}); leave it out, or use another")
+
+
 def _needs_library(given: Mapping[str, Any], error: ImportError) -> ValueError:
     return ValueError(
         f"quantization={given!r} needs a library that is not installed ({first_line(error)}); install "
@@ -411,6 +417,26 @@ def _quantised(folder: Path) -> str | None:
     return (read_json(folder / "config.json").get("quantization_config") or {}).get("quant_method")
 
 
+def quantised(backbone: MaskedDiffusionModel, quantization: Mapping[str, Any]) -> MaskedDiffusionModel:
+    """A model with the same weights, quantised as `load` quantises those of a checkpoint.
+
+    Raises:
+        ValueError: the settings cannot be used, or their library is not installed.
+    """
+    settings = _quantization(quantization)
+    given = {"config": backbone.config, "dtype": backbone.dtype, "device_map": {"": backbone.device}}
+    try:
+        with quiet():
+            made: Any = type(backbone).from_pretrained(
+                None, state_dict=backbone.state_dict(), quantization_config=settings, **given
+            )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001  # of any type
+        raise _unusable(quantization, error) from None
+    return made
+
+
 def _load_weights(family: type[MaskedDiffusionModel], folder: Path, options: Mapping[str, Any]) -> MaskedDiffusionModel:
     """Load exactly the tensors of the architecture."""
     options = dict(options) | {"output_loading_info": True, "ignore_mismatched_sizes": True, "local_files_only": True}
@@ -425,9 +451,7 @@ def _load_weights(family: type[MaskedDiffusionModel], folder: Path, options: Map
         if isinstance(error, torch.OutOfMemoryError):
             raise
         if given is not None:
-            raise ValueError(
-                f"quantization={given!r} cannot be used here ({first_line(error)}); leave it out, or use another"
-            ) from None
+            raise _unusable(given, error) from None
         if isinstance(error, RuntimeError) and (method := _quantised(folder)) is not None:  # as without a GPU
             raise ValueError(
                 f"{folder} has weights quantised with {method}, which cannot be used here ({first_line(error)}); "
