@@ -39,6 +39,8 @@ def linear(x: Float[Tensor, "*B d"], weight: Tensor, scale: Tensor, bias: Tensor
         scale: (e, 1), of each row.
         bias: of the outputs.
     """
+    if not x.numel():
+        return x.new_empty(*x.shape[:-1], len(weight))
     rows, scales = quantise_rows(x.reshape(-1, x.shape[-1]))
     product = torch._scaled_mm(
         rows, weight.t(), scale_a=scales, scale_b=scale.t(), bias=bias, out_dtype=x.dtype, use_fast_accum=True
