@@ -100,6 +100,8 @@ class TestLoading:
             dllm.load("/no/such/model", calibration=made(**change))
         with pytest.raises(ValueError, match=r"calibration='/no/card.json' does not exist"):
             dllm.load("/no/such/model", calibration="/no/card.json")
+        with pytest.raises(ValueError, match="calibration=5 does not exist"):
+            dllm.load("/no/such/model", calibration=5)  # type: ignore[arg-type]
 
 
 def engine_nfe(lm: dllm.LanguageModel, *sampler: Any) -> list[int]:

@@ -162,8 +162,9 @@ def test_a_request_can_be_given_up_wherever_it_is() -> None:
     answers = finished(engine)
     assert set(answers) == {1, 2}
     engine.abort(1)  # finished
-    with pytest.raises(ValueError, match=r"id=4 is not a request of this engine"):
-        engine.abort(4)
+    for unknown in (4, -1, "1", None, 1.0):
+        with pytest.raises(ValueError, match=rf"id={unknown!r} is not a request of this engine"):
+            engine.abort(unknown)  # type: ignore[arg-type]
     engine.add([5], gen_length=6)
     engine.step()
     engine.abort(4)

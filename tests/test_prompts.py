@@ -77,6 +77,7 @@ class TestTokenized:
             [[True, False]], [[4.0, 5.0]], [[4, True]], torch.tensor([[True]]), torch.tensor([[4.0]]),
             np.array([[True]]), np.array([[4.5]]), [np.array([4.5])], [torch.tensor([True])], {"ids": [[4]]},
             torch.tensor([4]), torch.tensor([[[4]]]), {"role": "user", "content": "Hi"},
+            {"input_ids": "Hi"}, {"input_ids": b"Hi"},
         ],
         ids=str,
     )  # fmt: skip

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from numbers import Integral
 from threading import Lock, RLock
 from typing import Any
 
@@ -231,7 +232,7 @@ class Engine:
             ValueError: there was no such request.
         """
         with self._lock:
-            if not 0 <= id < self._count:
+            if not (isinstance(id, Integral) and 0 <= id < self._count):
                 raise ValueError(f"id={id!r} is not a request of this engine; give a number that `add` returned")
             self._tell("abort", id)
             left = [(number, request) for number, request in self._waiting if number != id]

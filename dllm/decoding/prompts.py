@@ -177,6 +177,8 @@ def _tokenized(given: Mapping[str, Any], attention_mask: Mask | None) -> tuple[A
             "a list of messages"
         )
     ids, mask = given["input_ids"], given.get("attention_mask")
+    if isinstance(ids, (str, bytes)):
+        raise ValueError(f"prompts['input_ids']={ids!r} is text; give token ids, or the text itself as prompts")
     if mask is not None and attention_mask is not None:
         raise ValueError("attention_mask is given twice, within prompts and separately; leave one out")
     mask = attention_mask if mask is None else mask

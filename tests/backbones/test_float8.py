@@ -195,7 +195,7 @@ def test_layers_of_different_kinds_are_not_joined() -> None:
         {"hp_value_ub": 1.0},
         {"hp_value_lb": 1.0},
     ],
-    ids=str,
+    ids=lambda inputs: next(iter(inputs)),
 )
 def test_what_is_quantised_otherwise_is_left_to_torchao(inputs: dict[str, Any]) -> None:
     torch.manual_seed(0)
