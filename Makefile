@@ -1,6 +1,7 @@
 # make demo         set up .venv and let the bundled model answer a word problem
 # make frontier     set up .venv and compare every policy with three caches: table, plots and page in outputs/frontier
-# make test         set up .venv with the development tools and run the whole test suite
+# make test         set up .venv with the development tools and run the test suite
+# make test-all     the same with all combinations of parameters, of which make test takes a covering set
 # make test-oldest  the same with the oldest declared dependencies, in .venv-oldest
 # make notebooks    run docs/notebooks/*.py and write them with their outputs to build/notebooks
 # make docs         build the documentation site in build/site; DLLM_DOCS_EXECUTE=false runs no notebook
@@ -10,7 +11,7 @@
 # PYTHON names the interpreter to start from, for example: make test PYTHON=/usr/bin/python3.11
 
 PYTHON ?= $(shell for python in python3.11 python3; do "$$python" -c "" 2>/dev/null && echo "$$python" && exit; done; echo python3)
-PYTEST_ARGS ?= -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST_ARGS ?= -n 2 --dist loadgroup --no-loadscope-reorder --covering
 DLLM_ARGS ?=
 # The extras that the tests need; those of the last seven are skipped without them.
 TESTED := dev,docs,eval,plot,scale,serve,structure,sweep
@@ -20,7 +21,7 @@ PIP_ARGS ?= $(if $(CI),--quiet)
 SHELL := /bin/sh
 .SHELLFLAGS := -eu -c
 .DELETE_ON_ERROR:
-.PHONY: demo frontier test test-oldest docs notebooks check lint format types imports typing-links clean
+.PHONY: demo frontier test test-all test-oldest docs notebooks check lint format types imports typing-links clean
 
 # What is compiled once is not compiled again by every process that a test starts.
 unexport PYTHONDONTWRITEBYTECODE
@@ -31,8 +32,8 @@ export PYTHONNOUSERSITE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # The models here are so small that a second thread only gets in the way, and badly on a busy machine.
-demo frontier test test-oldest docs notebooks: export OMP_NUM_THREADS ?= 1
-test test-oldest docs check: export TOKENIZERS_PARALLELISM := false
+demo frontier test test-all test-oldest docs notebooks: export OMP_NUM_THREADS ?= 1
+test test-all test-oldest docs check: export TOKENIZERS_PARALLELISM := false
 
 demo: .venv/.installed
 	.venv/bin/dllm generate $(DLLM_ARGS)
@@ -43,6 +44,9 @@ frontier: .venv/.installed-plot
 
 test: .venv/.installed-dev
 	.venv/bin/python -m pytest $(PYTEST_ARGS)
+
+test-all: .venv/.installed-dev
+	.venv/bin/python -m pytest $(filter-out --covering,$(PYTEST_ARGS))
 
 test-oldest: .venv-oldest/.installed-dev
 	.venv-oldest/bin/python -m pytest $(PYTEST_ARGS)

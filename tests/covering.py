@@ -7,36 +7,39 @@ pair of values. What fails for one value, or where two meet, fails in it.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
+from zlib import crc32
 
 import pytest
 
 Case = tuple[Hashable, ...]
 
 
-def left_out(items: Sequence[pytest.Item]) -> set[pytest.Item]:
-    """The tests that a covering set of each test's cases does not need."""
-    cases: defaultdict[str, list[pytest.Function]] = defaultdict(list)
+def left_out(items: Iterable[pytest.Item]) -> list[pytest.Item]:
+    """The tests that covering sets of the cases of each test do without; none of a test marked `product`."""
+    cases: defaultdict[str, list[tuple[pytest.Item, Mapping[str, Any]]]] = defaultdict(list)
     for item in items:
-        if isinstance(item, pytest.Function) and hasattr(item, "callspec") and not item.get_closest_marker("product"):
-            cases[item.nodeid.partition("[")[0]].append(item)
-    return {
-        item
-        for own in cases.values()
-        for item, kept in zip(own, covering(_values([each.callspec.params for each in own])), strict=True)
-        if not kept
+        given = getattr(item, "callspec", None)
+        if given is not None and item.get_closest_marker("product") is None:
+            cases[item.nodeid.partition("[")[0]].append((item, given.params))
+    # Beginning elsewhere for each test, so that a value does not meet the same others in all of them.
+    kept = {
+        test: covering(_values([given for _, given in own]), crc32(test.encode()) % len(own))
+        for test, own in cases.items()
     }
+    return [item for test, own in cases.items() for (item, _), keep in zip(own, kept[test], strict=True) if not keep]
 
 
-def covering(cases: Sequence[Case]) -> list[bool]:
+def covering(cases: Sequence[Case], first: int = 0) -> list[bool]:
     """Which cases belong to a set in which everything that these cover is covered.
 
-    Greedily, the case that covers most, then the one whose values were taken least often, then the first.
+    Greedily, the case that covers most, then the one whose values were taken least often, then the next.
 
     Args:
         cases: the value of each parameter.
+        first: where to begin.
     """
     strength = min(len(cases[0]) - 1, 2)
     if strength < 1:
@@ -51,7 +54,7 @@ def covering(cases: Sequence[Case]) -> list[bool]:
             key=lambda place: (
                 sum(part in missing for part in parts[place]),
                 -sum(taken[each] for each in enumerate(cases[place])),
-                -place,
+                -((place - first) % len(cases)),
             ),
         )
         kept[best] = True
