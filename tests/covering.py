@@ -18,31 +18,37 @@ Case = tuple[Hashable, ...]
 
 
 def left_out(items: Iterable[pytest.Item]) -> list[pytest.Item]:
-    """The tests that covering sets of the cases of each test do without; none of a test marked `product`."""
-    cases: defaultdict[str, list[tuple[pytest.Item, Mapping[str, Any]]]] = defaultdict(list)
+    """The tests that covering sets of the cases of each test do without; see `covering`.
+
+    The mark `covering(n)` is the strength of a test's set.
+    """
+    cases: defaultdict[str, list[Any]] = defaultdict(list)
     for item in items:
-        given = getattr(item, "callspec", None)
-        if given is not None and item.get_closest_marker("product") is None:
-            cases[item.nodeid.partition("[")[0]].append((item, given.params))
-    # Beginning elsewhere for each test, so that a value does not meet the same others in all of them.
-    kept = {
-        test: covering(_values([given for _, given in own]), crc32(test.encode()) % len(own))
-        for test, own in cases.items()
-    }
-    return [item for test, own in cases.items() for (item, _), keep in zip(own, kept[test], strict=True) if not keep]
+        if hasattr(item, "callspec"):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    others: list[pytest.Item] = []
+    for test, own in cases.items():
+        mark = own[0].get_closest_marker("covering")
+        # Beginning elsewhere for each test, so that a value does not meet the same others in all of them.
+        first = crc32(test.encode()) % len(own)
+        kept = covering(_values([each.callspec.params for each in own]), None if mark is None else mark.args[0], first)
+        others += [item for item, keep in zip(own, kept, strict=True) if not keep]
+    return others
 
 
-def covering(cases: Sequence[Case], first: int = 0) -> list[bool]:
+def covering(cases: Sequence[Case], strength: int | None = None, first: int = 0) -> list[bool]:
     """Which cases belong to a set in which everything that these cover is covered.
 
     Greedily, the case that covers most, then the one whose values were taken least often, then the next.
 
     Args:
         cases: the value of each parameter.
+        strength: number of parameters whose values are combined; None for one of two, and two of three or more.
         first: where to begin.
     """
-    strength = min(len(cases[0]) - 1, 2)
-    if strength < 1:
+    count = len(cases[0])
+    strength = min(count - 1, 2) if strength is None else strength
+    if not 0 < strength < count:
         return [True] * len(cases)
     parts = [[*combinations(enumerate(case), strength)] for case in cases]
     missing = {part for own in parts for part in own}

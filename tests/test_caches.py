@@ -105,6 +105,7 @@ def test_every_sampler_runs_in_batches_with_every_cache(make: Maker, sampler: An
 
 
 @combined
+@pytest.mark.covering(1)
 def test_refreshed_at_every_forward_a_cache_is_none(make: Maker, sampler: Any, cache: Any, size: int) -> None:
     if (key := (make, id(sampler), size)) not in _exact:
         _exact[key] = run(make(), PROMPTS[:4], sampler, "none", batch_size=size, **SHORT)

@@ -22,12 +22,12 @@ FILES = (
     "test_prediction.py", "test_canvas.py", "test_pattern.py", "test_drift.py", "test_layout.py", "test_store.py",
     "test_branches.py",
 )  # fmt: skip
-# Of what differs by no kind of input, such as both families with every sampler, one is enough.
+# Of what differs by no kind of input one is enough.
 NAMES = (
     "(backbones and not packs and not test_kernels and not (decodes_are_the_same and not dllm_cache-random_dream))",
-    "wrong_shape", "within_another", "(finishes_without_masks and llada)",
+    "wrong_shape", "within_another", "finishes_without_masks",
     "(masks_anywhere and ([freecache-prompt or [d2cache] or [dkv]))", "(lower_precision and dtype0 and elastic)",
-    "(edited_position and llada)",
+    "edited_position",
     "(drafts_are_lossless and (prefix-tree or (clean and batch) or (anchored and not threshold)))",
     "test_api", "test_prediction", "test_canvas",
     "(test_drift and not measuring_changes_nothing and not refreshing_above_nothing)", "test_layout",
@@ -55,7 +55,7 @@ def test_a_function_within_another_is_checked_whenever_it_is_made() -> None:
 @pytest.mark.skipif("DLLM_SHAPES" in os.environ, reason="this is that run")
 def test_everything_keeps_the_shapes_it_states() -> None:
     command = [sys.executable, "-m", "pytest", "tests", "-q", "--jaxtyping-packages=dllm,typechecking.check"]
-    command += ["-p", "no:cacheprovider", "-p", "no:xdist", "-k", " or ".join(NAMES)]
+    command += ["--covering", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", " or ".join(NAMES)]
     # Not the paths themselves: their conftest would be imported, and with it dllm, before checking is set up.
     command += [f"--ignore={path}" for path in (ROOT / "tests").iterdir() if path.name not in FILES]
     environment = os.environ | {"DLLM_SHAPES": "1"}
