@@ -155,7 +155,8 @@ def nucleus(scores: NDArray[np.float64], share: float, among: Flags) -> Flags:
     scores = np.where(among, scores, 0.0)
     order = np.argsort(-scores, axis=1, kind="stable")
     ranked = np.take_along_axis(scores, order, axis=1)
-    taken = ranked.cumsum(1) <= share * scores.sum(1, keepdims=True)
+    summed = ranked.cumsum(1)
+    taken = summed <= share * summed[:, -1:]  # all of them at a share of 1, whatever the rounding
     taken[:, 0] = True
     chosen = np.zeros_like(among)
     np.put_along_axis(chosen, order, taken, axis=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -177,7 +178,7 @@ class OverPolicy(Policy):
 
     base: str | Sampler
 
-    @property
+    @cached_property
     def _base(self) -> Sampler:
         return resolve("sampler", self.base, Sampler, "base")
 

@@ -10,9 +10,10 @@ d_0 is accepted; from d_i continue
 while there is one; otherwise t_i is the new canvas. Every accepted canvas is one that the base policy also reaches, so
 the tokens equal those of the base, whatever the drafts: these only decide how many of its steps one forward covers.
 With a cache they equal those of the base with that cache, if the cached keys and values do not depend on the order in
-which a block is decoded; other caches are rejected. Where the base samples (temperature above 0, `order=random`) it
-draws again for each draft, and only the distribution is the same. Rounding may decide near ties: drafts are computed
-in batches of another shape.
+which a block is decoded; other caches are rejected. Where the base draws (temperature above 0, `order=random`) it draws
+others, and only the distribution is the same: tokens for each draft, and an order once for the n-th step that one
+forward covers, so that a draft is made by the numbers that it is verified by. Rounding may decide near ties: drafts are
+computed in batches of another shape.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -52,6 +54,7 @@ class DraftState:
         entry: index of the row's entry in `kept`.
         deepest: maximum number of distinct drafts of any row so far.
         kept: predictions for the accepted drafts of the last step.
+        held: whether these were for rows of which some have a format.
     """
 
     base: Sampler
@@ -63,6 +66,35 @@ class DraftState:
     entry: Int[Tensor, " rows"]
     deepest: int = 1
     kept: Prediction | None = None
+    held: bool = False
+
+
+class _Numbers:
+    """Random numbers for the base's steps in one forward: the same ones wherever the n-th step is looked at.
+
+    A row draws as many in every step, whatever its batch mates do.
+
+    Args:
+        window: the rows.
+        steps: that one forward covers.
+    """
+
+    def __init__(self, window: Window, steps: int) -> None:
+        self._window, self._steps = window, steps
+        self._drawn: list[Tensor] = []
+
+    def of(self, step: Int[Tensor, " N"], entry: Int[Tensor, " N"]) -> Callable[[], Tensor]:
+        """What draws for some steps of some entries of the window, whenever the base asks."""
+        asked = count()
+
+        def draw() -> Tensor:
+            number = next(asked)
+            if number == len(self._drawn):
+                self._drawn.append(self._window.uniform(self._steps))
+            drawn = self._drawn[number]
+            return drawn[step.clamp(max=len(drawn) - 1), entry]
+
+        return draw
 
 
 class DraftAndVerify(OverPolicy):
@@ -118,9 +150,10 @@ class DraftAndVerify(OverPolicy):
             step=state.step[window.rows].where(known, 0),
             entry_masks=state.entry_masks[window.rows].where(known, window.entry_masks),
         )
-        drafts = self._drafts(window, known, state, draft)
+        numbers = _Numbers(window, self.canvases)
+        drafts = self._drafts(window, known, state, draft, numbers)
         new = F.pad((drafts[:, 1:] != drafts[:, :-1]).any(-1), (1, 0), value=True)
-        views = _views(window, drafts, new, state.mask_token_id)
+        views = _views(window, drafts, new, state.mask_token_id, numbers)
         if self.eager:
             views = enter_next_blocks(views, state.mask_token_id)
         views = replace(views, inside=views.inside & views.masked.any(-1, keepdim=True))
@@ -136,18 +169,19 @@ class DraftAndVerify(OverPolicy):
 
         edit = permitted(views, state.base.step(views, judge, state.state), judged)
         targets = edit.on(views.tokens).view_as(drafts)
-        at, step, final = self._follow(window, drafts, new, views, judged[0], targets[:, 0], state)
+        at, step, final = self._follow(window, drafts, new, views, judged[0], targets[:, 0], state, numbers)
         state.block[window.rows], state.step[window.rows] = views.block[at], step + 1
         state.entry_masks[window.rows] = views.entry_masks[at]
         state.entry[window.rows] = torch.arange(len(at), device=at.device)
-        reads = self.reads if window.permit is None else (*self.reads, "tokens", "confidence")
+        state.held = window.permit is not None
+        reads = (*self.reads, "tokens", "confidence") if state.held else self.reads
         state.kept = judged[0].kept(lambda values: values[at], reads)
         mask = state.mask_token_id
         # The last draft contains the tokens of all the others.
         return replace(become(window, final), drafted=drafts[:, -1].where(window.tokens == mask, mask))
 
     def _drafts(
-        self, window: Window, known: Bool[Tensor, " B"], state: DraftState, draft: Draft
+        self, window: Window, known: Bool[Tensor, " B"], state: DraftState, draft: Draft, numbers: _Numbers
     ) -> Int[Tensor, "B D L"]:
         """The canvas, and draft after draft, each made from the one before by the last predictions."""
         drafts = [window.tokens] * min(self.canvases, state.deepest)
@@ -155,9 +189,17 @@ class DraftAndVerify(OverPolicy):
             # The window is as wide as the longest block in it, which may have been another row's then.
             at, width = state.entry[window.rows], window.masked.shape[1]
             stale = state.kept.kept(lambda values: F.pad(values[at], (0, width - values.shape[1])))
-            view = replace(window, inside=window.inside & known[:, None], masked=window.masked & known[:, None])
+            view = replace(
+                window,
+                inside=window.inside & known[:, None],
+                masked=window.masked & known[:, None],
+                permit=window.permit if state.held else None,  # a row with a format is not known otherwise
+            )
+            entries = torch.arange(len(at), device=at.device)
             for k in range(1, len(drafts)):
-                drafts[k] = permitted(view, draft(view, stale), [stale]).on(view.tokens)
+                view = replace(view, uniform=numbers.of(torch.full_like(at, k - 1), entries))
+                after = permitted(view, draft(view, stale), [stale]).on(view.tokens)
+                drafts[k] = after.where(known[:, None], view.tokens)  # the format of another row would be given a token
                 view = _advanced(view, drafts[k], window.step + k, state.mask_token_id)
         return torch.stack(drafts, dim=1)
 
@@ -170,6 +212,7 @@ class DraftAndVerify(OverPolicy):
         judged: Prediction,
         target: Int[Tensor, "B L"],
         state: DraftState,
+        numbers: _Numbers,
     ) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"], Int[Tensor, "B L"]]:
         """Follow the chain of accepted drafts.
 
@@ -181,6 +224,7 @@ class DraftAndVerify(OverPolicy):
             judged: predictions for those.
             target: the base's next canvas of the first draft.
             state: the engine's.
+            numbers: random ones.
 
         Returns:
             The last draft of each chain, as an entry of `views`; the steps the base has taken in its block by
@@ -195,7 +239,8 @@ class DraftAndVerify(OverPolicy):
             # Where drafts are skipped, the base took fewer steps than drafting did; its schedule counts its own.
             step, at = torch.where(moved, (step + 1).where(stays, 0), step), onward
             view = views.taken(at)
-            view = replace(view, step=step.where(view.masked.any(-1), 0), uniform=window.uniform)
+            drawn = numbers.of(at % new.shape[1], entries[:, 0] // new.shape[1])
+            view = replace(view, step=step.where(view.masked.any(-1), 0), uniform=drawn)
             known = judged.kept(partial(torch.index_select, dim=0, index=at))
             edit = state.base.step(view, constant_denoiser(known), state.state)
             after = permitted(view, edit, [known]).on(view.tokens)
@@ -209,16 +254,19 @@ def _advanced(view: Window, tokens: Int[Tensor, "B L"], step: Int[Tensor, " B"],
     return replace(view, tokens=tokens, masked=masked, step=step.where(masked.any(-1), view.step))
 
 
-def _views(window: Window, drafts: Int[Tensor, "B D L"], new: Bool[Tensor, "B D"], mask_token_id: int) -> Window:
+def _views(
+    window: Window, drafts: Int[Tensor, "B D L"], new: Bool[Tensor, "B D"], mask_token_id: int, numbers: _Numbers
+) -> Window:
     """Every draft as an entry of its own; those that need no verification request nothing."""
-    rows, count = new.shape
-    number = torch.arange(count, device=new.device).repeat(rows)
-    every = window.taken(torch.arange(rows, device=new.device).repeat_interleave(count))
+    rows, depth = new.shape
+    number = torch.arange(depth, device=new.device).repeat(rows)
+    entry = torch.arange(rows, device=new.device).repeat_interleave(depth)
+    every = window.taken(entry)
     every = replace(every, tokens=drafts.flatten(0, 1))
     judged = new.flatten() & ~stopped(every, mask_token_id)
     every = replace(
         every,
         inside=every.inside & judged[:, None],
-        uniform=lambda: torch.stack([window.uniform() for _ in range(count)], dim=1).flatten(0, 1),
+        uniform=numbers.of(number, entry),
     )
     return _advanced(every, every.tokens, every.step + number, mask_token_id)

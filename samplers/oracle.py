@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -64,7 +65,7 @@ class Oracle(Policy):
     def __post_init__(self) -> None:
         self._base  # noqa: B018  # rejects an unknown name
 
-    @property
+    @cached_property
     def _base(self) -> Sampler:
         return resolve("sampler", self.base, Sampler, "base")
 

@@ -63,7 +63,7 @@ class Timetables:
 
     Attributes:
         table: entry [n, m, i] is the i-th nonzero quota of a block entered with m masks, for the n-th number of steps
-            of a block.
+            of a block; the last one is 0.
         kinds: these numbers of steps.
     """
 
@@ -76,7 +76,7 @@ class Timetables:
             return
         self.kinds = sorted({*self.kinds, steps})
         most = max(most + 1, self.table.shape[1]) - 1
-        tables = [F.pad(_timestep_quotas(most, n), (0, self.kinds[-1] - n)) for n in self.kinds]
+        tables = [F.pad(_timestep_quotas(most, n), (0, self.kinds[-1] + 1 - n)) for n in self.kinds]
         self.table = torch.stack(tables).to(self.table.device)
 
     def quota(self, steps: Int[Tensor, " B"], window: Window) -> Int[Tensor, " B"]:

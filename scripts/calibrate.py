@@ -21,6 +21,7 @@ import dllm
 from dllm.calibration import Calibration, files_of
 from dllm.checks import naming, number, seed, threads
 from dllm.escape import terminal
+from dllm.evaluation.claim import claimed
 from dllm.evaluation.records import sample_of
 from dllm.evaluation.risk import Test, fixed_sequence, losses_of
 from dllm.evaluation.run_folder import sessions
@@ -73,9 +74,9 @@ def certify(cfg: DictConfig, chosen: Mapping[str, Any]) -> None:
     own.check("out", fields["out"], {card_file: own.CALIBRATION, plot_file: own.CERTIFICATE})
     called = f"out={fields['out']!r}"
     policy = build("sampler", fields["sampler"], Sampler)
-    files, before = files_of(policy), _check_card(fields, knob, called, card_file, policy)
-    runs = _Runs(cfg, fields, chosen)
-    with evaluate.limited_threads(fields["threads"]):
+    with claimed(card_file, called, "another out"), evaluate.limited_threads(fields["threads"]):
+        files, before = files_of(policy), _check_card(fields, knob, called, card_file, policy)
+        runs = _Runs(cfg, fields, chosen)
         base = runs.scores({**options_of("sampler", "vanilla"), CALIBRATION: None}, "vanilla")
         if before is not None:
             refuse_others(called, card_file, {"model": (before.weights, runs.weights)})
@@ -90,13 +91,13 @@ def certify(cfg: DictConfig, chosen: Mapping[str, Any]) -> None:
         for test in fixed_sequence(values, losses, fields["loss"], fields["delta"]):
             tests.append(_row(test, runs.last))
             print(f"{knob}={test.setting!r}: {_shown(runs.last)}  {_verdict(test)}", flush=True)
-    now = files_of(policy)
-    if other := [name for name in files if now.get(name) != files[name]]:
-        raise OSError(f"{other[0]} was changed by another program during this run; run the command again")
-    card = runs.card(knob, tests, files)
-    own.write("out", fields["out"], {plot_file: (own.CERTIFICATE, plot)} if (plot := _plot(card)) else {})
-    card.write(card_file)
-    print(_summary(card, card_file))
+        now = files_of(policy)
+        if other := [name for name in files if now.get(name) != files[name]]:
+            raise OSError(f"{other[0]} was changed by another program during this run; run the command again")
+        card = runs.card(knob, tests, files)
+        own.write("out", fields["out"], {plot_file: (own.CERTIFICATE, plot)} if (plot := _plot(card)) else {})
+        card.write(card_file)
+        print(_summary(card, card_file))
 
 
 class _Runs:

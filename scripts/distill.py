@@ -30,6 +30,7 @@ from dllm.checks import number, seed
 from dllm.decoding.prompts import encode
 from dllm.decoding.request import Request
 from dllm.distillation import Forcing, answer_logits, draw_masks, forcing_loss
+from dllm.evaluation.claim import claimed
 from dllm.evaluation.word_problems import Score, evaluate
 from dllm.files import expanded, is_folder, write_whole
 from dllm.models.base import MaskedDiffusionModel
@@ -40,7 +41,7 @@ from dllm.samplers.base import Sampler
 from dllm.scripts import app, training
 from dllm.scripts.collecting import check_source, collected, contents_of, data_name, read_prompts
 from dllm.scripts.model_card import NO_RECIPE, check_recipe, write_card, yaml_block
-from dllm.scripts.training import Trainer, claimed
+from dllm.scripts.training import Trainer
 from dllm.stored import there
 from dllm.tasks import word_problems
 
@@ -175,7 +176,7 @@ def distill(cfg: DictConfig) -> None:
     lm = _load(fields["model"])
     ids = encode(prompts, lm.tokenizer)
     requests, _ = prepare(lm, ids, sampler, cache, dllm.Options(**options))
-    with claimed("out", cfg.out, RECIPE):
+    with claimed(Path(cfg.out) / RECIPE, f"out={cfg.out!r}", "another folder"):
         out = Path(cfg.out)
         state, contents = training.read_state(out, mapped=True), contents_of(lm, ids, (sampler, cache))
         check_recipe(out / RECIPE, cfg, state is not None)

@@ -21,6 +21,7 @@ from dllm.api import prepare
 from dllm.cache.base import Cache
 from dllm.checks import choice, number, seed, threads
 from dllm.decoding.prompts import encode
+from dllm.evaluation.claim import claimed
 from dllm.files import read_json, write_whole
 from dllm.filters import Filter, FilterCard
 from dllm.filters.training import Records, Training, collect, fit, measure, split
@@ -65,34 +66,34 @@ def train_filter(cfg: DictConfig) -> None:
     trained = {name: fields[name] for name in _TRAINING}
     made = trained | {name: fields[name] for name in ("block_length", "cache", "sampler", "seed")}
     made |= {"fingerprint": lm.backbone.fingerprint(), "data": data_name(cfg), "prompts": len(ids)}
-    _check_finished(out, made)
-    records = _collect(
-        lm, ids, sampler, cache, options, _records(out), {key: fields[key] for key in _RECIPE} | {"training": trained}
-    )
-    learn, held_out = split(records, how)
-    with progress_reports("training") as report:
-        network, epoch = fit(
-            learn, held_out, how, lambda number, loss: report(number, how.epochs, f"held-out loss {loss:.4f}")
+    with claimed(out, f"out={str(out)!r}", "another out"):
+        _check_finished(out, made)
+        recipe = {key: fields[key] for key in _RECIPE} | {"training": trained}
+        records = _collect(lm, ids, sampler, cache, options, _records(out), recipe)
+        learn, held_out = split(records, how)
+        with progress_reports("training") as report:
+            network, epoch = fit(
+                learn, held_out, how, lambda number, loss: report(number, how.epochs, f"held-out loss {loss:.4f}")
+            )
+        quality, calibration = measure(network, held_out)
+        card = FilterCard(
+            architecture=network.architecture,
+            block_length=records.confidence.shape[1],
+            backbone=lm.name,
+            fingerprint=lm.backbone.fingerprint(),
+            cache=fields["cache"],
+            sampler=fields["sampler"],
+            data=data_name(cfg),
+            prompts=len(ids),
+            seed=cfg.seed,
+            records={"learned": len(learn.prompt), "held_out": len(held_out.prompt), "epoch": epoch},
+            held_out=quality,
+            calibration=calibration,
         )
-    quality, calibration = measure(network, held_out)
-    card = FilterCard(
-        architecture=network.architecture,
-        block_length=records.confidence.shape[1],
-        backbone=lm.name,
-        fingerprint=lm.backbone.fingerprint(),
-        cache=fields["cache"],
-        sampler=fields["sampler"],
-        data=data_name(cfg),
-        prompts=len(ids),
-        seed=cfg.seed,
-        records={"learned": len(learn.prompt), "held_out": len(held_out.prompt), "epoch": epoch},
-        held_out=quality,
-        calibration=calibration,
-    )
-    _check_files(out)
-    Filter(network, card, out.stem).save(out)
-    plot = _plot(card, out.with_suffix(".svg"))
-    _report(card, out, plot)
+        _check_files(out)
+        Filter(network, card, out.stem).save(out)
+        plot = _plot(card, out.with_suffix(".svg"))
+        _report(card, out, plot)
 
 
 def _out(cfg: DictConfig) -> Path:

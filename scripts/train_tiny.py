@@ -23,12 +23,13 @@ from transformers.utils import logging
 
 from dllm import identity
 from dllm.checks import number, seed
+from dllm.evaluation.claim import claimed
 from dllm.files import write_whole
 from dllm.scripts import app, training
 from dllm.scripts.model_card import RECIPE, model_card, read_recipe, write_card
 from dllm.scripts.tiny_data import BatchMaker, corrupt
 from dllm.scripts.tiny_models import build_model
-from dllm.scripts.training import Trainer, claimed, publish
+from dllm.scripts.training import Trainer, publish
 from dllm.tasks import word_problems
 from dllm.tasks.tokenizer import build_tokenizer
 
@@ -132,7 +133,7 @@ def carry_out(cfg: DictConfig, trainer: Trainer, recipe_file: str, doing: str, a
         doing: title of the progress bar.
         arch: of the card.
     """
-    with claimed("out", cfg.out, recipe_file):
+    with claimed(Path(cfg.out) / recipe_file, f"out={cfg.out!r}", "another folder"):
         trainer.resume()
         if trainer.step < cfg.steps:
             write_whole(trainer.out / recipe_file, OmegaConf.to_yaml(cfg))

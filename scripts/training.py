@@ -7,11 +7,9 @@ average of the weights.
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol, TextIO
@@ -22,7 +20,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from dllm.checks import first_line, number, seed, threads
-from dllm.evaluation.claim import Claim
+from dllm.evaluation.claim import claimed
 from dllm.files import write_whole
 from dllm.progress import progress_bar, watched
 from dllm.scripts import app, own
@@ -238,22 +236,10 @@ def muon_and_adamw(model: nn.Module, matrix_lr: float, rest_lr: float) -> list[t
     ]
 
 
-@contextmanager
-def claimed(option: str, folder: str, recipe: str) -> Iterator[None]:
-    """Create and lock a folder."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    claim = Claim(Path(os.path.realpath(folder)) / recipe, f"{option}={folder!r}", "another folder")
-    claim.take()
-    try:
-        yield
-    finally:
-        claim.release()
-
-
 def publish(out: Path, folder: Path, recipe: str) -> None:
     """Copy a finished model, without the training checkpoint."""
     own.check_training("publish", folder, PUBLISHED, recipe)
-    with claimed("publish", str(folder), recipe):
+    with claimed(folder / recipe, f"publish={str(folder)!r}", "another folder"):
         for name in PUBLISHED:
             if (out / name).exists() and name != "README.md":
                 write_whole(folder / name, (out / name).read_bytes())

@@ -14,6 +14,7 @@ import dllm
 from commands import Outcome, command
 from dllm import identity
 from dllm.calibration import Calibration
+from dllm.evaluation import claim
 from dllm.files import BUNDLED
 from dllm.samplers import Anchored, Calibrated, LocalLeap, Threshold
 
@@ -185,6 +186,14 @@ def test_files_of_others_are_kept(tmp_path: Path) -> None:
     assert outcome.code == 2
     assert "is not a card of dllm calibrate" in outcome.err
     assert (tmp_path / "calibration.json").read_text() == "mine"
+
+
+def test_one_that_is_being_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim.Claim.__init__, "__defaults__", (0.0,))
+    with claim.claimed(tmp_path / "out" / "calibration.json", "", ""):
+        told = run(tmp_path / "out")
+    assert told.code == 2 and "is being written by process" in told.err and "another out" in told.err
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_card_of_another_setting_is_kept(made: tuple[Path, Outcome], card: Path) -> None:

@@ -16,6 +16,7 @@ from dllm.cache import DLLMCache, Dual, FreeCache, NoCache
 from dllm.cache.base import Cache
 from dllm.decoding.drift import Comparison
 from dllm.resolve import names, resolve
+from dllm.samplers import Wino
 from engine_rig import observed
 from models import random_dream, random_llada
 from toys import Drafting, Leftmost
@@ -35,6 +36,16 @@ def run(lm: dllm.LanguageModel, sampler: Any, cache: Any, **options: Any) -> dll
 
 def made(name: str, **options: Any) -> Any:
     return replace(resolve("cache", name, Cache), **options)
+
+
+@backbones
+def test_what_is_asked_of_decided_tokens_is_measured_as_alone(make: Maker) -> None:
+    lm, cache = make(), FreeCache(measure_every=2, refresh_above=0.05)
+    together = run(lm, Wino(0.2, 0.6, 2), cache)
+    assert together.stats.drift is not None
+    alone = [dllm.generate(lm, [each], Wino(0.2, 0.6, 2), cache, **OPTIONS) for each in PROMPTS]
+    assert together.nfe.tolist() == [int(each.nfe) for each in alone]
+    assert together.stats.drift.measured == sum(each.stats.drift.measured for each in alone if each.stats.drift)
 
 
 APPROXIMATE = [name for name in CACHES if name != "block"]  # it is exact, or computes everything

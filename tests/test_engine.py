@@ -20,14 +20,18 @@ from dllm.decoding import graphs
 from dllm.decoding.compatibility import unmet
 from dllm.decoding.window import Edit, Window
 from dllm.resolve import names
-from dllm.samplers import FreeDave
+from dllm.samplers import SSD, FreeDave, Vanilla, Wino
 from dllm.samplers.base import Denoise, Policy, commit
 from dllm.samplers.selection import top
 from engine_rig import waiting_engine
 from models import random_dream, random_llada
 from toys import Device, Editing, Revoking, Stalling
 
-SAMPLERS: dict[str, Any] = {**BY_NAME, "freedave": FreeDave(3), "revoking": Revoking(), "editing": Editing()}
+SAMPLERS: dict[str, Any] = {
+    **BY_NAME, "freedave": FreeDave(3), "freedave-random": FreeDave(12, Vanilla(order="random")),
+    "ssd-drawn": SSD(3, Vanilla(alg_temp=1.0)), "wino": Wino(0.2, 0.6, 2),
+    "revoking": Revoking(), "editing": Editing(),
+}  # fmt: skip
 # One set of options for each request of a mixture.
 MIXTURE: list[dict[str, Any]] = [
     {"gen_length": 10, "block_length": 4},

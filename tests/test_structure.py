@@ -177,6 +177,34 @@ def test_other_rows_of_the_batch_are_unchanged() -> None:
     assert answers[1].completion == alone.completions[0].tolist()
 
 
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        samplers.FreeDave(3, "entropy_threshold"),
+        samplers.FreeDave(3, samplers.Vanilla(order="random")),
+        samplers.SSD(3),
+        samplers.Vanilla(4, schedule="timestep"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("held", [False, True])
+def test_a_row_may_join_others_without_a_format_or_with_one(sampler: Any, held: bool) -> None:
+    lm = text_model()
+
+    def answer(beside: bool) -> Any:
+        with Engine(lm, sampler, batch_size=2, max_length=64) as engine:
+            if beside:
+                engine.add("Hi you", response_format=FORMAT if held else None, **OPTIONS | {"seed": 5})
+                engine.step()
+            number = engine.add("Hello", response_format=FORMAT, **OPTIONS | {"block_length": 12, "seed": 1})
+            answers = {event.id: event.answer for step in engine.steps() for event in step if event.answer}
+        assert not any(each.error for each in answers.values())
+        return answers[number]
+
+    alone, joined = answer(False), answer(True)
+    assert (joined.completion, joined.nfe) == (alone.completion, alone.nfe)
+
+
 @pytest.mark.parametrize("base", [samplers.Vanilla(), samplers.Vanilla(steps=12), samplers.Threshold(0.4)])
 @pytest.mark.parametrize("kind", ["llada", "dream"])
 def test_lossless_drafts_give_the_answers_of_their_base(base: Any, kind: str) -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import dllm
 from commands import Outcome, command, in_a_process, start
+from dllm.evaluation import claim
 from dllm.filters import ConfidenceFilter, load_filter
 from dllm.samplers import Learn2PD
 from dllm.scripts import train_filter as application
@@ -42,6 +43,15 @@ def train(model: Path, out: Path, *arguments: str) -> Outcome:
 def trained(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, Path]:
     out = tmp_path_factory.mktemp("filter") / "new" / "mine.safetensors"
     return train(model, out), out
+
+
+def test_one_that_is_being_written_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim.Claim.__init__, "__defaults__", (0.0,))
+    out = tmp_path / "mine.safetensors"
+    with claim.claimed(out, "", ""):
+        told = train(model, out)
+    assert told.code == 2 and "is being written by process" in told.err and "another out" in told.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def tensors(out: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ _PACE = 1.5  # a row may commit so many times as many tokens as in its last step
 _BITS = 24  # of a length that is read back with the tokens
 
 
-def _unforeseen() -> Tensor:
+def _unforeseen(times: int | None = None) -> Tensor:
     raise Draws
 
 
@@ -451,17 +451,21 @@ class Canvas:
         within = (column >= start[:, None]) & (column < self.high[rows, None])
         self.entry_masks[rows] = (masked & within).sum(1)
 
-    def _uniform(self, rows: NDArray[np.int64], width: int) -> Callable[[], Tensor]:
+    def _uniform(self, rows: NDArray[np.int64], width: int) -> Callable[..., Tensor]:
         # A loop over rows on purpose: a row's draws must not depend on the other rows of the batch.
         fixed = np.minimum(self.block_length, self.end - self.origin)
         counts = np.where(self.reach > 0, self.high - self.low, fixed)[rows].tolist()
         sources = [self.generators[row] for row in rows.tolist()]
 
-        def draw() -> Tensor:
-            noise = torch.zeros(len(rows), width, dtype=torch.float32, device=self.device)
-            for entry, (source, count) in enumerate(zip(sources, counts, strict=True)):
-                noise[entry, :count] = torch.rand(count, generator=source, dtype=noise.dtype, device=self.device)
-            return noise
+        useful = (self.end - self.origin)[rows].tolist()
+
+        def draw(times: int | None = None) -> Tensor:
+            most = min(times or 1, max(useful, default=1))
+            noise = torch.zeros(most, len(rows), width, dtype=torch.float32, device=self.device)
+            for entry, (source, count, positions) in enumerate(zip(sources, counts, useful, strict=True)):
+                own = min(most, positions), count
+                noise[: own[0], entry, :count] = torch.rand(own, generator=source, device=self.device)
+            return noise[0] if times is None else noise
 
         return draw
 

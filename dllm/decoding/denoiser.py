@@ -391,8 +391,6 @@ class Denoiser:
     def _measured(self, question: Question, plan: Plan, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
         """The logits, after comparing them with exact ones where a measurement is due."""
         meter = self.meter
-        if question.joined > 1 and question.attention == "shadow":  # no exact forward of their own
-            return logits
 
         def exact(sequences: NDArray[np.int64], comparison: KVStore) -> Float[Tensor, "N V"]:
             some = replace(question, joined=1).some(sequences)

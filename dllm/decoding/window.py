@@ -44,7 +44,8 @@ class Window:
         block_length: length of the active block, at most K; it may exceed what is left of the row.
         ends: (B, E) end-of-text ids of a row, the fill token first; -1 where a row has fewer.
         stop_at_eos: True where a row is finished once everything up to its first end-of-text is decoded.
-        uniform: draws (B, K) numbers in [0, 1), each row from its own generator.
+        uniform: draws (B, K) numbers in [0, 1), each row from its own generator; with `times`, (T, B, K) of them, of
+            which those beyond the positions of a row are 0.
         permit: takes from an edit of (some of) these rows, made by a prediction aligned to their columns, what would
             leave the format of their answers. The engine passes every edit through it; a policy that goes ahead of the
             canvas in a step does so, too. None where no row has a format.
@@ -65,7 +66,7 @@ class Window:
     block_length: Int[Tensor, " B"]
     ends: Int[Tensor, "B E"]
     stop_at_eos: Bool[Tensor, " B"]
-    uniform: Callable[[], Tensor]
+    uniform: Callable[..., Tensor]
     permit: Callable[[Window, Edit, Any], Edit] | None = None
 
     def taken(self, entries: Int[Tensor, " N"]) -> Window:

@@ -7,7 +7,8 @@ import os
 import platform
 import shlex
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TypedDict
@@ -104,6 +105,19 @@ class Claim:
                 return file.read(_LARGEST)
         except OSError:
             return b""
+
+
+@contextmanager
+def claimed(file: Path, called: str, give: str) -> Iterator[None]:
+    """Lock a file, whose folder is created if needed; arguments and errors as of `Claim`."""
+    place = Path(os.path.realpath(file))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    claim = Claim(place, called, give)
+    claim.take()
+    try:
+        yield
+    finally:
+        claim.release()
 
 
 def _holder(content: bytes) -> _Holder | None:

@@ -57,6 +57,11 @@ def test_the_nucleus_is_the_heaviest_and_no_heavier_than_its_share(
     assert not len(left) or kept.sum() + left.max() > share * total - 1e-9
 
 
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=40))
+def test_the_nucleus_of_everything_is_everything(scores: list[float]) -> None:
+    assert nucleus(np.array([scores]), 1.0, np.ones((1, len(scores)), dtype=bool)).all()
+
+
 @given(flags, st.integers(0, 6))
 def test_gaps_up_to_a_width_are_filled(chosen: list[bool], width: int) -> None:
     filled = inflate(np.array([chosen]), width)[0]

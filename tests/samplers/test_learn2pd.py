@@ -17,7 +17,9 @@ import dllm
 from dllm.checks import Notice
 from dllm.decoding.prediction import Prediction, Sampling
 from dllm.filters import ConfidenceFilter, Filter, FilterCard, NeighbourFilter
+from dllm.resolve import build
 from dllm.samplers import Learn2PD
+from dllm.samplers.base import Sampler
 from models import random_dream, random_filter, random_llada
 from sampler_rig import MASK, chosen, facts, request, window
 
@@ -251,3 +253,12 @@ class TestRefusals:
     def test_values_out_of_range_are_named(self, name: str, value: Any) -> None:
         with pytest.raises(ValueError, match=rf"{name}=.*(use|expected) "):
             Learn2PD(**{name: value})
+
+
+@pytest.mark.parametrize("wrong", [5, 0.5, True, ["tiny-llada"]])
+def test_what_is_no_filter_is_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="is not a filter; give its file or name"):
+        Learn2PD(wrong)
+    nested = {"_target_": "dllm.samplers.Learn2PD", "filter": wrong}
+    with pytest.raises(ValueError, match="is not a filter"):
+        build("sampler", {"_target_": "dllm.samplers.Anchored", "base": nested}, Sampler)

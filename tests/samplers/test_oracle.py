@@ -62,3 +62,10 @@ def test_nor_is_its_time() -> None:
 def test_an_unknown_base_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown base='best'"):
         Oracle("best")
+
+
+def test_one_over_another_over_another_is_made_at_once() -> None:
+    nested: Any = "vanilla"
+    for _ in range(60):  # each would take twice as long as the one before
+        nested = Oracle(nested)
+    assert nested.needs == frozenset()

@@ -64,6 +64,17 @@ def test_the_timestep_schedule_is_dreams() -> None:
     assert quotas_of(Vanilla(steps=4, schedule="timestep"), 16, 10) == [2, 2, 2, 4]
 
 
+@pytest.mark.parametrize("others", [[], [7]])
+def test_steps_beyond_the_timestep_schedule_commit_one_token(others: list[int]) -> None:
+    sampler = Vanilla(steps=2, schedule="timestep")
+    state, whole = sampler.start(facts()), request(16, 16)
+    sampler.enter(state, 0, whole)
+    for steps in others:  # of rows beside it
+        state.add(steps, 16)
+    view = window(torch.arange(16) < 5, 4, entry_masks=16, span=16)
+    assert int(sampler._quota(view, state)) == 1
+
+
 @pytest.mark.parametrize("order", ["low_confidence", "margin", "entropy"])
 def test_every_order_prefers_the_surest(order: str) -> None:
     assert chosen(Vanilla(order=order), [0.5, 0.9, nan, 0.7]) == [1]  # type: ignore[arg-type]
