@@ -502,7 +502,8 @@ def _extra_eos(
     path = folder / "generation_config.json"
     listed = read_json(path).get("eos_token_id") if path.is_file() else None
     added = {} if tokenizer is None else tokenizer.get_added_vocab()
-    return (*token_ids(listed), *(added[token] for token in backbone.end_of_turn if token in added))
+    named = [added[token] for token in backbone.end_of_turn if token in added]
+    return (*token_ids(listed), *(each for each in named if each != backbone.mask_token_id))
 
 
 def _check_vocabulary(backbone: MaskedDiffusionModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
