@@ -18,6 +18,7 @@ import torch
 
 import dllm
 from commands import command
+from dllm.scripts import evaluate
 from models import random_fast_dllm, random_llada, random_llada2, random_llada_moe, random_sdar, save_folder
 from warm import Process
 
@@ -145,7 +146,9 @@ def test_options_that_do_not_fit_are_refused(options: dict[str, Any], message: s
         dllm.load("tiny-llada", **{"tp": True} | options)
 
 
-def test_commands_say_it_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_say_it_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    evaluate._load.cache_clear()  # what other tests of this process loaded
     told = command("generate", "model.tp=true")
     assert (told.code, told.err.count("\n")) == (2, 1)
     assert "model.tp=true divides the model over processes that torchrun starts" in told.err

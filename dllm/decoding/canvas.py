@@ -464,7 +464,9 @@ class Canvas:
             noise = torch.zeros(most, len(rows), width, dtype=torch.float32, device=self.device)
             for entry, (source, count, positions) in enumerate(zip(sources, counts, useful, strict=True)):
                 own = min(most, positions), count
-                noise[: own[0], entry, :count] = torch.rand(own, generator=source, device=self.device)
+                noise[: own[0], entry, :count] = torch.rand(
+                    own, generator=source, dtype=noise.dtype, device=self.device
+                )
             return noise[0] if times is None else noise
 
         return draw
