@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cache
 from typing import Any
 
@@ -210,3 +211,22 @@ def test_a_row_that_another_left_begins_anew() -> None:
     answers = {number: answer for step in engine.steps() for number, answer in step.answers.items()}
     alone = dllm.generate(lm, [[4, 10]], FreeDave(base="threshold"), gen_length=8)
     assert answers[late].completion == alone.completions[0].tolist()
+
+
+@pytest.mark.parametrize("base", [Vanilla(order="random"), Vanilla(alg_temp=0.3)], ids=["random", "drawn"])
+def test_an_order_that_is_drawn_has_the_distribution_of_the_base(base: Vanilla) -> None:
+    lm, rows = random_llada(dtype=torch.float32, sharpness=3.0), 600
+    counts, nfe = [], []
+    for sampler in (base, FreeDave(4, base)):
+        result = dllm.generate(
+            lm, [[5, 9, 3]] * rows, sampler, gen_length=4, block_length=4, batch_size=100, stop_at_eos=False, seed=0
+        )
+        counts.append(Counter(map(tuple, result.completions.tolist())))
+        nfe.append(float(result.nfe.double().mean()))
+    found = counts[0] | counts[1]
+    assert len(found) > 3
+    # Two samples of one distribution: of as many degrees of freedom as outcomes, less one.
+    square = sum((counts[0][each] - counts[1][each]) ** 2 / (counts[0][each] + counts[1][each]) for each in found)
+    chance = torch.special.gammaincc(torch.tensor((len(found) - 1) / 2), torch.tensor(square / 2))
+    assert chance > 0.01
+    assert nfe[1] < nfe[0]
