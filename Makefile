@@ -2,7 +2,7 @@
 # make frontier     set up .venv and compare every policy with three caches: table, plots and page in outputs/frontier
 # make test         set up .venv with the development tools and run the test suite
 # make test-all     the same with all combinations of parameters, of which make test takes a covering set
-# make test-oldest  the same with the oldest declared dependencies, in .venv-oldest
+# make test-oldest  make test with the oldest declared dependencies, in .venv-oldest
 # make notebooks    run docs/notebooks/*.py and write them with their outputs to build/notebooks
 # make docs         build the documentation site in build/site; DLLM_DOCS_EXECUTE=false runs no notebook
 # make check        lint, format, types, imports (make -k check goes on after a failure)

@@ -62,8 +62,10 @@ class Calibration:
             ValueError: no such file, or it is damaged or something else.
         """
         file = Path(path) if isinstance(path, (str, Path)) else None
-        if file is None or not there(file, _FIX):
-            raise ValueError(f"calibration={path if file is None else str(path)!r} does not exist; {_FIX}")
+        if file is None:
+            raise ValueError(f"calibration={path!r} is not a path; {_FIX}")
+        if not there(file, _FIX):
+            raise ValueError(f"calibration={str(path)!r} does not exist; {_FIX}")
         found = read_json(file, _FIX)
         if found.pop("format", None) != FORMAT or found.pop("version", None) != VERSION:
             raise ValueError(f"calibration={str(path)!r} is not a card of dllm calibrate; {_FIX}")

@@ -55,6 +55,7 @@ class DraftState:
         deepest: maximum number of distinct drafts of any row so far.
         kept: predictions for the accepted drafts of the last step.
         held: whether these were for rows of which some have a format.
+        sampled: whether any row so far draws tokens, from the generator that orders are drawn from as well.
     """
 
     base: Sampler
@@ -67,6 +68,7 @@ class DraftState:
     deepest: int = 1
     kept: Prediction | None = None
     held: bool = False
+    sampled: bool = False
 
 
 class _Numbers:
@@ -90,11 +92,15 @@ class _Numbers:
         def draw() -> Tensor:
             number = next(asked)
             if number == len(self._drawn):
-                self._drawn.append(self._window.uniform(self._steps))
+                self.draw()
             drawn = self._drawn[number]
             return drawn[step.clamp(max=len(drawn) - 1), entry]
 
         return draw
+
+    def draw(self) -> None:
+        """Draw those that the base asks for next."""
+        self._drawn.append(self._window.uniform(self._steps))
 
 
 class DraftAndVerify(OverPolicy):
@@ -133,6 +139,7 @@ class DraftAndVerify(OverPolicy):
         state.block[row], state.entry[row] = -1, 0
         # Each draft that differs from the previous one has at least one more token.
         state.deepest = max(state.deepest, request.span + 1)
+        state.sampled |= request.sampling.temperature > 0
 
     def verified(self, window: Window, denoise: Denoise, state: DraftState, draft: Draft) -> Edit:
         """Draft, verify all drafts in one forward, follow the chain of accepted drafts.
@@ -151,6 +158,8 @@ class DraftAndVerify(OverPolicy):
             entry_masks=state.entry_masks[window.rows].where(known, window.entry_masks),
         )
         numbers = _Numbers(window, self.canvases)
+        if state.sampled:  # before any tokens, also where nothing is drafted
+            numbers.draw()
         drafts = self._drafts(window, known, state, draft, numbers)
         new = F.pad((drafts[:, 1:] != drafts[:, :-1]).any(-1), (1, 0), value=True)
         views = _views(window, drafts, new, state.mask_token_id, numbers)

@@ -85,7 +85,7 @@ class Learn2PD(Policy):
     allow_mismatch: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.filter, (str, Filter, type(None))):
+        if not isinstance(self.filter, (str, Path, Filter, type(None))):
             raise ValueError(f"filter={self.filter!r} is not a filter; give its file or name, or a loaded one")
         number("threshold", self.threshold, "a number from 0 to 1 (0.96 is published)", low=0, high=1)
         choice("eotp", self.eotp, ("off", "published", "accepted", "safe"))

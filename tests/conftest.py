@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from covering import left_out
+from covering import Covering
 
 settings.register_profile("any machine", deadline=None)  # a busy machine is slow, not wrong
 settings.load_profile("any machine")
@@ -54,17 +54,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--covering", action="store_true", help="of tests over several parameters run a covering set")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the cases of `make test`."""
+    if config.getoption("--covering"):
+        config.pluginmanager.register(Covering(), "covering")
+
+
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep together what shares a fixture of its module, which every worker would make anew.
 
     Then start with what takes longest, so that no worker is left alone with it at the end.
     """
-    if config.getoption("--covering"):
-        others = left_out(items)
-        config.hook.pytest_deselected(items=others)
-        unwanted = set(others)
-        items[:] = [item for item in items if item not in unwanted]
     for item in items:
         if item.get_closest_marker("xdist_group") is None and _shares(item):
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))

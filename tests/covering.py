@@ -1,7 +1,7 @@
 """The cases that `make test` runs of a test over several parameters; `make test-all` runs all of their product.
 
 A covering array (Cohen et al. 1997, "The AETG system"): of two parameters every value is used, of three or more every
-pair of values. What fails for one value, or where two meet, fails in it.
+pair of values. A mark sets it otherwise for one test.
 """
 
 from __future__ import annotations
@@ -15,6 +15,18 @@ from zlib import crc32
 import pytest
 
 Case = tuple[Hashable, ...]
+
+
+class Covering:
+    """The plugin that chooses, among what `-k` and `-m` left."""
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        """Deselect the others."""
+        others = left_out(items)
+        config.hook.pytest_deselected(items=others)
+        unwanted = set(others)
+        items[:] = [item for item in items if item not in unwanted]
 
 
 def left_out(items: Iterable[pytest.Item]) -> list[pytest.Item]:

@@ -100,7 +100,7 @@ class TestLoading:
             dllm.load("/no/such/model", calibration=made(**change))
         with pytest.raises(ValueError, match=r"calibration='/no/card.json' does not exist"):
             dllm.load("/no/such/model", calibration="/no/card.json")
-        with pytest.raises(ValueError, match="calibration=5 does not exist"):
+        with pytest.raises(ValueError, match="calibration=5 is not a path"):
             dllm.load("/no/such/model", calibration=5)  # type: ignore[arg-type]
 
 

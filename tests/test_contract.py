@@ -124,6 +124,7 @@ def exact(make: Maker, sampler: Any) -> dllm.Generation:
     return _exact[key]
 
 
+@pytest.mark.covering(2)
 @backbones
 @samplers
 def test_finishes_without_masks_and_leaves_the_prompt(make: Maker, sampler: Any) -> None:
@@ -133,6 +134,7 @@ def test_finishes_without_masks_and_leaves_the_prompt(make: Maker, sampler: Any)
         assert row[len(row) - LENGTH - len(prompt) : -LENGTH].tolist() == prompt
 
 
+@pytest.mark.covering(2)
 @backbones
 @samplers
 def test_row_result_ignores_batchmates(make: Maker, sampler: Any) -> None:

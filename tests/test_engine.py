@@ -76,9 +76,10 @@ def test_a_request_does_not_depend_on_when_it_came_and_beside_whom(
     lm, draw = make(), random.Random(cache)
     fixed = getattr(sampler, "filter", None) is not None  # for blocks of one length
     options = [each | {"seed": n} | ({"block_length": 4} if fixed else {}) for n, each in enumerate(MIXTURE)]
-    engine, alone = (dllm.Engine(lm, sampler, cache, batch_size=size, max_length=32) for size in (3, 1))
+    engine = dllm.Engine(lm, sampler, cache, batch_size=3, max_length=32)
     expected = []
     for prompt, own in zip(PROMPTS, options, strict=False):
+        alone = dllm.Engine(lm, sampler, cache, batch_size=1, max_length=32)
         alone.add(prompt, **own)
         expected += finished(alone).values()
     order, answers, number, aborted = draw.sample(range(len(options)), len(options)), {}, {}, set()

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub.constants
@@ -522,3 +523,9 @@ def test_quantised_weights_that_cannot_be_used_here_are_refused(
     monkeypatch.setattr(LLaDAModelLM, "from_pretrained", fail)
     with pytest.raises(ValueError, match=r"quantised with gptq, which cannot be used here \(No GPU found\."):
         load(folder)
+
+
+def test_a_mask_is_no_end_of_turn(tmp_path: Path) -> None:
+    backbone: Any = SimpleNamespace(end_of_turn=("<|eot_id|>", "<|im_end|>"), mask_token_id=7)
+    tokenizer: Any = SimpleNamespace(get_added_vocab=lambda: {"<|eot_id|>": 7, "<|im_end|>": 5})
+    assert loading._extra_eos(backbone, tokenizer, tmp_path) == (5,)

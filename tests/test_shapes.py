@@ -25,7 +25,7 @@ FILES = (
 # Of what differs by no kind of input one is enough.
 NAMES = (
     "(backbones and not packs and not test_kernels and not (decodes_are_the_same and not dllm_cache-random_dream))",
-    "wrong_shape", "within_another", "finishes_without_masks",
+    "wrong_shape", "within_another", "(finishes_without_masks and llada)",
     "(masks_anywhere and ([freecache-prompt or [d2cache] or [dkv]))", "(lower_precision and dtype0 and elastic)",
     "edited_position",
     "(drafts_are_lossless and (prefix-tree or (clean and batch) or (anchored and not threshold)))",

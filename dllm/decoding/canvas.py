@@ -456,7 +456,6 @@ class Canvas:
         fixed = np.minimum(self.block_length, self.end - self.origin)
         counts = np.where(self.reach > 0, self.high - self.low, fixed)[rows].tolist()
         sources = [self.generators[row] for row in rows.tolist()]
-
         useful = (self.end - self.origin)[rows].tolist()
 
         def draw(times: int | None = None) -> Tensor:

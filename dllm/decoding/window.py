@@ -44,8 +44,8 @@ class Window:
         block_length: length of the active block, at most K; it may exceed what is left of the row.
         ends: (B, E) end-of-text ids of a row, the fill token first; -1 where a row has fewer.
         stop_at_eos: True where a row is finished once everything up to its first end-of-text is decoded.
-        uniform: draws (B, K) numbers in [0, 1), each row from its own generator; with `times`, (T, B, K) of them, of
-            which those beyond the positions of a row are 0.
+        uniform: draws (B, K) numbers in [0, 1), each row from its own generator; that of the engine also takes `times`,
+            and draws (T, B, K) for T of at most `times`, of a row as many as it has positions (0 beyond).
         permit: takes from an edit of (some of) these rows, made by a prediction aligned to their columns, what would
             leave the format of their answers. The engine passes every edit through it; a policy that goes ahead of the
             canvas in a step does so, too. None where no row has a format.

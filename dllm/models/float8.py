@@ -17,7 +17,7 @@ from dllm.models.kernels import quantise_rows
 
 
 class Float8Linear(nn.Linear):
-    """A linear layer of `row_scaled` float8 weights; with gradients as torchao computes it."""
+    """A linear layer of `row_scaled` float8 weights; with gradients, or other weights, as any other layer."""
 
     weight: Any
 
@@ -27,7 +27,9 @@ class Float8Linear(nn.Linear):
         return self.weight.qdata, self.weight.scale
 
     def forward(self, x: Float[Tensor, "*B d"]) -> Float[Tensor, "*B e"]:
-        return super().forward(x) if torch.is_grad_enabled() else linear(x, *self.rows, self.bias)
+        if torch.is_grad_enabled() or not row_scaled(self.weight):  # it may have been replaced
+            return super().forward(x)
+        return linear(x, *self.rows, self.bias)
 
 
 def linear(x: Float[Tensor, "*B d"], weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -54,12 +56,14 @@ def row_scaled(weight: Any) -> bool:
     if type(weight).__name__ != "Float8Tensor" or inputs is None:
         return False
     bounds = getattr(inputs, "hp_value_lb", None), getattr(inputs, "hp_value_ub", None)
+    fast = getattr(getattr(weight, "mm_config", None), "use_fast_accum", True)
     return (
         weight.dtype == torch.bfloat16
         and weight.qdata.dtype == inputs.float8_dtype == torch.float8_e4m3fn
         and weight.scale.shape == (len(weight.qdata), 1)
         and type(inputs.granularity).__name__ == "PerRow"
         and bounds == (None, None)
+        and fast
     )
 
 
@@ -68,7 +72,7 @@ def computes(model: nn.Module) -> bool:
     quantiser = getattr(model, "hf_quantizer", None)
     if getattr(getattr(quantiser, "quantization_config", None), "quant_method", None) != "torchao":
         return False
-    others = (layer for layer in model.modules() if not isinstance(layer, Float8Linear))
+    others = (layer for layer in model.modules() if not (isinstance(layer, Float8Linear) and row_scaled(layer.weight)))
     return all(type(each.data) is Tensor for layer in others for each in layer.parameters(recurse=False))
 
 

@@ -98,7 +98,7 @@ def _adjacent(left: Tensor, right: Tensor) -> bool:
 
 def _tensors(layer: Any) -> list[Tensor]:
     """The tensors of a layer that have a row for each output; none if it is only computed by itself."""
-    if isinstance(layer, float8.Float8Linear) and not is_hooked(layer):
+    if isinstance(layer, float8.Float8Linear) and float8.row_scaled(layer.weight) and not is_hooked(layer):
         own = [*layer.rows, layer.bias]
     elif is_plain(layer):
         own = [layer.weight, layer.bias]

@@ -82,8 +82,10 @@ class Float8Tensor(Tensor):
 def quantise(layer: nn.Linear, **inputs: Any) -> nn.Linear:
     weight = layer.weight.detach()
     numbers, scale = quantise_rows(weight)
+    exact = inputs.pop("exact", False)
     given = None if inputs.get("weights_only") else Inputs(**inputs)
     layer.weight = nn.Parameter(Float8Tensor(numbers, scale, given, weight.dtype), requires_grad=False)
+    layer.weight.mm_config = SimpleNamespace(use_fast_accum=not exact)  # type: ignore[attr-defined]
     return layer
 
 
@@ -194,6 +196,7 @@ def test_layers_of_different_kinds_are_not_joined() -> None:
         {"float8_dtype": torch.float8_e5m2},
         {"hp_value_ub": 1.0},
         {"hp_value_lb": 1.0},
+        {"exact": True},
     ],
     ids=lambda inputs: next(iter(inputs)),
 )
@@ -219,6 +222,17 @@ def test_with_gradients_torchao_computes() -> None:
     assert torch.equal(own[0](x), expected)
     with torch.inference_mode():
         assert not torch.equal(own[0](x), expected)
+
+
+def test_weights_that_are_replaced_are_computed_as_any_others() -> None:
+    own, x = computed(*layers()), inputs_of(2)
+    join(*own)
+    own[1].weight = nn.Parameter(torch.randn(16, 64, dtype=torch.bfloat16))
+    with torch.inference_mode():
+        found = outputs(x, *own)
+        assert torch.equal(found[1], F.linear(x, own[1].weight))
+        assert torch.equal(found[2], own[2](x))
+    assert not joinable(*own)
 
 
 def quantised(make: Callable[..., dllm.LanguageModel]) -> dllm.LanguageModel:
