@@ -61,9 +61,9 @@ class Calibration:
         Raises:
             ValueError: no such file, or it is damaged or something else.
         """
-        file = Path(path) if isinstance(path, (str, Path)) else None
-        if file is None:
+        if not isinstance(path, (str, Path)):
             raise ValueError(f"calibration={path!r} is not a path; {_FIX}")
+        file = Path(path)
         if not there(file, _FIX):
             raise ValueError(f"calibration={str(path)!r} does not exist; {_FIX}")
         found = read_json(file, _FIX)

@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -30,6 +29,7 @@ from einops import rearrange
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from dllm.decoding.numbers import Numbers
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
@@ -69,38 +69,6 @@ class DraftState:
     kept: Prediction | None = None
     held: bool = False
     sampled: bool = False
-
-
-class _Numbers:
-    """Random numbers for the base's steps in one forward: the same ones wherever the n-th step is looked at.
-
-    A row draws as many in every step, whatever its batch mates do.
-
-    Args:
-        window: the rows.
-        steps: that one forward covers.
-    """
-
-    def __init__(self, window: Window, steps: int) -> None:
-        self._window, self._steps = window, steps
-        self._drawn: list[Tensor] = []
-
-    def of(self, step: Int[Tensor, " N"], entry: Int[Tensor, " N"]) -> Callable[[], Tensor]:
-        """What draws for some steps of some entries of the window, whenever the base asks."""
-        asked = count()
-
-        def draw() -> Tensor:
-            number = next(asked)
-            if number == len(self._drawn):
-                self.draw()
-            drawn = self._drawn[number]
-            return drawn[step.clamp(max=len(drawn) - 1), entry]
-
-        return draw
-
-    def draw(self) -> None:
-        """Draw those that the base asks for next."""
-        self._drawn.append(self._window.uniform(self._steps))
 
 
 class DraftAndVerify(OverPolicy):
@@ -157,7 +125,7 @@ class DraftAndVerify(OverPolicy):
             step=state.step[window.rows].where(known, 0),
             entry_masks=state.entry_masks[window.rows].where(known, window.entry_masks),
         )
-        numbers = _Numbers(window, self.canvases)
+        numbers = Numbers(window, self.canvases)
         if state.sampled:  # before any tokens, also where nothing is drafted
             numbers.draw()
         drafts = self._drafts(window, known, state, draft, numbers)
@@ -190,7 +158,7 @@ class DraftAndVerify(OverPolicy):
         return replace(become(window, final), drafted=drafts[:, -1].where(window.tokens == mask, mask))
 
     def _drafts(
-        self, window: Window, known: Bool[Tensor, " B"], state: DraftState, draft: Draft, numbers: _Numbers
+        self, window: Window, known: Bool[Tensor, " B"], state: DraftState, draft: Draft, numbers: Numbers
     ) -> Int[Tensor, "B D L"]:
         """The canvas, and draft after draft, each made from the one before by the last predictions."""
         drafts = [window.tokens] * min(self.canvases, state.deepest)
@@ -221,7 +189,7 @@ class DraftAndVerify(OverPolicy):
         judged: Prediction,
         target: Int[Tensor, "B L"],
         state: DraftState,
-        numbers: _Numbers,
+        numbers: Numbers,
     ) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"], Int[Tensor, "B L"]]:
         """Follow the chain of accepted drafts.
 
@@ -264,7 +232,7 @@ def _advanced(view: Window, tokens: Int[Tensor, "B L"], step: Int[Tensor, " B"],
 
 
 def _views(
-    window: Window, drafts: Int[Tensor, "B D L"], new: Bool[Tensor, "B D"], mask_token_id: int, numbers: _Numbers
+    window: Window, drafts: Int[Tensor, "B D L"], new: Bool[Tensor, "B D"], mask_token_id: int, numbers: Numbers
 ) -> Window:
     """Every draft as an entry of its own; those that need no verification request nothing."""
     rows, depth = new.shape
