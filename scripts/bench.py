@@ -92,6 +92,8 @@ def bench(cfg: DictConfig) -> None:
     names = ("canvas", "gen_length", "block_length", "batch_size", "commits_per_step", "repeats")
     sizes = ", ".join(f"{name}={cfg[name]}" for name in names)
     dtype = str(lm.backbone.dtype).removeprefix("torch.")
+    if lm.quantization is not None:
+        dtype += f" quantised by {json.dumps(OmegaConf.to_container(cfg.model.quantization, resolve=True))}"
     if packed:
         dtype += " packed (not for reference implementations)"
     caption = f"{lm.name}, {dtype}, {sizes}, {device} with {torch.get_num_threads()} thread(s)"

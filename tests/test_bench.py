@@ -183,6 +183,13 @@ def test_nothing_stays_patched_after_looking_into_a_step() -> None:
     assert "forward" not in vars(bench.lm.backbone.blocks[0])
 
 
+def test_quantised_weights_are_named() -> None:
+    pytest.importorskip("optimum.quanto")
+    result = command("bench", *SMALL, "caches=[none]", "model.quantization={quant_method:quanto,weights:int8}")
+    assert result.code == 0, result.err
+    assert 'float32 quantised by \\{"quant_method": "quanto", "weights": "int8"\\}, canvas=48' in result.out
+
+
 @pytest.mark.parametrize("name", ["tiny-llada", "tiny-dream"])
 def test_bundled_models_are_timed_on_their_whole_context(name: str) -> None:
     # Their [MASK] is an id among the others; a prompt must not hold it.
