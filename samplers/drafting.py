@@ -92,7 +92,7 @@ class DraftAndVerify(OverPolicy):
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         """Requirements for the cache (`dllm.decoding.compatibility`)."""
-        own = ["repeatable", *["next_block"] * self.eager] if self.canvases > 1 else []  # 1 is the base itself
+        own = ["repeatable", *["next_block"] * bool(self.eager)] if self.canvases > 1 else []  # 1 is the base itself
         return frozenset(own) | self._base.needs
 
     def start(self, setup: Setup) -> DraftState:

@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 import dllm
 from commands import Outcome, command
+from dllm.resolve import build, names, options_of
 from dllm.scripts.app import rewrite
 from models import random_llada, save_folder
 
@@ -226,3 +228,31 @@ def test_a_seed_says_its_range(seed: Any) -> None:
 def test_seeds_without_an_order_are_refused(seed: Any) -> None:
     with pytest.raises(ValueError, match=r"^seed=.* is of the wrong type; give a whole number, a list"):
         dllm.Options(seed=seed)
+
+
+KINDS = [("sampler", name) for name in names("sampler")] + [("cache", name) for name in names("cache")]
+OTHERS = [
+    1.0, 0.0, 1, -1, True, False, None, "x", "true", "", [], {}, [1], {"a": 1}, float("nan"), float("inf"), 10**30, 1e-300,
+    np.float32(0.5), np.int64(1), np.True_, b"x", (1, 2), object(), torch.tensor(1.0), torch.tensor([1, 2]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("group", "name"), KINDS)
+def test_every_option_of_any_type_is_refused_in_one_line_or_decodes(group: str, name: str) -> None:
+    fields, lm, draw = options_of(group, name, group), random_llada(), random.Random(name)
+    for option in fields.keys() - {"_target_"}:
+        for value in draw.sample(OTHERS, 6):
+            try:
+                made: Any = build(group, fields | {option: value}, object)
+                dllm.generate(
+                    lm, [[3, 4]], *((made, "none") if group == "sampler" else ("threshold", made)),
+                    gen_length=4, block_length=4, seed=0,
+                )  # fmt: skip
+            except ValueError as error:
+                assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("value", [1.0, 0.0, 1])
+def test_a_number_is_no_truth_value(value: float) -> None:
+    with pytest.raises(ValueError, match=f"unknown eager={value}; expected one of True, False"):
+        dllm.samplers.FreeDave(eager=value)  # type: ignore[arg-type]

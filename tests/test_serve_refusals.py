@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import dllm
+from dllm.decoding.engine import Engine
 from toys import Leftmost
 
 httpx = pytest.importorskip("httpx")
@@ -31,6 +32,33 @@ def test_a_number_that_no_tensor_holds_breaks_no_engine(lm: dllm.LanguageModel, 
         answer = server.post("completions", {"prompt": "a", "max_tokens": 4, "dllm": chosen})
         assert answer.status_code in (200, 400), answer.text
         assert server.metrics()['dllm_requests_total{outcome="failed"}'] == 0
+
+
+@pytest.mark.parametrize("place", ["__init__", "submit"])
+def test_a_request_that_no_engine_can_take_ends_no_other(
+    lm: dllm.LanguageModel, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    with serving(lm) as server:
+        inner = getattr(Engine, place)
+
+        def broken(engine: Engine, *arguments: Any, **options: Any) -> Any:
+            inner(engine, *arguments, **options)
+            raise TypeError("it broke")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Engine, place, broken)
+            answer = server.post(
+                "completions", {"prompt": "a", "max_tokens": 4, "dllm": {"sampler": "localleap", "sampler_options": {}}}
+            )
+        assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+        assert "it broke" in answer.json()["error"]["message"]
+        assert server.complete(max_tokens=4)["choices"][0]["text"]
+
+
+def test_options_that_only_equal_a_choice_are_refused(lm: dllm.LanguageModel) -> None:
+    with serving(lm) as server:
+        chosen = {"sampler": "freedave", "sampler_options": {"eager": 1.0}}
+        assert "eager=1.0" in server.refused(prompt="a", dllm=chosen)["message"]
 
 
 def test_options_without_effect_are_refused(lm: dllm.LanguageModel) -> None:

@@ -90,6 +90,9 @@ class _Room:
         except ValueError as error:
             ticket.fail(Failure(400, renamed(str(error), NAMES), "refused"))
             return
+        except Exception as error:  # noqa: BLE001  # what one client asks must not end the others
+            ticket.fail(Failure(500, f"the request cannot be decoded: {first_line(error)}"))
+            return
         self.tickets[ticket.id] = ticket
         ticket.admitted = True
         ticket.notify()
@@ -260,8 +263,8 @@ class EngineLoop:
             message = str(error).replace("sampler.", "dllm.sampler_options.")
             ticket.fail(Failure(400, message, "refused"))
             return None
-        except (RuntimeError, MemoryError) as error:
-            self._failures += 1
+        except Exception as error:  # noqa: BLE001  # whatever a client chose, the others go on
+            self._failures += isinstance(error, (RuntimeError, MemoryError))
             ticket.fail(Failure(500, f"no engine could be made: {first_line(error)}"))
             return None
         return self._rooms[choice]
