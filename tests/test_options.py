@@ -6,6 +6,7 @@ import importlib
 import os
 import random
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -232,24 +233,20 @@ def test_seeds_without_an_order_are_refused(seed: Any) -> None:
 
 KINDS = [("sampler", name) for name in names("sampler")] + [("cache", name) for name in names("cache")]
 OTHERS = [
-    1.0, 0.0, 1, -1, True, False, None, "x", "true", "", [], {}, [1], {"a": 1}, float("nan"), float("inf"), 10**30, 1e-300,
-    np.float32(0.5), np.int64(1), np.True_, b"x", (1, 2), object(), torch.tensor(1.0), torch.tensor([1, 2]),
+    1.0, 0.0, 1, -1, True, False, None, "x", "true", "", [], {}, [1], {"a": 1}, float("nan"), float("inf"), 10**30,
+    1e-300, np.float32(0.5), np.int64(1), np.True_, b"x", (1, 2), object(), torch.tensor(1.0), torch.tensor([1, 2]),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("group", "name"), KINDS)
-def test_every_option_of_any_type_is_refused_in_one_line_or_decodes(group: str, name: str) -> None:
+def test_every_option_of_any_type_is_refused_or_decodes(group: str, name: str) -> None:
     fields, lm, draw = options_of(group, name, group), random_llada(), random.Random(name)
     for option in fields.keys() - {"_target_"}:
         for value in draw.sample(OTHERS, 6):
-            try:
+            with suppress(ValueError):
                 made: Any = build(group, fields | {option: value}, object)
-                dllm.generate(
-                    lm, [[3, 4]], *((made, "none") if group == "sampler" else ("threshold", made)),
-                    gen_length=4, block_length=4, seed=0,
-                )  # fmt: skip
-            except ValueError as error:
-                assert "\n" not in str(error)
+                setting = (made, "none") if group == "sampler" else ("threshold", made)
+                dllm.generate(lm, [[3, 4]], *setting, gen_length=4, block_length=4, seed=0)
 
 
 @pytest.mark.parametrize("value", [1.0, 0.0, 1])

@@ -158,6 +158,15 @@ SCHEMAS: list[tuple[Any, list[Any], list[str]]] = [
     ),
     (True, [1, "a", [{}, [1.5]], {"a": {"b": [None]}}], ["[", "nul"]),
     ({"allOf": [{"type": "null"}], "title": "x", "description": "y"}, [None], ["1"]),
+    (
+        {"$ref": "#/$defs/my%20a%25b", "$defs": {"my a%b": {"type": "null"}, "my a%25b": {"type": "boolean"}}},
+        [None],
+        ["true"],
+    ),
+    ({"type": "array", "prefixItems": [{"type": "null"}], "minItems": 1, "maxItems": 1}, [[None]], ["[]"]),
+    ({"type": "string", "pattern": "^[^!--]\\S$"}, ["aé", ".a"], ['"%a"', '"a\u00a0"', '"a\ufeff"', '".\u2028"']),
+    ({"type": "string", "pattern": "^[[a]]$"}, ["[]", "a]"], ['"a"']),
+    ({"type": "string", "pattern": "^[a&&b~~-][^\\s~]$"}, ["&a", "~-"], ['"&~"', '"&\u00a0"', '"c "']),
 ]  # fmt: skip
 
 
@@ -225,6 +234,23 @@ def sampled(automaton: Automaton, count: int) -> list[str]:
         ({"enum": [1], "type": "string"}, "no value"),
         ({"enum": [{"a": 1}], "properties": {"a": {"$ref": "#/$defs/n"}}, "$defs": {}}, "'$ref' below enum"),
         ({"enum": [1], "anyOf": [{"type": "integer"}]}, "'anyOf' beside enum"),
+        ({"$ref": "#foo", "$defs": {"x": {"$anchor": "foo", "type": "integer"}}}, "'$ref' to the anchor '#foo'"),
+        ({"anyOf": [{"$id": "http://x/y", "type": "null"}]}, "'$id' below the root"),
+        ({"$ref": "#/$defs/x/$defs/n", "$defs": {"x": {"$id": "y", "$defs": {"n": {}}}}}, "'$id' within"),
+        ({"type": "array", "prefixItems": [{"type": "null"}], "maxItems": 0}, "'prefixItems' beside"),
+        ({"oneOf": [{"type": "object", "required": ["k"], "properties": {"k": {"const": each}}} for each in (1, 1.0)]},
+         "'oneOf' of schemas that may overlap"),
+        ({"oneOf": [{"type": "object", "required": ["k"], "properties": {"k": {"const": each}}}
+                    for each in ({"a": 1, "b": [2]}, {"b": [2.0], "a": 1})]}, "'oneOf' of schemas that may overlap"),
+        ({"type": "number", "exclusiveMinimum": 99999999999}, "'exclusiveMinimum' of a number, which is supported up"),
+        ({"type": "string", "pattern": "a*+"}, "'pattern': '+' after another count"),
+        ({"type": "string", "pattern": "a{,3}"}, "'pattern': '{,' is read in several ways"),
+        ({"type": "string", "pattern": "[\\s\\S]"}, "'pattern': '\\S' within a class"),
+        ({"type": "string", "pattern": "[]a]"}, "'pattern': a class that begins with ']'"),
+        ({"type": "string", "pattern": "[+-\\d]"}, "is not valid at pattern"),
+        ({"type": "string", "pattern": "[a"}, "is not valid at pattern"),
+        ({"type": "string", "pattern": "\\x{41}"}, "is not valid at pattern"),
+        ({"type": "string", "pattern": "a\\"}, "is not valid at pattern"),
     ],
 )  # fmt: skip
 def test_keywords_that_cannot_be_expressed_are_rejected_by_name(schema: Any, named: str) -> None:
@@ -264,6 +290,30 @@ def test_repetition_of_rules(grammar: str, right: list[str], wrong: list[str]) -
         lark.Lark(grammar).parse(text)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_texts_of_random_expressions_match_in_python(seed: int) -> None:
+    source, compared = random.Random(seed), 0
+    pieces = [
+        *"ab1-_[]^&~.!+*?{}()|,:#@ é", "\\w", "\\W", "\\d", "\\D", "\\s", "\\S", "\\[", "\\]", "\\-", "\\<", "\\>",
+        "\\.", "\\t", "[^a]", "[\\w-]", "[^\\w]", "[\\W]", "[a&&b]", "[!--]", "[^!--]", "[[a]]", "[]a]", "[^]a]", "{2}", "{1,3}",
+        "\\x41", "[~~a]", "(?:a|b)", "(?i:k)", "[\\s\\S]", "[^\\S]", "[^\\W]", "[a\\-z]", "[+--]", "\\x{41}", "{,2}", "*+",
+    ]  # fmt: skip
+    while compared < 12:
+        pattern = "".join(source.choice(pieces) for _ in range(source.randrange(1, 5)))
+        if "/" in pattern:
+            continue
+        try:
+            matched = re.compile(pattern)
+            lark.Lark(f"start: /{pattern}/")
+            form = read_format({"type": "grammar", "grammar": f"start: /{pattern}/"})
+        except (re.error, lark.exceptions.LarkError, ValueError):
+            continue
+        assert form is not None
+        for text in sampled(form.compiled.automaton, 10):
+            assert matched.fullmatch(text), (pattern, text)
+        compared += 1
+
+
 @pytest.mark.parametrize(
     ("given", "named"),
     [
@@ -284,6 +334,10 @@ def test_repetition_of_rules(grammar: str, right: list[str], wrong: list[str]) -
         ({"type": "json_object", "depth": 0}, "response_format.depth=0"),
         ({"type": "grammar", "grammar": "x"}, "response_format: grammar is not valid"),
         ({"type": "grammar", "grammar": 'start: "a" start'}, "no text that ends"),
+        ({"type": "grammar", "grammar": "start: /[a-z/"}, "unterminated character set"),
+        ({"type": "grammar", "grammar": "start: /a{2}{3}/"}, "multiple repeat"),
+        ({"type": "grammar", "grammar": "start: /a b/x"}, "has the flag x"),
+        ({"type": "grammar", "grammar": "start: /a*+b/"}, "cannot be expressed: '\\+' after another count"),
         ("/nope.json", "response_format='/nope.json' cannot be read"),
         ("{", "is not JSON"),
     ],

@@ -28,6 +28,7 @@ sys.path[:] = given["path"]
 for name, folder in (("dllm", given["folder"]), ("dllm.structure", given["folder"] + "/structure")):
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [folder]
+from dllm.checks import first_line
 from dllm.structure.compiled import Compiled
 from dllm.structure.formats import ResponseFormat
 from dllm.structure.language import compile_regex
@@ -41,6 +42,10 @@ try:
     found = Compiled(compile_regex(form.regex, form.name), form.parts if form.scaffold else [])
 except (ValueError, TypeError) as error:
     found = error
+except (MemoryError, RecursionError):
+    raise
+except Exception as error:
+    found = ValueError(f"{form.name} cannot be used: {first_line(error)}; correct it")
 pickle.dump(found, sys.stdout.buffer)
 """
 

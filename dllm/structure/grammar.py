@@ -9,11 +9,16 @@ ways.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import groupby
 from typing import Any
 
 from dllm.checks import first_line
+from dllm.structure.expressions import Dialect, translated
 from dllm.structure.language import check_closed, escaped, extra
 
 # Lark's own terminal for strings looks behind, which automata do not.
@@ -34,7 +39,7 @@ def grammar_regex(text: str, depth: int) -> str:
     library = extra("lark", "grammar")
     try:
         grammar = library.Lark(text, parser="earley", maybe_placeholders=False)
-    except library.exceptions.LarkError as error:
+    except (library.exceptions.LarkError, re.error, OverflowError) as error:
         raise ValueError(f"grammar is not valid: {first_line(error)}; correct it") from None
     productions: dict[str, list[list[Any]]] = {}
     for rule in grammar.rules:
@@ -55,9 +60,32 @@ def _terminal(name: str, pattern: Any) -> str:
         found = pattern.value
         for theirs, ours in _ESCAPED_STRING.items():
             found = found.replace(theirs, ours)
+        if "x" in pattern.flags:
+            raise ValueError(f"grammar has the flag x at {name}, which is not supported; leave out the spaces")
+        try:
+            found = translated(found, _python())
+        except ValueError as error:
+            raise ValueError(f"grammar has a terminal {name} that cannot be expressed: {error}") from None
         check_closed(found, f"terminal {name}")
     flags = "".join(sorted(pattern.flags))
     return f"(?{flags}:{found})"
+
+
+@cache
+def _python() -> Dialect:
+    """Python's classes, letter by letter: its version of Unicode is another than Rust's."""
+    letters = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000]
+    tests: dict[str, Callable[[str], bool]] = {
+        "d": str.isdecimal, "s": str.isspace, "w": lambda letter: letter.isalnum() or letter == "_",
+    }  # fmt: skip
+    classes = {name: "".join(_ranges(filter(test, letters))) for name, test in tests.items()}
+    return Dialect(classes, classes)
+
+
+def _ranges(letters: Iterable[str]) -> Iterator[str]:
+    for _, run in groupby(enumerate(map(ord, letters)), lambda pair: pair[1] - pair[0]):
+        codes = [code for _, code in run]
+        yield f"\\x{{{codes[0]:X}}}-\\x{{{codes[-1]:X}}}"
 
 
 @dataclass

@@ -10,6 +10,7 @@ _LISTED = 2000  # multiples that are written out
 _DIGITS = "[0-9]"
 # Decimals of bounded numbers: few enough that no number is rounded to a bound which it may not reach.
 _DECIMALS = 6
+_LARGEST_OPEN = 10**9  # beyond, a double has fewer decimals
 
 
 def integers(schema: Mapping[str, Any], at: str) -> str:
@@ -49,6 +50,12 @@ def numbers(schema: Mapping[str, Any], at: str) -> str:
             raise ValueError(
                 f"json_schema has {name!r}{at} of a number, which is supported for whole bounds only; "
                 "round it, use an integer, or leave it out"
+            )
+    for name in ("exclusiveMinimum", "exclusiveMaximum"):
+        if abs(schema.get(name, 0)) > _LARGEST_OPEN:
+            raise ValueError(
+                f"json_schema has {name!r}{at} of a number, which is supported up to {_LARGEST_OPEN}; "
+                f"use {name[9:].lower()}, or an integer"
             )
     low, open_low = _strictest(schema, "minimum", "exclusiveMinimum", max)
     high, open_high = _strictest(schema, "maximum", "exclusiveMaximum", min)

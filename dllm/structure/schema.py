@@ -13,7 +13,9 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import unquote
 
+from dllm.structure.expressions import Dialect, translated
 from dllm.structure.language import compile_regex, escaped, extra, without_anchors
 from dllm.structure.numbers import integers, numbers
 
@@ -23,6 +25,9 @@ _SAFE = '"\\\\\\x00-\\x1F\\x7F'  # what a string may not hold as it is
 _LETTER = f'(?:[^{_SAFE}]|\\\\["\\\\/bfnrt])'
 STRING = f'"{_LETTER}*"'
 _NUMBER = "-?(?:0|[1-9][0-9]*)(?:\\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2})?"
+# Classes are of ASCII; white space is that of ECMAScript or more where it is excluded.
+_ASCII = {"d": "0-9", "w": "A-Za-z0-9_"}
+_DIALECT = Dialect({**_ASCII, "s": " "}, {**_ASCII, "s": "\\s\\x{FEFF}"}, _SAFE, f"[^{_SAFE}]", closing=False)
 _DATE = (
     "[12][0-9]{3}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
     "|02-(?:0[1-9]|1[0-9]|2[0-8]))"
@@ -152,6 +157,8 @@ class _Translator:
             return None
         if schema is True:
             return _any(depth)
+        if "$id" in schema and schema is not self.root:
+            raise _unsupported("$id", at, "below the root")
         if "enum" in schema or "const" in schema:
             return self._listed(schema, at)
         for name in _COMBINED:
@@ -245,13 +252,18 @@ class _Translator:
         """What a reference within the schema points to."""
         if not name.startswith("#"):
             raise _unsupported("$ref", at, f"to {name!r}, outside the schema")
+        anchor, *steps = unquote(name.removeprefix("#")).split("/")
+        if anchor:
+            raise _unsupported("$ref", at, f"to the anchor {name!r}", "write where it is, such as '#/$defs/name'")
         found = self.root
-        for step in name.removeprefix("#").split("/")[1:]:
+        for step in steps:
             key = step.replace("~1", "/").replace("~0", "~")
             try:
                 found = found[int(key)] if isinstance(found, list) else found[key]
             except (KeyError, ValueError, IndexError, TypeError):
                 raise ValueError(f"json_schema has no {name!r}, which $ref{_at(at)} points to; correct it") from None
+            if isinstance(found, Mapping) and isinstance(found.get("$id"), str):
+                raise _unsupported("$id", at, f"within {name!r}")
         return found
 
     def _disjoint(self, schemas: list[Any], at: str) -> bool:
@@ -308,7 +320,8 @@ class _Translator:
         if high is not None and high < low:
             return None
         if first:
-            if ("items" in schema and rest is not False) or low > len(first) or (high or len(first)) < len(first):
+            most = len(first) if high is None else high
+            if ("items" in schema and rest is not False) or low > len(first) or most < len(first):
                 raise _unsupported("prefixItems", at, "beside items or a number of items")
             found = [self.value(each, _below(at, str(place)), depth - 1) for place, each in enumerate(first)]
             inner = f"{_SPACE},{_SPACE}".join(f"(?:{each})" for each in found)
@@ -415,43 +428,15 @@ def _any(depth: int) -> str:
 def _pattern(pattern: str, at: str) -> str:
     """A pattern whose texts need no escapes in a string, to be matched as a whole."""
     try:
-        whole = without_anchors(pattern)
+        regex = translated(without_anchors(pattern), _DIALECT)
     except ValueError as error:
         raise ValueError(f"json_schema has 'pattern'{_at(at)}: {error}") from None
-    regex = _plain_classes(whole)
     automaton = compile_regex(regex, f"pattern={pattern!r}{_at(at)}")
     if automaton.follow[:, [*range(32), ord('"'), ord("\\"), 127]].any():
         raise _unsupported(
             "pattern", at, f"{pattern!r} that matches quotes, backslashes or control characters", "exclude them"
         )
     return f"(?:{regex})"
-
-
-def _plain_classes(pattern: str) -> str:
-    """A pattern in which classes are of ASCII, as in JSON Schema, and nothing matches what needs an escape."""
-    inside = {"d": "0-9", "w": "A-Za-z0-9_", "s": " "}
-    outside = {name: f"[{letters}]" for name, letters in inside.items()}
-    outside |= {name.upper(): f"[^{_SAFE}{letters}]" for name, letters in inside.items()}
-    found, at, within = [], 0, False
-    while at < len(pattern):
-        pair = pattern[at : at + 2]
-        if pair[0] == "\\" and pair[1:] in (inside if within else outside):
-            found.append((inside if within else outside)[pair[1:]])
-            at += 2
-        elif pair[0] == "\\":
-            found.append(pair)
-            at += 2
-        elif not within and pair[0] == ".":
-            found.append(f"[^{_SAFE}]")
-            at += 1
-        elif not within and pair == "[^":
-            found.append(f"[^{_SAFE}")
-            within, at = True, at + 2
-        else:
-            within = pair[0] == "[" if not within else pair[0] != "]"
-            found.append(pair[0])
-            at += 1
-    return "".join(found)
 
 
 def _holds(value: Any, name: str) -> bool:
@@ -465,8 +450,17 @@ def _apart(schemas: list[Any]) -> bool:
     """Whether these all list their values, and no value is in two lists."""
     if not all(isinstance(each, Mapping) and {"enum", "const"} & set(each) for each in schemas):
         return False
-    values = [json.dumps(value) for each in schemas for value in each.get("enum", [each.get("const")])]
+    values = [_canonical(value) for each in schemas for value in each.get("enum", [each.get("const")])]
     return len(values) == len(set(values))
+
+
+def _canonical(value: Any) -> str:
+    """The same text for values that are equal in JSON: 1 and 1.0, and objects in any order."""
+    if isinstance(value, Mapping):
+        return f"{{{','.join(sorted(f'{json.dumps(name)}:{_canonical(each)}' for name, each in value.items()))}}}"
+    if isinstance(value, list):
+        return f"[{','.join(map(_canonical, value))}]"
+    return json.dumps(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def _only(schema: Mapping[str, Any], allowed: set[str] | frozenset[str], at: str) -> None:
