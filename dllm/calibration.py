@@ -70,7 +70,7 @@ class Calibration:
         if found.pop("format", None) != FORMAT or found.pop("version", None) != VERSION:
             raise ValueError(f"calibration={str(path)!r} is not a card of dllm calibrate; {_FIX}")
         found = {"contents": {}} | found
-        if wrong := misfit(found, cls, "the card"):
+        if wrong := misfit(found, cls, "the card") or _contradiction(cls(**found)):
             raise ValueError(f"calibration={str(path)!r} is damaged ({wrong}); {_FIX}")
         return cls(**found)
 
@@ -105,6 +105,18 @@ class Calibration:
             moved = name not in now and made in now.values()
             found[name] = made, made if moved else now.get(name, "another file")
         return found
+
+
+def _contradiction(card: Calibration) -> str | None:
+    """What cannot be on one card; None where all goes together."""
+    if card.value is None:
+        return None
+    tests = [test for test in card.tests if test.get("value") == card.value]
+    if not any(test.get("certified") is True for test in tests):
+        return f"none of its tests certifies {card.knob}={card.value}"
+    if all(test.get("bound") != card.bound for test in tests):
+        return f"its bound is {card.bound}, and that of the test of {card.knob}={card.value} another"
+    return None
 
 
 def files_of(policy: Any) -> dict[str, str]:

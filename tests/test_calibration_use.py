@@ -42,7 +42,8 @@ def made(tmp_path: Path, lm: dllm.LanguageModel) -> Callable[..., Path]:
 
     def write(model: dllm.LanguageModel = lm, **changes: Any) -> Path:
         fields = CARD | {"model": "toy", "weights": model.backbone.fingerprint()} | changes
-        Calibration(**fields).write(tmp_path / "card.json")
+        certified = {"value": fields["value"], "bound": fields["bound"], "certified": True}
+        Calibration(**{"tests": [certified]} | fields).write(tmp_path / "card.json")
         return tmp_path / "card.json"
 
     return write
@@ -91,7 +92,20 @@ class TestLoading:
 
     @pytest.mark.parametrize(
         ("change", "message"),
-        [({"value": None}, "certifies no threshold"), ({"value": -1}, "is damaged"), ({"cache": {}}, "is damaged")],
+        [
+            ({"value": None}, "certifies no threshold"),
+            ({"value": -1}, "is damaged"),
+            ({"cache": {}}, "is damaged"),
+            (
+                {"tests": [{"value": 0.2, "bound": 0.05, "certified": False}]},
+                "none of its tests certifies threshold=0.2",
+            ),
+            (
+                {"tests": [{"value": 0.3, "bound": 0.05, "certified": True}]},
+                "none of its tests certifies threshold=0.2",
+            ),
+            ({"tests": [{"value": 0.2, "bound": 0.5, "certified": True}]}, "its bound is 0.05, and that of the test"),
+        ],
     )
     def test_a_card_of_no_use_is_refused_before_loading(
         self, change: dict[str, Any], message: str, made: Callable[..., Path]

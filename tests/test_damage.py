@@ -261,6 +261,18 @@ class TestRunFolders:
         finally:
             shutil.rmtree(finished.with_name("there"))
 
+    def test_an_accuracy_that_is_not_the_score_of_its_name_is_refused(self, finished: Path, tmp_path: Path) -> None:
+        (file,) = finished.glob("out/*/results.json")
+        content = json.loads(file.read_text())
+        content["metrics"]["accuracy"] = 2.5
+        (tmp_path / "results.json").write_text(json.dumps(content))
+        one = RunFolder(tmp_path, "x", {})
+        one.path = tmp_path
+        with pytest.raises(
+            ValueError, match=r"is damaged \(metrics.accuracy is 2.5, and the score of that name 0.*remove it"
+        ):
+            one.results()
+
     def test_results_of_another_shape_are_refused_or_read(self, finished: Path, tmp_path: Path) -> None:
         from dllm.scripts.evaluate import _objective, _summary
 

@@ -114,6 +114,16 @@ def policies() -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize("base", ["threshold", "vanilla"])
+def test_replaced_tokens_do_not_keep_masks_from_being_filled(base: str) -> None:
+    # Each of two tokens is better than the other as long as the mask beside them is not filled.
+    lm, options = text_model(seed=1), {"gen_length": 8, "temperature": 1.0, "top_p": 0.1, "seed": 0}
+    for threshold in (0.0, 0.3):
+        edit, answers = samplers.Editing(editing_threshold=threshold, base=base), ["a b c", "b a", "cc"]
+        form = {"type": "choice", "choice": answers}
+        assert dllm.generate(lm, "Hi", edit, response_format=form, **options).texts[0] in answers
+
+
 @pytest.mark.parametrize("name", policies())
 def test_every_answer_of_a_random_schema_parses_and_is_valid(name: str) -> None:
     source = random.Random(name)

@@ -2,8 +2,10 @@
 
 Before a sampler sees a prediction, tokens that cannot stand at a position are excluded from its distribution. Tokens of
 one edit that may each stand there can still conflict, so an edit is applied in the order of confidence, and what
-conflicts with what was written before is refused: it stays masked. Whatever writes tokens passes here. Every step of
-such a row commits a token: if all are refused, the most confident prediction is, as the first one always fits.
+conflicts with what was written before is refused: it stays masked. Masks are filled before tokens are replaced, as a
+token may go on being replaced only because the masks beside it are not filled. Whatever writes tokens passes here.
+Every step of such a row commits a token: if all are refused, the most confident prediction is, as the first one always
+fits.
 """
 
 from __future__ import annotations
@@ -260,7 +262,8 @@ def _settle(
         write[entry], grown[entry] = False, 0
         committed, refused = False, int((new != MASK).sum())
     else:
-        order = np.lexsort((place, -confidence[place + own.first]))
+        decided = tracker.classes[place] != MASK
+        order = np.lexsort((place, -confidence[place + own.first], decided))
         order = order[new[order] != MASK]  # nothing is taken back where something is refused: so that the row goes on
         taken = tracker.accepted(place[order], new[order])
         refused = int((~taken).sum())

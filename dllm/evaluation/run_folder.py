@@ -221,6 +221,9 @@ def _read_results(file: Path, fix: str) -> dict[str, Any]:
     metrics = found["metrics"] if wrong is None else {}
     if wrong is None and metrics["nfe"] is not None and None in (metrics["tpf"], metrics["tokens_per_second"]):
         wrong = "metrics has no speed"
+    own = metrics.get("scores", {}).get(metrics.get("accuracy_name"))
+    if wrong is None and own is not None and own["value"] != metrics["accuracy"]:
+        wrong = f"metrics.accuracy is {metrics['accuracy']!r}, and the score of that name {own['value']!r}"
     strange = [name for name in COSTS if not isinstance(metrics.get(name), (int, float, dict, type(None)))]
     if wrong or strange:
         raise ValueError(f"{file} is damaged ({wrong or f'metrics.{strange[0]}'}); {fix}")

@@ -1,7 +1,7 @@
 """Expressions of JSON Schema and of Lark in the syntax of Rust's regex, which reads some of their signs otherwise.
 
-There `[` opens a class within a class, `--`, `&&` and `~~` are operations on classes, a backslash before `<` is a border
-of words, and `a*+` is a repetition of `a*`. Classes that differ by dialect are written out, or made smaller.
+There `[` opens a class within a class, `--`, `&&` and `~~` are operations on classes, a backslash before `<` is a
+border of words, and `a*+` is a repetition of `a*`. Classes that differ by dialect are written out, or made smaller.
 """
 
 from __future__ import annotations

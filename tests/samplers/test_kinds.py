@@ -55,6 +55,7 @@ def test_are_committing_by_default_and_those_of_a_cards_policy(tmp_path: Path) -
         "model": "toy", "weights": "0", "sampler": {"_target_": "dllm.samplers.Saber"}, "knob": "at_least",
         "value": 2, "cache": {"_target_": "dllm.cache.NoCache"}, "options": {}, "task": "toy", "data": {}, "n": 9,
         "loss": 0.1, "delta": 0.1, "bound": 0.1, "baseline": {},
+        "tests": [{"value": 2, "bound": 0.1, "certified": True}],
     }  # fmt: skip
     Calibration(**fields).write(tmp_path / "card.json")
     assert Calibrated(tmp_path / "card.json").kind == "revising"
