@@ -29,11 +29,12 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import dllm
+from dllm.calibration import Calibration
 from dllm.checks import Notice, close, first_line, is_text, naming, renamed
 from dllm.checks import known as known_options
 from dllm.escape import brief
 from dllm.files import parse_json
-from dllm.resolve import TARGET, names, options_of, variants
+from dllm.resolve import CALIBRATION, TARGET, names, options_of, variants
 from dllm.scripts import flags, torchrun, usage, yaml_files
 from dllm.scripts.ending import fail, leave_quietly, line
 from dllm.scripts.kinds import check_kinds
@@ -78,6 +79,7 @@ def run(task: Callable[[DictConfig], Any], config_name: str, kinds: Mapping[str,
             fields |= _fields(cfg)
             check_kinds(fields, config_name, kinds or {})
             _refuse_empty(fields)
+            _refuse_idle_knob(fields)
             result = task(cfg)
             if sys.stdout is not None:
                 sys.stdout.flush()  # raises write errors here
@@ -179,6 +181,21 @@ def _refuse_empty(fields: Mapping[str, Any]) -> None:
             raise ValueError(f"{option}='' is empty; give a value, or leave it out")
         if isinstance(value, str) and "\0" in value:
             raise ValueError(f"{option}={value!r} contains a null byte, which is invalid in a path; give another")
+
+
+def _refuse_idle_knob(fields: Mapping[str, Any]) -> None:
+    """Reject a typed value of the option that a calibration card sets."""
+    name = f"sampler.{CALIBRATION}"
+    if not isinstance(file := _value(fields, name), str):
+        return
+    with naming({CALIBRATION: name}):
+        card = Calibration.read(file)
+    knob = f"sampler.{card.knob}"
+    given = {each.partition("=")[0].lstrip("+") for each in HydraConfig.get().overrides.task}
+    if knob in given and (value := _value(fields, knob)) != card.value:
+        raise ValueError(
+            f"{knob}={value!r} has no effect with {name}={file!r}, which says {card.value!r}; leave one of them out"
+        )
 
 
 def check_writable(option: str, value: str, file: str | None = None) -> None:

@@ -197,6 +197,11 @@ class TestOtherSettings:
         asked = ["prompt=Tom", "show=none", "sampler=threshold", f"sampler.calibration={card}", "model.device=cpu"]
         said = command("generate", *asked, "gen_length=64", "cache=dual")
         assert (said.code, said.err) == (0, "")
+        said = command("generate", *asked, "gen_length=64", "cache=dual", "sampler.threshold=0.2")
+        assert (said.code, said.err) == (0, "")
+        said = command("generate", *asked, "sampler.threshold=0.9")
+        assert (said.code, said.err.count("\n")) == (2, 1)
+        assert f"sampler.threshold=0.9 has no effect with sampler.calibration='{card}', which says 0.2" in said.err
         said = command("generate", *asked, "gen_length=32")
         assert (said.code, said.err.count("\n")) == (0, 1)
         assert said.err.startswith("dllm generate: warning: calibration=")
