@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 
 from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.models import BPE
@@ -11,6 +12,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from dllm import LanguageModel
+from dllm.structure.worker import attempt
 from models import random_dream, random_llada
 
 SUMS = """
@@ -71,3 +73,9 @@ def text_model(kind: str = "llada", seed: int = 0, sharpness: float = 5.0) -> La
     lm = made(len(words), seed, sharpness=sharpness)
     assert (lm.backbone.mask_token_id, lm.backbone.eos_token_ids[0]) == (words.mask_token_id, words.eos_token_id)
     return replace(lm, tokenizer=words)
+
+
+@lru_cache(maxsize=16)
+def compiled_here(form: str) -> bytes:
+    """What the process would write that compiles a format, which takes longer to start than most formats to compile."""
+    return pickle.dumps(attempt(form))

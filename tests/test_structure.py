@@ -22,13 +22,14 @@ from dllm.models import FAMILIES
 from dllm.samplers.base import Denoise, Policy, commit
 from dllm.samplers.selection import top
 from models import random_diffusion_gemma, random_filter, random_guide, random_llada
-from structure_rig import SUMS, text_model
+from structure_rig import SUMS, compiled_here, text_model
 from toys import Editing as RewritingEarlier
 from toys import Revoking
 
 jsonschema = pytest.importorskip("jsonschema")
 lark = pytest.importorskip("lark")
 pytest.importorskip("outlines_core")
+from dllm.structure import compiled  # noqa: E402
 
 PERSON = {
     "type": "object",
@@ -112,6 +113,11 @@ def policies() -> dict[str, Any]:
         "rewriting": RewritingEarlier(),
         "revoking": Revoking(),
     }
+
+
+@pytest.fixture(autouse=True)
+def _compiled_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_written", compiled_here)
 
 
 @pytest.mark.parametrize("base", ["threshold", "vanilla"])

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 import dllm
 from dllm.structure import MASK, Constraint, Tracker, read_format
-from structure_rig import SUMS, text_model, text_tokenizer
+from structure_rig import SUMS, compiled_here, text_model, text_tokenizer
 
 jsonschema = pytest.importorskip("jsonschema")
 lark = pytest.importorskip("lark")
@@ -30,6 +30,12 @@ from dllm.structure.tokens import END, TokenAutomaton, lift, token_bytes  # noqa
 
 # The first one ends the text, and two are parts of a character.
 WORDS = [None, b"a", b"b", b"ab", b"ba", b"aab", b"c", b"\xc3", b"\xa9", "é".encode()]
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Formats are compiled in this process."""
+    monkeypatch.setattr(compiled, "_written", compiled_here)
 
 
 def is_text(automaton: Automaton, row: tuple[int, ...]) -> bool:
@@ -170,6 +176,7 @@ SCHEMAS: list[tuple[Any, list[Any], list[str]]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(("schema", "right", "wrong"), SCHEMAS)
 def test_texts_of_a_schema_are_valid_under_it(schema: Any, right: list[Any], wrong: list[str]) -> None:
     form = read_format({"type": "json_schema", "schema": schema})
@@ -208,6 +215,7 @@ def sampled(automaton: Automaton, count: int) -> list[str]:
     return found
 
 
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
     ("schema", "named"),
     [
@@ -258,6 +266,7 @@ def test_keywords_that_cannot_be_expressed_are_rejected_by_name(schema: Any, nam
         read_format({"type": "json_schema", "schema": schema})
 
 
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_texts_of_a_grammar_parse(depth: int) -> None:
     parser = lark.Lark(SUMS)
@@ -271,6 +280,7 @@ def test_texts_of_a_grammar_parse(depth: int) -> None:
     assert automaton.accepts(b"1" + b"+2*3" * 20)
 
 
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
     ("grammar", "right", "wrong"),
     [
@@ -290,6 +300,7 @@ def test_repetition_of_rules(grammar: str, right: list[str], wrong: list[str]) -
         lark.Lark(grammar).parse(text)
 
 
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("seed", range(4))
 def test_texts_of_random_expressions_match_in_python(seed: int) -> None:
     source, compared = random.Random(seed), 0
@@ -315,6 +326,7 @@ def test_texts_of_random_expressions_match_in_python(seed: int) -> None:
         compared += 1
 
 
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
     ("given", "named"),
     [

@@ -28,25 +28,13 @@ sys.path[:] = given["path"]
 for name, folder in (("dllm", given["folder"]), ("dllm.structure", given["folder"] + "/structure")):
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [folder]
-from dllm.checks import first_line
-from dllm.structure.compiled import Compiled
-from dllm.structure.formats import ResponseFormat
-from dllm.structure.language import compile_regex
+from dllm.structure.worker import attempt
 seconds = given["seconds"] + int(time.process_time()) + 1
 with contextlib.suppress(ImportError, ValueError):  # not every system has them; the time is bounded by the caller, too
     import resource
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_AS, (given["bytes"], given["bytes"]))
-form = ResponseFormat(*json.loads(given["form"]))
-try:
-    found = Compiled(compile_regex(form.regex, form.name), form.parts if form.scaffold else [])
-except (ValueError, TypeError) as error:
-    found = error
-except (MemoryError, RecursionError):
-    raise
-except Exception as error:
-    found = ValueError(f"{form.name} cannot be used: {first_line(error)}; correct it")
-pickle.dump(found, sys.stdout.buffer)
+pickle.dump(attempt(given["form"]), sys.stdout.buffer)
 """
 
 
