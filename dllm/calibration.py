@@ -108,14 +108,14 @@ class Calibration:
 
 
 def _contradiction(card: Calibration) -> str | None:
-    """What cannot be on one card; None where all goes together."""
+    """What is inconsistent on a card; None if nothing is."""
     if card.value is None:
         return None
-    tests = [test for test in card.tests if test.get("value") == card.value]
-    if not any(test.get("certified") is True for test in tests):
+    tests = [test for test in card.tests if test.get("value") == card.value and test.get("certified") is True]
+    if not tests:
         return f"none of its tests certifies {card.knob}={card.value}"
     if all(test.get("bound") != card.bound for test in tests):
-        return f"its bound is {card.bound}, and that of the test of {card.knob}={card.value} another"
+        return f"bound={card.bound} differs from the bound of the test of {card.knob}={card.value}"
     return None
 
 

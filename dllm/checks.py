@@ -55,8 +55,9 @@ def choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     Raises:
         ValueError: the value is rejected.
     """
+    plain = value.item() if getattr(value, "ndim", None) == 0 else value
     # An array has no single truth value, and 1.0 == True.
-    if getattr(value, "ndim", 0) or not any(one == value and _is_number(one) == _is_number(value) for one in choices):
+    if getattr(value, "ndim", 0) or not any(one == plain and _is_number(one) == _is_number(plain) for one in choices):
         words = ", ".join("null" if one is None else str(one) for one in choices)
         meant = close(value, [one for one in choices if isinstance(one, str)])
         raise ValueError(f"unknown {name}={_shown(value)}{meant}; expected one of {words}")

@@ -186,13 +186,13 @@ def _refuse_empty(fields: Mapping[str, Any]) -> None:
 def _refuse_idle_knob(fields: Mapping[str, Any]) -> None:
     """Reject a typed value of the option that a calibration card sets."""
     name = f"sampler.{CALIBRATION}"
-    if not isinstance(file := _value(fields, name), str):
+    if not isinstance(file := _value(fields, name), str) or HydraConfig.get().job.config_name == "calibrate":
         return
     with naming({CALIBRATION: name}):
         card = Calibration.read(file)
     knob = f"sampler.{card.knob}"
     given = {each.partition("=")[0].lstrip("+") for each in HydraConfig.get().overrides.task}
-    if knob in given and (value := _value(fields, knob)) != card.value:
+    if card.value is not None and knob in given and (value := _value(fields, knob)) != card.value:
         raise ValueError(
             f"{knob}={value!r} has no effect with {name}={file!r}, which says {card.value!r}; leave one of them out"
         )

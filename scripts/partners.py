@@ -113,7 +113,7 @@ class Settings:
     def seed(self, turn: int) -> int:
         """Of one turn."""
         first = self.options.get("seed")
-        return random.randrange(SEEDS) if first is None else int(first) + turn
+        return random.randrange(SEEDS) if first is None else (int(first) + turn) % SEEDS
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,10 @@ class TestLoading:
                 {"tests": [{"value": 0.3, "bound": 0.05, "certified": True}]},
                 "none of its tests certifies threshold=0.2",
             ),
-            ({"tests": [{"value": 0.2, "bound": 0.5, "certified": True}]}, "its bound is 0.05, and that of the test"),
+            (
+                {"tests": [{"value": 0.2, "bound": 0.5, "certified": True}]},
+                "bound=0.05 differs from the bound of the test",
+            ),
         ],
     )
     def test_a_card_of_no_use_is_refused_before_loading(

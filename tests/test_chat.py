@@ -19,6 +19,7 @@ import pytest
 
 import dllm
 from commands import Outcome, chat, in_a_process
+from dllm.checks import SEEDS
 from dllm.scripts import partners
 from fake_server import FakeServer, serving
 from models import random_llada, save_folder
@@ -60,6 +61,11 @@ def refused(result: Outcome, named: str, lines: int = 1) -> None:
     assert (result.code, result.out, result.err.count("\n")) == (2, "", lines), result
     assert result.err.startswith("dllm chat: error: "), result
     assert named in result.err, result
+
+
+def test_seeds_of_later_turns_stay_in_range() -> None:
+    settings = partners.Settings({"seed": SEEDS - 1})
+    assert [settings.seed(turn) for turn in range(3)] == [SEEDS - 1, 0, 1]
 
 
 class TestPipes:

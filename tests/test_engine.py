@@ -25,7 +25,7 @@ from dllm.samplers.base import Denoise, Policy, commit
 from dllm.samplers.selection import top
 from engine_rig import waiting_engine
 from models import random_dream, random_llada
-from toys import Device, Editing, Revoking, Stalling
+from toys import Device, Editing, Leftmost, Revoking, Stalling
 
 SAMPLERS: dict[str, Any] = {
     **BY_NAME, "freedave": FreeDave(3), "freedave-random": FreeDave(12, Vanilla(order="random")),
@@ -360,6 +360,17 @@ def test_a_closed_engine_takes_nothing_and_lends_its_memory_once() -> None:
     engine.close()
     assert lm.spare == []
     assert other.add([5], gen_length=4) == 0
+
+
+def test_a_request_that_comes_while_an_engine_is_closed_is_refused() -> None:
+    class Closing(Leftmost):
+        def check(self, state: Any, request: Any) -> None:
+            engine.close()
+
+    engine = dllm.Engine(random_llada(), Closing(), batch_size=1, max_length=12)
+    with pytest.raises(ValueError, match="the engine is closed"):
+        engine.add([5], gen_length=4)
+    assert not engine.busy
 
 
 class TestLengthFromMemory:

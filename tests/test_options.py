@@ -249,7 +249,8 @@ def test_every_option_of_any_type_is_refused_or_decodes(group: str, name: str) -
                 dllm.generate(lm, [[3, 4]], *setting, gen_length=4, block_length=4, seed=0)
 
 
-@pytest.mark.parametrize("value", [1.0, 0.0, 1])
-def test_a_number_is_no_truth_value(value: float) -> None:
-    with pytest.raises(ValueError, match=f"unknown eager={value}; expected one of True, False"):
-        dllm.samplers.FreeDave(eager=value)  # type: ignore[arg-type]
+@pytest.mark.parametrize("value", [1.0, 0.0, 1, np.float32(1), np.array(1.0), torch.tensor(1.0)], ids=repr)
+def test_a_number_is_no_truth_value(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"unknown eager=.*; expected one of True, False"):
+        dllm.samplers.FreeDave(eager=value)
+    assert dllm.samplers.FreeDave(eager=np.True_)  # type: ignore[arg-type]

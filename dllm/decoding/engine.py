@@ -204,10 +204,10 @@ class Engine:
                 f"prompt and generated region have {len(request.tokens)} tokens, and max_length={self.max_length}; "
                 "shorten one of them, or make an engine with a larger max_length"
             )
-        if self._closed:
-            raise ValueError("the engine is closed; create a new one")
         self.check(request)
         with self._lock:
+            if self._closed:
+                raise ValueError("the engine is closed; create a new one")
             self._tell("submit", replace(request, tokenizer=None), request.tokenizer is not None)
             self._waiting.append((self._count, request))
             self._count += 1

@@ -1,11 +1,10 @@
 """Rows with a response format are held to it: what is predicted for them, and what is written to them.
 
 Before a sampler sees a prediction, tokens that cannot stand at a position are excluded from its distribution. Tokens of
-one edit that may each stand there can still conflict, so an edit is applied in the order of confidence, and what
-conflicts with what was written before is refused: it stays masked. Masks are filled before tokens are replaced, as a
-token may go on being replaced only because the masks beside it are not filled. Whatever writes tokens passes here.
-Every step of such a row commits a token: if all are refused, the most confident prediction is, as the first one always
-fits.
+one edit that may each stand there can still conflict, so masks are filled in the order of confidence, then tokens are
+replaced, and what conflicts with what was written before is refused. (Two tokens could replace each other for ever as
+long as the masks beside them are not filled.) Whatever writes tokens passes here. Every step of such a row commits a
+token: if all are refused, the most confident prediction is, as the first one always fits.
 """
 
 from __future__ import annotations

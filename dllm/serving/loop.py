@@ -264,7 +264,7 @@ class EngineLoop:
             ticket.fail(Failure(400, message, "refused"))
             return None
         except Exception as error:  # noqa: BLE001  # whatever a client chose, the others go on
-            self._failures += isinstance(error, (RuntimeError, MemoryError))
+            self._failures += choice is None or isinstance(error, (RuntimeError, MemoryError))
             ticket.fail(Failure(500, f"no engine could be made: {first_line(error)}"))
             return None
         return self._rooms[choice]

@@ -1,7 +1,7 @@
-"""Expressions of JSON Schema and of Lark in the syntax of Rust's regex, which reads some of their signs otherwise.
+"""Expressions of JSON Schema and of Lark in the syntax of Rust's regex, which reads some of their syntax otherwise.
 
 There `[` opens a class within a class, `--`, `&&` and `~~` are operations on classes, a backslash before `<` is a
-border of words, and `a*+` is a repetition of `a*`. Classes that differ by dialect are written out, or made smaller.
+word boundary, and `a*+` is a repetition of `a*`. Classes that differ by dialect are written out, or made smaller.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 _QUANTIFIER = re.compile(r"[*+?]|\{\d+(?:,\d*)?\}")
-_CODE = re.compile(r"\\(?:x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|[pP]\{[^}]*\}|[pP].|.)", re.DOTALL)
+_CODE = re.compile(r"\\(?:x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|.)", re.DOTALL)
 _SINGLE = re.compile(r"\\(?:x\{?[0-9A-Fa-f]+\}?|[uU][0-9A-Fa-f]+|[afnrtv])")
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """How signs are written in Rust's syntax.
+    """How the metacharacters of a dialect are written in Rust's syntax.
 
     Attributes:
         fewer: for a letter that stands for a class after a backslash, the members of a class that holds no more.
@@ -37,10 +37,14 @@ class Dialect:
 def translated(pattern: str, dialect: Dialect) -> str:
     """The same expression in the syntax of Rust's regex.
 
+    Args:
+        pattern: that Python's `re` compiles.
+        dialect: how it is to be read.
+
     Raises:
-        ValueError: a sign that cannot be expressed, with the reason.
+        ValueError: it cannot be expressed, with the reason.
     """
-    found, at, counts = [], 0, 0  # how many of the signs before are counts
+    found, at, counts = [], 0, 0  # how many counts were read in a row
     while at < len(pattern):
         quantifier = _QUANTIFIER.match(pattern, at)
         if quantifier is not None:
@@ -52,7 +56,9 @@ def translated(pattern: str, dialect: Dialect) -> str:
         counts = 0
         if pattern.startswith("{,", at):
             raise ValueError("'{,' is read in several ways; write '{0,' or '\\{,'")
-        if pattern[at] == "[":
+        if pattern[at] == "{":  # no count: Rust would read one with spaces
+            text, at = _literal("{"), at + 1
+        elif pattern[at] == "[":
             text, at = _class(pattern, at, dialect)
         elif pattern[at] == "\\":
             text, at = _escape(pattern, at, dialect)
@@ -74,9 +80,8 @@ def _escape(pattern: str, at: int, dialect: Dialect) -> tuple[str, int]:
 def _code(pattern: str, at: int) -> tuple[str, int]:
     """What a backslash and a letter stand for where that is no class, and where it ends."""
     code = _CODE.match(pattern, at)
-    if code is None or code[0][1:] in ("x", "u", "U"):
-        raise ValueError(f"{pattern[at : at + 6]!r} is no escape; write two digits after \\x, four after \\u")
-    return code[0] if code[0][1:].isalnum() or len(code[0]) > 2 else _literal(code[0][1:]), code.end()
+    assert code is not None  # Python's `re` has read the pattern before
+    return code[0] if code[0][1:].isalnum() else _literal(code[0][1:]), code.end()
 
 
 def _class(pattern: str, at: int, dialect: Dialect) -> tuple[str, int]:

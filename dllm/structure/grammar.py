@@ -10,11 +10,9 @@ ways.
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import unicodedata
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from itertools import groupby
 from typing import Any
 
 from dllm.checks import first_line
@@ -23,6 +21,12 @@ from dllm.structure.language import check_closed, escaped, extra
 
 # Lark's own terminal for strings looks behind, which automata do not.
 _ESCAPED_STRING = {r'".*?(?<!\\)(\\\\)*?"': r'"(?:[^"\\\n]|\\[^\n])*"'}
+# Python's classes, without the letters that are newer than its version of Unicode; Rust's is 16.
+_VERSION = min(float(unicodedata.unidata_version.rpartition(".")[0]), 16.0)
+_PYTHON = Dialect(
+    {"d": f"[\\d&&\\p{{Age={_VERSION}}}]", "w": f"[\\p{{L}}\\p{{Nd}}_&&\\p{{Age={_VERSION}}}]", "s": "\\s\\x1C-\\x1F"},
+    {"d": "\\d", "w": "\\w\\p{N}", "s": "\\s\\x1C-\\x1F"},
+)
 _LONGEST, _MOST_RULES = 2_000_000, 50_000  # characters of an expression; rules, each within others
 
 
@@ -63,29 +67,12 @@ def _terminal(name: str, pattern: Any) -> str:
         if "x" in pattern.flags:
             raise ValueError(f"grammar has the flag x at {name}, which is not supported; leave out the spaces")
         try:
-            found = translated(found, _python())
+            found = translated(found, _PYTHON)
         except ValueError as error:
             raise ValueError(f"grammar has a terminal {name} that cannot be expressed: {error}") from None
         check_closed(found, f"terminal {name}")
     flags = "".join(sorted(pattern.flags))
     return f"(?{flags}:{found})"
-
-
-@cache
-def _python() -> Dialect:
-    """Python's classes, letter by letter: its version of Unicode is another than Rust's."""
-    letters = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000]
-    tests: dict[str, Callable[[str], bool]] = {
-        "d": str.isdecimal, "s": str.isspace, "w": lambda letter: letter.isalnum() or letter == "_",
-    }  # fmt: skip
-    classes = {name: "".join(_ranges(filter(test, letters))) for name, test in tests.items()}
-    return Dialect(classes, classes)
-
-
-def _ranges(letters: Iterable[str]) -> Iterator[str]:
-    for _, run in groupby(enumerate(map(ord, letters)), lambda pair: pair[1] - pair[0]):
-        codes = [code for _, code in run]
-        yield f"\\x{{{codes[0]:X}}}-\\x{{{codes[-1]:X}}}"
 
 
 @dataclass
