@@ -49,6 +49,8 @@ def main(command: str | None = None) -> None:
     called = f"dllm {command}" if command in (*COMMANDS, *OTHERS) else "dllm"
     with watching(called), piped(called):
         try:
+            if not _is_somewhere():  # libraries end the process while they are imported
+                fail(called, "the working directory does not exist any more; change to another one")
             _dispatch(command, given)
         except KeyboardInterrupt as stopped:
             number = stopped.number if isinstance(stopped, Stopped) else 2
@@ -66,6 +68,14 @@ def main(command: str | None = None) -> None:
             if number := heard():
                 fail(called, interruption(number), code=128 + number)
             raise
+
+
+def _is_somewhere() -> bool:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def run_file(file: str) -> NoReturn:

@@ -126,6 +126,11 @@ def _check_finished(out: Path, made: dict[str, Any]) -> None:
             f"out={str(out)!r} is a finished filter of {then}, this run has {now}; give another out, or "
             "remove that filter"
         )
+    if not recipe.exists():  # the card holds neither all options nor what the prompts were
+        raise ValueError(
+            f"out={str(out)!r} is a finished filter whose records are gone ({recipe.parent}), so that it cannot be "
+            "compared with this run; give another out, or remove that filter"
+        )
 
 
 def _collect(

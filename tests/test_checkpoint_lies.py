@@ -362,6 +362,7 @@ FILES: dict[str, tuple[Edit, str]] = {
         for key, value in {
             "added_tokens_decoder": {"10000000": {"content": "<x>"}},
             "eos_token": 5,
+            "pad_token": "a",
             "vocab": "/etc/passwd",
             "init_inputs": ["/etc/passwd"],
             "tokenizer_object": {"a": 1},

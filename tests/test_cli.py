@@ -380,3 +380,14 @@ class TestYamlOfOnesOwn:
         result = command("generate", "--config-dir", str(folder), *options)
         assert (result.code, result.err.count("\n")) == (2, 1)
         assert "bad.yaml cannot be read (" in result.err
+
+
+def test_a_working_directory_that_is_gone_is_one_line(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    script = "import os, sys; os.rmdir(os.getcwd()); from dllm.scripts.cli import main; main()"
+    command = [sys.executable, "-P", "-c", script, "generate", "prompt=a"]
+    result = subprocess.run(command, cwd=gone, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (2, "")
+    said = "the working directory does not exist any more; change to another one"
+    assert result.stderr == f"dllm generate: error: {said}\n"

@@ -258,3 +258,8 @@ class TestRefusals:
             dllm.generate(random_llada(), [[4]], stop="x")
         with pytest.raises(ValueError, match=r"stop has no effect on infill"):
             dllm.infill(LM, [[4, LM.backbone.mask_token_id]], stop="x")
+
+
+def test_no_ids_that_end_a_text_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"eos_token_id=\[\] is empty; use ids from 0 to"):
+        dllm.generate(LM, PROMPTS[:1], eos_token_id=[])

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import warnings
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,26 @@ class TestGenerateUntil:
         lm.generate_until([asking(text, place, until=[], max_gen_toks=length) for place, (text, length) in asked])
         found = {record.id: len(record.completion) for record in lm.runner.records()}
         assert [found[f"toy/{place}#0"] for place in range(4)] == lengths
+
+    def test_answers_are_as_long_as_asked_where_they_fit(self) -> None:
+        small = random_llada(tokenizer=True, seed=1, max_length=160)
+        asked, lm = "Tom has", model(lm=small)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            lm.generate_until([asking(asked, until=[], max_gen_toks=120)])
+        with pytest.warns(
+            UserWarning, match="some answers have 80 tokens, as prompt and answer exceed the context of 160"
+        ):
+            lm.generate_until([asking(asked, 1, until=[], max_gen_toks=1000)])
+        assert [len(record.completion) for record in lm.runner.records()] == [120, 80]
+
+    def test_options_that_cannot_be_read_are_named(self) -> None:
+        with pytest.raises(ValueError, match="max_gen_toks=0 is out of range"):
+            model().generate_until([asking("a", until=[], max_gen_toks=0)])
+        with pytest.raises(ValueError, match="do_sample='maybe' is not true or false"):
+            model().generate_until([asking("a", until=[], do_sample="maybe")])
+        with pytest.raises(ValueError, match="greedy='maybe' is not true or false"):
+            DLLM.create_from_arg_obj({"pretrained": "tiny-llada", "greedy": "maybe"})
 
     def test_what_the_user_sets_goes_before_the_task(self) -> None:
         lm = model(gen_length=16, temperature=0.0)

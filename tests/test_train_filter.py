@@ -218,6 +218,18 @@ class TestInterruption:
         assert result.code == 2
         assert "has records of other settings (prompts)" in result.err
 
+    @pytest.mark.parametrize("change", ["temperature=0.5", "rate=0.01", "gen_length=24"])
+    def test_a_finished_filter_that_cannot_be_compared_is_kept(
+        self, change: str, model: Path, trained: tuple[Outcome, Path], tmp_path: Path
+    ) -> None:
+        out = shutil.copytree(trained[1].parent, tmp_path / "copy") / "mine.safetensors"
+        shutil.rmtree(out.with_suffix(".records"))
+        before = out.read_bytes()
+        result = train(model, out, change)
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert f"out='{out}' is a finished filter whose records are gone" in result.err
+        assert out.read_bytes() == before
+
     @pytest.mark.parametrize("change", ["rate=0.01", "architecture=published", "seed=5", "prompts=5"])
     @pytest.mark.parametrize("records", [True, False])
     def test_a_finished_filter_of_other_options_is_kept(

@@ -219,8 +219,10 @@ def eos_ids(eos: int | Sequence[int] | None, lm: LanguageModel) -> tuple[int, ..
     eos = _plain("eos_token_id", eos)
     ids = tuple(eos) if isinstance(eos, Sequence) and not isinstance(eos, str) else (eos,)
     most = lm.backbone.logits_size - 1
-    for token in ids or (None,):
-        use = f"ids from 0 to {most}, or null for the model's own"
+    use = f"ids from 0 to {most}, or null for the model's own"
+    if not ids:
+        raise ValueError(f"eos_token_id={eos!r} is empty; use {use}")
+    for token in ids:
         number("eos_token_id", token, use, low=0, high=most, whole=True)
     if (mask := lm.backbone.mask_token_id) in ids:
         raise ValueError(f"eos_token_id={mask} is the id of [MASK], which is never generated; leave it out")

@@ -79,7 +79,7 @@ class DLLM(TemplateLM):
             ValueError: an unknown name, or a value out of range.
         """
         given = harness_options.model_arguments(arg_dict, additional_config or {}, _tell)
-        greedy, seed = given.pop("greedy", True), given.pop("seed", 0)
+        greedy, seed = harness_options.flag("greedy", given.pop("greedy", True)), given.pop("seed", 0)
         sampler = _from_parts("sampler", given, "vanilla", Sampler)
         cache = _from_parts("cache", given, "none", Cache)
         shared = {"cfg_scale": given.get("cfg_scale", 0.0)} | _parts("estimate", given)
@@ -193,7 +193,13 @@ class DLLM(TemplateLM):
         mine = self.runner.setting.options
         prompt = self.tok_encode(context)
         options, stops = harness_options.generation(asked, len(prompt), self._warn)
-        own = options["gen_length"] = min(options["gen_length"], self.max_length // 2)
+        own = options["gen_length"]
+        if len(prompt) + own > self.max_length and own > (half := self.max_length // 2):
+            own = options["gen_length"] = half
+            if "gen_length" not in mine:
+                self._warn(
+                    f"some answers have {half} tokens, as prompt and answer exceed the context of {self.max_length}"
+                )
         options = {name: value for name, value in options.items() if name not in mine}
         length = (options | dict(mine))["gen_length"]
         room = self.max_length - (1 if length == "auto" else int(length))

@@ -43,9 +43,9 @@ def model_arguments(given: Mapping[str, Any], beside: Mapping[str, Any], tell: T
         del more["device"]
         tell("device='cuda:0' is not available here; the CPU is used")
     known = more | dict(given)
-    if _flag(known.pop("trust_remote_code", False)):
+    if flag("trust_remote_code", known.pop("trust_remote_code", False)):
         tell("trust_remote_code has no effect: code of a checkpoint is never run")
-    if _flag(known.pop("parallelize", False)):
+    if flag("parallelize", known.pop("parallelize", False)):
         if torch.cuda.device_count() > 1:
             known.pop("device", None)
             known.setdefault("device_map", "auto")
@@ -86,7 +86,7 @@ def generation(asked: Mapping[str, Any], prompt: int, tell: Tell) -> tuple[dict[
     if unknown := set(asked) - _KNOWN:
         tell(f"generation options {', '.join(sorted(unknown))} have no effect here")
     temperature = _number("temperature", asked.get("temperature"))
-    sampled = _flag(asked["do_sample"]) if "do_sample" in asked else bool(temperature)
+    sampled = flag("do_sample", asked["do_sample"]) if "do_sample" in asked else bool(temperature)
     options: dict[str, Any] = {
         "gen_length": _length(asked, prompt),
         # transformers samples at temperature 1 if only do_sample is given.
@@ -110,7 +110,10 @@ def _length(asked: Mapping[str, Any], prompt: int) -> int:
     if name is None:
         whole = _count("max_length", asked.get("max_length"))
         return GEN_LENGTH if whole is None else max(1, whole - prompt)
-    return _count(name, asked[name]) or 0
+    length = _count(name, asked[name]) or 0
+    if length < 1:
+        raise ValueError(f"{name}={asked[name]!r} is out of range; use 1 or more")
+    return length
 
 
 def _batch_size(value: Any, most: Any, tell: Tell) -> int:
@@ -129,9 +132,16 @@ def _off(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value.lower() in ("", "none", "null"))
 
 
-def _flag(value: Any) -> bool:
-    """A boolean, possibly as text."""
-    return bool(value) and not _off(value) and str(value).lower() not in ("false", "0")
+def flag(name: str, value: Any) -> bool:
+    """A boolean, possibly as text.
+
+    Raises:
+        ValueError: it is none.
+    """
+    text = "false" if _off(value) else str(value).lower()
+    if text not in ("true", "false", "1", "0"):
+        raise ValueError(f"{name}={value!r} is not true or false; give one of them")
+    return text in ("true", "1")
 
 
 def _number(name: str, value: Any) -> float | None:

@@ -22,6 +22,7 @@ from dllm.checks import first_line
 from dllm.files import parse_json
 
 _BPE_FILES = ("vocab.json", "merges.txt")
+_SPECIAL = tuple(f"{name}_token" for name in ("bos", "eos", "pad", "mask", "unk", "cls", "sep"))
 _OTHER_FILES = ("tokenizer_config.json", "tokenizer.model")
 # Entries of tokenizer_config.json that a loader would read as file names.
 _ELSEWHERE = ("fast_tokenizer_files", "gguf_file", "init_inputs", "tokenizer_object", "vocab", "merges")
@@ -88,6 +89,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
             f"{folder}: the tokenizer files ({', '.join(files)}, tokenizer_config.json) cannot be read: {reason}; "
             "copy them again from the published model"
         ) from None
+    _check_special(folder, tokenizer)
     for token, declared_id in declared.items():
         found = tokenizer.convert_tokens_to_ids(token)
         if found != declared_id:
@@ -119,6 +121,27 @@ def check_tokenizer_config(folder: Path) -> None:
             f"{folder}: the tokenizer's tokenizer_config.json cannot be read: {reason}; "
             "copy it again from the published model"
         ) from None
+
+
+def _check_special(folder: Path, tokenizer: Any) -> None:
+    """Reject an ordinary token that tokenizer_config.json names as a special one: it would vanish from all texts.
+
+    Raises:
+        ValueError: there is one.
+    """
+    config = _read(folder / "tokenizer_config.json")
+    declared = {each["content"] for each in config.get("added_tokens_decoder", {}).values()}
+    for name in _SPECIAL:
+        given = config.get(name)
+        token = given.get("content") if isinstance(given, dict) else given
+        if not isinstance(token, str) or tokenizer.backend_tokenizer.model.token_to_id(token) is None:
+            continue
+        added = {each["content"] for each in _read(folder / "tokenizer.json").get("added_tokens", [])}
+        if (folder / "tokenizer.json").is_file() and token not in added | declared:
+            raise ValueError(
+                f"{folder}: tokenizer_config.json says {name}={token!r}, which is an ordinary token of tokenizer.json; "
+                "copy the tokenizer files of one model"
+            )
 
 
 def _declared_ids(folder: Path) -> dict[str, int]:
