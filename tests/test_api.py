@@ -211,7 +211,7 @@ def test_infill_takes_the_mask_as_text(lm: dllm.LanguageModel) -> None:
         ([[4]], {"seed": -1}, "seed=-1"),
         ([[4]], {"seed": [1, 2]}, "seed has 2 entries for 1 prompts"),
         ([[4]], {"eos_token_id": 500}, "eos_token_id=500"),
-        ([[4]], {"eos_token_id": []}, "eos_token_id=None"),
+        ([[4]], {"eos_token_id": []}, r"eos_token_id=\[\] is empty"),
         ([[4]], {"sampler": "best"}, "unknown sampler='best'; expected one of .*threshold"),
         ([[4]], {"cache": "big"}, "unknown cache='big'"),
     ],
