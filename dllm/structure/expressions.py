@@ -86,7 +86,7 @@ def _code(pattern: str, at: int) -> tuple[str, int]:
 
 def _class(pattern: str, at: int, dialect: Dialect) -> tuple[str, int]:
     """A class, and where it ends."""
-    begin, at = at, at + 1
+    at += 1
     negated = pattern.startswith("^", at)
     at += negated
     if pattern.startswith("]", at) and not dialect.closing:
@@ -94,8 +94,6 @@ def _class(pattern: str, at: int, dialect: Dialect) -> tuple[str, int]:
     found = ["[^", dialect.excluded] if negated else ["["]
     first = at
     while not pattern.startswith("]", at) or at == first:
-        if at >= len(pattern):
-            raise ValueError(f"{pattern[begin:]!r} is a class without its end; add ']'")
         text, at = _member(pattern, at, dialect, negated)
         if pattern.startswith("-", at) and at + 1 < len(pattern) and pattern[at + 1] != "]":
             last, at = _member(pattern, at + 1, dialect, negated)
