@@ -53,7 +53,11 @@ def model(folder: Path) -> dllm.LanguageModel:
 def alone(folder: Path, case: dict[str, Any], planned: Plan) -> Decoded:
     """Decode one case as the reference did: in a batch of one."""
     lm = model(folder / case["checkpoint"])
-    result = dllm.generate(lm, [case["prompt"]], planned.sampler, planned.cache, **planned.options)
+    return decoded(dllm.generate(lm, [case["prompt"]], planned.sampler, planned.cache, **planned.options))
+
+
+def decoded(result: dllm.Generation) -> Decoded:
+    """The only row of a result."""
     steps = result.commit_step[0].tolist()
     counts = result.stats.tokens, int(result.nfe[0]), int(result.guide_nfe[0])
     return Decoded(result.sequences[0].tolist(), *counts, steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable
 from itertools import pairwise
@@ -94,6 +95,31 @@ def test_a_shape_is_captured_once_it_comes_again(device: Device) -> None:
     )  # fmt: skip
     # Each block begins with everything, which here is a narrow forward as well; each shape is launched once.
     assert seen == [0, 0, *[1] * 6, *[2] * 8]
+
+
+def test_what_cannot_be_captured_is_launched(device: Device) -> None:
+    lm = random_llada()
+    options: dict[str, Any] = {"gen_length": 16, "block_length": 8}
+    expected = dllm.generate(lm, PROMPTS, "threshold", "dual", **options)
+    hook = lm.backbone.blocks[0].register_forward_hook(lambda *given: print(given[-1].sum().item()))
+    device.made.clear()
+    with pytest.warns(UserWarning, match="launched kernel by kernel, which is slower: .* cuda_graphs=false") as warned:
+        found = dllm.generate(lm, PROMPTS, "threshold", "dual", **options)
+    assert len(warned) == 1
+    assert not device.made
+    assert torch.equal(found.sequences, expected.sequences)
+    hook.remove()
+    dllm.generate(lm, PROMPTS, "threshold", "dual", **options)
+    assert device.made
+
+
+def test_a_capture_ends_with_the_collector_as_it_was() -> None:
+    for wanted in (gc.disable, gc.enable):
+        wanted()
+        was_on = gc.isenabled()
+        with graphs._without_collection():
+            assert not gc.isenabled()
+        assert gc.isenabled() == was_on
 
 
 def test_a_wide_shape_is_captured_later(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,11 @@ while their kernels are launched as usual.
 
 from __future__ import annotations
 
+import gc
+import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
@@ -21,6 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dllm.checks import first_line
 from dllm.models import float8
 from dllm.models.base import MaskedDiffusionModel
 from dllm.models.experts import everywhere
@@ -96,9 +99,26 @@ class Capture:
                 run()
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=aside):
+            # The outer context leaves the stream even if the end of the capture fails. Other threads may do anything.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                _without_collection(),
+                torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"),
+            ):
                 result = run()
         return graph, result
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Without garbage collection: to free another graph, which a cycle of objects may hold, ends a capture."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @dataclass
@@ -133,6 +153,8 @@ class _Captured:
 class Replays:
     """Functions of tensors, replayed from graphs once their shapes have recurred; the most recent ones are kept.
 
+    If one cannot be captured, as when a hook waits for the device, all are launched from then on, with a warning.
+
     Args:
         capture: makes a graph of a function without arguments, and returns its result.
     """
@@ -141,6 +163,7 @@ class Replays:
         self._capture = capture
         self._seen: Counter[Hashable] = Counter()
         self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
+        self._failed = False
 
     def __call__(
         self, key: Hashable, run: Callable[..., Tensor], inputs: tuple[Tensor, ...], after: int, places: int
@@ -157,19 +180,32 @@ class Replays:
         if len(self._seen) > _SHAPES:
             self._seen.clear()
         self._seen[key] += 1
-        if self._seen[key] <= after:
+        if self._seen[key] <= after or self._failed:
             return None
         if key not in self._captured:
-            self._captured[key] = self._new(run, inputs, places)
+            if (new := self._new(run, inputs, places)) is None:
+                return None
+            self._captured[key] = new
             if len(self._captured) > _MOST:
                 self._seen.pop(self._captured.popitem(last=False)[0], None)
         self._captured.move_to_end(key)
         return self._captured[key].replay(inputs)
 
-    def _new(self, run: Callable[..., Tensor], inputs: tuple[Tensor, ...], places: int) -> _Captured:
+    def _new(self, run: Callable[..., Tensor], inputs: tuple[Tensor, ...], places: int) -> _Captured | None:
         first, *others = (each.clone() for each in inputs)
         static = F.pad(first, (0, 0) * (first.ndim - 1) + (0, places - len(first))), *others
-        graph, result = self._capture(lambda: run(*static))
+        try:
+            graph, result = self._capture(lambda: run(*static))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self._failed = True
+            warnings.warn(
+                f"forwards are launched kernel by kernel, which is slower: one cannot be captured "
+                f"({first_line(error)}); cuda_graphs=false does not try",
+                stacklevel=2,
+            )
+            return None
         return _Captured(graph, static, result, inputs)
 
 

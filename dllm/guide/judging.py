@@ -348,13 +348,7 @@ class Judging:
 
         more = (0, wide - width)
         padded = rows, F.pad(chunk, more), F.pad(index, more), F.pad(columns, more, value=self.held.shape[1])
-        try:
-            return self._replays((count, wide, span), run, padded, AFTER, count)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # a forward that cannot be captured
-            self._new_replays = self._replays = None
-            return None
+        return self._replays((count, wide, span), run, padded, AFTER, count)
 
     def _make_room(self, length: int) -> None:
         """Have columns for rows of a length."""

@@ -53,7 +53,9 @@ class Kernel(Generic[P, R]):
             return self._compiled(*args, **kwargs)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # noqa: BLE001  # compilers fail with errors of any type
+        except Exception as error:  # compilers fail with errors of any type
+            if torch.cuda.is_current_stream_capturing():  # what fails is the capture
+                raise
             self._failed = True
             warnings.warn(
                 f"{self.function.__name__} runs uncompiled, which is slower: torch.compile failed "
