@@ -72,6 +72,8 @@ def models(family: str, dtype: torch.dtype) -> tuple[dllm.LanguageModel, dllm.La
 def test_tokens_are_those_of_the_cpu(family: str, sampler: str, cache_name: str, graphs: bool, batch_size: int) -> None:
     options: dict[str, Any] = {"gen_length": 24, "block_length": 8, "batch_size": batch_size, "seed": 0}
     cpu, device = models(family, torch.float64)
+    if sampler == "daedal" and device.backbone.pattern is not None:
+        pytest.skip("it needs the whole canvas")
     reference = device if sampler in DRAWING else cpu
     expected = dllm.generate(
         reference, PROMPTS, sampler_of(sampler, reference.device.type), CACHES[cache_name],
