@@ -34,7 +34,8 @@ class Block(Metered):
             None for as many as the longest request may have.
 
     Raises:
-        ValueError: `shared` out of range; at the start of a run: given for a model that attends to every position.
+        ValueError: `shared` out of range; at the start of a run: more than there is memory for, or given for a model
+            that attends to every position.
     """
 
     repeatable = True  # exact

@@ -11,6 +11,7 @@ memory; a copy reads and writes a block once, where computing it reads all weigh
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
@@ -50,7 +51,13 @@ class SharedBlocks:
         layers, heads, size = setup.kv_shape
         shape = layers, 1, heads, columns, size
         self._stored, self.length = stored, setup.pattern.length
-        self._kept = setup.tensor("shared keys", shape), setup.tensor("shared values", shape)
+        try:
+            self._kept = setup.tensor("shared keys", shape), setup.tensor("shared values", shape)
+        except RuntimeError as error:
+            taken = 2 * setup.dtype.itemsize * math.prod(shape)
+            raise ValueError(
+                f"shared={columns} takes {taken / 2**30:,.0f} GiB, which cannot be allocated; use less"
+            ) from error
         self._most = columns // self.length
         # Pages by hash, from the one that leaves first to the one that leaves last.
         self._pages: OrderedDict[bytes, int] = OrderedDict()

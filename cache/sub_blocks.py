@@ -32,8 +32,7 @@ class SubBlocks(Metered):
         shared: as for `dllm.cache.Block`.
 
     Raises:
-        ValueError: an option out of range; at the start of a run: `shared` given for a model that attends to every
-            position.
+        ValueError: an option out of range; at the start of a run: `shared` as for `dllm.cache.Block`.
     """
 
     length: int = 8

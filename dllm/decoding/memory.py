@@ -76,6 +76,8 @@ class Memory:
             return setup.length
         room = int(_SHARE * (free_bytes(setup.device) + sum(each.nbytes for each in self._tensors.values())))
         length = 1 + (room - one) // (two - one)
+        if (fixed := 2 * one - two) > room:
+            raise ValueError(f"cache={cache} takes {fixed} bytes beside its rows, and {room} are free; use less")
         if length < 1:
             raise ValueError(
                 f"batch_size={setup.slots} leaves no room for keys and values: a token of a row takes "

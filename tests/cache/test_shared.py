@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 import pytest
@@ -103,6 +104,12 @@ def test_the_pool_counts_in_the_memory_of_an_engine() -> None:
     a_column = 2 * layers * heads * size * 8
     assert sizes[16] - sizes[0] == 16 * a_column
     assert sizes[None] - sizes[0] == 48 * a_column
+
+
+def test_more_than_there_is_memory_for_is_refused() -> None:
+    for columns, length in product((2**43, 2**62), (48, None)):
+        with pytest.raises(ValueError, match=rf"shared={columns}\b.* takes [\d,]+ (GiB|bytes).*; use less$"):
+            dllm.Engine(random_sdar(), "vanilla", Block(shared=columns), max_length=length)
 
 
 def test_bidirectional_models_share_nothing() -> None:
