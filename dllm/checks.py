@@ -149,8 +149,8 @@ def naming(options: Mapping[str, str]) -> Iterator[None]:
 
 
 def renamed(text: str, options: Mapping[str, str]) -> str:
-    """An error's text with `PARAMETER=` replaced by `OPTION=`, except inside words and quotes of a JSON file."""
+    """An error's text with `PARAMETER=` replaced by `OPTION=`, except inside words, paths and quotes of a JSON file."""
     if not options:
         return text
     known = "|".join(map(re.escape, options))
-    return re.sub(rf"(?<![\w.('\"\]])(?<!\.json: )({known})=", lambda found: f"{options[found[1]]}=", text)
+    return re.sub(rf"(?<![\w.('\"\]/-])(?<!\.json: )({known})=", lambda found: f"{options[found[1]]}=", text)

@@ -298,7 +298,7 @@ def _check_card(fields: Mapping[str, Any], knob: str, called: str, file: Path, p
 def _paired(base: Mapping[str, float], other: Mapping[str, float]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Both scores of each problem."""
     if base.keys() != other.keys():
-        raise RuntimeError("two runs of one task have other problems")
+        raise ValueError("two runs of the task have other problems; use a task whose problems stay the same")
     return np.array(list(base.values())), np.array([other[name] for name in base])
 
 

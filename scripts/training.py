@@ -7,6 +7,7 @@ average of the weights.
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import time
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,7 @@ from dllm.stored import misfit, there
 # Files of a published model; the others are for resuming.
 PUBLISHED = """README.md config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json
 special_tokens_map.json added_tokens.json chat_template.jinja""".split()
+_RATES = ("rate", "matrix_lr", "rest_lr")
 STATE, LOG = "state.pt", "loss.csv"
 # Optimizer state per parameter.
 _KEPT = {"Muon": ("momentum_buffer",), "AdamW": ("step", "exp_avg", "exp_avg_sq")}
@@ -103,7 +105,12 @@ class Trainer:
         return loss.detach()
 
     def save(self) -> None:
-        """Write the training checkpoint, and the averaged weights as a loadable model."""
+        """Write the training checkpoint, and the averaged weights as a loadable model.
+
+        Raises:
+            ValueError: weights are NaN or infinite; the last checkpoint stays.
+        """
+        self._check_finite(_finite(*self.parameters, *self.average), "weights are")
         state = {
             "model": [p.detach().clone() for p in self.parameters], "average": self.average,
             "optimizers": [o.state_dict() for o in self.optimizers], "step": self.step, "seconds": self.seconds,
@@ -113,6 +120,15 @@ class Trainer:
         torch.save(state, file)
         write_whole(self.out / STATE, file.getvalue())
         self.export()
+
+    def check_loss(self, loss: float) -> None:
+        """Reject a loss that is NaN or infinite."""
+        self._check_finite(math.isfinite(loss), "the loss is")
+
+    def _check_finite(self, finite: bool, what: str) -> None:
+        if not finite:
+            rates = " and ".join(f"{name}={self.cfg[name]}" for name in _RATES if name in self.cfg)
+            raise ValueError(f"{what} NaN or infinite after {self.step} steps with {rates}; use less, and another out")
 
     def export(self) -> None:
         """Write the averaged weights as a loadable model."""
@@ -144,6 +160,8 @@ class Trainer:
         shapes = [p.shape for p in self.parameters]
         if any([p.shape for p in state[name]] != shapes for name in ("model", "average")):
             raise TypeError("weights of other sizes")
+        if not _finite(*state["model"], *state["average"]):
+            raise TypeError("weights that are NaN or infinite")
         if misfit(state["step"], int) or not 0 < state["step"] <= self.cfg.steps or misfit(state["seconds"], float):
             raise TypeError("no number of steps and seconds")
         if len(state["optimizers"]) != len(self.optimizers):
@@ -168,6 +186,10 @@ class Trainer:
         with torch.no_grad():
             for parameter, value in zip(self.parameters, values, strict=True):
                 parameter.copy_(value)
+
+
+def _finite(*tensors: Tensor) -> bool:
+    return all(bool(each.isfinite().all()) for each in tensors)
 
 
 def read_state(out: Path, mapped: bool = False) -> dict[str, Any] | None:
@@ -258,6 +280,7 @@ def run(trainer: Trainer, what: str) -> None:
             update(completed=trainer.step)
             if trainer.step % cfg.log_every == 0:
                 loss = torch.stack(log).mean().item()
+                trainer.check_loss(loss)
                 log.clear()
                 update(note=f"loss {loss:.4f}")
                 if not watched(console):

@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
 import dllm
@@ -57,6 +59,21 @@ def test_finished_runs_are_not_repeated(made: tuple[Path, Outcome], card: Path) 
     assert (again.code, again.out) == (0, made[1].out)
     assert {path: path.stat().st_mtime_ns for path in made[0].rglob("*.parquet")} == before
     assert len(before) == 4
+
+
+def test_samples_that_were_changed_certify_nothing(made: tuple[Path, Outcome], card: Path) -> None:
+    for file in made[0].rglob("samples.parquet"):
+        content, before = file.read_bytes(), card.read_bytes()
+        table = parquet.read_table(file)
+        right = pa.array([1.0] * len(table))
+        answers = table.column_names.index("final answer")
+        for changed in (table.slice(1), table.set_column(answers, "final answer", right)):
+            parquet.write_table(changed, file)
+            again = run(made[0])
+            assert (again.code, again.err.count("\n")) == (2, 1)
+            assert f"{file} was changed since results.json was written; remove {file.parent}" in again.err
+        file.write_bytes(content)
+        assert card.read_bytes() == before
 
 
 def test_losses_are_those_of_the_samples(made: tuple[Path, Outcome], card: Path) -> None:

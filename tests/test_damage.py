@@ -285,7 +285,7 @@ class TestRunFolders:
             try:
                 found = one.results()
             except ValueError as error:
-                says(error, str(tmp_path / "results.json"))
+                says(error, str(tmp_path / "results.json"), f"{tmp_path / 'samples.parquet'} is gone")
                 continue
             assert found is not None
             assert _summary(found, tmp_path)
@@ -311,6 +311,20 @@ class TestRunFolders:
         refused_or_made(file, go_on)
         if file.is_file() and name == "manifest.json":
             assert json.loads(file.read_text())["format"] == "dllm-manifest"
+
+    @pytest.mark.parametrize("name", ["samples.parquet", "trace.safetensors"])
+    def test_members_are_those_of_the_results(self, name: str, finished: Path) -> None:
+        (file,) = finished.glob(f"out/*/{name}")
+        content = file.read_bytes()
+        for change, what in ((cut(0.9), "was changed"), (Path.unlink, "is gone")):
+            change(file)
+            outcome = evaluate(finished)
+            assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+            assert (
+                f"{file} {what} since results.json was written; remove {file.parent} to run that again" in outcome.err
+            )
+        file.write_bytes(content)
+        assert evaluate(finished).code == 0
 
     def test_the_command_says_so_in_one_line(self, finished: Path) -> None:
         (file,) = finished.glob("out/*/results.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -306,6 +307,22 @@ class TestResuming:
             succeed(model, out)
             assert part.read_bytes() == good
         assert same(out, distilled)
+
+    def test_a_training_that_diverges_ends_and_keeps_what_was_good(self, model: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        result = distil(model, out, "rate=1e6", "log_every=6", "checkpoint_every=1", "warmup=6")
+        assert result.code == 2
+        assert re.search(
+            r"NaN or infinite after \d steps with rate=1000000.0; use less, and another out\n$", result.err
+        )
+        assert all(bool(each.isfinite().all()) for each in weights(out).values())
+        state = torch.load(out / "state.pt", weights_only=True)
+        assert all(bool(each.isfinite().all()) for each in (*state["model"], *state["average"]))
+        state["average"][0][:] = torch.nan
+        torch.save(state, out / "state.pt")
+        result = distil(model, out, "rate=1e6", "log_every=6", "checkpoint_every=1", "warmup=6")
+        assert result.code == 2
+        assert "state.pt is damaged (weights that are NaN or infinite)" in result.err
 
     def test_other_options_are_refused_by_name(self, model: Path, distilled: Path) -> None:
         for change in ("seed=3", "rank=2", "mask_ratio=0.3", "gen_length=8", "sampler=threshold", "entropy_weight=1"):

@@ -430,3 +430,10 @@ class TestOtherRuns:
             assert f"{readme} was changed by hand and is kept; the new model card is {out}/README.new.md" in result.out
             assert readme.read_text() == changed
             assert "On 1 problems" in (out / "README.new.md").read_text()
+
+
+def test_a_training_that_diverges_ends_in_one_line(tmp_path: Path) -> None:
+    result = train(tmp_path / "bad", "arch=guide", "matrix_lr=1e6", "rest_lr=1e6", "warmup=1")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert re.search(r"steps with matrix_lr=1000000.0 and rest_lr=1000000.0; use less, and another out$", result.err)
+    assert not (tmp_path / "bad" / "model.safetensors").exists()

@@ -13,7 +13,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import pyarrow
@@ -26,6 +26,7 @@ from dllm.evaluation.records import Record, sample_of
 from dllm.evaluation.runner import BASELINES, Runner
 from dllm.evaluation.trace import Trace, words_of
 from dllm.files import check_kept, read_json, write_json, write_whole
+from dllm.identity import digest
 from dllm.models.loading import LanguageModel
 from dllm.samplers.base import Policy
 from dllm.stored import folder_there, misfit, shallow, there
@@ -33,6 +34,7 @@ from dllm.tasks.base import Graded
 
 RESULTS, RESULTS_VERSION = "dllm-results", 1
 _MEMBERS = ("results.json", "manifest.json", "samples.parquet", "trace.safetensors")
+_CHECKED = _MEMBERS[2:]  # whose hashes the results hold
 _PACKAGES = ("dllm-samplers", "torch", "transformers", "tokenizers", "datasets", "numpy", "hydra-core", "lm-eval")
 
 
@@ -77,6 +79,7 @@ class Results(TypedDict):
     task: str
     metrics: Metrics
     details: dict[str, Any]
+    members: NotRequired[dict[str, str]]
 
 
 class RunFolder:
@@ -125,6 +128,7 @@ class RunFolder:
             found = _read_results(file, fix)
             if _text({name: found.get(name) for name in self.identity}) != _text(self.identity):
                 raise ValueError(f"{file} holds the results of another run; {fix}")
+            self._check_members(found.get("members", {}))
         except ValueError:
             if self.journal.exists():  # they can be rebuilt from it
                 return None
@@ -144,6 +148,14 @@ class RunFolder:
             with suppress(OSError):  # read-only
                 write_json(file, found)
         return found
+
+    def _check_members(self, members: Mapping[str, str]) -> None:
+        """Reject files that are not those that the results were written with."""
+        for name, before in members.items():
+            file = self.path / name
+            if not file.is_file() or digest(file) != before:
+                what = "was changed" if file.is_file() else "is gone"
+                raise ValueError(f"{file} {what} since results.json was written; remove {self.path} to run that again")
 
     def begin(self, lm: LanguageModel, config: Mapping[str, Any]) -> None:
         """Write the manifest: configuration and environment; resuming adds a session."""
@@ -197,6 +209,7 @@ class RunFolder:
             "format": RESULTS, "version": RESULTS_VERSION, "label": self.label,
             **self.identity, "kind": str(getattr(runner.setting.sampler, "kind", Policy.kind)),
             "metrics": metrics, "details": graded.details,
+            "members": {name: digest(self.path / name) for name in _CHECKED},
         }  # fmt: skip
         write_json(self.path / "results.json", found)
         runner.close(remove=True)
