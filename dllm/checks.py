@@ -132,6 +132,10 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+# Before a parameter's name in an error; the same letters in another word, a path or a quoted text are not its name.
+NOT_WITHIN = r"""(?<![\w.('"\]/-])"""
+
+
 @contextmanager
 def naming(options: Mapping[str, str]) -> Iterator[None]:
     """Rename parameters in errors to the options that the user wrote.
@@ -153,4 +157,4 @@ def renamed(text: str, options: Mapping[str, str]) -> str:
     if not options:
         return text
     known = "|".join(map(re.escape, options))
-    return re.sub(rf"(?<![\w.('\"\]/-])(?<!\.json: )({known})=", lambda found: f"{options[found[1]]}=", text)
+    return re.sub(rf"{NOT_WITHIN}(?<!\.json: )({known})=", lambda found: f"{options[found[1]]}=", text)

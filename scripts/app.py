@@ -30,7 +30,7 @@ from yaml import YAMLError
 
 import dllm
 from dllm.calibration import Calibration
-from dllm.checks import Notice, close, first_line, is_text, naming, renamed
+from dllm.checks import NOT_WITHIN, Notice, close, first_line, is_text, naming, renamed
 from dllm.checks import known as known_options
 from dllm.escape import brief
 from dllm.files import parse_json
@@ -471,7 +471,7 @@ def _qualified(error: Exception, fields: Mapping[str, Any]) -> str:
             shared = all(name in other for other in groups.values())
             said = re.escape(repr(value)) if shared else ""
             if name not in fields:
-                text = re.sub(rf"(?<![\w.('\"\]]){name}=(?={said})", f"{group}.{name}=", text)
+                text = re.sub(rf"{NOT_WITHIN}{name}=(?={said})", f"{group}.{name}=", text)
     return text
 
 

@@ -285,7 +285,7 @@ class TestRunFolders:
             try:
                 found = one.results()
             except ValueError as error:
-                says(error, str(tmp_path / "results.json"), f"{tmp_path / 'samples.parquet'} is gone")
+                says(error, str(tmp_path / "results.json"), " is gone since results.json was written")
                 continue
             assert found is not None
             assert _summary(found, tmp_path)
