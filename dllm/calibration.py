@@ -35,6 +35,7 @@ class Calibration:
         baseline: accuracy and NFE of one token per step.
         tests: of each value in order: mean loss, p-value, bound, accuracy, NFE, whether it is certified.
         contents: hashes of the files that the policy reads, from `files_of`; none in cards of earlier versions.
+        score: name of the score that counts as accuracy; None in cards of earlier versions.
     """
 
     model: str
@@ -53,6 +54,7 @@ class Calibration:
     baseline: dict[str, float]
     tests: list[dict[str, Any]] = field(default_factory=list)
     contents: dict[str, str] = field(default_factory=dict)
+    score: str | None = None
 
     @classmethod
     def read(cls, path: str | Path) -> Calibration:
@@ -69,7 +71,7 @@ class Calibration:
         found = read_json(file, _FIX)
         if found.pop("format", None) != FORMAT or found.pop("version", None) != VERSION:
             raise ValueError(f"calibration={str(path)!r} is not a card of dllm calibrate; {_FIX}")
-        found = {"contents": {}} | found
+        found = {"contents": {}, "score": None} | found
         if wrong := misfit(found, cls, "the card") or _contradiction(cls(**found)):
             raise ValueError(f"calibration={str(path)!r} is damaged ({wrong}); {_FIX}")
         return cls(**found)
@@ -79,6 +81,8 @@ class Calibration:
         fields = asdict(self)
         if not self.contents:
             del fields["contents"]
+        if self.score is None:
+            del fields["score"]
         write_json(file, {"format": FORMAT, "version": VERSION, **fields})
 
     def check(self, fingerprint: str) -> None:
@@ -92,6 +96,10 @@ class Calibration:
                 f"calibration is of {self.model} with weights {self.weights}, and this model has {fingerprint}; "
                 "calibrate this model with dllm calibrate"
             )
+
+    def compared_score(self, name: str) -> dict[str, tuple[str, str]]:
+        """The score on the card, and another one; nothing if the card does not say."""
+        return {} if self.score is None else {"task.metric": (self.score, name)}
 
     def compared(self, policy: Any) -> dict[str, tuple[str, str]]:
         """The hash of each file on the card, and that of the same file now; a moved file is the same.

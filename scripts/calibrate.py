@@ -79,7 +79,8 @@ def certify(cfg: DictConfig, chosen: Mapping[str, Any]) -> None:
         runs = _Runs(cfg, fields, chosen)
         base = runs.scores({**options_of("sampler", "vanilla"), CALIBRATION: None}, "vanilla")
         if before is not None:
-            refuse_others(called, card_file, {"model": (before.weights, runs.weights)})
+            made = before.compared_score(runs.score) | {"model": (before.weights, runs.weights)}
+            refuse_others(called, card_file, made)
         tests: list[dict[str, Any]] = []
         named = str(chosen["sampler"])
 
@@ -162,6 +163,11 @@ class _Runs:
         """The fingerprint of the model."""
         return str(self._weights[0]["weights"])
 
+    @property
+    def score(self) -> str:
+        """The name of the score that counts as accuracy."""
+        return str(self.first["metrics"]["accuracy_name"])
+
     def card(self, knob: str, tests: Sequence[Mapping[str, Any]], files: dict[str, str]) -> Calibration:
         """The card of the fastest certified value."""
         fields = self._fields
@@ -184,6 +190,7 @@ class _Runs:
             baseline={name: self.first["metrics"][name] for name in ("accuracy", "nfe")},
             tests=[dict(test) for test in tests],
             contents=files,
+            score=self.score,
         )
 
 

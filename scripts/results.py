@@ -108,8 +108,7 @@ def _collect(fields: Mapping[str, Any], samplers: Sequence[str], caches: Sequenc
     chosen = {sampler: _options(sampler, cards) for sampler in samplers}
     found = _run(fields, chosen, caches, runs) if fields["run"] else matrix.found_in(runs)
     used = {name: _as_run(name, options, found) for name, options in chosen.items()}
-    if not fields["run"]:
-        _check_runs(fields, found, used)
+    _check_runs(fields, found, used)
     settings = {name: _setting(name, options) for name, options in used.items()}
     made = matrix.collect(found, settings, caches, _command(fields))
     if made.header.model != out.name:
@@ -147,6 +146,8 @@ def _check_cards(fields: Mapping[str, Any], samplers: Sequence[str], cards: Path
                 pairs["number of problems"] = card.data.get("limit"), fields["problems"]
         policy = build("sampler", {**options_of("sampler", sampler), CALIBRATION: None}, Sampler)
         pairs |= card.compared(policy)
+        if (metric := fields["task"].get("metric")) is not None:
+            pairs |= card.compared_score(metric)
         calibrate.refuse_others(called, file, pairs)
 
 
@@ -164,6 +165,7 @@ def _check_runs(
         if options["gen_length"] is None and results["task"] == task.name:
             options["gen_length"] = task.gen_length
         pairs = {"task": (card.task, results["task"])} | calibrate.certified_for(card, options)
+        pairs |= card.compared_score(results["metrics"]["accuracy_name"])
         calibrate.refuse_others(called, Path(file), pairs, str(folder))
 
 
@@ -273,8 +275,10 @@ def _setting(sampler: str, options: Mapping[str, Any]) -> Setting:
 
 
 def _command(fields: Mapping[str, Any]) -> str:
-    """The command that makes these runs again, beside the page that is being made."""
-    given = [each for each in HydraConfig.get().overrides.task if each.partition("=")[0] not in (*_PLACES, "calibrate")]
+    """The command that makes these runs again, beside the page that is being made; or that reads those of `runs`."""
+    named = HydraConfig.get().overrides.task
+    places = _PLACES if fields["run"] or fields["runs"] is None else ("out", "cards", "speed")
+    given = [each for each in named if each.partition("=")[0] not in (*places, "calibrate")]
     model = f"model={fields['model']['path']}"
     rest = [each for each in given if not each.startswith(("model=", "++model.path="))]
     return shlex.join(["dllm", "results", model, *rest, f"out={fields['out']}"])

@@ -76,6 +76,18 @@ def test_samples_that_were_changed_certify_nothing(made: tuple[Path, Outcome], c
         assert card.read_bytes() == before
 
 
+def test_a_card_of_another_score_is_not_replaced(made: tuple[Path, Outcome], card: Path) -> None:
+    content = card.read_bytes()
+    assert Calibration.read(card).score == "final answer"
+    other = json.dumps(json.loads(content) | {"score": "strict"})
+    card.write_text(other)
+    again = run(made[0])
+    assert (again.code, again.err.count("\n")) == (2, 1)
+    assert "holds a card of another task.metric (strict); this run has final answer" in again.err
+    assert card.read_text() == other
+    card.write_bytes(content)
+
+
 def test_losses_are_those_of_the_samples(made: tuple[Path, Outcome], card: Path) -> None:
     pandas = pytest.importorskip("pandas")
     folders = {path.parent.name.rpartition("-")[0]: path for path in made[0].rglob("samples.parquet")}

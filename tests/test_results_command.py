@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -122,6 +123,18 @@ class TestCommand:
         )
         assert told in outcome.err
 
+    def test_a_card_of_another_score_is_refused(self, made: tuple[Path, Outcome], tmp_path: Path) -> None:
+        card = made[0] / "tiny-llada" / "calibration" / "saber" / "calibration.json"
+        content = json.loads(card.read_text())
+        assert content["score"] == "final answer"
+        copy = tmp_path / "cards" / "saber" / "calibration.json"
+        copy.parent.mkdir(parents=True)
+        copy.write_text(json.dumps(content | {"score": "strict"}))
+        runs = f"runs={made[0] / 'tiny-llada' / 'runs'}"
+        outcome = run(tmp_path / "out", f"cards={tmp_path / 'cards'}", "run=false", runs)
+        assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+        assert "holds a card of another task.metric (strict)" in outcome.err
+
     def test_the_page_is_made_from_the_data_alone(self, made: tuple[Path, Outcome], tmp_path: Path) -> None:
         out = tmp_path / "all"
         shutil.copytree(made[0], out, ignore=shutil.ignore_patterns("runs", "*.svg", "*-*-????????"))
@@ -204,6 +217,37 @@ class TestFinishedRuns:
         result = command("results", "run=false", f"runs={runs}", f"out={tmp_path / 'out'}")
         assert result.code == 2
         assert "has another task (" in result.err
+
+    @pytest.mark.parametrize(
+        ("label", "field", "changed", "told"),
+        [
+            ("pc", "options", {"gen_length": 32}, "another gen_length (32) than others (64)"),
+            ("pc", "options", {"temperature": 1.5}, "another temperature (1.5) than others (None)"),
+            ("vanilla + dual", "sampler", {"steps": 20}, "another steps (20) than others (None)"),
+            ("vanilla + dual", "cache", {"refresh_above": 0.5}, "another refresh_above (None) than others (0.5)"),
+            ("pc", "options", {"batch_size": 1, "seed": 5, "threads": 2}, None),
+            ("tiny/daedal", "options", {"gen_length": "auto"}, None),
+        ],
+    )
+    def test_of_other_options_are_refused(
+        self, label: str, field: str, changed: dict[str, Any], told: str | None, tmp_path: Path
+    ) -> None:
+        usual: dict[str, dict[str, Any]] = {
+            "options": {"gen_length": 64, "temperature": None, "batch_size": 8, "seed": 0, "threads": 1},
+            "sampler": {"name": "vanilla", "steps": None},
+            "cache": {"name": "dual", "refresh_above": None},
+        }
+        for place, name in enumerate(("vanilla", "tiny/threshold + dual", label)):
+            folder = write_run(tmp_path / "runs" / str(place), name, 0.9, 12.0)
+            own = {each: values | (changed if (place, each) == (2, field) else {}) for each, values in usual.items()}
+            content = json.loads((folder / "results.json").read_text())
+            (folder / "results.json").write_text(json.dumps(content | own))
+        result = command("results", "run=false", f"runs={tmp_path / 'runs'}", f"out={tmp_path / 'out'}")
+        if told is None:
+            assert result.code == 0, result.err
+        else:
+            assert (result.code, result.err.count("\n")) == (2, 1)
+            assert f" has {told}; give another runs" in result.err
 
     def test_of_another_model_are_refused(self, tmp_path: Path) -> None:
         runs = self.write(tmp_path)

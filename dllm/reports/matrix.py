@@ -15,6 +15,7 @@ from dllm.evaluation.run_folder import sessions
 from dllm.files import parse_json, read_json
 from dllm.reports.frontier import aup
 from dllm.reports.reading import load
+from dllm.resolve import CALIBRATION
 from dllm.stored import misfit
 
 FORMAT, VERSION = "dllm-matrix", 1
@@ -226,12 +227,15 @@ def collect(found: Found, settings: dict[str, Setting], caches: Sequence[str], c
         command: that made the runs.
 
     Raises:
-        ValueError: no run is finished, or the runs are of several models or tasks.
+        ValueError: no run is finished, or the runs are of several models, tasks or decoding options, or those of a
+            sampler or a cache differ.
     """
     cells: list[Cell] = []
     refusals: list[Refusal] = []
     places: list[dict[str, Any]] = []
     common: dict[str, Any] = {}
+    decoding: dict[str, Any] = {}
+    chosen: dict[str, dict[str, Any]] = {}
     for sampler in settings:
         for cache in caches:
             what = found.get((sampler, cache))
@@ -240,6 +244,9 @@ def collect(found: Found, settings: dict[str, Setting], caches: Sequence[str], c
             elif what is not None:
                 results, session = read_json(what / "results.json"), (sessions(what) or [{}])[-1]
                 _check_alike(common, _common(results, session), what)
+                _check_alike(decoding, _decoding(results), what)
+                _check_alike(chosen.setdefault(f"sampler={sampler}", {}), _chosen(results.get("sampler")), what)
+                _check_alike(chosen.setdefault(f"cache={cache}", {}), _chosen(results.get("cache")), what)
                 place = {name: session.get(name) for name in _PLACE}
                 places += [] if place in places else [place]
                 cells.append(_cell(sampler, cache, results, str(session.get("started", "")), places.index(place)))
@@ -261,6 +268,25 @@ def _common(results: Mapping[str, Any], session: Mapping[str, Any]) -> dict[str,
         "asked": results.get("asked") or {},
         "score": str(results["metrics"]["accuracy_name"]),
     }
+
+
+# Options of a run that change no number of its own, or not those of a table.
+_FREE = ("batch_size", "cuda_graphs", "seed", "threads", "baselines", "frames", "estimate")
+
+
+def _decoding(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The decoding options; a policy that finds the length itself has none of its own."""
+    found = {name: value for name, value in _mapping(results.get("options")).items() if name not in _FREE}
+    return {name: value for name, value in found.items() if (name, value) != ("gen_length", "auto")}
+
+
+def _chosen(options: Any) -> dict[str, Any]:
+    """The options of a sampler or a cache, whose card may be at several places."""
+    return {name: value is not None if name == CALIBRATION else value for name, value in _mapping(options).items()}
+
+
+def _mapping(found: Any) -> Mapping[str, Any]:
+    return found if isinstance(found, Mapping) else {}
 
 
 def _check_alike(common: dict[str, Any], own: Mapping[str, Any], folder: Path) -> None:
