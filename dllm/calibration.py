@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from dllm import identity
 from dllm.files import BUNDLED, read_json, write_json
@@ -12,6 +12,19 @@ from dllm.stored import misfit, there
 
 FORMAT, VERSION = "dllm-calibration", 1
 _FIX = "make it again with dllm calibrate"
+
+
+class Tested(TypedDict):
+    """The test of a value."""
+
+    value: float | int
+    n: int
+    mean_loss: float
+    p_value: float
+    bound: float
+    accuracy: float
+    nfe: float
+    certified: bool
 
 
 @dataclass(frozen=True)
@@ -52,7 +65,7 @@ class Calibration:
     delta: float
     bound: float | None
     baseline: dict[str, float]
-    tests: list[dict[str, Any]] = field(default_factory=list)
+    tests: list[Tested] = field(default_factory=list)
     contents: dict[str, str] = field(default_factory=dict)
     score: str | None = None
 
@@ -117,12 +130,17 @@ class Calibration:
 
 def _contradiction(card: Calibration) -> str | None:
     """What is inconsistent on a card; None if nothing is."""
+    if not (0 < card.loss < 1 and 0 < card.delta < 1 and card.n > 0):
+        return f"loss={card.loss}, delta={card.delta} or n={card.n} is out of range"
+    for test in card.tests:
+        if test["certified"] and not (test["p_value"] <= card.delta and test["bound"] <= card.loss):
+            return f"{card.knob}={test['value']} is certified, with p_value={test['p_value']} and bound={test['bound']}"
     if card.value is None:
         return None
-    tests = [test for test in card.tests if test.get("value") == card.value and test.get("certified") is True]
+    tests = [test for test in card.tests if test["value"] == card.value and test["certified"]]
     if not tests:
         return f"none of its tests certifies {card.knob}={card.value}"
-    if all(test.get("bound") != card.bound for test in tests):
+    if all(test["bound"] != card.bound for test in tests):
         return f"bound={card.bound} differs from the bound of the test of {card.knob}={card.value}"
     return None
 

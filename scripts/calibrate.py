@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from pyarrow import parquet
 
 import dllm
-from dllm.calibration import Calibration, files_of
+from dllm.calibration import Calibration, Tested, files_of
 from dllm.checks import naming, number, seed, threads
 from dllm.escape import terminal
 from dllm.evaluation.claim import claimed
@@ -81,7 +81,7 @@ def certify(cfg: DictConfig, chosen: Mapping[str, Any]) -> None:
         if before is not None:
             made = before.compared_score(runs.score) | {"model": (before.weights, runs.weights)}
             refuse_others(called, card_file, made)
-        tests: list[dict[str, Any]] = []
+        tests: list[Tested] = []
         named = str(chosen["sampler"])
 
         def losses(value: float) -> NDArray[np.float64]:
@@ -168,7 +168,7 @@ class _Runs:
         """The name of the score that counts as accuracy."""
         return str(self.first["metrics"]["accuracy_name"])
 
-    def card(self, knob: str, tests: Sequence[Mapping[str, Any]], files: dict[str, str]) -> Calibration:
+    def card(self, knob: str, tests: Sequence[Tested], files: dict[str, str]) -> Calibration:
         """The card of the fastest certified value."""
         fields = self._fields
         certified = [test for test in tests if test["certified"]]
@@ -188,7 +188,7 @@ class _Runs:
             delta=fields["delta"],
             bound=None if best is None else best["bound"],
             baseline={name: self.first["metrics"][name] for name in ("accuracy", "nfe")},
-            tests=[dict(test) for test in tests],
+            tests=list(tests),
             contents=files,
             score=self.score,
         )
@@ -309,7 +309,7 @@ def _paired(base: Mapping[str, float], other: Mapping[str, float]) -> tuple[NDAr
     return np.array(list(base.values())), np.array([other[name] for name in base])
 
 
-def _row(test: Test, results: Mapping[str, Any]) -> dict[str, Any]:
+def _row(test: Test, results: Mapping[str, Any]) -> Tested:
     metrics = results["metrics"]
     return {
         "value": test.setting,
@@ -358,8 +358,8 @@ def _plot(card: Calibration) -> bytes | None:
     axes = figure.add_subplot()
     axes.axhline(card.loss, color="#bbbbbb", linewidth=1)
     nfe = [test["nfe"] for test in card.tests]
-    for name, style in (("mean_loss", "o-"), ("bound", "v--")):
-        axes.plot(nfe, [test[name] for test in card.tests], style, label={"mean_loss": "lost"}.get(name, name))
+    axes.plot(nfe, [test["mean_loss"] for test in card.tests], "o-", label="lost")
+    axes.plot(nfe, [test["bound"] for test in card.tests], "v--", label="bound")
     for test in card.tests:
         axes.annotate(repr(test["value"]), (test["nfe"], test["bound"]), fontsize=8, ha="left", va="bottom")
     title = f"{card.model}, {card.knob} of {card.sampler[TARGET].rpartition('.')[2]}, n = {card.n}"

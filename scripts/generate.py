@@ -58,6 +58,10 @@ def main() -> None:
 def generate(cfg: DictConfig) -> None:
     """Run the command."""
     engine = build("engine", cfg.engine, jobs.JobEngine)
+    if cfg.model.get("tp") and isinstance(engine, jobs.Ray):
+        raise ValueError(
+            "engine=ray is not supported with model.tp=true; use engine=local, or model.tp=false without torchrun"
+        )
     _check(cfg)
     if _is_job(cfg):
         generate_rows(cfg, engine)

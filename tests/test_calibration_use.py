@@ -27,6 +27,16 @@ CARD = {
     "cache": {"_target_": "dllm.cache.Dual"}, "options": {"gen_length": 12, "block_length": 4}, "task": "toy",
     "data": {}, "n": 300, "loss": 0.1, "delta": 0.05, "bound": 0.05, "baseline": {"accuracy": 1.0, "nfe": 12.0},
 }  # fmt: skip
+TEST = {
+    "value": 0.2,
+    "n": 300,
+    "mean_loss": 0.0,
+    "p_value": 0.01,
+    "bound": 0.05,
+    "accuracy": 1.0,
+    "nfe": 5.0,
+    "certified": True,
+}
 ASK: dict[str, Any] = {"gen_length": 12, "block_length": 4}
 PROMPTS = [[5, 6, 7], [8, 9], [10]]
 
@@ -42,7 +52,7 @@ def made(tmp_path: Path, lm: dllm.LanguageModel) -> Callable[..., Path]:
 
     def write(model: dllm.LanguageModel = lm, **changes: Any) -> Path:
         fields = CARD | {"model": "toy", "weights": model.backbone.fingerprint()} | changes
-        certified = {"value": fields["value"], "bound": fields["bound"], "certified": True}
+        certified = TEST | {"value": fields["value"], "bound": fields["bound"]}
         Calibration(**{"tests": [certified]} | fields).write(tmp_path / "card.json")
         return tmp_path / "card.json"
 
@@ -93,21 +103,27 @@ class TestLoading:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"value": None}, "certifies no threshold"),
+            ({"value": None, "tests": [TEST | {"certified": False}]}, "certifies no threshold"),
             ({"value": -1}, "is damaged"),
             ({"cache": {}}, "is damaged"),
             (
-                {"tests": [{"value": 0.2, "bound": 0.05, "certified": False}]},
+                {"tests": [TEST | {"certified": False}]},
                 "none of its tests certifies threshold=0.2",
             ),
             (
-                {"tests": [{"value": 0.3, "bound": 0.05, "certified": True}]},
+                {"tests": [TEST | {"value": 0.3}]},
                 "none of its tests certifies threshold=0.2",
             ),
             (
-                {"tests": [{"value": 0.2, "bound": 0.5, "certified": True}]},
+                {"tests": [TEST | {"bound": 0.06}]},
                 "bound=0.05 differs from the bound of the test",
             ),
+            ({"tests": [TEST | {"p_value": 0.9}]}, r"damaged \(threshold=0.2 is certified, with p_value=0.9"),
+            ({"tests": [TEST | {"bound": 0.3}], "bound": 0.3}, r"is certified, with p_value=0.01 and bound=0.3"),
+            ({"loss": 5.0}, r"damaged \(loss=5.0, delta=0.05 or n=300 is out of range\)"),
+            ({"n": -1}, "or n=-1 is out of range"),
+            ({"tests": [TEST, {"certified": False}]}, "is damaged"),
+            ({"tests": [TEST | {"nfe": "12"}]}, "is damaged"),
         ],
     )
     def test_a_card_of_no_use_is_refused_before_loading(

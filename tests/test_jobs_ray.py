@@ -143,3 +143,14 @@ def test_more_gpus_than_there_are_is_one_line(source: Path, tmp_path: Path) -> N
         f"engine.actors={there + 1} with engine.gpus_per_actor=1 needs {there + 1} GPUs, and this machine has"
         in result.err
     )
+
+
+def test_a_divided_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"prompt": "x"}\n')
+    given = (f"input={tmp_path / 'q.jsonl'}", f"output={tmp_path}/out/", "model.tp=true", "engine=ray")
+    outcome = command("generate", *given)
+    assert (outcome.code, outcome.err) == (
+        2,
+        "dllm generate: error: engine=ray is not supported with model.tp=true; use engine=local, or model.tp=false "
+        "without torchrun\n",
+    )

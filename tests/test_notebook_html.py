@@ -223,6 +223,21 @@ class TestTrace:
             assert each.nfe[-1] == result.nfe[row]
         assert "Mia has 48 pens. She" in shown_by(again).text
 
+    def test_a_recording_begins_anew_in_another_call(self) -> None:
+        def interrupt(step: dllm.Step) -> None:
+            recording(step)
+            if (step.nfe >= 3).any():
+                raise KeyboardInterrupt
+
+        recording, expected = Recording(LM), Recording(LM)
+        with pytest.raises(KeyboardInterrupt):
+            dllm.generate(LM, ["Ann has 2 pens.", *PROMPTS], callback=interrupt, **SHORT)
+        for each in (expected, recording, recording):
+            dllm.generate(LM, PROMPTS, "tiny/wino", "dual", callback=each, **SHORT)
+        assert recording.trace().ids == expected.trace().ids
+        for one, other in zip(recording.trace().frames, expected.trace().frames, strict=True):
+            assert one.canvas.tolist() == other.canvas.tolist()
+
     def test_a_recording_of_nothing_says_what_to_do(self) -> None:
         with pytest.raises(ValueError, match="callback="):
             Recording(LM).trace()

@@ -171,6 +171,14 @@ class TestChats:
         chat = [USER, {"role": "assistant", "content": "The answer"}]
         assert dllm.generate(lm, chat, **SHORT).texts == dllm.generate(lm, prefix, **SHORT).texts
 
+    @pytest.mark.parametrize("model", ["tiny-llada", "tiny-dream", "tiny-block"])
+    def test_bundled_models_keep_the_question_of_an_answer_that_is_begun(self, model: str) -> None:
+        question = "Tom has 23 apples. He buys 12. How many apples does he have?"
+        lm = dllm.load(model, device="cpu")
+        begun = [{"role": "user", "content": question}, {"role": "assistant", "content": " 23 + 12"}]
+        assert lm.tokenizer is not None
+        assert encode([begun], lm.tokenizer) == encode([f"{question} 23 + 12"], lm.tokenizer)
+
     @pytest.mark.parametrize("content", ["", None, [], " \n", [{"type": "text", "text": ""}]])
     def test_a_beginning_without_text_is_none(self, content: Any) -> None:
         assert written([USER, {"role": "assistant", "content": content}]) == written([USER])

@@ -76,7 +76,7 @@ class Memory:
             return setup.length
         room = int(_SHARE * (free_bytes(setup.device) + sum(each.nbytes for each in self._tensors.values())))
         length = 1 + (room - one) // (two - one)
-        if (fixed := 2 * one - two) > room:
+        if (fixed := 2 * one - two) > max(room, two - one):
             raise ValueError(f"cache={cache} takes {fixed} bytes beside its rows, and {room} are free; use less")
         if length < 1:
             raise ValueError(

@@ -21,18 +21,25 @@ from dllm.models.loading import LanguageModel
 class Recording:
     """Collects the steps of every answer that is finished; those of failed requests are left out.
 
+    Given to another call, it begins anew.
+
     Args:
         lm: the model that decodes.
     """
 
     def __init__(self, lm: LanguageModel) -> None:
         self._lm = lm
+        self._nfe: dict[int, int] = {}
         self._notes: dict[int, Notes] = {}
         self._ends: dict[int, tuple[int, ...]] = {}
         self._done: dict[int, tuple[Answer, list[float | None], Frames]] = {}
 
     def __call__(self, step: Step) -> None:
         """Record a step."""
+        before = step.nfe - step.forwards
+        if any(self._nfe.get(event.id, 0) != before[event.entry] for event in step):  # of another call
+            self._nfe, self._notes, self._ends, self._done = {}, {}, {}, {}
+        self._nfe |= {event.id: int(step.nfe[event.entry]) for event in step}
         sure = np.where(step.tokens == step.predicted, step.confidence, np.nan)
         for event in step:
             note, own = self._notes.setdefault(event.id, Notes()), slice(int(step.padding[event.entry]), None)

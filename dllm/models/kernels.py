@@ -54,7 +54,7 @@ class Kernel(Generic[P, R]):
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # compilers fail with errors of any type
-            if torch.cuda.is_current_stream_capturing():  # what fails is the capture
+            if of.is_cuda and torch.cuda.is_current_stream_capturing():  # what fails is the capture
                 raise
             self._failed = True
             warnings.warn(

@@ -17,6 +17,11 @@ EOS, MASK, UNK = "<|endoftext|>", "<|mdm_mask|>", "<|unk|>"
 _WORDS = """has then Then he she He She buys finds gets more wins loses sells gives away uses How many does have
 Start with Add Subtract First Next Finally So We compute and The answer is""".split()
 _SYMBOLS = [".", ",", "?", ":", " +", " -", " ="]
+# The last question, and an answer that is begun.
+_LAST_TURN = (
+    "{% if messages|length > 1 and messages[-1]['role'] == 'assistant' %}{{ messages[-2]['content'] }}{% endif %}"
+    "{{ messages[-1]['content'] }}"
+)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -37,6 +42,6 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         unk_token=UNK,
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        chat_template="{{ messages[-1]['content'] }}",
+        chat_template=_LAST_TURN,
         model_max_length=512,
     )

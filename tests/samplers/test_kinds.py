@@ -55,7 +55,10 @@ def test_are_committing_by_default_and_those_of_a_cards_policy(tmp_path: Path) -
         "model": "toy", "weights": "0", "sampler": {"_target_": "dllm.samplers.Saber"}, "knob": "at_least",
         "value": 2, "cache": {"_target_": "dllm.cache.NoCache"}, "options": {}, "task": "toy", "data": {}, "n": 9,
         "loss": 0.1, "delta": 0.1, "bound": 0.1, "baseline": {},
-        "tests": [{"value": 2, "bound": 0.1, "certified": True}],
+        "tests": [{
+            "value": 2, "n": 9, "mean_loss": 0.0, "p_value": 0.1, "bound": 0.1, "accuracy": 1.0, "nfe": 5.0,
+            "certified": True,
+        }],
     }  # fmt: skip
     Calibration(**fields).write(tmp_path / "card.json")
     assert Calibrated(tmp_path / "card.json").kind == "revising"
