@@ -11,8 +11,7 @@
 # PYTHON names the interpreter to start from, for example: make test PYTHON=/usr/bin/python3.11
 
 PYTHON ?= $(shell for python in python3.11 python3; do "$$python" -c "" 2>/dev/null && echo "$$python" && exit; done; echo python3)
-# One worker more than two cores, as tests of processes and servers wait now and then.
-PYTEST_ARGS ?= -n 3 --dist loadgroup --no-loadscope-reorder --covering
+PYTEST_ARGS ?= -n 2 --dist loadgroup --no-loadscope-reorder --covering
 DLLM_ARGS ?=
 # The extras that the tests need; those of the last seven are skipped without them.
 TESTED := dev,docs,eval,plot,scale,serve,structure,sweep

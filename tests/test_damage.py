@@ -326,6 +326,14 @@ class TestRunFolders:
         file.write_bytes(content)
         assert evaluate(finished).code == 0
 
+    def test_results_of_an_earlier_version_know_no_members(self, finished: Path) -> None:
+        (file,) = finished.glob("out/*/results.json")
+        content = file.read_bytes()
+        file.write_text(json.dumps({name: value for name, value in json.loads(content).items() if name != "members"}))
+        outcome = evaluate(finished)
+        file.write_bytes(content)
+        assert outcome.code == 0, outcome.err
+
     def test_the_command_says_so_in_one_line(self, finished: Path) -> None:
         (file,) = finished.glob("out/*/results.json")
         content = file.read_bytes()

@@ -30,7 +30,16 @@ from models import random_llada, save_folder
 from policies import over_masks
 
 FAST = ("task.limit=8", "batch_size=4", "baselines=0", "frames=2", "sampler=tiny/localleap")
-TIMES = {"tokens_per_second", "seconds", "latency_p50", "latency_p95", "guide_seconds", "peak_memory", "time"}
+TIMES = {
+    "members",
+    "tokens_per_second",
+    "seconds",
+    "latency_p50",
+    "latency_p95",
+    "guide_seconds",
+    "peak_memory",
+    "time",
+}
 
 
 def run(out: Path, *arguments: str) -> Outcome:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow
@@ -79,7 +79,6 @@ class Results(TypedDict):
     task: str
     metrics: Metrics
     details: dict[str, Any]
-    members: NotRequired[dict[str, str]]
 
 
 class RunFolder:
@@ -230,7 +229,7 @@ def _read_results(file: Path, fix: str) -> dict[str, Any]:
     found = read_json(file, fix)
     if found.get("format") != RESULTS or found.get("version") != RESULTS_VERSION:
         raise ValueError(f"{file} is not a results file of this version of dllm; {fix}")
-    wrong = misfit(found, Results)
+    wrong = misfit(found, Results) or misfit(found.get("members", {}), dict[str, str], "members")
     metrics = found["metrics"] if wrong is None else {}
     if wrong is None and metrics["nfe"] is not None and None in (metrics["tpf"], metrics["tokens_per_second"]):
         wrong = "metrics has no speed"
