@@ -144,6 +144,17 @@ class TestCommand:
         assert command("results", "run=false", f"out={out}", "speed=true").code == 0
         assert "tokens/s" in out.with_name("all.md").read_text()
 
+    def test_a_card_of_another_value_than_the_runs_is_refused(self, made: tuple[Path, Outcome], tmp_path: Path) -> None:
+        out = tmp_path / "all"
+        shutil.copytree(made[0], out, ignore=shutil.ignore_patterns("runs", "*.svg", "*-*-????????"))
+        file = out / "tiny-llada" / "calibration" / "saber" / "calibration.json"
+        card = json.loads(file.read_text())
+        tests = [test | ({"value": 77} if test["value"] == card["value"] else {}) for test in card["tests"]]
+        file.write_text(json.dumps(card | {"value": 77, "tests": tests}))
+        result = command("results", "run=false", f"out={out}")
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert f"{file} certifies at_least=77, and the runs were certified at at_least={card['value']}" in result.err
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [

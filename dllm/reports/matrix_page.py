@@ -158,6 +158,11 @@ def _cards(settings: Mapping[str, Setting], folder: Path, place: str) -> Iterato
             rows.append([f"`{sampler}`", setting.knob, "not calibrated", *[""] * 6])
             continue
         card = Calibration.read(file)
+        if setting.certified and (card.knob, card.value) != (setting.knob, setting.value):
+            raise ValueError(
+                f"{file} certifies {card.knob}={card.value!r}, and the runs were certified at "
+                f"{setting.knob}={setting.value!r}; put back the card that they were made with"
+            )
         chosen = next((test for test in card.tests if test["value"] == card.value), None)
         caches.add(_named(card.cache))
         value, found = "none", ["", "", ""]
