@@ -24,6 +24,7 @@ from dllm.evaluation.run_folder import RunFolder
 from dllm.evaluation.runner import Runner, Setting
 from dllm.evaluation.trace import Trace
 from dllm.filters import Filter, FilterCard, NeighbourFilter, load_filter
+from dllm.reports.reading import load
 from dllm.scripts import train_filter as application
 from dllm.tasks.base import Graded
 from models import random_llada, save_folder
@@ -291,6 +292,19 @@ class TestRunFolders:
             assert _summary(found, tmp_path)
             _objective(found, ["n"])
 
+    @pytest.mark.parametrize("change", [{"n": -3}, {"nfe": -1.5}, {"accuracy": 1.5, "accuracy_name": None}])
+    def test_results_that_no_run_has_are_refused(self, change: dict[str, Any], finished: Path, tmp_path: Path) -> None:
+        (file,) = finished.glob("out/*/results.json")
+        copy = shutil.copytree(file.parent, tmp_path / "copy")
+        content = json.loads(file.read_text())
+        content["metrics"] |= change
+        (copy / "results.json").write_text(json.dumps(content))
+        one = RunFolder(tmp_path, "x", {})
+        one.path = copy
+        for read in (one.results, lambda: load(tmp_path)):
+            with pytest.raises(ValueError, match=f"results.json is damaged .*{next(iter(change))}="):
+                read()
+
     @pytest.mark.parametrize("name", ["manifest.json", "samples.parquet", "trace.safetensors", "error.json"])
     @pytest.mark.parametrize("damage", ["empty", "null", "nested", "cut at 0.6", "a folder", "a pipe"])
     def test_other_members_are_made_again_or_named(self, name: str, damage: str, run_folder: Path) -> None:
@@ -360,7 +374,6 @@ class TestReports:
 
     def test_over_results_of_another_shape(self, tmp_path: Path) -> None:
         from dllm.reports import table
-        from dllm.reports.reading import load
 
         file = tmp_path / "results.json"
         for changed in variants(results()):

@@ -20,6 +20,7 @@ from commands import command, start
 from dllm.evaluation.journal import Journal
 from dllm.evaluation.likelihood import Estimate, is_greedy, loglikelihood
 from dllm.evaluation.runner import Runner, Setting
+from dllm.samplers import FreeDave, Threshold
 from dllm.tasks import word_problems
 from models import random_llada
 
@@ -427,6 +428,11 @@ class TestWordsOfOthers:
         ("pretrained=tiny-llada,sampler=guess", "unknown sampler='guess'"),
         ("pretrained=tiny-llada,sampler=localleap,sampler.reach=3", "unknown option 'sampler.reach'; expected"),
         ("pretrained=tiny-llada,gen_lenght=3", "unknown option 'gen_lenght'"),
+        ("sampler=freedave,sampler.base.reach=3", "unknown option 'sampler.base.reach'; expected"),
+        ("sampler=freedave,sampler.base.tokens_per_step=0", "^sampler.base.tokens_per_step=0 is"),
+        ("sampler=threshold,sampler.threshold.x=3", "^sampler.threshold=0.9 has no option x"),
+        ("estimate.samples=0", "^estimate.samples=0 is"),
+        ("estimate.sample=4", "unknown option 'estimate.sample'"),
         ("pretrained=tiny-llada,sampler=freedave,cache=dkv", "depend on the order a block is decoded in"),
         ("pretrained=/no/such/model", "/no/such/model"),
     ],
@@ -434,6 +440,13 @@ class TestWordsOfOthers:
 def test_bad_model_arguments_name_themselves(arguments: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         DLLM.create_from_arg_string(arguments, {"batch_size": 1})
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_options_of_a_policy_over_another_are_those_of_its_base(order: int) -> None:
+    base = ["sampler.base=threshold", "sampler.base.threshold=0.3"][::order]
+    lm = DLLM.create_from_arg_string(",".join(["pretrained=tiny-llada,sampler=freedave", *base]))
+    assert lm.runner.setting.sampler == FreeDave(base=Threshold(0.3))
 
 
 def test_a_missing_split_is_named(tmp_path: Path) -> None:

@@ -79,6 +79,15 @@ def test_masks_beside_a_suffix_are_refused(lm: dllm.LanguageModel) -> None:
             assert server.refused(**texts)["param"] == name
 
 
+def test_a_bad_prompt_is_named_as_the_client_calls_it(lm: dllm.LanguageModel) -> None:
+    with serving(lm) as server:
+        for chat in ([{"role": "user"}], [{"role": "assistant", "content": ""}]):
+            error = server.post("chat/completions", {"messages": chat}).json()["error"]
+            assert (error["param"], error["message"][:8]) == ("messages", "messages"), error
+        error = server.refused(prompt=[[5, 6], "Tom"])
+        assert (error["param"], error["message"][:6]) == ("prompt", "prompt"), error
+
+
 def test_more_answers_than_the_server_can_ever_hold_are_a_bad_request(lm: dllm.LanguageModel) -> None:
     with serving(lm, batch_size=2, queue=1) as server:
         assert "room for 3" in server.refused(prompt=QUESTION, n=4)["message"]

@@ -64,21 +64,31 @@ def encode(
         raise ValueError("prompts is empty; give at least one")
     if attention_mask is not None:
         return _masked(prompts, attention_mask)
-    return [_encode_one(prompt, tokenizer, number) for number, prompt in enumerate(prompts)]
+    return [_encode_one(prompt, tokenizer, f"prompts[{number}]") for number, prompt in enumerate(prompts)]
 
 
-def encode_one(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, attention_mask: Mask | None = None) -> list[int]:
+def encode_one(
+    prompt: Any, tokenizer: PreTrainedTokenizerBase | None, attention_mask: Mask | None = None, called: str = "prompt"
+) -> list[int]:
     """Token ids of a single prompt: a text, a chat, a list or tensor of ids, or a tokenizer's output for one text.
+
+    Args:
+        prompt: as an entry of `prompts` in `encode`.
+        tokenizer: needed for everything except token ids.
+        attention_mask: of token ids.
+        called: name of the prompt in errors.
 
     Raises:
         ValueError: as `encode`, or there are several prompts.
     """
-    alone = token_list(prompt, "prompt") is not None
+    alone = token_list(prompt, called) is not None
+    if attention_mask is None and (alone or isinstance(prompt, str) or is_chat(prompt)):
+        return _encode_one(prompt, tokenizer, called)
     if alone:
-        prompt, attention_mask = [prompt], None if attention_mask is None else [attention_mask]
+        prompt, attention_mask = [prompt], [attention_mask]
     found = encode(prompt, tokenizer, attention_mask)
     if len(found) != 1:
-        raise ValueError(f"prompt contains {len(found)} prompts; add one at a time")
+        raise ValueError(f"{called} contains {len(found)} prompts; add one at a time")
     return found[0]
 
 
@@ -101,39 +111,37 @@ def _is_message(message: Message) -> bool:
     return isinstance(message.get("role"), str) and (isinstance(content, str) or parts or silent)
 
 
-def _encode_one(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, number: int) -> list[int]:
-    if (ids := token_list(prompt, f"prompts[{number}]")) is not None:
+def _encode_one(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, called: str) -> list[int]:
+    if (ids := token_list(prompt, called)) is not None:
         return ids
     if not isinstance(prompt, str) and not is_chat(prompt):
-        raise ValueError(f"prompts[{number}] is a {type(prompt).__name__}; give text, chat messages or token ids")
+        raise ValueError(f"{called} is a {type(prompt).__name__}; give text, chat messages or token ids")
     if tokenizer is None:
-        raise ValueError(f"prompts[{number}] is text, and this model has no tokenizer; give token ids")
+        raise ValueError(f"{called} is text, and this model has no tokenizer; give token ids")
     if isinstance(prompt, str):
-        return tokens_of(tokenizer, _whole(prompt, number), f"prompts[{number}]", special=True)
+        return tokens_of(tokenizer, _whole(prompt, called), called, special=True)
     if tokenizer.chat_template is None:
-        raise ValueError(f"prompts[{number}] is a chat, and this tokenizer has no chat template; give plain text")
-    text = _written(prompt, tokenizer, number)
-    return tokens_of(tokenizer, _whole(text, number), f"prompts[{number}]")
+        raise ValueError(f"{called} is a chat, and this tokenizer has no chat template; give plain text")
+    text = _written(prompt, tokenizer, called)
+    return tokens_of(tokenizer, _whole(text, called), called)
 
 
-def _whole(text: str, number: int) -> str:
+def _whole(text: str, called: str) -> str:
     if not is_text(text):
-        raise ValueError(f"prompts[{number}] contains lone surrogates, which are not valid text; give UTF-8")
+        raise ValueError(f"{called} contains lone surrogates, which are not valid text; give UTF-8")
     return text
 
 
-def _written(chat: Chat, tokenizer: PreTrainedTokenizerBase, number: int) -> str:
+def _written(chat: Chat, tokenizer: PreTrainedTokenizerBase, called: str) -> str:
     """A chat in the format of the model, including a partial answer at its end."""
-    messages = [{**message, "content": _text(message, f"prompts[{number}]")} for message in chat]
+    messages = [{**message, "content": _text(message, called)} for message in chat]
     last = messages[-1]
     begun = last["role"] == "assistant" and not last.get("tool_calls")
     if begun and not last["content"].strip():  # nothing to continue
         messages, begun = messages[:-1], False
     if not messages:
-        raise ValueError(f"prompts[{number}] has only an empty assistant message; give the message to be answered")
-    return write_chat(
-        tokenizer, messages, f"prompts[{number}]", add_generation_prompt=not begun, continue_final_message=begun
-    )
+        raise ValueError(f"{called} has only an empty assistant message; give the message to be answered")
+    return write_chat(tokenizer, messages, called, add_generation_prompt=not begun, continue_final_message=begun)
 
 
 def write_chat(tokenizer: PreTrainedTokenizerBase, chat: Any, called: str, **options: Any) -> str:

@@ -10,6 +10,7 @@ estimate.samples=32; fields of `dllm.Options` and arguments of `dllm.load` by na
 from __future__ import annotations
 
 import warnings
+from dataclasses import fields
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -19,7 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 
 from dllm import identity
 from dllm.cache.base import Cache
-from dllm.checks import known
+from dllm.checks import known, naming
 from dllm.decoding import compatibility
 from dllm.decoding.options import parse_options
 from dllm.decoding.prompts import write_chat
@@ -31,7 +32,7 @@ from dllm.evaluation.records import Query
 from dllm.evaluation.runner import Runner, Setting
 from dllm.models.loading import load
 from dllm.models.tokenizers import tokens_of
-from dllm.resolve import TARGET, build, options_of, resolve
+from dllm.resolve import TARGET, build, options_of, resolve, with_option
 from dllm.samplers.base import Sampler
 
 _LOADING = ("device", "dtype", "device_map", "attn_implementation", "revision", "pack", "adapter")
@@ -82,9 +83,11 @@ class DLLM(TemplateLM):
         greedy, seed = harness_options.flag("greedy", given.pop("greedy", True)), given.pop("seed", 0)
         sampler = _from_parts("sampler", given, "vanilla", Sampler)
         cache = _from_parts("cache", given, "none", Cache)
-        shared = {"cfg_scale": given.get("cfg_scale", 0.0)} | _parts("estimate", given)
-        draws = shared.get("order", "random") == "random"
-        estimate = Estimate(**({"seed": seed} if draws else {}) | shared)
+        estimated = _parts("estimate", given)
+        known(estimated, [each.name for each in fields(Estimate)], "estimate.")
+        shared = {"seed": seed} if estimated.get("order", "random") == "random" else {}
+        with naming({name: f"estimate.{name}" for name in estimated}):
+            estimate = Estimate(**{"cfg_scale": given.get("cfg_scale", 0.0)} | shared | estimated)
         loading = {"pack": "auto"} | {name: given.pop(name) for name in _LOADING if name in given}
         pretrained = given.pop("pretrained", "tiny-llada")
         compatibility.check(sampler, cache, parse_options(given).cfg_scale)
@@ -244,7 +247,10 @@ def _from_parts(group: str, given: dict[str, Any], default: str, protocol: type)
     own = _parts(group, given)
     if not own:
         return resolve(group, name, protocol)
-    defaults = options_of(group, name)
-    named, choices = ([each for each in part if each != TARGET] for part in (own, defaults))
+    options = options_of(group, name)
+    named, choices = ([each.partition(".")[0] for each in part if each != TARGET] for part in (own, options))
     known(named, choices, f"{group}.")
-    return build(group, defaults | own, protocol)
+    with naming({choice: f"{group}.{choice}" for choice in choices}):
+        for option, value in sorted(own.items(), key=lambda each: each[0].count(".")):  # `base` before its options
+            options = with_option(group, options, option, value)
+    return build(group, options, protocol)

@@ -105,6 +105,21 @@ COSTS = (
     "nfe", "nfe_error", "tpf", "tokens", "tokens_per_sample", "tokens_per_second", "seconds", "latency_p50",
     "latency_p95", "guide_nfe", "guide_seconds", "positions", "computed_share", "refreshes", "drift", "peak_memory",
 )  # fmt: skip
+_ROUNDING = 1e-9  # of the ends of an interval
+
+
+def impossible(metrics: Mapping[str, Any]) -> str | None:
+    """The first number of stored metrics that no run has; None if there is none."""
+    for name in ("n", *COSTS):
+        if isinstance(value := metrics.get(name), (int, float)) and value < 0:
+            return f"{name}={value!r}"
+    named = {name: (score["value"], score["interval"]) for name, score in metrics["scores"].items()}
+    named["accuracy"] = (metrics.get("accuracy"), metrics.get("accuracy_interval"))
+    for name, (value, interval) in named.items():
+        ends = interval or (None, None)
+        if None not in (value, *ends) and not ends[0] - _ROUNDING <= value <= ends[1] + _ROUNDING:
+            return f"{name}={value!r}, outside its interval {list(ends)}"
+    return None
 
 
 def _drift(records: Sequence[Record]) -> dict[str, Any] | None:

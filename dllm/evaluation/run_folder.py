@@ -21,7 +21,7 @@ import torch
 from pyarrow import parquet
 
 from dllm.decoding.result import padded
-from dllm.evaluation.metrics import COSTS, cost, quality, speedup
+from dllm.evaluation.metrics import COSTS, cost, impossible, quality, speedup
 from dllm.evaluation.records import Record, sample_of
 from dllm.evaluation.runner import BASELINES, Runner
 from dllm.evaluation.trace import Trace, words_of
@@ -236,6 +236,8 @@ def _read_results(file: Path, fix: str) -> dict[str, Any]:
     own = metrics.get("scores", {}).get(metrics.get("accuracy_name"))
     if wrong is None and own is not None and own["value"] != metrics["accuracy"]:
         wrong = f"metrics.accuracy is {metrics['accuracy']!r}, and the score of that name {own['value']!r}"
+    if wrong is None and (number := impossible(metrics)) is not None:
+        wrong = f"metrics.{number}"
     strange = [name for name in COSTS if not isinstance(metrics.get(name), (int, float, dict, type(None)))]
     if wrong or strange:
         raise ValueError(f"{file} is damaged ({wrong or f'metrics.{strange[0]}'}); {fix}")

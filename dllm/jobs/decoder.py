@@ -160,5 +160,5 @@ class Decoder:
 
 
 def _failed(row: Row, error: str) -> Result:
-    said = renamed(error.replace("prompts[0]", "prompt"), {"dtype": "model.dtype"})
+    said = renamed(error, {"dtype": "model.dtype"})
     return Result(row.number, row.id, error=said.encode("utf-8", "replace").decode())

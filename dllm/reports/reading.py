@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
 
+from dllm.evaluation.metrics import impossible
 from dllm.identity import within
 from dllm.reports.runs import Failure, Group, MeasuredRun, Sweep
 from dllm.resolve import find_class, options_of
@@ -155,6 +156,8 @@ def _run(path: Path, folder: Path, quality: str | None) -> MeasuredRun:
                 float(value)  # raises an error for huge integers
         if wrong := misfit(metrics["scores"], dict[str, _Score], "scores"):
             raise TypeError(wrong)
+        if wrong := impossible(metrics):
+            raise ValueError(wrong)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         message = f"{path} is damaged ({type(error).__name__}: {error}); remove it to run that setting again"
         raise ValueError(message) from None

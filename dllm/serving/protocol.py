@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dllm.checks import SEEDS, number, renamed
 from dllm.decoding.options import Options, make_request, parse_options
-from dllm.decoding.prompts import encode_one
+from dllm.decoding.prompts import encode_one, is_chat
 from dllm.escape import brief
 from dllm.models.attention import BlockCausal
 from dllm.models.loading import LanguageModel
@@ -285,14 +285,18 @@ class Terms:
         if isinstance(request, ChatRequest):
             if not request.messages:
                 raise ValueError("messages=[] is empty; give at least one")
-            return [encode_one(request.messages, tokenizer)]
+            for place, message in enumerate(request.messages):
+                if not is_chat([message]):
+                    raise ValueError(f"messages[{place}]={brief(repr(message))} is no message; give role and content")
+            return [encode_one(request.messages, tokenizer, called="messages")]
         prompt: Any = request.prompt
         if not isinstance(prompt, str) and not prompt:
             raise ValueError("prompt=[] is empty; give a text")
         several = isinstance(prompt, list) and not isinstance(prompt[0], int)
         if several and len(prompt) > self.most_choices:
             raise ValueError(f"prompt has {len(prompt)} entries; give at most {self.most_choices}")
-        return [encode_one(each, tokenizer) for each in (prompt if several else [prompt])]
+        named = {f"prompt[{place}]": each for place, each in enumerate(prompt)} if several else {"prompt": prompt}
+        return [encode_one(each, tokenizer, called=name) for name, each in named.items()]
 
     def _options(self, request: ChatRequest | CompletionRequest) -> Options:
         given = {name: getattr(request, name) for name in ("temperature", "top_p", "stop", "response_format")}
