@@ -116,9 +116,9 @@ def impossible(metrics: Mapping[str, Any]) -> str | None:
     named = {name: (score["value"], score["interval"]) for name, score in metrics["scores"].items()}
     named["accuracy"] = (metrics.get("accuracy"), metrics.get("accuracy_interval"))
     for name, (value, interval) in named.items():
-        ends = interval or (None, None)
-        if None not in (value, *ends) and not ends[0] - _ROUNDING <= value <= ends[1] + _ROUNDING:
-            return f"{name}={value!r}, outside its interval {list(ends)}"
+        low, high = interval or (-math.inf, math.inf)
+        if None not in (value, low, high) and not low - _ROUNDING <= value <= high + _ROUNDING:
+            return f"{name}={value!r}, outside its interval {[low, high]}"
     return None
 
 
