@@ -25,13 +25,13 @@ PROMPTS = [[35, 36, 37, 39, 41], [38]]
 BUNDLED = ("tiny-llada", "tiny-dream")
 CACHES: dict[str, list[Any]] = {
     "tiny-llada": ["none", "dual", "prefix", "freecache", "d2cache", "dllm_cache", "elastic", "sparse", "dkv"],
-    "tiny-dream": ["none", "dual", "prefix", "freecache", dllm.cache.Dual(measure_every=2, refresh_above=0.01)],
+    "tiny-dream": ["none", "prefix", dllm.cache.Dual(measure_every=2, refresh_above=0.01)],
     "sdar": ["none", "block"],
     "llada2": ["none", "block"],
     "moe": ["none", "dual"],
     "tied": ["none", "block"],
 }
-OPTIONS: dict[str, Any] = {"gen_length": 16, "block_length": 8, "stop_at_eos": False, "seed": 3}
+OPTIONS: dict[str, Any] = {"gen_length": 8, "block_length": 4, "stop_at_eos": False, "seed": 3}
 
 
 def load(name: str, **options: Any) -> dllm.LanguageModel:
@@ -41,8 +41,7 @@ def load(name: str, **options: Any) -> dllm.LanguageModel:
 
 def outcome(lm: dllm.LanguageModel, cache: Any, **options: Any) -> list[Any]:
     """Tokens, cost, and what was measured."""
-    block = lm.backbone.pattern is not None
-    found = dllm.generate(lm, PROMPTS, "threshold", cache, **OPTIONS | ({"block_length": 4} if block else {}) | options)
+    found = dllm.generate(lm, PROMPTS, "threshold", cache, **OPTIONS | options)
     drift = None if found.stats.drift is None else round(found.stats.drift.kv_error, 9)
     return [found.sequences.tolist(), found.nfe.tolist(), found.stats.cache_refreshes, drift]
 

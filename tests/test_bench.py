@@ -193,7 +193,9 @@ def test_quantised_weights_are_named() -> None:
 @pytest.mark.parametrize("name", ["tiny-llada", "tiny-dream"])
 def test_bundled_models_are_timed_on_their_whole_context(name: str) -> None:
     # Their [MASK] is an id among the others; a prompt must not hold it.
-    result = command("bench", f"model={name}", "steps=1", "gen_length=8", "block_length=null")
+    result = command(
+        "bench", f"model={name}", "steps=1", "batch_size=1", "gen_length=8", "block_length=null", "caches=[none,dual]"
+    )
     assert (result.code, result.err) == (0, "")
     assert "canvas=512" in result.out
 

@@ -20,7 +20,7 @@ from dllm.evaluation import claim
 from dllm.files import BUNDLED
 from dllm.samplers import Anchored, Calibrated, LocalLeap, Threshold
 
-SETTINGS = "task.limit=30", "batch_size=30", "threads=1", "model.device=cpu", "loss=0.2"
+SETTINGS = "task.limit=24", "batch_size=24", "threads=1", "model.device=cpu", "loss=0.2"
 
 
 def run(out: Path, *options: str) -> Outcome:
@@ -44,7 +44,7 @@ def test_the_fastest_certified_value_is_chosen(made: tuple[Path, Outcome], card:
     found = Calibration.read(card)
     assert [test["value"] for test in found.tests] == [0.9999, 0.99, 0.0]
     assert [test["certified"] for test in found.tests] == [True, True, False]
-    assert (found.knob, found.value, found.n, found.loss, found.delta) == ("threshold", 0.99, 30, 0.2, 0.05)
+    assert (found.knob, found.value, found.n, found.loss, found.delta) == ("threshold", 0.99, 24, 0.2, 0.05)
     assert found.bound is not None
     assert found.bound <= 0.2
     assert found.weights == dllm.load("tiny-llada", device="cpu").backbone.fingerprint()

@@ -369,6 +369,24 @@ FILES: dict[str, tuple[Edit, str]] = {
             "extra_special_tokens": 5,
         }.items()
     },
+    # They would vanish from every text.
+    **{
+        f"an ordinary word is special: {file}, {key}": (
+            lambda folder, file=file, key=key, value=value: [
+                _tokenizer(folder),
+                (folder / file).write_text(json.dumps({key: value})),
+            ],
+            "name ' answer' as special, an ordinary token",
+        )
+        for file, key, value in (
+            ("tokenizer_config.json", "eos_token", " answer"),
+            ("tokenizer_config.json", "additional_special_tokens", [" answer"]),
+            ("tokenizer_config.json", "extra_special_tokens", [" answer"]),
+            ("tokenizer_config.json", "image_token", " answer"),
+            ("special_tokens_map.json", "eos_token", " answer"),
+            ("special_tokens_map.json", "additional_special_tokens", [" answer"]),
+        )
+    },
 }
 
 

@@ -315,7 +315,7 @@ class TestSweeps:
         [("frontier cache=freecache", len(over_masks()) - 1, 1), ("thresholds", 1, 1), ("caches", 1, 9)],
     )
     def test_ready_sweeps_run_and_are_reported(self, sweep: str, samplers: int, caches: int, tmp_path: Path) -> None:
-        fast = ("task.limit=1", "gen_length=32", "baselines=0")
+        fast = ("task.limit=1", "gen_length=16", "baselines=0")
         outcome = command("evaluate", "-m", *f"sweep={sweep}".split(), f"out={tmp_path}", *fast)
         assert outcome.code == 0, outcome.err
         found = results(tmp_path)

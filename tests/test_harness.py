@@ -353,6 +353,31 @@ class TestWordsOfOthers:
     def test_lengths_by_any_name(self, asked: dict[str, Any], length: int) -> None:
         assert harness_options.generation(asked, 5, pytest.fail)[0]["gen_length"] == length
 
+    def test_the_last_of_several_lengths_is_used_and_told(self) -> None:
+        told: list[str] = []
+        task = {"max_gen_toks": 48, "until": []}
+        options, _ = harness_options.generation(task | {"max_new_tokens": 8}, 5, told.append)
+        assert options["gen_length"] == 8
+        assert told == ["max_new_tokens=8 is used, not max_gen_toks=48, which is given as well"]
+        assert harness_options.generation(task | {"max_tokens": 48}, 5, pytest.fail)[0]["gen_length"] == 48
+
+    def test_what_goes_before_the_task_is_told(self) -> None:
+        asked = asking("Tom has 3 pens.", max_gen_toks=48, do_sample=True, temperature=0.5)
+        with pytest.warns(UserWarning, match="of the model arguments") as told:
+            model(gen_length=8, temperature=0.0).generate_until([asked, asked])
+        assert [str(each.message) for each in told] == [
+            "gen_length=8 of the model arguments is used, not 48 of the task",
+            "temperature=0.0 of the model arguments is used, not 0.5 of the task",
+        ]
+
+    def test_sampling_without_a_seed_is_told(self) -> None:
+        asked = asking("Tom has 3 pens.", max_gen_toks=4, do_sample=True, temperature=0.5)
+        with pytest.warns(UserWarning, match="whatever --seed says; use --model_args seed=N"):
+            model().generate_until([asked])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            DLLM(model().runner, seed=0).generate_until([asked])
+
     def test_stop_strings_by_any_name(self) -> None:
         for until in ("x", ["x"], ["x", "", None], ("x",)):
             assert harness_options.generation({"until": until}, 1, pytest.fail)[1] == ("x",)

@@ -422,6 +422,29 @@ class TestFolder:
         Path("out/_manifest.json").unlink()
         refused(run(), "output='out' has shards without a _manifest.json")
 
+    def test_a_shard_whose_answers_were_changed_is_refused(self) -> None:
+        lines("q.jsonl", ROWS[:8])
+        assert run().code == 0
+        shard = Path("out/rows-000000000004.parquet")
+        content, table = shard.read_bytes(), parquet.read_table(shard, partitioning=None)
+        text = parquet.ParquetFile(shard).metadata.row_group(0).column(1)
+        start = text.dictionary_page_offset or text.data_page_offset
+        other = table.set_column(1, "text", pa.array(["another"] * len(table)))
+        for changed in (other, table.drop_columns(["text"]), table):
+            parquet.write_table(changed, shard)
+            refused(run(), "output='out': rows-000000000004.parquet was written by another program, or by an earlier")
+        shard.write_bytes(
+            content[: start + 30]
+            + bytes(each ^ 255 for each in content[start + 30 : start + 40])
+            + content[start + 40 :]
+        )
+        refused(run(), "output='out': rows-000000000004.parquet was changed since this job wrote it; remove it")
+        parquet.write_table(table.drop_columns(["id"]), shard)
+        refused(run(), "output='out': rows-000000000004.parquet cannot be read (no column id); remove it")
+        shard.unlink()
+        assert run().code == 0
+        assert shard.read_bytes() == content
+
     @pytest.mark.parametrize("whole", [True, False])
     @pytest.mark.parametrize("first", [4, 2, 12])
     def test_a_shard_with_the_rows_of_another_is_refused(self, first: int, whole: bool) -> None:

@@ -84,6 +84,8 @@ def test_a_bad_prompt_is_named_as_the_client_calls_it(lm: dllm.LanguageModel) ->
         for chat in ([{"role": "user"}], [{"role": "assistant", "content": ""}]):
             error = server.post("chat/completions", {"messages": chat}).json()["error"]
             assert (error["param"], error["message"][:8]) == ("messages", "messages"), error
+        error = server.refused(max_tokens=0)
+        assert (error["param"], error["message"][-20:]) == ("max_tokens", "number of at least 1"), error
         error = server.refused(prompt=[[5, 6], "Tom"])
         assert (error["param"], error["message"][:6]) == ("prompt", "prompt"), error
 

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dllm.checks import is_text
 from dllm.models.tokenizers import tokens_of
 
 Message: TypeAlias = Mapping[str, Any]
@@ -119,17 +118,10 @@ def _encode_one(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, called: 
     if tokenizer is None:
         raise ValueError(f"{called} is text, and this model has no tokenizer; give token ids")
     if isinstance(prompt, str):
-        return tokens_of(tokenizer, _whole(prompt, called), called, special=True)
+        return tokens_of(tokenizer, prompt, called, special=True)
     if tokenizer.chat_template is None:
         raise ValueError(f"{called} is a chat, and this tokenizer has no chat template; give plain text")
-    text = _written(prompt, tokenizer, called)
-    return tokens_of(tokenizer, _whole(text, called), called)
-
-
-def _whole(text: str, called: str) -> str:
-    if not is_text(text):
-        raise ValueError(f"{called} contains lone surrogates, which are not valid text; give UTF-8")
-    return text
+    return tokens_of(tokenizer, _written(prompt, tokenizer, called), called)
 
 
 def _written(chat: Chat, tokenizer: PreTrainedTokenizerBase, called: str) -> str:

@@ -44,19 +44,21 @@ class DLLM(TemplateLM):
 
     Args:
         runner: answers the requests.
-        seed: request i uses seed + i.
+        seed: request i uses seed + i; None for 0, with a warning where answers are sampled.
         greedy: check whether greedy decoding gives a scored continuation, for metrics such as LAMBADA's.
+        overruled: warn where an option of the runner goes before another value of the task or of `--gen_kwargs`.
 
     Attributes:
         truncated: number of prompts truncated on the left to fit the model.
     """
 
-    def __init__(self, runner: Runner, seed: int = 0, greedy: bool = True) -> None:
+    def __init__(self, runner: Runner, seed: int | None = None, greedy: bool = True, overruled: bool = True) -> None:
         super().__init__()
         if runner.lm.tokenizer is None:
             raise ValueError(f"{runner.lm.name} has no tokenizer, which tasks of lm-eval need; add one")
         self.runner, self.tokenizer, self.truncated = runner, runner.lm.tokenizer, 0
         self._seed, self._greedy, self._chat, self._count = seed, greedy, False, 0
+        self._overruled = overruled
         self._seen: dict[str, int] = {}
         self._told: set[str] = set()
         self._device = runner.lm.device
@@ -80,12 +82,12 @@ class DLLM(TemplateLM):
             ValueError: an unknown name, or a value out of range.
         """
         given = harness_options.model_arguments(arg_dict, additional_config or {}, _tell)
-        greedy, seed = harness_options.flag("greedy", given.pop("greedy", True)), given.pop("seed", 0)
+        greedy, seed = harness_options.flag("greedy", given.pop("greedy", True)), given.pop("seed", None)
         sampler = _from_parts("sampler", given, "vanilla", Sampler)
         cache = _from_parts("cache", given, "none", Cache)
         estimated = _parts("estimate", given)
         known(estimated, [each.name for each in fields(Estimate)], "estimate.")
-        shared = {"seed": seed} if estimated.get("order", "random") == "random" else {}
+        shared = {"seed": seed or 0} if estimated.get("order", "random") == "random" else {}
         with naming({name: f"estimate.{name}" for name in estimated}):
             estimate = Estimate(**{"cfg_scale": given.get("cfg_scale", 0.0)} | shared | estimated)
         loading = {"pack": "auto"} | {name: given.pop(name) for name in _LOADING if name in given}
@@ -203,12 +205,18 @@ class DLLM(TemplateLM):
                 self._warn(
                     f"some answers have {half} tokens, as prompt and answer exceed the context of {self.max_length}"
                 )
+        for name in options:
+            differs = name in mine and mine[name] != options[name]
+            if self._overruled and differs and harness_options.asks(asked, name):
+                self._warn(f"{name}={mine[name]} of the model arguments is used, not {options[name]} of the task")
         options = {name: value for name, value in options.items() if name not in mine}
+        if self._seed is None and (options | dict(mine))["temperature"] > 0:
+            self._warn("answers are sampled with seed=0, whatever --seed says; use --model_args seed=N for others")
         length = (options | dict(mine))["gen_length"]
         room = self.max_length - (1 if length == "auto" else int(length))
         self._note_cut(len(prompt) > room > 0)
         prompt = prompt[-room:] if room > 0 else prompt
-        return Query(self._name(instance), prompt, stops, self._seed + self._next(), own), options
+        return Query(self._name(instance), prompt, stops, (self._seed or 0) + self._next(), own), options
 
     def _note_cut(self, was: bool) -> None:
         if was:

@@ -88,7 +88,7 @@ def generation(asked: Mapping[str, Any], prompt: int, tell: Tell) -> tuple[dict[
     temperature = _number("temperature", asked.get("temperature"))
     sampled = flag("do_sample", asked["do_sample"]) if "do_sample" in asked else bool(temperature)
     options: dict[str, Any] = {
-        "gen_length": _length(asked, prompt),
+        "gen_length": _length(asked, prompt, tell),
         # transformers samples at temperature 1 if only do_sample is given.
         "temperature": (1.0 if temperature is None else max(temperature, 0.0)) if sampled else 0.0,
         **{name: limit(asked.get(name)) for name, limit in _LIMITS.items()},
@@ -105,8 +105,18 @@ def generation(asked: Mapping[str, Any], prompt: int, tell: Tell) -> tuple[dict[
     return options, tuple(dict.fromkeys(text for text in texts if text))
 
 
-def _length(asked: Mapping[str, Any], prompt: int) -> int:
-    name = next((name for name in _LENGTHS if name in asked), None)
+def asks(asked: Mapping[str, Any], option: str) -> bool:
+    """Whether the generation options of a request set an option of `generation`."""
+    names = (*_LENGTHS, "max_length") if option == "gen_length" else (option,)
+    return any(not _off(asked.get(name)) for name in names)
+
+
+def _length(asked: Mapping[str, Any], prompt: int, tell: Tell) -> int:
+    """The length asked for; of several, the last one, as `--gen_kwargs` comes after the task."""
+    given = [name for name in asked if name in _LENGTHS]
+    name = given[-1] if given else None
+    if others := [each for each in given[:-1] if asked[each] != asked[given[-1]]]:
+        tell(f"{name}={asked[given[-1]]} is used, not {others[-1]}={asked[others[-1]]}, which is given as well")
     if name is None:
         whole = _count("max_length", asked.get("max_length"))
         return GEN_LENGTH if whole is None else max(1, whole - prompt)

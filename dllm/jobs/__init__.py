@@ -2,9 +2,10 @@
 
 from dllm.jobs.decoder import Decoder, Setting, row_seed
 from dllm.jobs.engines import JobEngine, Local, Ray
-from dllm.jobs.folder import JobFolder, Result
+from dllm.jobs.folder import JobFolder
 from dllm.jobs.job import Outcome, run
 from dllm.jobs.rows import Input, Row, Summary
+from dllm.jobs.shard import Result
 
 __all__ = [
     "Decoder",

@@ -17,8 +17,8 @@ from dllm.decoding.prompts import encode_one
 from dllm.decoding.request import Request
 from dllm.decoding.step import Step
 from dllm.evaluation.answer_manifest import identify
-from dllm.jobs.folder import Result
 from dllm.jobs.rows import Row
+from dllm.jobs.shard import Result
 from dllm.models.loading import LanguageModel
 from dllm.samplers.base import Sampler
 

@@ -16,8 +16,8 @@ import pyarrow as pa
 
 from dllm.checks import first_line, number
 from dllm.jobs.decoder import Decoder, Setting
-from dllm.jobs.folder import Result
 from dllm.jobs.rows import Row
+from dllm.jobs.shard import Result
 
 _INIT_DEATHS = 3  # of actors in a row while they load the model
 _CONNECT_SECONDS = 10

@@ -15,50 +15,22 @@ import platform
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
 
-import pyarrow as pa
-from pyarrow import parquet
-
-from dllm.checks import first_line
 from dllm.evaluation.answer_manifest import differences, told
 from dllm.evaluation.claim import Claim
 from dllm.files import check_kept, disturbed, read_json, state, write_json, write_whole
 from dllm.jobs.rows import Summary, hash_of
+from dllm.jobs.shard import Result, pack, unpack
 from dllm.stored import misfit
 
 MANIFEST = "_manifest.json"
 FORMAT, VERSION = "dllm-job", 1
 _SHARD = re.compile(r"rows-(\d{12})\.parquet")
 _UNFINISHED = re.compile(r"\.dllm-[0-9a-f]{16}")  # of `write_whole`
-_MARK = b"dllm-job"  # in the metadata of a shard: the job that made it
-
-
-@dataclass(frozen=True)
-class Result:
-    """What became of one row.
-
-    Attributes:
-        number: of the row.
-        id: of the row.
-        text: the answer; None if it failed.
-        tokens: generated tokens.
-        nfe: denoiser forwards.
-        guide_nfe: guide forwards.
-        error: why it failed; None if it did not.
-    """
-
-    number: int
-    id: str | int
-    text: str | None = None
-    tokens: int = 0
-    nfe: int = 0
-    guide_nfe: int = 0
-    error: str | None = None
 
 
 class _Manifest(TypedDict):
@@ -176,21 +148,9 @@ class JobFolder:
             OSError: it cannot be written; nothing is left of it.
         """
         first = results[0].number
-        ids = [each.id if self._whole else str(each.id) for each in results]
-        columns = {
-            "id": pa.array(ids, pa.int64() if self._whole else pa.string()),
-            "text": pa.array([each.text for each in results], pa.string()),
-            **{
-                name: pa.array([getattr(each, name) for each in results], pa.int64())
-                for name in ("tokens", "nfe", "guide_nfe")
-            },
-            "error": pa.array([each.error for each in results], pa.string()),
-        }
-        file = pa.BufferOutputStream()
-        parquet.write_table(pa.table(columns).replace_schema_metadata({_MARK: self._job}), file, compression="zstd")
         self._keep_manifest()
         path = self._shard(first)
-        write_whole(path, file.getvalue().to_pybytes())
+        write_whole(path, pack(results, self._whole, self._job))
         self._states[first] = state(path)
         self.finished[first] = sum(each.error is not None for each in results)
 
@@ -281,15 +241,10 @@ class JobFolder:
         """
         called = f"{self.called}: {path.name}"
         try:
-            table = parquet.read_table(path, columns=["id", "error"], partitioning=None)
-            found = hash_of(table.column("id").to_pylist())
-        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"{called} cannot be read ({first_line(error)}); remove it, then the same command makes it again"
-            ) from None
-        if (table.schema.metadata or {}).get(_MARK) != self._job.encode():
-            raise ValueError(f"{called} is no shard of this job; move it elsewhere, then the same command makes it")
-        if found != ids:
+            table = unpack(path, self._job)
+        except ValueError as error:
+            raise ValueError(f"{called} {error}") from None
+        if hash_of(table.column("id").to_pylist()) != ids:
             raise ValueError(
                 f"{called} has other rows than its name says; move it elsewhere, then run the command again"
             )

@@ -9,8 +9,9 @@ from typing import Any
 
 from dllm.jobs.decoder import Decoder, Setting
 from dllm.jobs.engines import JobEngine
-from dllm.jobs.folder import JobFolder, Result, refuse
+from dllm.jobs.folder import JobFolder, refuse
 from dllm.jobs.rows import Input, Summary
+from dllm.jobs.shard import Result
 
 
 @dataclass(frozen=True)

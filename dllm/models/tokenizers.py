@@ -18,11 +18,10 @@ from transformers import (  # type: ignore[attr-defined]  # Qwen2TokenizerFast i
     Qwen2TokenizerFast,
 )
 
-from dllm.checks import first_line
+from dllm.checks import first_line, is_text
 from dllm.files import parse_json
 
 _BPE_FILES = ("vocab.json", "merges.txt")
-_SPECIAL = tuple(f"{name}_token" for name in ("bos", "eos", "pad", "mask", "unk", "cls", "sep"))
 _OTHER_FILES = ("tokenizer_config.json", "tokenizer.model")
 # Entries of tokenizer_config.json that a loader would read as file names.
 _ELSEWHERE = ("fast_tokenizer_files", "gguf_file", "init_inputs", "tokenizer_object", "vocab", "merges")
@@ -38,8 +37,10 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str, what: str, *, speci
         special: whether to add special tokens.
 
     Raises:
-        ValueError: the tokenizer's own expressions give up on it.
+        ValueError: it is no valid text, or the tokenizer's own expressions give up on it.
     """
+    if not is_text(text):
+        raise ValueError(f"{what} contains lone surrogates, which are not valid text; give UTF-8")
     with tokenizing(what):
         return list(tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
 
@@ -124,22 +125,20 @@ def check_tokenizer_config(folder: Path) -> None:
 
 
 def _check_special(folder: Path, tokenizer: Any) -> None:
-    """Reject an ordinary token that tokenizer_config.json names as a special one: it would vanish from all texts.
+    """Reject an ordinary token that other files name as a special one: it would vanish from all texts.
 
     Raises:
         ValueError: there is one.
     """
-    config = _read(folder / "tokenizer_config.json")
-    declared = {each["content"] for each in config.get("added_tokens_decoder", {}).values()}
-    for name in _SPECIAL:
-        given = config.get(name)
-        token = given.get("content") if isinstance(given, dict) else given
-        if not isinstance(token, str) or tokenizer.backend_tokenizer.model.token_to_id(token) is None:
-            continue
-        added = {each["content"] for each in _read(folder / "tokenizer.json").get("added_tokens", [])}
-        if (folder / "tokenizer.json").is_file() and token not in added | declared:
+    if not (folder / "tokenizer.json").is_file():
+        return
+    stated = _read(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
+    added = [*stated.values(), *_read(folder / "tokenizer.json").get("added_tokens", [])]
+    declared, vocabulary = {each["content"] for each in added}, tokenizer.backend_tokenizer.model
+    for token in map(str, tokenizer.all_special_tokens):
+        if token not in declared and vocabulary.token_to_id(token) is not None:
             raise ValueError(
-                f"{folder}: tokenizer_config.json says {name}={token!r}, which is an ordinary token of tokenizer.json; "
+                f"{folder}: the tokenizer's files name {token!r} as special, an ordinary token of tokenizer.json; "
                 "copy the tokenizer files of one model"
             )
 

@@ -309,7 +309,10 @@ class Terms:
         other = getattr(request, "max_completion_tokens", None)
         if None not in (other, request.max_tokens):
             raise ValueError("max_tokens and max_completion_tokens are the same; give one of them")
-        return request.max_tokens if other is None else other
+        name, length = ("max_tokens", request.max_tokens) if other is None else ("max_completion_tokens", other)
+        if length is not None:
+            number(name, length, "a whole number of at least 1", low=1, whole=True)
+        return length
 
     def _job(self, request: ChatRequest | CompletionRequest, ids: list[int], options: Options, seed: int) -> Job:
         infill, after, most = request.dllm.infill, self._suffix(request, ids), request.dllm.max_forwards

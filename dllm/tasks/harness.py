@@ -195,7 +195,7 @@ def evaluate(runner: Runner, task: Any, seed: int, metric: str | None, manager: 
 
     from dllm.evaluation.lm_eval import DLLM
 
-    lm = DLLM(runner, seed)
+    lm = DLLM(runner, seed, overruled=False)
     with quiet(), _calm(), _naming(task), _read_anew():
         results: Any = simple_evaluate(
             model=lm, tasks=[task], task_manager=manager or _bare(), bootstrap_iters=0, **options

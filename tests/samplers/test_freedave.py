@@ -96,7 +96,7 @@ def test_two_hundred_prompts_over_all_depths_on_trained_models(name: str, sample
     lm, part = dllm.load(name, dtype="float64", device="cpu"), DEPTHS.index(sampler) + 4 * (name == "tiny-dream")
     problems = word_problems.problems(200, 1_500_000)[25 * part : 25 * (part + 1)]
     ask = [problem.question for problem in problems]
-    found, wanted = check_lossless(lm, ask, "vanilla", sampler, gen_length=16, block_length=8, batch_size=10)
+    found, wanted = check_lossless(lm, ask, "vanilla", sampler, gen_length=16, block_length=8, batch_size=25)
     assert found.nfe.sum() < 0.7 * wanted.nfe.sum()
 
 

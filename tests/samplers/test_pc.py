@@ -106,6 +106,10 @@ class TestTables:
         assert {one: "found"}[same] == "found"
         assert other not in {one}
 
+    def test_a_text_that_is_none_is_named(self) -> None:
+        with pytest.raises(ValueError, match="a text contains lone surrogates"):
+            count_tokens(["Tom", "\ud800"], random_llada(tokenizer=True).tokenizer)
+
     def test_is_read_as_it_was_written(self, tmp_path: Path) -> None:
         lm = random_llada(tokenizer=True)
         table = count_tokens(["Tom has 12 pens."], lm.tokenizer)
