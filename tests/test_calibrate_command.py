@@ -236,7 +236,7 @@ def test_a_card_of_another_setting_is_kept(made: tuple[Path, Outcome], card: Pat
         ("block_length=8", "block_length (auto); this run has 8: "),
         ("temperature=0.5", "temperature (null); this run has 0.5: "),
         ("response_format={type: choice, choice: [a]}", 'response_format (null); this run has {"type": "choice", '),
-        ("task.limit=20", "task.limit (30); this run has 20: "),
+        ("task.limit=20", "task.limit (24); this run has 20: "),
     ):
         refused = run(made[0], other)
         assert (refused.code, refused.err.count("\n")) == (2, 1)
