@@ -269,23 +269,24 @@ class TestSweeps:
         assert len(folders(out)) == 2
 
     @pytest.mark.parametrize(
-        "launcher",
+        ("launcher", "radii"),
         [
-            pytest.param("joblib", marks=in_a_process),
-            pytest.param("submitit_local", marks=in_a_process),
-            pytest.param("ray", marks=pytest.mark.xdist_group("ray")),  # one Ray of this machine at a time
+            pytest.param("joblib", {1, 2}, id="joblib", marks=in_a_process),
+            pytest.param("submitit_local", {1}, id="submitit_local", marks=in_a_process),  # a process for each job
+            pytest.param("ray", {1, 2}, id="ray", marks=pytest.mark.xdist_group("ray")),  # one Ray at a time here
         ],
     )
-    def test_launchers_run_two_jobs(self, launcher: str, tmp_path: Path) -> None:
+    def test_launchers_run_the_jobs(self, launcher: str, radii: set[int], tmp_path: Path) -> None:
         pytest.importorskip({"joblib": "hydra_plugins.hydra_joblib_launcher", "ray": "ray"}.get(launcher, "submitit"))
-        plain = ["+hydra.launcher.ray.init.include_dashboard=false"] if launcher == "ray" else []
+        settings = {"include_dashboard": "false", "num_cpus": "1"} if launcher == "ray" else {}
+        plain = [f"+hydra.launcher.ray.init.{name}={value}" for name, value in settings.items()]
         process = start(
             "evaluate", f"out={tmp_path}", *FAST, "-m", f"hydra/launcher={launcher}", "task.limit=2",
-            "sampler.radius=1,2", *plain,
+            f"sampler.radius={','.join(map(str, radii))}", *plain,
         )  # fmt: skip
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, out + err
-        assert {found["sampler"]["radius"] for found in results(tmp_path)} == {1, 2}
+        assert {found["sampler"]["radius"] for found in results(tmp_path)} == radii
 
     def test_optuna_runs_two_jobs_and_goes_on_where_it_stopped(self, tmp_path: Path) -> None:
         pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")

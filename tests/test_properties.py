@@ -40,7 +40,7 @@ def model(family: str, seed: int) -> dllm.LanguageModel:
     return {"llada": random_llada, "dream": random_dream}[family](seed=seed, layers=1)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     st.sampled_from(["llada", "dream"]),
     st.integers(0, 4),
@@ -64,7 +64,7 @@ def test_rows_finish_alone_and_together(
         assert batch.nfe[row] == alone.nfe[0]
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(
     st.sampled_from(["llada", "dream"]),
     st.integers(0, 4),
@@ -87,7 +87,7 @@ def test_stopping_never_changes_the_text(
     assert torch.equal(stopped.commit_step[decoded], free.commit_step[decoded])
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     st.sampled_from(["llada", "dream"]), st.integers(0, 4), REVISING, PROMPTS, st.integers(1, 24), st.integers(1, 30)
 )
