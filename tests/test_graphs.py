@@ -57,7 +57,7 @@ def test_replayed_forwards_give_what_launched_ones_do(
 @pytest.mark.parametrize("cache", ["none", "dual"])
 def test_a_guide_is_replayed_too(cache: str, batch_size: int, accept: Any, device: Device) -> None:
     lm, policy = random_llada(), dllm.samplers.ARGuided(random_guide(), accept)
-    options: dict[str, Any] = {"gen_length": 24, "block_length": 8, "batch_size": batch_size, "seed": 0}
+    options: dict[str, Any] = {"gen_length": 16, "block_length": 8, "batch_size": batch_size, "seed": 0}
     replayed = dllm.generate(lm, PROMPTS, policy, cache, **options)
     shapes = {each.result.shape[-1] for each in device.made}
     assert shapes == {lm.backbone.embedding_size, lm.backbone.logits_size}  # hidden states, and the guide's logits

@@ -79,9 +79,10 @@ def test_blocks_are_counted_from_the_first_token() -> None:
     assert committed[5] == 8
 
 
-@pytest.mark.parametrize("sampler", IN_ORDER.values(), ids=IN_ORDER)
-def test_a_row_ignores_its_batchmates(sampler: Any) -> None:
-    for reuse in ("none", FROZEN, "dual", "prefix", "d2cache"):
+@pytest.mark.parametrize("name", IN_ORDER)
+def test_a_row_ignores_its_batchmates(name: str) -> None:
+    sampler, place = IN_ORDER[name], list(IN_ORDER).index(name)
+    for reuse in ("none", FROZEN, ("dual", "prefix", "d2cache")[place % 3]):
         if unmet(sampler, dllm.resolve.resolve("cache", reuse, object)):
             continue
         batch = dllm.generate(block_model(), PROMPTS, sampler, reuse, batch_size=3, **OPTIONS)
