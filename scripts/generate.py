@@ -46,6 +46,7 @@ _TEXTS = ("prompt", "input", "output", "picture", "resume", "split", "column")
 _KINDS = get_type_hints(dllm.Options) | {
     name: kind | None for name, kind in {"seed": int, **dict.fromkeys(_TEXTS, str)}.items()
 }
+_EMPTY = "what ends an answer came first; eos_suppression=confidence puts end-of-text off"
 # Options without effect on infilling.
 _WITHOUT_INFILL = ("gen_length", "stop_at_eos", "stop")
 
@@ -185,6 +186,8 @@ class Session:
             fill = dllm.infill if self.infill else dllm.generate
             result = fill(self.lm, ids, self.sampler, self.cache, callback=callback, **self.options)
         console.print(Text(terminal(result.texts[0]), "green"), soft_wrap=True)
+        if not result.texts[0].strip():
+            print(f"the answer is empty: {_EMPTY}", file=sys.stderr)
         stats, nfe = result.stats, int(result.nfe[0])
         counts = f"NFE {nfe}  tokens {stats.tokens}  TPF {stats.tpf:.2f}  {stats.tokens_per_second:.1f} tokens/s"
         # Costs beyond NFE are shown if there are any.
@@ -210,6 +213,7 @@ class Session:
         measured: list[Measurement] = []
         busy: list[float] = []
         costs: list[tuple[int, int]] = []  # tokens and forwards of each answer
+        empty = 0
 
         def callback(step: Step) -> None:
             measured.extend(step.drift)
@@ -230,8 +234,11 @@ class Session:
                 shown = ("text", "tokens", "nfe", "guide_nfe")
                 answers.add({"id": name, **{field: getattr(answer, field) for field in shown}})
                 costs.append((answer.tokens, answer.nfe))
+                empty += not (answer.text or "").strip()
                 advance(name)
         answers.verify()
+        if empty:
+            print(f"{empty} of {len(costs)} answers are empty: {_EMPTY}", file=sys.stderr)
         if (drift := summarise(measured, seconds=0.0)) is not None:
             print(_summary(drift))
         if costs:

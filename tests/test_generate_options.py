@@ -104,6 +104,16 @@ class TestStop:
         assert rows(output)[0]["text"] == free[: free.index(stop)]
         assert rows(output)[0]["nfe"] < 12
 
+    def test_an_empty_answer_is_told(self, run: Any, free: str, tmp_path: Path) -> None:
+        options = ["gen_length=12", "stop_at_eos=false", f"stop={json.dumps(free[:3])}"]
+        source, output = lines(tmp_path / "q.jsonl", {"prompt": "Tom"}), tmp_path / "a.jsonl"
+        for where, told in (("prompt=Tom", "the answer is empty: "), (f"input={source}", "1 of 1 answers are empty: ")):
+            extra = [f"output={output}"] if where.startswith("input") else []
+            result = run(where, "show=none", *extra, *options)
+            assert result.code == 0
+            assert result.err.startswith(told)
+            assert result.err.count("\n") == 1
+
     @pytest.mark.parametrize(
         ("written", "meant"),
         [
