@@ -14,6 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 from rich.console import Console
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -107,6 +108,19 @@ def _hash(ids: list[list[int]]) -> str:
     return sha256(json.dumps(ids).encode()).hexdigest()
 
 
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    found = sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(name.encode() + tensor.numpy().tobytes())
+    return found.hexdigest()
+
+
+def _as_written(part: Path, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the tensors of a file are those that were written to it."""
+    with safe_open(part, "pt") as file:
+        return (file.metadata() or {}).get("digest") == _digest(tensors)
+
+
 def collected(
     lm: dllm.LanguageModel,
     ids: list[list[int]],
@@ -151,11 +165,11 @@ def collected(
             batch = range(start, min(start + size, len(ids)))
             part = folder / f"{start:07}.safetensors"
             found = load(part, batch)
-            if found is None:
+            if found is None or not _as_written(part, found):
                 found = make(batch)
                 identity.check_weights(lm, stamps)
                 check_kept(file, written, "; run the command again")
-                write_whole(part, save(found))
+                write_whole(part, save(found, {"digest": _digest(found)}))
             parts.append(found)
             report(batch.stop, len(ids))
     return parts

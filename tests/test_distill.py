@@ -302,7 +302,8 @@ class TestResuming:
         out = succeed(model, tmp_path / "out")
         part = out / "trajectories" / "0000004.safetensors"
         good = part.read_bytes()
-        for bad in (b"", {"completions": torch.zeros((2, 9), dtype=torch.long)}, {"other": torch.zeros(1)}):
+        flipped = good[:-8] + bytes([good[-8] ^ 1]) + good[-7:]
+        for bad in (b"", flipped, {"completions": torch.zeros((2, 9), dtype=torch.long)}, {"other": torch.zeros(1)}):
             part.write_bytes(bad) if isinstance(bad, bytes) else save_file(bad, part)
             succeed(model, out)
             assert part.read_bytes() == good
