@@ -102,7 +102,9 @@ def compare(lm: dllm.LanguageModel, sampler: Any, cache: Any, counted: Counted, 
 def settings() -> Iterator[tuple[str, str, str]]:
     """Every policy; a few with every cache, and on the other family."""
     few = ("vanilla", "threshold", "leftmost")
-    yield from product(("llada",), SINGLE.keys() - {*few}, ("none", "dual"))
+    yield from (
+        ("llada", name, ("none", "dual")[place % 2]) for place, name in enumerate(sorted(SINGLE.keys() - {*few}))
+    )
     yield from product(("llada", "dream"), few, FORESEEABLE)
     yield from product(("llada",), few[1:2], CACHES.keys() - {*FORESEEABLE})
 
