@@ -98,11 +98,15 @@ def _dispatch(command: str, given: list[str]) -> None:
         fail("dllm", f"unknown command {command!r}{close(command, every)}; expected one of {', '.join(every)}")
     else:
         sys.argv = [f"dllm {command}", *given]
-        with working(), torchrun.together(sys.argv[0]):
+        with torchrun.together(sys.argv[0]):
             if _helped(command, given):
                 return
+            # Nothing is lost while it is imported, and compiled modules do not bear an exception then.
             application = importlib.import_module(f"dllm.scripts.{module(command)}")
-            application.main()
+            with working():
+                application.main()
+            if number := heard():  # too late for its exception to be raised again
+                raise Stopped(number)
 
 
 def _helped(command: str, given: list[str]) -> bool:

@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TextIO
 from dllm.escape import brief, terminal
 
 CLOSED_PIPE = 1  # as documented by Python, and used by rich
+_AGAIN = 0.2  # seconds after which a swallowed signal is raised again
 _SAID = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
@@ -42,8 +43,17 @@ class _Watch:
     def __call__(self, number: int, frame: object) -> None:
         if self.working and not self.stopping:
             self.stopping, self.number = True, number
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN, _AGAIN)
             raise Stopped(number)
         self.end(number)
+
+    def again(self, number: int, frame: object) -> None:
+        """Raise the exception again if it was swallowed, as by compiled modules during their import.
+
+        While it cleans up, it is the exception being handled, or the context of that one.
+        """
+        if self.working and not _cleans_up():
+            raise Stopped(self.number)
 
     def end(self, number: int) -> NoReturn:
         """Exit immediately."""
@@ -56,6 +66,19 @@ class _Watch:
         if isinstance(lost.exc_value, Stopped):
             self.end(lost.exc_value.number)
         sys.__unraisablehook__(lost)
+
+
+def _cleans_up() -> bool:
+    """Whether a signal's exception, or one that came of it, is being handled."""
+    found, seen = [sys.exception()], set()
+    while found:
+        error = found.pop()
+        if isinstance(error, Stopped):
+            return True
+        if error is not None and id(error) not in seen:
+            seen.add(id(error))
+            found += [error.__cause__, error.__context__]
+    return False
 
 
 _watch = _Watch()
@@ -84,11 +107,17 @@ def watching(command: str) -> Iterator[None]:
 @contextmanager
 def working() -> Iterator[None]:
     """Let signals raise an exception in this context."""
+    before = None
+    with suppress(ValueError):  # only the main thread can handle signals
+        before = signal.signal(signal.SIGALRM, _watch.again)
     _watch.working = True
     try:
         yield
     finally:
         _watch.working = False
+        if before is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
 
 def _heard(number: int) -> bool:

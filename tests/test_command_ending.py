@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,59 @@ class TestSignals:
             sys.unraisablehook = heard
             del [Finalised()][0]
         assert codes == [(130,)]
+
+    def test_a_signal_that_is_swallowed_is_raised_again(self) -> None:
+        with pytest.raises(ending.Stopped, match="15"), ending.watching("dllm"), ending.working():  # noqa: PT012
+            with suppress(BaseException):
+                signal.raise_signal(signal.SIGTERM)
+            with suppress(BaseException):
+                time.sleep(5)
+            time.sleep(5)
+
+    def test_what_cleans_up_after_a_signal_is_not_disturbed(self) -> None:
+        done = []
+
+        def clean_up() -> None:
+            with suppress(ZeroDivisionError):
+                1 / 0  # noqa: B018
+            try:
+                raise ValueError
+            except ValueError:
+                time.sleep(3 * ending._AGAIN)
+            time.sleep(3 * ending._AGAIN)
+            done.append(True)
+
+        with pytest.raises(KeyError), ending.watching("dllm"), ending.working():  # noqa: PT012
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except ending.Stopped:
+                try:
+                    raise KeyError
+                finally:
+                    clean_up()
+        assert done == [True]
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+    def test_a_signal_that_is_swallowed_at_the_end_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def work(cfg: Any) -> None:
+            with suppress(BaseException):
+                signal.raise_signal(signal.SIGTERM)
+
+        monkeypatch.setattr(generate, "generate", work)
+        result = command("generate")
+        assert result.code == 143
+        assert result.err == "dllm generate: error: terminated; what was written is kept\n"
+
+    def test_a_signal_during_an_import_ends_the_process_at_once(
+        self, signalled: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def importing(name: str) -> None:
+            with suppress(ending.Stopped):
+                signalled(signal.SIGTERM)
+
+        monkeypatch.setattr(importlib, "import_module", importing)
+        with pytest.raises(Exception, match="143"):
+            command("generate")
 
     def test_a_player_is_left_by_a_signal(self) -> None:
         def read() -> str:
