@@ -20,8 +20,10 @@ from dllm.decoding.options import block_length_of
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
 from dllm.decoding.window import Edit, Window
+from dllm.escape import brief
 from dllm.resolve import CALIBRATION, build, names, resolve, with_option
 from dllm.samplers.base import Denoise, Policy, Sampler
+from dllm.structure.formats import read_format
 
 
 @dataclass
@@ -71,6 +73,7 @@ class Calibrated:
                 raise ValueError("it names another card")
             own: Any = build("sampler", with_option("sampler", card.sampler, card.knob, card.value), Sampler)
             cache = build("cache", card.cache, object)
+            read_format(card.options.get("response_format"))
         except ValueError as error:
             raise ValueError(
                 f"calibration={str(self.calibration)!r} is damaged ({error}); make it again with dllm calibrate"
@@ -156,15 +159,22 @@ class Calibrated:
 
     def _sampling(self, setup: Setup, request: Request) -> dict[str, tuple[Any, Any]]:
         """How tokens are chosen: on the card, where null is the default, and here."""
-        options, used = self.card.options, request.sampling
+        options, used, form = self.card.options, request.sampling, read_format(self.card.options.get("response_format"))
+        eos = options.get("eos_token_id")
+        ends = setup.sampling.eos_token_ids if eos is None else (eos,) if isinstance(eos, int) else eos
         found: dict[str, tuple[Any, Any]] = {
             "temperature": (options.get("temperature") or 0.0, used.temperature),
             "eos_suppression": (options.get("eos_suppression"), used.eos_suppression),
             "cfg_scale": (options.get("cfg_scale") or 0.0, setup.cfg_scale),
-            "response_format": (options.get("response_format") and "given", request.constraint and "given"),
+            "response_format": (form and form.key, request.constraint and request.constraint.key),
+            "eos_token_id": ([*ends], [*used.eos_token_ids]),
+            # These matter at temperature 0 as well: they change confidences.
+            **{name: (options.get(name), getattr(used, name)) for name in ("top_p", "top_k")},
         }
         if used.temperature > 0:
-            found |= {name: (options.get(name), getattr(used, name)) for name in ("top_p", "top_k")}
+            tempered = options.get("tempered_confidence")
+            measured = setup.sampling.tempered_confidence if tempered is None else tempered
+            found["tempered_confidence"] = measured, used.tempered_confidence
         return found
 
 
@@ -178,7 +188,7 @@ def _written(cache: Any) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    return brief(value if isinstance(value, str) else json.dumps(value, default=str))
 
 
 def _turned(policy: Any, knob: str, value: Any) -> Any:

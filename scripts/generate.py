@@ -187,7 +187,7 @@ class Session:
             result = fill(self.lm, ids, self.sampler, self.cache, callback=callback, **self.options)
         console.print(Text(terminal(result.texts[0]), "green"), soft_wrap=True)
         if not result.texts[0].strip():
-            print(f"the answer is empty: {_EMPTY}", file=sys.stderr)
+            console.print(f"the answer is empty: {_EMPTY}", highlight=False, soft_wrap=True)
         stats, nfe = result.stats, int(result.nfe[0])
         counts = f"NFE {nfe}  tokens {stats.tokens}  TPF {stats.tpf:.2f}  {stats.tokens_per_second:.1f} tokens/s"
         # Costs beyond NFE are shown if there are any.
@@ -238,7 +238,7 @@ class Session:
                 advance(name)
         answers.verify()
         if empty:
-            print(f"{empty} of {len(costs)} answers are empty: {_EMPTY}", file=sys.stderr)
+            print(f"{empty} of {len(costs)} answers are empty: {_EMPTY}")
         if (drift := summarise(measured, seconds=0.0)) is not None:
             print(_summary(drift))
         if costs:

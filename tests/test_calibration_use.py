@@ -39,6 +39,7 @@ TEST = {
 }
 ASK: dict[str, Any] = {"gen_length": 12, "block_length": 4}
 PROMPTS = [[5, 6, 7], [8, 9], [10]]
+ENDS = [*random_llada().backbone.eos_token_ids]
 
 
 @pytest.fixture
@@ -161,7 +162,14 @@ class TestOtherSettings:
             ("dual", {"block_length": "auto"}, ("block_length=4", "block_length=32")),
             ("dual", {"temperature": 0.7}, ("temperature=0.0", "temperature=0.7")),
             ("dual", {"temperature": 1, "top_k": 5}, ("temperature=0.0, top_k=null", "temperature=1, top_k=5")),
-            ("dual", {"top_k": 5, "top_p": 0.5}, None),
+            ("dual", {"top_k": 5}, ("top_k=null", "top_k=5")),
+            ("dual", {"top_p": 0.5}, ("top_p=null", "top_p=0.5")),
+            ("dual", {"eos_token_id": 9}, (f"eos_token_id={ENDS}", "eos_token_id=[9]")),
+            ("dual", {"eos_token_id": ENDS}, None),
+            (
+                "dual", {"temperature": 0.7, "tempered_confidence": True},
+                ("temperature=0.0, tempered_confidence=false", "temperature=0.7, tempered_confidence=true"),
+            ),
             ("none", {"cfg_scale": 1.5}, ("cache=dual, cfg_scale=0.0", "cache=none, cfg_scale=1.5")),
             ("dual", {"eos_suppression": "both"}, ("eos_suppression=null", "eos_suppression=both")),
             (
@@ -183,6 +191,14 @@ class TestOtherSettings:
             f"card.json' was measured with {told[0]}, and is used with {told[1]}: its guarantee does not hold"
             in message
         )
+
+    def test_another_format_is_told(self, made: Callable[..., Path]) -> None:
+        lm = random_llada(tokenizer=True)
+        form, other = ({"type": "choice", "choice": words} for words in (["1", "2"], ["3", "4"]))
+        sampler = Calibrated(made(lm, options=ASK | {"response_format": form}))
+        for used, told in ((form, []), (other, ['"3", "4"']), (None, ["response_format=null"])):
+            found = notices(lambda used=used: dllm.generate(lm, "Tom", sampler, "dual", **ASK, response_format=used))  # type: ignore[misc]
+            assert [words in message for message, words in zip(found, told, strict=True)] == [True] * len(told)
 
     def test_a_block_longer_than_the_text_is_all_of_it(self, lm: Any, made: Callable[..., Path]) -> None:
         sampler = Calibrated(made(options={"gen_length": 12, "block_length": "auto"}))

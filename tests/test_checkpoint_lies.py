@@ -371,18 +371,20 @@ FILES: dict[str, tuple[Edit, str]] = {
     },
     # They would vanish from every text.
     **{
-        f"an ordinary word is special: {file}, {key}": (
+        f"an ordinary word is special: {file}, {key}={json.dumps(value)}": (
             lambda folder, file=file, key=key, value=value: [
                 _tokenizer(folder),
                 (folder / file).write_text(json.dumps({key: value})),
             ],
-            "name ' answer' as special, an ordinary token",
+            "name ' answer' as special or added, an ordinary token",
         )
         for file, key, value in (
             ("tokenizer_config.json", "eos_token", " answer"),
             ("tokenizer_config.json", "additional_special_tokens", [" answer"]),
             ("tokenizer_config.json", "extra_special_tokens", [" answer"]),
             ("tokenizer_config.json", "image_token", " answer"),
+            ("tokenizer_config.json", "added_tokens_decoder", {"31": {"content": " answer", "special": True}}),
+            ("tokenizer_config.json", "added_tokens_decoder", {"31": {"content": " answer", "special": False}}),
             ("special_tokens_map.json", "eos_token", " answer"),
             ("special_tokens_map.json", "additional_special_tokens", [" answer"]),
         )

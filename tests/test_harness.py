@@ -347,6 +347,7 @@ class TestWordsOfOthers:
             ({"max_gen_toks": None, "max_new_tokens": 7}, 7),
             ({"max_tokens": "9"}, 9),
             ({"max_length": 30}, 25),
+            ({"max_length": None, "max_tokens": 30}, 30),
             ({}, 256),
         ],
     )
@@ -360,6 +361,8 @@ class TestWordsOfOthers:
         assert options["gen_length"] == 8
         assert told == ["max_new_tokens=8 is used, not max_gen_toks=48, which is given as well"]
         assert harness_options.generation(task | {"max_tokens": 48}, 5, pytest.fail)[0]["gen_length"] == 48
+        assert harness_options.generation(task | {"max_length": 20}, 5, told.append)[0]["gen_length"] == 15
+        assert told[1:] == ["max_length=20 is used, not max_gen_toks=48, which is given as well"]
 
     def test_what_goes_before_the_task_is_told(self) -> None:
         asked = asking("Tom has 3 pens.", max_gen_toks=48, do_sample=True, temperature=0.5)
@@ -458,6 +461,7 @@ class TestWordsOfOthers:
         ("sampler=threshold,sampler.threshold.x=3", "^sampler.threshold=0.9 has no option x"),
         ("estimate.samples=0", "^estimate.samples=0 is"),
         ("estimate.sample=4", "unknown option 'estimate.sample'"),
+        ("batch_size=²", "unknown batch_size='²'"),
         ("pretrained=tiny-llada,sampler=freedave,cache=dkv", "depend on the order a block is decoded in"),
         ("pretrained=/no/such/model", "/no/such/model"),
     ],
@@ -472,6 +476,11 @@ def test_options_of_a_policy_over_another_are_those_of_its_base(order: int) -> N
     base = ["sampler.base=threshold", "sampler.base.threshold=0.3"][::order]
     lm = DLLM.create_from_arg_string(",".join(["pretrained=tiny-llada,sampler=freedave", *base]))
     assert lm.runner.setting.sampler == FreeDave(base=Threshold(0.3))
+
+
+def test_null_is_none() -> None:
+    lm = DLLM.create_from_arg_string("pretrained=tiny-llada,block_length=null,top_p=null,dtype=null")
+    assert lm.runner.setting.options["block_length"] is None
 
 
 def test_a_missing_split_is_named(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from dllm.decoding.foresight import Foresight, Taken, foreseeable
 from dllm.decoding.gate import Gate
 from dllm.decoding.memory import Memory
 from dllm.decoding.options import make_request, parse_options, seeds
+from dllm.decoding.prediction import Sampling
 from dllm.decoding.prompts import Mask, encode_one
 from dllm.decoding.recorder import Recorder
 from dllm.decoding.rehearsal import EngineRehearsal
@@ -128,6 +129,7 @@ class Engine:
             all_heads=backbone.all_heads,
             cache=self.cache,
             cfg_scale=cfg_scale,
+            sampling=Sampling(eos_token_ids=backbone.eos_token_ids, tempered_confidence=backbone.tempered_confidence),
             replays=self._memory.replays(cuda_graphs),
             kept=self._memory.kept,
         )

@@ -35,7 +35,8 @@ class Options:
             a model attends in blocks of K, and None is its own.
         temperature: 0 is greedy; above 0, Gumbel-max sampling.
         top_p: nucleus sampling; None for all tokens.
-        top_k: sample from the k most probable tokens; None for all.
+        top_k: sample from the k most probable tokens; None for all. At temperature 0, too, both change the confidences,
+            which are those of the tokens kept, and so what a policy commits (as in Dream).
         tempered_confidence: above temperature 0, compute confidence, margin and entropy from the distribution that
             tokens are drawn from, softmax(logits / temperature), instead of softmax(logits); None for the published
             sampler of the model: Dream's the former, LLaDA's the latter.

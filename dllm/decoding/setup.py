@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dllm.decoding.graphs import Replays
+from dllm.decoding.prediction import Sampling
 from dllm.decoding.request import Request
 from dllm.models.attention import BlockCausal
 
@@ -61,6 +62,7 @@ class Setup:
         all_heads: joins what every process has of its heads, along a dimension; there, all take the same decisions.
         cache: the engine's cache, for samplers that were measured with one; None if unknown.
         cfg_scale: of the engine's classifier-free guidance, likewise.
+        sampling: of requests that leave everything to the model, likewise.
         replays: makes graphs of a sampler's own forwards; None if forwards are not replayed from graphs.
         kept: what a sampler leaves to the next engine, by name; used by one at a time.
     """
@@ -83,5 +85,6 @@ class Setup:
     all_heads: Callable[[Tensor, int], Tensor] = undivided
     cache: Any = None
     cfg_scale: float = 0.0
+    sampling: Sampling = field(default_factory=Sampling)
     replays: Callable[[], Replays] | None = None
     kept: dict[str, Any] = field(default_factory=dict)

@@ -42,7 +42,7 @@ def model_arguments(given: Mapping[str, Any], beside: Mapping[str, Any], tell: T
     if more.get("device") == "cuda:0" and "device" not in given and not torch.cuda.is_available():
         del more["device"]
         tell("device='cuda:0' is not available here; the CPU is used")
-    known = more | dict(given)
+    known = more | {name: None if value == "null" else value for name, value in given.items()}
     if flag("trust_remote_code", known.pop("trust_remote_code", False)):
         tell("trust_remote_code has no effect: code of a checkpoint is never run")
     if flag("parallelize", known.pop("parallelize", False)):
@@ -113,14 +113,15 @@ def asks(asked: Mapping[str, Any], option: str) -> bool:
 
 def _length(asked: Mapping[str, Any], prompt: int, tell: Tell) -> int:
     """The length asked for; of several, the last one, as `--gen_kwargs` comes after the task."""
-    given = [name for name in asked if name in _LENGTHS]
-    name = given[-1] if given else None
-    if others := [each for each in given[:-1] if asked[each] != asked[given[-1]]]:
-        tell(f"{name}={asked[given[-1]]} is used, not {others[-1]}={asked[others[-1]]}, which is given as well")
-    if name is None:
-        whole = _count("max_length", asked.get("max_length"))
-        return GEN_LENGTH if whole is None else max(1, whole - prompt)
+    given = [name for name in asked if name in (*_LENGTHS, "max_length")]
+    if not given:
+        return GEN_LENGTH
+    name = given[-1]
+    if others := [each for each in given[:-1] if asked[each] != asked[name]]:
+        tell(f"{name}={asked[name]} is used, not {others[-1]}={asked[others[-1]]}, which is given as well")
     length = _count(name, asked[name]) or 0
+    if name == "max_length":
+        return max(1, length - prompt)
     if length < 1:
         raise ValueError(f"{name}={asked[name]!r} is out of range; use 1 or more")
     return length
@@ -133,7 +134,7 @@ def _batch_size(value: Any, most: Any, tell: Tell) -> int:
         size = min(BATCH_SIZE, _count("max_batch_size", most) or BATCH_SIZE)
         tell(f"batch_size={text!r} is not searched for; {size} rows are decoded together")
         return size
-    if text and not text.isdigit():
+    if text and not (text.isascii() and text.isdecimal()):
         raise ValueError(f"unknown batch_size={value!r}; expected a whole number or auto")
     return int(text or BATCH_SIZE)
 

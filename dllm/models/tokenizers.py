@@ -125,21 +125,23 @@ def check_tokenizer_config(folder: Path) -> None:
 
 
 def _check_special(folder: Path, tokenizer: Any) -> None:
-    """Reject an ordinary token that other files name as a special one: it would vanish from all texts.
+    """Reject an ordinary token that other files name as a special or an added one.
+
+    It would vanish from all texts, or prompts would be split elsewhere.
 
     Raises:
         ValueError: there is one.
     """
     if not (folder / "tokenizer.json").is_file():
         return
-    stated = _read(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
-    added = [*stated.values(), *_read(folder / "tokenizer.json").get("added_tokens", [])]
+    added = _read(folder / "tokenizer.json").get("added_tokens", [])
     declared, vocabulary = {each["content"] for each in added}, tokenizer.backend_tokenizer.model
-    for token in map(str, tokenizer.all_special_tokens):
+    named = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    for token in sorted(named.union(map(str, tokenizer.all_special_tokens))):
         if token not in declared and vocabulary.token_to_id(token) is not None:
             raise ValueError(
-                f"{folder}: the tokenizer's files name {token!r} as special, an ordinary token of tokenizer.json; "
-                "copy the tokenizer files of one model"
+                f"{folder}: the tokenizer's files name {token!r} as special or added, an ordinary token of "
+                "tokenizer.json; copy the tokenizer files of one model"
             )
 
 

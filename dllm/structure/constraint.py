@@ -47,17 +47,19 @@ class Constraint:
         automaton: over classes of tokens.
         classes: (V,) class of each token; end-of-text has its own.
         special: ids whose text is not part of an answer.
+        key: of the format; equal for equal languages.
         on_device: copies of `classes`, by device.
     """
 
     automaton: TokenAutomaton
     classes: NDArray[np.int64]
     special: frozenset[int]
+    key: str = ""
     on_device: dict[Any, Any] = field(default_factory=dict)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For other processes (tensor parallelism), which have devices of their own."""
-        return type(self), (self.automaton, self.classes, self.special)
+        return type(self), (self.automaton, self.classes, self.special, self.key)
 
     @classmethod
     def build(
@@ -99,7 +101,7 @@ class Constraint:
         classes[[number for number in ends if number < size]] = END
         added = tokenizer.added_tokens_decoder
         special = {number for number, token in added.items() if token.special} | set(tokenizer.all_special_ids)
-        return cls(lifted, classes, frozenset(special))
+        return cls(lifted, classes, frozenset(special), form.key)
 
     def read(self, tokens: NDArray[np.int64], mask_token_id: int, silent: NDArray[np.bool_]) -> NDArray[np.int64]:
         """The class of each of some tokens.
