@@ -186,7 +186,7 @@ class Session:
             fill = dllm.infill if self.infill else dllm.generate
             result = fill(self.lm, ids, self.sampler, self.cache, callback=callback, **self.options)
         console.print(Text(terminal(result.texts[0]), "green"), soft_wrap=True)
-        if not result.texts[0].strip():
+        if not (result.texts[0] or "").strip():
             console.print(f"the answer is empty: {_EMPTY}", highlight=False, soft_wrap=True)
         stats, nfe = result.stats, int(result.nfe[0])
         counts = f"NFE {nfe}  tokens {stats.tokens}  TPF {stats.tpf:.2f}  {stats.tokens_per_second:.1f} tokens/s"
