@@ -161,7 +161,7 @@ class Calibrated:
         """How tokens are chosen: on the card, where null is the default, and here."""
         options, used, form = self.card.options, request.sampling, read_format(self.card.options.get("response_format"))
         eos = options.get("eos_token_id")
-        ends = setup.sampling.eos_token_ids if eos is None else (eos,) if isinstance(eos, int) else eos
+        ends = setup.sampling().eos_token_ids if eos is None else (eos,) if isinstance(eos, int) else eos
         found: dict[str, tuple[Any, Any]] = {
             "temperature": (options.get("temperature") or 0.0, used.temperature),
             "eos_suppression": (options.get("eos_suppression"), used.eos_suppression),
@@ -173,7 +173,7 @@ class Calibrated:
         }
         if used.temperature > 0:
             tempered = options.get("tempered_confidence")
-            measured = setup.sampling.tempered_confidence if tempered is None else tempered
+            measured = setup.sampling().tempered_confidence if tempered is None else tempered
             found["tempered_confidence"] = measured, used.tempered_confidence
         return found
 

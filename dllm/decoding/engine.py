@@ -129,7 +129,9 @@ class Engine:
             all_heads=backbone.all_heads,
             cache=self.cache,
             cfg_scale=cfg_scale,
-            sampling=Sampling(eos_token_ids=backbone.eos_token_ids, tempered_confidence=backbone.tempered_confidence),
+            sampling=lambda: Sampling(
+                eos_token_ids=backbone.eos_token_ids, tempered_confidence=backbone.tempered_confidence
+            ),
             replays=self._memory.replays(cuda_graphs),
             kept=self._memory.kept,
         )

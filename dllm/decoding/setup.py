@@ -85,6 +85,6 @@ class Setup:
     all_heads: Callable[[Tensor, int], Tensor] = undivided
     cache: Any = None
     cfg_scale: float = 0.0
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: Callable[[], Sampling] = Sampling
     replays: Callable[[], Replays] | None = None
     kept: dict[str, Any] = field(default_factory=dict)
