@@ -1,5 +1,7 @@
 """The cases that `make test` runs of a test over several parameters; `make test-all` runs all of their product.
 
+Cases with the mark `spare` are those of `make test-all` alone.
+
 A covering array (Cohen et al. 1997, "The AETG system"): of two parameters every value is used, of three or more every
 pair of values. A mark sets it otherwise for one test.
 """
@@ -35,10 +37,12 @@ def left_out(items: Iterable[pytest.Item]) -> list[pytest.Item]:
     The mark `covering(n)` is the strength of a test's set.
     """
     cases: defaultdict[str, list[Any]] = defaultdict(list)
-    for item in items:
-        if hasattr(item, "callspec"):
-            cases[item.nodeid.partition("[")[0]].append(item)
     others: list[pytest.Item] = []
+    for item in items:
+        if item.get_closest_marker("spare"):
+            others.append(item)
+        elif hasattr(item, "callspec"):
+            cases[item.nodeid.partition("[")[0]].append(item)
     for test, own in cases.items():
         mark = own[0].get_closest_marker("covering")
         # Beginning elsewhere for each test, so that a value does not meet the same others in all of them.

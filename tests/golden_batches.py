@@ -27,11 +27,16 @@ class Batches:
         self._members: dict[Any, dict[str, tuple[dict[str, Any], Plan]]] = {}
         self._results: dict[Any, dict[str, Decoded]] = {}
 
-    def add(self, folder: Path, case: dict[str, Any], planned: Plan) -> str:
-        """Note a case; return the name of its batch."""
+    def add(self, folder: Path, case: dict[str, Any], planned: Plan) -> int:
+        """Note a case; return the number of its batch."""
         key = _key(folder, case, planned)
         self._members.setdefault(key, {})[case["id"]] = case, planned
-        return f"golden-{list(self._members).index(key)}"
+        return list(self._members).index(key)
+
+    @property
+    def count(self) -> int:
+        """The number of batches."""
+        return len(self._members)
 
     def decode(self, folder: Path, case: dict[str, Any], planned: Plan) -> Decoded | None:
         """The result of a case beside the others of its batch; None if it has none."""

@@ -72,16 +72,23 @@ SAMPLERS: dict[str, Any] = {
 }
 
 
-def only(keep: Callable[[Any], bool]) -> Any:
-    """Parametrise over the samplers that a rule applies to."""
+def only(keep: Callable[[Any], bool], variants: bool = True) -> Any:
+    """Parametrise over the samplers that a rule applies to; without `variants`, others than those of BY_NAME are spare."""
     return pytest.mark.parametrize(
         "sampler",
         [
-            pytest.param(sampler, id=name, marks=pytest.mark.xdist_group(f"contract-{name}"))  # which share `exact`
+            pytest.param(
+                sampler, id=name,
+                # Those of a group share `exact`.
+                marks=[
+                    pytest.mark.xdist_group(f"contract-{name}"),
+                    *[pytest.mark.spare] * (not variants and name not in BY_NAME),
+                ],
+            )
             for name, sampler in SAMPLERS.items()
             if keep(sampler)
         ],
-    )
+    )  # fmt: skip
 
 
 def by_place(sampler: Any) -> bool:
@@ -102,6 +109,7 @@ def cuts(sampler: Any) -> bool:
 
 
 samplers = only(lambda sampler: True)
+named = only(lambda sampler: True, variants=False)
 BLOCK = 5
 LENGTH = 12  # two blocks and a shorter one
 
@@ -216,7 +224,7 @@ def test_every_forward_commits(make: Maker, sampler: Any) -> None:
 
 
 @backbones
-@samplers
+@named
 def test_same_seed_same_result(make: Maker, sampler: Any) -> None:
     lm, prompts = make(), PROMPTS[:4]
     first, again, other = (run(lm, prompts, sampler, temperature=1.5, seed=seed) for seed in (1, 1, 2))
@@ -225,13 +233,13 @@ def test_same_seed_same_result(make: Maker, sampler: Any) -> None:
 
 
 @backbones
-@only(lambda sampler: sampler != Vanilla(order="random") and not isinstance(sampler, ReMDM))
+@only(lambda sampler: sampler != Vanilla(order="random") and not isinstance(sampler, ReMDM), variants=False)
 def test_greedy_needs_no_seed(make: Maker, sampler: Any) -> None:
     assert torch.equal(exact(make, sampler).sequences, run(make(), PROMPTS, sampler, seed=None).sequences)
 
 
 @backbones
-@samplers
+@named
 def test_inputs_are_left_alone(make: Maker, sampler: Any) -> None:
     lm = make()
     inner = dllm.resolve.resolve("sampler", sampler, Sampler)

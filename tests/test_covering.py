@@ -37,11 +37,14 @@ def test_it_is_about_as_small_as_can_be_and_takes_values_in_turn() -> None:
     assert all(covering([(each,) for each in range(5)])) and covering([()]) == [True]
 
 
-def item(test: str, strength: int | None = None, /, **params: Any) -> Any:
+def item(test: str, strength: int | None = None, /, spare: bool = False, **params: Any) -> Any:
     return SimpleNamespace(
         nodeid=f"test_a.py::{test}[{params}]",
         callspec=SimpleNamespace(params=params),
-        get_closest_marker=lambda _: None if strength is None else SimpleNamespace(args=(strength,)),
+        get_closest_marker=lambda name: {
+            "covering": None if strength is None else SimpleNamespace(args=(strength,)),
+            "spare": spare or None,
+        }[name],
     )
 
 
@@ -49,6 +52,7 @@ def test_tests_are_told_apart_and_parameters_that_go_together_are_one() -> None:
     first = [item("test_one", size=size, name=str(size), make=make) for size, make in product(range(3), (list, dict))]
     second = [item("test_two", size=size, fixed=None) for size in range(3)]
     third = [item("test_three", 2, size=size, make=make) for size, make in product(range(3), (list, dict))]
-    plain: Any = SimpleNamespace(nodeid="test_a.py::test_four")
-    others = left_out([*first, *second, *third, plain])
-    assert len(others) == 3 and all(each in first for each in others)
+    plain: Any = SimpleNamespace(nodeid="test_a.py::test_four", get_closest_marker=lambda name: None)
+    spare = item("test_two", spare=True, size=7)
+    others = left_out([*first, *second, *third, plain, spare])
+    assert len(others) == 4 and all(each in (*first, spare) for each in others) and spare in others

@@ -33,7 +33,7 @@ NAMES = (
     "(test_drift and not measuring_changes_nothing and not refreshing_above_nothing)", "test_layout",
     "(test_store and not grows and not has_the_size)",
     "(test_branches and not (ignores_its and not dkv-random_sdar))", "equals_the_rule",
-    "(as_the_method and (unstable or patient-block))", "(published_loop and 0.3-1-0.0-0-random_sdar)",
+    "(as_the_method and unstable-block)", "(published_loop and 0.3-1-0.0-0-random_sdar)",
     "(as_by_hand and random_dream and not (t2m and not t2t))",
 )  # fmt: skip
 
