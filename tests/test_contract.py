@@ -73,7 +73,7 @@ SAMPLERS: dict[str, Any] = {
 
 
 def only(keep: Callable[[Any], bool], variants: bool = True) -> Any:
-    """Parametrise over the samplers that a rule applies to; without `variants`, others than those of BY_NAME are spare."""
+    """Parametrise over the samplers that a rule applies to; without `variants`, all but those of BY_NAME are spare."""
     return pytest.mark.parametrize(
         "sampler",
         [

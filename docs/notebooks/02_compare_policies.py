@@ -31,12 +31,12 @@ from dllm.tasks.word_problems import grade, problems
 torch.set_num_threads(1)  # for a model this small, more threads are slower
 
 # %% [markdown]
-# 20 problems keep the notebook quick; their intervals are wide. `correct` may be any function of an answer's text and
+# 16 problems keep the notebook quick; their intervals are wide. `correct` may be any function of an answer's text and
 # its number; leave it out where there is nothing to grade.
 
 # %%
 lm = dllm.load("tiny-llada")
-tasks = problems(20, seed=1_000_001)
+tasks = problems(16, seed=1_000_001)
 prompts = [task.question for task in tasks]
 options = {"gen_length": 64, "block_length": 32, "batch_size": 40}
 

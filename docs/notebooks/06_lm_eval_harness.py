@@ -56,7 +56,7 @@ rows = [
         "answer": str(problem.answer),
         "choices": [problem.solution, problem.solution.replace(str(problem.answer), str(problem.answer + 1))],
     }
-    for problem in problems(20, seed=1_000_001)
+    for problem in problems(12, seed=1_000_001)
 ]
 data = Path(folder.name) / "problems.jsonl"
 data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -97,7 +97,7 @@ manager = TaskManager(include_path=folder.name, include_defaults=False)
 # pretrained=tiny-llada,sampler=threshold,sampler.threshold=0.999,cache=dual`.
 
 # %%
-common = {"pretrained": "tiny-llada", "block_length": 32, "batch_size": 20}
+common = {"pretrained": "tiny-llada", "block_length": 32, "batch_size": 12}
 settings = {
     "4 tokens per step": {"sampler": "vanilla", "sampler.tokens_per_step": 4},
     "threshold 0.999": {"sampler": "threshold", "sampler.threshold": 0.999},
