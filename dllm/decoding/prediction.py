@@ -51,7 +51,7 @@ class Sampling:
     tempered_confidence: bool = False
 
     def __post_init__(self) -> None:
-        number("temperature", self.temperature, "0 (greedy) or a positive number", low=0, high=1e6)
+        number("temperature", self.temperature, "0 (greedy) or a positive number of at most 1e6", low=0, high=1e6)
         if self.top_p is not None:
             number("top_p", self.top_p, "a number in (0, 1], or null for all tokens", above=0, high=1)
         if self.top_k is not None:
