@@ -13,9 +13,9 @@ import torch
 
 GEN_LENGTH = 256  # default if neither the user nor the task sets it
 BATCH_SIZE = 8
-_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens", "max_length")
 _STOPS = ("until", "stop", "stop_strings", "stop_sequences")
-_KNOWN = {"do_sample", "temperature", "top_p", "top_k", "max_length", *_LENGTHS, *_STOPS}
+_KNOWN = {"do_sample", "temperature", "top_p", "top_k", *_LENGTHS, *_STOPS}
 _DTYPES = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32"}
 # Affect speed or placement, not results.
 _ELSEWHERE = """add_bos_token backend data_parallel_size gpu_memory_utilization logits_cache low_cpu_mem_usage
@@ -107,13 +107,13 @@ def generation(asked: Mapping[str, Any], prompt: int, tell: Tell) -> tuple[dict[
 
 def asks(asked: Mapping[str, Any], option: str) -> bool:
     """Whether the generation options of a request set an option of `generation`."""
-    names = (*_LENGTHS, "max_length") if option == "gen_length" else (option,)
+    names = _LENGTHS if option == "gen_length" else (option,)
     return any(not _off(asked.get(name)) for name in names)
 
 
 def _length(asked: Mapping[str, Any], prompt: int, tell: Tell) -> int:
     """The length asked for; of several, the last one, as `--gen_kwargs` comes after the task."""
-    given = [name for name in asked if name in (*_LENGTHS, "max_length")]
+    given = [name for name in asked if name in _LENGTHS]
     if not given:
         return GEN_LENGTH
     name = given[-1]
