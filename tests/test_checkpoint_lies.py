@@ -237,9 +237,10 @@ def _pipe(name: str) -> Edit:
     return edit
 
 
-def _pickled(content: Callable[[dict[str, Tensor]], Any]) -> Edit:
+def _pickled(content: Callable[[dict[str, Tensor]], Any], legacy: bool = False) -> Edit:
     def edit(folder: Path) -> None:
-        torch.save(content(load_file(folder / "model.safetensors")), folder / "pytorch_model.bin")
+        found = content(load_file(folder / "model.safetensors"))
+        torch.save(found, folder / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
         (folder / "model.safetensors").unlink()
 
     return edit
@@ -341,10 +342,22 @@ FILES: dict[str, tuple[Edit, str]] = {
     "pickle: numbers": (_pickled(lambda tensors: tensors | {"a": 5}), "not a table of tensors"),
     "pickle: integers": (_pickled(lambda tensors: {name: each.long() for name, each in tensors.items()}), "int64"),
     "pickle: one tensor less": (_pickled(lambda tensors: dict(list(tensors.items())[1:])), "is missing"),
-    "pickle: another shape": (
-        _pickled(lambda tensors: {name: each[:1] for name, each in tensors.items()}),
-        "another shape",
-    ),
+    **{
+        f"pickle{kind}: {what}": (
+            _pickled(
+                lambda tensors, change=change: {  # type: ignore[misc]  # a default
+                    name: change(each) for name, each in tensors.items()
+                },
+                legacy,
+            ),
+            words,
+        )
+        for kind, legacy in (("", False), (" of torch before 1.6", True))
+        for what, change, words in (
+            ("another shape", lambda each: each[:1], "another shape"),
+            ("a number for a tensor", lambda each: torch.zeros(1).expand(each.shape), "smaller than the tensors"),
+        )
+    },
     "tokenizer: deep": (_text("tokenizer.json", '{"a":' + DEEP), "tokenizer"),
     "tokenizer config: deep": (
         lambda folder: [_tokenizer(folder), _text("tokenizer_config.json", '{"a":' + DEEP)(folder)],
@@ -438,6 +451,11 @@ class TestNothingIsFetchedOrImported:
         {"configuration_files": ["config.1.0.0.json"]},
         {"text_config": {"_attn_implementation": "evil/kernel", "model_type": "qwen2"}},
     )
+    # Transformers asks whether to run the code of a type that it does not know.
+    UNKNOWN: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"model_type": "evil", "auto_map": {"AutoConfig": "evil_module.C", "AutoModelForCausalLM": "evil_module.M"}},
+        {"auto_map": {"AutoModelForCausalLM": "evil_module.M"}, "model_type": "vit"},
+    )
 
     @pytest.fixture
     def led(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -451,6 +469,11 @@ class TestNothingIsFetchedOrImported:
 
             return caught
 
+        def agree(question: str = "") -> str:
+            found.append(question)
+            return "y"
+
+        monkeypatch.setattr("builtins.input", agree)
         monkeypatch.setattr(socket, "getaddrinfo", record("network"))
         monkeypatch.setattr(socket.socket, "connect", record("network"))
         for module in ("transformers.modeling_utils", "transformers.integrations.hub_kernels"):
@@ -477,17 +500,28 @@ class TestNothingIsFetchedOrImported:
                 way()
         assert led == []
 
-    @pytest.mark.parametrize("attack", ATTACKS, ids=str)
+    @pytest.mark.parametrize("attack", UNKNOWN, ids=str)
+    def test_by_its_type(self, folder: Path, attack: dict[str, Any], led: list[str]) -> None:
+        (folder / "evil_module.py").write_text("import evil_module")
+        config(folder, **attack)
+        with suppress(ValueError):
+            load(folder, device="cpu")
+        assert led == []
+
+    @pytest.mark.parametrize("attack", (*ATTACKS, *UNKNOWN), ids=str)
     def test_by_a_guide(self, golden: Path, tmp_path: Path, attack: dict[str, Any], led: list[str]) -> None:
         folder = Path(shutil.copytree(golden / "qwen2-rand-guide", tmp_path / "guide"))
         config(folder, **attack)
         foreign = {"auto_map": {"AutoTokenizer": ["evil_module.T", None]}, "custom_generate": "evil"}
         for file in ("tokenizer_config.json", "generation_config.json"):
             (folder / file).write_text(json.dumps(foreign))
+        (folder / "evil_module.py").write_text("import evil_module")
         (folder / "custom_generate").mkdir()
         (folder / "custom_generate" / "generate.py").write_text("import evil_module")
-        with suppress(ValueError):
+        try:
             load_guide(str(folder), torch.device("cpu"))
+        except ValueError as error:
+            assert "trust_remote_code" not in str(error)
         assert led == []
 
     @pytest.mark.parametrize("name", ["evil/kernel", "flash_attention_2", {"": "evil/kernel"}], ids=str)

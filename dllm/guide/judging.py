@@ -137,9 +137,10 @@ def _load(name: str, folder: Path, device: torch.device, state: str) -> Guide:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001  # transformers' models and tokenizers may raise anything
-        raise ValueError(
-            f"guide={name!r} is not a causal language model that can be loaded: {' '.join(str(error).split())}"
-        ) from None
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:  # transformers' advice
+            reason = "it needs Python code of its own, which is never run; give a model of a type that transformers has"
+        raise ValueError(f"guide={name!r} is not a causal language model that can be loaded: {reason}") from None
     placed: PreTrainedModel = nn.Module.to(model, device)
     return Guide(placed.eval(), tokenizer)
 

@@ -10,12 +10,14 @@ import json
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from dllm.files import read_json
@@ -116,10 +118,8 @@ def _merge(backbone: PreTrainedModel, folder: Path, peft: Any) -> str | None:
     wrong = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
     if wrong is not None:
         return f"tensor {wrong} holds NaN or infinity"
-    ranks = [getattr(config, "r", 0), *(getattr(config, "rank_pattern", None) or {}).values()]
-    widest = max((size for weight in weights.values() for size in weight.shape), default=0)
-    if config.peft_type == "LORA" and any(is_whole(rank) and rank > widest for rank in ranks):  # before allocating
-        return f"r={max(filter(is_whole, ranks))} is more than its tensors hold"
+    if problem := _too_large(config, backbone, weights, peft):
+        return problem
     model = peft.get_peft_model(backbone, config)
     # peft ignores unknown tensors and initializes missing ones. Embeddings are optional.
     least, most = (set(peft.get_peft_model_state_dict(model, save_embedding_layers=all_)) for all_ in (False, True))
@@ -129,6 +129,28 @@ def _merge(backbone: PreTrainedModel, folder: Path, peft: Any) -> str | None:
     peft.set_peft_model_state_dict(model, weights)
     model.merge_and_unload(safe_merge=True)
     return None
+
+
+def _too_large(config: Any, backbone: PreTrainedModel, weights: Mapping[str, torch.Tensor], peft: Any) -> str | None:
+    """The problem with sizes of a config that its tensors do not have, before memory is allocated for them."""
+    ranks = [getattr(config, "r", 0), *(getattr(config, "rank_pattern", None) or {}).values()]
+    widest = max((size for weight in weights.values() for size in weight.shape), default=0)
+    larger = [rank for rank in ranks if is_whole(rank) and rank > widest]
+    if larger and config.peft_type != "LOKR":  # there a rank above all sizes says that matrices are whole
+        return f"r={max(larger)} is more than its tensors hold"
+    stored = sum(weight.numel() for weight in weights.values())
+    with torch.device("meta"):
+        model: Any = type(backbone)(deepcopy(backbone.config))
+        own = sum(weight.numel() for weight in model.parameters())
+        try:
+            model = peft.get_peft_model(model, deepcopy(config))
+        except RuntimeError:  # some kinds read values when they begin
+            return None
+    added = sum(weight.numel() for weight in model.parameters()) - own
+    if added > stored + own:  # a few that are missing are named later
+        return f"{CONFIG} asks for {added} weights, and its tensors hold {stored}"
+    drawn = sum(buffer.numel() for buffer in model.buffers())  # from a seed
+    return f"{CONFIG} asks for {drawn} random numbers, more than the model has weights" if drawn > own else None
 
 
 def _unmatchable(config: Any, backbone: PreTrainedModel) -> str | None:

@@ -12,6 +12,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from copy import deepcopy
 from math import isfinite, prod
 from pathlib import Path
@@ -123,9 +124,8 @@ def check_folder(family: Any, folder: Path) -> None:
     except (TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be used ({error}); copy it again from the published model") from None
     stored = read_headers(folder)
-    if stored is not None:
-        tied = (family._tied_weights_keys or ()) if config.tie_word_embeddings else ()
-        compare(family.__name__, config, expected_tensors(family, config), stored, folder, tied)
+    tied = (family._tied_weights_keys or ()) if config.tie_word_embeddings else ()
+    compare(family.__name__, config, expected_tensors(family, config), stored, folder, tied)
     check_ids(config.vocab_size, config.mask_token_id, config.eos_token_id, folder)
 
 
@@ -156,7 +156,7 @@ def check_causal_folder(folder: Path) -> None:
     path, stored = folder / "config.json", read_headers(folder)
     _check_counts(path, config)
     values = 8 * sum(file.stat().st_size for file in _weight_files(folder)[0])  # a bit each at least
-    if stored is not None and not config.get("quantization_config"):
+    if not config.get("quantization_config"):
         for name, tensor in stored.items():
             if tensor.dtype not in FLOATS:
                 raise ValueError(f"{tensor.file}: tensor {name} is {tensor.dtype}; weights are floating-point numbers")
@@ -170,7 +170,8 @@ def check_causal_folder(folder: Path) -> None:
             raise ValueError(f"{path}: {said} needs more weights than there are; {_AGAIN}")
     # Other names, parts and defaults of a model count as well.
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+        described = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        model = AutoModelForCausalLM.from_config(described, trust_remote_code=False)
     # Twice as many may be asked for: what is missing is named later.
     for kind, tensors, most in (("weights", model.parameters(), 2 * values), ("constants", model.buffers(), _BUFFERS)):
         count = sum(tensor.numel() for tensor in tensors)
@@ -187,8 +188,8 @@ def _check_counts(path: Path, content: Mapping[str, Any]) -> None:
             raise ValueError(f"{path}: {name}={value} is not plausible; {_AGAIN}")
 
 
-def read_headers(folder: Path) -> dict[str, Stored] | None:
-    """Headers of the weights of a folder by name, without reading values; None if only loading can tell.
+def read_headers(folder: Path) -> dict[str, Stored]:
+    """Headers of the weights of a folder by name, without reading values.
 
     Raises:
         ValueError: a file that is missing, damaged, outside the folder, or inconsistent with the index.
@@ -198,8 +199,6 @@ def read_headers(folder: Path) -> dict[str, Stored] | None:
     for path in files:
         if not path.is_file():
             raise ValueError(f"{path} is missing; copy or download this shard again")
-        if path.suffix == ".bin" and _is_old(path):
-            return None
         for name, tensor in (read_header if path.suffix == ".safetensors" else _pickled)(path):
             if name in stored:
                 raise ValueError(f"{path}: tensor {name} is in {stored[name].file.name} as well; {_AGAIN}")
@@ -228,7 +227,7 @@ def read_tensors(folder: Path, names: Iterable[str], dtype: torch.dtype) -> Iter
     Raises:
         ValueError: the folder was changed, or its weights are not safetensors.
     """
-    stored = read_headers(folder) or {}
+    stored = read_headers(folder)
     tied = next((name for name in stored if name.endswith(("embed_tokens.weight", "wte.weight"))), None)
     for name in names:
         at = stored.get(name) or stored.get(str(tied))
@@ -294,11 +293,13 @@ def _is_old(path: Path) -> bool:
 
 
 def _pickled(path: Path) -> Iterator[tuple[str, Stored]]:
-    """As `read_header`, for a pickled file: memory-mapped, so that no value is read, and with weights_only."""
+    """As `read_header`, for a pickled file, with weights_only; no value is read."""
+    old = _is_old(path)
     try:
-        if not zipfile.is_zipfile(path):
+        if not old and not zipfile.is_zipfile(path):
             raise ValueError("no archive")
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.skip_data() if old else nullcontext():
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=not old)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError):
         raise ValueError(
             f"{path} is damaged, incomplete, or holds more than tensors; copy or download it again, or convert it to "
@@ -306,6 +307,9 @@ def _pickled(path: Path) -> Iterator[tuple[str, Stored]]:
         ) from None
     if not isinstance(found, dict) or not all(isinstance(part, torch.Tensor) for part in found.values()):
         raise ValueError(f"{path} is not a table of tensors; give the state_dict of a model")
+    # A tensor may be stored under two names, but a small storage must not stand for large or many tensors.
+    if sum(part.nbytes for part in found.values()) > 2 * path.stat().st_size:
+        raise ValueError(f"{path} is smaller than the tensors that it says it holds; copy or download it again")
     yield from ((str(name), Stored(path, _NAMES.get(part.dtype, str(part.dtype)), tuple(part.shape)))
                 for name, part in found.items())  # fmt: skip
 

@@ -89,8 +89,6 @@ class DiffusionGemmaForBlockDiffusion(MaskedDiffusionModel, modules.DiffusionGem
         """Reject a folder whose config and tensors do not fit."""
         config = DiffusionGemmaConfig.from_dict(read_config(folder))
         stored = read_headers(folder)
-        if stored is None:
-            raise ValueError(f"{folder} has weights in a format before torch 1.6; save them as safetensors")
         text: Any = config.text_config
         try:
             with torch.device("meta"):

@@ -39,25 +39,27 @@ _END = "dllm.end"
 
 # Numbers of system calls (asm/unistd.h) by machine: the audit architecture, seccomp, those that start a process or a
 # thread, and _CALLS, of which the last four take a process as their first argument.
-_CALLS = """socket memfd_create ptrace process_vm_readv process_vm_writev unshare setns bpf perf_event_open userfaultfd
-add_key request_key keyctl tkill kill tgkill rt_sigqueueinfo prlimit64""".split()
+_CALLS = """socket memfd_create shmget semget msgget mq_open ptrace process_vm_readv process_vm_writev unshare setns bpf
+perf_event_open userfaultfd add_key request_key keyctl tkill kill tgkill rt_sigqueueinfo prlimit64""".split()
 _NUMBERS = {
     "x86_64": (
         0xC000003E,
         317,
         (56, 57, 58, 435),
-        (41, 319, 101, 310, 311, 272, 308, 321, 298, 323, 248, 249, 250, 200, 62, 234, 129, 302),
+        (41, 319, 29, 64, 68, 240, 101, 310, 311, 272, 308, 321, 298, 323, 248, 249, 250, 200, 62, 234, 129, 302),
     ),
     "aarch64": (
         0xC00000B7,
         277,
         (220, 435),
-        (198, 279, 117, 270, 271, 97, 268, 280, 241, 282, 217, 218, 219, 130, 129, 131, 138, 261),
+        (198, 279, 194, 190, 186, 180, 117, 270, 271, 97, 268, 280, 241, 282, 217, 218, 219, 130, 129, 131, 138, 261),
     ),
 }
 # The same on every machine: io_uring_*, pidfd_send_signal, pidfd_getfd; and pidfd_open, which takes a process.
 _NEWER, _PIDFD_OPEN = (424, 425, 426, 427, 438), 434
-_ERRORS = {"socket": errno.EAFNOSUPPORT, "memfd_create": errno.ENOSYS}
+_ERRORS = {"socket": errno.EAFNOSUPPORT}
+# What would count as no process's memory, and may outlive the program.
+_ERRORS |= dict.fromkeys(("memfd_create", "shmget", "semget", "msgget", "mq_open"), errno.ENOSYS)
 
 
 def main(path: str, timeout: float, memory: int, partial: bool) -> None:

@@ -235,6 +235,11 @@ class TestHostile:
         assert (outcome.reason, outcome.detail[: len(detail)]) == (reason, detail)
         assert left() == []
 
+    @pytest.mark.parametrize("call", ["shmget(0, 4096, 1023)", "msgget(0, 1023)", "semget(0, 1, 1023)"])
+    def test_no_memory_outlives_it(self, call: str) -> None:
+        program = f"import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nprint(libc.{call})\n"
+        assert execute(program + "raise SystemExit(f'errno {ctypes.get_errno()}')").detail == "SystemExit: errno 38"
+
     def test_memory_that_processes_share_counts_once(self) -> None:
         program = f"import os\nx = b'x' * {BYTES // 2}\nfor _ in range(4):\n    if os.fork() == 0: os._exit(0)\n"
         assert execute(program + "for _ in range(4): os.wait()", memory=BYTES) == PASSED
