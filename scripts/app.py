@@ -35,7 +35,7 @@ from dllm.checks import known as known_options
 from dllm.escape import brief
 from dllm.files import parse_json
 from dllm.resolve import CALIBRATION, TARGET, names, options_of, variants
-from dllm.scripts import flags, torchrun, usage, yaml_files
+from dllm.scripts import flags, hydra_targets, torchrun, usage, yaml_files
 from dllm.scripts.ending import fail, leave_quietly, line
 from dllm.scripts.kinds import check_kinds
 
@@ -102,6 +102,7 @@ def run(task: Callable[[DictConfig], Any], config_name: str, kinds: Mapping[str,
     os.environ |= {STARTED: str(time.time()), "HYDRA_FULL_ERROR": "1"}
     setattr(JobReturn, "return_value", property(_returned, _return))  # noqa: B010  # mypy knows no such assignment
     yaml_files.register()
+    hydra_targets.register()
     sys.set_int_max_str_digits(_DIGITS)
     try:
         arguments = rewrite(sys.argv[1:], config_name)
@@ -307,8 +308,6 @@ def _rewrite_one(argument: str, groups: Mapping[str, Any], multirun: bool) -> li
         raise ValueError(f"unknown option {name!r}; {_LISTED}")
     if name in groups and name not in flags.OTHERS and len(value) > _LONGEST_NAME and not multirun:
         raise ValueError(f"unknown {name}={value!r}; expected one of {', '.join(names(name))}")
-    if name.startswith("hydra.") and "_target_" in argument:
-        raise ValueError(f"{argument!r} names code to run; choose with hydra/launcher=NAME or hydra/sweeper=NAME")
     if name in groups and name in flags.OTHERS:
         paths, known = _pieces(value) if multirun else [value], names(name)
         if not set(paths) <= set(known):

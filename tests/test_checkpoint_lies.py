@@ -508,7 +508,7 @@ class TestNothingIsFetchedOrImported:
             load(folder, device="cpu")
         assert led == []
 
-    @pytest.mark.parametrize("attack", (*ATTACKS, *UNKNOWN), ids=str)
+    @pytest.mark.parametrize("attack", [*ATTACKS, *UNKNOWN], ids=str)
     def test_by_a_guide(self, golden: Path, tmp_path: Path, attack: dict[str, Any], led: list[str]) -> None:
         folder = Path(shutil.copytree(golden / "qwen2-rand-guide", tmp_path / "guide"))
         config(folder, **attack)
@@ -518,10 +518,12 @@ class TestNothingIsFetchedOrImported:
         (folder / "evil_module.py").write_text("import evil_module")
         (folder / "custom_generate").mkdir()
         (folder / "custom_generate" / "generate.py").write_text("import evil_module")
+        said = ""
         try:
             load_guide(str(folder), torch.device("cpu"))
         except ValueError as error:
-            assert "trust_remote_code" not in str(error)
+            said = str(error)
+        assert "trust_remote_code" not in said
         assert led == []
 
     @pytest.mark.parametrize("name", ["evil/kernel", "flash_attention_2", {"": "evil/kernel"}], ids=str)

@@ -105,8 +105,13 @@ def test_a_class_of_ones_own_is_named_once_it_is_registered(monkeypatch: pytest.
         (["generate", "sampler=freedave", "sampler.base={_target_: os.system}"], "sampler.base._target_='os.system'"),
         (["generate", "+sampler._partial_=true"], "unknown option 'sampler._partial_'"),
         (["generate", "+model._target_=os.system"], "model._target_"),
-        (["evaluate", "-m", "hydra.launcher._target_=os.system"], "hydra.launcher._target_=os.system"),
-        (["generate", "+hydra.callbacks={a: {_target_: os.system}}"], "+hydra.callbacks={a: {_target_: os.system}}"),
+        (["evaluate", "-m", "hydra.launcher._target_=os.system"], "hydra.launcher._target_='os.system'"),
+        (["generate", "+hydra.callbacks={a: {_target_: os.system}}"], "hydra.callbacks.a._target_='os.system'"),
+        (["generate", "+hydra={callbacks: {a: {_target_: os.system}}}"], "hydra.callbacks.a._target_='os.system'"),
+        (
+            ["evaluate", "-m", "hydra/sweeper=optuna", "hydra.sweeper.custom_search_space=canary.Class"],
+            "hydra.sweeper.custom_search_space='canary.Class'",
+        ),
         (["train-filter", "sampler._target_=os.system"], "sampler._target_='os.system'"),
         (["compatibility", "+variants.a={_target_: os.system}"], "variants.a._target_='os.system'"),
         (["bench", "samplers=[{freedave:{base:{_target_: os.system}}}]"], "samplers[0].base._target_='os.system'"),
@@ -120,6 +125,41 @@ def test_no_command_makes_anything_else(arguments: list[str], option: str, tmp_p
     assert (result.code, result.err.count("\n")) == (2, 1), result
     assert option in result.err
     assert "canary" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("content", "option"),
+    [
+        ("hydra: {callbacks: {x: {_target_: dllm.files.write_whole, path: P, content: x}}}", "callbacks.x._target_="),
+        ("mine: {_target_: canary.Class}\nhydra: {callbacks: {x: '${mine}'}}", "callbacks.x._target_="),
+        ("hydra: {job_logging: {version: 1, handlers: {x: {class: canary.Class}}}}", "handlers.x.class="),
+        ("hydra: {job_logging: {version: 1, formatters: {x: {(): canary.Class}}}}", "formatters.x.()="),
+        (
+            "hydra: {hydra_logging: {version: 1, handlers: {x: {class: logging.FileHandler, filename: P, mode: w}},"
+            " root: {handlers: [x]}}}",
+            "handlers.x.filename=",
+        ),
+        (
+            "hydra: {job_logging: {version: 1, handlers: {x: {class: logging.StreamHandler,"
+            " stream: 'ext://canary.Class'}}}}",
+            "handlers.x.stream=",
+        ),
+        ("hydra: {launcher: {_target_: canary.Class}}", "hydra.launcher._target_="),
+    ],
+)
+def test_no_file_of_a_configuration_does(content: str, option: str, tmp_path: Path) -> None:
+    (tmp_path / "sampler").mkdir()
+    kept = tmp_path / "kept"
+    kept.write_text("kept")
+    text = f"# @package _global_\nsampler: {{_target_: dllm.samplers.Threshold}}\n{content.replace('P', str(kept))}\n"
+    (tmp_path / "sampler" / "mine.yaml").write_text(text)
+    arguments = ["gen_length=8", "prompt=a", f"--config-dir={tmp_path}", "sampler=mine"]
+    for multirun in ([], ["-m", f"hydra.sweep.dir={tmp_path}/sweep"]):
+        result = command("generate", *multirun, *arguments)
+        assert (result.code, result.err.count("\n")) == (2, 1), result
+        assert option in result.err
+    assert "canary" not in sys.modules
+    assert kept.read_text() == "kept"
 
 
 @pytest.mark.parametrize("flag", ["--experimental-rerun", "--experimental-rerun=x.pickle", "--experimental", "--exp"])

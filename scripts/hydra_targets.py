@@ -1,0 +1,81 @@
+"""Classes that the `hydra` part of a configuration may name: plugins of Hydra, and what its own files name.
+
+Hydra creates callbacks, launchers, sweepers and log handlers from any import path, in YAML files and overrides alike.
+The composed configuration is checked, since defaults, packages and interpolations can put a mapping anywhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from hydra._internal import hydra as application
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.plugins import Plugins
+from omegaconf import DictConfig, ListConfig
+from omegaconf.errors import OmegaConfBaseException
+
+_NAMING = ("_target_", "()", "class", "factory", "custom_search_space")
+_ALLOWED = re.compile(
+    r"hydra\.experimental\.callbacks\.(LogJobReturnCallback|PickleJobInfoCallback)|optuna\.samplers\.\w+"
+    r"|logging\.(NullHandler|StreamHandler|FileHandler)|colorlog\.ColoredFormatter"
+)
+_DEEPEST = 20
+_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
+_LOGS = ("${hydra.runtime.output_dir}/${hydra.job.name}.log", "hydra-${hydra.job.name}.log")
+
+
+class _Loader(ConfigLoaderImpl):
+    """Hydra's loader, which rejects foreign code before any of it is imported."""
+
+    def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
+        cfg = super().load_configuration(*args, **kwargs)
+        check(cfg.hydra)
+        return cfg
+
+
+def register() -> None:
+    """Let Hydra's applications use this loader."""
+    setattr(application, "ConfigLoaderImpl", _Loader)  # noqa: B010  # mypy knows no such assignment
+
+
+def check(node: DictConfig) -> None:
+    """Reject code and log files of others.
+
+    Args:
+        node: the part `hydra` of a composed configuration.
+
+    Raises:
+        ValueError: the option, its value and the fix.
+    """
+    plugins = Plugins.instance().class_name_to_class
+    for path, name, raw, value in _entries(node, "hydra"):
+        known = name == "_target_" and value in plugins
+        if name in _NAMING and value is not None and not known and not _ALLOWED.fullmatch(str(value)):
+            raise ValueError(
+                f"{path}={value!r} names code to run; leave it out (plugins are chosen by hydra/launcher=NAME and "
+                "hydra/sweeper=NAME)"
+            )
+        if isinstance(value, str) and value.startswith("ext://") and value not in _STREAMS:
+            raise ValueError(f"{path}={value!r} names code to import; use one of {', '.join(_STREAMS)}")
+        if name == "filename" and raw not in _LOGS:
+            raise ValueError(f"{path}={value!r} could be a file of others; choose with hydra/job_logging=NAME")
+
+
+def _entries(node: Any, place: str) -> Iterator[tuple[str, str, Any, Any]]:
+    """Path, name, value as written, and value of all entries, of mappings behind interpolations as well."""
+    waiting = [(place, node)]
+    while waiting:
+        place, node = waiting.pop()
+        if place.count(".") > _DEEPEST:
+            raise ValueError(f"{place} is nested too deep; give plainer values")
+        for name in list(node) if isinstance(node, DictConfig) else range(len(node)):
+            try:
+                value = node[name]
+            except OmegaConfBaseException:  # it has no value, or refers to what Hydra knows later, which is text
+                continue
+            if isinstance(value, (DictConfig, ListConfig)):
+                waiting.append((f"{place}.{name}", value))
+            else:
+                yield f"{place}.{name}", str(name), node._get_node(name)._value(), value
