@@ -19,7 +19,7 @@ import dllm
 from commands import command
 from dllm.guide import load_guide
 from dllm.tasks.tokenizer import build_tokenizer
-from models import random_dream, random_guide, random_llada, save_folder
+from models import random_diffusion_gemma, random_dream, random_fast_dllm, random_guide, random_llada, save_folder
 
 peft = pytest.importorskip("peft")
 
@@ -260,6 +260,35 @@ def test_an_adapter_that_does_not_fit_is_one_clear_line(
     message = refusal(base, adapter=adapter)
     assert str(adapter) in message
     assert expected in message
+
+
+def tied() -> dllm.LanguageModel:
+    lm = random_fast_dllm()
+    lm.backbone.config.tie_word_embeddings = True
+    lm.backbone.tie_weights()
+    return lm
+
+
+@pytest.mark.parametrize(
+    ("make", "target", "module"),
+    [
+        (tied, "embed_tokens", "embed_tokens"),
+        (tied, "lm_head", "lm_head"),
+        (random_diffusion_gemma, r".*decoder.*\.q_proj", "q_proj"),
+    ],
+)
+def test_one_for_a_weight_that_modules_share_is_refused(make: Maker, target: str, module: str, tmp_path: Path) -> None:
+    """Merged, it would change the other modules, too."""
+    base = save_folder(make(), tmp_path / "base")
+    targets = target if "*" in target else ["q_proj", target]
+    peft.get_peft_model(make().backbone, peft.LoraConfig(r=2, target_modules=targets)).save_pretrained(tmp_path / "own")
+    assert f"{module} has its weight in common with another part" in refusal(base, adapter=tmp_path / "own")
+
+
+def test_one_for_other_weights_of_a_model_with_a_tied_head_is_merged(tmp_path: Path) -> None:
+    base = save_folder(tied(), tmp_path / "base")
+    expected = save_adapter(tied, tmp_path / "adapter", trainable_token_indices=[3, 5])
+    torch.testing.assert_close(logits(dllm.load(base, device="cpu", adapter=tmp_path / "adapter")), expected)
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "nowhere", "a/b/c", "tiny-llada", ""])

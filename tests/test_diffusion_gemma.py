@@ -276,6 +276,14 @@ def test_a_block_may_have_another_length() -> None:
     assert dllm.generate(lm, PROMPTS, FAST, **OPTIONS).nfe.tolist() == [12] * 3
 
 
+@pytest.mark.parametrize("sampler", [FAST, "threshold", "remdm"])
+@pytest.mark.parametrize("block_length", [None, 20])
+def test_a_canvas_may_be_shorter_than_a_block(sampler: Any, block_length: int | None) -> None:
+    lm, options = random_diffusion_gemma(), {"gen_length": 3, "seed": 2, "block_length": block_length}
+    alone = dllm.generate(lm, [[5, 6]], sampler, **options).completions[0]
+    assert alone.tolist() == dllm.generate(lm, [[5, 6], list(range(30))], sampler, **options).completions[0].tolist()
+
+
 @pytest.mark.parametrize(
     ("sampler", "cache", "options", "message"),
     [

@@ -161,7 +161,7 @@ class Canvas:
     def window(self) -> Window:
         """The active block of every row."""
         rows, length = self.rows, (self.high - self.low)[self.rows]
-        offset = np.arange(int(length.max()))
+        offset = np.arange(min(int(length.max()), self.length))  # a block may reach beyond the canvas
         columns = self.low[rows, None] + offset
         inside = (columns < np.minimum(self.end, self.until)[rows, None]) & (offset < length[:, None])
         columns = np.minimum(columns, self.length - 1)

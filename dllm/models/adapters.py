@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -121,6 +122,8 @@ def _merge(backbone: PreTrainedModel, folder: Path, peft: Any) -> str | None:
     if problem := _too_large(config, backbone, weights, peft):
         return problem
     model = peft.get_peft_model(backbone, config)
+    if shared := _shared(model, backbone):
+        return f"{shared} has its weight in common with another part of the model, which must not change"
     # peft ignores unknown tensors and initializes missing ones. Embeddings are optional.
     least, most = (set(peft.get_peft_model_state_dict(model, save_embedding_layers=all_)) for all_ in (False, True))
     for names, what in ((set(weights) - most, "has no place in it"), (least - set(weights), "is missing")):
@@ -128,6 +131,20 @@ def _merge(backbone: PreTrainedModel, folder: Path, peft: Any) -> str | None:
             return f"tensor {min(names)} {what}"
     peft.set_peft_model_state_dict(model, weights)
     model.merge_and_unload(safe_merge=True)
+    return None
+
+
+def _shared(model: Any, backbone: PreTrainedModel) -> str | None:
+    """A module that the adapter changes, and whose weight is also that of others, such as a tied head."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer  # which peft applies to tied weights correctly
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    uses = Counter(id(weight) for _, weight in backbone.named_parameters(remove_duplicate=False))
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer):
+            base: Any = module.get_base_layer()
+            if any(uses[id(weight)] > 1 for weight in base.parameters(recurse=False)):
+                return str(name).removeprefix("base_model.model.")
     return None
 
 
