@@ -116,14 +116,23 @@ def check_weights(lm: LanguageModel, read: Iterable[Stamp] = ()) -> None:
     Raises:
         OSError: a file was changed.
     """
-    for before in read:
-        if _stamp(before.path) != before:
-            raise disturbed(str(before.path), before.path, _AGAIN)
+    check_unchanged(read)
     for before in lm.stamps:
         now = _stamp(before.path)
         if now is None or now == before or now[:3] != before[:3] or not any(map(before.path.match, _TENSORS)):
             continue
         if {weight.device.type for weight in lm.backbone.parameters()} & {"cpu", "meta"}:
+            raise disturbed(str(before.path), before.path, _AGAIN)
+
+
+def check_unchanged(read: Iterable[Stamp]) -> None:
+    """Reject files that were removed, replaced or changed since they were stamped.
+
+    Raises:
+        OSError: the first of them.
+    """
+    for before in read:
+        if _stamp(before.path) != before:
             raise disturbed(str(before.path), before.path, _AGAIN)
 
 
@@ -192,6 +201,21 @@ def tree(folder: Path) -> str:
 def read_by(value: Any) -> dict[str, str]:
     """A hash of every file that an object reads, including objects in its fields."""
     return {str(path): digest(path) if path.is_file() else _short(checkpoint(path)) for path in _read_by(value)}
+
+
+def check_read(before: Mapping[str, str], *values: Any) -> None:
+    """Reject objects that read other files than before.
+
+    Args:
+        before: from `read_by`, of all of them.
+        values: the objects.
+
+    Raises:
+        OSError: the first file that differs.
+    """
+    now = {name: found for value in values for name, found in read_by(value).items()}
+    if other := min(before.items() ^ now.items(), default=None):
+        raise disturbed(other[0], Path(other[0]), _AGAIN)
 
 
 def _read_by(value: Any) -> Iterator[Path]:
@@ -272,15 +296,23 @@ def plain_tensors(tensor: Any) -> Iterator[Tensor]:
 
 
 def within(folder: Path) -> Iterator[Path]:
-    """All files below a folder, following links; each folder once, also with cyclic links."""
+    """All files below a folder, following links; each folder once, also with cyclic links.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
     seen = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=_raised):
         folders[:] = sorted(set(folders) - {"__pycache__"})
         if (real := os.path.realpath(place)) in seen:
             folders.clear()
             continue
         seen.add(real)
         yield from (Path(place) / name for name in names)
+
+
+def _raised(error: OSError) -> None:
+    raise error
 
 
 def _joint(folder: Path, files: Iterable[Path]) -> str:

@@ -186,17 +186,45 @@ def _methods(protocol: type) -> list[str]:
 
 
 def options_of(group: str, name: str, parameter: str | None = None) -> dict[str, Any]:
-    """The default options of a choice, including `_target_`.
+    """The default options of a choice, including `_target_`, with bases as in `written_out`.
 
     Raises:
-        ValueError: no such name.
+        ValueError: no such name, or a choice that is its own base.
     """
     known = names(group) + variants(group)
     if name not in known:
         raise ValueError(
             f"unknown {parameter or group}={name!r}{close(name, known)}; expected one of {', '.join(known)}"
         )
-    return deepcopy(merged(f"{group}/{name}"))
+    return written_out(group, deepcopy(merged(f"{group}/{name}")), (name,))
+
+
+def written_out(group: str, options: Mapping[str, Any], above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Options with those of the base in place of its name, if that is a YAML of the user's own, which may change.
+
+    Args:
+        group: config group of the names.
+        options: of a choice.
+        above: choices that it is the base of.
+
+    Raises:
+        ValueError: a choice is its own base.
+    """
+    base = options.get("base")
+    if isinstance(base, str) and base in (*names(group), *variants(group)) and not is_shipped(group, base):
+        if base in above:
+            raise ValueError(f"{group}={base} is its own base; give another base")
+        base = written_out(group, deepcopy(merged(f"{group}/{base}")), (*above, base))
+    elif isinstance(base, Mapping):
+        base = written_out(group, base, above)
+    else:
+        return dict(options)
+    return {**options, "base": base}
+
+
+def is_shipped(group: str, name: str) -> bool:
+    """Whether a choice is one of this package."""
+    return bool((_FOLDERS[0] / group / f"{name}.yaml").is_file())
 
 
 def text(file: str) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -24,17 +24,20 @@ from hydra.core.override_parser.types import Glob, QuotedString
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import dllm
+from dllm import identity
+from dllm.cache.base import Cache
 from dllm.calibration import Calibration
 from dllm.checks import NOT_WITHIN, Notice, close, first_line, is_text, naming, renamed
 from dllm.checks import known as known_options
 from dllm.escape import brief
 from dllm.files import parse_json
-from dllm.resolve import CALIBRATION, TARGET, names, options_of, variants
+from dllm.resolve import CALIBRATION, TARGET, build, names, options_of, variants, written_out
+from dllm.samplers.base import Sampler
 from dllm.scripts import flags, hydra_targets, torchrun, usage, yaml_files
 from dllm.scripts.ending import fail, leave_quietly, line
 from dllm.scripts.kinds import check_kinds
@@ -167,10 +170,19 @@ def _notices(command: str) -> Iterator[None]:
         yield
 
 
+def _write_out(cfg: DictConfig) -> None:
+    """Replace the name of a base that is a YAML of the user's own by its options, which are recorded."""
+    if OmegaConf.is_dict(cfg.get("sampler")) and cfg.sampler.get("base") is not None:
+        options: Any = OmegaConf.to_container(cfg.sampler, resolve=True)
+        with open_dict(cfg):
+            cfg.sampler = written_out("sampler", options)
+
+
 def _fields(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration; refuses one that lacks a value."""
+    """The configuration, with bases of the user's own written out; refuses one that lacks a value."""
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise ValueError(f"{missing[0]} has no value; set it with {missing[0]}=...")
+    _write_out(cfg)
     found: Any = OmegaConf.to_container(cfg, resolve=True)
     return dict(found)
 
@@ -355,6 +367,24 @@ def option_of(group: str) -> str:
     overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     # A group that took another name than its choices was rewritten with "++".
     return option if any(re.match(rf"\+?{re.escape(option)}=", each) for each in overrides) else group
+
+
+class Built(NamedTuple):
+    """A sampler and a cache, and the stamps of the files that they read, from before they read any."""
+
+    sampler: Any
+    cache: Any
+    stamps: tuple[identity.Stamp, ...]
+
+
+def build_both(cfg: DictConfig) -> Built:
+    """The sampler and the cache of a configuration."""
+
+    def made() -> tuple[Any, Any]:
+        return build("sampler", cfg.sampler, Sampler), build("cache", cfg.cache, Cache)
+
+    stamps = identity.stamps_read_by(*made())  # these may have read a card already
+    return Built(*made(), stamps)
 
 
 def load_model(model: Mapping[str, Any], option: str | None = None) -> Any:

@@ -64,7 +64,7 @@ def certify(cfg: DictConfig, chosen: Mapping[str, Any]) -> None:
 
     Args:
         cfg: the configuration of `dllm calibrate`.
-        chosen: names of the sampler and the cache.
+        chosen: names of the sampler, the cache and the task.
     """
     fields: Any = OmegaConf.to_container(cfg, resolve=True)
     fields["response_format"] = read_format_file(fields["response_format"])
@@ -107,7 +107,7 @@ class _Runs:
     Args:
         cfg: of the command.
         fields: the same as a dictionary.
-        chosen: names of the sampler and the cache.
+        chosen: names of the sampler, the cache and the task.
     """
 
     def __init__(self, cfg: DictConfig, fields: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:

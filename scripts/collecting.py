@@ -24,6 +24,7 @@ from dllm.checks import number
 from dllm.evaluation.jsonl import read_questions
 from dllm.files import check_kept, read_json, write_json, write_whole
 from dllm.progress import progress_reports
+from dllm.scripts import app
 from dllm.stored import there
 from dllm.tasks import word_problems
 
@@ -83,7 +84,7 @@ def _read(cfg: DictConfig) -> list[Any]:
         return list(rows[: cfg.prompts][column])
 
 
-def contents_of(lm: dllm.LanguageModel, ids: list[list[int]], reads: tuple[Any, Any]) -> dict[str, str]:
+def contents_of(lm: dllm.LanguageModel, ids: list[list[int]], reads: app.Built) -> dict[str, str]:
     """What records are made from besides the options: a hash by option.
 
     Args:
@@ -94,9 +95,8 @@ def contents_of(lm: dllm.LanguageModel, ids: list[list[int]], reads: tuple[Any, 
     Raises:
         OSError: the model's files changed since it was loaded.
     """
-    files = {
-        name: sorted(identity.read_by(read).values()) for name, read in zip(("sampler", "cache"), reads, strict=True)
-    }
+    made = {"sampler": reads.sampler, "cache": reads.cache}
+    files = {name: sorted(identity.read_by(read).values()) for name, read in made.items()}
     return {
         "model.path": " ".join(identity.model(lm).values()),
         "data": _hash(ids),
@@ -124,7 +124,7 @@ def _as_written(part: Path, tensors: Mapping[str, Tensor]) -> bool:
 def collected(
     lm: dllm.LanguageModel,
     ids: list[list[int]],
-    reads: tuple[Any, Any],
+    reads: app.Built,
     recipe: Mapping[str, Any],
     folder: Path,
     load: Callable[[Path, range], dict[str, Tensor] | None],
@@ -147,8 +147,7 @@ def collected(
         ValueError: the folder holds that of other settings.
     """
     file = folder / "recipe.json"
-    stamps = identity.stamps_read_by(*reads)
-    files = identity.contents({**recipe}) | identity.read_by(reads[0]) | identity.read_by(reads[1])
+    files = identity.contents({**recipe}) | identity.read_by(reads.sampler) | identity.read_by(reads.cache)
     now = {**recipe, "fingerprint": lm.backbone.fingerprint(), "checkpoint": identity.model(lm), "files": files}
     now |= {"prompts": _hash(ids)}
     if there(file, "remove that folder"):
@@ -167,7 +166,7 @@ def collected(
             found = load(part, batch)
             if found is None or not _as_written(part, found):
                 found = make(batch)
-                identity.check_weights(lm, stamps)
+                identity.check_weights(lm, reads.stamps)
                 check_kept(file, written, "; run the command again")
                 write_whole(part, save(found, {"digest": _digest(found)}))
             parts.append(found)

@@ -166,7 +166,7 @@ def distill(cfg: DictConfig) -> None:
     cfg.out = cfg.out or f"outputs/distill/{Path(cfg.model.path).name}"
     how = _check(cfg)
     logging.disable_progress_bar()  # transformers draws one for each small file
-    sampler, cache = build("sampler", cfg.sampler, Sampler), build("cache", cfg.cache, Cache)
+    made = app.build_both(cfg)
     fields: Any = OmegaConf.to_container(cfg, resolve=True)
     options = {name: fields[name] for name in dllm.Options.__dataclass_fields__ if name in fields}
     dllm.Options(**options)  # reject bad values before the model is loaded
@@ -175,16 +175,16 @@ def distill(cfg: DictConfig) -> None:
     prompts = _prompts(cfg)
     lm = _load(fields["model"])
     ids = encode(prompts, lm.tokenizer)
-    requests, _ = prepare(lm, ids, sampler, cache, dllm.Options(**options))
+    requests, _ = prepare(lm, ids, made.sampler, made.cache, dllm.Options(**options))
     with claimed(Path(cfg.out) / RECIPE, f"out={cfg.out!r}", "another folder"):
         out = Path(cfg.out)
-        state, contents = training.read_state(out, mapped=True), contents_of(lm, ids, (sampler, cache))
+        state, contents = training.read_state(out, mapped=True), contents_of(lm, ids, made)
         check_recipe(out / RECIPE, cfg, state is not None)
         if state is not None:
             training.check_contents(cfg, contents, state, (training.STATE, DECODES))
         if not there(out / RECIPE):
             write_whole(out / RECIPE, OmegaConf.to_yaml(cfg))
-        completions = _collect(lm, ids, (sampler, cache), options, fields)
+        completions = _collect(lm, ids, made, options, fields)
         trained = Distillation(cfg, lm.backbone, lm.tokenizer, requests, completions, how, contents)
         trainer = trainer_of(cfg, trained)
         trainer.resume()
@@ -231,7 +231,7 @@ def _prompts(cfg: DictConfig) -> list[Any]:
 def _collect(
     lm: dllm.LanguageModel,
     ids: list[list[int]],
-    reads: tuple[Any, Any],
+    reads: app.Built,
     options: dict[str, Any],
     fields: Mapping[str, Any],
 ) -> Tensor:
@@ -240,7 +240,7 @@ def _collect(
 
     def make(batch: range) -> dict[str, Tensor]:
         seeded = options | {"seed": options["seed"] + batch.start, "batch_size": len(batch)}
-        result = dllm.generate(lm, ids[batch.start : batch.stop], *reads, **seeded)
+        result = dllm.generate(lm, ids[batch.start : batch.stop], reads.sampler, reads.cache, **seeded)
         if error := next(filter(None, result.errors), None):
             raise ValueError(f"a prompt has no answer: {error}")
         if result.completions.shape[1] != size:

@@ -22,7 +22,6 @@ from omegaconf import DictConfig, OmegaConf
 
 import dllm
 from dllm import identity
-from dllm.cache.base import Cache
 from dllm.checks import choice, known, naming, number, seed, threads
 from dllm.decoding import compatibility
 from dllm.decoding.options import parse_options
@@ -34,8 +33,7 @@ from dllm.evaluation.run_folder import RunFolder, sessions
 from dllm.evaluation.runner import Runner, Setting
 from dllm.files import parse_json
 from dllm.progress import progress_reports
-from dllm.resolve import CALIBRATION, TARGET, build, names, options_of, variants
-from dllm.samplers.base import Sampler
+from dllm.resolve import CALIBRATION, TARGET, build, is_shipped, names, options_of, variants
 from dllm.scripts import app
 from dllm.scripts.kinds import canonical
 from dllm.structure import read_format_file
@@ -110,9 +108,9 @@ def run(
         cfg: the configuration of `dllm evaluate`.
         fields: the same as a dictionary.
         label: display name.
-        chosen: names of the sampler and the cache.
+        chosen: names of the sampler, the cache and the task.
     """
-    sampler, cache = build("sampler", cfg.sampler, Sampler), build("cache", cfg.cache, Cache)
+    sampler, cache, stamps = app.build_both(cfg)
     task: Task = build("task", cfg.task, Task)
     options = {name: fields[name] for name in _OPTIONS if fields[name] is not None or name == "block_length"}
     if fields["gen_length"] is None and task.gen_length is not None:
@@ -124,7 +122,6 @@ def run(
         estimate = Estimate(**fields["estimate"], seed=seed, cfg_scale=fields["cfg_scale"])
     files = task.check()
     path, asked = fields["model"]["path"], normal(fields)
-    stamps = identity.stamps_read_by(sampler, cache)
     read = identity.contents([asked["sampler"], asked["cache"]])
     read |= identity.read_by(sampler) | identity.read_by(cache)
     by_path = read | identity.contents(asked["model"].get("adapter"), paths=True)
@@ -193,9 +190,7 @@ def _identity(
 ) -> dict[str, Any]:
     """Everything that the results depend on, except the code, by the names in results.json."""
     apart = ("model", "sampler", "cache", "task", "out", "objective")
-    own = lambda group: {  # noqa: E731
-        name: value for name, value in fields[group].items() if name != TARGET and (name, value) != (CALIBRATION, None)
-    }
+    own = partial(_own, fields, chosen)
     named = lambda group: {"name": str(chosen[group]).rpartition("/")[2], **own(group)}  # noqa: E731
     return {
         "model": Path(fields["model"]["path"]).name,
@@ -209,6 +204,14 @@ def _identity(
         | {f"{split}_sha256": digest for split, digest in data.items()},
         "files": read,
     }
+
+
+def _own(fields: Mapping[str, Any], chosen: Mapping[str, Any], group: str) -> dict[str, Any]:
+    """The options of a group, and its class unless its name tells it: that of a choice of this package."""
+    name = str(chosen[group])
+    usual = options_of(group, name)[TARGET] if is_shipped(group, name) else None
+    left_out = ((TARGET, usual), (CALIBRATION, None))
+    return {name: value for name, value in fields[group].items() if (name, value) not in left_out}
 
 
 def _loading(options: Mapping[str, Any]) -> dict[str, Any]:

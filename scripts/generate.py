@@ -24,7 +24,6 @@ from rich.text import Text
 
 import dllm
 from dllm import identity, jobs
-from dllm.cache.base import Cache
 from dllm.checks import SEEDS, choice, renamed, seed
 from dllm.decoding import compatibility
 from dllm.decoding.display import CanvasView, live, plain, save_picture
@@ -37,7 +36,6 @@ from dllm.evaluation.jsonl import AnswerFile, PromptLine, read_questions
 from dllm.files import is_folder
 from dllm.progress import progress_bar, progress_reports, watched
 from dllm.resolve import build
-from dllm.samplers.base import Sampler
 from dllm.scripts import app, own
 from dllm.structure import read_format_file
 from dllm.tasks import word_problems
@@ -69,7 +67,7 @@ def generate(cfg: DictConfig) -> None:
         return
     questions = read_questions(Path(cfg.input)) if cfg.input else []
     answers = AnswerFile(Path(cfg.output)) if cfg.output else None
-    sampler, cache, fields, options = _parts(cfg)
+    sampler, cache, read, fields, options = _parts(cfg)
 
     def load() -> Session:
         return Session(app.load_model(fields["model"]), sampler, cache, options, cfg.chat, cfg.infill)
@@ -83,7 +81,6 @@ def generate(cfg: DictConfig) -> None:
         if cfg.seed is None and manifest.seed is not None:  # resume with the same seed
             options["seed"] = manifest.seed
         made = {"sampler": sampler, "cache": cache}
-        read = identity.stamps_read_by(sampler, cache)
         session = describe(fields | options, HydraConfig.get().runtime.choices, made)
         left = _left(questions, answers)
         manifest.check(questions, session)
@@ -108,7 +105,7 @@ def generate(cfg: DictConfig) -> None:
 def generate_rows(cfg: DictConfig, engine: jobs.JobEngine) -> None:
     """Run the command as a job: from files or a data set to a folder of shards."""
     source, folder = jobs.Input(cfg.input, cfg.split, cfg.column), jobs.JobFolder(cfg.output)
-    sampler, cache, fields, options = _parts(cfg)
+    sampler, cache, read, fields, options = _parts(cfg)
     if source.note:
         print(source.note, file=sys.stderr)
     with folder:
@@ -116,7 +113,9 @@ def generate_rows(cfg: DictConfig, engine: jobs.JobEngine) -> None:
             options["seed"] = folder.seed
         session = describe(fields | options, HydraConfig.get().runtime.choices, {"sampler": sampler, "cache": cache})
         load = partial(app.load_model, fields["model"], app.option_of("model"))
-        setting = jobs.Setting(load, sampler, cache, dllm.Options(**options), cfg.chat, cfg.infill)
+        files = identity.read_by(sampler) | identity.read_by(cache)
+        identity.check_unchanged(read)
+        setting = jobs.Setting(load, sampler, cache, dllm.Options(**options), cfg.chat, cfg.infill, files=files)
         with nullcontext() if cfg.show == "none" else progress_reports("decoding") as report:
             done = jobs.run(source, folder, engine, setting, session, report or (lambda done, total, note: None))
     failed = f", of which {done.failures} failed (column error)" if done.failures else ""
@@ -124,15 +123,20 @@ def generate_rows(cfg: DictConfig, engine: jobs.JobEngine) -> None:
     print(f"in the order of the input: pyarrow.parquet.read_table({cfg.output!r})")
 
 
-def _parts(cfg: DictConfig) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
-    """Sampler, cache, all fields and the options of decoding; bad values are rejected before the model is loaded."""
-    sampler, cache = build("sampler", cfg.sampler, Sampler), build("cache", cfg.cache, Cache)
+def _parts(
+    cfg: DictConfig,
+) -> tuple[Any, Any, tuple[identity.Stamp, ...], dict[str, Any], dict[str, Any]]:
+    """Sampler, cache, stamps of what they read, all fields and the options of decoding.
+
+    Bad values are rejected before the model is loaded.
+    """
+    sampler, cache, read = app.build_both(cfg)
     fields: Any = OmegaConf.to_container(cfg, resolve=True)
     fields["response_format"] = read_format_file(fields["response_format"])
     options = {name: fields[name] for name in dllm.Options.__dataclass_fields__}
     options["seed"] = random.randrange(SEEDS) if cfg.seed is None else cfg.seed
     compatibility.check(sampler, cache, dllm.Options(**options).cfg_scale)
-    return sampler, cache, fields, options
+    return sampler, cache, read, fields, options
 
 
 def _is_job(cfg: DictConfig) -> bool:

@@ -195,6 +195,7 @@ def _run(
     found: dict[tuple[str, str], Path | str] = {}
     common = {name: value for name, value in fields.items() if name not in _OURS}
     common |= {"out": str(runs)}
+    task = HydraConfig.get().runtime.choices["task"]
     with evaluate.limited_threads(fields["threads"]), warnings.catch_warnings():
         # The page says for which cache a guarantee holds.
         warnings.filterwarnings("ignore", _OTHER_CACHE, Notice)
@@ -204,7 +205,7 @@ def _run(
                 label = sampler + (f" + {cache}" if cache != "none" else "")
                 refused = RunFolder(runs, label, evaluate.normal(made))
                 try:
-                    names_ = {"sampler": sampler, "cache": cache}
+                    names_ = {"sampler": sampler, "cache": cache, "task": task}
                     metrics, folder = evaluate.run(OmegaConf.create(made), made, label, names_)
                 except ValueError as error:
                     found[sampler, cache] = app.one_line(error)

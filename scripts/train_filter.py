@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 
 import dllm
 from dllm.api import prepare
-from dllm.cache.base import Cache
 from dllm.checks import choice, number, seed, threads
 from dllm.decoding.prompts import encode
 from dllm.evaluation.claim import claimed
@@ -26,8 +25,6 @@ from dllm.files import read_json, write_whole
 from dllm.filters import Filter, FilterCard
 from dllm.filters.training import Records, Training, collect, fit, measure, split
 from dllm.progress import progress_reports
-from dllm.resolve import build
-from dllm.samplers.base import Sampler
 from dllm.scripts import app, own
 from dllm.scripts.collecting import check_source, collected, data_name, read_prompts
 from dllm.stored import there
@@ -50,7 +47,7 @@ def train_filter(cfg: DictConfig) -> None:
     """Collect records, train and evaluate a filter, write it with its card."""
     how = _check(cfg)
     _check_files(_out(cfg))
-    sampler, cache = build("sampler", cfg.sampler, Sampler), build("cache", cfg.cache, Cache)
+    built = app.build_both(cfg)
     fields: Any = OmegaConf.to_container(cfg, resolve=True)
     options = {name: fields[name] for name in dllm.Options.__dataclass_fields__ if name in fields}
     dllm.Options(**options)  # reject bad values before the model is loaded
@@ -62,14 +59,16 @@ def train_filter(cfg: DictConfig) -> None:
     lm = app.load_model(fields["model"])
     out = _out(cfg)
     ids = encode(prompts, lm.tokenizer)
-    prepare(lm, ids, sampler, cache, dllm.Options(**options))  # rejects incompatible options and long prompts
+    prepare(
+        lm, ids, built.sampler, built.cache, dllm.Options(**options)
+    )  # rejects incompatible options and long prompts
     trained = {name: fields[name] for name in _TRAINING}
     made = trained | {name: fields[name] for name in ("block_length", "cache", "sampler", "seed")}
     made |= {"fingerprint": lm.backbone.fingerprint(), "data": data_name(cfg), "prompts": len(ids)}
     with claimed(out, f"out={str(out)!r}", "another out"):
         _check_finished(out, made)
         recipe = {key: fields[key] for key in _RECIPE} | {"training": trained}
-        records = _collect(lm, ids, sampler, cache, options, _records(out), recipe)
+        records = _collect(lm, ids, built, options, _records(out), recipe)
         learn, held_out = split(records, how)
         with progress_reports("training") as report:
             network, epoch = fit(
@@ -136,8 +135,7 @@ def _check_finished(out: Path, made: dict[str, Any]) -> None:
 def _collect(
     lm: dllm.LanguageModel,
     ids: list[list[int]],
-    sampler: Any,
-    cache: Any,
+    reads: app.Built,
     options: dict[str, Any],
     folder: Path,
     recipe: dict[str, Any],
@@ -147,14 +145,14 @@ def _collect(
     def make(batch: range) -> dict[str, Any]:
         seeded = options | {"seed": options["seed"] + batch.start}
         del seeded["batch_size"]
-        records = collect(lm, ids[batch.start : batch.stop], sampler, cache, **seeded)
+        records = collect(lm, ids[batch.start : batch.stop], reads.sampler, reads.cache, **seeded)
         return vars(replace(records, prompt=records.prompt + batch.start))
 
     def stored(file: Path, batch: range) -> dict[str, Any] | None:
         found = _part(file, batch, options["block_length"])
         return None if found is None else vars(found)
 
-    parts = collected(lm, ids, (sampler, cache), recipe, folder, stored, make)
+    parts = collected(lm, ids, reads, recipe, folder, stored, make)
     return Records.join([Records(**part) for part in parts])
 
 

@@ -20,6 +20,7 @@ from dllm.evaluation.records import Query
 from dllm.evaluation.runner import Runner, Setting
 from dllm.resolve import with_option
 from dllm.samplers import PC, Calibrated, Threshold
+from dllm.scripts import app
 from models import random_llada, random_sdar, save_folder
 
 CARD = {
@@ -251,6 +252,36 @@ class TestOtherSettings:
             "batch_size=1",
         )
         assert (evaluated.code, evaluated.err.count("warning")) == (0, 0)
+
+
+@pytest.mark.parametrize("kind", ["evaluate", "generate"])
+def test_a_card_that_is_replaced_before_it_is_hashed_is_noticed(
+    kind: str, tmp_path: Path, made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = dllm.load("tiny-llada", device="cpu")
+    card = made(lm, options={"gen_length": 8, "block_length": "auto"})
+    card.rename(tmp_path / "old.json")
+    other = made(lm, options={"gen_length": 8, "block_length": "auto"}, value=0.3).rename(tmp_path / "new.json")
+    (tmp_path / "old.json").rename(card)
+    build = app.build_both
+
+    def replaced(cfg: Any) -> Any:
+        built = build(cfg)
+        if other.exists():
+            other.replace(card)
+        return built
+
+    monkeypatch.setattr(app, "build_both", replaced)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "Tom"}\n')
+    asked = {
+        "evaluate": ("task.limit=2", "baselines=0", "frames=0", f"out={tmp_path / 'out'}"),
+        "generate": (f"input={tmp_path / 'in.jsonl'}", f"output={tmp_path / 'out.jsonl'}", "show=none"),
+    }
+    words = (kind, "sampler=threshold", f"sampler.calibration={card}", "cache=dual", "gen_length=8", *asked[kind])
+    said = command(*words)
+    assert said.code == 2
+    assert f"{card} was changed by another program during this run" in said.err
+    assert command(*words).code == 0
 
 
 def test_a_moved_file_is_the_same_and_a_changed_one_is_not(made: Callable[..., Path], tmp_path: Path) -> None:

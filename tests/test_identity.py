@@ -15,14 +15,16 @@ from safetensors.torch import load_file, save, save_file
 
 import dllm
 from commands import command
-from dllm import identity
+from dllm import identity, resolve
 from dllm.evaluation.journal import Journal
-from dllm.files import BUNDLED
+from dllm.files import BUNDLED, read_json
 from dllm.filters import load_filter
 from dllm.samplers import ARGuided, FreeDave, Learn2PD, Oracle
 from dllm.scripts import evaluate
 from dllm.tasks.arithmetic import WordProblems
 from models import random_dream, random_llada, save_folder
+
+SHORT = ("gen_length=8", "block_length=8")
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +112,63 @@ def test_evaluate_runs_again_for_another_checkpoint(saved: Path, tmp_path: Path)
         assert len(list((tmp_path / "out").glob("*/results.json"))) == count
     found = command("evaluate", *asked)  # and gives what it has where nothing changed
     assert len(list((tmp_path / "out").glob("*/results.json"))) == count, found.out
+
+
+def own_base(folder: Path, text: str) -> None:
+    (folder / "sampler").mkdir(parents=True, exist_ok=True)
+    (folder / "sampler" / "mine.yaml").write_text(text)
+    resolve.search_also()  # as in a new process
+
+
+class TestPoliciesOfOnesOwn:
+    """A name of one's own says nothing about what a policy is: its YAML may change."""
+
+    FAST, SLOW = "_target_: dllm.samplers.Threshold\nthreshold: 0.1\n", "_target_: dllm.samplers.Vanilla\n"
+
+    def test_a_base_that_changed_is_run_again(self, tmp_path: Path) -> None:
+        asked = (
+            "evaluate",
+            "sampler=edit",
+            "sampler.base=mine",
+            f"--config-dir={tmp_path}/conf",
+            f"out={tmp_path / 'out'}",
+        )
+        for count, text in enumerate((self.FAST, self.SLOW, self.FAST), start=1):
+            own_base(tmp_path / "conf", text)
+            outcome = command(*asked, "task.limit=1", "baselines=0", "frames=0", *SHORT)
+            assert outcome.code == 0, outcome.err
+            found = [read_json(path) for path in (tmp_path / "out").glob("*/results.json")]
+            assert len(found) == min(count, 2)
+        bases = [each["sampler"]["base"] for each in found]
+        assert sorted(base["_target_"] for base in bases) == ["dllm.samplers.Threshold", "dllm.samplers.Vanilla"]
+        assert len({each["metrics"]["nfe"] for each in found}) == 2
+
+    def test_answers_of_another_base_are_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "in.jsonl").write_text('{"prompt": "Tom"}\n')
+        asked = (
+            "generate", "sampler=sub_blocks", "sampler.base=mine", f"--config-dir={tmp_path}/conf", "show=none", *SHORT,
+            f"input={tmp_path / 'in.jsonl'}",
+        )  # fmt: skip
+        for output in ("out.jsonl", "out/"):
+            own_base(tmp_path / "conf", self.FAST)
+            assert command(*asked, f"output={tmp_path}/{output}").code == 0
+            own_base(tmp_path / "conf", self.FAST.replace("0.1", "0.2"))
+            outcome = command(*asked, f"output={tmp_path}/{output}")
+            assert outcome.code == 2
+            assert "was made with sampler.base.threshold=0.1; this run has sampler.base.threshold=0.2" in outcome.err
+
+    def test_one_that_is_its_own_base_is_refused(self, tmp_path: Path) -> None:
+        own_base(tmp_path, "_target_: dllm.samplers.SubBlocks\nbase: mine\n")
+        outcome = command("generate", "sampler=mine", f"--config-dir={tmp_path}", "prompt=Tom", *SHORT)
+        assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+        assert "sampler=mine is its own base" in outcome.err
+
+    def test_another_class_under_the_same_name_is_run_again(self, tmp_path: Path) -> None:
+        asked = ("evaluate", "cache=prefix", f"out={tmp_path}", "task.limit=1", "baselines=0", "frames=0", *SHORT)
+        for more in ((), ("cache._target_=dllm.cache.Dual",)):
+            assert command(*asked, *more).code == 0
+        found = [read_json(path)["cache"] for path in tmp_path.glob("*/results.json")]
+        assert sorted(each.get("_target_", "") for each in found) == ["", "dllm.cache.Dual"]
 
 
 class TestFilesOfSamplers:
@@ -292,9 +351,6 @@ class TestTasks:
 
 def doubled(file: Path) -> bytes:
     return save({name: 2 * tensor for name, tensor in load_file(file).items()}, {"format": "pt"})
-
-
-SHORT = ("gen_length=8", "block_length=8")
 
 
 @pytest.mark.parametrize("kind", ["evaluate", "generate"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
+import os
 import pickle
 import random
 import re
@@ -20,6 +22,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from pyarrow import parquet
+from safetensors.torch import load_file, save_file
 
 import dllm
 import kills
@@ -374,6 +377,24 @@ class TestResume:
         monkeypatch.setattr(dllm, "load", None)
         assert run(source="two") == before
 
+    def test_a_filter_that_is_replaced_before_decoding_begins_stops_the_job(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lines("q.jsonl", ROWS[:3])
+        shutil.copy(dllm.files.BUNDLED / "tiny-llada" / "learn2pd.safetensors", "filter.safetensors")
+        scan = jobs.Input.scan
+
+        def replaced(source: jobs.Input, size: int) -> Any:
+            torch_filter = load_file("filter.safetensors")
+            save_file({name: each + 1 for name, each in torch_filter.items()}, "other.safetensors")
+            Path("other.safetensors").replace("filter.safetensors")
+            return scan(source, size)
+
+        monkeypatch.setattr(jobs.Input, "scan", replaced)
+        result = run("sampler=learn2pd", "sampler.filter=filter.safetensors", "sampler.allow_mismatch=true")
+        refused(result, "filter.safetensors was changed by another program during this run")
+        assert not list(Path("out").glob("*.parquet"))
+
     def test_an_input_that_changes_meanwhile_stops_the_job(self, monkeypatch: pytest.MonkeyPatch) -> None:
         lines("q.jsonl", ROWS)
         scan = jobs.Input.scan
@@ -610,7 +631,9 @@ class TestInput:
         parquet.write_table(table, "q.parquet")
         lines("many/a.jsonl", ROWS[:5])
         parquet.write_table(table.slice(5, 7), "many/b.parquet", row_group_size=3)
-        lines("many/c/d.jsonl", ROWS[12:])
+        lines("elsewhere/d.jsonl", ROWS[12:])
+        Path("many/c").symlink_to("../elsewhere")
+        Path("many/c/circle").symlink_to("../many")
         lines("many/_log.jsonl", ["not data"])
         data = datasets.Dataset(table)
         data.save_to_disk("saved")
@@ -700,6 +723,8 @@ class TestInput:
         Path("latin.jsonl").write_bytes(b'{"prompt": "\xe4"}\n')
         Path("none.jsonl").touch()
         Path("empty").mkdir()
+        lines("gone/a.jsonl", ROWS[:2])
+        Path("gone/b.jsonl").symlink_to("/nowhere/b.jsonl")
         datasets.DatasetDict({"test": datasets.Dataset.from_list(ROWS[:2])}).save_to_disk("splits")
         for source, said in {
             "missing.jsonl": "cannot be read (No such file or directory)", "/no/such/folder": "cannot be read",
@@ -707,6 +732,7 @@ class TestInput:
             "given.jsonl": "id '1' occurs twice", "real.jsonl": "line 1 has id 1.5; use text or a whole number",
             "asked.jsonl": "has no column prompt or messages; give column=NAME, one of question, answer",
             "list.jsonl": "line 1 is a JSON list, not an object", "twice": ": b.jsonl line 1: id 'r1' occurs twice",
+            "gone": "input='gone': b.jsonl is a link to nothing; repair or remove it",
             "damaged": "input='damaged': b.parquet cannot be read (",
             "schema": "b.parquet has no column prompt or messages; give column=NAME, one of text, label",
             "torn.jsonl": "line 2 is not JSON", "latin.jsonl": "line 1 is not JSON", "none.jsonl": "has no rows",
@@ -718,6 +744,19 @@ class TestInput:
         )
         refused(run("split=test", source="good.jsonl"), "split='test' has no effect on files; leave it out")
         assert not Path("out").exists()
+
+    def test_a_folder_that_cannot_be_listed_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        lines("many/a.jsonl", ROWS[:2])
+        lines("many/closed/b.jsonl", ROWS[2:])
+        listed = os.scandir
+
+        def denied(path: Any) -> Any:
+            if str(path).endswith("closed"):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return listed(path)
+
+        monkeypatch.setattr(os, "scandir", denied)
+        refused(run(source="many"), "input='many' cannot be read", "many/closed")
 
     def test_input_and_output_that_hold_each_other_are_refused(self) -> None:
         lines("q/a.jsonl", ROWS[:2])

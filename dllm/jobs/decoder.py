@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,6 +37,7 @@ class Setting:
         chat: send plain text as a user message.
         infill: fill the masks of each prompt.
         check: rejects a model by its identity, before any decoding.
+        files: hashes of the files that sampler and cache read, by path; None for those that are there.
     """
 
     load: Callable[[], LanguageModel]
@@ -46,6 +47,7 @@ class Setting:
     chat: bool = False
     infill: bool = False
     check: Callable[[dict[str, Any]], None] | None = None
+    files: Mapping[str, str] | None = None
 
 
 def row_seed(seed: int, id: str | int) -> int:  # named like the column
@@ -70,11 +72,14 @@ class Decoder:
 
     Raises:
         ValueError: the model cannot be loaded or is rejected, or the options do not fit it.
+        OSError: a file that the sampler or the cache reads is another one.
     """
 
     def __init__(self, setting: Setting, batch_size: int) -> None:
         self._setting = setting
         self._read = identity.stamps_read_by(setting.sampler, setting.cache)
+        if setting.files is not None:
+            identity.check_read(setting.files, setting.sampler, setting.cache)
         self.lm = setting.load()
         self.model = identify(self.lm)
         if setting.check is not None:

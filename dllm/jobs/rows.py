@@ -25,6 +25,7 @@ from dllm.checks import first_line, is_text
 from dllm.decoding.prompts import is_chat
 from dllm.escape import brief
 from dllm.files import check_readable, disturbed, is_folder, parse_json
+from dllm.identity import within
 
 _BATCH = 256  # rows of a file in memory
 _FILES = (".jsonl", ".parquet")
@@ -218,8 +219,11 @@ class Input:
         return replace(row, prompt=chat)
 
     def _files(self, folder: Path) -> list[Part]:
-        found = sorted(path for path in folder.rglob("*") if path.is_file() and not _is_hidden(path, folder))
+        with _reading(self.called):
+            found = sorted(path for path in within(folder) if not _is_hidden(path, folder))
         wanted = [path for path in found if path.suffix in _FILES]
+        if gone := next((path for path in wanted if not path.exists()), None):
+            raise ValueError(f"{self.called}: {gone.relative_to(folder)} is a link to nothing; repair or remove it")
         if not wanted:
             raise ValueError(f"{self.called} has no .jsonl or .parquet files; give a folder that has some")
         if others := [str(path.relative_to(folder)) for path in found if path.suffix not in _FILES]:
