@@ -102,7 +102,7 @@ def _collect(fields: Mapping[str, Any], samplers: Sequence[str], caches: Sequenc
         _check_cards(fields, samplers, cards)
         lm = app.load_model(fields["model"])  # refused here, rather than once for each run
         if data.is_file():
-            _check_same(fields["out"], data, weights=lm.backbone.fingerprint())
+            _check_same(fields["out"], data, samplers, caches, weights=lm.backbone.fingerprint())
         for sampler in samplers:
             _certify(fields, sampler, cards)
     chosen = {sampler: _options(sampler, cards) for sampler in samplers}
@@ -113,7 +113,7 @@ def _collect(fields: Mapping[str, Any], samplers: Sequence[str], caches: Sequenc
     made = matrix.collect(found, settings, caches, _command(fields))
     if made.header.model != out.name:
         raise ValueError(f"runs={str(runs)!r} has runs of {made.header.model}; use model={made.header.model}")
-    _check_same(fields["out"], data, weights=made.header.weights, task=made.header.task)
+    _check_same(fields["out"], data, samplers, caches, weights=made.header.weights, task=made.header.task)
     for sampler in samplers:
         card, copy = _card(sampler, cards), _card(sampler, out / CARDS)
         if card.is_file() and sampler != _BOUND and not (copy.is_file() and card.samefile(copy)):
@@ -248,12 +248,18 @@ def _as_run(sampler: str, options: Mapping[str, Any], found: Mapping[tuple[str, 
     return {name: own.get(name, value) for name, value in options.items()} | {CALIBRATION: None}
 
 
-def _check_same(out: str, data: Path, **made: str) -> None:
-    """Reject data of another model, or another task, in the same place."""
-    try:
-        before = matrix.Matrix.read(data).header
-    except ValueError:  # missing, or damaged, which is made again
+def _check_same(out: str, data: Path, samplers: Sequence[str], caches: Sequence[str], **made: str) -> None:
+    """Reject data of another model, another task, or of runs that are left out, in the same place."""
+    if not data.is_file():
         return
+    found = matrix.Matrix.read(data)
+    before = found.header
+    for option, chosen in (("sampler", samplers), ("cache", caches)):
+        if lost := list(dict.fromkeys(name for each in found.cells if (name := getattr(each, option)) not in chosen)):
+            raise ValueError(
+                f"{option}s={list(chosen)} leaves out {', '.join(lost)}, of which {data} has results, which would be "
+                "lost; add what is left out, or give another out"
+            )
     for name, value in made.items():
         if (other := getattr(before, name)) != value:
             raise ValueError(

@@ -276,6 +276,49 @@ class TestFinishedRuns:
             assert f"{file} cannot be read (" in result.err
 
 
+MUTATED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "packages of another type": ({"places": [{"packages": 5}]}, {}),
+    "a name that is HTML": ({"samplers": ["</td><script>"]}, {}),
+    "a name of two lines": ({"caches": ["x\n\n# heading"]}, {}),
+    "a knob that is HTML": ({"settings": {"vanilla": {"knob": "<b>", "value": 1, "certified": False}}}, {}),
+    "another sampler": ({}, {"sampler": "`x`"}),
+    "a share above 1": ({}, {"quality": 7.5}),
+    "an interval the wrong way round": ({}, {"interval": [0.9, 0.1]}),
+    "an interval elsewhere": ({}, {"quality": 0.5, "interval": [0.6, 0.9]}),
+    "no number of forwards": ({}, {"nfe": float("nan")}),
+    "infinite speed": ({}, {"tokens_per_second": float("inf")}),
+    "fewer than no problems": ({}, {"n": -5}),
+    "no such place": ({}, {"place": 9}),
+    "no date": ({}, {"started": "| x |"}),
+}
+
+
+@pytest.mark.parametrize("kind", MUTATED)
+def test_data_that_no_run_gives_are_told(kind: str, made: tuple[Path, Outcome], tmp_path: Path) -> None:
+    head, row, *_ = (made[0] / "tiny-llada" / "runs.jsonl").read_text().splitlines()
+    file = tmp_path / "out" / "m" / "runs.jsonl"
+    file.parent.mkdir(parents=True)
+    more_head, more_row = MUTATED[kind]
+    content = json.loads(head)
+    if "places" in more_head:
+        content["places"] = [content["places"][0] | more_head["places"][0]]
+        more_head = {}
+    file.write_text(f"{json.dumps(content | more_head)}\n{json.dumps(json.loads(row) | more_row)}\n")
+    result = command("results", "run=false", f"out={tmp_path / 'out'}")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert f"{file} cannot be read (" in result.err
+
+
+@pytest.mark.parametrize(("more", "lost"), [("samplers=[vanilla,pc]", "saber"), ("caches=[none]", "dual")])
+def test_results_that_are_left_out_are_not_lost(more: str, lost: str, made: tuple[Path, Outcome]) -> None:
+    file = made[0] / "tiny-llada" / "runs.jsonl"
+    before = file.read_bytes()
+    result = run(made[0], "calibrate=false", more)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert f" leaves out {lost}, of which {file} has results, which would be lost; add what is left out" in result.err
+    assert file.read_bytes() == before
+
+
 @pytest.mark.parametrize("text", ["dllm results 'x=a\n<b>\nc'", "dllm results 'model=`a` ``b`'"])
 def test_a_command_is_one_line_of_code_whatever_is_in_it(text: str, tmp_path: Path) -> None:
     if not (DOCS / "results").is_dir():

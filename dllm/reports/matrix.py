@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from dllm.stored import misfit
 
 FORMAT, VERSION = "dllm-matrix", 1
 NAME = "runs.jsonl"
-_FIX = "make it again with dllm results"
+_CHOICE = re.compile(r"[\w.+-]+(/[\w.+-]+)*")
+_DATE = re.compile(r"\d{4}-\d\d-\d\d|$", re.ASCII)
+_ROUNDING = 1e-6
+_FIX = "remove it, and make it again with dllm results"
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,19 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Place:
+    """The environment of runs; None where it is unknown."""
+
+    device: str | None
+    platform: str | None
+    threads: int | None
+    dtype: str | None
+    python: str | None
+    packages: dict[str, str | None] | None
+    git: str | None
+
+
+@dataclass(frozen=True)
 class Header:
     """What was run, for all runs of a table.
 
@@ -112,7 +129,7 @@ class Header:
     samplers: list[str]
     caches: list[str]
     settings: dict[str, Setting]
-    places: list[dict[str, Any]]
+    places: list[Place]
 
 
 @dataclass(frozen=True)
@@ -143,13 +160,14 @@ class Matrix:
             wrong = misfit(head, Header, "the first line")
             for number, row in enumerate(rows, start=2):
                 wrong = wrong or misfit(row, Refusal if "refused" in row else Cell, f"line {number}")
-            if wrong:
+            if wrong := wrong or _implausible(head, rows):
                 raise ValueError(wrong)
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise ValueError(f"{file} cannot be read ({error}); {_FIX}") from None
-        settings = {name: Setting(**value) for name, value in head.pop("settings").items()}
+        head["settings"] = {name: Setting(**value) for name, value in head["settings"].items()}
+        head["places"] = [Place(**each) for each in head["places"]]
         return cls(
-            Header(**head, settings=settings),
+            Header(**head),
             tuple(Cell(**row) for row in rows if "refused" not in row),
             tuple(Refusal(**row) for row in rows if "refused" in row),
         )
@@ -185,6 +203,32 @@ class Matrix:
         best = max((100 * each.quality for each in methods), default=0.0)
         chosen = [each for each in methods if all(getattr(each, name) == value for name, value in of.items())]
         return aup([(each.tpf, 100 * each.quality) for each in chosen], best)
+
+
+def _implausible(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """The first value of the right type that no run has; None if there is none."""
+    knobs = [each["knob"] for each in head["settings"].values() if each["knob"] is not None]
+    named = [*head["samplers"], *head["caches"], *head["settings"], *knobs]
+    odd = next((name for name in named if not _CHOICE.fullmatch(name)), None)
+    if odd is not None:
+        return f"the first line names {odd!r}"
+    for number, row in enumerate(rows, start=2):
+        for name in ("sampler", "cache"):
+            if row[name] not in head[f"{name}s"]:
+                return f"line {number}: {name} is {row[name]!r}, which the first line does not name"
+        if "refused" in row:
+            continue
+        low, high = row["interval"] or (0, 1)
+        ranges = {"n": 1e15, "quality": 1, "nfe": 1e9, "nfe_error": 1e9, "tpf": 1e9, "tokens_per_second": 1e12}
+        ranges["place"] = len(head["places"]) - 1
+        for name, most in ranges.items():
+            if row[name] is not None and not 0 <= row[name] <= most:
+                return f"line {number}: {name} is {row[name]!r}"
+        if not (0 <= low <= row["quality"] + _ROUNDING and row["quality"] - _ROUNDING <= high <= 1):
+            return f"line {number}: interval is {row['interval']}, and quality {row['quality']!r}"
+        if not _DATE.match(row["started"]):
+            return f"line {number}: started is {row['started']!r}"
+    return None
 
 
 Found = Mapping[tuple[str, str], Path | str]
@@ -232,7 +276,7 @@ def collect(found: Found, settings: dict[str, Setting], caches: Sequence[str], c
     """
     cells: list[Cell] = []
     refusals: list[Refusal] = []
-    places: list[dict[str, Any]] = []
+    places: list[Place] = []
     common: dict[str, Any] = {}
     decoding: dict[str, Any] = {}
     chosen: dict[str, dict[str, Any]] = {}
@@ -247,16 +291,13 @@ def collect(found: Found, settings: dict[str, Setting], caches: Sequence[str], c
                 _check_alike(decoding, _decoding(results), what)
                 _check_alike(chosen.setdefault(f"sampler={sampler}", {}), _chosen(results.get("sampler")), what)
                 _check_alike(chosen.setdefault(f"cache={cache}", {}), _chosen(results.get("cache")), what)
-                place = {name: session.get(name) for name in _PLACE}
+                place = Place(**{each.name: session.get(each.name) for each in fields(Place)})
                 places += [] if place in places else [place]
                 cells.append(_cell(sampler, cache, results, str(session.get("started", "")), places.index(place)))
     if not cells:
         raise ValueError(f"no run is finished; the first is refused: {refusals[0].refused}" if refusals else "no run")
     header = Header(command, **common, samplers=[*settings], caches=[*caches], settings=settings, places=places)
     return Matrix(header, tuple(cells), tuple(refusals))
-
-
-_PLACE = ("device", "platform", "threads", "dtype", "python", "packages", "git")
 
 
 def _common(results: Mapping[str, Any], session: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from dllm.calibration import Calibration
 from dllm.escape import markdown, markdown_table, terminal
-from dllm.reports.matrix import Cell, Header, Matrix, Setting
+from dllm.reports.matrix import Cell, Header, Matrix, Place, Setting
 from dllm.resolve import TARGET, names, options_of
 
 CARDS = "calibration"  # folder of the cards, beside the runs
@@ -170,7 +170,9 @@ def _cards(settings: Mapping[str, Setting], folder: Path, place: str) -> Iterato
             value, lost = repr(card.value), f"{chosen['mean_loss']:.2%}, {chosen['bound']:.2%}"
             found = [f"{chosen['nfe']:.1f}", f"{chosen['accuracy']:.1%}", lost]
         link = f"[{value}]({quote(place)}/{card_name(sampler)}/calibration.json)"
-        rows.append([f"`{sampler}`", card.knob, link, *found, f"{card.n}", f"{card.loss:g}", f"{card.delta:g}"])
+        rows.append(
+            [f"`{sampler}`", markdown(card.knob), link, *found, f"{card.n}", f"{card.loss:g}", f"{card.delta:g}"]
+        )
     if not rows:
         return
     yield "### What is certified"
@@ -178,7 +180,7 @@ def _cards(settings: Mapping[str, Setting], folder: Path, place: str) -> Iterato
         yield (
             "With probability 1 - delta over the problems, the value loses at most `loss` of the answers that one "
             "token per step has right. The guarantee is for the cache of the card alone "
-            f"({', '.join(f'`{name}`' for name in sorted(caches))}), and for its kind of problems; with other caches "
+            f"({', '.join(map(_code, sorted(caches)))}), and for its kind of problems; with other caches "
             "the table has the same value, without a guarantee."
         )
     else:
@@ -198,7 +200,7 @@ def _places(matrix: Matrix) -> Iterator[str]:
         runs = [each for each in matrix.cells if each.place == number]
         days = sorted({each.started[:10] for each in runs})
         count = f"{len(runs)} run{'s' * (len(runs) != 1)}"
-        packages = ", ".join(f"{name} {version}" for name, version in (place.get("packages") or {}).items())
+        packages = ", ".join(f"{name} {version}" for name, version in (place.packages or {}).items())
         yield (
             f"- {count}, {' to '.join(days[:1] + days[1:][-1:])}: {_said(place, 'device')}, "
             f"{_said(place, 'threads')} threads, {_said(place, 'dtype')}; {_said(place, 'platform')}; Python "
@@ -206,8 +208,8 @@ def _places(matrix: Matrix) -> Iterator[str]:
         )
 
 
-def _said(place: Mapping[str, Any], name: str) -> str:
-    value = place.get(name)
+def _said(place: Place, name: str) -> str:
+    value = getattr(place, name)
     return "unknown" if value is None else markdown(value)
 
 
