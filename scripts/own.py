@@ -6,6 +6,7 @@ import csv
 import io
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -63,7 +64,8 @@ def check_sweep(option: str, value: str, path: Path) -> None:
         ValueError: the file was written since the sweep began.
     """
     sweeping = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    if sweeping and path.is_file() and path.stat().st_mtime >= float(os.environ[app.STARTED]):
+    # A later time than now is that of another clock.
+    if sweeping and path.is_file() and float(os.environ[app.STARTED]) <= path.stat().st_mtime <= time.time():
         raise ValueError(
             f"{option}={value!r}: {path} was written by another job of this sweep; include ${{NAME}} of a swept option "
             f"in {option}"

@@ -9,15 +9,16 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Protocol, TextIO
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dllm.checks import first_line, number, seed, threads
@@ -33,6 +34,7 @@ PUBLISHED = """README.md config.json generation_config.json model.safetensors to
 special_tokens_map.json added_tokens.json chat_template.jinja""".split()
 _RATES = ("rate", "matrix_lr", "rest_lr")
 STATE, LOG = "state.pt", "loss.csv"
+_EXPORT = ".export"  # folder of a model until it is whole
 # Optimizer state per parameter.
 _KEPT = {"Muon": ("momentum_buffer",), "AdamW": ("step", "exp_avg", "exp_avg_sq")}
 _DAMAGE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, LookupError, TypeError, AttributeError)
@@ -134,10 +136,17 @@ class Trainer:
         """Write the averaged weights as a loadable model."""
         trained = [p.detach().clone() for p in self.parameters]
         self._assign(self.average)
-        with TemporaryDirectory() as folder:
-            self.objective.save(Path(folder))
-            for file in Path(folder).iterdir():
+        folder = self.out / _EXPORT
+        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+        try:
+            folder.mkdir()
+            self.objective.save(folder)
+            for file in folder.iterdir():
                 write_whole(self.out / file.name, file.read_bytes())
+        except SafetensorError as error:
+            raise OSError(f"{folder} cannot be written ({first_line(error)}); free disk space") from None
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
         self._assign(trained)
 
     def resume(self) -> None:

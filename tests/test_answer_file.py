@@ -229,12 +229,13 @@ class TestWriters:
 
 
 class TestChangesDuringARun:
+    ALL = r"3 answers are lost or changed \(0, 1, 2\)"
     CHANGES: tuple[tuple[Callable[[Path], Any], str, str], ...] = (
-        (Path.unlink, "removed", r"3 answers are lost \(0, 1, 2\)"),
-        (lambda path: path.write_bytes(b""), "changed", r"3 answers are lost \(0, 1, 2\)"),
-        (lambda path: os.truncate(path, 80), "changed", r"2 answers are lost \(1, 2\)"),
-        (lambda path: path.rename(path.with_name("moved")), "removed", r"3 answers are lost \(0, 1, 2\)"),
-        (lambda path: path.write_bytes(path.read_bytes() + b"more\n"), "changed", r"3 answers are lost \(0, 1, 2\)"),
+        (Path.unlink, "removed", ALL),
+        (lambda path: path.write_bytes(b""), "changed", ALL),
+        (lambda path: os.truncate(path, 80), "changed", r"2 answers are lost or changed \(1, 2\)"),
+        (lambda path: path.rename(path.with_name("moved")), "removed", ALL),
+        (lambda path: path.write_bytes(path.read_bytes() + b"more\n"), "changed", ALL),
         (lambda path: path.write_bytes(path.read_bytes() + write_line(row(9))), "changed", "no answer is lost"),
     )
 
@@ -251,6 +252,15 @@ class TestChangesDuringARun:
             with pytest.raises(OSError, match=f"was {what} by another program during this run, {lost}; run") as caught:
                 answers.verify() if late else answers.add(row(3))
             one_line(caught)
+
+    def test_an_answer_that_is_edited_in_place_is_noticed(self, path: Path) -> None:
+        with AnswerFile(path) as answers:
+            for name in range(3):
+                answers.add(row(name))
+            with path.open("r+b") as file:
+                file.write(path.read_bytes().replace(b"answer 1", b"answer 7"))
+            with pytest.raises(OSError, match=r"1 answers are lost or changed \(1\)"):
+                answers.verify()
 
     def test_a_file_that_is_replaced_is_noticed(self, path: Path) -> None:
         with AnswerFile(path) as answers:
@@ -271,7 +281,7 @@ class TestChangesDuringARun:
             link.unlink()
             link.symlink_to(other)
             with pytest.raises(
-                OSError, match=r"was changed by another program during this run, 1 answers are lost \(0\)"
+                OSError, match=r"was changed by another program during this run, 1 answers are lost or changed \(0\)"
             ):
                 answers.verify()
         assert names(other) == [5]
@@ -288,7 +298,7 @@ class TestChangesDuringARun:
         with AnswerFile(path) as answers:
             answers.add(row(0))
             path.write_bytes(b"\0" * path.stat().st_size)
-            with pytest.raises(OSError, match=r"1 answers are lost \(0\)"):
+            with pytest.raises(OSError, match=r"1 answers are lost or changed \(0\)"):
                 answers.verify()
 
 

@@ -544,11 +544,13 @@ class TestFolder:
         patch.setattr(jobs.JobFolder, "open", acting)
 
     @pytest.mark.parametrize("finished", [True, False])
-    def test_a_shard_of_an_earlier_run_cut_during_this_one_is_told(
-        self, finished: bool, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize("edit", [lambda _: b"", lambda data: data[:10] + bytes([data[10] ^ 255]) + data[11:]])
+    def test_a_shard_of_an_earlier_run_changed_during_this_one_is_told(
+        self, finished: bool, edit: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         self.begun(finished)
-        self.once_open(lambda: Path("out/rows-000000000000.parquet").write_bytes(b""), monkeypatch)
+        path = Path("out/rows-000000000000.parquet")
+        self.once_open(lambda: path.write_bytes(edit(path.read_bytes())), monkeypatch)
         refused(run(), "output='out': rows-000000000000.parquet was changed by another program during this run")
 
     @pytest.mark.parametrize("content", [None, "{}"])

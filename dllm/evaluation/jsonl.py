@@ -230,16 +230,16 @@ class AnswerFile:
         return OSError(f"{problem}; free disk space, then the same command resumes")
 
     def _lost(self) -> list[str | int]:
-        """The answers that are not in the file."""
+        """The answers that are not in the file as they were written."""
         try:
             found = read_answers(self.path.read_bytes())[0]
         except (OSError, ValueError):
             found = {}
-        return sorted(self.ids - found.keys(), key=str)
+        return sorted((name for name, digest in self.hashes.items() if found.get(name) != digest), key=str)
 
     def _changed(self) -> OSError:
         lost = self._lost()
-        problem = f"{len(lost)} answers are lost ({listed(lost)})" if lost else "no answer is lost"
+        problem = f"{len(lost)} answers are lost or changed ({listed(lost)})" if lost else "no answer is lost"
         return disturbed(self._called, self.path, f", {problem}; run the command again")
 
 

@@ -24,7 +24,7 @@ from dllm.evaluation.answer_manifest import differences, told
 from dllm.evaluation.claim import Claim
 from dllm.files import check_kept, disturbed, read_json, state, write_json, write_whole
 from dllm.jobs.rows import Summary, hash_of
-from dllm.jobs.shard import Result, pack, unpack
+from dllm.jobs.shard import Result, is_whole, pack, unpack
 from dllm.stored import misfit
 
 MANIFEST = "_manifest.json"
@@ -155,14 +155,15 @@ class JobFolder:
         self.finished[first] = sum(each.error is not None for each in results)
 
     def verify(self) -> None:
-        """Verify that every shard is still there, and of its size, and that nothing happened to the manifest.
+        """Verify that every shard is still there as it was written, and that nothing happened to the manifest.
 
         Raises:
             OSError: another program removed or changed one of them; a manifest is written again.
         """
         for first, written in sorted(self._states.items()):
             path = self._shard(first)
-            if (there := state(path)) is None or there != written:
+            there = state(path)
+            if there is None or there != written or not is_whole(path):
                 fix = "run the command again" if there is None else "remove it, then run the command again"
                 raise disturbed(f"{self.called}: {path.name}", path, f"; {fix}")
         self._keep_manifest()

@@ -81,11 +81,24 @@ def unpack(path: Path, job: str) -> pa.Table:
         raise ValueError("is no shard of this job; move it elsewhere, then the same command makes it")
     if _BYTES not in marks:
         raise ValueError(f"was written by another program, or by an earlier version of dllm; {again}")
-    written = marks[_BYTES].decode("ascii", "replace")
-    size = written.partition(":")[0]
-    if not size.isdecimal() or _digest(content[: int(size)]) != written:
+    if not _is_written(content, marks[_BYTES]):
         raise ValueError(f"was changed since this job wrote it; {again}")
     return table
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file has the content that was written, by its own hash."""
+    try:
+        content = path.read_bytes()
+        marks = parquet.read_metadata(pa.BufferReader(content)).metadata or {}
+    except (pa.ArrowException, OSError):
+        return False
+    return _is_written(content, marks.get(_BYTES, b""))
+
+
+def _is_written(content: bytes, mark: bytes) -> bool:
+    size = mark.decode("ascii", "replace").partition(":")[0]
+    return size.isdecimal() and _digest(content[: int(size)]).encode() == mark
 
 
 def _digest(content: bytes) -> str:
