@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,9 @@ def test_a_sweep_that_is_run_again_writes_its_files_again() -> None:
         assert command("bench", "-m", "out=t${canvas}", "canvas=20,24", *swept).code == 0
         time.sleep(0.02)
     assert command("bench", "out=t20", "canvas=20", *swept).code == 0
+    tomorrow = time.time() + 86400
+    os.utime("t20.md", (tomorrow, tomorrow))  # by the clock of another machine
+    assert command("bench", "-m", "out=t${canvas}", "canvas=20", *swept).code == 0
 
 
 def test_a_full_disk_loses_nothing_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:

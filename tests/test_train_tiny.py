@@ -14,6 +14,7 @@ import torch
 import yaml
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Qwen2ForCausalLM
@@ -168,6 +169,22 @@ class TestResuming:
             file.write("1")  # of 100, say
         succeed(interrupted, "arch=llada")
         assert losses(interrupted) == losses(trained["llada"])
+
+    def test_a_full_disk_is_one_line_and_the_training_goes_on(
+        self, trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out = tmp_path / "full"
+
+        def full(*_: object) -> None:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(application.OnWordProblems, "save", full)
+            result = train(out, "arch=guide")
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert "No space left on device (os error 28)); free disk space" in result.err
+        assert not list(out.glob(".*export*"))
+        assert same(succeed(out, "arch=guide"), trained["guide"])
 
     def test_a_finished_run_only_writes_its_model_again(self, trained: dict[str, Path], tmp_path: Path) -> None:
         out = tmp_path / "copy"
