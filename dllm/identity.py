@@ -299,7 +299,7 @@ def within(folder: Path) -> Iterator[Path]:
     """All files below a folder, following links; each folder once, also with cyclic links.
 
     Raises:
-        OSError: a folder cannot be read.
+        OSError: a folder that is there cannot be read.
     """
     seen = set()
     for place, folders, names in os.walk(folder, followlinks=True, onerror=_raised):
@@ -312,7 +312,8 @@ def within(folder: Path) -> Iterator[Path]:
 
 
 def _raised(error: OSError) -> None:
-    raise error
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _joint(folder: Path, files: Iterable[Path]) -> str:
