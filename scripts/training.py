@@ -337,14 +337,6 @@ def check_folders(cfg: DictConfig, recipe: str, published: Sequence[str] = PUBLI
         own.check_training("publish", Path(cfg.publish), published, recipe)
 
 
-def check_device(device: str) -> None:
-    """Reject a device that is not here."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"device={device!r} is not available here; use cpu or a device torch sees") from None
-
-
 def autocast(precision: str | None, device_type: str) -> torch.autocast:
     """Compute in a precision; None for that of the weights."""
     dtype = getattr(torch, precision) if precision else torch.float32

@@ -329,6 +329,8 @@ class TestCard:
         (["log_every=0"], "log_every=0"),
         (["eval_problems=-1"], "eval_problems=-1"),
         (["device=nonsense"], "device='nonsense' is not available here"),
+        (["device=meta"], "device='meta' is not available here"),
+        (["device=hpu"], "device='hpu' is not available here"),
         (["autocast=int8"], "unknown autocast='int8'"),
         (["compile=perhaps"], "compile='perhaps'"),
         (["threads=x"], "threads='x'"),

@@ -325,7 +325,7 @@ def find_device(device: str | torch.device | None, parameter: str = "device") ->
         if place.type == "meta":
             raise RuntimeError("holds no weights")
         return place
-    except (RuntimeError, AssertionError, TypeError):
+    except (RuntimeError, AssertionError, TypeError, ImportError):  # some types need another package
         raise ValueError(f"{parameter}={str(device)!r} is not available here; use cpu or a device torch sees") from None
 
 
