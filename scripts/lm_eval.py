@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 
+from dllm.checks import out_of_memory
 from dllm.scripts.ending import fail
 
 
@@ -48,6 +49,8 @@ def main() -> None:
     except ValueError as error:
         fail("dllm lm-eval", " ".join(str(error).split()))
     except Exception as error:
+        if out_of_memory(error):
+            fail("dllm lm-eval", "out of memory; use a smaller model, batch_size or length")
         if (fault := fault_of(error, "the task", __file__)) is None:
             raise
         fail("dllm lm-eval", fault)

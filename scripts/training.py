@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import Tensor, nn
 
-from dllm.checks import first_line, number, seed, threads
+from dllm.checks import first_line, number, out_of_memory, seed, threads
 from dllm.evaluation.claim import claimed
 from dllm.files import write_whole
 from dllm.progress import progress_bar, watched
@@ -154,6 +154,8 @@ class Trainer:
         try:
             self._restore(state)
         except _DAMAGE as error:
+            if out_of_memory(error):
+                raise
             raise _damaged(self.out / STATE, error) from None
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -210,6 +212,8 @@ def read_state(out: Path, mapped: bool = False) -> dict[str, Any] | None:
         if not isinstance(state, dict) or misfit(state.get("contents", {}), dict[str, str]):
             raise TypeError("no hashes of contents")
     except _DAMAGE as error:
+        if out_of_memory(error):
+            raise
         raise _damaged(path, error) from None
     return state
 

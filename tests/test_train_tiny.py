@@ -410,6 +410,15 @@ class TestOtherRuns:
         torch.save(state, out / "state.pt")
         assert "state.pt is damaged" in self.refused(out)
 
+    def test_a_state_that_does_not_fit_into_memory_is_not_called_damaged(
+        self, out: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def load(*_: Any, **__: Any) -> Any:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+        monkeypatch.setattr(torch, "load", load)
+        assert "out of memory" in self.refused(out)
+
     def test_a_damaged_log_is_named(self, out: Path) -> None:
         (out / "loss.csv").write_bytes(b"\xff\xfe")
         assert "loss.csv is damaged" in self.refused(out)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from dllm.checks import out_of_memory
 from dllm.files import read_json
 from dllm.models.published import is_whole
 
@@ -87,7 +88,9 @@ def merge(backbone: PreTrainedModel, folder: Path) -> None:
     try:
         with warnings.catch_warnings(action="ignore"):
             problem = _merge(backbone, folder, peft)
-    except Exception as error:  # noqa: BLE001  # peft raises what it likes for bad files
+    except Exception as error:  # peft raises what it likes for bad files
+        if out_of_memory(error):
+            raise
         problem = " ".join(str(error).split()) or type(error).__name__
     if problem:
         raise ValueError(
