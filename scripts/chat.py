@@ -62,7 +62,7 @@ def chat(cfg: DictConfig) -> None:
     terminals = all(each is not None and each.isatty() for each in (sys.stdin, sys.stdout))
     conversation = Conversation(_partner(fields), cfg.show, terminals)
     with suppress(AttributeError):  # what is not valid UTF-8 is refused line by line
-        sys.stdin.reconfigure(errors="surrogateescape", encoding=None if terminals else "utf-8")  # type: ignore[union-attr]
+        sys.stdin.reconfigure(errors="surrogateescape", encoding="utf-8")  # type: ignore[union-attr]
     with _interrupts() as interrupted:
         failed = conversation.run(interrupted)
     if failed and not terminals:

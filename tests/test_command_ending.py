@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import signal
 import subprocess
@@ -235,6 +236,22 @@ class TestPipes:
         told = capsys.readouterr().err
         assert (left.value.code, told.count("\n")) == (2, 1)
         assert "No space left" in told
+
+    def test_what_an_encoding_lacks_is_escaped(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
+        monkeypatch.setattr(sys, "argv", ["dllm", "generate", "prompt=é", "gen_length=8"])
+        cli.main()
+        lines = written.getvalue().decode("ascii").splitlines()
+        assert lines[0] == "\\xe9"
+        assert "\\xb7" in lines[1]
+
+    def test_arguments_are_utf_8_in_any_locale(self) -> None:
+        ascii_only = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        asked = [sys.executable, "-m", "dllm.scripts.cli", "é"]
+        ran = subprocess.run(asked, env=ascii_only, capture_output=True, timeout=120, check=False)
+        assert ran.returncode == 2
+        assert ran.stderr.startswith("dllm: error: unknown command 'é'; expected one of".encode())
 
     def test_no_network_is_no_full_disk(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def unreachable(command: str, given: list[str]) -> None:
