@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TextIO
 from dllm.escape import brief, terminal
 
 CLOSED_PIPE = 1  # as documented by Python, and used by rich
+_CURSOR = b"\x1b[?25h"
 _UTF8 = ["-X", "utf8"]  # options of Python
 _AGAIN = 0.2  # seconds after which a swallowed signal is raised again
 _SAID = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
@@ -57,8 +58,10 @@ class _Watch:
             raise Stopped(self.number)
 
     def end(self, number: int) -> NoReturn:
-        """Exit immediately."""
+        """Exit immediately, without a display's own end, which shows the cursor that it hid."""
         with suppress(OSError, ValueError):
+            if os.isatty(1):
+                os.write(1, _CURSOR)
             os.write(2, f"{line(self.command, interruption(number))}\n".encode())
         os._exit(128 + number)
 

@@ -18,10 +18,10 @@ from dllm.scripts.ending import fail
 def _commit() -> str | None:
     """The git commit of the current folder, for the harness, without error output of git."""
     try:
-        described = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True, check=False)
+        described = subprocess.run(["git", "describe", "--always"], capture_output=True, check=False)
     except OSError:  # no git
         return None
-    return described.stdout.strip() or None
+    return described.stdout.decode(errors="replace").strip() or None
 
 
 def main() -> None:

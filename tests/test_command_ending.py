@@ -66,6 +66,16 @@ class TestSignals:
             except ending.Stopped:
                 signalled(signal.SIGINT)
 
+    def test_the_cursor_is_shown_where_a_signal_does_not_wait_for_the_display(
+        self, signalled: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        written = []
+        monkeypatch.setattr(os, "isatty", lambda number: True)
+        monkeypatch.setattr(os, "write", lambda number, text: written.append(text))
+        with pytest.raises(Exception, match="130"), ending.watching("dllm"):
+            signalled(signal.SIGINT)
+        assert written[0] == b"\x1b[?25h"
+
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     def test_outside_of_work_a_signal_ends_the_process_at_once(
         self, signalled: Callable[[int], None], number: int

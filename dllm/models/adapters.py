@@ -173,8 +173,8 @@ def _unmatchable(config: Any, backbone: PreTrainedModel) -> str | None:
     given = json.dumps([expressions, [name for name, _ in backbone.named_modules()]])
     try:
         matched = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", _MATCH], input=given, text=True, capture_output=True, timeout=_SECONDS,
-            check=False,
+            [sys.executable, "-X", "utf8", "-I", "-S", "-c", _MATCH], input=given, encoding="utf-8",
+            capture_output=True, timeout=_SECONDS, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return f"its regular expressions take more than {_SECONDS} seconds to match the names of the modules"
