@@ -15,6 +15,8 @@ from dllm.escape import brief
 
 _LARGEST = 3.4028234e38  # of float32
 _LONGEST = 100  # characters of a misspelt name that are compared
+# PyTorch reports memory by RuntimeErrors, most of them of no class of their own.
+_MEMORY = re.compile("allocate|out of memory|ALLOC_FAILED|calculation overflowed|multiplication overflow|buffer size")
 SEEDS = 2**62  # base seeds are below, since row i uses seed + i
 
 
@@ -130,6 +132,11 @@ def is_text(value: Any) -> bool:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that something does not fit into memory, or is larger than any: Python's or PyTorch's."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_MEMORY.search(str(error))))
 
 
 # Before a parameter's name in an error; the same letters in another word, a path or a quoted text are not its name.

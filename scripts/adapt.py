@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from dllm.checks import number
-from dllm.models.loading import checkpoint_folder
+from dllm.models.loading import checkpoint_folder, find_device
 from dllm.scripts import app, training
 from dllm.scripts.tiny_models import as_block_diffusion
 from dllm.scripts.train_tiny import OnWordProblems, carry_out, check_data
@@ -141,5 +141,5 @@ def _check(cfg: DictConfig) -> None:
     check_data(cfg)
     training.check(cfg, ("matrix_lr", "rest_lr"))
     number("block_length", cfg.block_length, "a whole number from 1 to 512", low=1, high=512, whole=True)
-    training.check_device(cfg.device)
+    find_device(cfg.device)
     training.check_folders(cfg, RECIPE)

@@ -32,7 +32,7 @@ import dllm
 from dllm import identity
 from dllm.cache.base import Cache
 from dllm.calibration import Calibration
-from dllm.checks import NOT_WITHIN, Notice, close, first_line, is_text, naming, renamed
+from dllm.checks import NOT_WITHIN, Notice, close, first_line, is_text, naming, out_of_memory, renamed
 from dllm.checks import known as known_options
 from dllm.escape import brief
 from dllm.files import parse_json
@@ -89,8 +89,8 @@ def run(task: Callable[[DictConfig], Any], config_name: str, kinds: Mapping[str,
             return result
         except BrokenPipeError:
             leave_quietly()
-        except (*BAD_INPUT, MemoryError, RuntimeError) as error:
-            if not isinstance(error, (*BAD_INPUT, MemoryError)) and not re.search("allocate|out of memory", str(error)):
+        except Exception as error:
+            if not (isinstance(error, BAD_INPUT) or out_of_memory(error)):
                 raise
             message = _qualified(error, fields)
             hydra_cfg = HydraConfig.get()
@@ -483,7 +483,7 @@ def _quote(value: str) -> str:
 
 def _qualified(error: Exception, fields: Mapping[str, Any]) -> str:
     """An error in terms of the command line: options of a group with their prefix, files by their option."""
-    if isinstance(error, (MemoryError, RuntimeError)):  # torch's is one of the latter
+    if out_of_memory(error):
         return "out of memory; use a smaller model, batch_size or length"
     text = one_line(error)
     if "dtype" in (fields.get("model") or ()):  # errors of decoding, after loading the model

@@ -45,6 +45,8 @@ KINDS = {
     "references": Sequence[str],
 }  # fmt: skip
 _CAUSAL = "causal"
+_FILES = {".md": own.BENCH, ".json": own.BENCH_RECORD}
+_MOST = 1_000_000
 _BYTES = 1024  # minimum per position: its ids, and one vector of the smallest model's width
 _MARKS = {
     "*": "\\* not the same tokens",
@@ -62,12 +64,12 @@ def bench(cfg: DictConfig) -> None:
     _check_room(cfg.canvas, cfg.batch_size)
     for name in ("canvas", "gen_length", "block_length", "batch_size", "steps", "repeats"):
         if cfg[name] is not None:
-            number(name, cfg[name], "1 or more", low=1, whole=True)
+            number(name, cfg[name], f"1 to {_MOST}", low=1, high=_MOST, whole=True)
     threads(cfg.threads)
     if cfg.gen_length >= cfg.canvas:
         raise ValueError(f"gen_length={cfg.gen_length} leaves no prompt in canvas={cfg.canvas}; use less")
     if cfg.out:
-        own.check("out", cfg.out, {Path(cfg.out + ".md"): own.BENCH, Path(cfg.out + ".json"): own.BENCH_RECORD})
+        own.check("out", cfg.out, {Path(cfg.out + ending): kind for ending, kind in _FILES.items()})
     for place, name in enumerate(cfg.references):
         choice(f"references[{place}]", name, (*REFERENCES, _CAUSAL))
     settings = _settings(cfg)
@@ -109,23 +111,20 @@ def bench(cfg: DictConfig) -> None:
         text += (
             f"\nA causal model of the same shape (transformers, `generate` with its KV cache): {causal:.1f} tokens/s\n"
         )
-    print(text)
-    if cfg.out:
-        record = {
-            "format": own.BENCH_FORMAT,
-            "version": 1,
-            "setting": caption,
-            "torch": torch.__version__,
-            "weights": weights,
-            "memory_floor": floor,
-            "arithmetic_floor": products,
-            "costs": {label: asdict(replace(cost, tokens=None)) for label, cost in costs.items()},
-            "causal_tokens_per_second": causal,
-        }
-        written = json.dumps(record, indent=1, allow_nan=False) + "\n"
-        files = {Path(cfg.out + ".md"): (own.BENCH, text), Path(cfg.out + ".json"): (own.BENCH_RECORD, written)}
-        own.write("out", cfg.out, files)
-        print(f"written to {cfg.out}.md and {cfg.out}.json")
+    record = {
+        "format": own.BENCH_FORMAT,
+        "version": 1,
+        "setting": caption,
+        "torch": torch.__version__,
+        "weights": weights,
+        "memory_floor": floor,
+        "arithmetic_floor": products,
+        "costs": {label: asdict(replace(cost, tokens=None)) for label, cost in costs.items()},
+        "causal_tokens_per_second": causal,
+    }
+    written = {".md": text, ".json": json.dumps(record, indent=1, allow_nan=False) + "\n"} if cfg.out else {}
+    files = {Path(cfg.out + ending): (_FILES[ending], content) for ending, content in written.items()}
+    own.write_and_print(cfg.out, files, text)
 
 
 def _check_room(canvas: int, batch_size: int) -> None:

@@ -274,25 +274,23 @@ def _allow_connections() -> None:
 
 
 def _tell(load: Load, out: str | None) -> None:
-    """Print the table, and write the records."""
+    """Write the records, and print the table."""
     from dllm.serving.client import shown
 
     if not load.rows:
         return
     capacity = "" if load.capacity is None else f", capacity {load.capacity:.2f} requests/s"
     server = shown(load.target.server)
-    print(f"{terminal(server)}, {terminal(load.model, one_line=True)}{capacity}\n")
-    print(_table(load.rows))
+    text = [f"{terminal(server)}, {terminal(load.model, one_line=True)}{capacity}\n", _table(load.rows)]
     errors = [f"{count} times: {said}" for row in load.rows for said, count in row.errors.items()]
-    for error in dict.fromkeys(errors):
-        print(terminal(error, one_line=True))
+    text += [terminal(error, one_line=True) for error in dict.fromkeys(errors)]
     if (late := max(row.lag_p99 or 0.0 for row in load.rows)) > _LATE:
-        print(f"requests were sent up to {late:.2f} s late (p99): this machine is too busy to send at these rates")
-    if out is not None:
-        rows = [{"server": server, "model": load.model, "capacity": load.capacity, **asdict(row)}
-                for row in load.rows]  # fmt: skip
-        own.write("out", out, {path: (kind, _written(path, rows)) for path, kind in _files(out).items()})
-        print(f"written to {' and '.join(map(str, _files(out)))}")
+        text.append(
+            f"requests were sent up to {late:.2f} s late (p99): this machine is too busy to send at these rates"
+        )
+    rows = [{"server": server, "model": load.model, "capacity": load.capacity, **asdict(row)} for row in load.rows]
+    files = {} if out is None else {path: (kind, _written(path, rows)) for path, kind in _files(out).items()}
+    own.write_and_print(out, files, "\n".join(text))
 
 
 def _table(rows: Sequence[Row]) -> str:

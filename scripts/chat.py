@@ -9,7 +9,6 @@ if __name__ == "__main__":
 
 import json
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from rich.console import Console
 
 import dllm
 from dllm.cache.base import Cache
-from dllm.checks import choice, is_text
+from dllm.checks import choice, is_text, out_of_memory
 from dllm.decoding import compatibility
 from dllm.escape import terminal
 from dllm.files import expanded, parse_json
@@ -63,7 +62,7 @@ def chat(cfg: DictConfig) -> None:
     terminals = all(each is not None and each.isatty() for each in (sys.stdin, sys.stdout))
     conversation = Conversation(_partner(fields), cfg.show, terminals)
     with suppress(AttributeError):  # what is not valid UTF-8 is refused line by line
-        sys.stdin.reconfigure(errors="surrogateescape", encoding=None if terminals else "utf-8")  # type: ignore[union-attr]
+        sys.stdin.reconfigure(errors="surrogateescape", encoding="utf-8")  # type: ignore[union-attr]
     with _interrupts() as interrupted:
         failed = conversation.run(interrupted)
     if failed and not terminals:
@@ -148,7 +147,9 @@ class Conversation:
                 try:
                     self._take(text)
                     interrupted.clear()
-                except (ValueError, MemoryError, RuntimeError) as error:
+                except Exception as error:
+                    if not (isinstance(error, ValueError) or out_of_memory(error)):
+                        raise
                     failed += 1
                     self._end_line()
                     print(line(_COMMAND, _told(error)), file=sys.stderr, flush=True)
@@ -291,10 +292,8 @@ def _value(text: str) -> Any:
 
 
 def _told(error: Exception) -> str:
-    """The message for a line that failed; other errors than bad input are raised again."""
-    if isinstance(error, (MemoryError, RuntimeError)):  # torch's is one of the latter
-        if not isinstance(error, MemoryError) and not re.search("allocate|out of memory", str(error)):
-            raise error
+    """The message for a line that failed."""
+    if out_of_memory(error):
         return "out of memory; /reset the conversation, or /set a smaller gen_length"
     return app.one_line(error)
 

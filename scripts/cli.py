@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import NoReturn
 
 from dllm.scripts import torchrun
-from dllm.scripts.ending import Stopped, fail, heard, interruption, leave_quietly, piped, watching, working
+from dllm.scripts.ending import (
+    Stopped,
+    fail,
+    heard,
+    in_any_locale,
+    interruption,
+    leave_quietly,
+    piped,
+    watching,
+    working,
+)
 
 COMMANDS = (
     "generate",
@@ -40,6 +50,7 @@ def main(command: str | None = None) -> None:
     Args:
         command: its name; None for the first argument.
     """
+    in_any_locale()
     given = sys.argv[1:]
     if command is None:
         command, *given = given or ["--help"]

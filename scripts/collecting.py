@@ -20,7 +20,7 @@ from torch import Tensor
 
 import dllm
 from dllm import identity
-from dllm.checks import number
+from dllm.checks import number, out_of_memory
 from dllm.evaluation.jsonl import read_questions
 from dllm.files import check_kept, read_json, write_json, write_whole
 from dllm.progress import progress_reports
@@ -64,7 +64,6 @@ def _read(cfg: DictConfig) -> list[Any]:
     if cfg.data.endswith(".jsonl"):
         return [question.prompt for question in read_questions(Path(cfg.data), "data")]
     from datasets import disable_progress_bars, load_dataset  # slow import, only needed here
-    from datasets.exceptions import DatasetsError
 
     if not Console(stderr=True).is_terminal:
         disable_progress_bars()
@@ -73,7 +72,9 @@ def _read(cfg: DictConfig) -> list[Any]:
         kept = {"cache_dir": temporary} if Path(cfg.data).exists() else {}
         try:
             rows = load_dataset(cfg.data, split=cfg.split or "train", **kept)
-        except (DatasetsError, OSError, ValueError) as error:
+        except Exception as error:  # of any type, for what is no data set or a damaged one
+            if out_of_memory(error):
+                raise
             # For parse errors, only the cause has details.
             raise ValueError(
                 f"data={cfg.data!r} with split={cfg.split or 'train'!r} cannot be read: {error.__cause__ or error}"

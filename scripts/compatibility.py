@@ -38,10 +38,7 @@ def compatibility(cfg: DictConfig) -> None:
     samplers = {name: resolve("sampler", name, Sampler) for name in names("sampler")} | variants
     caches = {name: resolve("cache", name, Cache) for name in names("cache")}
     text = matrix(samplers, {"none": caches.pop("none"), **caches})
-    print(text)
-    if cfg.out:
-        own.write("out", cfg.out, {Path(cfg.out): (own.MATRIX, text)})
-        print(f"written to {cfg.out}")
+    own.write_and_print(cfg.out, {Path(cfg.out): (own.MATRIX, text)} if cfg.out else {}, text)
 
 
 def _exceptions() -> Iterator[str]:

@@ -46,6 +46,7 @@ from dllm.stored import there
 from dllm.tasks import word_problems
 
 RECIPE, DECODES = "distill.yaml", "trajectories"
+_LARGEST_BATCH = 100_000
 ADAPTER = ("README.md", "adapter_config.json", "adapter_model.safetensors")
 _KINDS = get_type_hints(dllm.Options) | {
     "data": str | None, "split": str | None, "column": str | None, "out": str | None, "rank": int | None,
@@ -323,7 +324,7 @@ def _check(cfg: DictConfig) -> Forcing:
     word_problems.check_count("eval_problems", cfg.eval_problems, least=0)
     training.check(cfg, ("rate",))
     seed("eval_seed", cfg.eval_seed)
-    number("train_batch_size", cfg.train_batch_size, "a whole number of at least 1", low=1, whole=True)
+    number("train_batch_size", cfg.train_batch_size, f"1 to {_LARGEST_BATCH}", low=1, high=_LARGEST_BATCH, whole=True)
     if cfg.rank is not None:
         number("rank", cfg.rank, "a whole number from 1 to 65536, or null", low=1, high=65536, whole=True)
     elif cfg.alpha is not None:

@@ -16,6 +16,8 @@ from typing import Any, NoReturn, TextIO
 from dllm.escape import brief, terminal
 
 CLOSED_PIPE = 1  # as documented by Python, and used by rich
+_CURSOR = b"\x1b[?25h"
+_UTF8 = ["-X", "utf8"]  # options of Python
 _AGAIN = 0.2  # seconds after which a swallowed signal is raised again
 _SAID = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
@@ -56,8 +58,10 @@ class _Watch:
             raise Stopped(self.number)
 
     def end(self, number: int) -> NoReturn:
-        """Exit immediately."""
+        """Exit immediately, without a display's own end, which shows the cursor that it hid."""
         with suppress(OSError, ValueError):
+            if os.isatty(1):
+                os.write(1, _CURSOR)
             os.write(2, f"{line(self.command, interruption(number))}\n".encode())
         os._exit(128 + number)
 
@@ -127,6 +131,19 @@ def _heard(number: int) -> bool:
 def _hear(numbers: list[int]) -> None:
     for number in numbers:
         signal.signal(number, _watch)
+
+
+def in_any_locale() -> None:
+    """Take arguments, paths and texts as UTF-8 whatever the locale says, and write what an output's encoding lacks.
+
+    Only the start of an interpreter decides how it decodes arguments and encodes paths; Python 3.15 decides so itself.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and sys.orig_argv[1:3] != _UTF8:
+        os.execv(sys.executable, [sys.executable, *_UTF8, *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # closed at process start, or replaced
+            # Escapes lose nothing, but on a terminal they would break the layout.
+            stream.reconfigure(errors="replace" if stream.isatty() else "backslashreplace")  # type: ignore[union-attr]
 
 
 @contextmanager

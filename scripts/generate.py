@@ -189,6 +189,9 @@ class Session:
         with display, _naming(["prompt"]):
             fill = dllm.infill if self.infill else dllm.generate
             result = fill(self.lm, ids, self.sampler, self.cache, callback=callback, **self.options)
+        if picture:
+            own.check("picture", str(picture), {picture: own.PICTURE})
+            save_picture(frames, f"{self.lm.name} · {prompt}", picture)
         console.print(Text(terminal(result.texts[0]), "green"), soft_wrap=True)
         if not (result.texts[0] or "").strip():
             console.print(f"the answer is empty: {_EMPTY}", highlight=False, soft_wrap=True)
@@ -202,9 +205,6 @@ class Session:
         guided = int(result.guide_nfe[0])
         counts += f"  guide NFE {guided} in {stats.guide_seconds:.2f} s" if guided else ""
         console.print(counts, highlight=False, soft_wrap=True)
-        if picture:
-            own.check("picture", str(picture), {picture: own.PICTURE})
-            save_picture(frames, f"{self.lm.name} · {prompt}", picture)
 
     def answer_file(
         self, questions: Sequence[PromptLine], answers: AnswerFile, show: str, read: Sequence[identity.Stamp]

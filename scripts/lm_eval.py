@@ -11,16 +11,17 @@ import subprocess
 import sys
 import warnings
 
+from dllm.checks import out_of_memory
 from dllm.scripts.ending import fail
 
 
 def _commit() -> str | None:
     """The git commit of the current folder, for the harness, without error output of git."""
     try:
-        described = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True, check=False)
+        described = subprocess.run(["git", "describe", "--always"], capture_output=True, check=False)
     except OSError:  # no git
         return None
-    return described.stdout.strip() or None
+    return described.stdout.decode(errors="replace").strip() or None
 
 
 def main() -> None:
@@ -48,6 +49,8 @@ def main() -> None:
     except ValueError as error:
         fail("dllm lm-eval", " ".join(str(error).split()))
     except Exception as error:
+        if out_of_memory(error):
+            fail("dllm lm-eval", "out of memory; use a smaller model, batch_size or length")
         if (fault := fault_of(error, "the task", __file__)) is None:
             raise
         fail("dllm lm-eval", fault)

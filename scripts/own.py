@@ -83,6 +83,26 @@ def write(option: str, value: str, contents: Mapping[Path, tuple[Kind, str | byt
         write_whole(path, content)
 
 
+def write_and_print(out: str | None, contents: Mapping[Path, tuple[Kind, str | bytes]], text: str) -> None:
+    """Write the files of `out`, if it is given, then print a text, which may be read by nobody, and their names.
+
+    Args:
+        out: value of the option.
+        contents: of the files; none without `out`.
+        text: is printed also if a file cannot be written.
+
+    Raises:
+        ValueError: as `write`.
+    """
+    try:
+        if out:
+            write("out", out, contents)
+    finally:
+        print(text)
+    if out:
+        print(f"written to {' and '.join(terminal(path, one_line=True) for path in contents)}")
+
+
 def svg(figure: Any) -> bytes:
     """A matplotlib figure as SVG, without the date; text is literal, without formulas or control characters."""
     from matplotlib.text import Text

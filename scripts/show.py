@@ -146,7 +146,7 @@ def _keyboard() -> Iterator[Callable[[], str]]:
     before = termios.tcgetattr(terminal)
     try:
         tty.setcbreak(terminal)
-        yield lambda: os.read(terminal, 64).decode(errors="ignore")
+        yield lambda: os.read(terminal, 64).decode(errors="replace")
     finally:
         termios.tcsetattr(terminal, termios.TCSADRAIN, before)
 

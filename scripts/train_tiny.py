@@ -25,6 +25,7 @@ from dllm import identity
 from dllm.checks import number, seed
 from dllm.evaluation.claim import claimed
 from dllm.files import write_whole
+from dllm.models.loading import find_device
 from dllm.scripts import app, training
 from dllm.scripts.model_card import RECIPE, model_card, read_recipe, write_card
 from dllm.scripts.tiny_data import BatchMaker, corrupt
@@ -182,7 +183,7 @@ def _check(cfg: DictConfig) -> None:
             number(f"noise.{name}", value, "a share from 0 to 1", low=0, high=1)
     if cfg.arch not in ("guide", "llada", "dream"):
         raise ValueError(f"unknown arch={cfg.arch!r}; expected one of guide, llada, dream")
-    training.check_device(cfg.device)
+    find_device(cfg.device)
     training.check_folders(cfg, RECIPE)
     size = cfg.model
     for name, value in size.items():

@@ -21,7 +21,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dllm.checks import first_line, number, seed, threads
+from dllm.checks import first_line, number, out_of_memory, seed, threads
 from dllm.evaluation.claim import claimed
 from dllm.files import write_whole
 from dllm.progress import progress_bar, watched
@@ -163,6 +163,8 @@ class Trainer:
         try:
             self._restore(state)
         except _DAMAGE as error:
+            if out_of_memory(error):
+                raise
             raise _damaged(self.out / STATE, error) from None
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -219,6 +221,8 @@ def read_state(out: Path, mapped: bool = False) -> dict[str, Any] | None:
         if not isinstance(state, dict) or misfit(state.get("contents", {}), dict[str, str]):
             raise TypeError("no hashes of contents")
     except _DAMAGE as error:
+        if out_of_memory(error):
+            raise
         raise _damaged(path, error) from None
     return state
 
@@ -344,14 +348,6 @@ def check_folders(cfg: DictConfig, recipe: str, published: Sequence[str] = PUBLI
     own.check_training("out", Path(cfg.out), (*published, STATE, LOG, recipe), recipe)
     if cfg.get("publish"):
         own.check_training("publish", Path(cfg.publish), published, recipe)
-
-
-def check_device(device: str) -> None:
-    """Reject a device that is not here."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"device={device!r} is not available here; use cpu or a device torch sees") from None
 
 
 def autocast(precision: str | None, device_type: str) -> torch.autocast:

@@ -51,6 +51,23 @@ def command(*arguments: str) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
+def unread(*arguments: str) -> int | str | None:
+    """Run `dllm ARGUMENTS` in this process, with an unbuffered standard output that nobody reads; return its code."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    out = io.TextIOWrapper(os.fdopen(writing, "wb", buffering=0), write_through=True)
+    GlobalHydra.instance().clear()
+    with (
+        out,
+        redirect_stdout(out),
+        mock.patch.object(sys, "argv", ["dllm", *arguments]),
+        mock.patch.dict(os.environ),
+        pytest.raises(SystemExit) as leaving,
+    ):
+        cli.main()
+    return leaving.value.code
+
+
 # Tests of processes share the one that starts them.
 in_a_process = pytest.mark.xdist_group("processes")
 

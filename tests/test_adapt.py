@@ -267,6 +267,8 @@ class TestTraining:
         (["prompt_length=9"], "prompt_length=9 is out of range"),
         (["matrix_lr=-1"], "matrix_lr=-1 is out of range"),
         (["device=nonsense"], "device='nonsense' is not available here"),
+        (["device=meta"], "device='meta' is not available here"),
+        (["device=hpu"], "device='hpu' is not available here"),
         (["autocast=int8"], "unknown autocast='int8'"),
         (["stepz=3"], "unknown option 'stepz' (did you mean steps?); expected one of "),
         (["publish=/dev/null/x"], "publish='/dev/null/x' cannot be written"),

@@ -296,6 +296,17 @@ def test_an_adapter_that_is_none_is_named(name: str, base: Path) -> None:
     assert "adapter=" in refusal(base, adapter=name)
 
 
+def test_it_is_not_said_to_misfit_where_memory_does_not_suffice(
+    base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def merge(*_: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("dllm.models.adapters._merge", merge)
+    with pytest.raises(RuntimeError, match="allocate"):
+        dllm.load(base, device="cpu", adapter=adapter)
+
+
 def test_without_peft_it_says_what_to_install(base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     assert "pip install peft" in refusal(base, adapter=adapter)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import dllm
-from commands import Outcome, command
+from commands import Outcome, command, unread
 from dllm.bench import Bench, CommitsPerStep, random_model
 from dllm.bench.bare import Call
 from dllm.cache import Block, DLLMCache, Dual, NoCache
@@ -232,6 +232,7 @@ def test_settings_end_where_the_canvas_is_full() -> None:
         (["cuda_graphs=true", "caches=[dual]"], "cuda_graphs=true needs a CUDA device"),
         (["cuda_graphs=true", "caches=[d2cache]"], "cache=d2cache is not compatible with CUDA graphs"),
         (["threads=0"], "threads=0"),
+        (["repeats=9223372036854775807"], "repeats=9223372036854775807 is out of range; use 1 to 1000000"),
         (["model.device=foo"], "device='foo'"),
         (["model.revision=abc"], "model.revision='abc' has no effect on a random model"),
         (["caches=null"], "caches"),
@@ -246,6 +247,12 @@ def test_bad_input_is_one_line(arguments: list[str], named: str) -> None:
     assert result.err.startswith("dllm bench: error: ")
     assert result.err.count("\n") == 1
     assert named in result.err
+
+
+def test_timings_are_written_even_if_nobody_reads_what_is_printed(tmp_path: Path) -> None:
+    assert unread("bench", *SMALL, "caches=[none]", f"out={tmp_path}/costs") == 1
+    assert json.loads((tmp_path / "costs.json").read_text())["costs"]
+    assert (tmp_path / "costs.md").is_file()
 
 
 @pytest.mark.parametrize(("preset", "parameters"), [("llada-8b", 8.0e9), ("dream-7b", 7.6e9), ("100m", 110e6)])

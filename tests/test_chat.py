@@ -337,9 +337,9 @@ class TestRefusals:
 class Session:
     """A conversation on a terminal of its own."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, **environment: str) -> None:
         self.terminal, slave = pty.openpty()
-        environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30"}
+        environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30"} | environment
         self.process = Process("chat", *arguments, stdin=slave, stdout=slave, stderr=slave, env=environment)
         os.close(slave)
         self.drawn = ""
@@ -373,6 +373,20 @@ class TestTerminal:
         [answer] = answers(f"{QUESTION} So")
         assert "·" in drawn
         assert str(answer) in drawn
+        session.prompted()
+        session.type("\x04")
+        assert session.process.wait() == 0
+
+    def test_an_encoding_without_its_characters_loses_no_turn_and_no_cursor(self, model: Path, tmp_path: Path) -> None:
+        session = Session(f"model={model}", *OPTIONS, PYTHONIOENCODING="ascii")
+        session.until("> ")
+        session.type("Tom is at the café\n")
+        drawn = session.until("tokens/s")
+        assert drawn.rfind("\x1b[?25h") > drawn.rfind("\x1b[?25l") > -1
+        session.prompted()
+        session.type(f"/save {tmp_path}/kept.jsonl\n")
+        session.until("2 messages are in")
+        assert json.loads((tmp_path / "kept.jsonl").read_text().splitlines()[0])["content"] == "Tom is at the café"
         session.prompted()
         session.type("\x04")
         assert session.process.wait() == 0

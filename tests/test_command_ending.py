@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import signal
 import subprocess
@@ -64,6 +65,16 @@ class TestSignals:
                 signalled(signal.SIGINT)
             except ending.Stopped:
                 signalled(signal.SIGINT)
+
+    def test_the_cursor_is_shown_where_a_signal_does_not_wait_for_the_display(
+        self, signalled: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        written = []
+        monkeypatch.setattr(os, "isatty", lambda number: True)
+        monkeypatch.setattr(os, "write", lambda number, text: written.append(text))
+        with pytest.raises(Exception, match="130"), ending.watching("dllm"):
+            signalled(signal.SIGINT)
+        assert written[0] == b"\x1b[?25h"
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     def test_outside_of_work_a_signal_ends_the_process_at_once(
@@ -235,6 +246,22 @@ class TestPipes:
         told = capsys.readouterr().err
         assert (left.value.code, told.count("\n")) == (2, 1)
         assert "No space left" in told
+
+    def test_what_an_encoding_lacks_is_escaped(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
+        monkeypatch.setattr(sys, "argv", ["dllm", "generate", "prompt=é", "gen_length=8"])
+        cli.main()
+        lines = written.getvalue().decode("ascii").splitlines()
+        assert lines[0] == "\\xe9"
+        assert "\\xb7" in lines[1]
+
+    def test_arguments_are_utf_8_in_any_locale(self) -> None:
+        ascii_only = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        asked = [sys.executable, "-m", "dllm.scripts.cli", "é"]
+        ran = subprocess.run(asked, env=ascii_only, capture_output=True, timeout=120, check=False)
+        assert ran.returncode == 2
+        assert ran.stderr.startswith("dllm: error: unknown command 'é'; expected one of".encode())
 
     def test_no_network_is_no_full_disk(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def unreachable(command: str, given: list[str]) -> None:

@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import dllm
-from commands import command
+from commands import command, unread
 from dllm.cache.base import Cache
 from dllm.decoding.compatibility import NEEDS, check, unmet
 from dllm.models import FAMILIES, NEWER
@@ -122,6 +122,11 @@ def test_the_command_writes_the_matrix(tmp_path: Path) -> None:
     assert {f"| `{name}` |" for name in names("sampler")} <= {
         line[: line.find("|", 2) + 1] for line in written.splitlines()
     }
+
+
+def test_it_is_written_even_if_nobody_reads_what_is_printed(tmp_path: Path) -> None:
+    assert unread("compatibility", f"out={tmp_path}/matrix.md") == 1
+    assert (tmp_path / "matrix.md").read_text() == DOCUMENT
 
 
 @backbones

@@ -371,6 +371,7 @@ class TestResuming:
         (["prompts=0"], "prompts=0 is out of range"),
         (["split=train"], "split='train' has no effect without a data set"),
         (["data=nowhere.jsonl"], "data='nowhere.jsonl'"),
+        (["data=/"], "data='/' with split='train' cannot be read"),
         (["out=/dev/null/x"], "out='/dev/null/x' cannot be written"),
         (["temperatur=1"], "unknown option 'temperatur'"),
         (["model.device=nowhere"], "model.device='nowhere' is not available here"),

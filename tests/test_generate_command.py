@@ -138,6 +138,17 @@ class TestPrompt:
         assert "step  1" in drawn
         assert result.out.splitlines()[1] in drawn
 
+    def test_a_picture_is_written_even_if_nobody_reads_the_statistics(
+        self, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def unread(*_: Any, **__: Any) -> None:
+            raise BrokenPipeError
+
+        monkeypatch.setattr(application, "_summary", unread)
+        path = tmp_path / "canvas.svg"
+        assert run("prompt=Tom", f"picture={path}", "cache=dual", "cache.measure_every=1", "show=none").code == 1
+        assert path.is_file()
+
     def test_null_is_no_path(self, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         assert run("prompt=Tom", "input=null", "output=null", "picture=null", "show=none").code == 0

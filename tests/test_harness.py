@@ -399,6 +399,7 @@ class TestWordsOfOthers:
         "asked",
         [
             {"temperature": "warm"},
+            {"temperature": 10**400},
             {"top_k": [1]},
             {"until": [3]},
             {"max_tokens": "all"},

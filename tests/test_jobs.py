@@ -728,6 +728,9 @@ class TestInput:
         lines("gone/a.jsonl", ROWS[:2])
         Path("gone/b.jsonl").symlink_to("/nowhere/b.jsonl")
         datasets.DatasetDict({"test": datasets.Dataset.from_list(ROWS[:2])}).save_to_disk("splits")
+        for name, file in (("saved", "dataset_info.json"), ("saved", "state.json"), ("unsplit", "dataset_dict.json")):
+            Path(name).mkdir(exist_ok=True)
+            (Path(name) / file).write_text("[]")
         for source, said in {
             "missing.jsonl": "cannot be read (No such file or directory)", "/no/such/folder": "cannot be read",
             "double.jsonl": "line 3: id 'r0' occurs twice; make ids unique", "number.jsonl": "id '1' occurs twice",
@@ -738,7 +741,8 @@ class TestInput:
             "damaged": "input='damaged': b.parquet cannot be read (",
             "schema": "b.parquet has no column prompt or messages; give column=NAME, one of text, label",
             "torn.jsonl": "line 2 is not JSON", "latin.jsonl": "line 1 is not JSON", "none.jsonl": "has no rows",
-            "empty": "has no .jsonl or .parquet files", "splits": "cannot be read (it has no split 'train'; use split=",
+            "empty": "has no .jsonl or .parquet files", "saved": "cannot be read (", "unsplit": "cannot be read (",
+            "splits": "cannot be read (it has no split 'train'; use split=",
         }.items():  # fmt: skip
             refused(run(source=source), f"input='{source}'", said)
         refused(

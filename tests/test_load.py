@@ -23,7 +23,7 @@ import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 
-from commands import Outcome, command
+from commands import Outcome, command, unread
 from fake_server import FakeServer, serving
 from models import random_llada
 
@@ -250,6 +250,10 @@ class TestCommand:
         assert [float(row["goodput"]) for row in table] == [row["goodput"] for row in rows]
         asked = [body["prompt"] for _, _, body in server.asked]  # those close together come in any order
         assert sorted(asked[8:18]) == sorted(asked[18:28])
+
+    def test_records_are_written_even_if_nobody_reads_what_is_printed(self, server: FakeServer, tmp_path: Path) -> None:
+        assert unread("bench-serve", f"server={server.url}", "rate=200", "requests=3", f"out={tmp_path}/load") == 1
+        assert {path.name for path in tmp_path.iterdir()} == {"load.jsonl", "load.csv"}
 
     def test_loads_are_multiples_of_the_capacity(self, server: FakeServer) -> None:
         result = command("bench-serve", f"server={server.url}", "load=[0.5,2]", "requests=32")

@@ -153,22 +153,33 @@ def test_on_a_terminal_keys_step_through_it(run: Path) -> None:
         press("q")
 
 
+@in_a_process
+def test_in_any_encoding_the_terminal_is_given_back(run: Path) -> None:
+    with typing(str(run), PYTHONIOENCODING="ascii") as (press, wait):
+        wait("step 1 of 14")
+        press("\udce9")  # a byte of a terminal in Latin-1
+        press(RIGHT)
+        wait("step 2 of 14")
+        press("q")
+        wait("\x1b[?1049l")
+
+
 class typing:
     """`dllm show` on a terminal of its own: what presses keys there, and what waits for a text."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, **environment: str) -> None:
         self.master, slave = pty.openpty()
-        environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30"}
+        environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30"} | environment
         self.process = Process("show", *arguments, stdin=slave, stdout=slave, stderr=slave, env=environment)
         os.close(slave)
 
     def __enter__(self) -> tuple[Callable[[str], object], Callable[[str], None]]:
-        return lambda key: os.write(self.master, key.encode()), self.wait
+        return lambda key: os.write(self.master, key.encode(errors="surrogateescape")), self.wait
 
     def wait(self, text: str) -> None:
-        """Read until a text has been drawn, its styles left out."""
+        """Read until a text has been drawn, with its styles or without them."""
         seen = ""
-        while text not in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen):
+        while text not in seen and text not in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen):
             assert select.select([self.master], [], [], 60)[0], f"{text!r} was not drawn: {seen!r}"
             seen += os.read(self.master, 65536).decode(errors="replace")
 

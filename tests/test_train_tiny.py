@@ -346,6 +346,8 @@ class TestCard:
         (["log_every=0"], "log_every=0"),
         (["eval_problems=-1"], "eval_problems=-1"),
         (["device=nonsense"], "device='nonsense' is not available here"),
+        (["device=meta"], "device='meta' is not available here"),
+        (["device=hpu"], "device='hpu' is not available here"),
         (["autocast=int8"], "unknown autocast='int8'"),
         (["compile=perhaps"], "compile='perhaps'"),
         (["threads=x"], "threads='x'"),
@@ -424,6 +426,15 @@ class TestOtherRuns:
             state[name] = state[name][:1] if isinstance(state[name], list) else "x"
         torch.save(state, out / "state.pt")
         assert "state.pt is damaged" in self.refused(out)
+
+    def test_a_state_that_does_not_fit_into_memory_is_not_called_damaged(
+        self, out: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def load(*_: Any, **__: Any) -> Any:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+        monkeypatch.setattr(torch, "load", load)
+        assert "out of memory" in self.refused(out)
 
     def test_a_damaged_log_is_named(self, out: Path) -> None:
         (out / "loss.csv").write_bytes(b"\xff\xfe")

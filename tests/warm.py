@@ -149,7 +149,9 @@ def _become(asked: dict[str, Any]) -> None:
     os.environ.update(asked["env"])
     sys.argv = ["dllm", *asked["arguments"]]
     sys.stdin, sys.stdout, sys.stderr = (
-        io.TextIOWrapper(open(number, mode, closefd=False), line_buffering=line)  # noqa: SIM115
+        io.TextIOWrapper(
+            os.fdopen(number, mode, closefd=False), asked["env"].get("PYTHONIOENCODING"), line_buffering=line
+        )
         for number, mode, line in ((0, "rb", False), (1, "wb", os.isatty(1)), (2, "wb", True))
     )
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr

@@ -163,7 +163,7 @@ def _number(name: str, value: Any) -> float | None:
         if isinstance(value, bool):
             raise ValueError
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name}={value!r} is not a number; give one, or null") from None
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
+from dllm.checks import out_of_memory
 from dllm.decoding.graphs import AFTER, NARROW, Replays, weights_of
 from dllm.decoding.layout import WIDTHS
 from dllm.decoding.setup import Setup
@@ -134,9 +135,9 @@ def _load(name: str, folder: Path, device: torch.device, state: str) -> Guide:
         ]
         if lost:
             raise ValueError(f"tensor {min(lost)} is missing or has another shape than in config.json")
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001  # transformers' models and tokenizers may raise anything
+    except Exception as error:  # transformers' models and tokenizers may raise anything
+        if out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:  # transformers' advice
             reason = "it needs Python code of its own, which is never run; give a model of a type that transformers has"

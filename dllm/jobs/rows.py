@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 from pyarrow import parquet
 
-from dllm.checks import first_line, is_text
+from dllm.checks import first_line, is_text, out_of_memory
 from dllm.decoding.prompts import is_chat
 from dllm.escape import brief
 from dllm.files import check_readable, disturbed, is_folder, parse_json
@@ -293,7 +293,6 @@ class _DataSet:
 
 def _load(given: str, split: str | None) -> Any:
     from datasets import disable_progress_bars, load_dataset, load_from_disk  # slow import, only needed here
-    from datasets.exceptions import DatasetsError
 
     disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every attempt to reach the hub
@@ -301,10 +300,12 @@ def _load(given: str, split: str | None) -> Any:
         if not is_folder(Path(given)):
             return load_dataset(given, split=split or "train")
         found = load_from_disk(given)
-    except DatasetsError as error:
-        raise ValueError(first_line(error.__cause__ or error)) from None
     except ConnectionError as error:
         raise ValueError(f"it is no file or folder here, and not within reach: {first_line(error)}") from None
+    except Exception as error:  # of any type, for a damaged one
+        if out_of_memory(error):
+            raise
+        raise ValueError(first_line(error.__cause__ or error)) from None
     if not isinstance(found, dict):
         if split is not None:
             raise ValueError("it has no splits; leave split out")

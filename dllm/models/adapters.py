@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from dllm.checks import out_of_memory
 from dllm.files import read_json
 from dllm.models.published import is_whole
 
@@ -88,7 +89,9 @@ def merge(backbone: PreTrainedModel, folder: Path) -> None:
     try:
         with warnings.catch_warnings(action="ignore"):
             problem = _merge(backbone, folder, peft)
-    except Exception as error:  # noqa: BLE001  # peft raises what it likes for bad files
+    except Exception as error:  # peft raises what it likes for bad files
+        if out_of_memory(error):
+            raise
         problem = " ".join(str(error).split()) or type(error).__name__
     if problem:
         raise ValueError(
@@ -187,8 +190,8 @@ def _unmatchable(config: Any, backbone: PreTrainedModel) -> str | None:
     given = json.dumps([expressions, [name for name, _ in backbone.named_modules()]])
     try:
         matched = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", _MATCH], input=given, text=True, capture_output=True, timeout=_SECONDS,
-            check=False,
+            [sys.executable, "-X", "utf8", "-I", "-S", "-c", _MATCH], input=given, encoding="utf-8",
+            capture_output=True, timeout=_SECONDS, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return f"its regular expressions take more than {_SECONDS} seconds to match the names of the modules"

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import logging
 
-from dllm.checks import choice, first_line
+from dllm.checks import choice, first_line, out_of_memory
 from dllm.files import BUNDLED, expanded, is_folder, read_json
 from dllm.identity import Stamp, stamps
 from dllm.models import FAMILIES, NEWER, MaskedDiffusionModel, adapters, family_of, leading, packed, parallel
@@ -325,7 +325,7 @@ def find_device(device: str | torch.device | None, parameter: str = "device") ->
         if place.type == "meta":
             raise RuntimeError("holds no weights")
         return place
-    except (RuntimeError, AssertionError, TypeError):
+    except (RuntimeError, AssertionError, TypeError, ImportError):  # some types need another package
         raise ValueError(f"{parameter}={str(device)!r} is not available here; use cpu or a device torch sees") from None
 
 
@@ -430,9 +430,9 @@ def quantised(backbone: MaskedDiffusionModel, quantization: Mapping[str, Any]) -
             made: Any = type(backbone).from_pretrained(
                 None, state_dict=backbone.state_dict(), quantization_config=settings, **given
             )
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001  # of any type
+    except Exception as error:  # of any type
+        if out_of_memory(error):
+            raise
         raise _unusable(quantization, error) from None
     return made
 
@@ -448,7 +448,7 @@ def _load_weights(family: type[MaskedDiffusionModel], folder: Path, options: Map
     except ImportError as error:
         raise (_missing_library(folder, error) if given is None else _needs_library(given, error)) from None
     except Exception as error:  # unpickling a truncated file may raise anything
-        if isinstance(error, torch.OutOfMemoryError):
+        if out_of_memory(error):
             raise
         if given is not None:
             raise _unusable(given, error) from None
