@@ -359,6 +359,10 @@ FILES: dict[str, tuple[Edit, str]] = {
         )
     },
     "tokenizer: deep": (_text("tokenizer.json", '{"a":' + DEEP), "tokenizer"),
+    "tokenizer config: endless": (
+        lambda folder: [_tokenizer(folder), os.truncate(folder / "tokenizer_config.json", 2 * 10**9)],
+        "too long for a tokenizer",
+    ),
     "tokenizer config: deep": (
         lambda folder: [_tokenizer(folder), _text("tokenizer_config.json", '{"a":' + DEEP)(folder)],
         "tokenizer_config.json",
@@ -585,6 +589,11 @@ class TestGuides:
         "positions": (
             _guide(model_type="gpt2", n_positions=10**7, n_head=4, n_embd=32, n_layer=1),
             "are plausible",
+        ),
+        "blocks": (_guide(model_type="xlstm", num_blocks=300000, num_heads=4), "num_blocks=300000"),
+        "repetitions in a list": (
+            _guide(model_type="gpt_neo", attention_types=[[["global"], 4 * 10**9]], num_layers=4, num_heads=4),
+            "4000000000 in attention_types",
         ),
         "sizes of a part": (_guide(model_type="llama4"), "weights, and at most"),
         "width by another name": (_guide(model_type="opt", ffn_dim=10**9, num_hidden_layers=2), "are plausible"),

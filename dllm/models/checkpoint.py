@@ -11,7 +11,7 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from math import isfinite, prod
@@ -180,12 +180,25 @@ def check_causal_folder(folder: Path) -> None:
 
 
 def _check_counts(path: Path, content: Mapping[str, Any]) -> None:
-    """Reject implausible numbers of layers and experts, each of which is a module, under any name."""
+    """Reject implausible numbers of layers and experts, each of which is a module, under any name; and in lists."""
     for name, value in content.items():
         if isinstance(value, Mapping):
             _check_counts(path, value)
-        elif re.search("layer|expert", name) and is_whole(value) and value > _MODULES:
+        elif isinstance(value, list):
+            _check_listed(path, name, value)
+        elif re.search("layer|expert|blocks", name) and is_whole(value) and value > _MODULES:
             raise ValueError(f"{path}: {name}={value} is not plausible; {_AGAIN}")
+
+
+def _check_listed(path: Path, name: str, values: Sequence[Any]) -> None:
+    """Reject implausible numbers, which may say how often something is repeated."""
+    for value in values:
+        if isinstance(value, Mapping):
+            _check_counts(path, value)
+        elif isinstance(value, list):
+            _check_listed(path, name, value)
+        elif is_whole(value) and value > _LARGEST:
+            raise ValueError(f"{path}: {value} in {name} is not plausible; {_AGAIN}")
 
 
 def read_headers(folder: Path) -> dict[str, Stored]:

@@ -24,6 +24,8 @@ from dllm.files import parse_json
 _BPE_FILES = ("vocab.json", "merges.txt")
 _OTHER_FILES = ("tokenizer_config.json", "tokenizer.model")
 # Entries of tokenizer_config.json that a loader would read as file names.
+_FILES = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
+_MOST_BYTES = 10**9
 _ELSEWHERE = ("fast_tokenizer_files", "gguf_file", "init_inputs", "tokenizer_object", "vocab", "merges")
 
 
@@ -107,9 +109,10 @@ def check_tokenizer_config(folder: Path) -> None:
     Raises:
         ValueError: an unsupported entry.
     """
-    path = folder / "tokenizer_config.json"
     try:
-        config = _read(path)
+        for file in (*_FILES, *_BPE_FILES):
+            _check_size(folder / file)
+        config = _read(folder / "tokenizer_config.json")
         for key in _ELSEWHERE:
             if key in config and config[key] not in (None, []):
                 raise ValueError(f"{key}={config[key]!r} is not supported; remove it")
@@ -154,3 +157,8 @@ def _declared_ids(folder: Path) -> dict[str, int]:
 
 def _read(path: Path) -> dict[str, Any]:
     return parse_json(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _check_size(path: Path) -> None:
+    if path.is_file() and (size := path.stat().st_size) > _MOST_BYTES:
+        raise ValueError(f"{path.name} is of {size} bytes, too long for a tokenizer")
