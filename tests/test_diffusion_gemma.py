@@ -276,6 +276,14 @@ def test_a_block_may_have_another_length() -> None:
     assert dllm.generate(lm, PROMPTS, FAST, **OPTIONS).nfe.tolist() == [12] * 3
 
 
+def test_an_engine_of_before_a_resize_is_refused() -> None:
+    lm = random_diffusion_gemma()
+    engine = dllm.Engine(lm, FAST, batch_size=1, max_length=32)
+    lm.backbone.resize_token_embeddings(70, mean_resizing=False)
+    with pytest.raises(ValueError, match="make a new engine"):
+        engine.add([3, 4, 5], gen_length=8)
+
+
 @pytest.mark.parametrize("sampler", [FAST, "threshold", "remdm"])
 @pytest.mark.parametrize("block_length", [None, 20])
 def test_a_canvas_may_be_shorter_than_a_block(sampler: Any, block_length: int | None) -> None:

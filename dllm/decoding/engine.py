@@ -218,7 +218,9 @@ class Engine:
             return self._count - 1
 
     def check(self, request: Request) -> None:
-        """Reject (ValueError) what the sampler cannot decode."""
+        """Reject (ValueError) what the sampler cannot decode, and a model whose vocabulary was resized."""
+        if self.lm.backbone.mask_token_id != self._canvas.mask_token_id:
+            raise ValueError("the [MASK] of the model has another id than when this engine was made; make a new engine")
         if request.open_ended and self.sampler.opening(request) is None:
             raise ValueError("gen_length=auto needs a sampler that finds the length (daedal); use it, or give a number")
         if request.constraint is not None and (at_once := sorted(compatibility.AT_ONCE & self.sampler.needs)):
