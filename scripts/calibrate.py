@@ -330,11 +330,11 @@ def _shown(results: Mapping[str, Any]) -> str:
 
 def _verdict(test: Test) -> str:
     verdict = "certified" if test.certified else "not certified"
-    return f"lost {test.mean:.2%}, at most {test.bound:.2%}  p = {test.p_value:.2g}  {verdict}"
+    return f"lost {test.mean:.2%} of the problems, at most {test.bound:.2%}  p = {test.p_value:.2g}  {verdict}"
 
 
 def _summary(card: Calibration, file: Path) -> str:
-    what = f"of {card.knob} loses at most {card.loss:g} of the answers with probability {1 - card.delta:g}"
+    what = f"of {card.knob} loses at most {card.loss:g} of the problems with probability {1 - card.delta:g}"
     where = terminal(str(file), one_line=True)
     if card.value is None:
         return f"no value {what}; use safer values, more problems or a larger loss; {where} says what was tried"
@@ -363,6 +363,6 @@ def _plot(card: Calibration) -> bytes | None:
     for test in card.tests:
         axes.annotate(repr(test["value"]), (test["nfe"], test["bound"]), fontsize=8, ha="left", va="bottom")
     title = f"{card.model}, {card.knob} of {card.sampler[TARGET].rpartition('.')[2]}, n = {card.n}"
-    axes.set(xlabel="NFE per sample", ylabel="answers lost against one token per step", title=title)
+    axes.set(xlabel="NFE per sample", ylabel="share of problems lost against one token per step", title=title)
     axes.legend()
     return own.svg(figure)

@@ -48,7 +48,10 @@ def test_the_fastest_certified_value_is_chosen(made: tuple[Path, Outcome], card:
     assert found.bound is not None
     assert found.bound <= 0.2
     assert found.weights == dllm.load("tiny-llada", device="cpu").backbone.fingerprint()
-    assert "threshold=0.99 is the fastest that loses at most 0.2 of the answers with probability 0.95" in outcome.out
+    assert "threshold=0.99 is the fastest that loses at most 0.2 of the problems with probability 0.95" in outcome.out
+    lost = next(test["mean_loss"] for test in found.tests if test["value"] == 0.99)
+    assert f"lost {lost:.2%} of the problems, at most {found.bound:.2%}" in outcome.out
+    assert "share of problems lost against one token per step" in (made[0] / "calibration.svg").read_text()
     assert "not certified" in outcome.out
     assert (made[0] / "calibration.svg").read_text().startswith("<?xml")
 
@@ -167,7 +170,7 @@ def test_a_card_without_a_certified_value_says_so(card: Path, tmp_path: Path) ->
     content: dict[str, Any] = json.loads(card.read_text())
     none = tmp_path / "none.json"
     none.write_text(json.dumps(content | {"value": None}))
-    with pytest.raises(ValueError, match=r"certifies no threshold: none lost at most 0\.2 with probability 0\.95"):
+    with pytest.raises(ValueError, match=r"certifies no threshold: none loses at most 0\.2 of the problems with"):
         Calibrated(none)
 
 

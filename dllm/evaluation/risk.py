@@ -63,7 +63,9 @@ def fixed_sequence(
 def losses_of(base: Float[np.ndarray, " n"], other: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """What a setting loses on each problem: the score of one token per step less its own, and 0 where it gains.
 
-    The mean is at least the loss of accuracy, since gains do not make up for losses.
+    The mean is over all problems, also those that one token per step has wrong; of answers that are right or wrong it
+    is the share of problems that only one token per step has right. It is at least the loss of accuracy, since gains do
+    not make up for losses.
     """
     return np.maximum(base - other, 0.0)
 

@@ -176,8 +176,8 @@ def _cards(settings: Mapping[str, Setting], folder: Path, place: str) -> Iterato
     yield "### What is certified"
     if caches:
         yield (
-            "With probability 1 - delta over the problems, the value loses at most `loss` of the answers that one "
-            "token per step has right. The guarantee is for the cache of the card alone "
+            "With probability 1 - delta over the draw of the problems, one token per step is right and the value is "
+            "not on at most a share `loss` of all problems. The guarantee is for the cache of the card alone "
             f"({', '.join(f'`{name}`' for name in sorted(caches))}), and for its kind of problems; with other caches "
             "the table has the same value, without a guarantee."
         )
