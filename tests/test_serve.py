@@ -521,6 +521,16 @@ def test_the_error_of_the_cache_is_told(lm: dllm.LanguageModel) -> None:
         assert server.metrics()["dllm_cache_error"] > 0
 
 
+def test_the_first_step_is_no_waiting(server: Running) -> None:
+    before = len(server.log.lines)
+    asked = {"prompt": f"{QUESTION}<|mdm_mask|>", "dllm": {"infill": True}}
+    told = server.post("completions", asked).json()["dllm"]
+    assert told["nfe"] == [1]
+    assert 0 <= told["queued_seconds"] < told["seconds"]
+    line = next(line for line in server.log.lines[before:] if "queued_seconds" in line)
+    assert line["queued_seconds"] == told["queued_seconds"]
+
+
 def test_the_log_has_no_text_unless_it_is_asked_for(lm: dllm.LanguageModel) -> None:
     for wanted in (False, True):
         with serving(lm, log_prompts=wanted) as server:
