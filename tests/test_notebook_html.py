@@ -144,6 +144,7 @@ class TestGeneration:
             commit_step=torch.arange(length).expand(rows, length),
             stats=dllm.generate(LM, PROMPTS[:1], "threshold", **SHORT).stats,
             attention_mask=torch.ones((rows, 2 * length), dtype=torch.long),
+            lengths=torch.full((rows,), length),
             vocabulary=Vocabulary(None, -5, (-6,)),
         )
         shown = many._repr_html_()

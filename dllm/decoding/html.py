@@ -128,17 +128,16 @@ def counted(count: int, what: str) -> str:
 
 
 def _answer(result: Generation, row: int) -> str:
-    vocabulary, generated = result.vocabulary, result.completions.shape[1]
-    tokens, steps = result.completions[row].numpy(), result.commit_step[row].numpy()
+    vocabulary, generated = result.vocabulary, int(result.lengths[row])
+    tokens, steps = (each[row, :generated].numpy() for each in (result.completions, result.commit_step))
     real, nfe = result.attention_mask[row].numpy().astype(bool), int(result.nfe[row])
     error = result.errors[row] if result.errors else None
-    start = _padding(vocabulary, tokens, steps < 0)
-    tokens, steps, kept = tokens[start:], steps[start:], real[len(real) - generated + start :]
+    kept = real[len(real) - generated :]
     count = int((kept & (steps >= 0)).sum())
     # A failed row keeps the masks among its tokens.
     last = np.flatnonzero(kept if error is None else steps >= 0)
     tokens, steps = (each[: last[-1] + 1 if len(last) else 0] for each in (tokens, steps))
-    before = result.sequences[row].numpy()[: len(real) - generated + start]
+    before = result.sequences[row].numpy()[: len(real) - generated]
     prompt = before[real[: len(before)]]
     cells = [(_word(vocabulary, token), SOFT, "") for token in prompt[-MOST_PROMPT:].tolist()]
     cells = [(f"… {len(prompt) - MOST_PROMPT:,} tokens …", SOFT, "")] * (len(prompt) > MOST_PROMPT) + cells
