@@ -15,7 +15,7 @@ from dllm.resolve import TARGET, names, options_of
 
 CARDS = "calibration"  # folder of the cards, beside the runs
 _CELL = (
-    "A cell: right answers in percent [95% Wilson interval], and below them forwards per answer (NFE) · generated "
+    "A cell: right answers in percent [95% Wilson interval], and below them forwards per problem (NFE) · generated "
     "tokens per forward (TPF). *(1)*: refused, for the reason of that number. *absent*: not run."
 )
 _AUP = (
