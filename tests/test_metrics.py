@@ -21,13 +21,22 @@ class TestQuality:
         found = quality([1.0, 1.0, 0.0, 1.0])
         assert found == {"value": 0.75, "interval": list(wilson(3, 4)), "n": 4}
 
+    @pytest.mark.parametrize("values", [[1.0] * 19 + [0.5], [0.5] * 20, [0.5, 1.0], [0.99, 1.0], [0.1], [0.1] * 3])
+    def test_scores_from_0_to_1_have_an_interval_within_that_is_never_empty(self, values: list[float]) -> None:
+        found = quality(values)
+        low, high = found["interval"]
+        assert 0 <= low < found["value"] < high <= 1
+        assert (low, high) == wilson(sum(values), len(values))
+        for end in (low, high):  # where the mean is 1.96 standard deviations away, of right and wrong answers
+            assert abs(found["value"] - end) == pytest.approx(1.959964 * (end * (1 - end) / len(values)) ** 0.5)
+
     def test_other_scores_have_an_interval_of_standard_errors(self) -> None:
-        found = quality([0.0, 0.5, 1.0])
-        assert found["value"] == 0.5
-        assert found["interval"] == pytest.approx([0.5 - 1.959964 * 0.5 / 3**0.5, 0.5 + 1.959964 * 0.5 / 3**0.5])
+        found = quality([0.0, 5.0, 10.0])
+        assert found["value"] == 5
+        assert found["interval"] == pytest.approx([5 - 1.959964 * 5 / 3**0.5, 5 + 1.959964 * 5 / 3**0.5])
 
     def test_a_single_such_score_has_none(self) -> None:
-        assert quality([0.3])["interval"] is None
+        assert quality([3.0])["interval"] is None
 
 
 class TestCost:

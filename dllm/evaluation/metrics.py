@@ -18,13 +18,13 @@ def quality(values: Sequence[float]) -> dict[str, Any]:
     """A score's mean with a 95% interval.
 
     Args:
-        values: one per sample. If all are 0 or 1 the interval is Wilson's, otherwise the mean +- 1.96 standard
+        values: one per sample. If all are from 0 to 1 the interval is Wilson's, otherwise the mean +- 1.96 standard
             errors, or None for a single sample.
     """
     mean = float(np.mean(values))
     interval = None  # for a single sample
-    if set(values) <= {0, 1}:
-        interval = [*wilson(int(sum(values)), len(values))]
+    if 0 <= min(values) <= max(values) <= 1:
+        interval = [*wilson(math.fsum(values), len(values))]
     elif len(values) > 1:
         error = 1.959964 * float(np.std(values, ddof=1)) / math.sqrt(len(values))
         interval = [mean - error, mean + error]
@@ -98,8 +98,18 @@ def speedup(records: Sequence[Record], baselines: Mapping[str, Sequence[Mapping[
     return found
 
 
-def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """95% Wilson score interval of a share (Wilson 1927)."""
+def wilson(right: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95% Wilson score interval of a share, within [0, 1] (Wilson, J. Am. Stat. Assoc. 22, 1927).
+
+    It is the set of means m with |right / n - m| <= z sqrt(m (1 - m) / n). For the mean of other values from 0 to 1 it
+    is conservative: no distribution on [0, 1] with mean m has a variance above m (1 - m) (Bhatia and Davis, Am. Math.
+    Monthly 107, 2000). It needs no estimate of the variance, which few or equal values do not give.
+
+    Args:
+        right: number of right answers, or the sum of scores from 0 to 1.
+        n: number of answers.
+        z: quantile of the normal distribution.
+    """
     share = right / n
     centre = share + z * z / (2 * n)
     spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
