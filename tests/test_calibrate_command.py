@@ -64,6 +64,22 @@ def test_finished_runs_are_not_repeated(made: tuple[Path, Outcome], card: Path) 
     assert len(before) == 4
 
 
+@pytest.mark.parametrize("values", ["[0.5]", "[0.9999]", "[0.99,0.9999,0.0]", "[0.9999,0.99]", "[0.9999,0.99,0.5,0.0]"])
+def test_testing_ends_with_the_first_failure_for_good(
+    values: str, made: tuple[Path, Outcome], card: Path, tmp_path: Path
+) -> None:
+    kept = card.read_bytes()
+    again = run(made[0], f"values={values}")
+    assert (again.code, again.err.count("\n")) == (2, 1)
+    assert f"values={json.loads(values)} void the guarantee: {card} has [0.9999, 0.99, 0.0]" in again.err
+    assert "(such as task.seed=N), and another out" in again.err
+    assert card.read_bytes() == kept
+
+
+def test_values_after_the_one_that_ended_testing_change_nothing(made: tuple[Path, Outcome]) -> None:
+    assert run(made[0], "values=[0.9999,0.99,0.0,0.5]").out == made[1].out
+
+
 def test_samples_that_were_changed_certify_nothing(made: tuple[Path, Outcome], card: Path) -> None:
     for file in made[0].rglob("samples.parquet"):
         content, before = file.read_bytes(), card.read_bytes()

@@ -1,9 +1,9 @@
 """Choosing a setting with a guarantee: Learn-then-Test (arXiv 2110.01052), as CALM does for early exits (2207.07061).
 
-Every setting has a risk, the mean over problems of what it loses against one token per step. Hypothesis i says that
-the risk of setting i exceeds the limit. Settings are tested from safe to fast, each at level delta, up to the first one
-that is not rejected (fixed-sequence testing). The probability that any rejected hypothesis is true is then at most
-delta, so that every certified setting may be used, whatever their order was worth.
+Every setting has a risk, the mean over problems of what it loses against one token per step. Hypothesis i says that the
+risk of setting i exceeds the limit. Settings are tested from safe to fast, each at level delta, up to the first one
+that is not rejected (fixed-sequence testing); further ones would need other problems. The probability that any rejected
+hypothesis is true is then at most delta, so that every certified setting may be used, whatever their order was worth.
 """
 
 from __future__ import annotations
