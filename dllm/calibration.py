@@ -42,7 +42,8 @@ class Calibration:
         task: name of the task.
         data: what identifies its problems.
         n: problems.
-        loss: limit of the risk: the mean loss against one token per step, where gains do not count.
+        loss: limit of the risk: the mean loss against one token per step over all problems, where gains do not count;
+            of answers that are right or wrong, the share of problems that only one token per step has right.
         delta: probability of a false certificate.
         bound: upper confidence bound on the risk of the chosen value; None without one.
         baseline: accuracy and NFE of one token per step.

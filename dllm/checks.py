@@ -21,7 +21,7 @@ SEEDS = 2**62  # base seeds are below, since row i uses seed + i
 
 
 class Notice(UserWarning):
-    """A warning about options, which commands print in one line."""
+    """A warning to the user, which commands print in one line."""
 
 
 def number(

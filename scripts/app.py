@@ -321,7 +321,7 @@ def _rewrite_one(argument: str, groups: Mapping[str, Any], multirun: bool) -> li
     if name in groups and name not in flags.OTHERS and len(value) > _LONGEST_NAME and not multirun:
         raise ValueError(f"unknown {name}={value!r}; expected one of {', '.join(names(name))}")
     if name in groups and name in flags.OTHERS:
-        paths, known = _pieces(value) if multirun else [value], names(name)
+        paths, known = _pieces(value) if multirun else _as_typed(value, multirun), names(name)
         if not set(paths) <= set(known):
             choice, option = flags.OTHERS[name]
             if name == "task" and (both := sorted(set(paths) & set(known))):
@@ -345,8 +345,7 @@ def _rewrite_one(argument: str, groups: Mapping[str, Any], multirun: bool) -> li
         # Hydra's grammar does not allow an unquoted ~.
         paths = _pieces(value) if multirun else [value]
         return [f"{key}={','.join(map(_quote, paths))}"] if value.startswith("~") else [argument]
-    quoted = _QUOTED.fullmatch(value) if multirun else None
-    paths = [os.path.expanduser(path) for path in (_pieces(value) if quoted else [value])]  # noqa: PTH111  # as text
+    paths = [os.path.expanduser(path) for path in _as_typed(value, multirun)]  # noqa: PTH111  # as text
     return [f"{key}={','.join(map(_quote, paths))}"]
 
 
@@ -359,6 +358,12 @@ def _refuse_resolvers(name: str, value: str) -> None:
 def _pieces(value: str) -> list[str]:
     """The parts of a sweep: split at commas, except within a quoted part."""
     return [piece[0] or piece[1] or piece[2] for piece in _PIECE.findall(f"{value},")]
+
+
+def _as_typed(value: str, multirun: bool) -> list[str]:
+    """The value of an option that is text for Hydra, without quotes around the whole; in a sweep, all its parts."""
+    parts = _pieces(value)
+    return parts if _QUOTED.fullmatch(value) and (multirun or len(parts) == 1) else [value]
 
 
 def option_of(group: str) -> str:

@@ -47,6 +47,7 @@ _UNUSED = {
     "frames": 0,
     "estimate": {"method": "monte_carlo", "samples": 128, "order": "random", "batch_size": 32},
 }
+_OTHERS = "use problems that were not tested yet (such as task.seed=N), and another out"
 
 
 def main() -> None:
@@ -75,7 +76,7 @@ def certify(cfg: DictConfig, chosen: Mapping[str, Any]) -> None:
     called = f"out={fields['out']!r}"
     policy = build("sampler", fields["sampler"], Sampler)
     with claimed(card_file, called, "another out"), evaluate.limited_threads(fields["threads"]):
-        files, before = files_of(policy), _check_card(fields, knob, called, card_file, policy)
+        files, before = files_of(policy), _check_card(fields, knob, values, called, card_file, policy)
         runs = _Runs(cfg, fields, chosen)
         base = runs.scores({**options_of("sampler", "vanilla"), CALIBRATION: None}, "vanilla")
         if before is not None:
@@ -279,8 +280,12 @@ def refuse_others(called: str, file: Path, pairs: Mapping[str, tuple[Any, Any]],
             raise ValueError(f"{problem}: give another {called.partition('=')[0]}, or remove {file}")
 
 
-def _check_card(fields: Mapping[str, Any], knob: str, called: str, file: Path, policy: Sampler) -> Calibration | None:
+def _check_card(
+    fields: Mapping[str, Any], knob: str, values: Sequence[float], called: str, file: Path, policy: Sampler
+) -> Calibration | None:
     """Reject a card of another setting in the same place; others rely on it.
+
+    Reject also other values once one was not certified: testing has ended there, for all values on these problems.
 
     Returns:
         The card that is there, whose model is not compared yet.
@@ -299,6 +304,12 @@ def _check_card(fields: Mapping[str, Any], knob: str, called: str, file: Path, p
     data = evaluate.normal(fields)["task"]
     pairs |= {f"task.{name}": (made, data[name]) for name, made in card.data.items() if name in data}
     refuse_others(called, file, pairs | card.compared(policy))
+    tested = [test["value"] for test in card.tests]
+    if not all(test["certified"] for test in card.tests) and list(values[: len(tested)]) != tested:
+        raise ValueError(
+            f"values={list(values)!r} void the guarantee: {file} has {tested!r}, of which the last was not certified, "
+            f"and testing ends there for these problems; {_OTHERS}"
+        )
     return card
 
 
@@ -330,14 +341,17 @@ def _shown(results: Mapping[str, Any]) -> str:
 
 def _verdict(test: Test) -> str:
     verdict = "certified" if test.certified else "not certified"
-    return f"lost {test.mean:.2%}, at most {test.bound:.2%}  p = {test.p_value:.2g}  {verdict}"
+    return f"lost {test.mean:.2%} of the problems, at most {test.bound:.2%}  p = {test.p_value:.2g}  {verdict}"
 
 
 def _summary(card: Calibration, file: Path) -> str:
-    what = f"of {card.knob} loses at most {card.loss:g} of the answers with probability {1 - card.delta:g}"
+    what = f"of {card.knob} loses at most {card.loss:g} of the problems with probability {1 - card.delta:g}"
     where = terminal(str(file), one_line=True)
     if card.value is None:
-        return f"no value {what}; use safer values, more problems or a larger loss; {where} says what was tried"
+        return (
+            f"no value {what}; {where} says what was tried. Testing ends here for these problems; for safer values, "
+            f"more problems or a larger loss, {_OTHERS}"
+        )
     best = next(test for test in card.tests if test["value"] == card.value)
     faster = card.baseline["nfe"] / best["nfe"]
     return (
@@ -363,6 +377,6 @@ def _plot(card: Calibration) -> bytes | None:
     for test in card.tests:
         axes.annotate(repr(test["value"]), (test["nfe"], test["bound"]), fontsize=8, ha="left", va="bottom")
     title = f"{card.model}, {card.knob} of {card.sampler[TARGET].rpartition('.')[2]}, n = {card.n}"
-    axes.set(xlabel="NFE per sample", ylabel="answers lost against one token per step", title=title)
+    axes.set(xlabel="NFE per sample", ylabel="share of problems lost against one token per step", title=title)
     axes.legend()
     return own.svg(figure)

@@ -173,7 +173,10 @@ RELIABILITY = _text("plot of dllm train-filter", r"<\?xml.*Matplotlib v.*[> ]sha
 
 
 CALIBRATION = _text("card of dllm calibrate", r'\{\s*"format": "dllm-calibration"')
-CERTIFICATE = _text("plot of dllm calibrate", r"<\?xml.*Matplotlib v.*[> ]answers lost against one token per step[< ]")
+CERTIFICATE = _text(
+    "plot of dllm calibrate",
+    r"<\?xml.*Matplotlib v.*[> ](?:answers|share of problems) lost against one token per step[< ]",
+)
 
 
 def _has_turns(path: Path) -> bool:

@@ -32,6 +32,7 @@ def test_an_evaluation_finds_the_lengths_and_its_baselines_have_that_of_the_task
     expected = dllm.generate(dllm.load(model), asked, "tiny/daedal", gen_length="auto", batch_size=20)
     assert results["metrics"]["nfe"] == expected.nfe.float().mean().item()
     assert results["metrics"]["speedup"]["naive"]["nfe"] == 64
+    assert results["metrics"]["computed_share"] == expected.stats.computed_share == 1
 
 
 @MODELS

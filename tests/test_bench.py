@@ -21,7 +21,7 @@ from dllm.decoding.denoiser import Denoiser
 from dllm.decoding.graphs import Forward
 from dllm.decoding.prediction import Prediction
 from dllm.models.experts import GatedMLP
-from dllm.samplers import Learn2PD, LocalLeap, Threshold, Vanilla
+from dllm.samplers import Learn2PD, LocalLeap, ReMDM, Saber, Threshold, Vanilla, Wino
 from dllm.scripts.bench import _costs_table
 from models import random_dream, random_llada, random_llada_moe, random_sdar
 from toys import Device
@@ -209,6 +209,16 @@ def test_a_canvas_beyond_the_context_is_refused() -> None:
 def test_settings_end_where_the_canvas_is_full() -> None:
     costs = Bench(random_llada(), 20, 8, 1, 4).run({"dual": (Vanilla(tokens_per_step=2), Dual())}, 50)
     assert costs["dual"].steps == 4
+
+
+@pytest.mark.parametrize("sampler", [Vanilla(), ReMDM(), Saber(), Wino()])
+def test_a_token_that_is_written_again_counts_once(sampler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = count()
+    monkeypatch.setattr("dllm.bench.timing.now", lambda device: next(clock))  # a step takes a second, a decode too
+    bench = Bench(random_llada(), 24, 16, 2, 8)
+    cost = bench.run({"it": (sampler, NoCache())}, None)["it"]
+    assert cost.tokens_per_second * cost.steps == pytest.approx(2 * 16)
+    assert bench._whole(*bench._engine(sampler, NoCache())) == 2 * 16
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,10 @@ def test_the_fastest_certified_value_is_chosen(made: tuple[Path, Outcome], card:
     assert found.bound is not None
     assert found.bound <= 0.2
     assert found.weights == dllm.load("tiny-llada", device="cpu").backbone.fingerprint()
-    assert "threshold=0.99 is the fastest that loses at most 0.2 of the answers with probability 0.95" in outcome.out
+    assert "threshold=0.99 is the fastest that loses at most 0.2 of the problems with probability 0.95" in outcome.out
+    lost = next(test["mean_loss"] for test in found.tests if test["value"] == 0.99)
+    assert f"lost {lost:.2%} of the problems, at most {found.bound:.2%}" in outcome.out
+    assert "share of problems lost against one token per step" in (made[0] / "calibration.svg").read_text()
     assert "not certified" in outcome.out
     assert (made[0] / "calibration.svg").read_text().startswith("<?xml")
 
@@ -59,6 +62,22 @@ def test_finished_runs_are_not_repeated(made: tuple[Path, Outcome], card: Path) 
     assert (again.code, again.out) == (0, made[1].out)
     assert {path: path.stat().st_mtime_ns for path in made[0].rglob("*.parquet")} == before
     assert len(before) == 4
+
+
+@pytest.mark.parametrize("values", ["[0.5]", "[0.9999]", "[0.99,0.9999,0.0]", "[0.9999,0.99]", "[0.9999,0.99,0.5,0.0]"])
+def test_testing_ends_with_the_first_failure_for_good(
+    values: str, made: tuple[Path, Outcome], card: Path, tmp_path: Path
+) -> None:
+    kept = card.read_bytes()
+    again = run(made[0], f"values={values}")
+    assert (again.code, again.err.count("\n")) == (2, 1)
+    assert f"values={json.loads(values)} void the guarantee: {card} has [0.9999, 0.99, 0.0]" in again.err
+    assert "(such as task.seed=N), and another out" in again.err
+    assert card.read_bytes() == kept
+
+
+def test_values_after_the_one_that_ended_testing_change_nothing(made: tuple[Path, Outcome]) -> None:
+    assert run(made[0], "values=[0.9999,0.99,0.0,0.5]").out == made[1].out
 
 
 def test_samples_that_were_changed_certify_nothing(made: tuple[Path, Outcome], card: Path) -> None:
@@ -167,7 +186,7 @@ def test_a_card_without_a_certified_value_says_so(card: Path, tmp_path: Path) ->
     content: dict[str, Any] = json.loads(card.read_text())
     none = tmp_path / "none.json"
     none.write_text(json.dumps(content | {"value": None}))
-    with pytest.raises(ValueError, match=r"certifies no threshold: none lost at most 0\.2 with probability 0\.95"):
+    with pytest.raises(ValueError, match=r"certifies no threshold: none loses at most 0\.2 of the problems with"):
         Calibrated(none)
 
 

@@ -17,6 +17,7 @@ from pyarrow import parquet
 
 import dllm
 from commands import command, start
+from dllm.checks import Notice
 from dllm.evaluation.journal import Journal
 from dllm.evaluation.likelihood import Estimate, is_greedy, loglikelihood
 from dllm.evaluation.runner import Runner, Setting
@@ -210,6 +211,20 @@ class TestGenerateUntil:
         with pytest.warns(UserWarning, match="truncated on the left"):
             texts = lm.generate_until([asking(self.QUESTIONS[0] * 3, until=[], max_gen_toks=16)])
         assert len(texts) == lm.truncated == 1
+
+    def test_documents_that_do_not_fit_are_counted_once(self) -> None:
+        lm = model(lm=random_llada(tokenizer=True, seed=1, max_length=40), estimate=Estimate(samples=1))
+        long, short = self.QUESTIONS[0] * 3, "Tom"
+        choices = [
+            Instance("loglikelihood", {}, (question, answer), idx, metadata=("toy", doc, 1))
+            for doc, question in enumerate((short, long))
+            for idx, answer in enumerate((" yes", " no", " maybe"))
+        ]
+        with pytest.warns(Notice, match="truncated on the left"):
+            lm.loglikelihood(choices)
+        assert lm.truncated == 1
+        lm.generate_until([asking(long, until=[], max_gen_toks=4) for _ in range(3)])  # three answers to one prompt
+        assert lm.truncated == 2
 
 
 class TestLikelihood:

@@ -115,6 +115,12 @@ class TestOpenLoop:
         assert row.whole_p50 is not None
         assert row.whole_p50 > 1.5  # waiting counts
 
+    def test_answers_without_text_count_in_both_times(self) -> None:
+        row = summarise([record(0.0, 1.0, 3.0), record(0.0, None, 0.5), record(0.0, None, 0.6)], 1.0, None, None)
+        assert (row.first_p50, row.whole_p50) == (0.6, 0.6)
+        assert row.first_p99 is not None and row.whole_p99 is not None
+        assert row.first_p99 < row.whole_p99
+
     def test_time_to_the_first_text_is_not_that_to_the_last(self) -> None:
         with serving(seconds=0.4) as server:
             row = Load(target(server), Plan(requests=4)).put(rate=50.0)

@@ -21,13 +21,22 @@ class TestQuality:
         found = quality([1.0, 1.0, 0.0, 1.0])
         assert found == {"value": 0.75, "interval": list(wilson(3, 4)), "n": 4}
 
+    @pytest.mark.parametrize("values", [[1.0] * 19 + [0.5], [0.5] * 20, [0.5, 1.0], [0.99, 1.0], [0.1], [0.1] * 3])
+    def test_scores_from_0_to_1_have_an_interval_within_that_is_never_empty(self, values: list[float]) -> None:
+        found = quality(values)
+        low, high = found["interval"]
+        assert 0 <= low < found["value"] < high <= 1
+        assert (low, high) == wilson(sum(values), len(values))
+        for end in (low, high):  # where the mean is 1.96 standard deviations away, of right and wrong answers
+            assert abs(found["value"] - end) == pytest.approx(1.959964 * (end * (1 - end) / len(values)) ** 0.5)
+
     def test_other_scores_have_an_interval_of_standard_errors(self) -> None:
-        found = quality([0.0, 0.5, 1.0])
-        assert found["value"] == 0.5
-        assert found["interval"] == pytest.approx([0.5 - 1.959964 * 0.5 / 3**0.5, 0.5 + 1.959964 * 0.5 / 3**0.5])
+        found = quality([0.0, 5.0, 10.0])
+        assert found["value"] == 5
+        assert found["interval"] == pytest.approx([5 - 1.959964 * 5 / 3**0.5, 5 + 1.959964 * 5 / 3**0.5])
 
     def test_a_single_such_score_has_none(self) -> None:
-        assert quality([0.3])["interval"] is None
+        assert quality([3.0])["interval"] is None
 
 
 class TestCost:
@@ -44,6 +53,14 @@ class TestCost:
         assert found["positions"] == 180
         assert found["computed_share"] == 360 / (20 * 20)
         assert (found["refreshes"], found["peak_memory"], found["drift"]) == (1.0, 100, None)
+
+    def test_several_answers_to_a_sample_are_one_cost(self) -> None:
+        answers = [replace(each, id=f"{each.id}#0{suffix}") for each in (ONE, TWO) for suffix in ("", ".1", ".2")]
+        one, three = cost([ONE, TWO]), cost(answers)
+        for name in ("nfe", "nfe_error", "tokens", "tokens_per_sample", "guide_nfe", "positions", "refreshes"):
+            assert three[name] == pytest.approx(3 * one[name])
+        for name in ("tpf", "tokens_per_second", "computed_share", "latency_p50"):
+            assert three[name] == one[name]
 
     def test_one_sample_has_no_standard_error(self) -> None:
         assert cost([ONE])["nfe_error"] is None
@@ -72,6 +89,14 @@ class TestSpeedup:
         assert found["samples"] == 1
         assert found["naive"] == {"tokens_per_second": 5.0, "nfe": 20.0, "time": 4.0, "forwards": 4.0}
         assert found["eos_aware"]["forwards"] == 2.0
+
+    def test_baselines_of_some_answers_tell_of_whole_samples(self) -> None:
+        answers = [replace(ONE, id=f"{name}#0{suffix}") for name in "ab" for suffix in ("", ".1")]
+        baseline = {"ids": ["a#0", "a#0.1", "b#0"], "tokens": 30, "seconds": 6.0, "nfe": 60}
+        found = speedup(answers, {"naive": [baseline], "eos_aware": [baseline]})
+        assert found is not None
+        assert found["samples"] == 2
+        assert found["naive"] == {"tokens_per_second": 5.0, "nfe": 40.0, "time": 4.0, "forwards": 4.0}
 
     def test_a_shorter_answer_is_not_faster_for_being_short(self) -> None:
         short = replace(ONE, tokens=5, nfe=5, seconds=0.5)

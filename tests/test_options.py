@@ -189,6 +189,15 @@ class TestSweeps:
         assert (flag, choice.partition("=")[0], override.key_or_group) == ("-m", group, option)
         assert found == paths or [str(each) for each in found] == paths
 
+    @pytest.mark.parametrize("flags", [[], ["-m"]])
+    @pytest.mark.parametrize("option", ["task.metric", "model.path", "out", "model", "task", "estimate.method"])
+    def test_quotes_around_a_whole_value_are_not_part_of_it(self, option: str, flags: list[str]) -> None:
+        for value in ("'acc,all'", '"acc,all"'):
+            written = rewrite([*flags, f"{option}={value}"], "evaluate")[-1]
+            override = OverridesParser.create().parse_override(written)
+            assert not override.is_sweep_override()
+            assert override.value() == "acc,all"
+
     def test_the_home_folder_may_be_named_in_any_option(self) -> None:
         parse = OverridesParser.create().parse_override
         assert parse(rewrite(["sampler.filter=~/f,1.safetensors"], "generate")[0]).value() == "~/f,1.safetensors"

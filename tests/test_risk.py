@@ -87,6 +87,12 @@ def test_gains_do_not_make_up_for_losses() -> None:
     assert losses_of(base, other).tolist() == [1.0, 0.0, 0.0, 0.25]
 
 
+def test_the_share_is_of_all_problems() -> None:
+    base = (np.arange(1000) < 400).astype(float)  # right on 40%
+    other = np.where(np.arange(1000) < 10, 0.0, base)  # 1% of the problems, 2.5% of the right answers
+    assert losses_of(base, other).mean() == 0.01
+
+
 def test_testing_ends_with_the_first_failure() -> None:
     asked: list[float] = []
 

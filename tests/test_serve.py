@@ -521,6 +521,25 @@ def test_the_error_of_the_cache_is_told(lm: dllm.LanguageModel) -> None:
         assert server.metrics()["dllm_cache_error"] > 0
 
 
+def test_the_first_step_is_no_waiting(server: Running) -> None:
+    before = len(server.log.lines)
+    asked = {"prompt": f"{QUESTION}<|mdm_mask|>", "dllm": {"infill": True}}
+    told = server.post("completions", asked).json()["dllm"]
+    assert told["nfe"] == [1]
+    assert 0 <= told["queued_seconds"] < told["seconds"]
+    line = next(line for line in server.log.lines[before:] if "queued_seconds" in line)
+    assert line["queued_seconds"] == told["queued_seconds"]
+
+
+def test_an_answer_without_text_has_no_first_text(server: Running) -> None:
+    told = server.post("completions", {"prompt": QUESTION, "max_tokens": 8, "stop": "e"}).json()
+    assert told["dllm"]["seconds_to_first_text"] is not None
+    first = told["choices"][0]["text"][0]
+    told = server.post("completions", {"prompt": QUESTION, "max_tokens": 8, "stop": first}).json()
+    assert told["choices"][0]["text"] == ""
+    assert told["dllm"]["seconds_to_first_text"] is None
+
+
 def test_the_log_has_no_text_unless_it_is_asked_for(lm: dllm.LanguageModel) -> None:
     for wanted in (False, True):
         with serving(lm, log_prompts=wanted) as server:

@@ -16,7 +16,7 @@ class Timing:
         bare: of the backbone alone, with the same calls, columns and projected positions, and all columns attended
             to; None if not measured.
         columns: computed, over all rows.
-        committed: tokens, over all rows.
+        gained: decrease of the number of masks, over all rows: a token that is written again counts once.
         refreshed: whether a cache recomputed every position of some row.
         store_bytes: of the cached keys and values.
         launched: whether some forward was launched kernel by kernel, not replayed from a CUDA graph.
@@ -25,7 +25,7 @@ class Timing:
     seconds: float
     bare: float | None
     columns: int
-    committed: int
+    gained: int
     refreshed: bool = False
     store_bytes: int = 0
     launched: bool = True
@@ -39,7 +39,8 @@ class Cost:
         steps: steps per repetition, which is the forwards of a row.
         columns: mean computed columns per step and row.
         step: median seconds.
-        tokens_per_second: committed tokens over the time of all steps; the median of the repetitions.
+        tokens_per_second: tokens that stand at the end of the last step, over the time of all steps; the median of the
+            repetitions.
         to_bare: median of step over bare, for steps with reuse; for all if none has. None without bare.
         spread: interquartile range of `to_bare`.
         refresh_to_bare: median of step over bare, for steps that refresh some row while others are reused; None
@@ -81,7 +82,7 @@ def cost_of(repeats: Sequence[Sequence[Timing]], tokens: Sequence[Sequence[int]]
         columns=sum(each.columns for each in timings) / len(timings) / batch,
         step=median(each.seconds for each in timings),
         tokens_per_second=median(
-            sum(each.committed for each in repeat) / sum(each.seconds for each in repeat) for repeat in repeats
+            sum(each.gained for each in repeat) / sum(each.seconds for each in repeat) for repeat in repeats
         ),
         to_bare=median(ratios) if ratios else None,
         spread=quartiles[2] - quartiles[0] if ratios else None,

@@ -217,9 +217,9 @@ class Bench:
         for request in requests:
             engine.submit(request)
         engine.waits, started = False, now(self.lm.device)
-        committed = sum(int(step.change.committed.sum()) for step in engine.steps())
+        gained = sum(int(step.change.gained.sum()) for step in engine.steps())
         seconds, engine.waits = now(self.lm.device) - started, True
-        return committed / seconds
+        return gained / seconds
 
     @torch.inference_mode()
     def _decoding(
@@ -251,7 +251,7 @@ class Bench:
             launched = any(each.launched for each in calls)
             bare = sum(self._bare(call) for call in shapes)
             kept = getattr(getattr(engine.denoiser.cache, "store", None), "nbytes", 0)
-            yield Timing(seconds, bare, computed, int(found.change.committed.sum()), refreshed, kept, launched)
+            yield Timing(seconds, bare, computed, int(found.change.gained.sum()), refreshed, kept, launched)
 
     @torch.inference_mode()
     def _reference(self, label: str, ends: dict[str, list[list[int]]], commits: int) -> Generator[Timing, None, None]:

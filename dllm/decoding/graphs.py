@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dllm.checks import first_line
+from dllm.checks import Notice, first_line
 from dllm.models import float8
 from dllm.models.base import MaskedDiffusionModel
 from dllm.models.experts import everywhere
@@ -203,6 +203,7 @@ class Replays:
             warnings.warn(
                 f"forwards are launched kernel by kernel, which is slower: one cannot be captured "
                 f"({first_line(error)}); cuda_graphs=false does not try",
+                Notice,
                 stacklevel=2,
             )
             return None

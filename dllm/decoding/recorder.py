@@ -26,8 +26,8 @@ class Recorder:
 
     def __init__(self, canvas: Canvas, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self._canvas, self._tokenizer = canvas, tokenizer
-        self.nfe, self._guide_nfe, self._positions, self._refreshes, self._reused = np.zeros(
-            (5, canvas.slots), dtype=np.int64
+        self.nfe, self._guide_nfe, self._positions, self._full, self._refreshes, self._reused = np.zeros(
+            (6, canvas.slots), dtype=np.int64
         )
         self._commit_step = np.full((canvas.slots, canvas.length), -1, dtype=np.int64)
         self._seconds, self._guide_seconds, self._started = np.zeros((3, canvas.slots))
@@ -35,7 +35,7 @@ class Recorder:
 
     def enter(self, rows: NDArray[np.int64]) -> None:
         """Reset rows."""
-        for counts in (self.nfe, self._guide_nfe, self._positions, self._refreshes, self._reused):
+        for counts in (self.nfe, self._guide_nfe, self._positions, self._full, self._refreshes, self._reused):
             counts[rows] = 0
         self._commit_step[rows] = -1
         self._seconds[rows], self._guide_seconds[rows], self._started[rows] = 0, 0, self._elapsed
@@ -45,6 +45,9 @@ class Recorder:
         rows = change.rows
         self.nfe[rows] += account.forwards
         self._positions[rows] += account.computed
+        canvas = self._canvas
+        later = canvas.full[rows] - canvas.end[rows] + change.grown  # what the canvas could still grow by
+        self._full[rows] += account.forwards * (canvas.length - canvas.padding[rows] - later)
         self._refreshes[rows] += account.refreshes
         self._reused[rows] += account.reused
         if edit.guide_forwards is not None:
@@ -86,6 +89,7 @@ class Recorder:
             guide_seconds=float(self._guide_seconds[row]),
             positions=int(self._positions[row]),
             canvas=len(request.tokens),
+            full=int(self._full[row]),
             refreshes=int(self._refreshes[row]),
             reused=int(self._reused[row]),
         )

@@ -36,9 +36,10 @@ class Stats:
             that completes a stop string. Prompt tokens and tokens after the end are not counted.
         tokens_per_second: `tokens` over `seconds`.
         tpf: tokens per forward: `tokens` over the forwards of all rows.
-        computed_share: computed columns, relative to recomputing every position in each forward.
+        computed_share: computed columns, relative to computing in each forward every position that the canvas then has.
         computed_columns: columns computed by the denoiser, over all rows and drafts.
-        extra_columns: those beyond one canvas per forward, for drafts; negative where a cache saved some.
+        extra_columns: those beyond one canvas per forward, for drafts; negative where a cache saved some, a policy hid
+            positions, or later blocks of a block-causal model were not needed.
         guide_seconds: wall time of the guide's forwards, part of `seconds`.
         cache_refreshes: full refreshes of a cache, over all rows.
         reused_columns: columns of prompts taken from earlier requests of the run that begin alike, over all rows.
@@ -71,6 +72,9 @@ class Stats:
 class Generation:
     """The result for a batch of B prompts, P prompt columns and G generated ones.
 
+    Regions of unequal length, those of infilled texts and of `gen_length="auto"`, are padded on the left with
+    end-of-text, as prompts are: that of a row ends each of its lists.
+
     Attributes:
         sequences: (B, P + G) left-padded prompts and generated tokens.
         completions: (B, G) the generated region.
@@ -79,11 +83,13 @@ class Generation:
         nfe: (B,) denoiser forwards of each row.
         guide_nfe: (B,) forwards of a guide model, for policies with one.
         commit_step: (B, G) the row's forward, counted from 0, after which a position had its final token; -1 where
-            an early end of the text filled it.
+            an early end of the text filled it, and before a shorter region.
         stats: statistics of the run.
         attention_mask: (B, P + G) 1 at prompts and at generated tokens up to and including the end of the text, 0 at
             the padding, after the end, and after the prompt (or at remaining masks) of a failed row:
             `generate(lm, out.sequences, attention_mask=out.attention_mask)` continues.
+        lengths: (B,) positions of each generated region: `completions[i, -lengths[i]:]`, the end of `sequences[i]`;
+            None where they are unknown.
         errors: reason of each failed row; None for others. A failed row has the tokens decoded so far and [MASK]
             elsewhere, and none of them count as generated.
         vocabulary: how notebooks show the tokens; None for numbers.
@@ -99,6 +105,7 @@ class Generation:
     attention_mask: Int[Tensor, "B L"]
     errors: tuple[str | None, ...] = ()
     vocabulary: html.Vocabulary | None = field(default=None, repr=False, compare=False)
+    lengths: Int[Tensor, " B"] | None = None
 
     def _repr_html_(self) -> str:
         return html.generation(self)
@@ -190,7 +197,7 @@ def assemble(requests: Sequence[Request], tally: Tally, measuring_seconds: float
     fill = requests[0].eos_token_ids[0]
     tokens, nfe = sum(answer.tokens for answer in answers), [answer.nfe for answer in answers]
     computed = sum(answer.positions for answer in answers)
-    full = sum(answer.nfe * answer.canvas for answer in answers)
+    full = sum(answer.full for answer in answers)
     stats = Stats(
         seconds=seconds,
         tokens=tokens,
@@ -217,6 +224,7 @@ def assemble(requests: Sequence[Request], tally: Tally, measuring_seconds: float
         commit_step=torch.from_numpy(padded([answer.commit_step for answer in answers], -1, left=True)),
         stats=stats,
         attention_mask=torch.from_numpy(padded(real, 0, left=True)),
+        lengths=torch.tensor([len(each) for each in completions]),
         errors=tuple(answer.error for answer in answers),
         vocabulary=html.Vocabulary(requests[0].tokenizer, requests[0].mask_token_id, requests[0].eos_token_ids),
     )

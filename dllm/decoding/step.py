@@ -41,6 +41,7 @@ class Answer:
         guide_seconds: its share of the guide's wall time, part of `seconds`.
         positions: computed positions.
         canvas: positions of prompt and generated region.
+        full: positions of the canvas as it was in each forward, summed over the forwards.
         refreshes: forwards in which a cache recomputed every position.
         reused: positions whose keys and values came from earlier requests that begin alike.
     """
@@ -58,6 +59,7 @@ class Answer:
     guide_seconds: float
     positions: int
     canvas: int
+    full: int
     refreshes: int
     reused: int = 0
 

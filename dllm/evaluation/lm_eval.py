@@ -20,7 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 
 from dllm import identity
 from dllm.cache.base import Cache
-from dllm.checks import known, naming
+from dllm.checks import Notice, known, naming
 from dllm.decoding import compatibility
 from dllm.decoding.options import parse_options
 from dllm.decoding.prompts import write_chat
@@ -28,7 +28,7 @@ from dllm.escape import terminal
 from dllm.evaluation import lm_eval_options as harness_options
 from dllm.evaluation.journal import Journal
 from dllm.evaluation.likelihood import Estimate
-from dllm.evaluation.records import Query
+from dllm.evaluation.records import Query, sample_of
 from dllm.evaluation.runner import Runner, Setting
 from dllm.models.loading import load
 from dllm.models.tokenizers import tokens_of
@@ -47,16 +47,14 @@ class DLLM(TemplateLM):
         seed: request i uses seed + i; None for 0, with a warning where answers are sampled.
         greedy: check whether greedy decoding gives a scored continuation, for metrics such as LAMBADA's.
         overruled: warn where an option of the runner goes before another value of the task or of `--gen_kwargs`.
-
-    Attributes:
-        truncated: number of prompts truncated on the left to fit the model.
     """
 
     def __init__(self, runner: Runner, seed: int | None = None, greedy: bool = True, overruled: bool = True) -> None:
         super().__init__()
         if runner.lm.tokenizer is None:
             raise ValueError(f"{runner.lm.name} has no tokenizer, which tasks of lm-eval need; add one")
-        self.runner, self.tokenizer, self.truncated = runner, runner.lm.tokenizer, 0
+        self.runner, self.tokenizer = runner, runner.lm.tokenizer
+        self._cut: set[str] = set()  # documents
         self._seed, self._greedy, self._chat, self._count = seed, greedy, False, 0
         self._overruled = overruled
         self._seen: dict[str, int] = {}
@@ -95,6 +93,11 @@ class DLLM(TemplateLM):
         compatibility.check(sampler, cache, parse_options(given).cfg_scale)
         runner = Runner(Setting(load(pretrained, **loading), sampler, cache, given, estimate), Journal(None))
         return cls(runner, seed, greedy)
+
+    @property
+    def truncated(self) -> int:
+        """Number of documents of which some prompt was truncated on the left to fit the model."""
+        return len(self._cut)
 
     @property
     def eot_token_id(self) -> int:
@@ -189,7 +192,7 @@ class DLLM(TemplateLM):
 
     def _score(self, name: str, prefix: list[int], target: list[int], greedy: bool) -> tuple[float, bool]:
         room = max(0, self.max_length - len(target))
-        self._note_cut(len(prefix) > room)
+        self._note_cut(name, len(prefix) > room)
         return self.runner.score(name, prefix[len(prefix) - room :] if len(prefix) > room else prefix, target, greedy)
 
     def _request(self, instance: Instance) -> tuple[Query, dict[str, Any]]:
@@ -214,14 +217,15 @@ class DLLM(TemplateLM):
             self._warn("answers are sampled with seed=0, whatever --seed says; use --model_args seed=N for others")
         length = (options | dict(mine))["gen_length"]
         room = self.max_length - (1 if length == "auto" else int(length))
-        self._note_cut(len(prompt) > room > 0)
+        name = self._name(instance)
+        self._note_cut(name, len(prompt) > room > 0)
         prompt = prompt[-room:] if room > 0 else prompt
-        return Query(self._name(instance), prompt, stops, (self._seed or 0) + self._next(), own), options
+        return Query(name, prompt, stops, (self._seed or 0) + self._next(), own), options
 
-    def _note_cut(self, was: bool) -> None:
+    def _note_cut(self, name: str, was: bool) -> None:
         if was:
             self._warn(f"some prompts exceed the model's context of {self.max_length}; they are truncated on the left")
-        self.truncated += was
+            self._cut.add(sample_of(name))
 
     def _warn(self, message: str) -> None:
         """Warn once."""
@@ -241,7 +245,7 @@ class DLLM(TemplateLM):
 
 
 def _tell(message: str) -> None:
-    warnings.warn(terminal(message, one_line=True), stacklevel=1)
+    warnings.warn(terminal(message, one_line=True), Notice, stacklevel=1)
 
 
 def _parts(group: str, given: dict[str, Any]) -> dict[str, Any]:

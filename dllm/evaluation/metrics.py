@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -10,20 +11,20 @@ from typing import Any
 import numpy as np
 
 from dllm.decoding.drift import Measurement, summarise
-from dllm.evaluation.records import Record
+from dllm.evaluation.records import Record, sample_of
 
 
 def quality(values: Sequence[float]) -> dict[str, Any]:
     """A score's mean with a 95% interval.
 
     Args:
-        values: one per sample. If all are 0 or 1 the interval is Wilson's, otherwise the mean +- 1.96 standard
+        values: one per sample. If all are from 0 to 1 the interval is Wilson's, otherwise the mean +- 1.96 standard
             errors, or None for a single sample.
     """
     mean = float(np.mean(values))
     interval = None  # for a single sample
-    if set(values) <= {0, 1}:
-        interval = [*wilson(int(sum(values)), len(values))]
+    if 0 <= min(values) <= max(values) <= 1:
+        interval = [*wilson(math.fsum(values), len(values))]
     elif len(values) > 1:
         error = 1.959964 * float(np.std(values, ddof=1)) / math.sqrt(len(values))
         interval = [mean - error, mean + error]
@@ -33,17 +34,21 @@ def quality(values: Sequence[float]) -> dict[str, Any]:
 def cost(records: Sequence[Record]) -> dict[str, Any]:
     """Cost of the answers; every entry is None if nothing was generated.
 
-    Means are over samples; `tokens` and `seconds` are sums, excluding prompt tokens and tokens after end-of-text or a
-    stop string. `tokens_per_second` is over the wall time of decoding, latencies are from
-    a sample's first step to its last. Times of an interrupted run are summed over its sessions.
+    Means are over samples, as those of the scores: several answers to a sample (`repeats` of a task) are one cost,
+    their sum. `tokens` and `seconds` are sums, excluding prompt tokens and tokens after end-of-text or a stop string.
+    `tokens_per_second` is over the wall time of decoding, latencies are from an answer's first step to its last. Times
+    of an interrupted run are summed over its sessions.
     """
     if not records:
         return dict.fromkeys(COSTS)
-    nfe = np.array([record.nfe for record in records], dtype=float)
+    sums = Counter[str]()
+    for record in records:
+        sums[sample_of(record.id)] += record.nfe
+    nfe = np.array([*sums.values()], dtype=float)
     tokens, seconds = sum(record.tokens for record in records), sum(record.seconds for record in records)
     computed, full = sum(r.positions for r in records), sum(r.nfe * r.canvas for r in records)
     latency = np.percentile([record.latency for record in records], [50, 95])
-    count = len(records)
+    count = len(nfe)
     return {
         "nfe": float(nfe.mean()),
         "nfe_error": float(nfe.std(ddof=1) / math.sqrt(count)) if count > 1 else None,
@@ -73,27 +78,38 @@ def speedup(records: Sequence[Record], baselines: Mapping[str, Sequence[Mapping[
 
     Returns:
         None without baselines. `time` compares tokens per second, `forwards` tokens per forward, so that short answers
-        do not count as fast.
+        do not count as fast. `nfe` is per sample, with as many answers as samples have in the run.
     """
     if not (baselines and all(baselines.values())):
         return None
     names = {name for rows in baselines.values() for row in rows for name in row["ids"]}
     mine = [record for record in records if record.id in names]
     tokens, seconds, nfe = (sum(getattr(r, name) for r in mine) for name in ("tokens", "seconds", "nfe"))
-    found: dict[str, Any] = {"samples": len(mine)}
+    answers = len(records) / len({sample_of(record.id) for record in records})  # of a sample
+    found: dict[str, Any] = {"samples": len({sample_of(record.id) for record in mine})}
     for name, rows in baselines.items():
         theirs = {key: sum(row[key] for row in rows) for key in ("tokens", "seconds", "nfe")}
         found[name] = {
             "tokens_per_second": theirs["tokens"] / theirs["seconds"],
-            "nfe": theirs["nfe"] / len(mine),
+            "nfe": theirs["nfe"] / len(mine) * answers,
             "time": (tokens / seconds) / (theirs["tokens"] / theirs["seconds"]),
             "forwards": (tokens / nfe) / (theirs["tokens"] / theirs["nfe"]),
         }
     return found
 
 
-def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """95% Wilson score interval of a share (Wilson 1927)."""
+def wilson(right: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95% Wilson score interval of a share, within [0, 1] (Wilson, J. Am. Stat. Assoc. 22, 1927).
+
+    It is the set of means m with |right / n - m| <= z sqrt(m (1 - m) / n). For the mean of other values from 0 to 1 it
+    is conservative: no distribution on [0, 1] with mean m has a variance above m (1 - m) (Bhatia and Davis, Am. Math.
+    Monthly 107, 2000). It needs no estimate of the variance, which few or equal values do not give.
+
+    Args:
+        right: number of right answers, or the sum of scores from 0 to 1.
+        n: number of answers.
+        z: quantile of the normal distribution.
+    """
     share = right / n
     centre = share + z * z / (2 * n)
     spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))

@@ -60,7 +60,7 @@ class Record:
         latency: wall time from its first step to its last.
         guide_seconds: its share of the guide's wall time, part of `seconds`.
         positions: computed positions.
-        canvas: positions of its canvas, without padding.
+        canvas: positions of its canvas without padding, the mean over its forwards.
         refreshes: forwards in which a cache recomputed every position.
         peak_memory: bytes, since decoding began.
         drift: of each measured forward: relative error of keys and values, summed KL divergence in nats, positions
@@ -79,7 +79,7 @@ class Record:
     latency: float
     guide_seconds: float
     positions: int
-    canvas: int
+    canvas: float
     refreshes: int
     peak_memory: int
     drift: list[list[float]]
@@ -180,7 +180,7 @@ class Notes:
         text, tokens = cut(decoded.tokenizer, np.array(answer.completion), stops, ends)
         same = {name: value for name, value in vars(answer).items() if name in Record.__dataclass_fields__}
         return Record(
-            **same | {"text": text, "tokens": tokens},
+            **same | {"text": text, "tokens": tokens, "canvas": answer.full / max(1, answer.nfe)},
             id=request.id,
             confidence=self.confidences(len(answer.completion)),
             peak_memory=clock.peak_memory(),

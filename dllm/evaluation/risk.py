@@ -1,9 +1,9 @@
 """Choosing a setting with a guarantee: Learn-then-Test (arXiv 2110.01052), as CALM does for early exits (2207.07061).
 
-Every setting has a risk, the mean over problems of what it loses against one token per step. Hypothesis i says that
-the risk of setting i exceeds the limit. Settings are tested from safe to fast, each at level delta, up to the first one
-that is not rejected (fixed-sequence testing). The probability that any rejected hypothesis is true is then at most
-delta, so that every certified setting may be used, whatever their order was worth.
+Every setting has a risk, the mean over problems of what it loses against one token per step. Hypothesis i says that the
+risk of setting i exceeds the limit. Settings are tested from safe to fast, each at level delta, up to the first one
+that is not rejected (fixed-sequence testing); further ones would need other problems. The probability that any rejected
+hypothesis is true is then at most delta, so that every certified setting may be used, whatever their order was worth.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def fixed_sequence(
 def losses_of(base: Float[np.ndarray, " n"], other: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """What a setting loses on each problem: the score of one token per step less its own, and 0 where it gains.
 
-    The mean is at least the loss of accuracy, since gains do not make up for losses.
+    The mean is over all problems, also those that one token per step has wrong; of answers that are right or wrong it
+    is the share of problems that only one token per step has right. It is at least the loss of accuracy, since gains do
+    not make up for losses.
     """
     return np.maximum(base - other, 0.0)
 

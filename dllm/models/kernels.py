@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dllm.checks import first_line
+from dllm.checks import Notice, first_line
 
 _VARIANTS = 32
 _SMALLEST = 1e-12  # largest number of a row, as which rows of zeros are scaled
@@ -60,6 +60,7 @@ class Kernel(Generic[P, R]):
             warnings.warn(
                 f"{self.function.__name__} runs uncompiled, which is slower: torch.compile failed "
                 f"({first_line(error)}); TORCH_COMPILE_DISABLE=1 skips it",
+                Notice,
                 stacklevel=2,
             )
             return self.function(*args, **kwargs)

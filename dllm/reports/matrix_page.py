@@ -15,7 +15,7 @@ from dllm.resolve import TARGET, names, options_of
 
 CARDS = "calibration"  # folder of the cards, beside the runs
 _CELL = (
-    "A cell: right answers in percent [95% Wilson interval], and below them forwards per answer (NFE) · generated "
+    "A cell: right answers in percent [95% Wilson interval], and below them forwards per problem (NFE) · generated "
     "tokens per forward (TPF). *(1)*: refused, for the reason of that number. *absent*: not run."
 )
 _AUP = (
@@ -178,8 +178,8 @@ def _cards(settings: Mapping[str, Setting], folder: Path, place: str) -> Iterato
     yield "### What is certified"
     if caches:
         yield (
-            "With probability 1 - delta over the problems, the value loses at most `loss` of the answers that one "
-            "token per step has right. The guarantee is for the cache of the card alone "
+            "With probability 1 - delta over the draw of the problems, at most a share `loss` of all problems is right "
+            "with one token per step and wrong with the value. The guarantee is for the cache of the card alone "
             f"({', '.join(map(_code, sorted(caches)))}), and for its kind of problems; with other caches "
             "the table has the same value, without a guarantee."
         )

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
 
 from dllm.evaluation.metrics import impossible
+from dllm.evaluation.run_folder import sessions
 from dllm.identity import within
 from dllm.reports.runs import Failure, Group, MeasuredRun, Sweep
 from dllm.resolve import find_class, options_of
@@ -28,6 +30,10 @@ class _Score(TypedDict):
 
 _NUMBERS = """n accuracy nfe nfe_error tpf tokens tokens_per_sample tokens_per_second seconds latency_p50 latency_p95
 guide_nfe guide_seconds positions computed_share refreshes peak_memory""".split()
+
+# What times depend on and answers do not.
+_PACE = ("options.batch_size", "options.threads", "session.threads", "session.device")
+_SHORT = re.compile(r"^(options|session)\.")
 
 
 def load(folder: Path, quality: str | None = None) -> Sweep:
@@ -132,6 +138,7 @@ def _run(path: Path, folder: Path, quality: str | None) -> MeasuredRun:
         settings = dict(flat("", {name: content[name] for name in ("sampler", "cache")}))
         for part in ("options", "asked", "loading"):
             settings |= dict(flat(part, content.get(part) or {}))
+        settings |= _where(path.parent)
         run = MeasuredRun(
             folder=path.parent,
             place=path.parent.relative_to(folder).as_posix(),
@@ -162,6 +169,12 @@ def _run(path: Path, folder: Path, quality: str | None) -> MeasuredRun:
         message = f"{path} is damaged ({type(error).__name__}: {error}); remove it to run that setting again"
         raise ValueError(message) from None
     return run
+
+
+def _where(folder: Path) -> dict[str, str]:
+    """Threads and device of a run's sessions, as its manifest says; nothing without one."""
+    found = {name: dict.fromkeys(str(each.get(name)) for each in sessions(folder)) for name in ("threads", "device")}
+    return {f"session.{name}": " and ".join(values) for name, values in found.items() if values}
 
 
 def _kind(content: Mapping[str, Any], sampler: str) -> str:
@@ -201,15 +214,24 @@ def _ranked(runs: Sequence[MeasuredRun]) -> tuple[MeasuredRun, ...]:
 
 
 def _suffixes(runs: Sequence[MeasuredRun]) -> list[str]:
-    """Suffixes that distinguish runs with the same label: the differing settings, else their folders."""
-    suffixes = []
+    """What labels do not say: settings that times depend on, where those of the runs differ.
+
+    Runs with the same label are distinguished by all settings that differ, else by their folders.
+    """
+    suffixes, pace = [], _differing(runs, _PACE)
     for run in runs:
         alike = [other for other in runs if other.label == run.label]
         names = dict.fromkeys(name for other in alike for name in other.settings)
-        differing = [name for name in names if len({repr(other.settings.get(name)) for other in alike}) > 1]
+        differing = [*dict.fromkeys([*_differing(alike, names), *pace])]
         own = lambda other: tuple(repr(other.settings.get(name)) for name in differing)  # noqa: B023, E731
-        parts = [f"{name.removeprefix('options.')}={run.settings.get(name)}" for name in differing]
+        parts = [f"{_SHORT.sub('', name)}={run.settings.get(name)}" for name in differing]
         if Counter(map(own, alike))[own(run)] > 1:
             parts.append(run.place)
-        suffixes.append(f" ({', '.join(parts)})" if len(alike) > 1 else "")
+        suffixes.append(f" ({', '.join(parts)})" if parts else "")
     return suffixes
+
+
+def _differing(runs: Sequence[MeasuredRun], names: Iterable[str]) -> list[str]:
+    """Settings whose values differ between some runs; of threads what was used, where that is known."""
+    found = [name for name in names if len({repr(run.settings.get(name)) for run in runs}) > 1]
+    return [name for name in found if name != "options.threads" or "session.threads" not in found]

@@ -22,8 +22,8 @@ class MeasuredRun:
         label: display name of the setting.
         model: its name.
         task: its name.
-        settings: of the sampler, the cache, the generation, the task and the model, flat: sampler.name, cache.name,
-            options.gen_length, asked.limit, loading.dtype.
+        settings: of the sampler, the cache, the generation, the task and the model, and where it ran, flat:
+            sampler.name, cache.name, options.gen_length, asked.limit, loading.dtype, session.device.
         metrics: from results.json.
         quality_name: the score that measures quality.
         quality: that score; None if not measured.

@@ -76,13 +76,15 @@ def columns(group: Group) -> list[Column]:
             "NFE",
             lambda run: run.number("nfe"),
             _nfe,
-            "forwards of the denoiser per sample, ± standard error; a guide's are apart",
+            "forwards of the denoiser per sample, over all its answers, ± standard error; a guide's are apart",
         ),
         _number("TPF", ".2f", "tpf", about="generated tokens up to end-of-text per forward"),
         _number("tokens/s", ",.0f", "tokens_per_second"),
         *_speedups(),
         *_scores(group, head),
-        _number("p50 s", ".2f", "latency_p50", about="latency: seconds from a sample's first step to its last, median"),
+        _number(
+            "p50 s", ".2f", "latency_p50", about="latency: seconds from an answer's first step to its last, median"
+        ),
         _number("p95 s", ".2f", "latency_p95", about="the same, 95th percentile"),
         _number("guide NFE", ".1f", "guide_nfe", about="forwards of the guide per sample"),
         _number("positions", ",.0f", "positions", about="positions computed per sample"),

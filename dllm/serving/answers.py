@@ -112,7 +112,10 @@ class Writer:
             "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
             "seconds": round(seconds, 4),
             "queued_seconds": round(queued, 4),
-            "seconds_to_first_text": max((_since(ticket, ticket.written) for ticket in tickets), default=0.0),
+            "seconds_to_first_text": max(
+                (round(ticket.written - ticket.accepted, 4) for ticket in tickets if ticket.written is not None),
+                default=None,
+            ),
             "computed_positions": sum(answer.positions for answer in answers),
             "reused_positions": sum(answer.reused for answer in answers),
             "sampler": self.sampler if choice is None else choice.name,
@@ -163,10 +166,6 @@ class Writer:
 
 def _entry(piece: str, logprob: float | None) -> dict[str, Any]:
     return {"token": piece, "logprob": logprob, "bytes": list(piece.encode("utf-8", "replace"))}
-
-
-def _since(ticket: Ticket, moment: float | None) -> float:
-    return 0.0 if moment is None else round(moment - ticket.accepted, 4)
 
 
 def _reason(ticket: Ticket, answer: Answer) -> str:

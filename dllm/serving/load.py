@@ -373,7 +373,8 @@ class Row:
         refused: answers of 429.
         failed: other errors.
         unfinished: still running when the load was interrupted.
-        first_p50: median of the time to the first text of finished requests; None without any.
+        first_p50: median of the time to the first text of finished requests, or to the end of an answer without text;
+            None without any.
         first_p95: 95th percentile.
         first_p99: 99th percentile.
         whole_p50: median of the time to the whole answer.
@@ -426,7 +427,9 @@ def summarise(records: Sequence[Record], rate: float, load: float | None, deadli
     """
     finished = [record for record in records if record.outcome == "finished"]
     whole = [record.ended - record.arrival for record in finished if record.ended is not None]
-    first = [record.first - record.arrival for record in finished if record.first is not None]
+    # Where there is no text, that is known at the end.
+    known = [record.ended if record.first is None else record.first for record in finished]
+    first = [at - record.arrival for record, at in zip(finished, known, strict=True) if at is not None]
     seconds = max((max(record.arrival, record.ended or 0.0) for record in records), default=0.0)
     outcomes = Counter(record.outcome for record in records)
     quantiles: dict[str, Any] = {

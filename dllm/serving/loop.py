@@ -275,6 +275,7 @@ class EngineLoop:
         return min(others, key=lambda choice: len(self._rooms[choice].tickets)) if others else None
 
     def _step(self, choice: SamplerChoice | None, room: _Room) -> None:
+        begun_at = time.monotonic()
         try:
             step = room.engine.step()
         except Exception as error:  # noqa: BLE001  # whatever it is, the server goes on with a new engine
@@ -292,7 +293,7 @@ class EngineLoop:
                 continue
             ticket = room.tickets[event.id]
             try:
-                ticket.follow(event)
+                ticket.follow(event, begun_at)
             except Exception as error:  # noqa: BLE001  # what one client asked to be told must not end the others
                 room.drop(ticket)
                 self._end(ticket, Failure(500, f"the answer cannot be told: {first_line(error)}"))

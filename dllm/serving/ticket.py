@@ -180,7 +180,7 @@ class Ticket:
         notify: called from the engine's thread whenever there is news.
         admitted: whether its engine has accepted it.
         accepted: when the request came, in seconds of the monotonic clock.
-        entered: when it had its first step; None before.
+        entered: when its first step began; None until that has ended.
         committed: when its first token was committed.
         written: when the first text was final.
         ended: when it was finished or failed.
@@ -210,13 +210,13 @@ class Ticket:
         self._answer: Answer | None = None
         self._failure: Failure | None = None
 
-    def follow(self, event: Event) -> None:
-        """Take in one step."""
+    def follow(self, event: Event, begun_at: float) -> None:
+        """Take in one step, which began at this time of the monotonic clock."""
         now, step, entry, job = time.monotonic(), event.step, event.entry, self.job
         steps: list[Mapping[str, Any]] = []
         origin = int(step.padding[entry]) + job.request.answer_start
         if self.entered is None:
-            self.entered = now
+            self.entered = begun_at
             if job.steps:
                 steps.append(begun(event, origin, job.request.infill, self.pieces))
         if self.committed is None and step.change.committed[entry].any():

@@ -15,8 +15,8 @@
 # # Calibrate a policy for your model
 #
 # Which threshold is safe? *Learn then Test* ([arXiv 2110.01052](https://arxiv.org/abs/2110.01052)) answers with a
-# guarantee: of a list of settings, from safe to fast, it certifies those which lose at most a share `loss` of the
-# answers that one token per step has right, except with probability `delta` over the draw of the problems.
+# guarantee: of a list of settings, from safe to fast, it certifies those which lose a right answer of one token per
+# step on at most a share `loss` of all problems, except with probability `delta` over the draw of the problems.
 #
 # The numbers here are toys, so that the notebook takes seconds: 24 problems certify a loss of at most 10%, and only
 # if no answer is lost. For `loss=0.01` and `delta=0.05`, the defaults of `dllm calibrate`, take **1,000 problems**:

@@ -81,6 +81,16 @@ class TestLabels:
         write_run(tmp_path / "c", "threshold", options={"gen_length": 128})
         assert sorted(labels(tmp_path)[0]) == ["threshold", "vanilla (gen_length=64)", "vanilla (gen_length=96)"]
 
+    def test_settings_that_times_depend_on_are_named_where_they_differ(self, tmp_path: Path) -> None:
+        for name, size in (("a", 1), ("b", 40)):
+            write_run(tmp_path / name, name, options={"gen_length": 64, "batch_size": size, "threads": None})
+        assert labels(tmp_path) == [["a (batch_size=1)", "b (batch_size=40)"]]
+        for name, used in (("a", [2]), ("b", [8, 4])):
+            content = {"format": "dllm-manifest", "sessions": [{"threads": each, "device": "cpu"} for each in used]}
+            (tmp_path / name / "manifest.json").write_text(json.dumps(content))
+        assert labels(tmp_path) == [["a (batch_size=1, threads=2)", "b (batch_size=40, threads=8 and 4)"]]
+        assert labels(tmp_path / "a") == [["a"]]
+
     def test_samplers_options_count_too(self, tmp_path: Path) -> None:
         for place, threshold in (("a", 0.9), ("b", 0.8)):
             write_run(tmp_path / place, "x", sampler={"name": "threshold", "threshold": threshold, "deep": {"k": 1}})

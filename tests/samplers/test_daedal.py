@@ -80,6 +80,27 @@ def test_rows_are_decoded_as_by_hand(make: Any, sampler: Daedal) -> None:
         assert int(found.nfe[row]) == forwards <= 2 * 26
 
 
+@MODELS
+@samplers
+def test_nothing_is_saved_by_positions_that_are_not_there_yet(make: Any, sampler: Daedal) -> None:
+    found = dllm.generate(make(), PROMPTS, sampler, batch_size=2, **OPTIONS).stats
+    assert (found.computed_share, found.extra_columns) == (1, 0)
+
+
+@MODELS
+def test_regions_of_unequal_length_say_how_long_they_are(make: Any) -> None:
+    lm, options = make(max_length=40), OPTIONS | {"gen_length": "auto"}
+    found = dllm.generate(lm, PROMPTS, GROWING[0], **options)
+    assert found.lengths.tolist() == [40 - len(prompt) for prompt in PROMPTS]
+    for row, (prompt, length) in enumerate(zip(PROMPTS, found.lengths.tolist(), strict=True)):
+        alone = dllm.generate(lm, [prompt], GROWING[0], **options)
+        for name in ("completions", "commit_step"):
+            padded, own = getattr(found, name)[row], getattr(alone, name)[0]
+            assert padded[-length:].tolist() == own.tolist()
+            assert (padded[:-length] == (ENDS[0] if name == "completions" else -1)).all()
+        assert found.completions[row, -length:].tolist() == found.sequences[row, -length:].tolist()
+
+
 def test_the_rows_by_hand_differ_in_length() -> None:
     lengths = {
         len(by_hand(make(), prompt, sampler, 26)[0]) - len(prompt)
