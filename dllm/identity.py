@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from glob import glob
@@ -295,15 +295,23 @@ def plain_tensors(tensor: Any) -> Iterator[Tensor]:
         yield tensor.detach()
 
 
-def within(folder: Path) -> Iterator[Path]:
+def _is_compiled(name: str) -> bool:
+    return name == "__pycache__"
+
+
+def within(folder: Path, left_out: Callable[[str], bool] = _is_compiled) -> Iterator[Path]:
     """All files below a folder, following links; each folder once, also with cyclic links.
+
+    Args:
+        folder: where to begin.
+        left_out: whether folders of this name are not entered.
 
     Raises:
         OSError: a folder that is there cannot be read.
     """
     seen = set()
     for place, folders, names in os.walk(folder, followlinks=True, onerror=_raised):
-        folders[:] = sorted(set(folders) - {"__pycache__"})
+        folders[:] = sorted(name for name in folders if not left_out(name))
         if (real := os.path.realpath(place)) in seen:
             folders.clear()
             continue

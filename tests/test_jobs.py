@@ -636,6 +636,7 @@ class TestInput:
         lines("elsewhere/d.jsonl", ROWS[12:])
         Path("many/c").symlink_to("../elsewhere")
         Path("many/c/circle").symlink_to("../many")
+        Path("many/_latest").symlink_to("../elsewhere")
         lines("many/_log.jsonl", ["not data"])
         data = datasets.Dataset(table)
         data.save_to_disk("saved")

@@ -220,7 +220,7 @@ class Input:
 
     def _files(self, folder: Path) -> list[Part]:
         with _reading(self.called):
-            found = sorted(path for path in within(folder) if not _is_hidden(path, folder))
+            found = sorted(path for path in within(folder, _is_hidden) if not _is_hidden(path.name))
         wanted = [path for path in found if path.suffix in _FILES]
         if gone := next((path for path in wanted if not path.exists()), None):
             raise ValueError(f"{self.called}: {gone.relative_to(folder)} is a link to nothing; repair or remove it")
@@ -343,9 +343,9 @@ def _reading(place: str) -> Iterator[None]:
         raise ValueError(f"{place} cannot be read ({first_line(error)}); repair or remove it") from None
 
 
-def _is_hidden(path: Path, folder: Path) -> bool:
-    """Whether it is not data by the convention of parquet's readers: . or _ begins its name, or that of a folder."""
-    return any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
+def _is_hidden(name: str) -> bool:
+    """Whether a file or a folder is no data by the convention of parquet's readers: it begins with . or _."""
+    return name.startswith((".", "_"))
 
 
 def _without_none(value: Any) -> Any:
