@@ -633,10 +633,12 @@ class TestInput:
         parquet.write_table(table, "q.parquet")
         lines("many/a.jsonl", ROWS[:5])
         parquet.write_table(table.slice(5, 7), "many/b.parquet", row_group_size=3)
-        lines("elsewhere/d.jsonl", ROWS[12:])
+        lines("elsewhere/d.jsonl", ROWS[12:20])
         Path("many/c").symlink_to("../elsewhere")
         Path("many/c/circle").symlink_to("../many")
-        Path("many/_latest").symlink_to("../elsewhere")
+        for name in ("_latest", "a-latest"):  # which changes neither rows nor order
+            Path("many", name).symlink_to("e")
+        lines("many/e/f.jsonl", ROWS[20:])
         lines("many/_log.jsonl", ["not data"])
         data = datasets.Dataset(table)
         data.save_to_disk("saved")
@@ -728,6 +730,8 @@ class TestInput:
         Path("empty").mkdir()
         lines("gone/a.jsonl", ROWS[:2])
         Path("gone/b.jsonl").symlink_to("/nowhere/b.jsonl")
+        lines("pipe/a.jsonl", ROWS[:2])
+        os.mkfifo("pipe/b.jsonl")
         datasets.DatasetDict({"test": datasets.Dataset.from_list(ROWS[:2])}).save_to_disk("splits")
         for name, file in (("saved", "dataset_info.json"), ("saved", "state.json"), ("unsplit", "dataset_dict.json")):
             Path(name).mkdir(exist_ok=True)
@@ -739,6 +743,7 @@ class TestInput:
             "asked.jsonl": "has no column prompt or messages; give column=NAME, one of question, answer",
             "list.jsonl": "line 1 is a JSON list, not an object", "twice": ": b.jsonl line 1: id 'r1' occurs twice",
             "gone": "input='gone': b.jsonl is a link to nothing; repair or remove it",
+            "pipe": "input='pipe': b.jsonl is no file; repair or remove it",
             "damaged": "input='damaged': b.parquet cannot be read (",
             "schema": "b.parquet has no column prompt or messages; give column=NAME, one of text, label",
             "torn.jsonl": "line 2 is not JSON", "latin.jsonl": "line 1 is not JSON", "none.jsonl": "has no rows",

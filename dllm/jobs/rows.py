@@ -220,10 +220,12 @@ class Input:
 
     def _files(self, folder: Path) -> list[Part]:
         with _reading(self.called):
-            found = sorted(path for path in within(folder, _is_hidden) if not _is_hidden(path.name))
+            found = sorted({_spelled(path, folder) for path in within(folder, _is_hidden) if not _is_hidden(path.name)})
         wanted = [path for path in found if path.suffix in _FILES]
-        if gone := next((path for path in wanted if not path.exists()), None):
-            raise ValueError(f"{self.called}: {gone.relative_to(folder)} is a link to nothing; repair or remove it")
+        for path in wanted:
+            if not path.is_file():
+                what = "a link to nothing" if path.is_symlink() else "no file"
+                raise ValueError(f"{self.called}: {path.relative_to(folder)} is {what}; repair or remove it")
         if not wanted:
             raise ValueError(f"{self.called} has no .jsonl or .parquet files; give a folder that has some")
         if others := [str(path.relative_to(folder)) for path in found if path.suffix not in _FILES]:
@@ -341,6 +343,13 @@ def _reading(place: str) -> Iterator[None]:
         if str(error).startswith("input="):  # names it already
             raise
         raise ValueError(f"{place} cannot be read ({first_line(error)}); repair or remove it") from None
+
+
+def _spelled(path: Path, folder: Path) -> Path:
+    """A file of a folder by the name that it has there without links to other folders, if it has one."""
+    real, root = Path(os.path.realpath(path.parent)), Path(os.path.realpath(folder))
+    inside = real.relative_to(root) if real.is_relative_to(root) else None
+    return path if inside is None or any(map(_is_hidden, inside.parts)) else folder / inside / path.name
 
 
 def _is_hidden(name: str) -> bool:
