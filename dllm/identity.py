@@ -295,11 +295,12 @@ def plain_tensors(tensor: Any) -> Iterator[Tensor]:
         yield tensor.detach()
 
 
-def _is_compiled(name: str) -> bool:
-    return name == "__pycache__"
+def is_system(name: str) -> bool:
+    """Whether a folder is Python's or the file system's own."""
+    return name in ("__pycache__", "lost+found")
 
 
-def within(folder: Path, left_out: Callable[[str], bool] = _is_compiled) -> Iterator[Path]:
+def within(folder: Path, left_out: Callable[[str], bool] = is_system) -> Iterator[Path]:
     """All files below a folder, following links; each folder once, also with cyclic links.
 
     Args:

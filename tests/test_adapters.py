@@ -98,6 +98,27 @@ def test_the_model_computes_what_it_does_with_the_adapter(make: Maker, options: 
     assert out.sequences.tolist() == dllm.generate(again, [[5, 6, 7]], "threshold", gen_length=16).sequences.tolist()
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.OFTConfig(r=16, oft_block_size=0, block_share=True, target_modules=["q_proj"]),
+        peft.VeraConfig(r=256, target_modules=["q_proj"]),
+        peft.LoHaConfig(r=4, target_modules=["q_proj"]),
+        peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+    ],
+    ids=lambda config: str(config.peft_type.value),
+)
+def test_other_kinds_are_merged(config: Any, base: Path, tmp_path: Path) -> None:
+    model: Any = peft.get_peft_model(random_llada().backbone, config)
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=draw, dtype=parameter.dtype) * 0.1)
+    model.save_pretrained(tmp_path / "own")
+    torch.testing.assert_close(logits(dllm.load(base, device="cpu", adapter=tmp_path / "own")), logits(model))
+
+
 def test_merged_weights_can_be_packed(base: Path, adapter: Path) -> None:
     packed = dllm.load(base, device="cpu", dtype="float32", adapter=str(adapter), pack=True)
     plain = dllm.load(base, device="cpu", dtype="float32", adapter=str(adapter))
@@ -225,7 +246,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "random numbers": (
         lambda folder: [_change_weights(lambda weights: weights.update(wide=torch.zeros(10**5, 9)))(folder),
                         edit_config(folder, peft_type="VERA", r=10**5)],
-        "random numbers, more than",
+        "random numbers, too many",
     ),
     "rank of UniLoRA": (lambda folder: edit_config(folder, peft_type="UNILORA", r=10**9), "tensors hold"),
     "other rank": (lambda folder: edit_config(folder, r=2), "size mismatch"),
@@ -256,6 +277,7 @@ def test_an_adapter_that_does_not_fit_is_one_clear_line(
 ) -> None:
     edit, expected = DAMAGE[damage]
     monkeypatch.setattr("dllm.models.adapters._SECONDS", 1)
+    monkeypatch.setattr("dllm.models.adapters._FEW", 0)
     edit(adapter)
     message = refusal(base, adapter=adapter)
     assert str(adapter) in message

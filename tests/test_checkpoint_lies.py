@@ -23,7 +23,7 @@ from transformers import AutoModel, Qwen2Config, Qwen2ForCausalLM
 from dllm.guide import load_guide
 from dllm.models import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM
 from dllm.models.loading import load
-from models import random_dream, random_llada, save_folder
+from models import random_diffusion_gemma, random_dream, random_fast_dllm, random_llada, save_folder
 
 Edit = Callable[[Path], Any]
 FAMILIES = ("llada", "dream")
@@ -436,6 +436,28 @@ def test_ids_beyond_the_tokens_that_mean_something_are_no_special_ids(made: dict
     assert f"mask_token_id={vocab - 1}" in refusal(folder)
 
 
+@pytest.mark.parametrize("make", [random_fast_dllm, random_diffusion_gemma])
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_tied_tensor_that_is_stored_with_other_values_is_refused(make: Any, pickled: bool, tmp_path: Path) -> None:
+    lm = make(dtype=torch.float32)
+    folder = save_folder(lm, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    source = next(name for name in tensors if name.endswith("embed_tokens.weight"))
+    for values in (tensors[source].clone(), tensors[source] + 1):
+        tensors["lm_head.weight"] = values
+        if pickled:
+            _pickled(lambda _: tensors)(folder) if (folder / "model.safetensors").exists() else torch.save(
+                tensors, folder / "pytorch_model.bin"
+            )
+        else:
+            save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        if make is random_fast_dllm:
+            config(folder, tie_word_embeddings=True)
+        if torch.equal(values, tensors[source]):
+            load(folder, device="cpu")
+    assert "tensor lm_head.weight differs from model." in refusal(folder)
+
+
 class TestNothingIsFetchedOrImported:
     """Kernels, code and other files that a folder may name."""
 
@@ -557,6 +579,10 @@ def _guide(**entries: Any) -> Edit:
     return lambda folder: (folder / "config.json").write_text(json.dumps(sizes | entries))
 
 
+def _own_head(tensors: dict[str, Tensor]) -> None:
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+
+
 class TestGuides:
     """The same for the causal model of `ar_guided`, which may be of any architecture that transformers has."""
 
@@ -597,6 +623,10 @@ class TestGuides:
         ),
         "sizes of a part": (_guide(model_type="llama4"), "weights, and at most"),
         "width by another name": (_guide(model_type="opt", ffn_dim=10**9, num_hidden_layers=2), "are plausible"),
+        "a tied head of its own": (
+            lambda folder: [config(folder, tie_word_embeddings=True), weights(folder, _own_head)],
+            "tensor lm_head.weight differs from",
+        ),
         "no eps": (lambda folder: config(folder, rms_norm_eps=None), "is not a causal language model"),
     }
 

@@ -190,7 +190,9 @@ class TestArchitecture:
         assert f"{key}={value!r} is not supported" in refusal(edited(make, **{key: value}))
 
     @FAMILIES
-    @pytest.mark.parametrize("entries", [{"n_head": 8}, {"num_heads": 2}, {"num_kv_heads": 1}, {"n_ctx": 128}], ids=str)
+    @pytest.mark.parametrize(
+        "entries", [{"n_head": 8}, {"num_heads": 2}, {"num_kv_heads": 1}, {"n_ctx": 128}, {"head_dim": 5}], ids=str
+    )
     def test_a_size_under_another_name_is_refused_where_it_differs(
         self, make: Maker, entries: dict[str, int], edited: Callable[..., Path]
     ) -> None:

@@ -20,7 +20,7 @@ import dllm
 from dllm.filters import FilterCard
 from dllm.models import loading
 from dllm.models.packed import pack
-from models import random_dream, random_filter, random_llada, save_folder
+from models import random_diffusion_gemma, random_dream, random_filter, random_llada, save_folder
 
 Maker = Callable[..., dllm.LanguageModel]
 FAMILIES = pytest.mark.parametrize("make", [random_llada, random_dream])
@@ -72,6 +72,15 @@ class TestPickled:
         message = refusal(folder)
         assert "pytorch_model" in message
         assert "again" in message
+
+    def test_tensors_may_have_several_names(self, tmp_path: Path) -> None:
+        lm = random_diffusion_gemma(vocab=2048, dtype=torch.float32)
+        folder = save_folder(lm, tmp_path)
+        (folder / SAFE).unlink()
+        torch.save(lm.backbone.state_dict(), folder / PICKLED)
+        assert (folder / PICKLED).stat().st_size * 2 < sum(t.nbytes for t in lm.backbone.state_dict().values())
+        assert torch.equal(dllm.load(folder, device="cpu").backbone.model.decoder.embed_tokens.weight,
+                           lm.backbone.model.decoder.embed_tokens.weight)  # fmt: skip
 
     def test_one_that_holds_code_is_refused_and_does_not_run_it(self, tmp_path: Path) -> None:
         folder = pickled(save_folder(random_llada(), tmp_path))

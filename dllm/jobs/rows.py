@@ -25,7 +25,7 @@ from dllm.checks import first_line, is_text, out_of_memory
 from dllm.decoding.prompts import is_chat
 from dllm.escape import brief
 from dllm.files import check_readable, disturbed, is_folder, parse_json
-from dllm.identity import within
+from dllm.identity import is_system, within
 
 _BATCH = 256  # rows of a file in memory
 _FILES = (".jsonl", ".parquet")
@@ -353,8 +353,8 @@ def _spelled(path: Path, folder: Path) -> Path:
 
 
 def _is_hidden(name: str) -> bool:
-    """Whether a file or a folder is no data by the convention of parquet's readers: it begins with . or _."""
-    return name.startswith((".", "_"))
+    """Whether a file or a folder is no data, by the convention of parquet's readers: it begins with . or _."""
+    return name.startswith((".", "_")) or is_system(name)
 
 
 def _without_none(value: Any) -> Any:

@@ -29,6 +29,8 @@ CONFIG = "adapter_config.json"
 _CONFIG_BYTES = 10**6
 _SECONDS = 5  # of matching
 _MATCH = "import json, re, sys; all_, names = json.load(sys.stdin); [re.match(e, name) for e in all_ for name in names]"
+_BY_NUMPY = ("UNILORA",)  # kinds that draw indices with NumPy, which allocates them
+_FEW = 1 << 24  # numbers that any model may draw
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -153,11 +155,9 @@ def _shared(model: Any, backbone: PreTrainedModel) -> str | None:
 
 def _too_large(config: Any, backbone: PreTrainedModel, weights: Mapping[str, torch.Tensor], peft: Any) -> str | None:
     """The problem with sizes of a config that its tensors do not have, before memory is allocated for them."""
-    ranks = [getattr(config, "r", 0), *(getattr(config, "rank_pattern", None) or {}).values()]
     widest = max((size for weight in weights.values() for size in weight.shape), default=0)
-    larger = [rank for rank in ranks if is_whole(rank) and rank > widest]
-    if larger and config.peft_type != "LOKR":  # there a rank above all sizes says that matrices are whole
-        return f"r={max(larger)} is more than its tensors hold"
+    if config.peft_type in _BY_NUMPY and is_whole(config.r) and config.r > widest:
+        return f"r={config.r} is more than its tensors hold"
     stored = sum(weight.numel() for weight in weights.values())
     with torch.device("meta"):
         model: Any = type(backbone)(deepcopy(backbone.config))
@@ -170,7 +170,7 @@ def _too_large(config: Any, backbone: PreTrainedModel, weights: Mapping[str, tor
     if added > stored + own:  # a few that are missing are named later
         return f"{CONFIG} asks for {added} weights, and its tensors hold {stored}"
     drawn = sum(buffer.numel() for buffer in model.buffers())  # from a seed
-    return f"{CONFIG} asks for {drawn} random numbers, more than the model has weights" if drawn > own else None
+    return f"{CONFIG} asks for {drawn} random numbers, too many for this model" if drawn > max(own, _FEW) else None
 
 
 def _unmatchable(config: Any, backbone: PreTrainedModel) -> str | None:

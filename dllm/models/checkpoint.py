@@ -59,6 +59,7 @@ _LARGEST = 2**24  # maximum plausible size
 _LABELS = 10**5
 _MODULES = 1024  # layers, or experts of a layer
 _BUFFERS = 2**28  # entries of tensors that are no weights
+_NAMED_TWICE = 4  # times that the tensors of a pickled file may be larger than it: some models share all layers
 _OPTIONAL = ("num_key_value_heads", "embedding_size")
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
           "max_position_embeddings", *_OPTIONAL)  # fmt: skip
@@ -124,7 +125,7 @@ def check_folder(family: Any, folder: Path) -> None:
     except (TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be used ({error}); copy it again from the published model") from None
     stored = read_headers(folder)
-    tied = (family._tied_weights_keys or ()) if config.tie_word_embeddings else ()
+    tied = (family._tied_weights_keys or {}) if config.tie_word_embeddings else {}
     compare(family.__name__, config, expected_tensors(family, config), stored, folder, tied)
     check_ids(config.vocab_size, config.mask_token_id, config.eos_token_id, folder)
 
@@ -172,6 +173,8 @@ def check_causal_folder(folder: Path) -> None:
     with torch.device("meta"):
         described = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         model = AutoModelForCausalLM.from_config(described, trust_remote_code=False)
+    if isinstance(tied := getattr(model, "all_tied_weights_keys", None), Mapping):
+        check_tied(folder, stored, tied)
     # Twice as many may be asked for: what is missing is named later.
     for kind, tensors, most in (("weights", model.parameters(), 2 * values), ("constants", model.buffers(), _BUFFERS)):
         count = sum(tensor.numel() for tensor in tensors)
@@ -320,8 +323,8 @@ def _pickled(path: Path) -> Iterator[tuple[str, Stored]]:
         ) from None
     if not isinstance(found, dict) or not all(isinstance(part, torch.Tensor) for part in found.values()):
         raise ValueError(f"{path} is not a table of tensors; give the state_dict of a model")
-    # A tensor may be stored under two names, but a small storage must not stand for large or many tensors.
-    if sum(part.nbytes for part in found.values()) > 2 * path.stat().st_size:
+    # A tensor may be stored under several names, but a small storage must not stand for large or many tensors.
+    if sum(part.nbytes for part in found.values()) > _NAMED_TWICE * path.stat().st_size:
         raise ValueError(f"{path} is smaller than the tensors that it says it holds; copy or download it again")
     yield from ((str(name), Stored(path, _NAMES.get(part.dtype, str(part.dtype)), tuple(part.shape)))
                 for name, part in found.items())  # fmt: skip
@@ -333,7 +336,7 @@ def compare(
     expected: Iterable[tuple[str, tuple[int, ...]]],
     stored: Mapping[str, Stored],
     folder: Path,
-    tied: Collection[str],
+    tied: Mapping[str, str],
 ) -> None:
     """Reject weights whose names, shapes or dtypes do not match the config.
 
@@ -343,7 +346,7 @@ def compare(
         expected: names and shapes of its tensors.
         stored: headers of the weights.
         folder: of the checkpoint.
-        tied: names that are stored under another one.
+        tied: names of tensors that are others, with those.
 
     Raises:
         ValueError: the first tensor that does not match.
@@ -374,6 +377,40 @@ def compare(
     more = min(stored.keys() - seen, default=None)
     if more is not None and not quantised:
         raise ValueError(f"{folder}: tensor {more} is not part of {family}; {_AGAIN}")
+    check_tied(folder, stored, tied)
+
+
+def check_tied(folder: Path, stored: Mapping[str, Stored], tied: Mapping[str, str]) -> None:
+    """Reject a tensor that the config says is another one, and that is stored with other values.
+
+    Versions of transformers take one or the other for both.
+
+    Args:
+        folder: of the checkpoint.
+        stored: headers of the weights.
+        tied: names of tensors that are others, with those.
+
+    Raises:
+        ValueError: the first that differs.
+    """
+    for name, other in tied.items():
+        if name not in stored or other not in stored or not stored[name].dtype == stored[other].dtype in FLOATS:
+            continue
+        if not torch.equal(_value(stored[name], name), _value(stored[other], other)):
+            raise ValueError(
+                f"{folder}: tensor {name} differs from {other}, which it is by config.json; set "
+                "tie_word_embeddings=false there, or remove the tensor"
+            )
+
+
+def _value(stored: Stored, name: str) -> torch.Tensor:
+    """A tensor, memory-mapped if its file can be."""
+    if stored.file.suffix == ".safetensors":
+        with safe_open(stored.file, framework="pt") as weights:
+            found: torch.Tensor = weights.get_tensor(name)
+            return found
+    weights = torch.load(stored.file, map_location="cpu", weights_only=True, mmap=not _is_old(stored.file))
+    return weights[name]
 
 
 def expected_tensors(family: Any, config: PretrainedConfig) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -38,6 +38,8 @@ def check_synonyms(kind: str, config: Any, given: Mapping[str, Any]) -> None:
         for name in names:
             if own is not None and name != own and given.get(name) not in (None, used := getattr(config, own)):
                 raise ValueError(f"{kind} config: {name}={given[name]!r} is not read, and {own} is {used}; use {own}")
+    if given.get("head_dim") not in (None, size := config.hidden_size // config.num_attention_heads):
+        raise ValueError(f"{kind} config: head_dim={given['head_dim']!r} is not read, and heads have {size}; remove it")
 
 
 def check_fixed(kind: str, fixed: Mapping[str, Any], given: Mapping[str, Any]) -> None:

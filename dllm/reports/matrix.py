@@ -23,7 +23,7 @@ FORMAT, VERSION = "dllm-matrix", 1
 NAME = "runs.jsonl"
 _CHOICE = re.compile(r"[\w.+-]+(/[\w.+-]+)*")
 _DATE = re.compile(r"\d{4}-\d\d-\d\d|$", re.ASCII)
-_ROUNDING = 1e-6
+_ROUNDING, _LARGEST = 1e-6, 1e9
 _FIX = "remove it, and make it again with dllm results"
 
 
@@ -218,13 +218,13 @@ def _implausible(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> 
                 return f"line {number}: {name} is {row[name]!r}, which the first line does not name"
         if "refused" in row:
             continue
-        low, high = row["interval"] or (0, 1)
-        ranges = {"n": 1e15, "quality": 1, "nfe": 1e9, "nfe_error": 1e9, "tpf": 1e9, "tokens_per_second": 1e12}
+        low, high = row["interval"] or (row["quality"], row["quality"])
+        ranges = {"n": 1e15, "nfe": 1e9, "nfe_error": 1e9, "tpf": 1e9, "tokens_per_second": 1e12}
         ranges["place"] = len(head["places"]) - 1
         for name, most in ranges.items():
             if row[name] is not None and not 0 <= row[name] <= most:
                 return f"line {number}: {name} is {row[name]!r}"
-        if not (0 <= low <= row["quality"] + _ROUNDING and row["quality"] - _ROUNDING <= high <= 1):
+        if not -_LARGEST < low <= row["quality"] + _ROUNDING or not row["quality"] - _ROUNDING <= high < _LARGEST:
             return f"line {number}: interval is {row['interval']}, and quality {row['quality']!r}"
         if not _DATE.match(row["started"]):
             return f"line {number}: started is {row['started']!r}"

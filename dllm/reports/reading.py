@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 
 from dllm.evaluation.metrics import impossible
 from dllm.evaluation.run_folder import sessions
-from dllm.identity import within
+from dllm.identity import is_system, within
 from dllm.reports.runs import Failure, Group, MeasuredRun, Sweep
 from dllm.resolve import find_class, options_of
 from dllm.samplers.base import Policy, Sampler
@@ -74,8 +74,12 @@ def load(folder: Path, quality: str | None = None) -> Sweep:
 
 def _named(name: str, folder: Path) -> list[Path]:
     """The files with a name below a folder, following links; each once, preferably by its real path."""
-    found = [*(path for path in within(folder) if path.name == name), *folder.rglob(name)]
+    found = [*(path for path in within(folder, _is_hidden) if path.name == name), *folder.rglob(name)]
     return sorted({os.path.realpath(path): path for path in found}.values())
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or is_system(name)
 
 
 def _apart(runs: Sequence[MeasuredRun]) -> list[MeasuredRun]:
