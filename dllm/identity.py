@@ -200,22 +200,26 @@ def tree(folder: Path) -> str:
 
 def read_by(value: Any) -> dict[str, str]:
     """A hash of every file that an object reads, including objects in its fields."""
-    return {str(path): digest(path) if path.is_file() else _short(checkpoint(path)) for path in _read_by(value)}
+    return {str(path): _content(path) for path in _read_by(value)}
+
+
+def _content(path: Path) -> str:
+    return digest(path) if path.is_file() else _short(checkpoint(path))
 
 
 def check_read(before: Mapping[str, str], *values: Any) -> None:
-    """Reject objects that read other files than before.
+    """Reject objects that read other files than before; those that are not here, they have read already.
 
     Args:
-        before: from `read_by`, of all of them.
+        before: from `read_by`, of all of them, also of another machine.
         values: the objects.
 
     Raises:
         OSError: the first file that differs.
     """
-    now = {name: found for value in values for name, found in read_by(value).items()}
-    if other := min(before.items() ^ now.items(), default=None):
-        raise disturbed(other[0], Path(other[0]), _AGAIN)
+    for path in (path for value in values for path in _read_by(value)):
+        if path.exists() and before.get(str(path)) != _content(path):
+            raise disturbed(str(path), path, _AGAIN)
 
 
 def _read_by(value: Any) -> Iterator[Path]:

@@ -285,7 +285,8 @@ def _check_card(
 ) -> Calibration | None:
     """Reject a card of another setting in the same place; others rely on it.
 
-    Reject also other values once one was not certified: testing has ended there, for all values on these problems.
+    Reject also values that do not go on with those of the card: its certificate would be lost, or, once one was not
+    certified, testing has ended there, for all values and seeds on these problems.
 
     Returns:
         The card that is there, whose model is not compared yet.
@@ -304,11 +305,19 @@ def _check_card(
     data = evaluate.normal(fields)["task"]
     pairs |= {f"task.{name}": (made, data[name]) for name, made in card.data.items() if name in data}
     refuse_others(called, file, pairs | card.compared(policy))
-    tested = [test["value"] for test in card.tests]
-    if not all(test["certified"] for test in card.tests) and list(values[: len(tested)]) != tested:
+    tested, ended = [test["value"] for test in card.tests], not all(test["certified"] for test in card.tests)
+    if ended and (seed_ := card.options.get("seed")) != fields["seed"]:
+        raise ValueError(
+            f"seed={fields['seed']} voids the guarantee: {file} has tests with seed={seed_}, of which the last was not "
+            f"certified, and testing ends there for these problems; {_OTHERS}"
+        )
+    if list(values[: len(tested)]) != tested:
         raise ValueError(
             f"values={list(values)!r} void the guarantee: {file} has {tested!r}, of which the last was not certified, "
             f"and testing ends there for these problems; {_OTHERS}"
+            if ended
+            else f"values={list(values)!r} do not begin with those that {file} certifies, {tested!r}; begin with "
+            "these, or give another out"
         )
     return card
 

@@ -19,11 +19,11 @@ from omegaconf.errors import OmegaConfBaseException
 _NAMING = ("_target_", "()", "class", "factory", "custom_search_space")
 _ALLOWED = re.compile(
     r"hydra\.experimental\.callbacks\.(LogJobReturnCallback|PickleJobInfoCallback)|optuna\.samplers\.\w+"
-    r"|logging\.(NullHandler|StreamHandler|FileHandler)|colorlog\.ColoredFormatter"
+    r"|logging\.(NullHandler|StreamHandler|FileHandler)|logging\.handlers\.\w*FileHandler|colorlog\.ColoredFormatter"
 )
 _DEEPEST = 20
 _STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
-_LOGS = ("${hydra.runtime.output_dir}/${hydra.job.name}.log", "hydra-${hydra.job.name}.log")
+_LOG = re.compile(r"(\$\{hydra\.runtime\.output_dir\}/)?([\w-]|\$\{hydra\.job\.name\})+\.log")
 
 
 class _Loader(ConfigLoaderImpl):
@@ -59,8 +59,8 @@ def check(node: DictConfig) -> None:
             )
         if isinstance(value, str) and value.startswith("ext://") and value not in _STREAMS:
             raise ValueError(f"{path}={value!r} names code to import; use one of {', '.join(_STREAMS)}")
-        if name == "filename" and raw not in _LOGS:
-            raise ValueError(f"{path}={value!r} could be a file of others; choose with hydra/job_logging=NAME")
+        if name == "filename" and not _LOG.fullmatch(str(raw)):
+            raise ValueError(f"{path}={value!r} could be a file of others; use NAME.log, without a folder")
 
 
 def _entries(node: Any, place: str) -> Iterator[tuple[str, str, Any, Any]]:

@@ -76,6 +76,26 @@ def test_testing_ends_with_the_first_failure_for_good(
     assert card.read_bytes() == kept
 
 
+def test_nor_is_it_tried_again_with_another_seed(made: tuple[Path, Outcome], card: Path) -> None:
+    kept = card.read_bytes()
+    again = run(made[0], "seed=7")
+    assert (again.code, again.err.count("\n")) == (2, 1)
+    assert f"seed=7 voids the guarantee: {card} has tests with seed=0, of which the last was not certified" in again.err
+    assert card.read_bytes() == kept
+
+
+def test_a_certificate_is_not_lost_to_other_values(tmp_path: Path) -> None:
+    card = tmp_path / "calibration.json"
+    assert run(tmp_path, "values=[0.9999]").code == 0
+    kept = card.read_bytes()
+    other = run(tmp_path, "values=[0.0]")
+    assert (other.code, other.err.count("\n")) == (2, 1)
+    assert f"values=[0.0] do not begin with those that {card} certifies, [0.9999]; begin with these" in other.err
+    assert card.read_bytes() == kept
+    assert run(tmp_path, "values=[0.9999,0.99]").code == 0
+    assert len(Calibration.read(card).tests) == 2
+
+
 def test_values_after_the_one_that_ended_testing_change_nothing(made: tuple[Path, Outcome]) -> None:
     assert run(made[0], "values=[0.9999,0.99,0.0,0.5]").out == made[1].out
 

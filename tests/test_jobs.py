@@ -27,10 +27,11 @@ from safetensors.torch import load_file, save_file
 import dllm
 import kills
 from commands import Outcome, command, in_a_process, start
-from dllm import jobs
+from dllm import identity, jobs
 from dllm.evaluation import claim
 from dllm.evaluation.claim import Claim
 from dllm.jobs import folder as job_folder
+from dllm.samplers import Learn2PD
 from models import random_llada
 
 ROOT = Path(__file__).parents[1]
@@ -394,6 +395,17 @@ class TestResume:
         result = run("sampler=learn2pd", "sampler.filter=filter.safetensors", "sampler.allow_mismatch=true")
         refused(result, "filter.safetensors was changed by another program during this run")
         assert not list(Path("out").glob("*.parquet"))
+
+    def test_files_that_are_not_where_a_worker_runs_were_read_already(self) -> None:
+        shutil.copy(dllm.files.BUNDLED / "tiny-llada" / "learn2pd.safetensors", "filter.safetensors")
+        sampler = Learn2PD(filter="filter.safetensors")
+        files = identity.read_by(sampler)
+        identity.check_read(files, sampler)
+        Path("filter.safetensors").rename("moved")
+        identity.check_read(files, sampler)
+        Path("filter.safetensors").write_bytes(b"other")
+        with pytest.raises(OSError, match=r"filter\.safetensors was changed"):
+            identity.check_read(files, sampler)
 
     def test_an_input_that_changes_meanwhile_stops_the_job(self, monkeypatch: pytest.MonkeyPatch) -> None:
         lines("q.jsonl", ROWS)

@@ -162,6 +162,21 @@ def test_no_file_of_a_configuration_does(content: str, option: str, tmp_path: Pa
     assert kept.read_text() == "kept"
 
 
+def test_pythons_own_log_files_are_written_where_a_command_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for handler in ("logging.FileHandler", "logging.handlers.RotatingFileHandler"):
+        name = f"{handler.rpartition('.')[2]}.log"
+        logs = f"{{version: 1, handlers: {{x: {{class: {handler}, filename: {name}}}}}, root: {{handlers: [x]}}}}"
+        (tmp_path / "sampler").mkdir(exist_ok=True)
+        text = f"# @package _global_\nsampler: {{_target_: dllm.samplers.Threshold}}\nhydra: {{job_logging: {logs}}}\n"
+        (tmp_path / "sampler" / "mine.yaml").write_text(text)
+        arguments = ["gen_length=8", "prompt=a", "show=none", f"--config-dir={tmp_path}", "sampler=mine"]
+        assert command("generate", *arguments).code == 0
+        assert (tmp_path / name).is_file()
+
+
 @pytest.mark.parametrize("flag", ["--experimental-rerun", "--experimental-rerun=x.pickle", "--experimental", "--exp"])
 def test_no_pickle_is_run_again(flag: str, tmp_path: Path) -> None:
     result = command("generate", flag, str(tmp_path / "x.pickle"))
