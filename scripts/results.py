@@ -86,6 +86,8 @@ def _check(fields: Mapping[str, Any]) -> tuple[list[str], list[str]]:
             chosen.sort(key=lambda name: (name not in (_BASE, "none"), name == _BOUND))
         if unknown := [each for each in chosen if each not in there]:
             raise ValueError(f"{option} has the unknown {group} {unknown[0]!r}; expected some of {', '.join(there)}")
+        if odd := [each for each in chosen if not matrix.is_name(each)]:
+            raise ValueError(f"{option} has {odd[0]!r}, which a page cannot show; rename its YAML")
         if not chosen or len(set(chosen)) < len(chosen):
             raise ValueError(f"{option}={chosen!r} are none, or not distinct; give some, each once")
         found.append(list(chosen))

@@ -310,6 +310,19 @@ def test_data_that_no_run_gives_are_told(kind: str, made: tuple[Path, Outcome], 
     assert f"{file} cannot be read (" in result.err
 
 
+def test_a_choice_of_ones_own_may_have_any_name_that_a_page_can_show(tmp_path: Path) -> None:
+    (tmp_path / "conf" / "sampler").mkdir(parents=True)
+    for name in ("my policy 2", "a`b"):
+        (tmp_path / "conf" / "sampler" / f"{name}.yaml").write_text("_target_: dllm.samplers.Saber\n")
+    options = ("caches=[none]", "task.limit=1", "gen_length=8", "calibrate=false", f"out={tmp_path / 'out'}")
+    result = command("results", f"--config-dir={tmp_path / 'conf'}", "samplers=['my policy 2']", *options)
+    assert result.code == 0, result.err
+    assert "| `my policy 2` |" in (tmp_path / "out.md").read_text()
+    result = command("results", f"--config-dir={tmp_path / 'conf'}", "samplers=['a`b']", *options)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "samplers has 'a`b', which a page cannot show; rename its YAML" in result.err
+
+
 @pytest.mark.parametrize(("more", "lost"), [("samplers=[vanilla,pc]", "saber"), ("caches=[none]", "dual")])
 def test_results_that_are_left_out_are_not_lost(more: str, lost: str, made: tuple[Path, Outcome]) -> None:
     file = made[0] / "tiny-llada" / "runs.jsonl"

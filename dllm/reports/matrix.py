@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from dllm.escape import terminal
 from dllm.evaluation.run_folder import sessions
 from dllm.files import parse_json, read_json
 from dllm.reports.frontier import aup
@@ -21,7 +22,7 @@ from dllm.stored import misfit
 
 FORMAT, VERSION = "dllm-matrix", 1
 NAME = "runs.jsonl"
-_CHOICE = re.compile(r"[\w.+-]+(/[\w.+-]+)*")
+_MEANT = re.compile(r"[<>|`&\\]")  # in Markdown, also within code
 _DATE = re.compile(r"\d{4}-\d\d-\d\d|$", re.ASCII)
 _ROUNDING, _LARGEST = 1e-6, 1e9
 _FIX = "remove it, and make it again with dllm results"
@@ -205,12 +206,16 @@ class Matrix:
         return aup([(each.tpf, 100 * each.quality) for each in chosen], best)
 
 
+def is_name(text: str) -> bool:
+    """Whether a page shows a name as it is."""
+    return terminal(text, one_line=True) == text and not _MEANT.search(text)
+
+
 def _implausible(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str | None:
     """The first value of the right type that no run has; None if there is none."""
     knobs = [each["knob"] for each in head["settings"].values() if each["knob"] is not None]
     named = [*head["samplers"], *head["caches"], *head["settings"], *knobs]
-    odd = next((name for name in named if not _CHOICE.fullmatch(name)), None)
-    if odd is not None:
+    if odd := next((name for name in named if not is_name(name)), None):
         return f"the first line names {odd!r}"
     for number, row in enumerate(rows, start=2):
         for name in ("sampler", "cache"):
