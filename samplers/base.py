@@ -139,11 +139,13 @@ class Policy:
 
     Attributes:
         kind: one of `KINDS`, by which reports group policies.
+        whole_canvas: whether a step edits the whole canvas (`become`), not the window's columns alone.
         knob: the option to calibrate; None for none.
     """
 
     kind: ClassVar[str] = "committing"
     single_forward = False
+    whole_canvas = False
     needs: frozenset[str] = frozenset()
     knob: ClassVar[Knob | None] = None
 
@@ -188,8 +190,18 @@ class OverPolicy(Policy):
         knob: Knob | None = getattr(self._base, "knob", None)
         return None if knob is None else replace(knob, name=f"base.{knob.name}")
 
-    def _check_base(self, what: str = "be a base") -> None:
-        """Reject a base whose step is not one forward about the active block, or changes its state (ValueError)."""
+    def _check_base(self, what: str = "be a base", whole_canvas: bool = False) -> None:
+        """Reject a base whose step is not one forward about the active block, or changes its state (ValueError).
+
+        Args:
+            what: it cannot do, in the error.
+            whole_canvas: take one whose edits are of the whole canvas.
+        """
+        if getattr(self._base, "whole_canvas", False) and not whole_canvas:
+            raise ValueError(
+                f"base={self.base!r} cannot {what}: it edits the whole canvas, not the active block; use a policy such "
+                "as vanilla or threshold"
+            )
         if not self._base.single_forward:
             raise ValueError(
                 f"base={self.base!r} cannot {what}: its step is more than one forward about the active block, or "

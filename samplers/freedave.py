@@ -55,7 +55,7 @@ class FreeDave(DraftAndVerify):
         number("draft_steps", self.draft_steps, "a whole number of at least 1 (published: 4, 8)", low=1, whole=True)
         choice("draft_mode", self.draft_mode, ("batch", "tree"))
         choice("eager", self.eager, (True, False))
-        self._check_base("be drafted")
+        self._check_base("be drafted", whole_canvas=True)
 
     @property
     def canvases(self) -> int:  # type: ignore[override]

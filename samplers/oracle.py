@@ -59,6 +59,7 @@ class Oracle(Policy):
 
     kind = "lossless"
     single_forward = True
+    whole_canvas = True
 
     base: str | Sampler = "vanilla"
 

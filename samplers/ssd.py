@@ -53,7 +53,7 @@ class SSD(DraftAndVerify):
     def __post_init__(self) -> None:
         use = "a whole number of at least 1 (published: 2 to 4)"
         number("draft_length", self.draft_length, use, low=1, whole=True)
-        self._check_base("be drafted")
+        self._check_base("be drafted", whole_canvas=True)
 
     @property
     def canvases(self) -> int:  # type: ignore[override]

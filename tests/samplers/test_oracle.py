@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import dllm
+from dllm.resolve import build, options_of
 from dllm.samplers import Oracle, Threshold
+from dllm.samplers.base import Sampler
 from models import random_dream, random_llada
 
 PROMPTS = [[5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 7], [50]]
@@ -69,3 +71,9 @@ def test_one_over_another_over_another_is_made_at_once() -> None:
     for _ in range(60):  # each would take twice as long as the one before
         nested = Oracle(nested)
     assert nested.needs == frozenset()
+
+
+@pytest.mark.parametrize("name", ["anchored", "edit", "sub_blocks", "multiblock"])
+def test_it_is_no_base_of_policies_that_edit_a_block(name: str) -> None:
+    with pytest.raises(ValueError, match=r"base='oracle' cannot .*: it edits the whole canvas, not the active block"):
+        build("sampler", {**options_of("sampler", name), "base": "oracle"}, Sampler)
