@@ -47,7 +47,7 @@ def cut(
         return None, count
     before = tokens[: count - int(np.isin(tokens[count - 1], eos_token_ids))]
     stops = [stop for stop in until if stop]
-    needed = _completing(tokenizer, tokens[:count], stops)
+    needed = StopStrings(tokenizer, stops, eos_token_ids).find(tokens) if stops else None
     if needed is None:
         return decode_text(tokenizer, before), count
     text = _written(tokenizer, tokens[:needed])
@@ -68,10 +68,11 @@ def without_beginning(
 
 
 class StopStrings:
-    """Finds the token of a growing text that completes a stop string.
+    """Finds the token of a growing text that completes a stop string, token by token.
 
-    Only the last tokens that a stop string can span are decoded again, so that the cost is linear in the length of the
-    text, not quadratic.
+    So the result does not depend on how many tokens a step commits, also where the text becomes shorter by a token, as
+    with bytes that are no character. Only the last tokens that a stop string can span are decoded again, so that the
+    cost is linear in the length of the text, not quadratic.
 
     Args:
         tokenizer: decodes tokens, including special ones.
@@ -96,35 +97,25 @@ class StopStrings:
         Args:
             text: all its tokens so far, at least one.
         """
-        first = self._first if self.read else 0
-        self.read = len(text)
-        text = text[: int(count_tokens(text[None], self._eos)[0])]
-        recent = _written(self._tokenizer, text[first:])
+        if not self.read:
+            self._first = 0
+        begun, self.read = self.read, len(text)
+        end = int(count_tokens(text[None], self._eos)[0])
+        return next((count for count in range(begun + 1, end + 1) if self._ends(text[:count])), None)
+
+    def _ends(self, text: NDArray[np.int64]) -> bool:
+        """Whether a text has a stop string; the text without its last token has none."""
+        recent = _written(self._tokenizer, text[self._first :])
         if any(stop in recent for stop in self._strings):
-            return _completing(self._tokenizer, text, self._strings)
+            whole = recent if self._first == 0 else _written(self._tokenizer, text)
+            if any(stop in whole for stop in self._strings):
+                return True
         while len(recent) > 2 * self._reach:
-            middle = (first + len(text) + 1) // 2
+            middle = (self._first + len(text) + 1) // 2
             recent = _written(self._tokenizer, text[middle:])
             if len(recent) >= self._reach:
-                first = middle
-        self._first = first
-        return None
-
-
-def _completing(tokenizer: PreTrainedTokenizerBase, tokens: NDArray[np.int64], stops: Sequence[str]) -> int | None:
-    """The fewest tokens whose text contains a stop string; None if it never does."""
-
-    def holds(count: int) -> bool:
-        text = _written(tokenizer, tokens[:count])
-        return any(stop in text for stop in stops)
-
-    if not stops or not holds(len(tokens)):
-        return None
-    low, high = 0, len(tokens)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle + 1, high)
-    return low
+                self._first = middle
+        return False
 
 
 def _without_special(tokenizer: PreTrainedTokenizerBase, tokens: NDArray[np.int64], text: str) -> str:
