@@ -27,6 +27,13 @@ class Tested(TypedDict):
     certified: bool
 
 
+class Defaults(TypedDict):
+    """Options as the model has them, where they are left to it."""
+
+    eos_token_id: list[int]
+    block_length: int | None  # of a block-causal model
+
+
 @dataclass(frozen=True)
 class Calibration:
     """A card.
@@ -50,6 +57,7 @@ class Calibration:
         tests: of each value in order: mean loss, p-value, bound, accuracy, NFE, whether it is certified.
         contents: hashes of the files that the policy reads, from `files_of`; none in cards of earlier versions.
         score: name of the score that counts as accuracy; None in cards of earlier versions.
+        defaults: what null and auto in `options` stand for; None in cards of earlier versions.
     """
 
     model: str
@@ -69,6 +77,7 @@ class Calibration:
     tests: list[Tested] = field(default_factory=list)
     contents: dict[str, str] = field(default_factory=dict)
     score: str | None = None
+    defaults: Defaults | None = None
 
     @classmethod
     def read(cls, path: str | Path) -> Calibration:
@@ -85,7 +94,7 @@ class Calibration:
         found = read_json(file, _FIX)
         if found.pop("format", None) != FORMAT or found.pop("version", None) != VERSION:
             raise ValueError(f"calibration={str(path)!r} is not a card of dllm calibrate; {_FIX}")
-        found = {"contents": {}, "score": None} | found
+        found = {"contents": {}, "score": None, "defaults": None} | found
         if wrong := misfit(found, cls, "the card") or _contradiction(cls(**found)):
             raise ValueError(f"calibration={str(path)!r} is damaged ({wrong}); {_FIX}")
         return cls(**found)
@@ -95,6 +104,8 @@ class Calibration:
         fields = asdict(self)
         if not self.contents:
             del fields["contents"]
+        if self.defaults is None:
+            del fields["defaults"]
         if self.score is None:
             del fields["score"]
         write_json(file, {"format": FORMAT, "version": VERSION, **fields})
@@ -114,6 +125,15 @@ class Calibration:
     def compared_score(self, name: str) -> dict[str, tuple[str, str]]:
         """The score on the card, and another one; nothing if the card does not say."""
         return {} if self.score is None else {"task.metric": (self.score, name)}
+
+    def compared_defaults(self, defaults: Defaults | None) -> dict[str, tuple[Any, Any]]:
+        """What null and auto stand for on the card, and for another model; nothing if one of them does not say."""
+        if self.defaults is None or defaults is None:
+            return {}
+        return {
+            "eos_token_id of the model": (self.defaults["eos_token_id"], defaults["eos_token_id"]),
+            "block_length of the model": (self.defaults["block_length"], defaults["block_length"]),
+        }
 
     def compared(self, policy: Any) -> dict[str, tuple[str, str]]:
         """The hash of each file on the card, and that of the same file now; a moved file is the same.

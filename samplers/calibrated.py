@@ -151,7 +151,9 @@ class Calibrated:
             found["gen_length"] = options.get("gen_length"), "auto" if request.open_ended else request.span
         block = options.get("block_length")
         if not isinstance(block, int):
-            block = block_length_of(block, sys.maxsize, setup.pattern)
+            card, own = self.card.defaults, setup.own_block_length
+            own = own if card is None else card["block_length"]
+            block = block_length_of(block, sys.maxsize, None) if own is None else own
         # A block that is longer than what is generated is all of it.
         if len({min(each or request.span, request.span) for each in (block, request.blocks)}) > 1:
             found["block_length"] = block, request.blocks
@@ -162,7 +164,9 @@ class Calibrated:
         """How tokens are chosen: on the card, where null is the default, and here."""
         options, used, form = self.card.options, request.sampling, read_format(self.card.options.get("response_format"))
         eos = options.get("eos_token_id")
-        ends = setup.sampling().eos_token_ids if eos is None else (eos,) if isinstance(eos, int) else eos
+        card = self.card.defaults
+        own = setup.sampling().eos_token_ids if card is None else card["eos_token_id"]
+        ends = own if eos is None else (eos,) if isinstance(eos, int) else eos
         found: dict[str, tuple[Any, Any]] = {
             "temperature": (options.get("temperature") or 0.0, used.temperature),
             "eos_suppression": (options.get("eos_suppression"), used.eos_suppression),

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from pyarrow import parquet
 
 import dllm
-from dllm.calibration import Calibration, Tested, files_of
+from dllm.calibration import Calibration, Defaults, Tested, files_of
 from dllm.checks import naming, number, seed, threads
 from dllm.escape import terminal
 from dllm.evaluation.claim import claimed
@@ -28,6 +28,7 @@ from dllm.evaluation.run_folder import sessions
 from dllm.resolve import CALIBRATION, TARGET, build, option_names, options_of, with_option
 from dllm.samplers.base import Knob, Sampler
 from dllm.scripts import app, evaluate, own
+from dllm.stored import misfit
 from dllm.structure import read_format_file
 from dllm.tasks.base import Task
 
@@ -81,7 +82,7 @@ def certify(cfg: DictConfig, chosen: Mapping[str, Any]) -> None:
         base = runs.scores({**options_of("sampler", "vanilla"), CALIBRATION: None}, "vanilla")
         if before is not None:
             made = before.compared_score(runs.score) | {"model": (before.weights, runs.weights)}
-            refuse_others(called, card_file, made)
+            refuse_others(called, card_file, made | before.compared_defaults(runs.defaults))
         tests: list[Tested] = []
         named = str(chosen["sampler"])
 
@@ -165,6 +166,12 @@ class _Runs:
         return str(self._weights[0]["weights"])
 
     @property
+    def defaults(self) -> Defaults | None:
+        """What null and auto stand for; None for runs of earlier versions."""
+        found: Defaults | None = self._weights[0].get("defaults")
+        return None if misfit(found, Defaults) else found
+
+    @property
     def score(self) -> str:
         """The name of the score that counts as accuracy."""
         return str(self.first["metrics"]["accuracy_name"])
@@ -192,6 +199,7 @@ class _Runs:
             tests=list(tests),
             contents=files,
             score=self.score,
+            defaults=self.defaults,
         )
 
 

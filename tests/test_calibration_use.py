@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,25 @@ class TestOtherSettings:
             made(lm, cache={"_target_": "dllm.cache.Block"}, options={"gen_length": 12, "block_length": "auto"})
         )
         assert notices(lambda: dllm.generate(lm, PROMPTS, sampler, "block", gen_length=12)) == []
+
+    def test_auto_on_the_card_is_the_models_own_block(self, made: Callable[..., Path]) -> None:
+        lm, options = random_sdar(), {"gen_length": 12, "block_length": "auto"}
+        other = random_sdar(block_length=2)
+        assert other.backbone.fingerprint() == lm.backbone.fingerprint()
+        for more in ({}, {"defaults": {"eos_token_id": [*lm.backbone.eos_token_ids], "block_length": 4}}):
+            sampler = Calibrated(made(lm, cache={"_target_": "dllm.cache.Block"}, options=options, **more))
+            run = partial(dllm.generate, prompts=PROMPTS, sampler=sampler, cache="block", gen_length=12)
+            assert notices(partial(run, lm)) == []
+            (message,) = notices(partial(run, lm, block_length=2))
+            assert "was measured with block_length=4, and is used with block_length=2" in message
+            if more:
+                (message,) = notices(partial(run, other))
+                assert "was measured with block_length=4, and is used with block_length=2" in message
+
+    def test_null_on_the_card_is_the_end_of_text_of_that_model(self, lm: Any, made: Callable[..., Path]) -> None:
+        sampler = Calibrated(made(defaults={"eos_token_id": [7], "block_length": None}))
+        (message,) = notices(lambda: dllm.generate(lm, PROMPTS, sampler, "dual", **ASK))
+        assert f"was measured with eos_token_id=[7], and is used with eos_token_id={ENDS}" in message
 
     def test_what_is_filled_in_has_no_length_of_its_own(self, lm: Any, made: Callable[..., Path]) -> None:
         m, sampler = lm.backbone.mask_token_id, Calibrated(made())

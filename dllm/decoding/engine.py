@@ -134,6 +134,7 @@ class Engine:
             ),
             replays=self._memory.replays(cuda_graphs),
             kept=self._memory.kept,
+            own_block_length=backbone.own_block_length,
         )
         self.max_length = setup.length if max_length is not None else self._memory.fitting_length(self.cache, setup)
         self._setup = replace(setup, length=self.max_length)

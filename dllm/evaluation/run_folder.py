@@ -318,6 +318,8 @@ def _session(lm: LanguageModel) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "dtype": str(lm.backbone.dtype).removeprefix("torch."),
         "weights": lm.backbone.fingerprint(),
+        # What null and auto stand for.
+        "defaults": {"eos_token_id": [*lm.backbone.eos_token_ids], "block_length": lm.backbone.own_block_length},
     }
 
 

@@ -214,6 +214,12 @@ class MaskedDiffusionModel(PreTrainedModel):
         """The pattern for blocks of another length, where the family allows it; None for the model's own."""
         return self.pattern
 
+    @property
+    def own_block_length(self) -> int | None:
+        """Positions of the blocks that the model attends in unless told otherwise; None for full attention."""
+        own = self.pattern_of(None)
+        return None if own is None else own.length
+
     @classmethod
     def can_generate(cls) -> bool:
         """False: transformers' `generate` decodes from left to right."""
