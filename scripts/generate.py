@@ -147,6 +147,23 @@ def _is_job(cfg: DictConfig) -> bool:
     return is_folder(path) or cfg.output.endswith("/") or (path.suffix != ".jsonl" and not os.path.lexists(path))
 
 
+def _print_answer(console: Console, result: dllm.Generation) -> None:
+    """Print an answer and its statistics."""
+    console.print(Text(terminal(result.texts[0]), "green"), soft_wrap=True)
+    if not (result.texts[0] or "").strip():
+        console.print(f"the answer is empty: {_EMPTY}", highlight=False, soft_wrap=True)
+    stats, nfe = result.stats, int(result.nfe[0])
+    counts = f"NFE {nfe}  tokens {stats.tokens}  TPF {stats.tpf:.2f}  {stats.tokens_per_second:.1f} tokens/s"
+    # Costs beyond NFE are shown if there are any.
+    counts += f"  extra positions {stats.extra_columns}" if stats.extra_columns > 0 else ""
+    if stats.cache_refreshes:
+        counts += f"  computed {stats.computed_share:.0%} of the positions, refreshes {stats.cache_refreshes}"
+    counts += f"  {_summary(stats.drift)}" if stats.drift is not None else ""
+    guided = int(result.guide_nfe[0])
+    counts += f"  guide NFE {guided} in {stats.guide_seconds:.2f} s" if guided else ""
+    console.print(counts, highlight=False, soft_wrap=True)
+
+
 class Session:
     """A loaded model and its decoding options.
 
@@ -189,22 +206,12 @@ class Session:
         with display, _naming(["prompt"]):
             fill = dllm.infill if self.infill else dllm.generate
             result = fill(self.lm, ids, self.sampler, self.cache, callback=callback, **self.options)
-        if picture:
-            own.check("picture", str(picture), {picture: own.PICTURE})
-            save_picture(frames, f"{self.lm.name} · {prompt}", picture)
-        console.print(Text(terminal(result.texts[0]), "green"), soft_wrap=True)
-        if not (result.texts[0] or "").strip():
-            console.print(f"the answer is empty: {_EMPTY}", highlight=False, soft_wrap=True)
-        stats, nfe = result.stats, int(result.nfe[0])
-        counts = f"NFE {nfe}  tokens {stats.tokens}  TPF {stats.tpf:.2f}  {stats.tokens_per_second:.1f} tokens/s"
-        # Costs beyond NFE are shown if there are any.
-        counts += f"  extra positions {stats.extra_columns}" if stats.extra_columns > 0 else ""
-        if stats.cache_refreshes:
-            counts += f"  computed {stats.computed_share:.0%} of the positions, refreshes {stats.cache_refreshes}"
-        counts += f"  {_summary(stats.drift)}" if stats.drift is not None else ""
-        guided = int(result.guide_nfe[0])
-        counts += f"  guide NFE {guided} in {stats.guide_seconds:.2f} s" if guided else ""
-        console.print(counts, highlight=False, soft_wrap=True)
+        try:
+            if picture:
+                own.check("picture", str(picture), {picture: own.PICTURE})
+                save_picture(frames, f"{self.lm.name} · {prompt}", picture)
+        finally:
+            _print_answer(console, result)
 
     def answer_file(
         self, questions: Sequence[PromptLine], answers: AnswerFile, show: str, read: Sequence[identity.Stamp]
