@@ -1,7 +1,8 @@
-"""Classes that the `hydra` part of a configuration may name: plugins of Hydra, and what its own files name.
+"""What the `hydra` part of a configuration may name: plugins of Hydra, Python's log files, harmless variables.
 
-Hydra creates callbacks, launchers, sweepers and log handlers from any import path, in YAML files and overrides alike.
-The composed configuration is checked, since defaults, packages and interpolations can put a mapping anywhere.
+Hydra creates callbacks, launchers, sweepers and log handlers from any import path, and sets environment variables, in
+YAML files and overrides alike. The composed configuration is checked, since defaults, packages and interpolations can
+put a mapping anywhere.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ _ALLOWED = re.compile(
     r"|logging\.(NullHandler|StreamHandler|FileHandler)|logging\.handlers\.\w*FileHandler|colorlog\.ColoredFormatter"
 )
 _DEEPEST = 20
+# Other variables can make programs load code, or fetch from elsewhere.
+_VARIABLES = re.compile(r"(CUDA|NCCL|OMP|MKL|OPENBLAS|TOKENIZERS|CUBLAS)_\w+|HF_HUB_OFFLINE|COLUMNS|NO_COLOR")
 _STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 _LOG = re.compile(r"(\$\{hydra\.runtime\.output_dir\}/)?([\w-]|\$\{hydra\.job\.name\})+\.log")
 
@@ -41,7 +44,7 @@ def register() -> None:
 
 
 def check(node: DictConfig) -> None:
-    """Reject code and log files of others.
+    """Reject code, log files and variables of others.
 
     Args:
         node: the part `hydra` of a composed configuration.
@@ -57,6 +60,8 @@ def check(node: DictConfig) -> None:
                 f"{path}={value!r} names code to run; leave it out (plugins are chosen by hydra/launcher=NAME and "
                 "hydra/sweeper=NAME)"
             )
+        if path.startswith("hydra.job.env_set.") and not _VARIABLES.fullmatch(name):
+            raise ValueError(f"{path}={value!r} could make programs run other code; set it in the shell")
         if isinstance(value, str) and value.startswith("ext://") and value not in _STREAMS:
             raise ValueError(f"{path}={value!r} names code to import; use one of {', '.join(_STREAMS)}")
         if name == "filename" and not _LOG.fullmatch(str(raw)):
