@@ -145,7 +145,7 @@ def test_no_command_makes_anything_else(arguments: list[str], option: str, tmp_p
             "handlers.x.stream=",
         ),
         ("hydra: {launcher: {_target_: canary.Class}}", "hydra.launcher._target_="),
-        ("hydra: {job: {env_set: {OMP_NUM_THREADS: 1, LD_XYZ: x}}}", "hydra.job.env_set.LD_XYZ="),
+        ("hydra: {job: {env_set: {CUDA_X: 1, LD_XYZ: x}}}", "hydra.job.env_set.LD_XYZ="),
     ],
 )
 def test_no_file_of_a_configuration_does(content: str, option: str, tmp_path: Path) -> None:
