@@ -232,6 +232,10 @@ def sampled(automaton: Automaton, count: int) -> list[str]:
         ({"type": "string", "pattern": "a", "maxLength": 3}, "'pattern' beside another bound"),
         ({"allOf": [{"type": "null"}, {"title": "x"}]}, "'allOf' of several schemas"),
         ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "'oneOf' of schemas that may overlap"),
+        # Without a type, values of other types are valid.
+        ({"oneOf": [{"type": "integer"}, {"maxLength": 4}]}, "'oneOf' of schemas that may overlap"),
+        ({"oneOf": [{"type": "null"}, {"properties": {"a": {}}, "required": ["a"]}]}, "'oneOf' of schemas that may"),
+        ({"oneOf": [{"type": "string"}, {"minimum": 5}]}, "'oneOf' of schemas that may overlap"),
         ({"anyOf": [{"type": "integer"}], "minimum": 3}, "'minimum' beside"),
         ({"$ref": "http://x/y"}, "'$ref' to 'http://x/y'"),
         ({"$ref": "#/nope"}, "has no '#/nope'"),
@@ -289,6 +293,9 @@ def test_texts_of_a_grammar_parse(depth: int) -> None:
         ('start: "a" start | "c"', ["c", "aaaaaaaac"], ["a"]),
         ('start: (STR ",")* STR\n%import common.ESCAPED_STRING -> STR', ['"a"', '"a\\"b","c"'], ['"a', '"a"b"']),
         ('start: "x"i [ "y" ] ("z")~2..3', ["Xzz", "xyzzz"], ["xz", "xYzz"]),
+        ("start: C\n%import common.C_COMMENT -> C", ["/**/", "/* a\n **/"], ["/**/*/", "/* a"]),
+        ("start: /[0-9]+\\.[0-9]+|[0-9]+/", ["1", "1.25"], ["1."]),
+        ("start: /[a-z]+?;/", ["ab;"], ["ab;c;"]),
     ],
 )
 def test_repetition_of_rules(grammar: str, right: list[str], wrong: list[str]) -> None:
@@ -299,6 +306,24 @@ def test_repetition_of_rules(grammar: str, right: list[str], wrong: list[str]) -
     assert not any(automaton.accepts(text.encode()) for text in wrong)
     for text in right:
         lark.Lark(grammar).parse(text)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("pattern", "taken", "word"),
+    [
+        ('".*?"', '""', '"""'),
+        ("[a-z]+?", "a", "aa"),
+        ("<!--.*?-->", "<!---->", "<!---->-->"),
+        ("[1-9]|[1-9][0-9]", "1", "10"),
+        ("(x|xy)z?", "x", "xy"),
+    ],
+)
+def test_a_terminal_that_lark_takes_the_first_match_of_is_refused(pattern: str, taken: str, word: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"Lark takes {taken!r} where {word!r} stands; put longer")):
+        read_format({"type": "grammar", "grammar": f'start: "-" N\nN: /{pattern}/'})
+    with pytest.raises(lark.exceptions.LarkError):
+        lark.Lark(f"start: /{pattern}/", lexer="dynamic_complete").parse(word)
 
 
 @pytest.mark.usefixtures("here")
@@ -315,13 +340,14 @@ def test_texts_of_random_expressions_match_in_python(seed: int) -> None:
         pattern = "".join(source.choice(pieces) for _ in range(source.randrange(1, 5)))
         try:
             matched = re.compile(pattern)
-            lark.Lark(f"start: /{pattern}/")
+            parser = lark.Lark(f"start: /{pattern}/", lexer="dynamic_complete")
             form = read_format({"type": "grammar", "grammar": f"start: /{pattern}/"})
         except (re.error, lark.exceptions.LarkError, ValueError):
             continue
         assert form is not None
         for text in sampled(form.compiled.automaton, 10):
             assert matched.fullmatch(text), (pattern, text)
+            parser.parse(text)
         compared += 1
 
 

@@ -11,22 +11,31 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from dllm.checks import first_line
 from dllm.structure.expressions import Dialect, translated
-from dllm.structure.language import check_closed, escaped, extra
+from dllm.structure.language import Automaton, check_closed, compile_regex, escaped, extra
 
-# Lark's own terminal for strings looks behind, which automata do not.
-_ESCAPED_STRING = {r'".*?(?<!\\)(\\\\)*?"': r'"(?:[^"\\\n]|\\[^\n])*"'}
+# Lark's own terminals for strings, which looks behind, and for comments, which is lazy; automata do neither.
+_COMMON = {
+    r'".*?(?<!\\)(\\\\)*?"': r'"(?:[^"\\\n]|\\[^\n])*"',
+    "/\\*(.|\n)*?\\*/": r"/\*(?:[^*]|\*+[^*/])*\*+/",
+}
 # Python's classes, without the letters that are newer than its version of Unicode; Rust's is 16.
 _VERSION = min(float(unicodedata.unidata_version.rpartition(".")[0]), 16.0)
 _PYTHON = Dialect(
     {"d": f"[\\d&&\\p{{Age={_VERSION}}}]", "w": f"[\\p{{L}}\\p{{Nd}}_&&\\p{{Age={_VERSION}}}]", "s": "\\s\\x1C-\\x1F"},
     {"d": "\\d", "w": "\\w\\p{N}", "s": "\\s\\x1C-\\x1F"},
 )
+_ORDERED = re.compile(r"\||[*+?}]\?")  # alternatives and lazy repetitions
+_ASCII = [*b"abcdefghijklmnopqrstuvwxyz", *b"0123456789", *range(33, 48), *range(58, 97), *range(123, 127), 32, 10, 9]
+_TRIED = 3000  # words of a terminal and their beginnings
 _LONGEST, _MOST_RULES = 2_000_000, 50_000  # characters of an expression; rules, each within others
 
 
@@ -62,7 +71,7 @@ def _terminal(name: str, pattern: Any) -> str:
         found = escaped(pattern.value)
     else:
         found = pattern.value
-        for theirs, ours in _ESCAPED_STRING.items():
+        for theirs, ours in _COMMON.items():
             found = found.replace(theirs, ours)
         if "x" in pattern.flags:
             raise ValueError(f"grammar has the flag x at {name}, which is not supported; leave out the spaces")
@@ -72,7 +81,31 @@ def _terminal(name: str, pattern: Any) -> str:
             raise ValueError(f"grammar has a terminal {name} that cannot be expressed: {error}") from None
         check_closed(found, f"terminal {name}")
     flags = "".join(sorted(pattern.flags))
-    return f"(?{flags}:{found})"
+    found = f"(?{flags}:{found})"
+    if pattern.type != "str" and _ORDERED.search(pattern.value):
+        _check_first_match(name, re.compile(f"(?{flags}:{pattern.value})"), compile_regex(found, f"terminal {name}"))
+    return found
+
+
+def _check_first_match(name: str, pattern: re.Pattern[str], automaton: Automaton) -> None:
+    """Reject a terminal of which Lark takes less than a whole word: Python tries alternatives in their order.
+
+    Short words are tried, of all states that they lead through.
+    """
+    waiting = deque([(automaton.start, b"")])
+    for _ in range(_TRIED):
+        if not waiting:
+            return
+        state, word = waiting.popleft()
+        taken = pattern.match(word.decode()) if automaton.accepting[state] else None
+        if taken is not None and taken.end() < len(word):
+            raise ValueError(
+                f"grammar has a terminal {name} of which Lark takes {taken[0]!r} where {word.decode()!r} stands; put "
+                "longer alternatives first, and write what a lazy repetition must not hold ([^...]*)"
+            )
+        _, first = np.unique(automaton.follow[state, _ASCII], return_index=True)
+        letters = [_ASCII[place] for place in sorted(first) if automaton.follow[state, _ASCII[place]]]
+        waiting.extend((int(automaton.follow[state, letter]), word + bytes([letter])) for letter in letters)
 
 
 @dataclass

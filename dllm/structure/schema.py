@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import permutations
 from typing import Any
 from urllib.parse import unquote
 
@@ -280,13 +281,16 @@ class _Translator:
             return True
         if not all(isinstance(each, Mapping) and not set(_COMBINED) & set(each) for each in followed):
             return False
-        kinds = [set(self._kinds(each, at)) if not {"enum", "const"} & set(each) else set(_TYPES) for each in followed]
-        kinds = [each | ({"integer"} if "number" in each else set()) for each in kinds]
-        if sum(map(len, kinds)) == len(set[str]().union(*kinds)):
-            return True
+        written = [set(_TYPES) if {"enum", "const"} & set(each) else set(self._kinds(each, at)) for each in followed]
+        written = [each | ({"integer"} if "number" in each else set()) for each in written]
+        # Without a type, values of all types are valid that its keywords are not about.
+        valid = [kinds if "type" in each else set(_TYPES) for each, kinds in zip(followed, written, strict=True)]
+        pairs = permutations(zip(written, valid, strict=True), 2)
+        both = set[str]().union(*(one[0] & other[1] for one, other in pairs))
         shared = set.intersection(*(set(each.get("required", ())) for each in followed))
-        return any(kinds[0] == {"object"} == each for each in kinds) and any(
-            _apart([each.get("properties", {}).get(name) for each in followed]) for name in shared
+        return not both or (
+            both == {"object"}
+            and any(_apart([each.get("properties", {}).get(name) for each in followed]) for name in shared)
         )
 
     def _boolean(self, schema: Mapping[str, Any], at: str, depth: int) -> str:
