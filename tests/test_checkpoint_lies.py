@@ -23,7 +23,15 @@ from transformers import AutoModel, Qwen2Config, Qwen2ForCausalLM
 from dllm.guide import load_guide
 from dllm.models import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM
 from dllm.models.loading import load
-from models import random_diffusion_gemma, random_dream, random_fast_dllm, random_llada, save_folder
+from models import (
+    random_diffusion_gemma,
+    random_dream,
+    random_fast_dllm,
+    random_llada,
+    random_llada2,
+    random_sdar,
+    save_folder,
+)
 
 Edit = Callable[[Path], Any]
 FAMILIES = ("llada", "dream")
@@ -434,6 +442,14 @@ def test_ids_beyond_the_tokens_that_mean_something_are_no_special_ids(made: dict
     vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
     config(folder, vocab_size=vocab - 1, mask_token_id=vocab - 1)
     assert f"mask_token_id={vocab - 1}" in refusal(folder)
+
+
+@pytest.mark.parametrize("make", [random_sdar, random_llada2])
+@pytest.mark.parametrize("size", [2**24, 2**40, 2**62, HUGE])
+def test_a_head_of_any_size_is_one_line(make: Any, size: int, tmp_path: Path) -> None:
+    folder = save_folder(make(dtype=torch.float32), tmp_path)
+    config(folder, head_dim=size)
+    refusal(folder)
 
 
 @pytest.mark.parametrize("make", [random_fast_dllm, random_diffusion_gemma])

@@ -382,6 +382,13 @@ class TestScaffold:
         if lengths is None:
             assert out.completions.shape[1] == 96
 
+    def test_an_object_without_properties_that_may_be_there_is_empty(self) -> None:
+        inner = {"type": "object", "properties": {"x": False}}
+        schema = {"type": "object", "properties": {"a": inner, "b": {"type": "integer"}, "c": False}}
+        form = {"type": "json_schema", "schema": schema, "scaffold": True}
+        (text,) = dllm.generate(text_model(), ["Hi"], response_format=form, gen_length=40, seed=0).texts
+        assert json.loads(text)["a"] == {}
+
     def test_rows_of_one_batch_have_scaffolds_of_their_own(self) -> None:
         lm = text_model()
         forms = [self.FORM, None, FORMAT, self.FORM | {"value_length": 3}]

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from dllm.checks import number
+from dllm.checks import first_line, number
 from dllm.files import read_json
 from dllm.models.published import is_whole
 
@@ -60,7 +60,7 @@ _LABELS = 10**5
 _MODULES = 1024  # layers, or experts of a layer
 _BUFFERS = 2**28  # entries of tensors that are no weights
 _NAMED_TWICE = 4  # times that the tensors of a pickled file may be larger than it: some models share all layers
-_OPTIONAL = ("num_key_value_heads", "embedding_size")
+_OPTIONAL = ("num_key_value_heads", "embedding_size", "head_dim")
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
           "max_position_embeddings", *_OPTIONAL)  # fmt: skip
 
@@ -123,11 +123,18 @@ def check_folder(family: Any, folder: Path) -> None:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     except (TypeError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be used ({error}); copy it again from the published model") from None
+        raise _unusable(path, error) from None
     stored = read_headers(folder)
     tied = (family._tied_weights_keys or {}) if config.tie_word_embeddings else {}
-    compare(family.__name__, config, expected_tensors(family, config), stored, folder, tied)
+    try:
+        compare(family.__name__, config, expected_tensors(family, config), stored, folder, tied)
+    except (TypeError, RuntimeError, OverflowError) as error:  # products of sizes that no tensor has
+        raise _unusable(path, error) from None
     check_ids(config.vocab_size, config.mask_token_id, config.eos_token_id, folder)
+
+
+def _unusable(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} cannot be used ({first_line(error)}); copy it again from the published model")
 
 
 def check_values(config_class: Any, content: Mapping[str, Any]) -> None:

@@ -189,7 +189,7 @@ class _Translator:
                 yield Part(f"{before}{json.dumps(name, ensure_ascii=False)}: ")
                 before = ", "
                 yield from self.parts(inner, _below(at, name), depth)
-            yield Part("}")
+            yield Part("{}" if before == "{" else "}")
         elif isinstance(schema, Mapping) and "const" in schema:
             yield Part(json.dumps(schema["const"], ensure_ascii=False))
         else:
