@@ -37,7 +37,7 @@ class Setting:
         chat: send plain text as a user message.
         infill: fill the masks of each prompt.
         check: rejects a model by its identity, before any decoding.
-        files: hashes of the files that sampler and cache read, by path; None for those that are there.
+        files: hashes of the files that sampler and cache read, by path; None not to compare them.
     """
 
     load: Callable[[], LanguageModel]

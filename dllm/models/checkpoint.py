@@ -59,7 +59,7 @@ _LARGEST = 2**24  # maximum plausible size
 _LABELS = 10**5
 _MODULES = 1024  # layers, or experts of a layer
 _BUFFERS = 2**28  # entries of tensors that are no weights
-_NAMED_TWICE = 4  # times that the tensors of a pickled file may be larger than it: some models share all layers
+_SHARED = 4  # tensors of a pickled file may be this many times as large as it: some models share all layers
 _OPTIONAL = ("num_key_value_heads", "embedding_size", "head_dim")
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
           "max_position_embeddings", *_OPTIONAL)  # fmt: skip
@@ -331,7 +331,7 @@ def _pickled(path: Path) -> Iterator[tuple[str, Stored]]:
     if not isinstance(found, dict) or not all(isinstance(part, torch.Tensor) for part in found.values()):
         raise ValueError(f"{path} is not a table of tensors; give the state_dict of a model")
     # A tensor may be stored under several names, but a small storage must not stand for large or many tensors.
-    if sum(part.nbytes for part in found.values()) > _NAMED_TWICE * path.stat().st_size:
+    if sum(part.nbytes for part in found.values()) > _SHARED * path.stat().st_size:
         raise ValueError(f"{path} is smaller than the tensors that it says it holds; copy or download it again")
     yield from ((str(name), Stored(path, _NAMES.get(part.dtype, str(part.dtype)), tuple(part.shape)))
                 for name, part in found.items())  # fmt: skip
