@@ -548,12 +548,15 @@ def one_line(error: BaseException, config_name: str | None = None) -> str:
         return f"unknown {group}={name}{close(name, found)}; expected one of {', '.join(found)}"
     if match := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)' ?(?:1\. To use|requires -)", text):
         return f"{match[1]} names several; give one, or add -m to run them one after another"
-    if match := re.search(r"Could not (?:override|delete from config\.) '((?:(\w+)\.)?[^']+)'", text):
-        group = match[2] if config_name and match[2] in usage.groups(config_name) else ""
+    if match := re.search(r"Could not (override|delete from config\.) '((?:(\w+)\.)?[^']+)'", text):
+        verb, option, first = match.groups()
         options = usage.options(config_name) if config_name else []
+        if verb != "override" and option in options:
+            return f"option {option!r} cannot be removed; give it a value, {option}=..."
+        group = first if config_name and first in usage.groups(config_name) else ""
         expected = f"expected one of {', '.join(options)}" if config_name else _LISTED
         fix = f"choose with {group}=NAME, and `{group}=NAME --help` lists its options" if group else expected
-        return f"unknown option {match[1]!r}{close(match[1], options)}; {fix}"
+        return f"unknown option {option!r}{close(option, options)}; {fix}"
     while isinstance(cause, HydraException) and isinstance(cause.__cause__, (*BAD_INPUT, TypeError)):
         cause = cause.__cause__
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:

@@ -17,10 +17,14 @@ _MOST_BYTES, _MOST_NODES, _DEEPEST = 1 << 20, 10_000, 20
 
 
 class FileConfigSource(file_config_source.FileConfigSource):
-    """Hydra's reader of folders, with limits on files and YAML aliases.
+    """Hydra's reader of folders, with limits on files and YAML aliases, in which other folders are no groups.
 
     It has the name of Hydra's class, since joblib workers check by name whether it is registered.
     """
+
+    def is_group(self, config_path: str) -> bool:
+        """Whether it is a folder of YAML files; one of anything else may have the name of an option, such as out."""
+        return super().is_group(config_path) and any(Path(self.path, config_path).glob("*.yaml"))
 
     def load_config(self, config_path: str) -> Any:
         """Read one file after validation."""

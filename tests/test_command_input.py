@@ -209,6 +209,12 @@ class TestYaml:
         assert (shown.code, shown.err) == (0, "")
         assert "steps: 3\ntokens_per_step: 3\n" in shown.out
 
+    def test_other_folders_beside_them_may_have_the_names_of_options(self, tmp_path: Path) -> None:
+        for folder in ("output", "stop"):
+            (tmp_path / folder).mkdir()
+        shown = command("generate", "--config-dir", str(tmp_path), "stop=x", "--cfg", "job", "-p", "stop")
+        assert (shown.code, shown.out, shown.err) == (0, "x\n", "")
+
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
@@ -225,6 +231,7 @@ class TestYaml:
         (["generate", "gen_length=range(1,3)"], "gen_length=range(1,3) names several; give one, or add -m"),
         (["generate", "gen_length=["], "'gen_length=[' cannot be read; "),
         (["generate", "~nope"], "unknown option 'nope'; expected one of "),
+        (["generate", "~prompt"], "option 'prompt' cannot be removed; give it a value, prompt=..."),
         (["generate", "task=gsm8k"], "unknown option 'task'; expected one of "),
         (["evaluate", "task.nope=1"], "unknown option 'task.nope'; choose with task=NAME, and "),
         (["generate", "++sampler.nope=3"], "unknown option 'sampler.nope'; expected one of steps, "),
