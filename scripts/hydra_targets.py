@@ -14,8 +14,8 @@ from typing import Any
 from hydra._internal import hydra as application
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.plugins import Plugins
-from omegaconf import DictConfig, ListConfig
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, ListConfig, read_write
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 _NAMING = ("_target_", "()", "class", "factory", "custom_search_space")
 _ALLOWED = re.compile(
@@ -25,8 +25,12 @@ _ALLOWED = re.compile(
 _DEEPEST = 20
 # Other variables can make programs load code, or fetch from elsewhere.
 _VARIABLES = re.compile(r"(CUDA|NCCL|OMP|MKL|OPENBLAS|TOKENIZERS|CUBLAS)_\w+|HF_HUB_OFFLINE|COLUMNS|NO_COLOR")
+_LOGS = ("hydra.job_logging.", "hydra.hydra_logging.")
 _STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 _LOG = re.compile(r"(\$\{hydra\.runtime\.output_dir\}/)?([\w-]|\$\{hydra\.job\.name\})+\.log")
+
+_NAME = re.compile(r"[\w.-]+|\?\?\?|None")
+_WHOLE = re.compile(r"\$\{[^}]*:.*\}", re.DOTALL)  # of a resolver, which may give anything
 
 
 class _Loader(ConfigLoaderImpl):
@@ -44,10 +48,10 @@ def register() -> None:
 
 
 def check(node: DictConfig) -> None:
-    """Reject code, log files and variables of others.
+    """Reject code, log files and variables of others; what was checked is what is used, whatever it referred to.
 
     Args:
-        node: the part `hydra` of a composed configuration.
+        node: the part `hydra` of a composed configuration. Values that refer to others are replaced by what they are.
 
     Raises:
         ValueError: the option, its value and the fix.
@@ -66,6 +70,8 @@ def check(node: DictConfig) -> None:
             raise ValueError(f"{path}={value!r} names code to import; use one of {', '.join(_STREAMS)}")
         if name == "filename" and not _LOG.fullmatch(str(raw)):
             raise ValueError(f"{path}={value!r} could be a file of others; use NAME.log, without a folder")
+        if path == "hydra.job.name" and not _NAME.fullmatch(str(value)):
+            raise ValueError(f"{path}={value!r} is no name of a file; use letters, digits, _ and -")
 
 
 def _entries(node: Any, place: str) -> Iterator[tuple[str, str, Any, Any]]:
@@ -76,11 +82,23 @@ def _entries(node: Any, place: str) -> Iterator[tuple[str, str, Any, Any]]:
         if place.count(".") > _DEEPEST:
             raise ValueError(f"{place} is nested too deep; give plainer values")
         for name in list(node) if isinstance(node, DictConfig) else range(len(node)):
+            path, raw = f"{place}.{name}", node._get_node(name)._value()
+            log = path.startswith(_LOGS)
+            if log and name == ".":
+                raise ValueError(f"{path} sets attributes of log handlers; leave it out")
             try:
                 value = node[name]
-            except OmegaConfBaseException:  # it has no value, or refers to what Hydra knows later, which is text
+            except MissingMandatoryValue:  # Hydra sets it later
                 continue
+            except OmegaConfBaseException:  # it refers to what Hydra knows later, which is text where it is harmless
+                if name != "filename" and (log or name in _NAMING or _WHOLE.fullmatch(raw)):
+                    raise ValueError(f"{path}={raw!r} cannot be resolved yet; write the value itself") from None
+                value = raw
+            if value is not raw and isinstance(raw, str) and name != "filename":
+                with read_write(node):
+                    node[name] = value
+                value = node[name]
             if isinstance(value, (DictConfig, ListConfig)):
-                waiting.append((f"{place}.{name}", value))
+                waiting.append((path, value))
             else:
-                yield f"{place}.{name}", str(name), node._get_node(name)._value(), value
+                yield path, str(name), raw, value

@@ -146,6 +146,29 @@ def test_no_command_makes_anything_else(arguments: list[str], option: str, tmp_p
         ),
         ("hydra: {launcher: {_target_: canary.Class}}", "hydra.launcher._target_="),
         ("hydra: {job: {env_set: {CUDA_X: 1, LD_XYZ: x}}}", "hydra.job.env_set.LD_XYZ="),
+        (  # what Hydra resolves later, or otherwise
+            "hydra: {job: {env_set: {CUDA_V: canary.Class}}, job_logging: {version: 1,"
+            " formatters: {x: {(): '${hydra:job.env_set.CUDA_V}'}}}}",
+            "formatters.x.()=",
+        ),
+        (
+            "hydra: {job: {env_set: {CUDA_V: P}}, job_logging: {version: 1, root: {handlers: [x]},"
+            " handlers: {x: {class: logging.FileHandler, mode: w, filename: '${hydra:job.env_set.CUDA_V}'}}}}",
+            "handlers.x.filename=",
+        ),
+        (
+            "hydra: {job: {env_set: {CUDA_V: //canary.Class}}, job_logging: {version: 1,"
+            " handlers: {x: {class: logging.StreamHandler, stream: 'ext:${hydra:job.env_set.CUDA_V}'}}}}",
+            "handlers.x.stream=",
+        ),
+        ("hydra: {callbacks: '${hydra:job.env_set}'}", "hydra.callbacks="),
+        ("hydra: {job: {name: ../kept}}", "hydra.job.name='../kept' is no name of a file"),
+        (
+            "hydra: {job_logging: {version: 1, root: {handlers: [x]},"
+            " handlers: {x: {class: logging.FileHandler, filename: a.log, delay: true,"
+            " .: {baseFilename: P, mode: w}}}}}",
+            "handlers.x..",
+        ),
     ],
 )
 def test_no_file_of_a_configuration_does(content: str, option: str, tmp_path: Path) -> None:
@@ -176,6 +199,21 @@ def test_pythons_own_log_files_are_written_where_a_command_runs(
         arguments = ["gen_length=8", "prompt=a", "show=none", f"--config-dir={tmp_path}", "sampler=mine"]
         assert command("generate", *arguments).code == 0
         assert (tmp_path / name).is_file()
+
+
+def test_what_was_checked_is_what_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CUDA_V", raising=False)
+    (tmp_path / "sampler").mkdir()
+    (tmp_path / "sampler" / "mine.yaml").write_text(
+        "# @package _global_\nsampler: {_target_: dllm.samplers.Threshold}\n"
+        "hydra: {job: {env_set: {CUDA_V: canary.Class}},"
+        " job_logging: {version: 1, root: {handlers: [x]},"
+        " handlers: {x: {class: '${oc.env:CUDA_V,logging.StreamHandler}'}}}}\n"
+    )
+    arguments = ["gen_length=8", "prompt=a", "show=none", f"--config-dir={tmp_path}", "sampler=mine"]
+    assert command("generate", *arguments).code == 0
+    assert "canary" not in sys.modules
 
 
 @pytest.mark.parametrize("flag", ["--experimental-rerun", "--experimental-rerun=x.pickle", "--experimental", "--exp"])
