@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import dllm
 from commands import command
@@ -22,6 +23,7 @@ from dllm.models import (
     SDARMoeConfig,
     family_of,
 )
+from dllm.models.experts import Experts
 from dllm.tasks.tokenizer import build_tokenizer
 from models import random_fast_dllm, random_llada, random_llada2, random_llada_moe, random_sdar_moe, save_folder
 
@@ -121,6 +123,37 @@ def test_models_that_choose_other_experts_have_other_fingerprints(entry: str) ->
     before = lm.backbone.fingerprint()
     setattr(lm.backbone.config, entry, 1)
     assert lm.backbone.fingerprint() != before
+
+
+def _change(expert: Any, how: str) -> None:
+    """Change an expert so that its output is zero, or has no gate."""
+    if how == "weight":
+        expert.down_proj.weight = nn.Parameter(torch.zeros_like(expert.down_proj.weight))
+    elif how == "layer":
+        expert.down_proj = nn.Linear(expert.down_proj.in_features, expert.down_proj.out_features, bias=False)
+        nn.init.zeros_(expert.down_proj.weight)
+    elif how == "bias":
+        expert.down_proj.bias = nn.Parameter(torch.ones(len(expert.down_proj.weight)))
+    elif how == "hook":
+        expert.down_proj.register_forward_hook(lambda module, given, out: 0 * out)
+    else:
+        expert.register_forward_hook(lambda module, given, out: 0 * out)
+
+
+@pytest.mark.parametrize("how", ["weight", "layer", "bias", "hook", "hook of an expert"])
+@pytest.mark.parametrize("make", [random_llada2, random_sdar_moe, random_llada_moe])
+def test_experts_that_are_changed_after_use_are_used_as_they_are(make: Maker, how: str) -> None:
+    model = make(dtype=torch.float32).backbone
+    ids = torch.tensor([[1, 2, 3, model.mask_token_id, model.mask_token_id]])
+    with torch.inference_mode():
+        before = model(ids).logits
+    for experts in [part for part in model.modules() if isinstance(part, Experts)]:
+        for expert in list(experts)[1:]:
+            _change(expert, how)
+    with torch.inference_mode():
+        after = model(ids).logits
+    torch.testing.assert_close(after, model(ids).logits.detach(), atol=1e-3, rtol=1e-4)  # one by one
+    assert (after - before).abs().max() > 0.1
 
 
 def test_only_the_first_part_of_a_head_is_rotated() -> None:

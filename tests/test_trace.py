@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from dllm.evaluation.trace import Frames, Trace
@@ -187,6 +188,18 @@ class TestWhatIsNoTrace:
         save_file({"weight": np.zeros(3)}, path)
         self.refused(path, "is not a trace")
         save_file({"tokens": np.zeros(3)}, path, {"format": "dllm-trace", "version": "1"})
+        self.refused(path, "damaged")
+
+    @pytest.mark.parametrize("name", ["confidence", "frames.confidence"])
+    @pytest.mark.parametrize("value", [np.inf, -np.inf, 1e30, -0.5, 3])
+    def test_confidences_that_are_no_probabilities(self, path: Path, name: str, value: float) -> None:
+        with safe_open(path, "numpy") as file:
+            metadata, tensors = file.metadata(), {each: file.get_tensor(each) for each in file.keys()}  # noqa: SIM118
+        changed = tensors[name].copy()
+        changed[0] = value
+        save_file({**tensors, name: changed}, path, metadata)
+        self.refused(path, "damaged", f"{name} holds what is no probability")
+        save_file({**tensors, name: np.ones(len(changed), np.int64)}, path, metadata)
         self.refused(path, "damaged")
 
     @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ _FRAMES: dict[str, Any] = {
 }  # fmt: skip
 
 
+_LARGEST = 1.01  # probability, with rounding in half precision
 _MOST = 1 << 31  # maximum size of a table, including padding; limits allocation for invalid files
 
 
@@ -220,6 +221,10 @@ def _trace(metadata: Mapping[str, str], tensors: Mapping[str, NDArray[Any]]) -> 
     ):
         if tensors[name].dtype.kind not in "iu" or tensors[name].ndim != 1:
             raise ValueError(f"{name} holds {tensors[name].dtype}")
+    for name in ("confidence", "frames.confidence"):
+        shares = tensors[name]
+        if shares.dtype.kind != "f" or ((shares < 0) | (shares > _LARGEST)).any():  # NaN: none
+            raise ValueError(f"{name} holds what is no probability")
     return Trace(
         ids=tuple(map(str, fields["ids"])),
         tokens=padded(split(tensors["tokens"], lengths), eos[0] if eos else mask, width=width),

@@ -9,6 +9,7 @@ same up to rounding.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import is_
 from typing import Any, TypeAlias
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from dllm.checks import number
 from dllm.models.kernels import gated
-from dllm.models.linear import Layer, is_plain
+from dllm.models.linear import Layer, is_hooked, is_plain
 from dllm.models.transformer import SwiGLU
 
 Routed: TypeAlias = tuple[Int[Tensor, "N k"], Float[Tensor, "N k"]]
@@ -205,12 +206,14 @@ class _Joined:
     Attributes:
         gate_up: (E, 2 f, d) to the gates, then to what they multiply.
         down: (E, d, f) back.
-        parts: the weights of the experts.
-        places: their addresses when they were joined.
+        layers: the linear layers of the experts.
+        parts: their weights.
+        places: the addresses of these when they were joined.
     """
 
     gate_up: Float[Tensor, "E f2 d"]
     down: Float[Tensor, "E d f"]
+    layers: list[Any]
     parts: list[nn.Parameter]
     places: list[int]
 
@@ -219,7 +222,7 @@ class _Joined:
         """Join them; None where they are not all plain weights like the input, or too odd in size."""
         if not _can_be_joined(experts, x):
             return None
-        layers: list[Any] = [layer for expert in experts for layer in expert.children()]
+        layers = _layers(experts)
         width, size = layers[0].weight.shape
         parts = [layer.weight for layer in layers]
         # Not inference tensors: the model may be trained later.
@@ -228,12 +231,20 @@ class _Joined:
             views = (view for gate, back in zip(gate_up, down, strict=True) for view in (*gate.split(width), back))
             for part, view in zip(parts, views, strict=True):
                 part.data = view.copy_(part)
-        return cls(gate_up, down, parts, [part.data_ptr() for part in parts])
+        return cls(gate_up, down, layers, parts, [part.data_ptr() for part in parts])
 
     def current(self, experts: Experts) -> bool:
-        """Whether the experts' weights still lie there, not moved, converted or replaced."""
-        same = next(experts.parameters()) is self.parts[0] and self.parts[0].dtype == self.gate_up.dtype
-        return same and [part.data_ptr() for part in self.parts] == self.places
+        """Whether the experts are these layers with these weights alone: not moved, converted, replaced or hooked."""
+        layers = _layers(experts)
+        return (
+            len(layers) == len(self.layers)
+            and all(map(is_, layers, self.layers))
+            and all(map(is_, (layer._parameters.get("weight") for layer in layers), self.parts))
+            and not any(layer._parameters.get("bias") is not None for layer in layers)
+            and not any(map(is_hooked, (*experts, *layers)))
+            and self.parts[0].dtype == self.gate_up.dtype
+            and [part.data_ptr() for part in self.parts] == self.places
+        )
 
     def __call__(self, x: Float[Tensor, "N d"], experts: Int[Tensor, "N k"]) -> Float[Tensor, "N k d"]:
         """The outputs of the chosen experts: positions sorted by expert, a product for each group, sorted back."""
@@ -252,12 +263,20 @@ def everywhere(module: nn.Module) -> bool:
     return not (_has_groups(weight) and _can_be_joined(module, weight))
 
 
+def _layers(experts: Experts) -> list[Any]:
+    """The linear layers of all experts in turn."""
+    return [layer for expert in experts for layer in expert._modules.values()]
+
+
 def _can_be_joined(experts: Experts, x: Tensor) -> bool:
-    """Whether all are plain weights like the input, of sizes that grouped products take."""
-    layers: list[Any] = [layer for expert in experts for layer in expert.children()]
-    if not all(_is_plain(layer, x) for layer in layers):
+    """Whether all are plain weights like the input, of equal sizes that grouped products take."""
+    layers = _layers(experts)
+    if any(map(is_hooked, experts)) or not all(_is_plain(layer, x) for layer in layers):
         return False
-    return not x.is_cuda or all(size * x.element_size() % _ALIGNED == 0 for size in layers[0].weight.shape)
+    shapes = [layer.weight.shape for layer in layers]
+    if shapes != shapes[:3] * len(experts):
+        return False
+    return not x.is_cuda or all(size * x.element_size() % _ALIGNED == 0 for size in shapes[0])
 
 
 def _has_groups(x: Tensor) -> bool:
@@ -268,7 +287,7 @@ def _has_groups(x: Tensor) -> bool:
 
 def _is_plain(layer: Any, x: Tensor) -> bool:
     """Whether a layer is no more than a weight like the input: not quantised, packed, offloaded, sharded or adapted."""
-    return is_plain(layer) and layer.weight.dtype == x.dtype and layer.weight.device == x.device
+    return is_plain(layer) and layer.bias is None and layer.weight.dtype == x.dtype and layer.weight.device == x.device
 
 
 def check_experts(kind: str, count: Any, chosen: Any, width: Any = 1) -> None:
