@@ -268,6 +268,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "endless config": (lambda folder: edit_config(folder, layer_replication=[[0, 2]] * 10**6), "too long"),
     "cut off": (lambda folder: (folder / FILE).write_bytes((folder / FILE).read_bytes()[:-99]), "cannot be merged"),
     "other model": (_other_model, "cannot be merged"),
+    "a large tensor of one number": (
+        lambda folder: [torch.save({**load_file(folder / FILE), "big": torch.zeros(1).expand(2**40)},
+                                   folder / "adapter_model.bin"), (folder / FILE).unlink()],
+        "is smaller than the tensors that it says it holds",
+    ),
 }  # fmt: skip
 
 

@@ -8,6 +8,8 @@ from math import comb
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from dllm.evaluation.risk import binomial_tail, fixed_sequence, losses_of, p_value, upper_bound
@@ -80,6 +82,16 @@ def test_the_bound_is_where_the_test_turns() -> None:
     assert p_value(losses, bound * 1.001) <= 0.05 < p_value(losses, bound * 0.999)
     assert upper_bound(np.zeros(300), 0.05) == pytest.approx(1 - 0.05 ** (1 / 300))
     assert upper_bound(np.ones(3), 0.05) == 1.0
+
+
+@given(
+    losses=st.lists(st.sampled_from([0.0, 0.25, 1.0]), min_size=1, max_size=40).map(np.array),
+    limit=st.floats(0.01, 0.99),
+    delta=st.floats(0.001, 0.999),
+)
+def test_what_is_certified_is_within_its_bound(losses: NDArray[np.float64], limit: float, delta: float) -> None:
+    (test,) = fixed_sequence([0], lambda _: losses, limit, delta)
+    assert test.certified == (test.bound <= limit) or test.bound == pytest.approx(limit, abs=1e-9)
 
 
 def test_gains_do_not_make_up_for_losses() -> None:

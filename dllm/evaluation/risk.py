@@ -87,7 +87,7 @@ def p_value(losses: NDArray[np.float64], limit: float) -> float:
 
 def upper_bound(losses: NDArray[np.float64], delta: float) -> float:
     """The smallest limit that is certified at level `delta`: an upper confidence bound on the mean."""
-    low, high = float(np.mean(losses)), 1.0
+    low, high = 0.0, 1.0
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (low, middle) if p_value(losses, middle) <= delta else (middle, high)

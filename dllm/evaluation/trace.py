@@ -33,7 +33,7 @@ _FRAMES: dict[str, Any] = {
 
 
 _LARGEST = 1.01  # probability, with rounding in half precision
-_MOST = 1 << 31  # maximum size of a table, including padding; limits allocation for invalid files
+_MOST = 1 << 27  # maximum size of a table, including padding; limits allocation for invalid files
 
 
 class _Metadata(TypedDict):
@@ -212,7 +212,7 @@ def _trace(metadata: Mapping[str, str], tensors: Mapping[str, NDArray[Any]]) -> 
     lengths, eos, mask, width = (fields[name] for name in ("lengths", "eos_token_ids", "mask_token_id", "width"))
     if len(fields["ids"]) != len(lengths):
         raise ValueError("ids and lengths differ in number")
-    if not 0 <= width * len(lengths) <= _MOST or min((width, *lengths)) < 0 or max(lengths, default=0) > width:
+    if not 0 <= width * len(lengths) <= _MOST or min((width, *lengths)) < 0 or max(lengths, default=width) != width:
         raise ValueError(f"rows of {width} positions hold {lengths[:4]} and so on")
     for name in (
         "tokens",

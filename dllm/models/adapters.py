@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from dllm.checks import out_of_memory
 from dllm.files import read_json
+from dllm.models.checkpoint import read_header
 from dllm.models.published import is_whole
 
 CONFIG = "adapter_config.json"
@@ -78,7 +79,8 @@ def merge(backbone: PreTrainedModel, folder: Path) -> None:
     if (folder / CONFIG).stat().st_size > _CONFIG_BYTES:
         raise ValueError(f"{called} has a {CONFIG} that is too long for a config; copy it again")
     read_json(folder / CONFIG)
-    if not any((folder / file).is_file() for file in WEIGHTS):
+    stored = next((folder / file for file in WEIGHTS if (folder / file).is_file()), None)
+    if stored is None:
         raise ValueError(f"{called} has no {' or '.join(WEIGHTS)}; give the folder of a complete adapter")
     if getattr(backbone, "hf_quantizer", None) is not None:
         raise ValueError(f"{called} cannot be merged into quantised weights; give the model it was quantised from")
@@ -89,6 +91,7 @@ def merge(backbone: PreTrainedModel, folder: Path) -> None:
     except ImportError:
         raise ValueError(f"{called} needs peft, which is not installed; pip install peft") from None
     try:
+        list(read_header(stored))  # before its tensors take memory
         with warnings.catch_warnings(action="ignore"):
             problem = _merge(backbone, folder, peft)
     except Exception as error:  # peft raises what it likes for bad files

@@ -222,7 +222,7 @@ def read_headers(folder: Path) -> dict[str, Stored]:
     for path in files:
         if not path.is_file():
             raise ValueError(f"{path} is missing; copy or download this shard again")
-        for name, tensor in (read_header if path.suffix == ".safetensors" else _pickled)(path):
+        for name, tensor in read_header(path):
             if name in stored:
                 raise ValueError(f"{path}: tensor {name} is in {stored[name].file.name} as well; {_AGAIN}")
             stored[name] = tensor
@@ -292,11 +292,14 @@ def _weight_map(index: Path, suffix: str) -> dict[str, str]:
 
 
 def read_header(path: Path) -> Iterator[tuple[str, Stored]]:
-    """Names, types and shapes of the tensors of a safetensors file.
+    """Names, types and shapes of the tensors of a safetensors file, or of a pickled one; no value is read.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: it is damaged, or a pickled one that holds anything else, or more than its size.
     """
+    if path.suffix != ".safetensors":
+        yield from _pickled(path)
+        return
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -316,7 +319,7 @@ def _is_old(path: Path) -> bool:
 
 
 def _pickled(path: Path) -> Iterator[tuple[str, Stored]]:
-    """As `read_header`, for a pickled file, with weights_only; no value is read."""
+    """The headers of a pickled file, read with weights_only."""
     old = _is_old(path)
     try:
         if not old and not zipfile.is_zipfile(path):
