@@ -277,7 +277,7 @@ def _summary(results: Mapping[str, Any], path: Path) -> str:
     else:
         parts.append("nothing was generated: sampler and cache were not used")
     if cut := results["details"].get("truncated"):
-        parts.append(f"prompts truncated: {cut} of {metrics['n']}")
+        parts.append(f"prompts truncated: {cut}")  # of all tasks, and n is of one score
     if metrics["speedup"]:
         naive, aware = (metrics["speedup"][name]["time"] for name in ("naive", "eos_aware"))
         parts.append(f"{naive:.1f}x one token per step, {aware:.1f}x the same up to end-of-text")

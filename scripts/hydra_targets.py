@@ -70,6 +70,8 @@ def check(node: DictConfig) -> None:
             raise ValueError(f"{path}={value!r} names code to import; use one of {', '.join(_STREAMS)}")
         if name == "filename" and not _LOG.fullmatch(str(raw)):
             raise ValueError(f"{path}={value!r} could be a file of others; use NAME.log, without a folder")
+        if path == "hydra.output_subdir" and value not in (None, ".hydra"):
+            raise ValueError(f"{path}={value!r} could be a folder with files of others; use .hydra, or null")
         if path == "hydra.job.name" and not _NAME.fullmatch(str(value)):
             raise ValueError(f"{path}={value!r} is no name of a file; use letters, digits, _ and -")
 

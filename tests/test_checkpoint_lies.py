@@ -9,6 +9,7 @@ import socket
 import struct
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -254,6 +255,18 @@ def _pickled(content: Callable[[dict[str, Tensor]], Any], legacy: bool = False) 
     return edit
 
 
+def _deflated(folder: Path) -> None:
+    """A pickle that is much larger than its file."""
+    _pickled(lambda tensors: tensors)(folder)
+    path = folder / "pytorch_model.bin"
+    with zipfile.ZipFile(path) as old:
+        parts = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(path, "w") as new:
+        for name, content in parts.items():
+            bomb = name.endswith("data.pkl")
+            new.writestr(name, content + bytes(bomb * 10**8), zipfile.ZIP_DEFLATED if bomb else zipfile.ZIP_STORED)
+
+
 def _same_ids(folder: Path) -> None:
     config(folder, eos_token_id=json.loads((folder / "config.json").read_text())["mask_token_id"])
 
@@ -349,6 +362,7 @@ FILES: dict[str, tuple[Edit, str]] = {
     "pickle: a list": (_pickled(lambda tensors: list(tensors.values())), "not a table of tensors"),
     "pickle: numbers": (_pickled(lambda tensors: tensors | {"a": 5}), "not a table of tensors"),
     "pickle: integers": (_pickled(lambda tensors: {name: each.long() for name, each in tensors.items()}), "int64"),
+    "pickle: compressed": (_deflated, "pytorch_model.bin is damaged"),
     "pickle: one tensor less": (_pickled(lambda tensors: dict(list(tensors.items())[1:])), "is missing"),
     **{
         f"pickle{kind}: {what}": (

@@ -112,6 +112,7 @@ def test_a_class_of_ones_own_is_named_once_it_is_registered(monkeypatch: pytest.
             ["evaluate", "-m", "hydra/sweeper=optuna", "hydra.sweeper.custom_search_space=canary.Class"],
             "hydra.sweeper.custom_search_space='canary.Class'",
         ),
+        (["generate", "hydra.output_subdir=."], "hydra.output_subdir='.'"),
         (["train-filter", "sampler._target_=os.system"], "sampler._target_='os.system'"),
         (["compatibility", "+variants.a={_target_: os.system}"], "variants.a._target_='os.system'"),
         (["bench", "samplers=[{freedave:{base:{_target_: os.system}}}]"], "samplers[0].base._target_='os.system'"),

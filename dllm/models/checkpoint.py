@@ -324,9 +324,20 @@ def _pickled(path: Path) -> Iterator[tuple[str, Stored]]:
     try:
         if not old and not zipfile.is_zipfile(path):
             raise ValueError("no archive")
+        if not old and any(part.compress_type != zipfile.ZIP_STORED for part in zipfile.ZipFile(path).infolist()):
+            raise ValueError("torch compresses nothing")
         with torch.serialization.skip_data() if old else nullcontext():
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=not old)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError):
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        EOFError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ):
         raise ValueError(
             f"{path} is damaged, incomplete, or holds more than tensors; copy or download it again, or convert it to "
             "safetensors where it was made"
