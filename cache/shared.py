@@ -2,8 +2,9 @@
 
 Where attention is causal over blocks, keys and values of a finished block depend on the tokens up to its end alone. So
 those of finished blocks are kept, each under a hash of all tokens up to its end, and a request that begins with the
-same blocks takes them instead of computing them: exact reuse, of prompts and of earlier answers in them. Where the
-pool is full, the blocks that were not used for the longest time leave it, later blocks of a text before earlier ones.
+same blocks takes them instead of computing them: exact reuse, of prompts and of earlier answers in them. Weights that
+were changed since, such as by an adapter, empty the pool. Where it is full, the blocks that were not used for the
+longest time leave it, later blocks of a text before earlier ones.
 
 Pages are found by their hashes, as in vLLM's prefix caching, and are copied to the row, which attends to contiguous
 memory; a copy reads and writes a block once, where computing it reads all weights.
@@ -15,6 +16,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +61,8 @@ class SharedBlocks:
                 f"shared={columns} takes {taken / 2**30:,.0f} GiB, which cannot be allocated; use less"
             ) from error
         self._most = columns // self.length
+        self._weights, self._begun = setup.weights, dict[int, Any]()
+        self._of = self._weights()
         # Pages by hash, from the one that leaves first to the one that leaves last.
         self._pages: OrderedDict[bytes, int] = OrderedDict()
 
@@ -66,6 +70,7 @@ class SharedBlocks:
         """Copy the blocks that a row has in common with earlier requests into its slot, and return their columns."""
         first = int(canvas.padding[row])
         given = canvas.host[row, first : canvas.start[row]]
+        self._begun[row] = self._current()
         found: list[bytes] = []
         for name in self._names(given):
             if name not in self._pages:
@@ -79,6 +84,8 @@ class SharedBlocks:
     def keep(self, canvas: Canvas, row: int, slot: int, exact: Flags) -> None:
         """Keep the blocks of a row that are exact, the (L,) columns given, from its first on."""
         first = int(canvas.padding[row])
+        if self._current() != self._begun[row]:
+            return
         own = exact[first:]
         finished = len(own) if own.all() else int(own.argmin())
         names = [*self._names(canvas.host[row, first : first + finished])][: self._most]
@@ -89,6 +96,14 @@ class SharedBlocks:
                 self._pages[name] = page
                 self._copy(page, slot, first + count * self.length, save=True)
             self._use(names[: count + 1])
+
+    def _current(self) -> Any:
+        """The state of the weights, of which all pages are."""
+        now = self._weights()
+        if now != self._of:
+            self._pages.clear()
+            self._of = now
+        return now
 
     def _names(self, tokens: NDArray[np.int64]) -> Iterator[bytes]:
         """The hash of each whole block and all before it."""

@@ -211,6 +211,14 @@ def test_settings_end_where_the_canvas_is_full() -> None:
     assert costs["dual"].steps == 4
 
 
+def test_rows_that_have_finished_compute_nothing_and_are_not_counted() -> None:
+    bench = Bench(random_llada(), 20, 8, 4, 4)
+    cost = bench.run({"it": (Threshold(0.3), NoCache())}, None)["it"]
+    alone = dllm.generate(bench.lm, bench.prompts, Threshold(0.3), gen_length=8, block_length=4, stop_at_eos=False)
+    assert min(alone.nfe) < max(alone.nfe) == cost.steps
+    assert cost.columns == 20
+
+
 @pytest.mark.parametrize("sampler", [Vanilla(), ReMDM(), Saber(), Wino()])
 def test_a_token_that_is_written_again_counts_once(sampler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = count()

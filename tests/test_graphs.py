@@ -52,6 +52,26 @@ def test_replayed_forwards_give_what_launched_ones_do(
     assert bool(device.made) == (cache in ("none", "prefix", "dual", "freecache", "dkv", "sparse"))
 
 
+def test_graphs_of_layers_that_were_changed_are_captured_again(device: Device) -> None:
+    lm, options = random_llada(), {"gen_length": 18, "block_length": 6}
+
+    def decoded(engine: dllm.Engine) -> list[list[int]]:
+        engine.add(PROMPTS[0], **options)
+        return [answer.completion for step in engine.steps() for answer in step.answers.values()]
+
+    with dllm.Engine(lm, "threshold", "dual", batch_size=1, max_length=32) as engine:
+        before, made = decoded(engine), len(device.made)
+        lm.backbone.model.transformer.blocks[0].v_proj.register_forward_hook(lambda module, given, out: 0 * out)
+        after = decoded(engine)
+    assert made
+    assert len(device.made) > made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dllm.decoding.memory.Forward", graphs.Forward)
+        lm.spare.clear()
+        with dllm.Engine(lm, "threshold", "dual", batch_size=1, max_length=32) as engine:
+            assert decoded(engine) == after != before
+
+
 @pytest.mark.parametrize("accept", ["argmax", "ratio", "sample"])
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("cache", ["none", "dual"])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Regex
+from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 
 import dllm
@@ -232,6 +233,13 @@ def test_a_text_that_the_tokenizer_gives_up_on_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^prompts\[0\] cannot be tokenized \(.*retry-limit.*\); give another text"):
         encode(["a" * 60], tokenizer)
     assert encode(["7"], tokenizer) != [[]]
+
+
+def test_a_word_that_the_tokenizer_has_nothing_for_is_refused() -> None:
+    tokenizer: Any = build_tokenizer()
+    tokenizer.backend_tokenizer.model = WordLevel({"a": 0}, unk_token="nothing")
+    with pytest.raises(ValueError, match=r"^prompts\[0\] cannot be tokenized \(.*UNK.*\); give another text"):
+        encode(["zebra"], tokenizer)
 
 
 def test_a_mask_without_a_name_is_told_by_its_id() -> None:

@@ -15,7 +15,8 @@ class Timing:
         seconds: of the whole step: plan, forward, selection, edit.
         bare: of the backbone alone, with the same calls, columns and projected positions, and all columns attended
             to; None if not measured.
-        columns: computed, over all rows.
+        rows: that took part: others have finished.
+        columns: computed, over these.
         gained: decrease of the number of masks, over all rows: a token that is written again counts once.
         refreshed: whether a cache recomputed every position of some row.
         store_bytes: of the cached keys and values.
@@ -24,6 +25,7 @@ class Timing:
 
     seconds: float
     bare: float | None
+    rows: int
     columns: int
     gained: int
     refreshed: bool = False
@@ -36,7 +38,7 @@ class Cost:
     """The cost of one setting.
 
     Attributes:
-        steps: steps per repetition, which is the forwards of a row.
+        steps: steps per repetition, until the last row has finished.
         columns: mean computed columns per step and row.
         step: median seconds.
         tokens_per_second: tokens that stand at the end of the last step, over the time of all steps; the median of the
@@ -70,8 +72,8 @@ class Cost:
     tokens: Sequence[Sequence[int]] | None = None
 
 
-def cost_of(repeats: Sequence[Sequence[Timing]], tokens: Sequence[Sequence[int]] | None, batch: int) -> Cost:
-    """Statistics of the steps of each repetition of a setting with `batch` rows."""
+def cost_of(repeats: Sequence[Sequence[Timing]], tokens: Sequence[Sequence[int]] | None) -> Cost:
+    """Statistics of the steps of each repetition of a setting."""
     timings = [each for repeat in repeats for each in repeat]
     reusing = [each for each in timings if not each.refreshed] or timings
     ratios = [each.seconds / each.bare for each in reusing if each.bare]
@@ -79,7 +81,7 @@ def cost_of(repeats: Sequence[Sequence[Timing]], tokens: Sequence[Sequence[int]]
     quartiles = quantiles(ratios, n=4) if len(ratios) > 1 else [*ratios * 3]
     return Cost(
         steps=len(repeats[0]),
-        columns=sum(each.columns for each in timings) / len(timings) / batch,
+        columns=sum(each.columns for each in timings) / sum(each.rows for each in timings),
         step=median(each.seconds for each in timings),
         tokens_per_second=median(
             sum(each.gained for each in repeat) / sum(each.seconds for each in repeat) for repeat in repeats

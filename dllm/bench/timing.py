@@ -122,7 +122,7 @@ class Bench:
                 done += 1
             for iterator in running.values():
                 iterator.close()
-        costs = {label: cost_of(each[1:], ends.get(label), self.batch) for label, each in timings.items()}
+        costs = {label: cost_of(each[1:], ends.get(label)) for label, each in timings.items()}
         if self.bare.forward.graphs:
             whole = [{label: self._whole(*each) for label, each in engines.items()} for _ in range(repeats)]
             for label in engines:
@@ -251,7 +251,8 @@ class Bench:
             launched = any(each.launched for each in calls)
             bare = sum(self._bare(call) for call in shapes)
             kept = getattr(getattr(engine.denoiser.cache, "store", None), "nbytes", 0)
-            yield Timing(seconds, bare, computed, int(found.change.gained.sum()), refreshed, kept, launched)
+            rows = len(found.ids)
+            yield Timing(seconds, bare, rows, computed, int(found.change.gained.sum()), refreshed, kept, launched)
 
     @torch.inference_mode()
     def _reference(self, label: str, ends: dict[str, list[list[int]]], commits: int) -> Generator[Timing, None, None]:
@@ -270,7 +271,7 @@ class Bench:
                 return
             tokens, before = found, masks
             masks = int((found == backbone.mask_token_id).sum())
-            yield Timing(seconds, None, 0, before - masks)
+            yield Timing(seconds, None, self.batch, 0, before - masks)
 
     def _bare(self, call: Call) -> float:
         """Seconds of the backbone alone."""

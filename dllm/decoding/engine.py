@@ -24,6 +24,7 @@ from dllm.decoding.denoiser import Denoiser
 from dllm.decoding.drift import Meter
 from dllm.decoding.foresight import Foresight, Taken, foreseeable
 from dllm.decoding.gate import Gate
+from dllm.decoding.graphs import state_of
 from dllm.decoding.memory import Memory
 from dllm.decoding.options import make_request, parse_options, seeds
 from dllm.decoding.prediction import Sampling
@@ -134,6 +135,7 @@ class Engine:
             ),
             replays=self._memory.replays(cuda_graphs),
             kept=self._memory.kept,
+            weights=lambda: state_of(backbone),
             own_block_length=backbone.own_block_length,
         )
         self.max_length = setup.length if max_length is not None else self._memory.fitting_length(self.cache, setup)
@@ -342,6 +344,8 @@ class Engine:
             )
             self._leaving, self._aborted = set(), set()
             self._ids[exchange.rows] = [name for name, _ in entering]
+        if entering:
+            self._memory.refresh()
         self._idle[exchange.rows] = self._steps[exchange.rows] = 0
         self._recorder.enter(exchange.rows)
         self._gate.exchange(exchange.rows)

@@ -310,6 +310,11 @@ def weights_of(model: nn.Module) -> tuple[Any, ...]:
     return *(address for each in model.parameters() for address in _addresses(each)), *state
 
 
+def state_of(model: nn.Module) -> tuple[Any, ...]:
+    """The same, and how often weights were changed in place."""
+    return *weights_of(model), *(-1 if each.is_inference() else each._version for each in model.parameters())
+
+
 def _addresses(tensor: Tensor) -> list[int]:
     """Of the plain tensors of a tensor: quantised ones have several."""
     if not hasattr(tensor, "__tensor_flatten__"):

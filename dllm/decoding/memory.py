@@ -37,6 +37,13 @@ class Memory:
         """Whether weights have the same addresses, and adapters and hooks are the same, so that graphs are valid."""
         return self._weights == weights_of(self._backbone)
 
+    def refresh(self) -> None:
+        """Forget graphs of weights, adapters or hooks that were changed since they were captured."""
+        if any(forward.graphs for forward in self._forwards.values()) and not self.fits:
+            for forward in self._forwards.values():
+                forward.replays = forward.more_replays()
+            self._weights = weights_of(self._backbone)
+
     def forward(self, cuda_graphs: bool | None) -> Forward:
         """The backbone, with the graphs captured so far."""
         if cuda_graphs not in self._forwards:

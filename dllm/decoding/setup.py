@@ -65,6 +65,7 @@ class Setup:
         sampling: of requests that leave everything to the model, likewise.
         replays: makes graphs of a sampler's own forwards; None if forwards are not replayed from graphs.
         kept: what a sampler leaves to the next engine, by name; used by one at a time.
+        weights: another value once weights, adapters or hooks of the backbone were changed.
         own_block_length: of the blocks that the backbone attends in unless told otherwise; None for full attention.
     """
 
@@ -89,4 +90,5 @@ class Setup:
     sampling: Callable[[], Sampling] = Sampling
     replays: Callable[[], Replays] | None = None
     kept: dict[str, Any] = field(default_factory=dict)
+    weights: Callable[[], Any] = tuple
     own_block_length: int | None = None

@@ -49,11 +49,11 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str, what: str, *, speci
 
 @contextmanager
 def tokenizing(what: str) -> Iterator[None]:
-    """Raise a ValueError where the library panics, which it tells by no `Exception`."""
+    """Raise a ValueError where the library panics, which it tells by no `Exception`, or raises a bare one."""
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         raise ValueError(f"{what} cannot be tokenized ({first_line(error)}); give another text") from None
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 from dllm.checks import seed
 from dllm.evaluation.records import Query
 from dllm.evaluation.runner import Runner
+from dllm.models.tokenizers import tokens_of
 from dllm.tasks import word_problems
 from dllm.tasks.base import Graded
 
@@ -47,7 +48,12 @@ class WordProblems:
         asked = word_problems.problems(self.limit, self.seed)
         problems = {f"{self.name}/{place}": problem for place, problem in enumerate(asked)}
         requests = [
-            Query(name, tokenizer(problem.question).input_ids, seed=seed + place, length=self.gen_length)
+            Query(
+                name,
+                tokens_of(tokenizer, problem.question, "a problem", special=True),
+                seed=seed + place,
+                length=self.gen_length,
+            )
             for place, (name, problem) in enumerate(problems.items())
         ]
         records = {record.id: record for record in runner.answer(requests)}

@@ -121,3 +121,39 @@ def test_bidirectional_models_share_nothing() -> None:
     out = dllm.generate(lm, [SYSTEM] * 3, "vanilla", "block", batch_size=1, **OPTIONS)
     assert out.stats.reused_columns == 0
     assert torch.equal(out.sequences[0], out.sequences[2])
+
+
+def _in_place(model: Any) -> None:
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.mul_(2)
+
+
+def _other(model: Any) -> None:
+    layer = model.model.layers[0].self_attn.v_proj
+    layer.weight = torch.nn.Parameter(2 * layer.weight.detach())
+
+
+def _hooked(model: Any) -> None:
+    model.model.layers[0].self_attn.v_proj.register_forward_hook(lambda module, given, out: 2 * out)
+
+
+@pytest.mark.parametrize("change", [_in_place, _other, _hooked])
+@pytest.mark.parametrize("running", [False, True])
+def test_blocks_of_weights_that_were_changed_are_not_shared(change: Callable[[Any], None], running: bool) -> None:
+    lm = random_sdar()
+    with dllm.Engine(lm, "vanilla", Block(), batch_size=1, max_length=48, block_length=4) as engine:
+        engine.add([*SYSTEM, 20], **OPTIONS)
+        if running:  # while a request is decoded, which then leaves nothing
+            engine.step()
+            change(lm.backbone)
+            list(engine.steps())
+        else:
+            list(engine.steps())
+            change(lm.backbone)
+        found = []
+        for _ in range(2):
+            engine.add([*SYSTEM, 20], **OPTIONS)
+            found += [answer for step in engine.steps() for answer in step.answers.values()]
+    (alone,) = decoded(lm, [[*SYSTEM, 20]])
+    assert [each.completion for each in found] == [alone.completion] * 2
+    assert [each.reused for each in found] == [0, 12]
