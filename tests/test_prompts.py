@@ -25,7 +25,7 @@ TURNS = ROLES + "{% if add_generation_prompt %}<assistant>{% endif %}"
 TRIMMING = TURNS.replace("m['content']", "m['content'] | trim")
 
 
-def words(template: str | None = None, side: str = "left", **special: str) -> Any:
+def words(template: Any = None, side: str = "left", **special: str) -> Any:
     made = build_tokenizer()
     made.padding_side, made.chat_template = side, template
     for name, token in special.items():
@@ -199,6 +199,25 @@ class TestChats:
         assert written([USER, called, {"role": "tool", "content": "5"}], template) == "Tom has 5 pens.apples5"
 
     @pytest.mark.parametrize(
+        ("template", "named"),
+        [
+            (
+                "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}",
+                "takes more than 0.2 seconds",
+            ),
+            ("{{ 9 ** 9 ** 9 }}", r"computes a power \(\*\*\)"),
+        ],
+    )
+    def test_a_template_that_takes_forever_is_ended(
+        self, template: str, named: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("dllm.decoding.chats._SECONDS", 0.2)
+        for tokenizer in (words(template), words({"default": template})):
+            with pytest.raises(ValueError, match=rf"^prompts\[0\] does not fit the chat template: it {named}$"):
+                encode([[USER]], tokenizer)
+        assert written([USER], "{# 2 ** 3 #}**{{ messages[0]['content'] }}") == "**Tom has 5 pens."
+
+    @pytest.mark.parametrize(
         ("chat", "template", "named"),
         [
             ([USER, {"role": "assistant", "content": "The pens"}], TURNS.replace("m['content']", "m['content']|upper"),
@@ -262,7 +281,7 @@ def test_a_chat_of_one_empty_answer_is_refused(content: Any) -> None:
     [
         ("{{ raise_exception('no system role') }}", "no system role"),
         ("{{ cycler().next() }}", "at least one item has to be provided"),
-        ("{{ 'a' * 10**15 }}", "MemoryError"),
+        ("{{ 'a' * 1000000000000000 }}", "MemoryError"),
         ("{% import 'os' as os %}", "no loader for this environment specified"),
         ("{% for", "unexpected 'end of template'"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "nested too deep"),

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dllm.decoding.chats import write_chat
 from dllm.models.tokenizers import tokens_of
 
 Message: TypeAlias = Mapping[str, Any]
@@ -134,28 +135,6 @@ def _written(chat: Chat, tokenizer: PreTrainedTokenizerBase, called: str) -> str
     if not messages:
         raise ValueError(f"{called} has only an empty assistant message; give the message to be answered")
     return write_chat(tokenizer, messages, called, add_generation_prompt=not begun, continue_final_message=begun)
-
-
-def write_chat(tokenizer: PreTrainedTokenizerBase, chat: Any, called: str, **options: Any) -> str:
-    """Apply the tokenizer's chat template.
-
-    Args:
-        tokenizer: has a chat template.
-        chat: its messages.
-        called: name of the chat in errors.
-        **options: as for `apply_chat_template`.
-
-    Raises:
-        ValueError: the template is invalid, or rejects the chat.
-    """
-    try:
-        return str(tokenizer.apply_chat_template(chat, tokenize=False, **options))
-    except Exception as error:  # noqa: BLE001  # a template is code and may raise anything
-        text = " ".join(str(error).split()) or type(error).__name__
-        reason = "nested too deep" if isinstance(error, RecursionError) else text
-        if options.get("continue_final_message") and isinstance(error, ValueError):
-            reason = "it changes the partial answer at the end; leave out the last message"
-        raise ValueError(f"{called} does not fit the chat template: {reason}") from None
 
 
 def _text(message: Message, place: str) -> str:

@@ -22,8 +22,8 @@ from dllm import identity
 from dllm.cache.base import Cache
 from dllm.checks import Notice, known, naming
 from dllm.decoding import compatibility
+from dllm.decoding.chats import write_chat
 from dllm.decoding.options import parse_options
-from dllm.decoding.prompts import write_chat
 from dllm.escape import terminal
 from dllm.evaluation import lm_eval_options as harness_options
 from dllm.evaluation.journal import Journal
