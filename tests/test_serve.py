@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -26,6 +27,7 @@ for needed in ("fastapi", "prometheus_client", "uvicorn"):
 
 from dllm.decoding.ending import cut  # noqa: E402
 from dllm.serving.loop import EngineLoop  # noqa: E402
+from dllm.serving.protocol import Terms  # noqa: E402
 from dllm.serving.ticket import FinalText  # noqa: E402
 from serve_rig import QUESTION, Running, serving  # noqa: E402
 from structure_rig import text_model  # noqa: E402
@@ -422,6 +424,33 @@ def test_a_client_that_goes_away_frees_its_slot(lm: dllm.LanguageModel) -> None:
             time.sleep(0.01)
         assert [line["outcome"] for line in server.log.lines].count("cancelled") == 2
         assert server.metrics()['dllm_requests_total{outcome="cancelled"}'] == 2
+        assert server.metrics()["dllm_slots_busy"] == 0
+
+
+def test_formats_that_take_long_keep_nobody_else_waiting(
+    lm: dllm.LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled, plan = threading.Event(), Terms.plan
+
+    def slow(terms: Terms, request: Any) -> Any:
+        if request.response_format is not None:
+            compiled.wait(60)
+        return plan(terms, request)
+
+    monkeypatch.setattr(Terms, "plan", slow)
+    body = {"prompt": QUESTION, "max_tokens": 8}
+    formatted = body | {"response_format": {"type": "regex", "regex": "[0-9]+"}}
+    with serving(lm, timeout=2) as server, ThreadPoolExecutor(45) as clients:
+        answers = [clients.submit(server.post, "completions", formatted) for _ in range(45)]
+        time.sleep(0.2)
+        try:
+            assert server.post("completions", body).status_code == 200
+            assert {each.result().status_code for each in answers} == {504}
+        finally:
+            compiled.set()
+        assert server.metrics()["dllm_queue_length"] == 0
+        monkeypatch.undo()
+        assert server.post("completions", formatted).status_code == 200
 
 
 def test_a_request_that_takes_too_long_ends(lm: dllm.LanguageModel) -> None:

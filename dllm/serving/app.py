@@ -6,12 +6,12 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from traceback import format_tb
 from typing import Any
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request, Response
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
@@ -69,6 +69,7 @@ class Service:
         log: of requests.
         sampler: name of the server's own policy.
         cache: name of the cache.
+        formats: requests with a format that are read at once: compiling one may take long, and others must not wait.
     """
 
     terms: Terms
@@ -78,6 +79,12 @@ class Service:
     log: Log
     sampler: str
     cache: str
+    formats: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))
+
+    @property
+    def late(self) -> Failure:
+        """How a request that takes too long ends."""
+        return Failure(504, f"no answer within {self.timeout:g} seconds; ask for less, or try again", "timeout")
 
     def describe(self) -> dict[str, Any]:
         """The model, as /v1/models tells it."""
@@ -177,12 +184,12 @@ async def _answer(
     service: Service, pieces: Pieces, http: Request, kind: type[ChatRequest] | type[CompletionRequest]
 ) -> Response:
     """Answer a request, whole or as a stream."""
-    loop, terms = service.loop, service.terms
+    loop = service.loop
     body = await http.body()
-    entry = service.log.entry(http.url.path)
+    entry, late = service.log.entry(http.url.path), time.monotonic() + service.timeout
     try:
         request = parse(kind, body)
-        plan: Plan = await run_in_threadpool(terms.plan, request)
+        plan = await _plan(service, request)
     except BadRequestError as problem:
         loop.metrics.refuse()
         entry.refused(problem.status, problem.message)
@@ -206,8 +213,8 @@ async def _answer(
         entry.refused(503, "stopping")
         return Json(failed(STOPPING), 503, headers={"Retry-After": "5"})
     entry.accepted(plan, request)
-    following = Following(service, tickets, news)
-    writer = Writer.of(plan, tickets, terms.name, service.sampler, service.cache)
+    following = Following(service, tickets, news, late)
+    writer = Writer.of(plan, tickets, service.terms.name, service.sampler, service.cache)
 
     def end() -> None:
         following.give_up()
@@ -231,6 +238,25 @@ async def _answer(
     return Json(writer.whole([ticket.answer for ticket in tickets if ticket.answer is not None]))
 
 
+async def _plan(service: Service, request: ChatRequest | CompletionRequest) -> Plan:
+    """What a request asks for, within its time and while the server runs.
+
+    Raises:
+        BadRequestError: it cannot be carried out.
+    """
+    limiter = None if request.response_format is None else service.formats
+    try:
+        async with asyncio.timeout(service.timeout):
+            return await to_thread.run_sync(service.terms.plan, request, limiter=limiter, abandon_on_cancel=True)
+    except TimeoutError:
+        failure = service.late
+    except asyncio.CancelledError:
+        if not service.loop.stopping:
+            raise
+        failure = STOPPING
+    raise BadRequestError(failure.message, status=failure.status)
+
+
 class Following:
     """Waits for the news of a request's choices.
 
@@ -238,11 +264,11 @@ class Following:
         service: the server.
         tickets: the choices.
         news: set whenever one of them has news.
+        until: when it takes too long (`time.monotonic`).
     """
 
-    def __init__(self, service: Service, tickets: Sequence[Ticket], news: asyncio.Event) -> None:
-        self._service, self.tickets, self._news = service, tickets, news
-        self._until = tickets[0].accepted + service.timeout
+    def __init__(self, service: Service, tickets: Sequence[Ticket], news: asyncio.Event, until: float) -> None:
+        self._service, self.tickets, self._news, self._until = service, tickets, news, until
 
     @asynccontextmanager
     async def while_there(self, http: Request) -> AsyncIterator[None]:
@@ -273,8 +299,7 @@ class Following:
             async with asyncio.timeout(max(0.0, self._until - time.monotonic())):
                 await self._news.wait()
         except TimeoutError:
-            seconds = self._service.timeout
-            self.give_up(Failure(504, f"no answer within {seconds:g} seconds; ask for less, or try again", "timeout"))
+            self.give_up(self._service.late)
         self._news.clear()
 
     def give_up(self, failure: Failure | None = None) -> None:

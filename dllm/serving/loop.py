@@ -135,7 +135,7 @@ class EngineLoop:
         self.ready = False
         self._on_end: Callable[[], None] = lambda: None
         self._thread = Thread(target=self._run, name="dllm-engine", daemon=True)
-        metrics.watch(lambda: self.waiting)
+        metrics.watch(lambda: self.waiting, lambda: self.busy)
 
     def start(self, on_end: Callable[[], None] = lambda: None) -> None:
         """Begin; `on_end` is called from the thread when it ends."""
@@ -157,6 +157,12 @@ class EngineLoop:
         """Requests in the queue."""
         with self._changed:
             return sum(ticket.entered is None for ticket in self._open)
+
+    @property
+    def busy(self) -> int:
+        """Requests that have a slot."""
+        with self._changed:
+            return sum(ticket.entered is not None and not ticket.done for ticket in self._open)
 
     def submit(self, tickets: Sequence[Ticket]) -> None:
         """Queue the choices of one request: all of them, or none.

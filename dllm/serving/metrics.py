@@ -33,7 +33,7 @@ class Metrics:
         self._recent: deque[float] = deque(maxlen=64)
         self._queue = Gauge("dllm_queue_length", "Requests that wait for a slot.", registry=registry)
         Gauge("dllm_slots", "Rows that are decoded at once.", registry=registry).set(slots)
-        self._busy = Gauge("dllm_slots_busy", "Rows that were decoded in the last step.", registry=registry)
+        self._busy = Gauge("dllm_slots_busy", "Rows that are decoded now, over all engines.", registry=registry)
         self._steps = Counter("dllm_steps", "Denoising steps.", registry=registry)
         self._slot_steps = Counter("dllm_slot_steps", "Rows of all steps.", registry=registry)
         self._busy_steps = Counter("dllm_busy_slot_steps", "Rows of all steps that had a request.", registry=registry)
@@ -62,14 +62,14 @@ class Metrics:
         """Mean time of the latest finished requests."""
         return sum(self._recent) / len(self._recent) if self._recent else 1.0
 
-    def watch(self, waiting: Callable[[], int]) -> None:
-        """Read the length of the queue from a function."""
+    def watch(self, waiting: Callable[[], int], busy: Callable[[], int]) -> None:
+        """Read the length of the queue and the rows in use from functions."""
         self._queue.set_function(waiting)
+        self._busy.set_function(busy)
 
     def step(self, step: Step) -> None:
         """Count a step."""
         self._steps.inc()
-        self._busy.set(len(step) - len(step.answers))
         self._slot_steps.inc(step.slots)
         self._busy_steps.inc(len(step))
         self._forwards.inc(int(step.forwards.sum()))
