@@ -248,13 +248,14 @@ class Session:
                 empty += not (answer.text or "").strip()
                 advance(name)
         answers.verify()
+        new = "new " if len(left) < len(questions) else ""
         if empty:
-            print(f"{empty} of {len(costs)} answers are empty: {_EMPTY}")
+            print(f"{empty} of {len(costs)} {new}answers are empty: {_EMPTY}")
         if (drift := summarise(measured, seconds=0.0)) is not None:
             print(_summary(drift))
         if costs:
             tokens, forwards = map(sum, zip(*costs, strict=True))
-            print(f"NFE {forwards / len(costs):.1f} per answer, {tokens / forwards:.2f} tokens per forward (TPF)")
+            print(f"NFE {forwards / len(costs):.1f} per {new}answer, {tokens / forwards:.2f} tokens per forward (TPF)")
         print(f"{len(busy)} steps, row slots busy {sum(busy) / len(busy):.1%}")
 
     def _encode(self, prompts: Sequence[tuple[str, str | list[Mapping[str, Any]]]]) -> list[list[int]]:

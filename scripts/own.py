@@ -121,13 +121,23 @@ def _is_own(path: Path, kind: Kind) -> bool:
     return not path.is_file() or path.stat().st_size == 0 or kind.marks(path)
 
 
-def _text(name: str, pattern: str) -> Kind:
-    """Text that matches a pattern at its start; for tables up to the end, to protect manual additions."""
-    compiled = re.compile(pattern.encode(), re.DOTALL)
+def _text(name: str, pattern: str, *later: str) -> Kind:
+    """Text that matches a pattern at its start; for tables up to the end, to protect manual additions.
+
+    Args:
+        name: in errors.
+        pattern: matched at the start.
+        *later: patterns that are found after it, each after the one before; one pattern of all is not linear.
+    """
+    first, others = re.compile(pattern.encode(), re.DOTALL), [re.compile(each.encode()) for each in later]
 
     def marks(path: Path) -> bool:
         with path.open("rb") as file:
-            return compiled.match(file.read(_MOST)) is not None
+            text = file.read(_MOST)
+        found = first.match(text)
+        for each in others:
+            found = found and each.search(text, found.end())
+        return found is not None
 
     return Kind(name, marks)
 
@@ -164,18 +174,20 @@ MATRIX = _text(
     r"# (?:What goes together|Compatibility)\n\nMade by `dllm compatibility [^|]{,2400}\n\| [^\n]*\n" + _ROWS
     + r"\n?(?:\(\d+\) [^\n]*\.\n)*\Z",
 )  # fmt: skip
-PICTURE = _text("picture of dllm generate", r'<svg class="rich-terminal".*Generated with Rich.*>step&#160;')
+PICTURE = _text("picture of dllm generate", r'<svg class="rich-terminal"', "Generated with Rich", ">step&#160;")
 FILTER = Kind("filter of dllm train-filter", _has_filter_layout)
 CARD = _text(
     "card of a filter of dllm train-filter", r'\{\s*"architecture": "(?:published|neighbours)",\s*"block_length": '
 )
-RELIABILITY = _text("plot of dllm train-filter", r"<\?xml.*Matplotlib v.*[> ]share that was final[< ]")
+RELIABILITY = _text("plot of dllm train-filter", r"<\?xml", "Matplotlib v", "[> ]share that was final[< ]")
 
 
 CALIBRATION = _text("card of dllm calibrate", r'\{\s*"format": "dllm-calibration"')
 CERTIFICATE = _text(
     "plot of dllm calibrate",
-    r"<\?xml.*Matplotlib v.*[> ](?:answers|share of problems) lost against one token per step[< ]",
+    r"<\?xml",
+    "Matplotlib v",
+    r"[> ](?:answers|share of problems) lost against one token per step[< ]",
 )
 
 
@@ -216,9 +228,12 @@ REPORT = {
     ".csv": Kind(
         "table of dllm report", _has_rows("label", "model", "task", "folder", "quality_name", "quality", "front")
     ),
-    ".html": _text("page of dllm report", r"<!DOCTYPE html>.*<title>[^<]* dllm report</title>"),
+    ".html": _text("page of dllm report", "<!DOCTYPE html>", "<title>[^<]* dllm report</title>"),
     ".svg": _text(
-        "plot of dllm report", r'<\?xml(?!.*<metadata>).*<g id="figure_1">.*>(?:NFE per sample|tokens per second)<'
+        "plot of dllm report",
+        r"<\?xml(?!.*<metadata>)",
+        '<g id="figure_1">',
+        ">(?:NFE per sample|tokens per second)<",
     ),
 }
 

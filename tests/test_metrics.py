@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 
-from dllm.evaluation.metrics import cost, quality, speedup, wilson
+from dllm.evaluation.metrics import cost, impossible, quality, speedup, wilson
 from dllm.evaluation.records import Record
 
 ONE = Record(
@@ -29,6 +30,12 @@ class TestQuality:
         assert (low, high) == wilson(sum(values), len(values))
         for end in (low, high):  # where the mean is 1.96 standard deviations away, of right and wrong answers
             assert abs(found["value"] - end) == pytest.approx(1.959964 * (end * (1 - end) / len(values)) ** 0.5)
+
+    @pytest.mark.parametrize("interval", [[-math.inf, math.inf], [0.2, 1e308], [math.nan, 0.9]])
+    def test_no_interval_is_infinite(self, interval: list[float]) -> None:
+        scores = {"f1": {"value": 0.5, "interval": interval, "n": 4}}
+        said = impossible({"scores": scores, "accuracy": 0.5, "accuracy_interval": [0.4, 0.6]})
+        assert said == f"the interval {interval} of f1"
 
     def test_other_scores_have_an_interval_of_standard_errors(self) -> None:
         found = quality([0.0, 5.0, 10.0])

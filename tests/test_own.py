@@ -53,6 +53,14 @@ def test_files_of_others_are_refused_before_any_work(
     assert [(each.name, each.read_text()) for each in folder.iterdir()] == [(file, MINE)]
 
 
+def test_a_drawing_of_others_is_told_whatever_it_repeats(tmp_path: Path) -> None:
+    path = tmp_path / "quality-nfe.svg"
+    path.write_text("<?xml" + '<g id="figure_1">' * 10**6)
+    assert not own.REPORT[".svg"].marks(path)
+    path.write_text("<?xml" + ">NFE per sample<" + '<g id="figure_1">')  # in another order
+    assert not own.REPORT[".svg"].marks(path)
+
+
 def test_a_table_within_another_text_is_no_table_of_a_command(tmp_path: Path) -> None:
     for table in DOCS.glob("*.md"):
         copy = tmp_path / table.name

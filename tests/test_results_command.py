@@ -144,7 +144,9 @@ class TestCommand:
         assert command("results", "run=false", f"out={out}", "speed=true").code == 0
         assert "tokens/s" in out.with_name("all.md").read_text()
 
-    def test_a_card_of_another_value_than_the_runs_is_refused(self, made: tuple[Path, Outcome], tmp_path: Path) -> None:
+    def test_a_card_of_another_value_than_the_runs_is_refused_and_so_is_none(
+        self, made: tuple[Path, Outcome], tmp_path: Path
+    ) -> None:
         out = tmp_path / "all"
         shutil.copytree(made[0], out, ignore=shutil.ignore_patterns("runs", "*.svg", "*-*-????????"))
         file = out / "tiny-llada" / "calibration" / "saber" / "calibration.json"
@@ -154,6 +156,10 @@ class TestCommand:
         result = command("results", "run=false", f"out={out}")
         assert (result.code, result.err.count("\n")) == (2, 1)
         assert f"{file} certifies at_least=77, and the runs were certified at at_least={card['value']}" in result.err
+        file.unlink()
+        result = command("results", "run=false", f"out={out}")
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert f"{file} is missing, and the runs were certified by it; put it back" in result.err
 
     @pytest.mark.parametrize(
         ("options", "message"),

@@ -206,6 +206,7 @@ class TestOptions:
         assert done.out.endswith("3 of 3 answers are in a.jsonl\n")
         assert Path("a.jsonl").read_bytes().startswith(answered)
         assert [each["answers"] for each in manifest()["sessions"]] == [0, 2]
+        assert " per new answer, " in done.out
 
     def test_mixed_keeps_them_and_tells_every_session(self, answered: bytes) -> None:
         assert run("gen_length=4", "resume=mixed").code == 0

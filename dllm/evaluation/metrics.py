@@ -122,6 +122,7 @@ COSTS = (
     "latency_p95", "guide_nfe", "guide_seconds", "positions", "computed_share", "refreshes", "drift", "peak_memory",
 )  # fmt: skip
 _ROUNDING = 1e-9  # of the ends of an interval
+_LARGEST = 1e100  # end of an interval, which no plot can show
 
 
 def impossible(metrics: Mapping[str, Any]) -> str | None:
@@ -132,7 +133,9 @@ def impossible(metrics: Mapping[str, Any]) -> str | None:
     named = {name: (score["value"], score["interval"]) for name, score in metrics["scores"].items()}
     named["accuracy"] = (metrics.get("accuracy"), metrics.get("accuracy_interval"))
     for name, (value, interval) in named.items():
-        low, high = interval or (-math.inf, math.inf)
+        low, high = interval or (None, None)
+        if not all(end is None or abs(end) < _LARGEST for end in (low, high)):
+            return f"the interval {[low, high]} of {name}"
         if None not in (value, low, high) and not low - _ROUNDING <= value <= high + _ROUNDING:
             return f"{name}={value!r}, outside its interval {[low, high]}"
     return None

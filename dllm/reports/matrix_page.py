@@ -155,6 +155,8 @@ def _cards(settings: Mapping[str, Setting], folder: Path, place: str) -> Iterato
         if setting.knob is None:
             continue
         if not file.is_file():
+            if setting.certified:
+                raise ValueError(f"{file} is missing, and the runs were certified by it; put it back")
             rows.append([f"`{sampler}`", setting.knob, "not calibrated", *[""] * 6])
             continue
         card = Calibration.read(file)
