@@ -197,7 +197,7 @@ def _report(card: FilterCard, out: Path, plot: Path | None) -> None:
     learned, apart = card.records["learned"], card.records["held_out"]
     print(f"{card.prompts} prompts gave {learned} training records and {apart} held-out records, split by prompt")
     for row in card.held_out["thresholds"]:
-        precision = f"{row['precision']:.2%}" if row["recall"] else "-"  # nothing was accepted
+        precision = "-" if row["precision"] is None else f"{row['precision']:.2%}"
         print(f"threshold {row['threshold']:<6} precision {precision}  recall {row['recall']:.2%}")
     for share in (0.99, 0.999):
         print(f"recall {card.held_out[f'recall_at_{share}']:.2%} at a precision of {share:.1%}")

@@ -136,6 +136,15 @@ class Known(NeighbourFilter):
         return torch.logit(confidence)
 
 
+def test_what_is_as_probable_is_accepted_together() -> None:
+    confidence, final = torch.tensor([[0.95] * 4]), torch.tensor([[True, True, False, True]])
+    everything = torch.ones_like(final)
+    quality, _ = measure(Known(), Records(confidence, everything, final, everything, torch.arange(1)))
+    assert quality["recall_at_0.99"] == 0.0
+    quality, _ = measure(Known(), Records(confidence, everything, ~final, everything, torch.arange(1)))
+    assert {row["threshold"]: row["precision"] for row in quality["thresholds"]}[0.9] == 0.25
+
+
 def test_measures_are_those_worked_out_by_hand() -> None:
     confidence = torch.tensor([[0.95, 0.93, 0.75, 0.2], [0.55, 0.15, 0.98, 0.999]])
     final = torch.tensor([[True, False, True, False], [True, False, True, False]])
@@ -147,7 +156,7 @@ def test_measures_are_those_worked_out_by_hand() -> None:
     assert at[0.5] == (0.8, 1.0)
     assert at[0.9] == (round(2 / 3, 4), 0.5)
     assert at[0.96] == (1.0, 0.25)
-    assert at[0.99] == (0.0, 0.0)
+    assert at[0.99] == (None, 0.0)  # nothing is accepted
     assert quality["recall_at_0.99"] == quality["recall_at_0.999"] == 0.5  # 0.98 and 0.95 are right, 0.93 is not
     assert [(row["final"], row["count"]) for row in calibration] == [
         (0.0, 1),

@@ -224,11 +224,11 @@ def measure(network: FilterNetwork, records: Records) -> tuple[dict[str, Any], l
     at = []
     for threshold in THRESHOLDS:
         accepted = probability > threshold
-        right = int((accepted & final).sum())
+        right, count = int((accepted & final).sum()), int(accepted.sum())
         at.append(
             {
                 "threshold": threshold,
-                "precision": round(right / max(1, int(accepted.sum())), 4),
+                "precision": round(right / count, 4) if count else None,
                 "recall": round(right / max(1, int(final.sum())), 4),
             }
         )
@@ -241,13 +241,15 @@ def measure(network: FilterNetwork, records: Records) -> tuple[dict[str, Any], l
 
 def _recall(probability: Tensor, final: Tensor) -> dict[str, float]:
     """Recall of final tokens at a precision of 99% and 99.9%."""
-    right = final[probability.argsort(descending=True, stable=True)].cumsum(0)
+    ranked, order = probability.sort(descending=True, stable=True)
+    right = final[order].cumsum(0)
     precision = right / torch.arange(1, len(right) + 1, device=right.device)
+    last = ranked != torch.cat((ranked[1:], ranked.new_tensor([-1.0])))  # a threshold accepts all of equal probability
+    found = {share: last & (precision >= share) for share in (0.99, 0.999)}
     return {
-        f"recall_at_{share}": round((right / right[-1])[precision >= share].amax().item(), 4)
-        if (precision >= share).any() else 0.0
-        for share in (0.99, 0.999)
-    }  # fmt: skip
+        f"recall_at_{share}": round((right / right[-1])[at].amax().item(), 4) if at.any() else 0.0
+        for share, at in found.items()
+    }
 
 
 def _calibration(probability: Tensor, final: Tensor, bins: int = 10) -> list[dict[str, float]]:
