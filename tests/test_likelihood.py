@@ -315,6 +315,14 @@ class TestErrors:
             assert "\n" not in str(caught.value)
 
 
+def test_more_states_than_memory_holds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dllm.evaluation.likelihood._MOST", 4 * len(TARGET) ** 2)
+    lm = random_llada()
+    loglikelihood(lm, PREFIX, TARGET, Estimate("chain", samples=4))
+    with pytest.raises(ValueError, match=r"^samples=5 of method=chain is too many for 4 tokens; use at most 4, or "):
+        loglikelihood(lm, PREFIX, TARGET, Estimate("chain", samples=5))
+
+
 @pytest.mark.parametrize("wrong", ["text", [5.5], [[5]], None, [True], torch.tensor([5.0])], ids=repr)
 def test_what_is_no_token_ids_is_refused(wrong: Any) -> None:
     for pair in ((wrong, [5]), ([5], wrong)):

@@ -53,6 +53,7 @@ from dllm.models.loading import LanguageModel
 from dllm.samplers import Vanilla
 
 METHODS = ("monte_carlo", "chain")
+_MOST = 1 << 30  # positions of all states of a text
 ORDERS = ("random", "left_to_right", "confidence")
 # Rows of logits that are converted to float32 at a time: those of a long continuation take gigabytes.
 _CHUNK = 512
@@ -244,6 +245,11 @@ def side_by_side(blocks: Sequence[Asked]) -> Asked:
 def _asked(estimate: Estimate, length: int, generator: torch.Generator) -> Asked:
     if estimate.order == "left_to_right":
         return along_orders(torch.arange(length)[None])
+    if estimate.method == "chain" and estimate.samples * length**2 > _MOST:
+        raise ValueError(
+            f"samples={estimate.samples} of method=chain is too many for {length} tokens; use at most "
+            f"{_MOST // length**2}, or method=monte_carlo"
+        )
     shuffled = torch.rand((estimate.samples, length), generator=generator, dtype=torch.float64).argsort(-1)
     first = int(torch.randint(1, length + 1, (), generator=generator))
     return along_orders(shuffled) if estimate.method == "chain" else stratified_masks(shuffled, first)
