@@ -215,6 +215,8 @@ class TestChats:
         for tokenizer in (words(template), words({"default": template})):
             with pytest.raises(ValueError, match=rf"^prompts\[0\] does not fit the chat template: it {named}$"):
                 encode([[USER]], tokenizer)
+        with pytest.raises(ValueError, match="does not fit the chat template: "):
+            written([USER], "{{ 2 ** '")
         assert written([USER], "{# 2 ** 3 #}**{{ messages[0]['content'] }}") == "**Tom has 5 pens."
 
     @pytest.mark.parametrize(

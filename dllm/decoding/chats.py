@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Lock, Timer, get_ident
+from threading import Event, Lock, Thread, get_ident
 from typing import Any
 
 from jinja2 import Environment
@@ -27,7 +28,8 @@ def write_chat(tokenizer: PreTrainedTokenizerBase, chat: Any, called: str, **opt
         ValueError: the template is invalid, takes too long, or rejects the chat.
     """
     try:
-        _check_powers(tokenizer.chat_template)
+        if _has_powers(tokenizer.chat_template):  # of which one takes forever, and nothing ends it
+            raise OverflowError("it computes a power (**)")
         with _within(_SECONDS):
             return str(tokenizer.apply_chat_template(chat, tokenize=False, **options))
     except Exception as error:  # noqa: BLE001  # a template is code and may raise anything
@@ -38,34 +40,44 @@ def write_chat(tokenizer: PreTrainedTokenizerBase, chat: Any, called: str, **opt
         raise ValueError(f"{called} does not fit the chat template: {reason}") from None
 
 
-def _check_powers(template: Any) -> None:
-    """Reject powers, of which one takes forever, and no other code runs then."""
+def _has_powers(template: Any) -> bool:
     sources = template.values() if isinstance(template, dict) else (template,)
-    for source in (each for each in sources if isinstance(each, str) and "**" in each):
-        if any((kind, value) == ("operator", "**") for _, kind, value in Environment().lex(source)):
-            raise ValueError("it computes a power (**)")
+    return any(
+        (kind, value) == ("operator", "**")
+        for source in sources
+        if isinstance(source, str) and "**" in source
+        for _, kind, value in Environment().lex(source)
+    )
 
 
 @contextmanager
 def _within(seconds: float) -> Iterator[None]:
-    """Raise a TimeoutError in the Python code that this thread runs, once it has taken too long."""
-    thread, lock, running = ctypes.c_ulong(get_ident()), Lock(), True
-    throw = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    """Raise a TimeoutError in the Python code of this thread once it has computed for too long."""
+    thread, lock, ended = get_ident(), Lock(), Event()
+    taken = _clock(thread)
+    throw, begun = ctypes.pythonapi.PyThreadState_SetAsyncExc, taken()
 
-    def end() -> None:
-        with lock:
-            if running:
-                throw(thread, ctypes.py_object(TimeoutError))
+    def watch() -> None:
+        while not ended.wait(seconds):
+            with lock:
+                if not ended.is_set() and taken() - begun >= seconds:
+                    throw(ctypes.c_ulong(thread), ctypes.py_object(TimeoutError))
+                    return
 
-    timer = Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
+    Thread(target=watch, daemon=True).start()
     try:
         yield
     except TimeoutError:
         raise TimeoutError(f"it takes more than {seconds:g} seconds") from None
     finally:
         with lock:
-            running = False
-        throw(thread, None)  # if it was not raised yet
-        timer.cancel()
+            ended.set()
+        throw(ctypes.c_ulong(thread), None)  # if it was not raised yet
+
+
+def _clock(thread: int) -> Callable[[], float]:
+    """The seconds that a thread has computed; of all, where the system does not tell."""
+    if not hasattr(time, "pthread_getcpuclockid"):
+        return time.monotonic
+    number = time.pthread_getcpuclockid(thread)
+    return lambda: time.clock_gettime(number)
