@@ -97,9 +97,13 @@ def _entries(node: Any, place: str) -> Iterator[tuple[str, str, Any, Any]]:
                     raise ValueError(f"{path}={raw!r} cannot be resolved yet; write the value itself") from None
                 value = raw
             if value is not raw and isinstance(raw, str) and name != "filename":
-                with read_write(node):
-                    node[name] = value
-                value = node[name]
+                again = isinstance(value, str) and "${" in value  # it was escaped
+                if again and (log or name in _NAMING):
+                    raise ValueError(f"{path}={value!r} refers to others; write the value itself")
+                if not again:
+                    with read_write(node):
+                        node[name] = value
+                    value = node[name]
             if isinstance(value, (DictConfig, ListConfig)):
                 waiting.append((path, value))
             else:

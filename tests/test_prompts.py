@@ -217,7 +217,12 @@ class TestChats:
                 encode([[USER]], tokenizer)
         with pytest.raises(ValueError, match="does not fit the chat template: "):
             written([USER], "{{ 2 ** '")
-        assert written([USER], "{# 2 ** 3 #}**{{ messages[0]['content'] }}") == "**Tom has 5 pens."
+        for template in (
+            "{# 2 ** 3 #}{{ '**'[2:] }}{{ messages[0]['content'] }}",
+            "{% macro turn(role, content) %}{{ content }}{% endmacro %}{{ turn(**messages[0]) }}",
+            "{{ dict(messages[0], **{'role': 'a'})['content'] }}",
+        ):
+            assert written([USER], template) == "Tom has 5 pens."
 
     @pytest.mark.parametrize(
         ("chat", "template", "named"),

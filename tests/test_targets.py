@@ -163,6 +163,11 @@ def test_no_command_makes_anything_else(arguments: list[str], option: str, tmp_p
             "handlers.x.stream=",
         ),
         ("hydra: {callbacks: '${hydra:job.env_set}'}", "hydra.callbacks="),
+        (
+            "hydra: {job_logging: {version: 1, names: {a: canary.Class}, handlers: {x: {class:"
+            " '\\${oc.select:hydra.job_logging.names.b,logging.StreamHandler}'}}}}",
+            "handlers.x.class=",
+        ),
         ("hydra: {job: {name: ../kept}}", "hydra.job.name='../kept' is no name of a file"),
         (
             "hydra: {job_logging: {version: 1, root: {handlers: [x]},"

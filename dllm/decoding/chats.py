@@ -6,6 +6,7 @@ import ctypes
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from threading import Event, Lock, Thread, get_ident
 from typing import Any
 
@@ -41,13 +42,12 @@ def write_chat(tokenizer: PreTrainedTokenizerBase, chat: Any, called: str, **opt
 
 
 def _has_powers(template: Any) -> bool:
-    sources = template.values() if isinstance(template, dict) else (template,)
-    return any(
-        (kind, value) == ("operator", "**")
-        for source in sources
-        if isinstance(source, str) and "**" in source
-        for _, kind, value in Environment().lex(source)
-    )
+    for source in template.values() if isinstance(template, dict) else (template,):
+        words = [word for _, kind, word in Environment().lex(str(source)) if kind != "whitespace"]
+        # After an opening bracket or a comma, it unpacks arguments.
+        if any(word == "**" and before not in ("(", ",") for before, word in pairwise(words)):
+            return True
+    return False
 
 
 @contextmanager
