@@ -317,6 +317,11 @@ def test_repetition_of_rules(grammar: str, right: list[str], wrong: list[str]) -
         ("<!--.*?-->", "<!---->", "<!---->-->"),
         ("[1-9]|[1-9][0-9]", "1", "10"),
         ("(x|xy)z?", "x", "xy"),
+        ("x[0-9]*([0-9]\\.[0-9])?", "x0", "x0.0"),
+        ("xa?(ab)?", "xa", "xab"),
+        ("café|cafés", "café", "cafés"),
+        ("([ab]c?){12}(d|de)", "aaaaaaaaaaaad", "aaaaaaaaaaaade"),
+        ("b(|a)*", "b", "ba"),
     ],
 )
 def test_a_terminal_that_lark_takes_the_first_match_of_is_refused(pattern: str, taken: str, word: str) -> None:
@@ -324,6 +329,77 @@ def test_a_terminal_that_lark_takes_the_first_match_of_is_refused(pattern: str, 
         read_format({"type": "grammar", "grammar": f'start: "-" N\nN: /{pattern}/'})
     with pytest.raises(lark.exceptions.LarkError):
         lark.Lark(f"start: /{pattern}/", lexer="dynamic_complete").parse(word)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "[a-z ]*[a-z]",
+        "([a-z]+|foo)(-x)?",
+        "\\d*\\.?\\d+",
+        "(a|aa)*b",
+        "(a|ab)(c|bcd)?e",
+        "x??y",
+        "\\w{1,9}(é|è)?",
+        "b(a|)+",
+    ],
+)
+def test_a_terminal_that_lark_takes_whole_is_not_refused(pattern: str) -> None:
+    form = read_format({"type": "grammar", "grammar": f'start: "-" N\nN: /{pattern}/'})
+    assert form is not None
+    for text in sampled(form.compiled.automaton, 20):
+        match = re.match(f"-{pattern}", text)
+        assert match is not None and match[0] == text
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("grammar", "right", "wrong"),
+    [
+        ('start: INT ("+" INT)+\nINT: /[0-9]/\n%ignore /#[^\\n]*/', ["1+2", "1+2# sum"], ["1#+2", "#1+2"]),
+        ('start: INT (" + " INT)+\nINT: /[0-9]/\n%ignore /\\s+/', ["1 + 2", " 1 +  2 "], ["1  + 2"]),
+        ('start: "a" "\\n" "b"\n%ignore /#.*/\n%ignore " "', ["a\nb", "a# b\n b", "a\nb#"], ["a# b\n #b"]),
+        ('start: "い" /[あ-ん]/\n%ignore /\\s+/', ["い あ", "\u3000いん"], []),
+        ('start: "a" "-" "->"\n%ignore /-+!/', ["a-!-->", "a-->"], ["a-"]),
+        ('start: "-a"\n%ignore /x(-a)*/', ["-a", "-ax-a"], ["x-a"]),
+    ],
+)
+def test_what_is_ignored_is_ignored_as_far_as_lark_does(grammar: str, right: list[str], wrong: list[str]) -> None:
+    form, parser = read_format({"type": "grammar", "grammar": grammar}), lark.Lark(grammar, lexer="dynamic_complete")
+    assert form is not None
+    automaton = form.compiled.automaton
+    assert all(automaton.accepts(text.encode()) for text in right)
+    for text in [*right, *sampled(automaton, 20)]:
+        parser.parse(text)
+    for text in wrong:
+        assert not automaton.accepts(text.encode())
+        with pytest.raises(lark.exceptions.LarkError):
+            parser.parse(text)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    "pattern", ["[^i]", "[^\\u0131]", "[^a-z]", "i", "ß", "[k-s]", "\\u0130", "[\\W_]", "(?-i:[^i])i?", "(?s:.)"]
+)
+def test_case_is_folded_as_python_does(pattern: str) -> None:
+    letters = "aAiI\u0131İkK\u212asS\u017fßẞ_é\n"
+    grammar = read_format({"type": "grammar", "grammar": f"start: /{pattern}/i"})
+    assert grammar is not None
+    for letter in letters:
+        assert grammar.compiled.automaton.accepts(letter.encode()) == bool(re.fullmatch(f"(?i:{pattern})", letter)), (
+            letter
+        )
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("pattern", ["(?i)[^i]", "(?i)[^a-z]", "(?i:[k-s])"])
+def test_a_pattern_holds_nothing_that_folding_forbids(pattern: str) -> None:
+    schema = {"type": "string", "pattern": pattern}
+    form, check = read_format({"type": "json_schema", "schema": schema}), jsonschema.Draft202012Validator(schema)
+    assert form is not None
+    for letter in "aAiI\u0131İkK\u212asS\u017fßẞ_é":
+        assert form.compiled.automaton.accepts(f'"{letter}"'.encode()) <= check.is_valid(letter), letter
 
 
 @pytest.mark.usefixtures("here")
@@ -375,6 +451,11 @@ def test_texts_of_random_expressions_match_in_python(seed: int) -> None:
         ({"type": "grammar", "grammar": "start: /[a-z/"}, "unterminated character set"),
         ({"type": "grammar", "grammar": "start: /a{2}{3}/"}, "multiple repeat"),
         ({"type": "grammar", "grammar": "start: /a b/x"}, "has the flag x"),
+        ({"type": "grammar", "grammar": "start: /(^a|ab)c?/"}, "'\\^' depends on what is beside it"),
+        (
+            {"type": "grammar", "grammar": "start: /(?=a)a/"},
+            "'\\(\\?=' is not supported, as automata have no lookaround",
+        ),
         ({"type": "grammar", "grammar": "start: /a*+b/"}, "cannot be expressed: '\\+' after another count"),
         ("/nope.json", "response_format='/nope.json' cannot be read"),
         ("{", "is not JSON"),

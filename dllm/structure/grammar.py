@@ -2,25 +2,25 @@
 
 A rule that repeats itself at its left or right end is a repetition (A: A x | y is y x*); one that contains itself in
 between is expanded to a bounded depth. So each text of the expression is one of the grammar's, and those that nest
-deeper are left out. Between two terminals, what the grammar ignores may stand once. With terminals of which one text
-can begin another, Lark's default lexer may split a text otherwise; `Lark(grammar, lexer="dynamic_complete")` tries all
-ways.
+deeper are left out. Before a terminal, what the grammar ignores may stand once, unless Lark would ignore more than
+that: it takes the longest. With terminals of which one text can begin another, Lark's default lexer may split a text
+otherwise; `Lark(grammar, lexer="dynamic_complete")` tries all ways, each terminal by Python's first match.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections import deque
-from collections.abc import Mapping
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from dllm.checks import first_line
-from dllm.structure.expressions import Dialect, translated
-from dllm.structure.language import Automaton, check_closed, compile_regex, escaped, extra
+from dllm.structure.expressions import FIRST, SECOND, Dialect, sampled, translated
+from dllm.structure.language import Automaton, compile_regex, extra
 
 # Lark's own terminals for strings, which looks behind, and for comments, which is lazy; automata do neither.
 _COMMON = {
@@ -32,10 +32,9 @@ _VERSION = min(float(unicodedata.unidata_version.rpartition(".")[0]), 16.0)
 _PYTHON = Dialect(
     {"d": f"[\\d&&\\p{{Age={_VERSION}}}]", "w": f"[\\p{{L}}\\p{{Nd}}_&&\\p{{Age={_VERSION}}}]", "s": "\\s\\x1C-\\x1F"},
     {"d": "\\d", "w": "\\w\\p{N}", "s": "\\s\\x1C-\\x1F"},
+    anchors=False,
 )
-_ORDERED = re.compile(r"\||[*+?}]\?")  # alternatives and lazy repetitions
-_ASCII = [*b"abcdefghijklmnopqrstuvwxyz", *b"0123456789", *range(33, 48), *range(58, 97), *range(123, 127), 32, 10, 9]
-_TRIED = 3000  # words of a terminal and their beginnings
+_MARKS = [ord(FIRST), ord(SECOND)]
 _LONGEST, _MOST_RULES = 2_000_000, 50_000  # characters of an expression; rules, each within others
 
 
@@ -57,55 +56,121 @@ def grammar_regex(text: str, depth: int) -> str:
     productions: dict[str, list[list[Any]]] = {}
     for rule in grammar.rules:
         productions.setdefault(rule.origin.name, []).append(rule.expansion)
-    terminals = {each.name: _terminal(each.name, each.pattern) for each in grammar.terminals}
-    ignored = "|".join(terminals[name] for name in grammar.ignore_tokens)
-    between = f"(?:{ignored})?" if ignored else ""
-    expanded = _Expansion(productions, terminals, between, depth).rule("start", {})
+    written = {each.name: _python(each.pattern) for each in grammar.terminals}
+    terminals = {name: _terminal(name, text) for name, text in written.items()}
+    automata = _checked(written)
+    ignored = [name for name in terminals if name in grammar.ignore_tokens]
+    between = {
+        name: _optional([terminals[each] for each in ignored if not _goes_on(automata[each], automata[name])])
+        for name in terminals
+    }
+    preceded = {name: between[name] + terminal for name, terminal in terminals.items()}
+    expanded = _Expansion(productions, preceded, depth).rule("start", {})
     if expanded is None:
         raise ValueError(f"grammar has no text that ends within depth={depth}; use a larger depth")
-    return between + expanded
+    return expanded + _optional([terminals[each] for each in ignored])
 
 
-def _terminal(name: str, pattern: Any) -> str:
-    if pattern.type == "str":
-        found = escaped(pattern.value)
-    else:
-        found = pattern.value
-        for theirs, ours in _COMMON.items():
-            found = found.replace(theirs, ours)
-        if "x" in pattern.flags:
-            raise ValueError(f"grammar has the flag x at {name}, which is not supported; leave out the spaces")
-        try:
-            found = translated(found, _PYTHON)
-        except ValueError as error:
-            raise ValueError(f"grammar has a terminal {name} that cannot be expressed: {error}") from None
-        check_closed(found, f"terminal {name}")
-    flags = "".join(sorted(pattern.flags))
-    found = f"(?{flags}:{found})"
-    if pattern.type != "str" and _ORDERED.search(pattern.value):
-        _check_first_match(name, re.compile(f"(?{flags}:{pattern.value})"), compile_regex(found, f"terminal {name}"))
-    return found
+def _python(pattern: Any) -> str:
+    """The expression of a terminal as Python reads it."""
+    text = str(pattern.to_regexp())
+    for theirs, ours in _COMMON.items():
+        text = text.replace(theirs, ours)
+    return text
 
 
-def _check_first_match(name: str, pattern: re.Pattern[str], automaton: Automaton) -> None:
-    """Reject a terminal of which Lark takes less than a whole word: Python tries alternatives in their order.
+def _terminal(name: str, text: str) -> str:
+    try:
+        return f"(?:{translated(text, _PYTHON)})"
+    except ValueError as error:
+        raise ValueError(f"grammar has a terminal {name} that cannot be expressed: {error}") from None
 
-    Short words are tried, of all states that they lead through.
+
+def _optional(regexes: list[str]) -> str:
+    return f"(?:{'|'.join(regexes)})?" if regexes else ""
+
+
+def _checked(written: Mapping[str, str]) -> dict[str, Automaton]:
+    """The automata of terminals, over a sample of their letters.
+
+    Raises:
+        ValueError: one of which Lark takes less than a whole word, as Python tries alternatives in their order.
     """
-    waiting = deque([(automaton.start, b"")])
-    for _ in range(_TRIED):
-        if not waiting:
-            return
-        state, word = waiting.popleft()
-        taken = pattern.match(word.decode()) if automaton.accepting[state] else None
-        if taken is not None and taken.end() < len(word):
+    samples = sampled(written, _PYTHON)
+    automata = {}
+    for name, (regex, choices) in samples.items():
+        automata[name] = compile_regex(regex, f"terminal {name}")
+        found = _cut_short(automata[name], compile_regex(choices, f"terminal {name}"))
+        if found is not None:
+            word, taken = found
             raise ValueError(
-                f"grammar has a terminal {name} of which Lark takes {taken[0]!r} where {word.decode()!r} stands; put "
+                f"grammar has a terminal {name} of which Lark takes {taken!r} where {word!r} stands; put "
                 "longer alternatives first, and write what a lazy repetition must not hold ([^...]*)"
             )
-        _, first = np.unique(automaton.follow[state, _ASCII], return_index=True)
-        letters = [_ASCII[place] for place in sorted(first) if automaton.follow[state, _ASCII[place]]]
-        waiting.extend((int(automaton.follow[state, letter]), word + bytes([letter])) for letter in letters)
+    return automata
+
+
+def _cut_short(automaton: Automaton, choices: Automaton) -> tuple[str, str] | None:
+    """The shortest word that is not Python's first match of itself, and that match.
+
+    Args:
+        automaton: of the words.
+        choices: of the words with marks of how they are read.
+    """
+    follow = choices.follow
+
+    def ready(states: Iterable[int]) -> tuple[tuple[int, ...], bool]:
+        """The states after all choices, the first ones first, up to one that ends; and whether there is one."""
+        found: dict[int, None] = {}
+        visits = Counter[int]()
+        waiting = [*states][::-1]
+        while waiting:
+            state = waiting.pop()
+            visits[state] += 1
+            if choices.accepting[state]:
+                return tuple(found), True
+            ways = [int(each) for each in follow[state, _MARKS] if each]
+            if not ways:
+                found[state] = None
+            elif visits[state] == 1:
+                waiting += ways[::-1]
+            elif visits[state] == 2:  # a repetition ends after a part without letters
+                waiting.append(ways[-1])
+        return tuple(found), False
+
+    begin, _ = ready([choices.start])
+    waiting, known = deque([(automaton.start, begin, b"", b"")]), {(automaton.start, begin)}
+    while waiting:
+        state, threads, word, taken = waiting.popleft()
+        for byte in np.flatnonzero(automaton.follow[state]).tolist():
+            longer = word + bytes([byte])
+            following, ends = ready(int(each) for each in follow[list(threads), byte] if each)
+            after = int(automaton.follow[state, byte])
+            if automaton.accepting[after] and not ends:
+                return longer.decode(), taken.decode()
+            if (after, following) not in known:
+                known.add((after, following))
+                waiting.append((after, following, longer, longer if ends else taken))
+    return None
+
+
+def _goes_on(ignored: Automaton, terminal: Automaton) -> bool:
+    """Whether a word of an ignored terminal can go on with what another one begins with.
+
+    Lark ignores as much as it can.
+    """
+    waiting = [(int(state), terminal.start) for state in np.flatnonzero(ignored.accepting)]
+    known = {*waiting}
+    while waiting:
+        one, other = waiting.pop()
+        both = np.flatnonzero((ignored.follow[one] > 0) & (terminal.follow[other] > 0))
+        for pair in zip(ignored.follow[one, both].tolist(), terminal.follow[other, both].tolist(), strict=True):
+            if ignored.accepting[pair[0]] or terminal.accepting[pair[1]]:
+                return True
+            if pair not in known:
+                known.add(pair)
+                waiting.append(pair)
+    return False
 
 
 @dataclass
@@ -114,15 +179,13 @@ class _Expansion:
 
     Attributes:
         productions: what each rule may become.
-        terminals: their expressions.
-        between: what may follow each terminal.
+        terminals: their expressions, with what may be ignored before each.
         depth: how often a rule may contain itself.
         known: expanded rules, by what they are within.
     """
 
     productions: Mapping[str, list[list[Any]]]
     terminals: Mapping[str, str]
-    between: str
     depth: int
     known: dict[tuple[Any, ...], str | None] = field(default_factory=dict)
 
@@ -168,7 +231,7 @@ class _Expansion:
             if symbol.is_term:
                 if symbol.name not in self.terminals:
                     raise ValueError(f"grammar declares {symbol.name} without saying what it matches; define it")
-                text += self.terminals[symbol.name] + self.between
+                text += self.terminals[symbol.name]
             else:
                 found = self.rule(symbol.name, within)
                 if found is None:

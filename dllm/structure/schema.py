@@ -29,7 +29,12 @@ _NUMBER = "-?(?:0|[1-9][0-9]*)(?:\\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2})?"
 # Classes are of ASCII; white space is that of ECMAScript or more where it is excluded.
 _ASCII = {"d": "0-9", "w": "A-Za-z0-9_"}
 _DIALECT = Dialect(
-    {**_ASCII, "s": " "}, {**_ASCII, "s": "\\s\\x{FEFF}"}, _SAFE, f"[^{_SAFE}\\x{{2028}}\\x{{2029}}]", closing=False
+    {**_ASCII, "s": " "},
+    {**_ASCII, "s": "\\s\\x{FEFF}"},
+    _SAFE,
+    f"[^{_SAFE}\\x{{2028}}\\x{{2029}}]",
+    f"[^{_SAFE}]",
+    closing=False,
 )
 _DATE = (
     "[12][0-9]{3}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
