@@ -62,11 +62,13 @@ def compiled(form: str, name: str) -> Compiled:
         ValueError: it is not valid or not supported, or takes too much time or memory.
     """
     extra("outlines_core", name)
-    written = _written(form)
-    if written is None:
-        body = repr(json.loads(form)[1])
-        shown = body if len(body) <= _SHOWN else f"{body[:_SHOWN]}..."
-        raise ValueError(f"{name} takes too long or too much memory to compile ({shown}); use a simpler one")
+    try:
+        written = _written(form)
+    except subprocess.SubprocessError:
+        body = json.loads(form)[1]
+        text = "" if body is None else f" ({body!r})"
+        shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...)"
+        raise ValueError(f"{name} takes too long or too much memory to compile{shown}; use a simpler one") from None
     found: Compiled | ValueError | TypeError = pickle.loads(written)
     if not isinstance(found, Compiled):
         raise found
@@ -74,16 +76,16 @@ def compiled(form: str, name: str) -> Compiled:
 
 
 @lru_cache(maxsize=_KEPT)
-def _written(form: str) -> bytes | None:
-    """What the process writes; None where it comes to a limit."""
+def _written(form: str) -> bytes:
+    """What the process writes; where it comes to a limit, nothing is kept, since that may be for another reason.
+
+    Raises:
+        SubprocessError: it came to a limit, or was ended.
+    """
     folder = str(Path(__file__).parents[1])
     given = {"form": form, "path": [*map(str, sys.path)], "folder": folder, "seconds": SECONDS, "bytes": BYTES}
     command = [sys.executable, "-I", "-c", _SCRIPT]
     one = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # each thread reserves memory
-    try:
-        done = subprocess.run(
-            command, input=json.dumps(given).encode(), capture_output=True, timeout=3 * SECONDS, check=False, env=one
-        )
-    except subprocess.TimeoutExpired:
-        return None
-    return None if done.returncode else done.stdout
+    return subprocess.run(
+        command, input=json.dumps(given).encode(), capture_output=True, timeout=3 * SECONDS, check=True, env=one
+    ).stdout
