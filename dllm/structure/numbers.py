@@ -11,6 +11,7 @@ _DIGITS = "[0-9]"
 # Decimals of bounded numbers: few enough that no number is rounded to a bound which it may not reach.
 _DECIMALS = 6
 _LARGEST_OPEN = 10**9  # beyond, a double has fewer decimals
+_LARGEST_EXACT = 2**53  # beyond, a double has none, and a number with decimals may be rounded over a bound
 
 
 def integers(schema: Mapping[str, Any], at: str) -> str:
@@ -81,9 +82,13 @@ def _sizes(low: int, open_low: bool, high: int | None, open_high: bool) -> list[
                 f"{_DIGITS}{{{zeros}}}[1-9]{_DIGITS}{{0,{_DECIMALS - 1 - zeros}}}" for zeros in range(_DECIMALS)
             )
             found.append(f"{low}\\.(?:{some})")
-        first = low + open_low
-        if high is None or first < high:
-            found += [each + decimals for each in _between(first, None if high is None else high - 1)]
+        first, last = low + open_low, None if high is None else high - 1
+        if max(low, high or 0) <= _LARGEST_EXACT:
+            found += [each + decimals for each in _between(first, last)]
+        else:
+            with_decimals = _LARGEST_EXACT - 1 if last is None else min(last, _LARGEST_EXACT - 1)
+            found += [each + decimals for each in _between(first, with_decimals)]
+            found += _between(max(first, _LARGEST_EXACT), last)
     if high is not None and not open_high and (low < high or (low == high and not open_low)):
         found.append(str(high))
     return found
