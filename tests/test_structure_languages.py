@@ -125,6 +125,9 @@ SCHEMAS: list[tuple[Any, list[Any], list[str]]] = [
     ({"type": "integer", "minimum": 0, "maximum": 20, "multipleOf": 5}, [0, 15, 20], ["1", "25"]),
     ({"type": "number", "exclusiveMinimum": 0, "maximum": 2}, [0.5, 1, 1.25, 2], ["0", "0.0", "2.1", "-1"]),
     ({"type": "number", "minimum": -3}, [-3, -2.5, 0, 7.25], ["-3.1", "-4"]),
+    ({"type": "number", "minimum": -(2**63), "maximum": 2**63 - 1}, [0.5, -1.5, 2**63 - 1, -(2**63), 2**53 + 1],
+     ["9223372036854775806.5", "9223372036854775808", "-9223372036854775808.5"]),
+    ({"type": "number", "minimum": 2**53 + 1}, [2**53 + 1, 2**60 + 1], ["9007199254740993.0", "9007199254740992"]),
     ({"minimum": 3}, [3, 3.5], ["2", '"a"']),
     ({"type": "string", "minLength": 1.0, "maxLength": 2.0}, ["a", "é😀"], ['""', '"abc"', '"\n"']),
     ({"type": "string", "pattern": "^(a|b)\\d.$"}, ["a1x", "b9é"], ['"c1x"', '"a1""', '"a1\\"']),
@@ -132,6 +135,11 @@ SCHEMAS: list[tuple[Any, list[Any], list[str]]] = [
     ({"type": "string", "format": "uuid"}, ["123e4567-e89b-12d3-a456-426614174000"], ['"123"']),
     ({"type": ["string", "null"]}, ["", None], ["1"]),
     ({"enum": ["é\n", 1, {"a": [1, 2]}], "type": ["string", "object"]}, ["é\n", {"a": [1, 2]}], ["1"]),
+    ({"enum": ["2020-01-01", "tomorrow", 3], "format": "date"}, ["2020-01-01", 3], ['"tomorrow"']),
+    ({"type": "integer", "format": "int32", "enum": [1, 2]}, [1, 2], ["3"]),
+    ({"enum": [{"a": "x"}, {"a": "1.2.3.4"}], "properties": {"a": {"format": "ipv4"}}},
+     [{"a": "1.2.3.4"}], ['{"a": "x"}']),
+    ({"const": {"format": 1}, "properties": {"format": {"type": "integer"}}}, [{"format": 1}], ["1"]),
     ({"const": 'a"b'}, ['a"b'], ['"a"']),
     ({"anyOf": [{"type": "boolean"}, {"type": "array", "items": {"type": "null"}}]}, [True, [], [None]], ["[1]"]),
     ({"oneOf": [{"type": "boolean"}, {"type": "number"}]}, [True, 1.5], ["null"]),
@@ -245,6 +253,10 @@ def sampled(automaton: Automaton, count: int) -> list[str]:
         ({"typ": "string"}, "'typ'"),
         ({"type": "foo"}, "not valid at type"),
         ({"enum": [1], "type": "string"}, "no value"),
+        ({"enum": [1], "foo": 3}, "'foo'"),
+        ({"const": "a", "contentEncoding": "base64"}, "'contentEncoding'"),
+        ({"enum": ["a"], "format": "uri"}, "'format' 'uri'"),
+        ({"const": {"a": "b"}, "properties": {"a": {"format": "uri"}}}, "'format' 'uri'"),
         ({"enum": [{"a": 1}], "properties": {"a": {"$ref": "#/$defs/n"}}, "$defs": {}}, "'$ref' below enum"),
         ({"enum": [1], "anyOf": [{"type": "integer"}]}, "'anyOf' beside enum"),
         ({"$ref": "#foo", "$defs": {"x": {"$anchor": "foo", "type": "integer"}}}, "'$ref' to the anchor '#foo'"),
@@ -614,6 +626,26 @@ def test_a_format_that_takes_too_long_is_refused(given: dict[str, Any], monkeypa
     monkeypatch.setattr(compiled, "SECONDS", 1)
     with pytest.raises(ValueError, match=f"^response_format of type {given['type']} takes too long .*; use a simpler"):
         dllm.Options(response_format=given)
+
+
+def test_a_compilation_that_was_ended_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"type": "json_object", "depth": 1}
+    whole = compiled.subprocess.CompletedProcess(
+        [], 0, compiled_here(json.dumps(["json_object", None, 1, False, None]))
+    )
+    ends = iter([compiled.subprocess.CalledProcessError(-9, []), compiled.subprocess.TimeoutExpired([], 30), whole])
+
+    def run(*_: object, **__: object) -> object:
+        if isinstance(end := next(ends), Exception):
+            raise end
+        return end
+
+    monkeypatch.setattr(compiled.subprocess, "run", run)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="takes too long or too much memory to compile; use a simpler one"):
+            read_format(given)
+    for _ in range(2):
+        assert read_format(given) is not None
 
 
 def test_a_signal_ends_the_compilation_at_once() -> None:

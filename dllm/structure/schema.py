@@ -10,8 +10,10 @@ patternProperties and others in silence, and does not escape the names of proper
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import permutations
 from typing import Any
 from urllib.parse import unquote
@@ -228,10 +230,18 @@ class _Translator:
             if name in schema:
                 raise _unsupported(name, at, "beside enum or const")
         for name in ("pattern", "patternProperties"):  # Python's expressions may take any time
-            if _holds(schema, name):
+            if any(_each(schema, name)):
                 raise _unsupported(name, at, "beside enum or const", "leave out the values that it forbids")
+        _only(schema, set(library.Draft202012Validator.VALIDATORS), at)
         values = schema["enum"] if "enum" in schema else [schema["const"]]
-        check = library.Draft202012Validator(schema)
+        if any(isinstance(each, (str, list, Mapping)) for each in values):  # formats are of strings
+            for name in _each(schema, "format"):
+                if isinstance(name, str):  # and no property of that name
+                    _check_format(name, at)
+        formats = library.FormatChecker(())
+        for name, regex in _FORMATS.items():
+            formats.checks(name)(partial(_matches, re.compile(regex)))
+        check = library.Draft202012Validator(schema, format_checker=formats)
         try:
             texts = [json.dumps(each, ensure_ascii=False) for each in values if check.is_valid(each)]
         except Exception:  # noqa: BLE001  # references into the whole schema, which it raises private errors for
@@ -316,8 +326,7 @@ class _Translator:
         if len(others) > 1 or (others and (low or high is not None)):
             raise _unsupported(others[0], at, "beside another bound of a string")
         if others == ["format"]:
-            if schema["format"] not in _FORMATS:
-                raise _unsupported("format", at, f"{schema['format']!r}", f"use one of {', '.join(_FORMATS)}")
+            _check_format(schema["format"], at)
             return f'"{_FORMATS[schema["format"]]}"'
         if others == ["pattern"]:
             return f'"{_pattern(schema["pattern"], at)}"'
@@ -450,11 +459,24 @@ def _pattern(pattern: str, at: str) -> str:
     return f"(?:{regex})"
 
 
-def _holds(value: Any, name: str) -> bool:
-    """Whether a schema, or one within it, has a keyword."""
+def _each(value: Any, name: str) -> Iterator[Any]:
+    """The values of a keyword in a schema and in those within it."""
     if isinstance(value, Mapping):
-        return name in value or any(_holds(each, name) for word, each in value.items() if word not in ("enum", "const"))
-    return isinstance(value, list) and any(_holds(each, name) for each in value)
+        if name in value:
+            yield value[name]
+        value = [each for word, each in value.items() if word not in ("enum", "const")]
+    if isinstance(value, list):
+        for each in value:
+            yield from _each(each, name)
+
+
+def _check_format(name: str, at: str) -> None:
+    if name not in _FORMATS:
+        raise _unsupported("format", at, repr(name), f"use one of {', '.join(_FORMATS)}")
+
+
+def _matches(regex: re.Pattern[str], value: Any) -> bool:
+    return not isinstance(value, str) or regex.fullmatch(value) is not None
 
 
 def _apart(schemas: list[Any]) -> bool:
