@@ -54,17 +54,22 @@ def cut(
     place = min(found for stop in stops if (found := text.find(stop)) >= 0)
     if needed == count and place >= len(_written(tokenizer, before)):  # within the token that is end-of-text
         return decode_text(tokenizer, before), needed
-    return _without_special(tokenizer, tokens[:needed], text[:place]), needed
+    return _without_special(tokenizer, tokens[:needed], text, place), needed
 
 
 def without_beginning(
-    tokenizer: PreTrainedTokenizerBase, tokens: NDArray[np.int64], until: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase, tokens: NDArray[np.int64], until: Sequence[str], eos_token_ids: Sequence[int]
 ) -> str | None:
-    """The text of some tokens without a part at its end that may begin a stop string; None if there is no such part."""
+    """The text of some tokens without a part at its end that may begin a stop string; None if there is no such part.
+
+    There is none once the text has ended.
+    """
+    if np.isin(tokens, eos_token_ids).any():
+        return None
     text = _written(tokenizer, tokens)
     sizes = (n for stop in until for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n]))
     begun = max(sizes, default=0)
-    return _without_special(tokenizer, tokens, text[: len(text) - begun]) if begun else None
+    return _without_special(tokenizer, tokens, text, len(text) - begun) if begun else None
 
 
 class StopStrings:
@@ -118,17 +123,17 @@ class StopStrings:
         return False
 
 
-def _without_special(tokenizer: PreTrainedTokenizerBase, tokens: NDArray[np.int64], text: str) -> str:
-    """The prefix `text` of the decoded tokens without special tokens; ordinary text that looks like one is kept."""
+def _without_special(tokenizer: PreTrainedTokenizerBase, tokens: NDArray[np.int64], text: str, length: int) -> str:
+    """The first characters of the decoded tokens, without special tokens; ordinary text that looks like one is kept."""
     names = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     kept, at = "", 0
     for place in np.flatnonzero(np.isin(tokens, list(names))):
         name = names[int(tokens[place])]
         begins = text.find(name, max(at, len(_written(tokenizer, tokens[:place]))))
-        if begins < 0:
+        if not 0 <= begins < length:
             break
         kept, at = kept + text[at:begins], begins + len(name)
-    return kept + text[at:]
+    return kept + text[at:length]
 
 
 def _written(tokenizer: PreTrainedTokenizerBase, tokens: NDArray[np.int64]) -> str:

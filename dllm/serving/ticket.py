@@ -140,7 +140,7 @@ class FinalText:
         text, _ = cut(self._tokenizer, tokens, self._stops, self._eos)
         if (
             self._tokenizer is not None
-            and (sure := without_beginning(self._tokenizer, tokens, self._stops)) is not None
+            and (sure := without_beginning(self._tokenizer, tokens, self._stops, self._eos)) is not None
         ):
             text = sure
         return self._tell((text or "").rstrip(_PARTIAL))
