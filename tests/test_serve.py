@@ -789,6 +789,21 @@ def test_formats_that_cannot_be_followed_are_refused(writer: Running, wanted: An
 
 
 @pytest.mark.parametrize(
+    ("option", "lengths", "message"),
+    [
+        ({"max_tokens": 4}, {"value_length": 6}, "max_tokens has no effect beside response_format.value_length"),
+        ({"max_tokens": None}, {"value_length": 10**6}, "response_format.scaffold has"),
+        ({"dllm": {"stop_at_eos": False}}, {}, "dllm.stop_at_eos has no effect with response_format.scaffold"),
+    ],
+)
+def test_what_does_not_suit_a_scaffold_is_refused(
+    writer: Running, option: dict[str, Any], lengths: dict[str, int], message: str
+) -> None:
+    form = {"type": "json_schema", "schema": SCHEMA, "scaffold": True, **lengths}
+    assert writer.refused(response_format=form, **option)["message"].startswith(message)
+
+
+@pytest.mark.parametrize(
     "given",
     [
         {"type": "regex", "regex": "(a|b)*a(a|b){30}"},
@@ -812,4 +827,15 @@ def test_a_stop_string_across_a_special_token_is_not_streamed_in_part() -> None:
     told = "".join(final.grow(tokens[:count]) for count in range(1, len(tokens) + 1))
     assert told == "a" == cut(words, tokens, stops)[0]
     assert final.finish("a") == ""
+    assert final.kept
+
+
+@pytest.mark.parametrize("stop", [">>>", "|> ", "<|end|>x", "d|>>", "r|>b"])
+@pytest.mark.parametrize("text", ["a<|other|>b<|end|>c", "a>b>", "a<|end|><|other|>", "<|other|><|end|>b>"])
+def test_no_part_of_a_special_token_is_streamed(text: str, stop: str) -> None:
+    words = text_model().tokenizer
+    tokens = np.array(words(text).input_ids)
+    final, (whole, _) = FinalText(words, [stop], [words.eos_token_id]), cut(words, tokens, [stop], [words.eos_token_id])
+    told = "".join(final.grow(tokens[:count]) for count in range(1, len(tokens) + 1))
+    assert told + final.finish(whole or "") == whole
     assert final.kept

@@ -413,6 +413,9 @@ class TestScaffold:
         numbers = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 1000}}}
         refused("cannot be completed", schema=numbers, value_length=1)
         refused("has no value to fill in", schema={"const": 1})
+        refused(
+            "a row of 256 leaves 255 beside the prompt; use a smaller response_format.value_length", value_length=10**6
+        )
         with pytest.raises(ValueError, match="scaffold needs at least"):
             dllm.generate(lm, ["a"], response_format=self.FORM, gen_length=20)
 

@@ -57,7 +57,9 @@ def check_room(request: Request, name: str) -> None:
         )
 
 
-def with_scaffold(form: ResponseFormat, lm: LanguageModel, ids: Sequence[int], length: int, infill: bool) -> list[int]:
+def with_scaffold(
+    form: ResponseFormat, lm: LanguageModel, ids: Sequence[int], length: int, room: int, infill: bool
+) -> list[int]:
     """The prompt, and after it the scaffold of a format with masks for its values.
 
     Args:
@@ -65,10 +67,11 @@ def with_scaffold(form: ResponseFormat, lm: LanguageModel, ids: Sequence[int], l
         lm: the model.
         ids: of the prompt.
         length: positions of the answer where the format does not say those of each value.
+        room: positions of a row.
         infill: whether the prompt has masks of its own.
 
     Raises:
-        ValueError: there is no room for the values.
+        ValueError: there is no room for the values, or none in the row for all.
     """
     if infill:
         raise ValueError("response_format.scaffold gives a text of its own; leave it out to infill")
@@ -102,6 +105,13 @@ def with_scaffold(form: ResponseFormat, lm: LanguageModel, ids: Sequence[int], l
                     f"response_format.value_length.{unknown[0]} is of no value; expected some of "
                     f"{', '.join(sorted(paths))}"
                 )
+    total = sum(map(len, given.values())) + sum(lengths.values())
+    if total > room - len(ids):
+        name = "gen_length" if form.value_length is None else "response_format.value_length"
+        raise ValueError(
+            f"response_format.scaffold has {total} tokens with its values, and a row of {room} leaves "
+            f"{max(0, room - len(ids))} beside the prompt; use a smaller {name}, or a shorter prompt"
+        )
     mask = lm.backbone.mask_token_id
     written = [given[number] if number in given else [mask] * lengths[number] for number in range(len(parts))]
     return [*ids, *(token for each in written for token in each)]

@@ -144,12 +144,14 @@ def make_request(
         backbone.tempered_confidence if tempered is None else tempered,
     )  # fmt: skip
     open_ended = not infill and options.gen_length == "auto"
-    length = max(1, (most or backbone.max_length) - len(ids)) if options.gen_length == "auto" else options.gen_length
+    room = most or backbone.max_length
+    length = max(1, room - len(ids)) if options.gen_length == "auto" else options.gen_length
     constraint, prompt = None, 0
     if isinstance(options.response_format, ResponseFormat):
         constraint = constraint_of(options.response_format, lm, eos)
         if options.response_format.scaffold:
-            ids, infill, prompt = with_scaffold(options.response_format, lm, ids, length, infill), True, len(ids)
+            prompt = len(ids)
+            ids, infill = with_scaffold(options.response_format, lm, ids, length, room, infill), True
     _check_prompt(lm, ids, length, infill, name)
     tokens = np.asarray([*ids, *[backbone.mask_token_id] * (0 if infill else length)], dtype=np.int64)
     request = Request(

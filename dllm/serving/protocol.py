@@ -23,6 +23,7 @@ from dllm.models.attention import BlockCausal
 from dllm.models.loading import LanguageModel
 from dllm.models.tokenizers import tokens_of
 from dllm.serving.ticket import NAMES, Job, SamplerChoice
+from dllm.structure import ResponseFormat
 
 # Integers are those that tensors can hold.
 Number = Annotated[bool | Annotated[int, Field(ge=-(2**63), lt=2**63)] | float, Field(union_mode="left_to_right")]
@@ -320,6 +321,11 @@ class Terms:
             number("max_forwards", most, "a whole number of at least 1, or null", low=1, whole=True)
         if (infill or after is not None) and request.dllm.stop_at_eos is not None:
             raise ValueError("dllm.stop_at_eos has no effect on infilling; leave it out")
+        form = options.response_format
+        if isinstance(form, ResponseFormat) and form.scaffold and request.dllm.stop_at_eos is not None:
+            raise ValueError("dllm.stop_at_eos has no effect with response_format.scaffold; leave it out")
+        if isinstance(form, ResponseFormat) and form.value_length is not None and self._length(request) is not None:
+            raise ValueError("max_tokens has no effect beside response_format.value_length; leave one of them out")
         if infill:
             for name in ("stop", "max_tokens", "max_completion_tokens"):
                 if getattr(request, name, None) is not None:
