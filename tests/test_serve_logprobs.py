@@ -14,6 +14,7 @@ openai = pytest.importorskip("openai")
 for needed in ("fastapi", "prometheus_client", "uvicorn"):
     pytest.importorskip(needed)
 
+from dllm.serving.events import Pieces  # noqa: E402
 from dllm.serving.ticket import FinalText  # noqa: E402
 from serve_rig import QUESTION, Running, serving  # noqa: E402
 from structure_rig import text_model  # noqa: E402
@@ -135,3 +136,39 @@ def test_a_token_waits_for_all_of_its_text() -> None:
     assert final.told == "aé€"  # b may begin a stop string
     final.finish("aé€b")
     assert final.within(tokens, known) == len(tokens)
+
+
+@pytest.fixture(scope="module")
+def writer() -> Iterator[Running]:
+    """A server with a random model some of whose tokens are parts of characters."""
+    pytest.importorskip("outlines_core")
+    lm = text_model()
+    lm.tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    with serving(lm, block_length=8) as running:
+        yield running
+
+
+def test_bytes_and_offsets_are_those_of_the_text(writer: Running) -> None:
+    text = "😀é€ab12"
+    body = {"max_tokens": 16, "response_format": {"type": "choice", "choice": [text]}}
+    (choice,) = writer.post("completions", {"prompt": "ab", "logprobs": 3, **body}).json()["choices"]
+    told = choice["logprobs"]
+    assert choice["text"] == text
+    assert told["text_offset"] == [0, 0, 0, 0, 1, 2, 2, 2, 3, 4, 5, 6, 7]
+    assert told["tokens"][:5] == ["bytes:\\xf0", "bytes:\\x9f", "bytes:\\x98", "bytes:\\x80", "é"]
+    found: dict[str, list[Any]] = {}
+    for chunk in writer.stream(prompt="ab", logprobs=3, **body):
+        for name, values in (chunk["choices"][0]["logprobs"] or {}).items():
+            found.setdefault(name, []).extend(values)
+    assert found == told
+    messages = [{"role": "user", "content": "ab"}]
+    (choice,) = writer.post("chat/completions", {"messages": messages, "logprobs": True, **body}).json()["choices"]
+    written = b"".join(bytes(each["bytes"]) for each in choice["logprobs"]["content"])
+    assert written == (text + "<|end|>").encode()
+
+
+def test_offsets_count_no_special_tokens() -> None:
+    pieces = Pieces(text_model().tokenizer)
+    tokens = text_model().tokenizer("a<|other|>é<|end|>").input_ids  # two for é
+    assert pieces.offsets(tokens) == [0, 1, 1, 1, 2]
+    assert Pieces(None).offsets([5, 17, 3]) == [0, 2, 5]

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from secrets import token_hex
 from typing import Any
 
@@ -146,26 +145,24 @@ class Writer:
         """The log-probabilities of a text's tokens, in the form of OpenAI's chats or completions."""
         if told is None:
             return None
-        piece, found = ticket.pieces, told.tokens
+        pieces, found = ticket.pieces, told.tokens
+
+        def entry(token: int, logprob: float | None) -> dict[str, Any]:
+            return {"token": pieces.shown(token), "logprob": logprob, "bytes": [*pieces.written(token)]}
+
         if self.plan.chat:
             content = [
-                {**_entry(piece[each.token], each.logprob), "top_logprobs": [_entry(piece[t], p) for t, p in each.top]}
+                {**entry(each.token, each.logprob), "top_logprobs": [entry(*other) for other in each.top]}
                 for each in found
             ]
             return {"content": content, "refusal": None}
-        texts = [piece[each.token] for each in found]
-        starts = list(accumulate(map(len, texts), initial=told.offset))[:-1]
-        top = [{piece[token]: share for token, share in each.top} for each in found]
+        top = [{pieces.shown(token): share for token, share in each.top} for each in found]
         return {
-            "tokens": texts,
+            "tokens": [pieces.shown(each.token) for each in found],
             "token_logprobs": [each.logprob for each in found],
             "top_logprobs": top if ticket.job.top_logprobs else None,
-            "text_offset": starts,
+            "text_offset": told.offsets,
         }
-
-
-def _entry(piece: str, logprob: float | None) -> dict[str, Any]:
-    return {"token": piece, "logprob": logprob, "bytes": list(piece.encode("utf-8", "replace"))}
 
 
 def _reason(ticket: Ticket, answer: Answer) -> str:

@@ -5,8 +5,10 @@ Positions count from the first generated one; of an infilled text from its first
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dllm.decoding.step import Event, Step
+from dllm.structure.tokens import token_bytes
 
 
 class Pieces:
@@ -31,6 +34,42 @@ class Pieces:
         if token not in self._known:
             self._known[token] = f" {token}" if self.tokenizer is None else str(self.tokenizer.decode([token]))
         return self._known[token]
+
+    @cached_property
+    def _bytes(self) -> tuple[Sequence[bytes | None], bool]:
+        """What each token writes into a text, and whether a space that begins one is dropped; nothing if unknown."""
+        if self.tokenizer is None:
+            return (), False
+        try:
+            return token_bytes(self.tokenizer, max(self.tokenizer.get_vocab().values()) + 1)
+        except ValueError:
+            return (), False
+
+    def written(self, token: int) -> bytes:
+        """The bytes of a token; of a special one, those of its name."""
+        known = self._bytes[0][token] if token < len(self._bytes[0]) else None
+        return self[token].encode("utf-8", "replace") if known is None else known
+
+    def shown(self, token: int) -> str:
+        """The text of a token, or where it is part of a character, its bytes as OpenAI's completions write them."""
+        written = self.written(token)
+        try:
+            written.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in written)
+        return self[token]
+
+    def offsets(self, tokens: Sequence[int]) -> list[int]:
+        """The characters of the text that are complete before each of its tokens."""
+        words, strips = self._bytes
+        decoder, found, length = codecs.getincrementaldecoder("utf-8")("replace"), list[int](), 0
+        for token in tokens:
+            found.append(length)
+            written = words[token] if token < len(words) else self.written(token)
+            if strips and not length:
+                written = (written or b"").removeprefix(b" ")
+            length += len(decoder.decode(written or b""))  # special tokens are in no text
+        return found
 
 
 @dataclass(frozen=True)
@@ -54,11 +93,11 @@ class TextLogprobs:
 
     Attributes:
         tokens: in the order of the text.
-        offset: characters of the tokens before them.
+        offsets: characters of the text before each.
     """
 
     tokens: Sequence[TokenLogprob]
-    offset: int = 0
+    offsets: Sequence[int]
 
 
 def begun(event: Event, origin: int, infill: bool, pieces: Pieces) -> dict[str, Any]:

@@ -296,8 +296,8 @@ class Ticket:
     def news(self) -> News:
         """What happened since the last call."""
         with self._lock:
-            before, now = self._told[: self._sent], self._told[self._sent :]
-            found = TextLogprobs(now, sum(len(self.pieces[each.token]) for each in before)) if now else None
+            now = self._told[self._sent :]
+            found = TextLogprobs(now, self._offsets(self._told)[self._sent :]) if now else None
             news = News(self._new, found, tuple(self._steps), self._answer, self._failure)
             self._new, self._sent = "", len(self._told)
             self._steps.clear()
@@ -305,7 +305,13 @@ class Ticket:
 
     def text_logprobs(self, answer: Answer) -> TextLogprobs | None:
         """The log-probabilities of the tokens of an answer; None where they are not asked for."""
-        return None if self.job.top_logprobs is None else TextLogprobs(self._logprobs(self.tokens(answer)))
+        if self.job.top_logprobs is None:
+            return None
+        told = self._logprobs(self.tokens(answer))
+        return TextLogprobs(told, self._offsets(told))
+
+    def _offsets(self, told: Sequence[TokenLogprob]) -> list[int]:
+        return self.pieces.offsets([each.token for each in told])
 
     def _logprobs(self, tokens: Sequence[int]) -> list[TokenLogprob]:
         """Those of the first tokens of the text; none where they are not asked for."""
