@@ -109,17 +109,18 @@ def _hash(ids: list[list[int]]) -> str:
     return sha256(json.dumps(ids).encode()).hexdigest()
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    found = sha256()
+def _digest(tensors: Mapping[str, Tensor], source: str) -> str:
+    """A hash of tensors, and of what they were made from."""
+    found = sha256(source.encode())
     for name, tensor in sorted(tensors.items()):
         found.update(name.encode() + tensor.numpy().tobytes())
     return found.hexdigest()
 
 
-def _as_written(part: Path, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether the tensors of a file are those that were written to it."""
+def _as_written(part: Path, digest: str) -> bool:
+    """Whether a file was written with this hash."""
     with safe_open(part, "pt") as file:
-        return (file.metadata() or {}).get("digest") == _digest(tensors)
+        return (file.metadata() or {}).get("digest") == digest
 
 
 def collected(
@@ -133,6 +134,8 @@ def collected(
     fix: str = "remove that folder",
 ) -> list[dict[str, Tensor]]:
     """What was made from each batch of prompts; that of an earlier run with the same recipe is reused.
+
+    A file of another batch or recipe is made again, as a damaged one.
 
     Args:
         lm: the model that makes it.
@@ -151,10 +154,11 @@ def collected(
     files = identity.contents({**recipe}) | identity.read_by(reads.sampler) | identity.read_by(reads.cache)
     now = {**recipe, "fingerprint": lm.backbone.fingerprint(), "checkpoint": identity.model(lm), "files": files}
     now |= {"prompts": _hash(ids)}
+    # Training options do not change the records.
+    made_from = {name: value for name, value in now.items() if name != "training"}
     if there(file, "remove that folder"):
         before = read_json(file, "remove that folder")
-        # Training options do not change the records.
-        other = ", ".join(name for name in now if name != "training" and before.get(name) != now[name])
+        other = ", ".join(name for name, value in made_from.items() if before.get(name) != value)
         if other:
             raise ValueError(f"out: {folder} has records of other settings ({other}); give another out, or {fix}")
     write_json(file, now)
@@ -164,12 +168,13 @@ def collected(
         for start in range(0, len(ids), size):
             batch = range(start, min(start + size, len(ids)))
             part = folder / f"{start:07}.safetensors"
+            source = json.dumps([made_from, batch.start, batch.stop], sort_keys=True)
             found = load(part, batch)
-            if found is None or not _as_written(part, found):
+            if found is None or not _as_written(part, _digest(found, source)):
                 found = make(batch)
                 identity.check_weights(lm, reads.stamps)
                 check_kept(file, written, "; run the command again")
-                write_whole(part, save(found, {"digest": _digest(found)}))
+                write_whole(part, save(found, {"digest": _digest(found, source)}))
             parts.append(found)
             report(batch.stop, len(ids))
     return parts

@@ -309,6 +309,21 @@ class TestResuming:
             assert part.read_bytes() == good
         assert same(out, distilled)
 
+    def test_the_batch_of_other_prompts_or_of_another_recipe_is_decoded_again(
+        self, model: Path, tmp_path: Path
+    ) -> None:
+        options = "batch_size=3", "rank=1", "steps=1"
+        out, other = (
+            succeed(model, tmp_path / name, *options, *more)
+            for name, more in (("out", ()), ("other", ("temperature=0.5",)))
+        )
+        first, second = (out / "trajectories" / f"000000{start}.safetensors" for start in (0, 3))
+        good = second.read_bytes()
+        for wrong in (first, other / "trajectories" / second.name):
+            shutil.copy(wrong, second)
+            succeed(model, out, *options)
+            assert second.read_bytes() == good
+
     def test_a_training_that_diverges_ends_and_keeps_what_was_good(self, model: Path, tmp_path: Path) -> None:
         out = tmp_path / "out"
         result = distil(model, out, "rate=1e6", "log_every=6", "checkpoint_every=1", "warmup=6")
