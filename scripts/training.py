@@ -88,6 +88,7 @@ class Trainer:
         self.average = [p.detach().clone() for p in self.parameters]
         self.step = 0
         self.seconds = 0.0
+        self.losses: list[Tensor] = []  # of the steps after the last line of the log
 
     def train_step(self) -> Tensor:
         """Train on one batch; return its loss."""
@@ -116,7 +117,7 @@ class Trainer:
         state = {
             "model": [p.detach().clone() for p in self.parameters], "average": self.average,
             "optimizers": [o.state_dict() for o in self.optimizers], "step": self.step, "seconds": self.seconds,
-            "contents": self.objective.contents, **self.objective.state(),
+            "losses": self.losses, "contents": self.objective.contents, **self.objective.state(),
         }  # fmt: skip
         file = io.BytesIO()
         torch.save(state, file)
@@ -175,6 +176,9 @@ class Trainer:
             raise TypeError("weights that are NaN or infinite")
         if misfit(state["step"], int) or not 0 < state["step"] <= self.cfg.steps or misfit(state["seconds"], float):
             raise TypeError("no number of steps and seconds")
+        losses = state.get("losses", [])  # none in checkpoints of earlier versions
+        if any(loss.shape != () for loss in losses):
+            raise TypeError("no losses")
         if len(state["optimizers"]) != len(self.optimizers):
             raise TypeError("other optimizers")
         self._assign(state["model"])
@@ -188,6 +192,7 @@ class Trainer:
                 if any(shape not in (parameter.shape, ()) for shape in shapes):
                     raise TypeError("optimizers of other sizes")
         self.step, self.seconds = state["step"], state["seconds"]
+        self.losses = [loss.to(self.parameters[0].device) for loss in losses]
         try:
             self.objective.restore(state)
         except ValueError as error:
@@ -283,18 +288,18 @@ def publish(out: Path, folder: Path, recipe: str) -> None:
 
 def run(trainer: Trainer, what: str) -> None:
     """Run the remaining steps, with a progress bar on a terminal or in a notebook, and log lines elsewhere."""
-    cfg, console, log = trainer.cfg, Console(stderr=True), []
+    cfg, console = trainer.cfg, Console(stderr=True)
     bar = progress_bar(what, cfg.steps, trainer.step, console=console, show=watched(console))
     with _open_log(trainer) as file, bar as update:
         while trainer.step < cfg.steps:
             started = time.perf_counter()
-            log.append(trainer.train_step())
+            trainer.losses.append(trainer.train_step())
             trainer.seconds += time.perf_counter() - started
             update(completed=trainer.step)
             if trainer.step % cfg.log_every == 0:
-                loss = torch.stack(log).mean().item()
+                loss = torch.stack(trainer.losses).mean().item()
                 trainer.check_loss(loss)
-                log.clear()
+                trainer.losses.clear()
                 update(note=f"loss {loss:.4f}")
                 if not watched(console):
                     print(f"{trainer.step}/{cfg.steps}  loss {loss:.4f}", flush=True)

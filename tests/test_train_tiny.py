@@ -144,7 +144,8 @@ class TestResuming:
             return step(trainer)
 
         monkeypatch.setattr(application.Trainer, "train_step", interrupt)
-        result = train(tmp_path / "run", f"arch={request.param}")
+        arch, *options = request.param.split()
+        result = train(tmp_path / "run", f"arch={arch}", *options)
         monkeypatch.setattr(application.Trainer, "train_step", step)
         assert (result.code, result.err) == (130, "dllm train-tiny: error: interrupted; what was written is kept\n")
         return tmp_path / "run"
@@ -169,6 +170,21 @@ class TestResuming:
             file.write("1")  # of 100, say
         succeed(interrupted, "arch=llada")
         assert losses(interrupted) == losses(trained["llada"])
+
+    @pytest.mark.parametrize("interrupted", ["guide log_every=2"], indirect=True)
+    def test_a_line_of_the_log_is_the_mean_of_all_its_steps(self, interrupted: Path, trained: dict[str, Path]) -> None:
+        succeed(interrupted, "arch=guide", "log_every=2")  # the first step of the second line is not trained again
+        every = [float(loss) for _, loss in losses(trained["guide"])]
+        means = [(one + other) / 2 for one, other in zip(every[::2], every[1::2], strict=True)]
+        assert [float(loss) for _, loss in losses(interrupted)] == pytest.approx(means, abs=2e-5)
+
+    @pytest.mark.parametrize("interrupted", ["guide"], indirect=True)
+    def test_a_checkpoint_of_an_earlier_version_goes_on(self, interrupted: Path, trained: dict[str, Path]) -> None:
+        state = torch.load(interrupted / "state.pt", weights_only=True)
+        del state["losses"]
+        torch.save(state, interrupted / "state.pt")
+        succeed(interrupted, "arch=guide")
+        assert same(interrupted, trained["guide"])
 
     def test_a_full_disk_is_one_line_and_the_training_goes_on(
         self, trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -416,14 +432,14 @@ class TestOtherRuns:
         assert "train_tiny.yaml" in said
 
     @pytest.mark.parametrize(
-        "name", ["optimizers", "step", "average", "rng", "problems", "seconds", "state", "model", "contents"]
+        "name", ["optimizers", "step", "average", "rng", "problems", "seconds", "state", "model", "contents", "losses"]
     )
     def test_a_damaged_state_is_named(self, out: Path, name: str) -> None:
         state = torch.load(out / "state.pt", weights_only=True)
         if name == "state":
             state["optimizers"][1]["state"].popitem()
         else:
-            state[name] = state[name][:1] if isinstance(state[name], list) else "x"
+            state[name] = state[name][:1] if isinstance(state[name], list) and state[name] else "x"
         torch.save(state, out / "state.pt")
         assert "state.pt is damaged" in self.refused(out)
 
