@@ -272,6 +272,18 @@ class TestFinishedRuns:
         assert result.code == 2
         assert f"runs={str(runs)!r} has runs of tiny-llada; use model=tiny-llada" in result.err
 
+    def test_texts_may_hold_any_separator_of_lines(self, tmp_path: Path) -> None:
+        runs, message = tmp_path / "runs", "one\u2028two\u2029three\x85four\x0cfive"
+        write_run(runs / "0", "vanilla", 0.98, 56.0)
+        write_error(runs / "1", "s2d2", message)
+        where = f"out={tmp_path / 'out'}"
+        for options in (("samplers=[vanilla,s2d2]", f"runs={runs}", where), (where,)):
+            result = command("results", "run=false", *options)
+            assert result.code == 0, result.err
+        assert [each.refused for each in Matrix.read(tmp_path / "out" / "tiny-llada" / "runs.jsonl").refusals] == [
+            message
+        ]
+
     def test_damaged_data_are_told(self, tmp_path: Path) -> None:
         file = tmp_path / "out" / "m" / "runs.jsonl"
         file.parent.mkdir(parents=True)

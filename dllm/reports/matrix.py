@@ -155,7 +155,9 @@ class Matrix:
             ValueError: it is damaged or something else.
         """
         try:
-            head, *rows = [parse_json(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            # Texts may hold separators of lines other than \n, at which str.splitlines would break them.
+            lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            head, *rows = [parse_json(line) for line in lines]
             if head.pop("format", None) != FORMAT or head.pop("version", None) != VERSION:
                 raise ValueError("it is of another kind or version")
             wrong = misfit(head, Header, "the first line")
