@@ -12,6 +12,8 @@ from dllm.stored import misfit, there
 
 FORMAT, VERSION = "dllm-calibration", 1
 _FIX = "make it again with dllm calibrate"
+# Fields that cards of earlier versions do not have.
+_LATER: dict[str, Any] = {"contents": {}, "score": None, "defaults": None, "dtype": None}
 
 
 class Tested(TypedDict):
@@ -58,6 +60,7 @@ class Calibration:
         contents: hashes of the files that the policy reads, from `files_of`; none in cards of earlier versions.
         score: name of the score that counts as accuracy; None in cards of earlier versions.
         defaults: what null and auto in `options` stand for; None in cards of earlier versions.
+        dtype: of the denoiser, such as "float32"; None in cards of earlier versions.
     """
 
     model: str
@@ -78,6 +81,7 @@ class Calibration:
     contents: dict[str, str] = field(default_factory=dict)
     score: str | None = None
     defaults: Defaults | None = None
+    dtype: str | None = None
 
     @classmethod
     def read(cls, path: str | Path) -> Calibration:
@@ -94,20 +98,14 @@ class Calibration:
         found = read_json(file, _FIX)
         if found.pop("format", None) != FORMAT or found.pop("version", None) != VERSION:
             raise ValueError(f"calibration={str(path)!r} is not a card of dllm calibrate; {_FIX}")
-        found = {"contents": {}, "score": None, "defaults": None} | found
+        found = _LATER | found
         if wrong := misfit(found, cls, "the card") or _contradiction(cls(**found)):
             raise ValueError(f"calibration={str(path)!r} is damaged ({wrong}); {_FIX}")
         return cls(**found)
 
     def write(self, file: Path) -> None:
         """Write the card."""
-        fields = asdict(self)
-        if not self.contents:
-            del fields["contents"]
-        if self.defaults is None:
-            del fields["defaults"]
-        if self.score is None:
-            del fields["score"]
+        fields = {name: value for name, value in asdict(self).items() if _LATER.get(name, ...) != value}
         write_json(file, {"format": FORMAT, "version": VERSION, **fields})
 
     def check(self, fingerprint: str) -> None:
@@ -125,6 +123,10 @@ class Calibration:
     def compared_score(self, name: str) -> dict[str, tuple[str, str]]:
         """The score on the card, and another one; nothing if the card does not say."""
         return {} if self.score is None else {"task.metric": (self.score, name)}
+
+    def compared_dtype(self, dtype: str | None) -> dict[str, tuple[str, str]]:
+        """The precision on the card, and another one; nothing if one of them is unknown."""
+        return {} if self.dtype is None or dtype is None else {"model.dtype": (self.dtype, dtype)}
 
     def compared_defaults(self, defaults: Defaults | None) -> dict[str, tuple[Any, Any]]:
         """What null and auto stand for on the card, and for another model; nothing if one of them does not say."""

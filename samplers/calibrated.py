@@ -1,7 +1,7 @@
 """A policy with the setting that `dllm calibrate` certified, for the model it was certified for.
 
-The guarantee is for the cache, the lengths, the sampling and the files (filters, guides, tables) that the card was made
-with; under others a notice says so.
+The guarantee is for the cache, the lengths, the sampling, the precision and the files (filters, guides, tables) that
+the card was made with; under others a notice says so.
 """
 
 from __future__ import annotations
@@ -158,6 +158,7 @@ class Calibrated:
         if len({min(each or request.span, request.span) for each in (block, request.blocks)}) > 1:
             found["block_length"] = block, request.blocks
         found |= self._sampling(setup, request) | state.files
+        found |= self.card.compared_dtype(str(setup.dtype).removeprefix("torch."))
         return {name: pair for name, pair in found.items() if pair[0] != pair[1]}
 
     def _sampling(self, setup: Setup, request: Request) -> dict[str, tuple[Any, Any]]:

@@ -82,7 +82,8 @@ def certify(cfg: DictConfig, chosen: Mapping[str, Any]) -> None:
         base = runs.scores({**options_of("sampler", "vanilla"), CALIBRATION: None}, "vanilla")
         if before is not None:
             made = before.compared_score(runs.score) | {"model": (before.weights, runs.weights)}
-            refuse_others(called, card_file, made | before.compared_defaults(runs.defaults))
+            made |= before.compared_dtype(runs.dtype) | before.compared_defaults(runs.defaults)
+            refuse_others(called, card_file, made)
         tests: list[Tested] = []
         named = str(chosen["sampler"])
 
@@ -172,6 +173,12 @@ class _Runs:
         return None if misfit(found, Defaults) else found
 
     @property
+    def dtype(self) -> str | None:
+        """The precision of the model; None for runs of earlier versions."""
+        found = self._weights[0].get("dtype")
+        return found if isinstance(found, str) else None
+
+    @property
     def score(self) -> str:
         """The name of the score that counts as accuracy."""
         return str(self.first["metrics"]["accuracy_name"])
@@ -200,6 +207,7 @@ class _Runs:
             contents=files,
             score=self.score,
             defaults=self.defaults,
+            dtype=self.dtype,
         )
 
 
@@ -309,15 +317,18 @@ def _check_card(
     pairs = {"knob": (card.knob, knob), "sampler": (theirs, own), "cache": (card.cache, dict(fields["cache"]))}
     pairs |= {name: (getattr(card, name), fields[name]) for name in ("loss", "delta")}
     task: Task = build("task", fields["task"], Task)
-    pairs |= {"task": (card.task, task.name)} | certified_for(card, decoding(fields))
+    asked = decoding(fields)
+    pairs |= {"task": (card.task, task.name)} | certified_for(card, asked)
     data = evaluate.normal(fields)["task"]
     pairs |= {f"task.{name}": (made, data[name]) for name, made in card.data.items() if name in data}
     refuse_others(called, file, pairs | card.compared(policy))
     tested, ended = [test["value"] for test in card.tests], not all(test["certified"] for test in card.tests)
-    if ended and (seed_ := card.options.get("seed")) != fields["seed"]:
+    again = [name for name in _FREE if name in asked and card.options.get(name) != asked[name]]
+    if ended and again:
+        given, made = (f"{again[0]}={each.get(again[0])}" for each in (asked, card.options))
         raise ValueError(
-            f"seed={fields['seed']} voids the guarantee: {file} has tests with seed={seed_}, of which the last was not "
-            f"certified, and testing ends there for these problems; {_OTHERS}"
+            f"{given} voids the guarantee: {file} has tests with {made}, of which the last was not certified, and "
+            f"testing ends there for these problems; {_OTHERS}"
         )
     if list(values[: len(tested)]) != tested:
         raise ValueError(

@@ -105,6 +105,9 @@ def _collect(fields: Mapping[str, Any], samplers: Sequence[str], caches: Sequenc
         lm = app.load_model(fields["model"])  # refused here, rather than once for each run
         if data.is_file():
             _check_same(fields["out"], data, samplers, caches, weights=lm.backbone.fingerprint())
+        for _, file in _present(samplers, cards):
+            dtype = str(lm.backbone.dtype).removeprefix("torch.")
+            calibrate.refuse_others(_called(fields), file, Calibration.read(file).compared_dtype(dtype))
         for sampler in samplers:
             _certify(fields, sampler, cards)
     chosen = {sampler: _options(sampler, cards) for sampler in samplers}
@@ -132,14 +135,17 @@ def _card(sampler: str, cards: Path) -> Path:
     return cards / card_name(sampler) / "calibration.json"
 
 
+def _present(samplers: Sequence[str], cards: Path) -> list[tuple[str, Path]]:
+    """The samplers that have a card, and their cards."""
+    files = [(name, _card(name, cards)) for name in samplers if name not in (_BASE, _BOUND)]
+    return [(name, file) for name, file in files if file.is_file()]
+
+
 def _check_cards(fields: Mapping[str, Any], samplers: Sequence[str], cards: Path) -> None:
     """Reject cards that do not certify what is asked for."""
     called, task = _called(fields), build("task", fields["task"], Task)
     options = calibrate.decoding({**merged("evaluate"), **fields})
-    for sampler in samplers:
-        file = _card(sampler, cards)
-        if sampler in (_BASE, _BOUND) or not file.is_file():
-            continue
+    for sampler, file in _present(samplers, cards):
         card = Calibration.read(file)
         pairs = {"task": (card.task, task.name)} | calibrate.certified_for(card, options)
         if fields["calibrate"]:  # otherwise those that exist are used, whatever they certify
@@ -168,6 +174,7 @@ def _check_runs(
             options["gen_length"] = task.gen_length
         pairs = {"task": (card.task, results["task"])} | calibrate.certified_for(card, options)
         pairs |= card.compared_score(results["metrics"]["accuracy_name"])
+        pairs |= card.compared_dtype(matrix.dtype_of(folder))
         calibrate.refuse_others(called, Path(file), pairs, str(folder))
 
 

@@ -76,11 +76,14 @@ def test_testing_ends_with_the_first_failure_for_good(
     assert card.read_bytes() == kept
 
 
-def test_nor_is_it_tried_again_with_another_seed(made: tuple[Path, Outcome], card: Path) -> None:
+@pytest.mark.parametrize(("other", "was"), [("seed=7", "seed=0"), ("batch_size=8", "batch_size=24")])
+def test_nor_is_it_tried_again_with_another_seed_or_other_roundings(
+    other: str, was: str, made: tuple[Path, Outcome], card: Path
+) -> None:
     kept = card.read_bytes()
-    again = run(made[0], "seed=7")
+    again = run(made[0], other)
     assert (again.code, again.err.count("\n")) == (2, 1)
-    assert f"seed=7 voids the guarantee: {card} has tests with seed=0, of which the last was not certified" in again.err
+    assert f"{other} voids the guarantee: {card} has tests with {was}, of which the last was not certified" in again.err
     assert card.read_bytes() == kept
 
 
@@ -94,6 +97,15 @@ def test_a_certificate_is_not_lost_to_other_values(tmp_path: Path) -> None:
     assert card.read_bytes() == kept
     assert run(tmp_path, "values=[0.9999,0.99]").code == 0
     assert len(Calibration.read(card).tests) == 2
+
+
+def test_a_card_of_an_earlier_version_goes_on(made: tuple[Path, Outcome], card: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(made[0], tmp_path / "out")
+    content = json.loads(card.read_text())
+    earlier = {name: value for name, value in content.items() if name not in ("dtype", "defaults", "score")}
+    (out / card.name).write_text(json.dumps(earlier))
+    assert run(out).code == 0
+    assert json.loads((out / card.name).read_text()) == content
 
 
 def test_values_after_the_one_that_ended_testing_change_nothing(made: tuple[Path, Outcome]) -> None:
@@ -283,16 +295,23 @@ def test_a_card_of_another_setting_is_kept(made: tuple[Path, Outcome], card: Pat
     assert card.read_bytes() == before
 
 
-def test_a_card_of_another_model_is_kept(card: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ("model=tiny-dream", "another model ("),
+        ("model.dtype=bfloat16", "another model.dtype (float32); this run has bfloat16: give another out, or remove "),
+    ],
+)
+def test_a_card_of_another_model_or_precision_is_kept(other: str, told: str, card: Path, tmp_path: Path) -> None:
     short = ("task.limit=2", "gen_length=8")
     content = json.loads(card.read_text())
     content |= {"data": content["data"] | {"limit": 2}, "options": content["options"] | {"gen_length": 8}}
     card = tmp_path / "calibration.json"
     card.write_text(json.dumps(content))
     before = card.read_bytes()
-    refused = run(tmp_path, "model=tiny-dream", *short)
+    refused = run(tmp_path, other, *short)
     assert refused.code == 2
-    assert "holds a card of another model (" in refused.err.splitlines()[-1]
+    assert f"holds a card of {told}" in refused.err.splitlines()[-1]
     assert card.read_bytes() == before
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import dllm
 from commands import command
@@ -239,6 +240,13 @@ class TestOtherSettings:
         sampler = Calibrated(made(defaults={"eos_token_id": [7], "block_length": None}))
         (message,) = notices(lambda: dllm.generate(lm, PROMPTS, sampler, "dual", **ASK))
         assert f"was measured with eos_token_id=[7], and is used with eos_token_id={ENDS}" in message
+
+    def test_another_precision_is_told(self, made: Callable[..., Path]) -> None:
+        for dtype, told in ((torch.float32, []), (torch.bfloat16, ["model.dtype=float32, and is used with model."])):
+            lm = random_llada(dtype=dtype)
+            sampler = Calibrated(made(lm, dtype="float32"))
+            found = notices(lambda lm=lm, sampler=sampler: dllm.generate(lm, PROMPTS, sampler, "dual", **ASK))  # type: ignore[misc]
+            assert [words in message for message, words in zip(found, told, strict=True)] == [True] * len(told)
 
     def test_what_is_filled_in_has_no_length_of_its_own(self, lm: Any, made: Callable[..., Path]) -> None:
         m, sampler = lm.backbone.mask_token_id, Calibrated(made())

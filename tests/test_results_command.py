@@ -123,17 +123,34 @@ class TestCommand:
         )
         assert told in outcome.err
 
-    def test_a_card_of_another_score_is_refused(self, made: tuple[Path, Outcome], tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        ("field", "own", "other", "told"),
+        [
+            ("score", "final answer", "strict", "task.metric (strict)"),
+            ("dtype", "float32", "bfloat16", "model.dtype (bfloat16)"),
+        ],
+    )
+    def test_a_card_of_another_score_or_precision_is_refused(
+        self, field: str, own: str, other: str, told: str, made: tuple[Path, Outcome], tmp_path: Path
+    ) -> None:
         card = made[0] / "tiny-llada" / "calibration" / "saber" / "calibration.json"
         content = json.loads(card.read_text())
-        assert content["score"] == "final answer"
+        assert content[field] == own
         copy = tmp_path / "cards" / "saber" / "calibration.json"
         copy.parent.mkdir(parents=True)
-        copy.write_text(json.dumps(content | {"score": "strict"}))
+        copy.write_text(json.dumps(content | {field: other}))
         runs = f"runs={made[0] / 'tiny-llada' / 'runs'}"
         outcome = run(tmp_path / "out", f"cards={tmp_path / 'cards'}", "run=false", runs)
         assert (outcome.code, outcome.err.count("\n")) == (2, 1)
-        assert "holds a card of another task.metric (strict)" in outcome.err
+        assert f"holds a card of another {told}" in outcome.err
+
+    def test_a_card_of_another_precision_is_refused_before_a_run(
+        self, made: tuple[Path, Outcome], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("dllm.scripts.evaluate.run", lambda *_: pytest.fail("a run was started"))
+        outcome = run(made[0], "model.dtype=bfloat16")
+        assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+        assert "holds a card of another model.dtype (float32); this run has bfloat16: give another out" in outcome.err
 
     def test_the_page_is_made_from_the_data_alone(self, made: tuple[Path, Outcome], tmp_path: Path) -> None:
         out = tmp_path / "all"

@@ -293,7 +293,7 @@ def collect(found: Found, settings: dict[str, Setting], caches: Sequence[str], c
             if isinstance(what, str):
                 refusals.append(Refusal(sampler, cache, what))
             elif what is not None:
-                results, session = read_json(what / "results.json"), (sessions(what) or [{}])[-1]
+                results, session = read_json(what / "results.json"), _session(what)
                 _check_alike(common, _common(results, session), what)
                 _check_alike(decoding, _decoding(results), what)
                 _check_alike(chosen.setdefault(f"sampler={sampler}", {}), _chosen(results.get("sampler")), what)
@@ -305,6 +305,17 @@ def collect(found: Found, settings: dict[str, Setting], caches: Sequence[str], c
         raise ValueError(f"no run is finished; the first is refused: {refusals[0].refused}" if refusals else "no run")
     header = Header(command, **common, samplers=[*settings], caches=[*caches], settings=settings, places=places)
     return Matrix(header, tuple(cells), tuple(refusals))
+
+
+def _session(folder: Path) -> Mapping[str, Any]:
+    """The last session of a run; empty where it is unknown."""
+    return (sessions(folder) or [{}])[-1]
+
+
+def dtype_of(folder: Path) -> str | None:
+    """The precision that a run was made in; None where it is unknown."""
+    found = _session(folder).get("dtype")
+    return found if isinstance(found, str) else None
 
 
 def _common(results: Mapping[str, Any], session: Mapping[str, Any]) -> dict[str, Any]:
