@@ -135,7 +135,7 @@ def run(
         return found, folder.path
     _check_out(fields)
     with progress_reports(f"{terminal(label, one_line=True)}:") as progress:
-        journal = Journal(folder.journal)
+        journal = Journal(folder.journal, run=folder.key)
         setting = Setting(lm, sampler, cache, options, estimate)
         guarded = _unless_orphaned(progress)
         same = partial(_check_same, task, files)

@@ -445,6 +445,32 @@ def test_a_guide_that_is_replaced_during_a_run_judges_no_more_answers(
     assert journal.read_text().count('"kind": "record"') == 1
 
 
+def test_the_journal_of_another_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add = Journal.add
+
+    def interrupted(journal: Journal, kind: str, name: str, value: Any) -> None:
+        add(journal, kind, name, value)
+        if kind == "record":
+            raise KeyboardInterrupt
+
+    words = ("evaluate", f"out={tmp_path}", "task.limit=2", "baselines=0", "frames=0", *SHORT)
+    with monkeypatch.context() as changing:
+        changing.setattr(Journal, "add", interrupted)
+        for sampler in ("vanilla", "threshold"):
+            assert command(*words, f"sampler={sampler}").code == 130
+    one, other = (next(tmp_path.glob(f"{name}-*/journal.jsonl")) for name in ("vanilla", "threshold"))
+    kept = other.read_bytes()
+    shutil.copy(one, other)
+    outcome = command(*words, "sampler=threshold")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert (
+        f"{other} is not a journal of a run, or damaged, in line 1 (it is of another run, or was changed)"
+        in outcome.err
+    )
+    other.write_bytes(kept)
+    assert command(*words, "sampler=threshold").code == 0
+
+
 def test_a_filter_that_is_written_over_is_still_the_one_that_was_loaded(tmp_path: Path) -> None:
     file = shutil.copy(BUNDLED / "tiny-llada" / "learn2pd.safetensors", tmp_path / "filter.safetensors")
     loaded = load_filter(file).network.state_dict()

@@ -43,6 +43,32 @@ def test_a_line_cut_off_anywhere_is_dropped_and_the_rest_goes_on(path: Path, los
     assert path.read_bytes() == content
 
 
+def test_a_line_of_another_run_or_one_that_was_changed_is_refused(path: Path) -> None:
+    journal = Journal(path, run="one")
+    journal.add("record", "a", {"text": "añ\ud800", "nfe": 0.1 + 0.2})
+    journal.close()
+    content = path.read_bytes()
+    for run, changed in (
+        ("other", content),
+        ("one", content.replace(b'"a\xc3', b'"b\xc3')),
+        ("one", content[:-4] + b'0"}\n'),
+    ):
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"in line 1 \(it is of another run, or was changed\); remove that line"):
+            Journal(path, run=run, patience=0)
+    path.write_bytes(content)
+    assert Journal(path, run="one").get("record", "a") == {"text": "añ?", "nfe": 0.1 + 0.2}
+
+
+def test_lines_of_earlier_versions_are_read(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_text('{"kind": "record", "id": "a", "value": 1}\n')
+    journal = Journal(path, run="one")
+    journal.add("record", "b", 2)
+    journal.close()
+    assert Journal(path, run="one").of("record") == {"a": 1, "b": 2}
+
+
 def test_nothing_is_noted_twice(path: Path) -> None:
     journal = Journal(path)
     journal.add("record", "a", 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from hashlib import sha256
 from io import FileIO
 from pathlib import Path
 from typing import Any, TypedDict
@@ -24,18 +25,20 @@ class _Entry(TypedDict):
 class Journal:
     """Entries by kind and id, kept in a file by one process at a time.
 
-    A truncated last line is dropped; everything before it is kept.
+    A truncated last line is dropped; everything before it is kept. Each line has a hash of itself and of its run, unless
+    an earlier version wrote it.
 
     Args:
         path: the file; created with its folder if missing. None keeps everything in memory.
         patience: seconds to wait for another writer; an orphaned process ends with its next answer.
+        run: what identifies the run.
 
     Raises:
         ValueError: another process writes it, or it has other content.
     """
 
-    def __init__(self, path: Path | None, patience: float = 20.0) -> None:
-        self.path = path
+    def __init__(self, path: Path | None, patience: float = 20.0, run: str = "") -> None:
+        self.path, self._run = path, run
         self._entries: dict[tuple[str, str], Any] = {}
         self._lines: dict[tuple[str, str], int] = {}
         self._file: FileIO | None = None
@@ -66,10 +69,16 @@ class Journal:
                 raise self._damage(number, str(error)) from None
             if wrong := misfit(row, _Entry):
                 raise self._damage(number, wrong)
+            if row.get("hash") not in (None, self._hash(row)):
+                raise self._damage(number, "it is of another run, or was changed")
             key = row["kind"], row["id"]
             if key in self._entries:
                 raise self._damage(number, f"it repeats line {self._lines[key]}")
             self._entries[key], self._lines[key] = row["value"], number
+
+    def _hash(self, entry: _Entry) -> str:
+        text = json.dumps([self._run, entry["kind"], entry["id"], entry["value"]], ensure_ascii=False)
+        return sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
 
     def _damage(self, line: int, reason: str) -> ValueError:
         return ValueError(
@@ -106,7 +115,8 @@ class Journal:
             raise RuntimeError(f"{kind} {name!r} is in {self.path} already")
         self._entries[kind, name] = value
         if self._file is not None:
-            line = json.dumps({"kind": kind, "id": name, "value": value}, ensure_ascii=False)
+            entry = _Entry(kind=kind, id=name, value=value)
+            line = json.dumps({**entry, "hash": self._hash(entry)}, ensure_ascii=False)
             rest = memoryview(line.encode("utf-8", "replace") + b"\n")
             try:
                 while rest:

@@ -86,6 +86,9 @@ class RunFolder:
 
     An unfinished run has a journal instead of results.
 
+    Attributes:
+        key: hash of the identity.
+
     Args:
         out: parent folder of all runs.
         label: display name of the run.
@@ -94,12 +97,12 @@ class RunFolder:
 
     def __init__(self, out: Path, label: str, identity: Mapping[str, Any]) -> None:
         self.label, self.identity = label, dict(identity)
-        text = _text(self.identity)
+        self.key = hashlib.sha256(_text(self.identity).encode()).hexdigest()
         words = re.sub(r"[^A-Za-z0-9.=_-]+", "-", label).strip("-")[:80]
-        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-        there_already = [each for each in sorted(out.glob(f"*-{digest}")) if each.is_dir()]
+        short = self.key[:8]
+        there_already = [each for each in sorted(out.glob(f"*-{short}")) if each.is_dir()]
         there_already.sort(key=lambda each: not (each / "results.json").exists())  # the finished one, if any
-        self.path = next(iter(there_already), out / f"{words}-{digest}")
+        self.path = next(iter(there_already), out / f"{words}-{short}")
         self._manifest: bytes | None = None
 
     @property

@@ -291,12 +291,14 @@ class Runner:
         file = self._traces / self.journal.get("film", record.id)
         there(file)
         try:
-            (frames,) = Trace.load(file).frames
+            trace = Trace.load(file)
+            (frames,) = trace.frames
         except ValueError:
             return None
         tokens = [frames.canvas, frames.predicted, frames.drafted, frames.prompt]
         known = all(self._are_tokens(values.ravel().tolist()) for values in tokens)
-        fits = frames.id == record.id and frames.canvas.shape[1] == len(record.completion)
+        same = (trace.tokens.tolist(), trace.commit_step.tolist()) == ([record.completion], [record.commit_step])
+        fits = same and frames.id == record.id and frames.canvas.shape[1] == len(record.completion)
         return frames if known and fits else None
 
     def _trace_again(self, requests: Sequence[Query], options: Mapping[str, Any]) -> None:
