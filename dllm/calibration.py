@@ -98,7 +98,6 @@ class Calibration:
         found = read_json(file, _FIX)
         if found.pop("format", None) != FORMAT or found.pop("version", None) != VERSION:
             raise ValueError(f"calibration={str(path)!r} is not a card of dllm calibrate; {_FIX}")
-        found = _LATER | found
         if wrong := misfit(found, cls, "the card") or _contradiction(cls(**found)):
             raise ValueError(f"calibration={str(path)!r} is damaged ({wrong}); {_FIX}")
         return cls(**found)

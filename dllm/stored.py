@@ -49,7 +49,7 @@ def misfit(value: Any, hint: Any, name: str = "it") -> str | None:
     Args:
         value: of any kind.
         hint: made of str, int, float, bool, None, Any, list, dict, tuple for lists of a fixed length, unions, data
-            classes, which take no other fields, and TypedDicts, which do.
+            classes, which take no other fields and may lack those with a default, and TypedDicts, which take others.
         name: of the value in the message.
     """
     if hint is Any:
@@ -91,17 +91,18 @@ def shallow(value: Any) -> bool:
 
 
 def _misfit_fields(value: Any, kind: Any, name: str) -> str | None:
-    hints = get_type_hints(kind)
+    hints, optional = get_type_hints(kind), set()
     if is_dataclass(kind):
         hints = {field.name: hints[field.name] for field in fields(kind)}
+        optional = {each.name for each in fields(kind) if each.default is not each.default_factory}  # both are MISSING
     if not isinstance(value, Mapping):
         return f"{name} is {_shown(value)}"
-    if missing := sorted(set(hints) - set(value)):
+    if missing := sorted(set(hints) - set(value) - optional):
         return f"{name} has no {missing[0]}"
     if is_dataclass(kind) and (more := sorted(map(str, set(value) - set(hints)))):
         return f"{name} has {more[0]!r}"
     inside = "" if name == "it" else f"{name}."
-    wrong = (misfit(value[key], hint, f"{inside}{key}") for key, hint in hints.items())
+    wrong = (misfit(value[key], hint, f"{inside}{key}") for key, hint in hints.items() if key in value)
     return next((each for each in wrong if each), None)
 
 

@@ -17,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 import dllm
+from dllm import identity
 from dllm.calibration import Calibration
 from dllm.checks import Notice, number, seed, threads
 from dllm.escape import terminal
@@ -103,27 +104,29 @@ def _collect(fields: Mapping[str, Any], samplers: Sequence[str], caches: Sequenc
     if fields["run"]:
         _check_cards(fields, samplers, cards)
         lm = app.load_model(fields["model"])  # refused here, rather than once for each run
-        if data.is_file():
-            _check_same(fields["out"], data, samplers, caches, weights=lm.backbone.fingerprint())
+        dtype = str(lm.backbone.dtype).removeprefix("torch.")
+        asked = evaluate.normal({**merged("evaluate"), **fields})
+        made = asked | {f"task.{name}": value for name, value in asked["task"].items()}
+        made |= {"weights": lm.backbone.fingerprint(), "task": build("task", fields["task"], Task).name}
+        _check_same(fields["out"], data, samplers, caches, made | {"model.dtype": dtype})
         for _, file in _present(samplers, cards):
-            dtype = str(lm.backbone.dtype).removeprefix("torch.")
             calibrate.refuse_others(_called(fields), file, Calibration.read(file).compared_dtype(dtype))
         for sampler in samplers:
             _certify(fields, sampler, cards)
     chosen = {sampler: _options(sampler, cards) for sampler in samplers}
     found = _run(fields, chosen, caches, runs) if fields["run"] else matrix.found_in(runs)
+    _check_runs(fields, found, cards)
     used = {name: _as_run(name, options, found) for name, options in chosen.items()}
-    _check_runs(fields, found, used)
     settings = {name: _setting(name, options) for name, options in used.items()}
-    made = matrix.collect(found, settings, caches, _command(fields))
-    if made.header.model != out.name:
-        raise ValueError(f"runs={str(runs)!r} has runs of {made.header.model}; use model={made.header.model}")
-    _check_same(fields["out"], data, samplers, caches, weights=made.header.weights, task=made.header.task)
+    results = matrix.collect(found, settings, caches, _command(fields))
+    if results.header.model != out.name:
+        raise ValueError(f"runs={str(runs)!r} has runs of {results.header.model}; use model={results.header.model}")
+    _check_same(fields["out"], data, samplers, caches, results.header.made_with)
     for sampler in samplers:
         card, copy = _card(sampler, cards), _card(sampler, out / CARDS)
         if card.is_file() and sampler != _BOUND and not (copy.is_file() and card.samefile(copy)):
             own.write("out", fields["out"], {copy: (own.CALIBRATION, card.read_bytes())})
-    own.write("out", fields["out"], {data: (own.MATRIX_DATA, made.text())})
+    own.write("out", fields["out"], {data: (own.MATRIX_DATA, results.text())})
 
 
 def _called(fields: Mapping[str, Any]) -> str:
@@ -159,23 +162,30 @@ def _check_cards(fields: Mapping[str, Any], samplers: Sequence[str], cards: Path
         calibrate.refuse_others(called, file, pairs)
 
 
-def _check_runs(
-    fields: Mapping[str, Any], found: Mapping[tuple[str, str], Path | str], used: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """Reject finished runs that the card of their policy does not certify."""
+def _check_runs(fields: Mapping[str, Any], found: Mapping[tuple[str, str], Path | str], cards: Path) -> None:
+    """Reject finished runs whose card is not the one that is there, or does not certify them."""
     called, task = _called(fields), build("task", fields["task"], Task)
     for (sampler, _), folder in found.items():
-        file = used[sampler].get(CALIBRATION) if sampler in used else None
-        if file is None or not isinstance(folder, Path):
+        if not isinstance(folder, Path):
             continue
-        card, results = Calibration.read(file), read_json(folder / "results.json")
+        results = read_json(folder / "results.json")
+        made_with, content = matrix.card_of(results)
+        if made_with is None:
+            continue
+        file = _card(sampler, cards)
+        fix = "put that card there, or give cards= or other runs="
+        if not file.is_file():
+            raise ValueError(f"{called} has no {file}, and {folder} was made with a card ({made_with}); {fix}")
+        card = Calibration.read(file)
         options = {name: results["options"].get(name) for name in dllm.Options.__dataclass_fields__}
         if options["gen_length"] is None and results["task"] == task.name:
             options["gen_length"] = task.gen_length
         pairs = {"task": (card.task, results["task"])} | calibrate.certified_for(card, options)
         pairs |= card.compared_score(results["metrics"]["accuracy_name"])
         pairs |= card.compared_dtype(matrix.dtype_of(folder))
-        calibrate.refuse_others(called, Path(file), pairs, str(folder))
+        calibrate.refuse_others(called, file, pairs, str(folder))
+        if content not in (None, identity.digest(file)):
+            raise ValueError(f"{called}: {file} is another card than that of {folder} ({made_with}); {fix}")
 
 
 def _certify(fields: Mapping[str, Any], sampler: str, cards: Path) -> None:
@@ -248,17 +258,17 @@ def _knob(sampler: str, options: Mapping[str, Any]) -> Knob | None:
 
 
 def _as_run(sampler: str, options: Mapping[str, Any], found: Mapping[tuple[str, str], Path | str]) -> Mapping[str, Any]:
-    """The options of the runs of a sampler: its card may have been made after them."""
+    """The options that the runs of a sampler were made with; its card may have been made after them."""
     folders = (folder for (name, _), folder in found.items() if name == sampler and isinstance(folder, Path))
-    runs = [read_json(folder / "results.json").get("sampler") for folder in folders]
-    own = next((each for each in runs if isinstance(each, dict) and each.get(CALIBRATION) is None), None)
-    if own is None or options.get(CALIBRATION) is None:
+    run = next((read_json(folder / "results.json") for folder in folders), {})
+    made = run.get("sampler")
+    if not isinstance(made, dict) or matrix.card_of(run)[0] is not None:
         return options
-    return {name: own.get(name, value) for name, value in options.items()} | {CALIBRATION: None}
+    return {name: made.get(name, value) for name, value in options.items()} | {CALIBRATION: None}
 
 
-def _check_same(out: str, data: Path, samplers: Sequence[str], caches: Sequence[str], **made: str) -> None:
-    """Reject data of another model, another task, or of runs that are left out, in the same place."""
+def _check_same(out: str, data: Path, samplers: Sequence[str], caches: Sequence[str], made: Mapping[str, Any]) -> None:
+    """Reject data of another model, task or setting, or of runs that are left out, in the same place."""
     if not data.is_file():
         return
     found = matrix.Matrix.read(data)
@@ -269,8 +279,8 @@ def _check_same(out: str, data: Path, samplers: Sequence[str], caches: Sequence[
                 f"{option}s={list(chosen)} leaves out {', '.join(lost)}, of which {data} has results, which would be "
                 "lost; add what is left out, or give another out"
             )
-    for name, value in made.items():
-        if (other := getattr(before, name)) != value:
+    for name, other in before.made_with.items():
+        if made.get(name, other) != other:
             raise ValueError(
                 f"out={out!r}: {data} has the results of {before.model} with another value of {name} ({other}); give "
                 "another out, or remove it and the cards beside it"
@@ -283,11 +293,17 @@ def _setting(sampler: str, options: Mapping[str, Any]) -> Setting:
         return Setting(made.knob, made.value, True)
     if (knob := _knob(sampler, options)) is None:
         return Setting(None, None, False)
+    value, usual = (_value(each, knob) for each in (options, options_of("sampler", sampler)))
+    return Setting(knob.name, value, False, given=value != usual)
+
+
+def _value(options: Mapping[str, Any], knob: Knob) -> Any:
+    """The value of a knob, or of that of its base (`base.NAME`)."""
     held: Any = build("sampler", options, Sampler)
     for name in knob.name.split("."):
         value = getattr(held, name)
         held = resolve("sampler", value, Sampler) if isinstance(value, str) else value
-    return Setting(knob.name, held, False)
+    return held
 
 
 def _command(fields: Mapping[str, Any]) -> str:

@@ -114,14 +114,59 @@ class TestCommand:
         copy = tmp_path / "cards" / "saber" / "calibration.json"
         copy.parent.mkdir(parents=True)
         finished = ("run=false", f"runs={made[0] / 'tiny-llada' / 'runs'}", f"cards={tmp_path / 'cards'}")
-        for length, code in ((32, 0), (64, 2)):
-            copy.write_text(json.dumps(content | {"options": content["options"] | {"gen_length": length}}))
-            outcome = run(tmp_path / "out", *finished)
-            assert outcome.code == code, outcome.err
+        shutil.copy(card, copy)
+        outcome = run(tmp_path / "out", *finished)
+        assert outcome.code == 0, outcome.err
+        copy.write_text(json.dumps(content | {"options": content["options"] | {"gen_length": 64}}))
+        outcome = run(tmp_path / "out", *finished)
+        assert outcome.code == 2
         told = (
             f"cards='{tmp_path / 'cards'}' holds a card of another gen_length (64); {made[0] / 'tiny-llada' / 'runs'}"
         )
         assert told in outcome.err
+
+    @pytest.mark.parametrize("there", [True, False])
+    def test_runs_of_another_card_are_not_certified_by_this_one(
+        self, there: bool, made: tuple[Path, Outcome], tmp_path: Path
+    ) -> None:
+        card = made[0] / "tiny-llada" / "calibration" / "saber" / "calibration.json"
+        copy = tmp_path / "cards" / "saber" / "calibration.json"
+        copy.parent.mkdir(parents=True)
+        if there:
+            content = json.loads(card.read_text())
+            tests = [test | ({"value": 77} if test["value"] == content["value"] else {}) for test in content["tests"]]
+            copy.write_text(json.dumps(content | {"value": 77, "tests": tests}))
+        runs = made[0] / "tiny-llada" / "runs"
+        outcome = run(tmp_path / "out", f"cards={tmp_path / 'cards'}", "run=false", f"runs={runs}")
+        assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+        told = f"{copy} is another card than that of {runs}" if there else f"has no {copy}, and {runs}"
+        assert told in outcome.err
+        assert f"({card}); put that card there, or give cards= or other runs=" in outcome.err
+
+    @pytest.mark.parametrize(
+        ("change", "told"),
+        [
+            ("task.limit=1", "task.limit (2)"),
+            ("top_p=0.5", "top_p (None)"),
+            ("model.dtype=bfloat16", "model.dtype (float32)"),
+        ],
+    )
+    def test_data_of_another_setting_are_not_replaced(
+        self, change: str, told: str, made: tuple[Path, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out = shutil.copytree(made[0], tmp_path / "all", ignore=shutil.ignore_patterns("runs", "calibration"))
+        monkeypatch.setattr("dllm.scripts.evaluate.run", lambda *_: pytest.fail("a run was started"))
+        outcome = run(out, change)
+        data = out / "tiny-llada" / "runs.jsonl"
+        assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+        assert f"{data} has the results of tiny-llada with another value of {told}; give another out" in outcome.err
+        head, *rows = data.read_text().splitlines()
+        earlier = json.loads(head)
+        del earlier["decoding"]
+        for setting in earlier["settings"].values():
+            del setting["given"]
+        data.write_text("\n".join([json.dumps(earlier), *rows, ""]))
+        assert command("results", f"out={out}", "run=false").code == 0
 
     @pytest.mark.parametrize(
         ("field", "own", "other", "told"),
@@ -145,12 +190,13 @@ class TestCommand:
         assert f"holds a card of another {told}" in outcome.err
 
     def test_a_card_of_another_precision_is_refused_before_a_run(
-        self, made: tuple[Path, Outcome], monkeypatch: pytest.MonkeyPatch
+        self, made: tuple[Path, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("dllm.scripts.evaluate.run", lambda *_: pytest.fail("a run was started"))
-        outcome = run(made[0], "model.dtype=bfloat16")
+        cards = made[0] / "tiny-llada" / "calibration"
+        outcome = run(tmp_path / "out", f"cards={cards}", "model.dtype=bfloat16")
         assert (outcome.code, outcome.err.count("\n")) == (2, 1)
-        assert "holds a card of another model.dtype (float32); this run has bfloat16: give another out" in outcome.err
+        assert "holds a card of another model.dtype (float32); this run has bfloat16: give another cards" in outcome.err
 
     def test_the_page_is_made_from_the_data_alone(self, made: tuple[Path, Outcome], tmp_path: Path) -> None:
         out = tmp_path / "all"
@@ -288,6 +334,40 @@ class TestFinishedRuns:
         result = command("results", "run=false", "model=tiny-dream", f"runs={runs}", f"out={tmp_path / 'out'}")
         assert result.code == 2
         assert f"runs={str(runs)!r} has runs of tiny-llada; use model=tiny-llada" in result.err
+
+    @pytest.mark.parametrize(
+        ("name", "options", "shown"),
+        [
+            ("tiny/threshold", {"threshold": 0.5}, "threshold=0.5, given"),
+            ("tiny/threshold", {"threshold": 0.999}, "threshold=0.999, tuned"),
+            (
+                "anchored",
+                {"base": {"_target_": "dllm.samplers.Threshold", "threshold": 0.5}},
+                "base.threshold=0.5, given",
+            ),
+        ],
+    )
+    def test_the_value_is_that_of_the_runs(
+        self, name: str, options: dict[str, Any], shown: str, tmp_path: Path
+    ) -> None:
+        folder = write_run(tmp_path / "runs" / "0", name, 0.9, 12.0)
+        content = json.loads((folder / "results.json").read_text())
+        content["sampler"] |= options
+        (folder / "results.json").write_text(json.dumps(content))
+        result = command(
+            "results", "run=false", f"samplers=[{name}]", f"runs={folder.parent}", f"out={tmp_path / 'out'}"
+        )
+        assert result.code == 0, result.err
+        assert rows((tmp_path / "out.md").read_text())[name][0] == f"`{name}`<br>{shown}"
+
+    def test_of_another_precision_are_refused(self, tmp_path: Path) -> None:
+        for name, dtype in (("vanilla", "float32"), ("pc", "bfloat16")):
+            folder = write_run(tmp_path / "runs" / name, name, 0.9, 12.0)
+            manifest = {"format": "dllm-manifest", "sessions": [{"dtype": dtype}]}
+            (folder / "manifest.json").write_text(json.dumps(manifest))
+        result = command("results", "run=false", f"runs={tmp_path / 'runs'}", f"out={tmp_path / 'out'}")
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert " has another model.dtype (" in result.err
 
     def test_texts_may_hold_any_separator_of_lines(self, tmp_path: Path) -> None:
         runs, message = tmp_path / "runs", "one\u2028two\u2029three\x85four\x0cfive"

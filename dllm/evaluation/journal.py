@@ -25,8 +25,8 @@ class _Entry(TypedDict):
 class Journal:
     """Entries by kind and id, kept in a file by one process at a time.
 
-    A truncated last line is dropped; everything before it is kept. Each line has a hash of itself and of its run, unless
-    an earlier version wrote it.
+    A truncated last line is dropped; everything before it is kept. Each line has a hash of itself and of its run; those
+    of earlier versions have none.
 
     Args:
         path: the file; created with its folder if missing. None keeps everything in memory.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +84,13 @@ class Setting:
         knob: the option; None for a policy without one.
         value: as used.
         certified: whether a card of `dllm calibrate` sets it.
+        given: whether it is another value than that of the policy's YAML, without a card.
     """
 
     knob: str | None
     value: float | int | None
     certified: bool
+    given: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ class Header:
         caches: choices, in the order of the table.
         settings: of the samplers.
         places: environments of the runs.
+        decoding: the decoding options and `model.dtype`; empty in files of earlier versions.
     """
 
     command: str
@@ -131,6 +134,13 @@ class Header:
     caches: list[str]
     settings: dict[str, Setting]
     places: list[Place]
+    decoding: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def made_with(self) -> dict[str, Any]:
+        """What the results depend on, but for samplers and caches, by name as typed where that is an option."""
+        own = {"weights": self.weights, "task": self.task, "score": self.score}
+        return own | {f"task.{name}": value for name, value in self.asked.items()} | self.decoding
 
 
 @dataclass(frozen=True)
@@ -295,7 +305,7 @@ def collect(found: Found, settings: dict[str, Setting], caches: Sequence[str], c
             elif what is not None:
                 results, session = read_json(what / "results.json"), _session(what)
                 _check_alike(common, _common(results, session), what)
-                _check_alike(decoding, _decoding(results), what)
+                _check_alike(decoding, _decoding(results, session), what)
                 _check_alike(chosen.setdefault(f"sampler={sampler}", {}), _chosen(results.get("sampler")), what)
                 _check_alike(chosen.setdefault(f"cache={cache}", {}), _chosen(results.get("cache")), what)
                 place = Place(**{each.name: session.get(each.name) for each in fields(Place)})
@@ -303,7 +313,9 @@ def collect(found: Found, settings: dict[str, Setting], caches: Sequence[str], c
                 cells.append(_cell(sampler, cache, results, str(session.get("started", "")), places.index(place)))
     if not cells:
         raise ValueError(f"no run is finished; the first is refused: {refusals[0].refused}" if refusals else "no run")
-    header = Header(command, **common, samplers=[*settings], caches=[*caches], settings=settings, places=places)
+    header = Header(
+        command, **common, samplers=[*settings], caches=[*caches], settings=settings, places=places, decoding=decoding
+    )
     return Matrix(header, tuple(cells), tuple(refusals))
 
 
@@ -333,15 +345,23 @@ def _common(results: Mapping[str, Any], session: Mapping[str, Any]) -> dict[str,
 _FREE = ("batch_size", "cuda_graphs", "seed", "threads", "baselines", "frames", "estimate")
 
 
-def _decoding(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The decoding options; a policy that finds the length itself has none of its own."""
+def _decoding(results: Mapping[str, Any], session: Mapping[str, Any]) -> dict[str, Any]:
+    """The decoding options and the precision; a policy that finds the length itself has none of its own."""
     found = {name: value for name, value in _mapping(results.get("options")).items() if name not in _FREE}
+    if session.get("dtype") is not None:
+        found["model.dtype"] = session["dtype"]
     return {name: value for name, value in found.items() if (name, value) != ("gen_length", "auto")}
 
 
 def _chosen(options: Any) -> dict[str, Any]:
     """The options of a sampler or a cache, whose card may be at several places."""
     return {name: value is not None if name == CALIBRATION else value for name, value in _mapping(options).items()}
+
+
+def card_of(results: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """The card that a run was made with, and its SHA-256; None without a card, or where its content is unknown."""
+    file = _mapping(results.get("sampler")).get(CALIBRATION)
+    return (None, None) if file is None else (str(file), _mapping(results.get("files")).get(str(file)))
 
 
 def _mapping(found: Any) -> Mapping[str, Any]:

@@ -27,7 +27,7 @@ _AUP = (
 )
 _SETTING = (
     "*certified*: the value that `dllm calibrate` certified. *tuned*: that for small models, which no certificate "
-    "covers. *default*: that of the policy's YAML, likewise."
+    "covers. *default*: that of the policy's YAML, likewise. *given*: another one, likewise."
 )
 
 
@@ -45,7 +45,9 @@ def page(folder: Path, command: str, speed: bool, performance: bool) -> str:
     """
     files = sorted(folder.glob("*/runs.jsonl"))
     if not files:
-        raise ValueError(f"out={str(folder)!r} holds no results (MODEL/runs.jsonl); give model=, with run=true")
+        raise ValueError(
+            f"out={str(folder)!r} holds no results (MODEL/runs.jsonl); give model=, with run=true or runs="
+        )
     parts = [
         "# Results",
         f"Made by {_code(command)} from the data in `{folder.name}/`: of each model one file `runs.jsonl`, "
@@ -144,7 +146,8 @@ def _cell(cell: Cell, speed: bool) -> str:
 def _setting(sampler: str, setting: Setting | None) -> str:
     if setting is None or setting.knob is None:
         return ""
-    how = "certified" if setting.certified else "tuned" if "/" in sampler else "default"
+    usual = "given" if setting.given else "tuned" if "/" in sampler else "default"
+    how = "certified" if setting.certified else usual
     return f"<br>{setting.knob}={setting.value!r}, {how}"
 
 
