@@ -319,7 +319,7 @@ def _check_card(
     task: Task = build("task", fields["task"], Task)
     asked = decoding(fields)
     pairs |= {"task": (card.task, task.name)} | certified_for(card, asked)
-    data = evaluate.normal(fields)["task"]
+    data = evaluate.normal(fields)["task"] | {f"{split}_sha256": content for split, content in task.check().items()}
     pairs |= {f"task.{name}": (made, data[name]) for name, made in card.data.items() if name in data}
     refuse_others(called, file, pairs | card.compared(policy))
     tested, ended = [test["value"] for test in card.tests], not all(test["certified"] for test in card.tests)

@@ -19,6 +19,7 @@ from dllm.calibration import Calibration
 from dllm.evaluation import claim
 from dllm.files import BUNDLED
 from dllm.samplers import Anchored, Calibrated, LocalLeap, Threshold
+from dllm.tasks.arithmetic import WordProblems
 
 SETTINGS = "task.limit=24", "batch_size=24", "threads=1", "model.device=cpu", "loss=0.2"
 
@@ -293,6 +294,18 @@ def test_a_card_of_another_setting_is_kept(made: tuple[Path, Outcome], card: Pat
         assert (refused.code, refused.err.count("\n")) == (2, 1)
         assert f"holds a card of another {told}" in refused.err
     assert card.read_bytes() == before
+
+
+def test_a_card_of_other_data_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = "values=[0.9999]", "task.limit=2", "gen_length=8"
+    monkeypatch.setattr(WordProblems, "check", lambda self: {"test": "a"})
+    assert run(tmp_path, *options).code == 0
+    before = (tmp_path / "calibration.json").read_bytes()
+    monkeypatch.setattr(WordProblems, "check", lambda self: {"test": "b"})
+    refused = run(tmp_path, *options)
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "holds a card of another task.test_sha256 (a); this run has b: give another out" in refused.err
+    assert (tmp_path / "calibration.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
