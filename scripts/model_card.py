@@ -92,7 +92,7 @@ def check_recipe(path: Path, cfg: DictConfig, needed: bool) -> None:
 
 def write_card(path: Path, card: str, recipe: str = RECIPE) -> None:
     """Write a model card of the command of a recipe; an edited one is kept, and the new one is written next to it."""
-    text = card if _is_as_made(card) else _marked(card, command_of(recipe))
+    text = _marked(card, command_of(recipe))
     try:
         before = path.read_text(encoding="utf-8") if there(path) else text
     except UnicodeDecodeError:

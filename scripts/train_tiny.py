@@ -144,7 +144,7 @@ def carry_out(cfg: DictConfig, trainer: Trainer, recipe_file: str, doing: str, a
         card = model_card(trainer.out, recipe, cfg, trainer.seconds / 60)
         write_card(trainer.out / "README.md", card, recipe_file)
     if cfg.publish:
-        publish(trainer.out, Path(cfg.publish), recipe_file)
+        publish(trainer.out, Path(cfg.publish), recipe_file, card)
     print(f"model and model card in {cfg.publish or cfg.out}")
 
 

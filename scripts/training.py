@@ -276,14 +276,14 @@ def muon_and_adamw(model: nn.Module, matrix_lr: float, rest_lr: float) -> list[t
     ]
 
 
-def publish(out: Path, folder: Path, recipe: str) -> None:
-    """Copy a finished model, without the training checkpoint."""
+def publish(out: Path, folder: Path, recipe: str, card: str) -> None:
+    """Copy a finished model, without the training checkpoint, and write its card."""
     own.check_training("publish", folder, PUBLISHED, recipe)
     with claimed(folder / recipe, f"publish={str(folder)!r}", "another folder"):
         for name in PUBLISHED:
             if (out / name).exists() and name != "README.md":
                 write_whole(folder / name, (out / name).read_bytes())
-        write_card(folder / "README.md", (out / "README.md").read_text(encoding="utf-8"), recipe)
+        write_card(folder / "README.md", card, recipe)
 
 
 def run(trainer: Trainer, what: str) -> None:

@@ -473,7 +473,9 @@ class TestOtherRuns:
             assert result.code == 0
             assert f"{readme} was changed by hand and is kept; the new model card is {out}/README.new.md" in result.out
             assert readme.read_text() == changed
-            assert "On 1 problems" in (out / "README.new.md").read_text()
+            new = (out / "README.new.md").read_text()
+            assert "On 1 problems" in new
+            assert (tmp_path / "published" / "README.md").read_text() == new
 
 
 def test_a_training_that_diverges_ends_in_one_line(tmp_path: Path) -> None:
