@@ -22,6 +22,7 @@ from rich.live import Live
 from rich.text import Text
 
 from dllm.checks import choice, number
+from dllm.evaluation.run_folder import load_trace
 from dllm.evaluation.trace import Trace
 from dllm.files import check_readable
 from dllm.reports.player import Colour, draw, line
@@ -156,7 +157,7 @@ def _load(path: Path) -> Trace:
     if path.is_dir() and not file.is_file():
         raise ValueError(f"path={str(path)!r} has no trace.safetensors; give a trace, or the folder of a run with one")
     check_readable("path", file)
-    trace = Trace.load(file)
+    trace = load_trace(file)
     frames = tuple(each for each in trace.frames if len(each.canvas))
     if not frames:
         raise ValueError(f"path={str(path)!r} has no sample step by step; give the trace of a run that recorded some")

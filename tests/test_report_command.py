@@ -161,6 +161,14 @@ class TestTraces:
         assert "a/trace.safetensors is damaged" in damaged["note"]
         assert (len(damaged["samples"]), len(whole["samples"])) == (0, 1)
 
+    def test_that_are_not_those_of_the_results_are_told_likewise(self, tmp_path: Path) -> None:
+        file = write_run(tmp_path / "a", "a", record=trace(samples=1)) / "results.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"members": {"trace.safetensors": "0"}}))
+        result = command("report", str(tmp_path))
+        assert (result.code, result.err.count("\n")) == (0, 1)
+        assert f"trace.safetensors was changed since results.json was written; remove {file.parent}" in result.err
+        assert page(tmp_path)["runs"][0]["samples"] == []
+
 
 class TestPage:
     def test_needs_no_network_and_escapes_what_it_shows(self, tmp_path: Path) -> None:

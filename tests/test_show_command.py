@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 import re
 import select
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from commands import command, in_a_process
+from dllm import identity
 from dllm.reports.player import line
 from dllm.scripts.show import View, keys, play
 from report_rig import trace
@@ -89,6 +92,16 @@ class TestWithoutATerminal:
         result = command("show", str(tmp_path / "later"))
         assert (result.code, result.err.count("\n")) == (2, 1)
         assert "version 2, this dllm reads version 1" in result.err
+
+    def test_a_trace_that_is_not_that_of_the_results_is_refused(self, run: Path, tmp_path: Path) -> None:
+        folder = shutil.copytree(run, tmp_path / "run")
+        file = folder / "trace.safetensors"
+        (folder / "results.json").write_text(json.dumps({"members": {file.name: identity.digest(file)}}))
+        assert command("show", str(folder)).code == 0
+        trace(prompt=5).save(file)
+        result = command("show", str(folder))
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert f"{file} was changed since results.json was written; remove {folder}" in result.err
 
 
 class TestKeys:

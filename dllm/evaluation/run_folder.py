@@ -154,10 +154,7 @@ class RunFolder:
     def _check_members(self, members: Mapping[str, str]) -> None:
         """Reject files that are not those that the results were written with."""
         for name, before in members.items():
-            file = self.path / name
-            if not file.is_file() or digest(file) != before:
-                what = "was changed" if file.is_file() else "is gone"
-                raise ValueError(f"{file} {what} since results.json was written; remove {self.path} to run that again")
+            _check_member(self.path / name, before)
 
     def begin(self, lm: LanguageModel, config: Mapping[str, Any]) -> None:
         """Write the manifest: configuration and environment; resuming adds a session."""
@@ -216,6 +213,25 @@ class RunFolder:
         write_json(self.path / "results.json", found)
         runner.close(remove=True)
         return found
+
+
+def _check_member(file: Path, before: str) -> None:
+    if not file.is_file() or digest(file) != before:
+        what = "was changed" if file.is_file() else "is gone"
+        raise ValueError(f"{file} {what} since results.json was written; remove {file.parent} to run that again")
+
+
+def load_trace(file: Path) -> Trace:
+    """Read a trace; that of a finished run is the one that its results were written with.
+
+    Raises:
+        ValueError: it is damaged, or was changed.
+    """
+    results = file.with_name("results.json")
+    members = read_json(results).get("members") if file.name in _CHECKED and results.is_file() else None
+    if isinstance(members, dict) and file.name in members:
+        _check_member(file, members[file.name])
+    return Trace.load(file)
 
 
 def _text(identity: Mapping[str, Any]) -> str:

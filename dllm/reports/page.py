@@ -20,6 +20,7 @@ from markupsafe import Markup
 from dllm.checks import Notice
 from dllm.decoding.colours import RAMPS
 from dllm.escape import terminal
+from dllm.evaluation.run_folder import load_trace
 from dllm.evaluation.trace import Frames, Trace
 from dllm.reports import plots, table
 from dllm.reports.player import word
@@ -110,12 +111,14 @@ def _player(sweep: Sweep, traces: int) -> dict[str, Any]:
 
 
 def _loaded(file: Path, place: str) -> dict[str, Any]:
-    """A trace for the player; a damaged one is skipped with a warning."""
+    """A trace for the player; a damaged or changed one is skipped with a warning."""
     try:
-        return _trace(Trace.load(file), place)
+        return _trace(load_trace(file), place)
     except ValueError as error:
         warnings.warn(f"{terminal(error, one_line=True)}; the page omits this trace", Notice, stacklevel=2)
-        return {"note": f"Its trace cannot be read: {place}/{file.name} is damaged or of another version of dllm."}
+        return {
+            "note": f"Its trace cannot be read: {place}/{file.name} is damaged, changed or of another version of dllm."
+        }
 
 
 def _trace(trace: Trace, place: str) -> dict[str, Any]:
