@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from dllm import identity
-from dllm.files import BUNDLED, read_json, write_json
+from dllm.files import portable, read_json, write_json
 from dllm.stored import misfit, there
 
 FORMAT, VERSION = "dllm-calibration", 1
@@ -173,9 +173,4 @@ def files_of(policy: Any) -> dict[str, str]:
     Raises:
         OSError: one cannot be read.
     """
-    found = {Path(path): content[:16] for path, content in identity.read_by(policy).items()}
-    package = BUNDLED.parent
-    return {
-        (path.relative_to(package) if path.is_relative_to(package) else path).as_posix(): content
-        for path, content in found.items()
-    }
+    return {portable(Path(path)): content[:16] for path, content in identity.read_by(policy).items()}

@@ -16,6 +16,12 @@ from dllm.checks import first_line
 BUNDLED = Path(__file__).parent / "checkpoints"
 
 
+def portable(path: Path) -> str:
+    """The path of a file of this package within it, the same in every installation; of other files, the path itself."""
+    package = BUNDLED.parent
+    return (path.relative_to(package) if path.is_relative_to(package) else path).as_posix()
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file atomically (temporary file, fsync, rename): readers see the old or the new content.
 

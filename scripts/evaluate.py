@@ -31,7 +31,7 @@ from dllm.evaluation.likelihood import Estimate
 from dllm.evaluation.metrics import COSTS
 from dllm.evaluation.run_folder import RunFolder, sessions
 from dllm.evaluation.runner import Runner, Setting
-from dllm.files import parse_json
+from dllm.files import parse_json, portable
 from dllm.progress import progress_reports
 from dllm.resolve import CALIBRATION, TARGET, build, is_shipped, names, options_of, variants
 from dllm.scripts import app
@@ -127,9 +127,13 @@ def run(
     by_path = read | identity.contents(asked["model"].get("adapter"), paths=True)
     state = [identity.checkpoint(Path(path)), identity.stamps(Path(path))] if Path(path).is_dir() else []
     lm, weights = _load(json.dumps(fields["model"]), json.dumps([state, by_path], default=str), app.option_of("model"))
-    folder = RunFolder(Path(fields["out"]), label, _identity(asked, weights, task, files, by_path, chosen))
-    if Path(path).is_dir() and not folder.path.exists():  # existing runs keep the path as typed
-        folder = RunFolder(Path(fields["out"]), label, _identity(_by_name(asked), weights, task, files, read, chosen))
+    typed = asked, by_path
+    named = (_by_name(asked), read) if Path(path).is_dir() else typed
+    made = [
+        RunFolder(Path(fields["out"]), label, _identity(options_, weights, task, files, read_, chosen))
+        for options_, read_ in (typed, named, _portable(*named))
+    ]
+    folder = next((each for each in made if each.path.exists()), made[-1])  # runs of earlier versions keep their paths
     main = fields["task"].get("metric")
     if (found := folder.results(main)) is not None:
         return found, folder.path
@@ -159,6 +163,18 @@ def _by_name(fields: Mapping[str, Any]) -> dict[str, Any]:
     """A local model by the name of its folder, independent of its path: its content identifies it."""
     name = Path(os.path.abspath(fields["model"]["path"])).name  # noqa: PTH100  # a link keeps its name
     return {**fields, "model": fields["model"] | {"path": name}}
+
+
+def _portable(fields: Mapping[str, Any], read: Mapping[str, str]) -> tuple[Mapping[str, Any], dict[str, str]]:
+    """A card by the name of its file, and bundled files by their path in the package: their content identifies them."""
+    card = fields["sampler"].get(CALIBRATION)
+    if card is not None:
+        fields = {**fields, "sampler": fields["sampler"] | {CALIBRATION: Path(card).name}}
+    files = {Path(path): content for path, content in read.items()}
+    return fields, {
+        path.name if card is not None and path == Path(card) else portable(path): content
+        for path, content in files.items()
+    }
 
 
 def _check_same(task: Task, before: Mapping[str, str]) -> None:

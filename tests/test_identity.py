@@ -17,6 +17,7 @@ import dllm
 from commands import command
 from dllm import identity, resolve
 from dllm.evaluation.journal import Journal
+from dllm.evaluation.run_folder import RunFolder
 from dllm.files import BUNDLED, read_json
 from dllm.filters import load_filter
 from dllm.samplers import ARGuided, FreeDave, Learn2PD, Oracle
@@ -443,6 +444,24 @@ def test_a_guide_that_is_replaced_during_a_run_judges_no_more_answers(
     assert f"{guide / 'model.safetensors'} was changed by another program during this run" in outcome.err
     (journal,) = tmp_path.glob("out/*/journal.jsonl")
     assert journal.read_text().count('"kind": "record"') == 1
+
+
+def test_a_bundled_file_is_the_same_in_every_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("evaluate", "sampler=learn2pd", "task.limit=1", "baselines=0", "frames=0", "gen_length=32")
+    assert command(*words, f"out={tmp_path / 'new'}").code == 0
+    (folder,) = (tmp_path / "new").iterdir()
+    found = json.loads((folder / "results.json").read_text())
+    assert "checkpoints/tiny-llada/learn2pd.safetensors" in found["files"]
+    assert not any(Path(name).is_absolute() for name in found["files"])
+    # An earlier version had the path of the installation, and its runs are read.
+    earlier = found | {"files": {str(BUNDLED.parent / name): content for name, content in found["files"].items()}}
+    names = "model loading task sampler cache options asked files".split()
+    place = RunFolder(tmp_path / "old", found["label"], {name: earlier[name] for name in names}).path
+    shutil.copytree(folder, place)
+    (place / "results.json").write_text(json.dumps(earlier))
+    monkeypatch.setattr(Journal, "__init__", lambda *_, **__: pytest.fail("a run was started"))
+    for out in ("new", "old"):
+        assert command(*words, f"out={tmp_path / out}").code == 0
 
 
 def test_the_journal_of_another_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

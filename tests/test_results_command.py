@@ -13,6 +13,7 @@ import pytest
 
 from commands import Outcome, command
 from dllm.calibration import Calibration
+from dllm.evaluation.run_folder import RunFolder
 from dllm.files import BUNDLED
 from dllm.reports import matrix_page
 from dllm.reports.frontier import aup
@@ -70,6 +71,16 @@ class TestCommand:
         assert {file: file.stat().st_mtime_ns for file in files} == before
         assert made[0].with_name("all.md").read_bytes() == text
         assert "certified" not in again.out
+
+    def test_finished_work_is_read_where_the_folder_was_moved_to(
+        self, made: tuple[Path, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        moved = shutil.copytree(made[0], tmp_path / "moved")
+        monkeypatch.setattr(RunFolder, "finish", lambda *_: pytest.fail("a run was made again"))
+        again = run(moved)
+        assert again.code == 0, again.err
+        first, second = (Matrix.read(out / "tiny-llada" / "runs.jsonl").cells for out in (made[0], moved))
+        assert first == second
 
     @pytest.mark.parametrize(
         ("options", "told"),
@@ -141,7 +152,7 @@ class TestCommand:
         assert (outcome.code, outcome.err.count("\n")) == (2, 1)
         told = f"{copy} is another card than that of {runs}" if there else f"has no {copy}, and {runs}"
         assert told in outcome.err
-        assert f"({card}); put that card there, or give cards= or other runs=" in outcome.err
+        assert "(calibration.json); put that card there, or give cards= or other runs=" in outcome.err
 
     @pytest.mark.parametrize(
         ("change", "told"),
