@@ -51,7 +51,8 @@ def check(node: DictConfig) -> None:
     """Reject code, log files and variables of others; what was checked is what is used, whatever it referred to.
 
     Args:
-        node: the part `hydra` of a composed configuration. Values that refer to others are replaced by what they are.
+        node: the part `hydra` of a composed configuration. In it, names of code, log settings and mappings that refer to
+            others are replaced by what they are.
 
     Raises:
         ValueError: the option, its value and the fix.
@@ -96,14 +97,13 @@ def _entries(node: Any, place: str) -> Iterator[tuple[str, str, Any, Any]]:
                 if name != "filename" and (log or name in _NAMING or _WHOLE.fullmatch(raw)):
                     raise ValueError(f"{path}={raw!r} cannot be resolved yet; write the value itself") from None
                 value = raw
-            if value is not raw and isinstance(raw, str) and name != "filename":
-                again = isinstance(value, str) and "${" in value  # it was escaped
-                if again and (log or name in _NAMING):
+            held = log or name in _NAMING or isinstance(value, (DictConfig, ListConfig))
+            if held and isinstance(raw, str) and raw is not value and name != "filename":
+                if isinstance(value, str) and "${" in value:  # it was escaped
                     raise ValueError(f"{path}={value!r} refers to others; write the value itself")
-                if not again:
-                    with read_write(node):
-                        node[name] = value
-                    value = node[name]
+                with read_write(node):
+                    node[name] = value
+                value = node[name]
             if isinstance(value, (DictConfig, ListConfig)):
                 waiting.append((path, value))
             else:

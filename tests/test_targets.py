@@ -222,6 +222,16 @@ def test_what_was_checked_is_what_is_used(tmp_path: Path, monkeypatch: pytest.Mo
     assert "canary" not in sys.modules
 
 
+def test_options_of_a_sweep_refer_to_those_of_their_job(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"id": "a", "prompt": "a"}\n')
+    arguments = ["gen_length=8", "show=none", f"input={tmp_path}/in.jsonl", f"output={tmp_path}/out-${{seed}}.jsonl"]
+    result = command("generate", "-m", "seed=1,2", f"hydra.sweep.dir={tmp_path}/sweep", *arguments)
+    assert result.code == 0, result
+    assert sorted(path.name for path in tmp_path.glob("out-*.jsonl")) == ["out-1.jsonl", "out-2.jsonl"]
+    shown = command("generate", "prompt=echo ${HOME} and ${seed}", "--cfg", "job", "-p", "prompt")
+    assert (shown.code, shown.out) == (0, "echo ${HOME} and ${seed}\n")
+
+
 @pytest.mark.parametrize("flag", ["--experimental-rerun", "--experimental-rerun=x.pickle", "--experimental", "--exp"])
 def test_no_pickle_is_run_again(flag: str, tmp_path: Path) -> None:
     result = command("generate", flag, str(tmp_path / "x.pickle"))

@@ -1,4 +1,8 @@
-"""Chats as texts: the template of a checkpoint, which is a program, in limited time."""
+"""Chats as texts: the template of a checkpoint, which is a program.
+
+Its loops take limited time. A single operation, such as the product of two integers of millions of digits, cannot be
+ended; powers, which need no such integers, are refused.
+"""
 
 from __future__ import annotations
 

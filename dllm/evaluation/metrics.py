@@ -133,9 +133,9 @@ def impossible(metrics: Mapping[str, Any]) -> str | None:
     named = {name: (score["value"], score["interval"]) for name, score in metrics["scores"].items()}
     named["accuracy"] = (metrics.get("accuracy"), metrics.get("accuracy_interval"))
     for name, (value, interval) in named.items():
-        low, high = interval or (None, None)
-        if not all(end is None or abs(end) < _LARGEST for end in (low, high)):
-            return f"the interval {[low, high]} of {name}"
+        if not all(end is None or abs(end) < _LARGEST for end in interval or ()):
+            return f"the interval {list(interval)} of {name}"
+        low, high = interval or (-math.inf, math.inf)
         if None not in (value, low, high) and not low - _ROUNDING <= value <= high + _ROUNDING:
             return f"{name}={value!r}, outside its interval {[low, high]}"
     return None
