@@ -13,8 +13,8 @@ from functools import cache
 
 # What marks the way to go on that Python tries first, and the one after it.
 FIRST, SECOND = "\x01", "\x02"
-# All letters that two parts of an expression may tell apart, the readable ones first; of those after the planes with
-# letters that have cases or other properties of their own, some.
+# Letters that parts of an expression may tell apart, the readable ones first: all of the first two planes, and of those
+# beyond, whose letters have no case and differ in little, one of `_STRIDE`.
 _READABLE = "abcdefghijklmnopqrstuvwxyz0123456789!\"#$%&'()*+,-./:;<=>?@ABCDEFGHIJKLMNOPQRSTUVWXYZ[\\]^_`{|}~ \n\t"
 _LAST, _STRIDE = 0x20000, 0x100
 _QUANTIFIER = re.compile(r"(?:[*+?]|\{(\d+)(?:(,)(\d*))?\})(\??)")
