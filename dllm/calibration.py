@@ -77,7 +77,7 @@ class Calibration:
     delta: float
     bound: float | None
     baseline: dict[str, float]
-    tests: list[Tested] = field(default_factory=list)
+    tests: list[Tested]
     contents: dict[str, str] = field(default_factory=dict)
     score: str | None = None
     defaults: Defaults | None = None
