@@ -51,8 +51,8 @@ def check(node: DictConfig) -> None:
     """Reject code, log files and variables of others; what was checked is what is used, whatever it referred to.
 
     Args:
-        node: the part `hydra` of a composed configuration. In it, names of code, log settings and mappings that refer to
-            others are replaced by what they are.
+        node: the part `hydra` of a composed configuration. Names of code, log settings and mappings in it that refer
+            to others are replaced by what they are.
 
     Raises:
         ValueError: the option, its value and the fix.
