@@ -104,7 +104,7 @@ def run(task: Callable[[DictConfig], Any], config_name: str, kinds: Mapping[str,
     # Without the second, Hydra prints its own report of a wrong option and exits with 1.
     os.environ |= {STARTED: str(time.time()), "HYDRA_FULL_ERROR": "1"}
     setattr(JobReturn, "return_value", property(_returned, _return))  # noqa: B010  # mypy knows no such assignment
-    yaml_files.register()
+    yaml_files.register(usage.entries(config_name).keys() - usage.groups(config_name).keys())
     hydra_targets.register()
     sys.set_int_max_str_digits(_DIGITS)
     try:

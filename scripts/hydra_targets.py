@@ -14,7 +14,7 @@ from typing import Any
 from hydra._internal import hydra as application
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.plugins import Plugins
-from omegaconf import DictConfig, ListConfig, read_write
+from omegaconf import DictConfig, ListConfig, StringNode, read_write
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 _NAMING = ("_target_", "()", "class", "factory", "custom_search_space")
@@ -29,7 +29,7 @@ _LOGS = ("hydra.job_logging.", "hydra.hydra_logging.")
 _STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 _LOG = re.compile(r"(\$\{hydra\.runtime\.output_dir\}/)?([\w-]|\$\{hydra\.job\.name\})+\.log")
 
-_NAME = re.compile(r"[\w.-]+|\?\?\?|None")
+_NAME = re.compile(r"([\w.-]|\$\{hydra[.:]job\.num\})+|\?\?\?")
 _WHOLE = re.compile(r"\$\{[^}]*:.*\}", re.DOTALL)  # of a resolver, which may give anything
 
 
@@ -94,7 +94,8 @@ def _entries(node: Any, place: str) -> Iterator[tuple[str, str, Any, Any]]:
             except MissingMandatoryValue:  # Hydra sets it later
                 continue
             except OmegaConfBaseException:  # it refers to what Hydra knows later, which is text where it is harmless
-                if name != "filename" and (log or name in _NAMING or _WHOLE.fullmatch(raw)):
+                anything = _WHOLE.fullmatch(raw) and not isinstance(node._get_node(name), StringNode)
+                if name != "filename" and (log or name in _NAMING or anything):
                     raise ValueError(f"{path}={raw!r} cannot be resolved yet; write the value itself") from None
                 value = raw
             held = log or name in _NAMING or isinstance(value, (DictConfig, ListConfig))

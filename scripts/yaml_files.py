@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ class FileConfigSource(file_config_source.FileConfigSource):
     It has the name of Hydra's class, since joblib workers check by name whether it is registered.
     """
 
+    options: frozenset[str] = frozenset()  # of the command
+
     def is_group(self, config_path: str) -> bool:
-        """Whether it is a folder of YAML files; one of anything else may have the name of an option, such as out."""
-        return super().is_group(config_path) and any(Path(self.path, config_path).glob("*.yaml"))
+        """Whether it is a config group; a folder of other files may have the name of an option, such as out."""
+        return super().is_group(config_path) and config_path not in self.options
 
     def load_config(self, config_path: str) -> Any:
         """Read one file after validation."""
@@ -43,8 +46,13 @@ class FileConfigSource(file_config_source.FileConfigSource):
             raise ValueError(f"{path} cannot be read ({_reason(error)}); fix it") from None
 
 
-def register() -> None:
-    """Register this reader in Hydra."""
+def register(options: Iterable[str]) -> None:
+    """Register this reader in Hydra.
+
+    Args:
+        options: of the command, but for its config groups.
+    """
+    FileConfigSource.options = frozenset(options)
     Plugins.instance()  # otherwise Hydra would register its own later
     SourcesRegistry.instance().types[FileConfigSource.scheme()] = FileConfigSource
 

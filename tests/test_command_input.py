@@ -195,7 +195,7 @@ class TestYaml:
         refused(command("generate", "--config-dir", str(tmp_path), "sampler=mine"), "mine")
 
     def test_a_worker_of_a_sweep_may_register_hydras_own_reader_once_more(self) -> None:
-        yaml_files.register()
+        yaml_files.register(())
         registry = SourcesRegistry.instance()
         ours = registry.types["file"]
         registry.register(FileConfigSource)
@@ -209,9 +209,16 @@ class TestYaml:
         assert (shown.code, shown.err) == (0, "")
         assert "steps: 3\ntokens_per_step: 3\n" in shown.out
 
+    def test_a_group_may_have_folders(self, tmp_path: Path) -> None:
+        (tmp_path / "exp" / "sub").mkdir(parents=True)
+        (tmp_path / "exp" / "sub" / "x.yaml").write_text("# @package _global_\ngen_length: 24\n")
+        shown = command("generate", "--config-dir", str(tmp_path), "+exp=sub/x", "--cfg", "job", "-p", "gen_length")
+        assert (shown.code, shown.out) == (0, "24\n")
+
     def test_other_folders_beside_them_may_have_the_names_of_options(self, tmp_path: Path) -> None:
         for folder in ("output", "stop"):
-            (tmp_path / folder).mkdir()
+            (tmp_path / folder / ".hydra").mkdir(parents=True)
+            (tmp_path / folder / "x.yaml").write_text("a: 1\n")
         shown = command("generate", "--config-dir", str(tmp_path), "stop=x", "--cfg", "job", "-p", "stop")
         assert (shown.code, shown.out, shown.err) == (0, "x\n", "")
 

@@ -228,6 +228,16 @@ def test_options_of_a_sweep_refer_to_those_of_their_job(tmp_path: Path) -> None:
     result = command("generate", "-m", "seed=1,2", f"hydra.sweep.dir={tmp_path}/sweep", *arguments)
     assert result.code == 0, result
     assert sorted(path.name for path in tmp_path.glob("out-*.jsonl")) == ["out-1.jsonl", "out-2.jsonl"]
+    text = "cost ${seed} pens"
+    numbered = ["hydra.job.name=run-${hydra.job.num}", "hydra.sweep.subdir=a${hydra:job.num}"]
+    result = command(
+        "generate", "-m", "sampler=vanilla,threshold", f"hydra.sweep.dir={tmp_path}/${{now:%S-%f}}", f"prompt={text}",
+        "gen_length=8", "show=lines", *numbered,
+    )  # fmt: skip
+    assert result.code == 0, result
+    (folder,) = (path.parent for path in tmp_path.rglob("multirun.yaml") if path.parent.name != "sweep")
+    assert {path.name for path in folder.iterdir()} == {"a0", "a1", "multirun.yaml"}
+    assert "cost 0 pens" not in result.out
     shown = command("generate", "prompt=echo ${HOME} and ${seed}", "--cfg", "job", "-p", "prompt")
     assert (shown.code, shown.out) == (0, "echo ${HOME} and ${seed}\n")
 

@@ -206,7 +206,7 @@ class TestWhatIsNoTrace:
         "fields",
         [
             {"lengths": "[3,2]"}, {"lengths": "[4,-1]"}, {"ids": '["a"]'}, {"words": "3"}, {"width": '"x"'},
-            {"width": "9"},
+            {"width": "9000000"},
             {"frames": '[["a",9,3,3]]'}, {"frames": "[1]"}, {"ids": "["}, {"width": "-1"}, {"mask_token_id": "null"},
         ],
     )  # fmt: skip

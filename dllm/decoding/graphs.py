@@ -304,14 +304,19 @@ def _fastest(tokens: Int[Tensor, "A C"], first: bool) -> AbstractContextManager[
 def weights_of(model: nn.Module) -> tuple[Any, ...]:
     """The addresses of weights, and the state of what runs with the modules: hooks, and which adapters of PEFT do."""
     state = (
-        (*each._forward_hooks, *each._forward_pre_hooks, *(str(getattr(each, name, "")) for name in _ADAPTERS))
+        (
+            *each._forward_hooks,
+            *each._forward_pre_hooks,
+            vars(each).get("forward"),
+            *(str(getattr(each, name, "")) for name in _ADAPTERS),
+        )
         for each in model.modules()
     )
     return *(address for each in model.parameters() for address in _addresses(each)), *state
 
 
 def state_of(model: nn.Module) -> tuple[Any, ...]:
-    """The same, and how often weights were changed in place."""
+    """The same, and how often weights were changed in place; torch does not count changes through `.data`."""
     return *weights_of(model), *(-1 if each.is_inference() else each._version for each in model.parameters())
 
 

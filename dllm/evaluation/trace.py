@@ -32,6 +32,7 @@ _FRAMES: dict[str, Any] = {
 }  # fmt: skip
 
 
+_PADDED = 1 << 22  # the same of one whose rows are all shorter, in a file that may be small
 _LARGEST = 1.01  # probability, with rounding in half precision
 _MOST = 1 << 27  # maximum size of a table, including padding; limits allocation for invalid files
 
@@ -212,7 +213,9 @@ def _trace(metadata: Mapping[str, str], tensors: Mapping[str, NDArray[Any]]) -> 
     lengths, eos, mask, width = (fields[name] for name in ("lengths", "eos_token_ids", "mask_token_id", "width"))
     if len(fields["ids"]) != len(lengths):
         raise ValueError("ids and lengths differ in number")
-    if not 0 <= width * len(lengths) <= _MOST or min((width, *lengths)) < 0 or max(lengths, default=width) != width:
+    longest = max(lengths, default=width)
+    most = _MOST if longest == width else _PADDED
+    if min((width, *lengths)) < 0 or longest > width or width * len(lengths) > most:
         raise ValueError(f"rows of {width} positions hold {lengths[:4]} and so on")
     for name in (
         "tokens",

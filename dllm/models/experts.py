@@ -235,15 +235,18 @@ class _Joined:
 
     def current(self, experts: Experts) -> bool:
         """Whether the experts are these layers with these weights alone: not moved, converted, replaced or hooked."""
-        layers = _layers(experts)
+        # At every forward: `is_hooked` and `is_plain` of each layer would take several times as long.
         return (
-            len(layers) == len(self.layers)
-            and all(map(is_, layers, self.layers))
-            and all(map(is_, (layer._parameters.get("weight") for layer in layers), self.parts))
-            and not any(layer._parameters.get("bias") is not None for layer in layers)
-            and not any(map(is_hooked, (*experts, *layers)))
-            and self.parts[0].dtype == self.gate_up.dtype
-            and [part.data_ptr() for part in self.parts] == self.places
+            self.parts[0].dtype == self.gate_up.dtype
+            and all(map(is_, _layers(experts), self.layers))
+            and all(
+                own["_parameters"].get("weight") is part
+                and own["_parameters"].get("bias") is None
+                and not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
+                and part.data_ptr() == place
+                for own, part, place in zip(map(vars, self.layers), self.parts, self.places, strict=True)
+            )
+            and not any(map(is_hooked, experts))
         )
 
     def __call__(self, x: Float[Tensor, "N d"], experts: Int[Tensor, "N k"]) -> Float[Tensor, "N k d"]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from traceback import format_tb
 from typing import Any
 
-from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
@@ -69,7 +70,7 @@ class Service:
         log: of requests.
         sampler: name of the server's own policy.
         cache: name of the cache.
-        formats: requests with a format that are read at once: compiling one may take long, and others must not wait.
+        formats: reads requests with a format, one at a time: compiling one may take long, and others must not wait.
     """
 
     terms: Terms
@@ -79,7 +80,7 @@ class Service:
     log: Log
     sampler: str
     cache: str
-    formats: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))
+    formats: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "dllm-formats"))
 
     @property
     def late(self) -> Failure:
@@ -244,10 +245,12 @@ async def _plan(service: Service, request: ChatRequest | CompletionRequest) -> P
     Raises:
         BadRequestError: it cannot be carried out.
     """
-    limiter = None if request.response_format is None else service.formats
+    plan = service.terms.plan
     try:
         async with asyncio.timeout(service.timeout):
-            return await to_thread.run_sync(service.terms.plan, request, limiter=limiter, abandon_on_cancel=True)
+            if request.response_format in (None, {"type": "text"}):
+                return await run_in_threadpool(plan, request)
+            return await asyncio.get_running_loop().run_in_executor(service.formats, plan, request)
     except TimeoutError:
         failure = service.late
     except asyncio.CancelledError:
