@@ -3,9 +3,8 @@
 Where attention is causal over blocks, keys and values of a finished block depend on the tokens up to its end alone. So
 those of finished blocks are kept, each under a hash of all tokens up to its end, and a request that begins with the
 same blocks takes them instead of computing them: exact reuse, of prompts and of earlier answers in them. Weights that
-were changed since, such as by an adapter, empty the pool (but for in-place changes through `.data`, which torch does
-not count). Where it is full, the blocks that were not used for the longest time leave it, later blocks of a text
-before earlier ones.
+were changed since, such as by an adapter, empty the pool. Where it is full, the blocks that were not used for the
+longest time leave it, later blocks of a text before earlier ones.
 
 Pages are found by their hashes, as in vLLM's prefix caching, and are copied to the row, which attends to contiguous
 memory; a copy reads and writes a block once, where computing it reads all weights.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
@@ -102,9 +103,22 @@ class Calibration:
             raise ValueError(f"calibration={str(path)!r} is damaged ({wrong}); {_FIX}")
         return cls(**found)
 
-    def write(self, file: Path) -> None:
-        """Write the card."""
-        fields = {name: value for name, value in asdict(self).items() if _LATER.get(name, ...) != value}
+    def write(self, file: Path, before: Calibration | None = None) -> None:
+        """Write the card.
+
+        Args:
+            file: of the card.
+            before: the card that is there; one that only lacks what earlier versions did not write is kept, since runs
+                know it by its content.
+        """
+        own = asdict(self)
+        if before is not None:
+            known = asdict(before)
+            if known == json.loads(
+                json.dumps(own | {name: none for name, none in _LATER.items() if known[name] == none})
+            ):
+                return
+        fields = {name: value for name, value in own.items() if _LATER.get(name, ...) != value}
         write_json(file, {"format": FORMAT, "version": VERSION, **fields})
 
     def check(self, fingerprint: str) -> None:

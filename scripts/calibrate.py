@@ -100,7 +100,7 @@ def certify(cfg: DictConfig, chosen: Mapping[str, Any]) -> None:
             raise OSError(f"{other[0]} was changed by another program during this run; run the command again")
         card = runs.card(knob, tests, files)
         own.write("out", fields["out"], {plot_file: (own.CERTIFICATE, plot)} if (plot := _plot(card)) else {})
-        card.write(card_file)
+        card.write(card_file, before)
         print(_summary(card, card_file))
 
 

@@ -109,18 +109,18 @@ def _hash(ids: list[list[int]]) -> str:
     return sha256(json.dumps(ids).encode()).hexdigest()
 
 
-def _digest(tensors: Mapping[str, Tensor], source: str) -> str:
-    """A hash of tensors, and of what they were made from."""
+def _digest(tensors: Mapping[str, Tensor], source: str = "") -> str:
+    """A hash of tensors, and of what they were made from, which earlier versions left out."""
     found = sha256(source.encode())
     for name, tensor in sorted(tensors.items()):
         found.update(name.encode() + tensor.numpy().tobytes())
     return found.hexdigest()
 
 
-def _as_written(part: Path, digest: str) -> bool:
-    """Whether a file was written with this hash."""
+def _as_written(part: Path, *digests: str) -> bool:
+    """Whether a file was written with one of these hashes."""
     with safe_open(part, "pt") as file:
-        return (file.metadata() or {}).get("digest") == digest
+        return (file.metadata() or {}).get("digest") in digests
 
 
 def collected(
@@ -170,7 +170,7 @@ def collected(
             part = folder / f"{start:07}.safetensors"
             source = json.dumps([made_from, batch.start, batch.stop], sort_keys=True)
             found = load(part, batch)
-            if found is None or not _as_written(part, _digest(found, source)):
+            if found is None or not _as_written(part, _digest(found, source), _digest(found)):
                 found = make(batch)
                 identity.check_weights(lm, reads.stamps)
                 check_kept(file, written, "; run the command again")

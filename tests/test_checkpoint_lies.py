@@ -485,8 +485,11 @@ def test_a_tied_tensor_that_is_stored_with_other_values_is_refused(make: Any, pi
 
     store(tensors[source].clone())
     load(folder, device="cpu")
-    store(tensors[source] + 1)
-    assert "tensor lm_head.weight differs from model." in refusal(folder)
+    store(tensors[source].double())  # the same in another precision
+    load(folder, device="cpu")
+    for other in (tensors[source] + 1, (tensors[source] + 1).bfloat16(), tensors[source].double() + 1):
+        store(other)
+        assert "tensor lm_head.weight differs from model." in refusal(folder)
 
 
 class TestNothingIsFetchedOrImported:

@@ -24,7 +24,7 @@ from dllm.decoding.denoiser import Denoiser
 from dllm.decoding.drift import Meter
 from dllm.decoding.foresight import Foresight, Taken, foreseeable
 from dllm.decoding.gate import Gate
-from dllm.decoding.graphs import state_of
+from dllm.decoding.graphs import Watch
 from dllm.decoding.memory import Memory
 from dllm.decoding.options import make_request, parse_options, seeds
 from dllm.decoding.prediction import Sampling
@@ -135,7 +135,7 @@ class Engine:
             ),
             replays=self._memory.replays(cuda_graphs),
             kept=self._memory.kept,
-            weights=lambda: state_of(backbone),
+            weights=Watch(backbone),
             own_block_length=backbone.own_block_length,
         )
         self.max_length = setup.length if max_length is not None else self._memory.fitting_length(self.cache, setup)

@@ -35,6 +35,7 @@ NARROW = 512  # up to which it takes several times as long
 AFTER, _LATER = 1, 3
 _MOST = 64  # graphs kept
 _SHAPES = 4096  # shapes counted
+_SAMPLE = 16  # values of a weight at most
 _ADAPTERS = ("active_adapter", "disable_adapters", "merged_adapters", "scaling")  # of a layer
 _FEWEST = 16  # projected positions
 _FEW = 128  # queries of one sequence for which flash attention is faster than cuDNN's
@@ -315,9 +316,40 @@ def weights_of(model: nn.Module) -> tuple[Any, ...]:
     return *(address for each in model.parameters() for address in _addresses(each)), *state
 
 
-def state_of(model: nn.Module) -> tuple[Any, ...]:
-    """The same, and how often weights were changed in place; torch does not count changes through `.data`."""
-    return *weights_of(model), *(-1 if each.is_inference() else each._version for each in model.parameters())
+class Watch:
+    """Tells whether weights, adapters or hooks of a model were changed.
+
+    Changes in place are counted by torch, but for those through `.data`, as in merging an adapter: some values of every
+    plain weight are read.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._known: tuple[Any, ...] = ()
+        self._samples: list[Tensor] = []
+
+    def __call__(self) -> tuple[Any, ...]:
+        """What differs after a change."""
+        weights = [*self._model.parameters()]
+        known = *weights_of(self._model), *(-1 if each.is_inference() else each._version for each in weights)
+        if known != self._known:
+            self._known, self._samples = known, [_sample(each.data) for each in weights if _is_plain(each)]
+        kinds: dict[Any, list[Tensor]] = {}
+        for each in self._samples:
+            kinds.setdefault((each.dtype, each.device), []).append(each)
+        return *known, *(torch.cat(some).view(torch.uint8).cpu().numpy().tobytes() for some in kinds.values())
+
+
+def _is_plain(weight: Tensor) -> bool:
+    return type(weight.data) is Tensor and not weight.is_meta and weight.numel() > 0 and weight.is_contiguous()
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """A view of some values."""
+    return weight.view(-1)[:: -(-weight.numel() // _SAMPLE)]
 
 
 def _addresses(tensor: Tensor) -> list[int]:

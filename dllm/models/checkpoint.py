@@ -415,9 +415,11 @@ def check_tied(folder: Path, stored: Mapping[str, Stored], tied: Mapping[str, st
         ValueError: the first that differs.
     """
     for name, other in tied.items():
-        if name not in stored or other not in stored or not stored[name].dtype == stored[other].dtype in FLOATS:
+        if name not in stored or other not in stored or not {stored[name].dtype, stored[other].dtype} <= {*FLOATS}:
             continue
-        if not torch.equal(_value(stored[name], name), _value(stored[other], other)):
+        one, two = _value(stored[name], name), _value(stored[other], other)
+        narrow = min(one.dtype, two.dtype, key=lambda dtype: torch.finfo(dtype).bits)
+        if not torch.equal(one.to(narrow), two.to(narrow)):
             raise ValueError(
                 f"{folder}: tensor {name} differs from {other}, which it is by config.json; set "
                 "tie_word_embeddings=false there, or remove the tensor"

@@ -137,7 +137,16 @@ def _hooked(model: Any) -> None:
     model.model.layers[0].self_attn.v_proj.register_forward_hook(lambda module, given, out: 2 * out)
 
 
-@pytest.mark.parametrize("change", [_in_place, _other, _hooked])
+def _through_data(model: Any) -> None:
+    model.model.layers[0].self_attn.v_proj.weight.data *= 2
+
+
+def _forward(model: Any) -> None:
+    layer = model.model.layers[0].self_attn.v_proj
+    layer.forward = lambda x: 2 * type(layer).forward(layer, x)
+
+
+@pytest.mark.parametrize("change", [_in_place, _other, _hooked, _through_data, _forward])
 @pytest.mark.parametrize("running", [False, True])
 def test_blocks_of_weights_that_were_changed_are_not_shared(change: Callable[[Any], None], running: bool) -> None:
     lm = random_sdar()
