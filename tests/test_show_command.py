@@ -96,12 +96,16 @@ class TestWithoutATerminal:
     def test_a_trace_that_is_not_that_of_the_results_is_refused(self, run: Path, tmp_path: Path) -> None:
         folder = shutil.copytree(run, tmp_path / "run")
         file = folder / "trace.safetensors"
-        (folder / "results.json").write_text(json.dumps({"members": {file.name: identity.digest(file)}}))
+        results = {"format": "dllm-results", "members": {file.name: identity.digest(file)}}
+        (folder / "results.json").write_text(json.dumps(results))
         assert command("show", str(folder)).code == 0
         trace(prompt=5).save(file)
         result = command("show", str(folder))
         assert (result.code, result.err.count("\n")) == (2, 1)
         assert f"{file} was changed since results.json was written; remove {folder}" in result.err
+        for other in ("", "[]", json.dumps({"members": {file.name: 5}})):  # of another program
+            (folder / "results.json").write_text(other)
+            assert command("show", str(folder)).code == 0
 
 
 class TestKeys:

@@ -228,7 +228,11 @@ def load_trace(file: Path) -> Trace:
         ValueError: it is damaged, or was changed.
     """
     results = file.with_name("results.json")
-    members = read_json(results).get("members") if file.name in _CHECKED and results.is_file() else None
+    found: dict[str, Any] = {}
+    if file.name in _CHECKED and results.is_file():
+        with suppress(ValueError):  # a file of something else
+            found = read_json(results)
+    members = found.get("members") if found.get("format") == RESULTS else None
     if isinstance(members, dict) and file.name in members:
         _check_member(file, members[file.name])
     return Trace.load(file)
