@@ -177,6 +177,7 @@ class TestCommand:
         for setting in earlier["settings"].values():
             del setting["given"]
         data.write_text("\n".join([json.dumps(earlier), *rows, ""]))
+        shutil.copytree(made[0] / "tiny-llada" / "calibration", data.with_name("calibration"))
         assert command("results", f"out={out}", "run=false").code == 0
 
     @pytest.mark.parametrize(
