@@ -9,12 +9,12 @@ from typing import Any, TypedDict
 
 from dllm import identity
 from dllm.files import portable, read_json, write_json
-from dllm.stored import misfit, there
+from dllm.stored import LATER, misfit, there
 
 FORMAT, VERSION = "dllm-calibration", 1
 _FIX = "make it again with dllm calibrate"
-# Fields that cards of earlier versions do not have.
-_LATER: dict[str, Any] = {"contents": {}, "score": None, "defaults": None, "dtype": None}
+# What the fields are that cards of earlier versions do not have.
+_ABSENT: dict[str, Any] = {"contents": {}, "score": None, "defaults": None, "dtype": None}
 
 
 class Tested(TypedDict):
@@ -79,10 +79,10 @@ class Calibration:
     bound: float | None
     baseline: dict[str, float]
     tests: list[Tested]
-    contents: dict[str, str] = field(default_factory=dict)
-    score: str | None = None
-    defaults: Defaults | None = None
-    dtype: str | None = None
+    contents: dict[str, str] = field(default_factory=dict, metadata=LATER)
+    score: str | None = field(default=None, metadata=LATER)
+    defaults: Defaults | None = field(default=None, metadata=LATER)
+    dtype: str | None = field(default=None, metadata=LATER)
 
     @classmethod
     def read(cls, path: str | Path) -> Calibration:
@@ -115,10 +115,10 @@ class Calibration:
         if before is not None:
             known = asdict(before)
             if known == json.loads(
-                json.dumps(own | {name: none for name, none in _LATER.items() if known[name] == none})
+                json.dumps(own | {name: none for name, none in _ABSENT.items() if known[name] == none})
             ):
                 return
-        fields = {name: value for name, value in own.items() if _LATER.get(name, ...) != value}
+        fields = {name: value for name, value in own.items() if _ABSENT.get(name, ...) != value}
         write_json(file, {"format": FORMAT, "version": VERSION, **fields})
 
     def check(self, fingerprint: str) -> None:

@@ -11,6 +11,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints, is_typeddic
 
 from dllm.checks import is_text
 
+# Metadata of fields that files of earlier versions do not have.
+LATER: Mapping[str, Any] = {"later": True}
 _DEEPEST = 100
 _LARGEST = 1 << 63  # integers must fit into tensors
 
@@ -49,7 +51,7 @@ def misfit(value: Any, hint: Any, name: str = "it") -> str | None:
     Args:
         value: of any kind.
         hint: made of str, int, float, bool, None, Any, list, dict, tuple for lists of a fixed length, unions, data
-            classes, which take no other fields and may lack those with a default, and TypedDicts, which take others.
+            classes, which take no other fields and may lack those of `LATER`, and TypedDicts, which take others.
         name: of the value in the message.
     """
     if hint is Any:
@@ -94,7 +96,7 @@ def _misfit_fields(value: Any, kind: Any, name: str) -> str | None:
     hints, optional = get_type_hints(kind), set()
     if is_dataclass(kind):
         hints = {field.name: hints[field.name] for field in fields(kind)}
-        optional = {each.name for each in fields(kind) if each.default is not each.default_factory}  # both are MISSING
+        optional = {each.name for each in fields(kind) if each.metadata == LATER}
     if not isinstance(value, Mapping):
         return f"{name} is {_shown(value)}"
     if missing := sorted(set(hints) - set(value) - optional):

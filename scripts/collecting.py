@@ -22,7 +22,7 @@ import dllm
 from dllm import identity
 from dllm.checks import number, out_of_memory
 from dllm.evaluation.jsonl import read_questions
-from dllm.files import check_kept, read_json, write_json, write_whole
+from dllm.files import check_kept, portable, read_json, write_json, write_whole
 from dllm.progress import progress_reports
 from dllm.scripts import app
 from dllm.stored import there
@@ -151,13 +151,16 @@ def collected(
         ValueError: the folder holds that of other settings.
     """
     file = folder / "recipe.json"
-    files = identity.contents({**recipe}) | identity.read_by(reads.sampler) | identity.read_by(reads.cache)
+    by_path = identity.contents({**recipe}) | identity.read_by(reads.sampler) | identity.read_by(reads.cache)
+    files = {portable(Path(path)): content for path, content in by_path.items()}
     now = {**recipe, "fingerprint": lm.backbone.fingerprint(), "checkpoint": identity.model(lm), "files": files}
     now |= {"prompts": _hash(ids)}
     # Training options do not change the records.
     made_from = {name: value for name, value in now.items() if name != "training"}
     if there(file, "remove that folder"):
         before = read_json(file, "remove that folder")
+        if isinstance(known := before.get("files"), dict):  # earlier versions wrote paths of the installation
+            before["files"] = {portable(Path(path)): content for path, content in known.items()}
         other = ", ".join(name for name, value in made_from.items() if before.get(name) != value)
         if other:
             raise ValueError(f"out: {folder} has records of other settings ({other}); give another out, or {fix}")

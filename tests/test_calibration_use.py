@@ -140,6 +140,14 @@ class TestLoading:
         with pytest.raises(ValueError, match="calibration=5 is not a path"):
             dllm.load("/no/such/model", calibration=5)  # type: ignore[arg-type]
 
+    def test_a_card_whose_tests_are_gone_is_damaged(self, made: Callable[..., Path]) -> None:
+        file = made(value=None, tests=[TEST | {"certified": False}])
+        content = json.loads(file.read_text())
+        del content["tests"]
+        file.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"is damaged \(the card has no tests\)"):
+            Calibration.read(file)
+
 
 def engine_nfe(lm: dllm.LanguageModel, *sampler: Any) -> list[int]:
     engine = dllm.Engine(lm, *sampler, cache="dual", batch_size=3)

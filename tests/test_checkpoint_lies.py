@@ -285,6 +285,32 @@ class Trap:
 
 DEEP = "[" * 100_000
 GENERATION, INDEX = "generation_config.json", "model.safetensors.index.json"
+
+
+def _tokenizer(folder: Path) -> None:
+    random_llada(tokenizer=True).tokenizer.save_pretrained(folder)  # type: ignore[union-attr]  # it has one
+
+
+def _replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
+
+def _growing(name: str, parts: list[dict[str, Any]]) -> Edit:
+    inner = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}.get(
+        name, "processors"
+    )
+
+    def edit(folder: Path) -> None:
+        _tokenizer(folder)
+        path = folder / "tokenizer.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {name: {"type": "Sequence", inner: parts}}))
+
+    return edit
+
+
 FILES: dict[str, tuple[Edit, str]] = {
     "eos is the mask": (_same_ids, "eos_token_id"),
     "generation: eos is the mask": (_same_ids_in_generation, f"{GENERATION}: eos_token_id"),
@@ -381,6 +407,34 @@ FILES: dict[str, tuple[Edit, str]] = {
         )
     },
     "tokenizer: deep": (_text("tokenizer.json", '{"a":' + DEEP), "tokenizer"),
+    **{
+        f"tokenizer: a {name} that {what}": (_growing(name, parts), said)
+        for name in ("normalizer", "decoder")
+        for what, parts, said in (
+            (
+                "doubles a letter 36 times",
+                [_replace({"String": "T"}, "TT")] * 36,
+                f"its {name} makes more than 1000 letters",
+            ),
+            ("doubles all letters", [_replace({"Regex": "."}, "ab")] * 36, f"its {name} makes more than 1000 letters"),
+            ("writes a book", [_replace({"String": "T"}, "T" * 10**6)], "one of more than 1000 letters"),
+        )
+    },
+    "tokenizer: bytes of bytes": (_growing("pre_tokenizer", [BYTES] * 36), "ByteLevel more than 3 times"),
+    "tokenizer: a text again and again": (
+        _growing(
+            "post_processor",
+            [
+                {
+                    "type": "TemplateProcessing",
+                    "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 5000,
+                    "pair": [],
+                    "special_tokens": {},
+                }
+            ],
+        ),
+        "its post_processor repeats a text 5000 times",
+    ),
     "tokenizer config: endless": (
         lambda folder: [_tokenizer(folder), os.truncate(folder / "tokenizer_config.json", 2 * 10**9)],
         "too long for a tokenizer",
@@ -429,10 +483,6 @@ FILES: dict[str, tuple[Edit, str]] = {
         )
     },
 }
-
-
-def _tokenizer(folder: Path) -> None:
-    random_llada(tokenizer=True).tokenizer.save_pretrained(folder)  # type: ignore[union-attr]  # it has one
 
 
 def _tokenizer_config(folder: Path, **entries: Any) -> None:

@@ -137,6 +137,8 @@ SCHEMAS: list[tuple[Any, list[Any], list[str]]] = [
     ({"enum": ["é\n", 1, {"a": [1, 2]}], "type": ["string", "object"]}, ["é\n", {"a": [1, 2]}], ["1"]),
     ({"enum": ["2020-01-01", "tomorrow", 3], "format": "date"}, ["2020-01-01", 3], ['"tomorrow"']),
     ({"type": "integer", "format": "int32", "enum": [1, 2]}, [1, 2], ["3"]),
+    ({"enum": [1, "a"], "format": "int32", "default": {"format": "x"}, "examples": [{"format": "x"}]}, [1, "a"], ["2"]),
+    ({"enum": [[1, 2], [1, 1]], "contains": {"const": 1}, "minContains": 1, "maxContains": 1}, [[1, 2]], ["[1, 1]"]),
     ({"enum": [{"a": "x"}, {"a": "1.2.3.4"}], "properties": {"a": {"format": "ipv4"}}},
      [{"a": "1.2.3.4"}], ['{"a": "x"}']),
     ({"const": {"format": 1}, "properties": {"format": {"type": "integer"}}}, [{"format": 1}], ["1"]),

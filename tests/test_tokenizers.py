@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase
 
+from dllm.models.growth import growing
 from dllm.models.tokenizers import load_tokenizer
 from dllm.tasks.tokenizer import build_tokenizer
 
@@ -318,3 +319,10 @@ def test_damaged_llada_files_are_one_clear_line(llada: Path, damage: str) -> Non
     message = _error_of(llada)
     for part in expected:
         assert part in message
+
+
+def test_ordinary_replacements_are_no_growth() -> None:
+    rules = [{"type": "Replace", "pattern": {"String": each}, "content": each * 3} for each in "abcdefgh"]
+    spaces = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "\u2581"}
+    steps = [{"type": "Prepend", "prepend": "\u2581"}, {"type": "ByteLevel"}, spaces, *rules, spaces]
+    assert growing({"normalizer": {"type": "Sequence", "normalizers": steps}, "decoder": None}) is None

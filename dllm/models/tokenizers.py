@@ -20,6 +20,7 @@ from transformers import (  # type: ignore[attr-defined]  # Qwen2TokenizerFast i
 
 from dllm.checks import first_line, is_text
 from dllm.files import parse_json
+from dllm.models.growth import growing
 
 _BPE_FILES = ("vocab.json", "merges.txt")
 _OTHER_FILES = ("tokenizer_config.json", "tokenizer.model")
@@ -84,6 +85,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         raise ValueError(f"{folder}: the tokenizer's {missing} is missing; copy it here from the published model")
     check_tokenizer_config(folder)
     try:
+        if wrong := growing(_read(folder / "tokenizer.json")):
+            raise ValueError(wrong)
         tokenizer = kind.from_pretrained(folder, padding_side="left", local_files_only=True)
         declared = _declared_ids(folder)
     except Exception as error:  # noqa: BLE001  # the tokenizers library raises bare Exception for bad files

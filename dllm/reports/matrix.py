@@ -18,7 +18,7 @@ from dllm.files import parse_json, read_json
 from dllm.reports.frontier import aup
 from dllm.reports.reading import load
 from dllm.resolve import CALIBRATION
-from dllm.stored import misfit
+from dllm.stored import LATER, misfit
 
 FORMAT, VERSION = "dllm-matrix", 1
 NAME = "runs.jsonl"
@@ -90,7 +90,7 @@ class Setting:
     knob: str | None
     value: float | int | None
     certified: bool
-    given: bool = False
+    given: bool = field(default=False, metadata=LATER)
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Header:
     caches: list[str]
     settings: dict[str, Setting]
     places: list[Place]
-    decoding: dict[str, Any] = field(default_factory=dict)
+    decoding: dict[str, Any] = field(default_factory=dict, metadata=LATER)
 
     @property
     def made_with(self) -> dict[str, Any]:

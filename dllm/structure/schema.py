@@ -62,6 +62,10 @@ _OF_TYPE = {
     "array": frozenset(("items", "prefixItems", "minItems", "maxItems", "uniqueItems")),
     "object": frozenset(("properties", "required", "additionalProperties", "minProperties", "maxProperties")),
 }
+_VALUES = frozenset(("enum", "const", "default", "examples", "example"))  # hold values, not schemas
+_BY_NAME = frozenset(("properties", "patternProperties", "dependentSchemas", "$defs", "definitions"))
+_WITHIN = frozenset(("minContains", "maxContains", "then", "else"))  # parts of other keywords
+_OF_NUMBERS = frozenset(("int32", "int64", "float", "double"))
 _TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 _COMBINED = ("$ref", "anyOf", "oneOf", "allOf")
 _LONGEST, _MOST_PARTS = 2_000_000, 50_000  # characters of an expression; parts, each counted as often as it is reached
@@ -232,11 +236,11 @@ class _Translator:
         for name in ("pattern", "patternProperties"):  # Python's expressions may take any time
             if any(_each(schema, name)):
                 raise _unsupported(name, at, "beside enum or const", "leave out the values that it forbids")
-        _only(schema, set(library.Draft202012Validator.VALIDATORS), at)
+        _only(schema, {*library.Draft202012Validator.VALIDATORS, *_WITHIN}, at)
         values = schema["enum"] if "enum" in schema else [schema["const"]]
         if any(isinstance(each, (str, list, Mapping)) for each in values):  # formats are of strings
             for name in _each(schema, "format"):
-                if isinstance(name, str):  # and no property of that name
+                if name not in _OF_NUMBERS:
                     _check_format(name, at)
         formats = library.FormatChecker(())
         for name, regex in _FORMATS.items():
@@ -459,13 +463,21 @@ def _pattern(pattern: str, at: str) -> str:
     return f"(?:{regex})"
 
 
-def _each(value: Any, name: str) -> Iterator[Any]:
-    """The values of a keyword in a schema and in those within it."""
+def _each(value: Any, name: str, named: bool = False) -> Iterator[Any]:
+    """The values of a keyword in a schema and in those within it.
+
+    Args:
+        value: the schema, or a list or a mapping of schemas.
+        name: the keyword.
+        named: whether it is a mapping of schemas by name.
+    """
     if isinstance(value, Mapping):
-        if name in value:
+        if name in value and not named:
             yield value[name]
-        value = [each for word, each in value.items() if word not in ("enum", "const")]
-    if isinstance(value, list):
+        for word, inner in value.items():
+            if named or word not in _VALUES:
+                yield from _each(inner, name, not named and word in _BY_NAME)
+    elif isinstance(value, list):
         for each in value:
             yield from _each(each, name)
 

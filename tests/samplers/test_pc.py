@@ -161,8 +161,10 @@ class TestRefusals:
 
     @pytest.mark.parametrize(
         "content",
-        ["", "[]", "{}", '{"counts": {}}', '{"counts": {"x": 1}}', '{"counts": {"1": 0}}', '{"counts": {"1": "2"}}',
-         '{"counts": {"1": 2}, "vocabulary": 3}', '{"counts": {"1": 2}, "more": 3}', '{"counts": {"-1": 2}}'],
+        ["", "[]", "{}", '{"counts": {}}', '{"counts": {"1": 2}}', '{"counts": {"x": 1}}',
+         '{"counts": {"1": 0}}', '{"counts": {"1": "2"}}',
+         '{"counts": {"1": 2}, "vocabulary": 3}', '{"counts": {"1": 2}, "vocabulary": null, "more": 3}',
+         '{"counts": {"-1": 2}}'],
     )  # fmt: skip
     def test_a_file_that_is_no_table(self, tmp_path: Path, content: str) -> None:
         file = tmp_path / "table.json"
