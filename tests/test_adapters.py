@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import dllm
 from commands import command
+from dllm.checks import Notice
 from dllm.guide import load_guide
 from dllm.tasks.tokenizer import build_tokenizer
 from models import random_diffusion_gemma, random_dream, random_fast_dllm, random_guide, random_llada, save_folder
@@ -287,6 +289,15 @@ def test_an_adapter_that_does_not_fit_is_one_clear_line(
     message = refusal(base, adapter=adapter)
     assert str(adapter) in message
     assert expected in message
+
+
+def test_an_option_of_a_later_peft_is_told_where_it_is_set(base: Path, adapter: Path) -> None:
+    edit_config(adapter, use_nothing=False)
+    with warnings.catch_warnings(action="error", category=Notice):
+        dllm.load(base, device="cpu", adapter=adapter)
+    edit_config(adapter, use_magic=True)
+    with pytest.warns(Notice, match="this peft does not know use_magic and ignores it; install a newer one"):
+        dllm.load(base, device="cpu", adapter=adapter)
 
 
 def tied() -> dllm.LanguageModel:

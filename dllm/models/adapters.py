@@ -7,6 +7,7 @@ differs from that of an unmerged adapter by rounding in the precision of the wei
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from dllm.checks import out_of_memory
+from dllm.checks import Notice, out_of_memory
 from dllm.files import read_json
 from dllm.models.checkpoint import read_header
 from dllm.models.published import is_whole
@@ -105,9 +106,29 @@ def merge(backbone: PreTrainedModel, folder: Path) -> None:
     backbone.requires_grad_(True)
 
 
+def _config(folder: Path, peft: Any) -> Any:
+    """The config of an adapter; a notice names options that are set and that this peft does not know."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        config = peft.PeftConfig.from_pretrained(folder)
+    written = read_json(folder / CONFIG)
+    lists = (
+        str(each.message).partition("[")[2].partition("]")[0] for each in told if "Unexpected" in str(each.message)
+    )
+    if unknown := [name for names in lists for name in re.findall(r"'(\w+)'", names) if written.get(name)]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", Notice)
+            warnings.warn(
+                f"{folder / CONFIG}: this peft does not know {', '.join(unknown)} and ignores it; install a newer one",
+                Notice,
+                stacklevel=2,
+            )
+    return config
+
+
 def _merge(backbone: PreTrainedModel, folder: Path, peft: Any) -> str | None:
     """Merge, or return the problem."""
-    config = peft.PeftConfig.from_pretrained(folder)
+    config = _config(folder, peft)
     if config.is_prompt_learning:
         return f"{config.peft_type} changes no weights"
     if getattr(config, "adapters", None):  # peft would download them
