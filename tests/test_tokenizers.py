@@ -326,3 +326,11 @@ def test_ordinary_replacements_are_no_growth() -> None:
     spaces = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "\u2581"}
     steps = [{"type": "Prepend", "prepend": "\u2581"}, {"type": "ByteLevel"}, spaces, *rules, spaces]
     assert growing({"normalizer": {"type": "Sequence", "normalizers": steps}, "decoder": None}) is None
+
+
+def test_steps_that_are_nested_deep_are_refused() -> None:
+    steps: dict[str, Any] = {"type": "Replace", "pattern": {"String": "T"}, "content": "TT"}
+    for _ in range(30):
+        steps = {"type": "Sequence", "normalizers": [steps, steps]}
+    with pytest.raises(ValueError, match="nested too deep"):
+        growing({"normalizer": steps})

@@ -11,13 +11,18 @@ from typing import Any
 
 _MOST = 1000  # letters, or tokens, that one may become
 _STEPS = 1000  # replacements
+_DEEPEST = 20
 _BYTE_LEVELS = 3  # each of which writes a letter that is not ASCII as several
 _PARTS = ("normalizer", "pre_tokenizer", "decoder", "post_processor")
 _INNER = ("normalizers", "pretokenizers", "decoders", "processors")
 
 
 def growing(content: Mapping[str, Any]) -> str | None:
-    """What of a tokenizer.json makes texts much longer; None if nothing does."""
+    """What of a tokenizer.json makes texts much longer; None if nothing does.
+
+    Raises:
+        ValueError: its steps are nested too deep.
+    """
     for name in _PARTS:
         steps = [*_steps(content.get(name), 0)]
         if sum(step.get("type") == "ByteLevel" for step in steps) > _BYTE_LEVELS:
@@ -33,7 +38,9 @@ def growing(content: Mapping[str, Any]) -> str | None:
 
 def _steps(part: Any, depth: int) -> Iterator[Mapping[str, Any]]:
     """The steps of a part, in order."""
-    if not isinstance(part, Mapping) or depth > _STEPS // 10:
+    if depth > _DEEPEST:
+        raise ValueError("its steps are nested too deep")
+    if not isinstance(part, Mapping):
         return
     yield part
     for name in _INNER:
