@@ -30,6 +30,7 @@ _STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 _LOG = re.compile(r"(\$\{hydra\.runtime\.output_dir\}/)?([\w-]|\$\{hydra\.job\.name\})+\.log")
 
 _NAME = re.compile(r"([\w.-]|\$\{hydra[.:]job\.num\})+|\?\?\?")
+_HYDRAS = "${hydra:"
 _WHOLE = re.compile(r"\$\{[^}]*:.*\}", re.DOTALL)  # of a resolver, which may give anything
 
 
@@ -90,13 +91,16 @@ def _entries(node: Any, place: str) -> Iterator[tuple[str, str, Any, Any]]:
             if log and name == ".":
                 raise ValueError(f"{path} sets attributes of log handlers; leave it out")
             try:
-                value = node[name]
+                # In a sweep, Hydra knows that of the job before.
+                value, known = node[name], not (isinstance(raw, str) and _HYDRAS in raw)
             except MissingMandatoryValue:  # Hydra sets it later
                 continue
-            except OmegaConfBaseException:  # it refers to what Hydra knows later, which is text where it is harmless
+            except OmegaConfBaseException:
+                value, known = raw, False
+            if not known:  # Hydra knows it later: text, where it is harmless
                 anything = _WHOLE.fullmatch(raw) and not isinstance(node._get_node(name), StringNode)
                 if name != "filename" and (log or name in _NAMING or anything):
-                    raise ValueError(f"{path}={raw!r} cannot be resolved yet; write the value itself") from None
+                    raise ValueError(f"{path}={raw!r} cannot be resolved yet; write the value itself")
                 value = raw
             held = log or name in _NAMING or isinstance(value, (DictConfig, ListConfig))
             if held and isinstance(raw, str) and raw is not value and name != "filename":
