@@ -114,9 +114,8 @@ class Calibration:
         own = asdict(self)
         if before is not None:
             known = asdict(before)
-            if known == json.loads(
-                json.dumps(own | {name: none for name, none in _ABSENT.items() if known[name] == none})
-            ):
+            missing = {name: none for name, none in _ABSENT.items() if known[name] == none}
+            if known == json.loads(json.dumps(own | missing)):
                 return
         fields = {name: value for name, value in own.items() if _ABSENT.get(name, ...) != value}
         write_json(file, {"format": FORMAT, "version": VERSION, **fields})

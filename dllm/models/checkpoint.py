@@ -324,8 +324,10 @@ def _pickled(path: Path) -> Iterator[tuple[str, Stored]]:
     try:
         if not old and not zipfile.is_zipfile(path):
             raise ValueError("no archive")
-        if not old and any(part.compress_type != zipfile.ZIP_STORED for part in zipfile.ZipFile(path).infolist()):
-            raise ValueError("torch compresses nothing")
+        if not old:
+            with zipfile.ZipFile(path) as archive:
+                if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                    raise ValueError("torch compresses nothing")
         with torch.serialization.skip_data() if old else nullcontext():
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=not old)
     except (
@@ -415,10 +417,10 @@ def check_tied(folder: Path, stored: Mapping[str, Stored], tied: Mapping[str, st
         ValueError: the first that differs.
     """
     for name, other in tied.items():
-        if name not in stored or other not in stored or not {stored[name].dtype, stored[other].dtype} <= {*FLOATS}:
+        if name not in stored or other not in stored or not {stored[name].dtype, stored[other].dtype} <= FLOATS:
             continue
         one, two = _value(stored[name], name), _value(stored[other], other)
-        narrow = min(one.dtype, two.dtype, key=lambda dtype: torch.finfo(dtype).bits)
+        narrow = max(one.dtype, two.dtype, key=lambda dtype: torch.finfo(dtype).eps)
         if not torch.equal(one.to(narrow), two.to(narrow)):
             raise ValueError(
                 f"{folder}: tensor {name} differs from {other}, which it is by config.json; set "

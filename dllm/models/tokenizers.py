@@ -85,7 +85,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         raise ValueError(f"{folder}: the tokenizer's {missing} is missing; copy it here from the published model")
     check_tokenizer_config(folder)
     try:
-        if wrong := growing(_read(folder / "tokenizer.json")):
+        content = _read(folder / "tokenizer.json")
+        if wrong := growing(content):
             raise ValueError(wrong)
         tokenizer = kind.from_pretrained(folder, padding_side="left", local_files_only=True)
         declared = _declared_ids(folder)
@@ -95,7 +96,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
             f"{folder}: the tokenizer files ({', '.join(files)}, tokenizer_config.json) cannot be read: {reason}; "
             "copy them again from the published model"
         ) from None
-    _check_special(folder, tokenizer)
+    _check_special(folder, tokenizer, content)
     for token, declared_id in declared.items():
         found = tokenizer.convert_tokens_to_ids(token)
         if found != declared_id:
@@ -130,7 +131,7 @@ def check_tokenizer_config(folder: Path) -> None:
         ) from None
 
 
-def _check_special(folder: Path, tokenizer: Any) -> None:
+def _check_special(folder: Path, tokenizer: Any, content: dict[str, Any]) -> None:
     """Reject an ordinary token that other files name as a special or an added one.
 
     It would vanish from all texts, or prompts would be split elsewhere.
@@ -138,9 +139,9 @@ def _check_special(folder: Path, tokenizer: Any) -> None:
     Raises:
         ValueError: there is one.
     """
-    if not (folder / "tokenizer.json").is_file():
+    if not content:  # of tokenizer.json
         return
-    added = _read(folder / "tokenizer.json").get("added_tokens", [])
+    added = content.get("added_tokens", [])
     declared, vocabulary = {each["content"] for each in added}, tokenizer.backend_tokenizer.model
     named = {token.content for token in tokenizer.added_tokens_decoder.values()}
     for token in sorted(named.union(map(str, tokenizer.all_special_tokens))):
