@@ -60,6 +60,15 @@ def read_recipe(path: Path, cfg: DictConfig) -> dict[str, Any]:
     return fields
 
 
+def identity_of(cfg: DictConfig) -> dict[str, Any]:
+    """The options that decide what is trained."""
+    now: Any = OmegaConf.to_container(cfg, resolve=True)
+    free = _NO_IDENTITY
+    if "data" in now and now["data"] is None:  # the problems that are measured are left out of the prompts
+        free = free - {"eval_problems", "eval_seed"}
+    return {name: value for name, value in now.items() if name not in free}
+
+
 def check_recipe(path: Path, cfg: DictConfig, needed: bool) -> None:
     """Reject the folder of another model.
 
@@ -76,12 +85,8 @@ def check_recipe(path: Path, cfg: DictConfig, needed: bool) -> None:
         if needed:
             raise ValueError(f"{path} is missing, which says how {folder} is trained; put it back, or give another out")
         return
-    now: Any = OmegaConf.to_container(cfg, resolve=True)
-    before = read_recipe(path, cfg)
-    free = _NO_IDENTITY
-    if "data" in now and now["data"] is None:  # the problems that are measured are left out of the prompts
-        free = free - {"eval_problems", "eval_seed"}
-    names = [name for name in now if name not in free and before[name] != now[name]]
+    now, before = identity_of(cfg), read_recipe(path, cfg)
+    names = [name for name in now if before[name] != now[name]]
     if names:
         then, this = (", ".join(f"{name}={each[name]}" for name in names) for each in (before, now))
         raise ValueError(

@@ -7,12 +7,16 @@ average of the weights.
 from __future__ import annotations
 
 import io
+import json
 import math
 import pickle
+import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, Protocol, TextIO
 
 import torch
@@ -26,7 +30,7 @@ from dllm.evaluation.claim import claimed
 from dllm.files import write_whole
 from dllm.progress import progress_bar, watched
 from dllm.scripts import app, own
-from dllm.scripts.model_card import check_recipe, write_card
+from dllm.scripts.model_card import check_recipe, identity_of, write_card
 from dllm.stored import misfit, there
 
 # Files of a published model; the others are for resuming.
@@ -34,7 +38,7 @@ PUBLISHED = """README.md config.json generation_config.json model.safetensors to
 special_tokens_map.json added_tokens.json chat_template.jinja""".split()
 _RATES = ("rate", "matrix_lr", "rest_lr")
 STATE, LOG = "state.pt", "loss.csv"
-_EXPORT = ".export"  # folder of a model until it is whole
+_UNFINISHED = re.compile(r"\.dllm-[0-9a-f]{16}")  # folder of a model until it is whole
 # Optimizer state per parameter.
 _KEPT = {"Muon": ("momentum_buffer",), "AdamW": ("step", "exp_avg", "exp_avg_sq")}
 _DAMAGE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, LookupError, TypeError, AttributeError)
@@ -117,7 +121,8 @@ class Trainer:
         state = {
             "model": [p.detach().clone() for p in self.parameters], "average": self.average,
             "optimizers": [o.state_dict() for o in self.optimizers], "step": self.step, "seconds": self.seconds,
-            "losses": self.losses, "contents": self.objective.contents, **self.objective.state(),
+            "losses": self.losses, "contents": self.objective.contents, "recipe": self._identity(),
+            **self.objective.state(),
         }  # fmt: skip
         file = io.BytesIO()
         torch.save(state, file)
@@ -137,8 +142,10 @@ class Trainer:
         """Write the averaged weights as a loadable model."""
         trained = [p.detach().clone() for p in self.parameters]
         self._assign(self.average)
-        folder = self.out / _EXPORT
-        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+        for left in self.out.iterdir():  # of a process that was killed
+            if _UNFINISHED.fullmatch(left.name) and left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
+        folder = self.out / f".dllm-{token_hex(8)}"
         try:
             folder.mkdir()
             self.objective.save(folder)
@@ -161,12 +168,20 @@ class Trainer:
         if state is None:
             return
         check_contents(self.cfg, self.objective.contents, state)
+        if state.get("recipe", self._identity()) != self._identity():  # none in checkpoints of earlier versions
+            raise ValueError(
+                f"{self.out / STATE} is of another training than {self.recipe} beside it; put its own back, or remove "
+                "it to train from scratch"
+            )
         try:
             self._restore(state)
         except _DAMAGE as error:
             if out_of_memory(error):
                 raise
             raise _damaged(self.out / STATE, error) from None
+
+    def _identity(self) -> str:
+        return sha256(json.dumps(identity_of(self.cfg), sort_keys=True, default=str).encode()).hexdigest()
 
     def _restore(self, state: dict[str, Any]) -> None:
         shapes = [p.shape for p in self.parameters]

@@ -508,6 +508,21 @@ class TestFolder:
         Path("out/_manifest.json").write_text(content)
         refused(run(), "out/_manifest.json", said)
 
+    @pytest.mark.parametrize("content", ["mine", "[]", '{"mine": 1}', '{"format": "other", "version": 1}'])
+    def test_a_manifest_of_another_program_is_kept(self, content: str) -> None:
+        lines("q.jsonl", ROWS[:3])
+        Path("out").mkdir()
+        Path("out/_manifest.json").write_text(content)
+        refused(run(), "out/_manifest.json", "give another output")
+        assert Path("out/_manifest.json").read_text() == content
+
+    def test_the_manifest_of_a_job_without_shards_is_written_again(self) -> None:
+        lines("q.jsonl", ROWS[:3])
+        assert run("seed=1").code == 0
+        Path("out/rows-000000000000.parquet").unlink()
+        assert run("seed=2").code == 0
+        assert json.loads(Path("out/_manifest.json").read_text())["options"]["seed"] == 2
+
     def test_a_shard_removed_during_the_run_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
         lines("q.jsonl", ROWS[:8])
         write = jobs.JobFolder.write

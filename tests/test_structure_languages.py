@@ -270,10 +270,10 @@ def sampled(automaton: Automaton, count: int) -> list[str]:
         ({"oneOf": [{"type": "object", "required": ["k"], "properties": {"k": {"const": each}}}
                     for each in ({"a": 1, "b": [2]}, {"b": [2.0], "a": 1})]}, "'oneOf' of schemas that may overlap"),
         ({"type": "number", "exclusiveMinimum": 99999999999}, "'exclusiveMinimum' of a number, which is supported up"),
-        ({"type": "string", "pattern": "a*+"}, "'pattern': '+' after another count"),
-        ({"type": "string", "pattern": "a{,3}"}, "'pattern': '{,' is read in several ways"),
-        ({"type": "string", "pattern": "[\\s\\S]"}, "'pattern': '\\S' within a class"),
-        ({"type": "string", "pattern": "[]a]"}, "'pattern': a class that begins with ']'"),
+        ({"type": "string", "pattern": "a*+"}, ": '+' after another count"),
+        ({"type": "string", "pattern": "a{,3}"}, ": '{,' is read in several ways"),
+        ({"type": "string", "pattern": "[\\s\\S]"}, ": '\\S' within a class"),
+        ({"type": "string", "pattern": "[]a]"}, ": a class that begins with ']'"),
         ({"type": "string", "pattern": "[+-\\d]"}, "is not valid at pattern"),
         ({"type": "string", "pattern": "[a"}, "is not valid at pattern"),
         ({"type": "string", "pattern": "\\x{41}"}, "is not valid at pattern"),
@@ -452,6 +452,9 @@ def test_texts_of_random_expressions_match_in_python(seed: int) -> None:
         ({"type": "regex", "regex": 3}, "response_format.regex=3"),
         ({"type": "regex", "regex": "a)|(b"}, "has a '\\)' without"),
         ({"type": "regex", "regex": "^a|b$"}, "anchors beside alternatives"),
+        ({"type": "regex", "regex": "(^a|b)c"}, "has '\\^' within"),
+        ({"type": "regex", "regex": r"a(b|c\Z)"}, "Z' within"),
+        ({"type": "json_schema", "schema": {"type": "string", "pattern": "(^a|b)c"}}, "has '\\^' within"),
         ({"type": "regex", "regex": "a", "depth": 3}, "unknown option 'response_format.depth'"),
         ({"type": "choice", "choice": []}, "response_format.choice=\\[\\]"),
         ({"type": "choice", "choice": "ab"}, "response_format.choice='ab'"),
@@ -483,7 +486,7 @@ def test_bad_formats_are_rejected_in_one_line(given: Any, named: str) -> None:
 
 @pytest.mark.parametrize("regex", ["(", "[", "(?=a)b", "(a)\\1", "a\\bb", "a$b"])
 def test_expressions_that_are_no_automata_are_rejected_in_one_line(regex: str) -> None:
-    with pytest.raises(ValueError, match="response_format of type regex") as told:
+    with pytest.raises(ValueError, match="response_format(.regex='a\\$b'| of type regex)") as told:
         dllm.generate(text_model(), "a", response_format={"type": "regex", "regex": regex}, gen_length=8)
     assert "\n" not in str(told.value)
 

@@ -181,7 +181,7 @@ class TestResuming:
     @pytest.mark.parametrize("interrupted", ["guide"], indirect=True)
     def test_a_checkpoint_of_an_earlier_version_goes_on(self, interrupted: Path, trained: dict[str, Path]) -> None:
         state = torch.load(interrupted / "state.pt", weights_only=True)
-        del state["losses"]
+        del state["losses"], state["recipe"]
         torch.save(state, interrupted / "state.pt")
         succeed(interrupted, "arch=guide")
         assert same(interrupted, trained["guide"])
@@ -199,8 +199,19 @@ class TestResuming:
             result = train(out, "arch=guide")
         assert (result.code, result.err.count("\n")) == (2, 1)
         assert "No space left on device (os error 28)); free disk space" in result.err
-        assert not list(out.glob(".*export*"))
+        assert not list(out.glob(".dllm-*"))
         assert same(succeed(out, "arch=guide"), trained["guide"])
+
+    def test_hidden_folders_are_kept_but_those_of_a_process_that_was_killed(
+        self, trained: dict[str, Path], tmp_path: Path
+    ) -> None:
+        out = Path(shutil.copytree(trained["guide"], tmp_path / "copy"))
+        others = [".export", ".dllm-notes", ".dllm-0123456789abcdef"]
+        for name in others:
+            (out / name).mkdir()
+            (out / name / "notes.txt").write_text("mine")
+        succeed(out, "arch=guide")
+        assert [(out / name).exists() for name in others] == [True, True, False]
 
     def test_a_finished_run_only_writes_its_model_again(self, trained: dict[str, Path], tmp_path: Path) -> None:
         out = tmp_path / "copy"
@@ -417,6 +428,12 @@ class TestOtherRuns:
         said = self.refused(out, change)
         assert change.partition("=")[0].partition(".")[0] + "=" in said
         assert "holds the training of another model; give another folder" in said
+
+    def test_whose_state_lies_beside_another_recipe_are_refused(self, out: Path) -> None:
+        recipe = out / "train_tiny.yaml"
+        recipe.write_text(recipe.read_text().replace("seed: ", "seed: 1"))
+        seed = recipe.read_text().partition("seed: ")[2].split()[0]
+        assert "state.pt is of another training than train_tiny.yaml beside it" in self.refused(out, f"seed={seed}")
 
     def test_without_a_recipe_are_refused(self, out: Path) -> None:
         (out / "train_tiny.yaml").unlink()

@@ -25,7 +25,7 @@ from dllm.evaluation.claim import Claim
 from dllm.files import check_kept, disturbed, read_json, state, write_json, write_whole
 from dllm.jobs.rows import Summary, hash_of
 from dllm.jobs.shard import Result, is_whole, pack, unpack
-from dllm.stored import misfit
+from dllm.stored import misfit, there
 
 MANIFEST = "_manifest.json"
 FORMAT, VERSION = "dllm-job", 1
@@ -196,25 +196,26 @@ class JobFolder:
 
     def _read(self) -> None:
         """Read the manifest, and remove what was not finished when the job was killed."""
-        there = sorted(self.path.iterdir())
-        for path in there:
+        found = sorted(self.path.iterdir())
+        for path in found:
             if not path.name.startswith(".") and path.name != MANIFEST and not _SHARD.fullmatch(path.name):
                 raise ValueError(f"{self.called} holds {path.name}, which is no shard of a job; give another output")
-        for path in there:  # of this job, since nothing of others is here
+        for path in found:  # of this job, since nothing of others is here
             if _UNFINISHED.fullmatch(path.name) and path.is_file():
                 path.unlink(missing_ok=True)
-        shards, file = self._shards(), self.path / MANIFEST
-        if not shards:
+        shards, file, fix = self._shards(), self.path / MANIFEST, "give another output"
+        if not there(file, fix):
+            if shards:
+                raise ValueError(f"{self.called} has shards without a {MANIFEST}, so that their job is unknown; {fix}")
+            return
+        manifest = read_json(file, fix)
+        if not shards and manifest.get("format") == FORMAT:
             return  # nothing is lost by beginning again
-        fix = "give another output"
-        if not file.is_file():
-            raise ValueError(f"{self.called} has shards without a {MANIFEST}, so that their job is unknown; {fix}")
-        found = read_json(file, fix)
-        if (found.get("format"), found.get("version")) != (FORMAT, VERSION):
+        if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
             raise ValueError(f"{file} is not a manifest of a job that this version of dllm knows; {fix}")
-        if (wrong := misfit(found, _Manifest)) or misfit(found["options"].get("seed"), int | None):
+        if (wrong := misfit(manifest, _Manifest)) or misfit(manifest["options"].get("seed"), int | None):
             raise ValueError(f"{file} is damaged ({wrong or 'seed'}); {fix}")
-        self._found, self._content = found, file.read_bytes()
+        self._found, self._content = manifest, file.read_bytes()
 
     def _keep_manifest(self) -> None:
         """Write the manifest again if another program removed or changed it: shards without it have no job."""

@@ -216,7 +216,7 @@ def _body(kind: str, value: Mapping[str, Any]) -> Any:
         try:
             body = without_anchors(body)
         except ValueError as error:
-            raise ValueError(f"{_NAME}.regex={error}") from None
+            raise ValueError(f"{_NAME}.regex={body!r}: {error}") from None
     return body
 
 

@@ -26,6 +26,10 @@ _BYTES = 256
 # Escapes, classes, groups, counts of repetitions, and other letters.
 _COUNTED = re.compile(r"\\(?:[xuUpP]\{[^}]*\}|.)|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(\d+)(?:,(\d*))?\}|.", re.DOTALL)
 
+# Anchors, and what makes them hold at lines, too.
+_ANCHORS = ("^", "$", "\\A", "\\Z", "\\z")
+_LINES = re.compile(r"\(\?[a-zA-Z]*m")
+
 
 @dataclass(frozen=True, eq=False)
 class Automaton:
@@ -215,32 +219,35 @@ def without_anchors(regex: str) -> str:
     """An expression without the anchors around it, which are true of whole answers.
 
     Raises:
-        ValueError: they are of one of several alternatives.
+        ValueError: they are of one of several alternatives, or within the expression, where they do not hold.
     """
     whole = regex.removeprefix("^")
     if [*_signs(whole)][-1:] == [("$", 0)]:
         whole = whole[:-1]
-    if whole != regex and ("|", 0) in _signs(whole):
-        raise ValueError(f"{regex!r} has anchors beside alternatives; leave them out, as the whole answer has to match")
+    signs = {*_signs(whole)}
+    if whole != regex and ("|", 0) in signs:
+        raise ValueError("it has anchors beside alternatives; leave them out, as the whole answer has to match")
+    if not _LINES.search(whole) and (inner := sorted({sign for sign, _ in signs if sign in _ANCHORS})):
+        raise ValueError(f"it has {inner[0]!r} within; leave it out, as the whole answer has to match")
     return whole
 
 
 def _signs(regex: str) -> Iterator[tuple[str, int]]:
-    """The signs of an expression, without those that are escaped or in classes, and how many groups each is in."""
-    depth, at, within = 0, 0, False
+    """The signs and escapes of an expression without those in classes, and how many groups each is in."""
+    depth, at, classes = 0, 0, 0
     while at < len(regex):
         letter = regex[at]
         if letter == "\\":
             at += 2
-            if not within:
-                yield "\\", depth
+            if not classes:
+                yield regex[at - 2 : at], depth
             continue
-        if within:
-            within = letter != "]"
-        elif letter == "[":
-            within = True
+        if letter == "[":
+            classes += 1
             at += regex[at + 1 : at + 2] == "^"
             at += regex[at + 1 : at + 2] == "]"
+        elif classes:
+            classes -= letter == "]"
         else:
             depth += (letter == "(") - (letter == ")")
             yield letter, depth

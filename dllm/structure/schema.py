@@ -452,9 +452,9 @@ def _any(depth: int) -> str:
 def _pattern(pattern: str, at: str) -> str:
     """A pattern whose texts need no escapes in a string, to be matched as a whole."""
     try:
-        regex = translated(without_anchors(pattern), _DIALECT)
+        regex = without_anchors(translated(pattern, _DIALECT))
     except ValueError as error:
-        raise ValueError(f"json_schema has 'pattern'{_at(at)}: {error}") from None
+        raise ValueError(f"json_schema has pattern={pattern!r}{_at(at)}: {error}") from None
     automaton = compile_regex(regex, f"pattern={pattern!r}{_at(at)}")
     if automaton.follow[:, [*range(32), ord('"'), ord("\\"), 127]].any():
         raise _unsupported(
