@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 
 import dllm
 from commands import command
+from dllm.checks import Notice
 from dllm.models import (
     ARCHITECTURES,
     Fast_dLLM_QwenConfig,
@@ -23,9 +25,19 @@ from dllm.models import (
     SDARMoeConfig,
     family_of,
 )
-from dllm.models.experts import Experts
+from dllm.models.experts import Experts, GatedMLP
+from dllm.models.transformer import RMSNorm
 from dllm.tasks.tokenizer import build_tokenizer
-from models import random_fast_dllm, random_llada, random_llada2, random_llada_moe, random_sdar_moe, save_folder
+from models import (
+    random_dream,
+    random_fast_dllm,
+    random_llada,
+    random_llada2,
+    random_llada_moe,
+    random_sdar,
+    random_sdar_moe,
+    save_folder,
+)
 
 Maker = Callable[..., dllm.LanguageModel]
 MAKERS: dict[str, Maker] = {
@@ -154,6 +166,69 @@ def test_experts_that_are_changed_after_use_are_used_as_they_are(make: Maker, ho
         after = model(ids).logits
     torch.testing.assert_close(after, model(ids).logits.detach(), atol=1e-3, rtol=1e-4)  # one by one
     assert (after - before).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("make", [random_llada2, random_sdar, random_dream, random_fast_dllm])
+def test_hooks_of_feed_forward_parts_run(make: Maker) -> None:
+    lm, calls = make(dtype=torch.float32), list[str]()
+    for name, part in lm.backbone.named_modules():
+        if isinstance(part, GatedMLP) and ".experts." not in name:
+            part.register_forward_hook(lambda *_, name=name: calls.append(name))
+    dllm.generate(lm, [[1, 2, 3]], gen_length=4)
+    assert "model.layers.0.mlp" in calls
+
+
+@pytest.mark.parametrize("make", [random_llada2, random_sdar_moe, random_llada])
+def test_hooks_of_all_modules_run_for_norms_and_experts(make: Maker) -> None:
+    model, calls = make(dtype=torch.float32).backbone, list[Any]()
+    ids = torch.tensor([[1, 2, 3, model.mask_token_id]])
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: calls.append(module))
+    try:
+        with torch.inference_mode():
+            model(ids)
+    finally:
+        handle.remove()
+    norms = [part for part in model.modules() if isinstance(part, RMSNorm)]
+    assert {id(part) for part in norms} <= {id(part) for part in calls}
+    if any(isinstance(part, Experts) for part in model.modules()):
+        assert any(isinstance(part, GatedMLP) for part in calls)
+
+
+def test_hooks_that_do_not_run_are_told() -> None:
+    lm = random_sdar()
+    lm.backbone.model.layers[1].self_attn.register_forward_hook(lambda *_: None)
+    with pytest.warns(Notice, match="hooks of model.layers.1.self_attn do not run"):
+        dllm.generate(lm, [[1, 2, 3]], gen_length=4)
+
+
+def test_another_backbone_has_memory_of_its_own() -> None:
+    one, other = random_llada(seed=0), random_llada(seed=1)
+    expected = dllm.generate(other, [[1, 2, 3, 4]], gen_length=8).completions
+    dllm.generate(one, [[1, 2, 3, 4]], gen_length=8)
+    changed = replace(one, backbone=other.backbone)
+    assert dllm.generate(changed, [[1, 2, 3, 4]], gen_length=8).completions.equal(expected)
+
+
+@pytest.mark.parametrize("how", ["rope", "eps"])
+def test_shared_blocks_are_of_the_constants_of_the_model(how: str) -> None:
+    lm, prompt = random_sdar(), list(range(1, 17))
+
+    def reused(engine: dllm.Engine) -> tuple[list[int], int]:
+        engine.add(prompt, gen_length=8, seed=0)
+        (answer,) = [each for step in engine.steps() for each in step.answers.values()]
+        return answer.completion, answer.reused
+
+    engine = dllm.Engine(lm, cache="block", max_length=64, batch_size=1)
+    reused(engine)
+    assert reused(engine)[1] > 0
+    if how == "rope":
+        lm.backbone.config.rope_theta = 50.0
+    else:
+        for part in lm.backbone.modules():
+            if isinstance(part, RMSNorm):
+                part.eps = 0.5
+    expected = reused(dllm.Engine(lm, cache="none", max_length=64, batch_size=1))[0]
+    assert reused(engine) == (expected, 0)
 
 
 def test_only_the_first_part_of_a_head_is_rotated() -> None:

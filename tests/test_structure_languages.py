@@ -486,7 +486,7 @@ def test_bad_formats_are_rejected_in_one_line(given: Any, named: str) -> None:
 
 @pytest.mark.parametrize("regex", ["(", "[", "(?=a)b", "(a)\\1", "a\\bb", "a$b"])
 def test_expressions_that_are_no_automata_are_rejected_in_one_line(regex: str) -> None:
-    with pytest.raises(ValueError, match="response_format(.regex='a\\$b'| of type regex)") as told:
+    with pytest.raises(ValueError, match=r"response_format(\.regex='a\$b'| of type regex)") as told:
         dllm.generate(text_model(), "a", response_format={"type": "regex", "regex": regex}, gen_length=8)
     assert "\n" not in str(told.value)
 
@@ -673,3 +673,13 @@ def test_small_choices_need_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     form = read_format({"type": "choice", "choice": ["yes", "né"]})
     assert form is not None
     assert form.compiled.automaton.accepts("né".encode())
+
+
+def test_tokens_that_become_special_are_no_text_of_a_format() -> None:
+    lm = text_model()
+    form = {"type": "regex", "regex": "[0-9]{3}"}
+    for digits in ([], list("123456")):
+        if digits:
+            lm.tokenizer.add_special_tokens({"additional_special_tokens": digits})
+        (text,) = dllm.generate(lm, ["Tom has 23"], gen_length=8, response_format=form).texts
+        assert re.fullmatch("[0-9]{3}", text) and not set(text) & set(digits)

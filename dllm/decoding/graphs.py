@@ -36,7 +36,8 @@ AFTER, _LATER = 1, 3
 _MOST = 64  # graphs kept
 _SHAPES = 4096  # shapes counted
 _SAMPLE = 16  # values of a weight at most
-_ADAPTERS = ("active_adapter", "disable_adapters", "merged_adapters", "scaling")  # of a layer
+# Of a layer: its adapters, and the constant of a norm.
+_STATE = ("active_adapter", "disable_adapters", "merged_adapters", "scaling", "eps")
 _FEWEST = 16  # projected positions
 _FEW = 128  # queries of one sequence for which flash attention is faster than cuDNN's
 # Fastest first on an H200, for 1,024 keys: 32 queries of one sequence take 14, 35 and 17 us a layer, of 16 sequences
@@ -309,32 +310,46 @@ def weights_of(model: nn.Module) -> tuple[Any, ...]:
             *each._forward_hooks,
             *each._forward_pre_hooks,
             vars(each).get("forward"),
-            *(str(getattr(each, name, "")) for name in _ADAPTERS),
+            *(str(getattr(each, name, "")) for name in _STATE),
         )
         for each in model.modules()
     )
     return *(address for each in model.parameters() for address in _addresses(each)), *state
 
 
+def unused_hooks(model: nn.Module) -> list[str]:
+    """The modules with hooks, or a forward of their own, that no forward computes: those that only hold others."""
+    return [
+        name
+        for name, each in model.named_modules()
+        if type(each).forward is nn.Module.forward
+        and (each._forward_hooks or each._forward_pre_hooks or "forward" in vars(each))
+    ]
+
+
 class Watch:
     """Tells whether weights, adapters or hooks of a model were changed.
 
     Changes in place are counted by torch, but for those through `.data`, as in merging an adapter: some values of every
-    plain weight are read.
+    plain weight are read. A change of a few values through `.data`, as of one token's embedding, may not be seen.
 
     Args:
         model: the model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: MaskedDiffusionModel) -> None:
         self._model = model
         self._known: tuple[Any, ...] = ()
         self._samples: list[Tensor] = []
 
     def __call__(self) -> tuple[Any, ...]:
         """What differs after a change."""
-        weights = [*self._model.parameters()]
-        known = *weights_of(self._model), *(-1 if each.is_inference() else each._version for each in weights)
+        weights = [*self._model.parameters(), *self._model.buffers()]
+        known = (
+            self._model.settings(),
+            *weights_of(self._model),
+            *(-1 if each.is_inference() else each._version for each in weights),
+        )
         if known != self._known:
             self._known, self._samples = known, [_sample(each.data) for each in weights if _is_plain(each)]
         kinds: dict[Any, list[Tensor]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dllm.cache.base import Cache
-from dllm.decoding.graphs import Forward, Replays, weights_of
+from dllm.checks import Notice
+from dllm.decoding.graphs import Forward, Replays, unused_hooks, weights_of
 from dllm.decoding.setup import Setup
 from dllm.models.base import MaskedDiffusionModel
 
@@ -28,6 +30,13 @@ class Memory:
 
     def __init__(self, backbone: MaskedDiffusionModel) -> None:
         self._backbone, self._weights = backbone, weights_of(backbone)
+        if unused := unused_hooks(backbone):
+            warnings.warn(
+                f"hooks of {unused[0]} do not run, which only holds other modules; put them on its parts, or on its "
+                "layer",
+                Notice,
+                stacklevel=2,
+            )
         self._forwards: dict[bool | None, Forward] = {}
         self._tensors: dict[str, Tensor] = {}
         self.kept: dict[str, Any] = {}  # of samplers

@@ -77,13 +77,17 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(width, size, bias=False)
 
     @property
-    def part(self) -> SwiGLU:
+    def part(self) -> Layer:
         """What a block computes."""
+        return self if is_hooked(self) else self._gated
+
+    @property
+    def _gated(self) -> SwiGLU:
         return SwiGLU(self.gate_proj, self.up_proj, self.down_proj)
 
     def forward(self, x: Float[Tensor, "*B d"]) -> Float[Tensor, "*B d"]:
         """Apply it to any number of positions."""
-        return self.part(x)
+        return self._gated(x)
 
 
 class GroupLimitedRouter(nn.Module):

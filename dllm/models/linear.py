@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules import module as every
 
 from dllm.models import float8
 
@@ -119,7 +120,8 @@ def is_plain(layer: Any) -> bool:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether something runs with the forward of a module, such as a hook that fetches its weights."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    of_all = every._global_forward_hooks or every._global_forward_pre_hooks
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or of_all)
 
 
 def joinable(*layers: Any) -> bool:

@@ -59,7 +59,7 @@ class LanguageModel:
     adapter: Path | None = None
     folder: Path | None = None
     stamps: tuple[Stamp, ...] = ()
-    spare: list[Any] = field(default_factory=list, repr=False, compare=False)
+    spare: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
     sampler: Any = field(default="vanilla", kw_only=True)
     quantization: Mapping[str, Any] | None = field(default=None, kw_only=True)
 

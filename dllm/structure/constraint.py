@@ -35,7 +35,7 @@ _KEPT = 16  # formats of a tokenizer
 
 _Words: TypeAlias = tuple[list[bytes | None], bool]
 _lock = Lock()
-_words: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[int, int], _Words]] = WeakKeyDictionary()
+_words: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[Any, ...], _Words]] = WeakKeyDictionary()
 _built: WeakKeyDictionary[PreTrainedTokenizerBase, OrderedDict[tuple[Any, ...], Constraint]] = WeakKeyDictionary()
 
 
@@ -76,7 +76,7 @@ class Constraint:
         Raises:
             ValueError: a format or a tokenizer that is not supported.
         """
-        key = form.key, size, tuple(ends), len(tokenizer)
+        key = form.key, size, tuple(ends), len(tokenizer), _special(tokenizer)
         with _lock:
             kept = _built.setdefault(tokenizer, OrderedDict())
             if key not in kept:
@@ -90,7 +90,7 @@ class Constraint:
     def _made(
         cls, form: ResponseFormat, tokenizer: PreTrainedTokenizerBase, size: int, ends: Sequence[int]
     ) -> Constraint:
-        sizes, key = _words.setdefault(tokenizer, {}), (size, len(tokenizer))
+        sizes, key = _words.setdefault(tokenizer, {}), (size, len(tokenizer), _special(tokenizer))
         if key not in sizes:
             sizes[key] = token_bytes(tokenizer, size)
         words, strips = sizes[key]
@@ -99,9 +99,7 @@ class Constraint:
         lifted = lift(automaton, [None if number in ends else word for number, word in enumerate(words)], form.name)
         classes = lifted.classes.copy()
         classes[[number for number in ends if number < size]] = END
-        added = tokenizer.added_tokens_decoder
-        special = {number for number, token in added.items() if token.special} | set(tokenizer.all_special_ids)
-        return cls(lifted, classes, frozenset(special), form.key)
+        return cls(lifted, classes, _special(tokenizer), form.key)
 
     def read(self, tokens: NDArray[np.int64], mask_token_id: int, silent: NDArray[np.bool_]) -> NDArray[np.int64]:
         """The class of each of some tokens.
@@ -224,3 +222,9 @@ def _without_space(automaton: Automaton) -> Automaton:
     follow[-1, ord(" ")] = 0
     accepting = np.append(automaton.accepting, automaton.accepting[automaton.start])
     return Automaton(follow, len(follow) - 1, accepting)
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids whose text is not part of an answer."""
+    added = tokenizer.added_tokens_decoder
+    return frozenset({number for number, token in added.items() if token.special} | set(tokenizer.all_special_ids))
