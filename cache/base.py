@@ -30,11 +30,12 @@ class Probe:
 
     Attributes:
         read: (A, L) columns whose hidden states are projected to the vocabulary.
-        tell: callback that gets the probability of the most probable token there, (A, L).
+        tell: callback that gets the columns that were read, and the probability of the most probable token there,
+            (A, L) each.
     """
 
     read: Flags
-    tell: Callable[[Float[Tensor, "A L"]], None]
+    tell: Callable[[Flags, Float[Tensor, "A L"]], None]
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ class _ByCertaintyAndRollout(PerRow):
         probe = moved(masked, at) & (compute | due[:, None]) & question.visible
         self.masked[rows[question.first]] = masked[question.first]
         self.store.visible[rows] = question.visible
-        return Plan(compute, probe=Probe(probe, partial(self._learn, question, probe, at)))
+        return Plan(compute, probe=Probe(probe, partial(self._learn, question, at)))
 
     def _certain(self, question: Question, masked: Flags) -> Flags:
         """The masked positions with the highest certainty prior."""
@@ -118,7 +118,7 @@ class _ByCertaintyAndRollout(PerRow):
         np.put_along_axis(chosen, best, True, axis=1)
         return chosen & (score >= 0)
 
-    def _learn(self, question: Question, probe: Flags, at: NDArray[np.int64], confidence: Tensor) -> None:
+    def _learn(self, question: Question, at: NDArray[np.int64], probe: Flags, confidence: Tensor) -> None:
         """Update the confidences that a forward computed on the current canvas (not on drafts)."""
         # Synchronizes: the next plan depends on it.
         first, fresh = question.first, confidence.double().cpu().numpy()

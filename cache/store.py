@@ -185,7 +185,9 @@ class Reuse(PerRow):
         if self._block_length and plan.cost is None:
             taken = self._take(question)
             compute = self._without_exact(question, compute)
-        return replace(plan, compute=compute, store=self.store, taken=taken)
+        # Confidences are read where columns are computed, not where they are exact.
+        probe = plan.probe and replace(plan.probe, read=plan.probe.read & compute)
+        return replace(plan, compute=compute, store=self.store, taken=taken, probe=probe)
 
     def steady(self, rows: NDArray[np.int64]) -> bool:
         """Whether the rule says so, and no row is due for a refresh; what is stale is computed by the next plan."""

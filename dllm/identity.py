@@ -8,9 +8,11 @@ these are unchanged.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
@@ -199,8 +201,8 @@ def tree(folder: Path) -> str:
 
 
 def read_by(value: Any) -> dict[str, str]:
-    """A hash of every file that an object reads, including objects in its fields."""
-    return {str(path): _content(path) for path in _read_by(value)}
+    """A hash of every file that an object reads, including objects in its fields, and of the code of one's own."""
+    return {str(path): _content(path) for path in (*_read_by(value), *_code_of(value))}
 
 
 def _content(path: Path) -> str:
@@ -228,6 +230,22 @@ def _read_by(value: Any) -> Iterator[Path]:
     if is_dataclass(value):
         for field in fields(value):
             yield from _read_by(getattr(value, field.name))
+
+
+def _code_of(value: Any) -> Iterator[Path]:
+    """The modules of classes that are no part of the package."""
+    for each in type(value).__mro__:
+        root = each.__module__.partition(".")[0]
+        if root == "dllm" or root in sys.stdlib_module_names:
+            continue
+        with suppress(TypeError, OSError):  # made without a file, as in a notebook
+            file = Path(inspect.getsourcefile(each) or "")
+            if file.is_file():
+                yield file
+    if is_dataclass(value):
+        for field in fields(value):
+            if is_dataclass(inner := getattr(value, field.name)):
+                yield from _code_of(inner)
 
 
 def stamps_read_by(*values: Any) -> tuple[Stamp, ...]:

@@ -116,6 +116,7 @@ class _Runs:
     def __init__(self, cfg: DictConfig, fields: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
         self._cfg, self._fields, self._chosen = cfg, fields, chosen
         self._weights: list[dict[str, Any]] = []
+        self._known: dict[str, dict[str, Any]] = {}  # of what the runs so far were made
         self.first: dict[str, Any] = {}
         self.last: dict[str, Any] = {}
 
@@ -159,7 +160,22 @@ class _Runs:
             self.first, self._weights = self.last, sessions(folder)[-1:]
             if not self._weights or "weights" not in self._weights[0]:
                 raise ValueError(f"{folder}/manifest.json is damaged; remove {folder} to run that setting again")
+        self._check_same(folder)
         return found
+
+    def _check_same(self, folder: Path) -> None:
+        """Reject a run of another model, of other data or files than those before: they were changed in between."""
+        parts = {name: self.last[name] for name in ("loading", "asked", "files")}
+        parts |= {"session": {name: each.get(name) for each in sessions(folder) for name in ("weights", "dtype")}}
+        for part, now in parts.items():
+            before = self._known.setdefault(part, {})
+            now = {name: value for name, value in now.items() if name != "path" and value is not None}
+            if other := [name for name in now if before.get(name, now[name]) != now[name]]:
+                raise ValueError(
+                    f"{other[0]} of {folder} is not that of the runs before, as another program changed it meanwhile; "
+                    "run the command again"
+                )
+            before |= now
 
     @property
     def weights(self) -> str:

@@ -10,6 +10,7 @@ if __name__ == "__main__":
 import shlex
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 import dllm
+from dllm import identity
 from dllm.api import prepare
 from dllm.cache.base import Cache
 from dllm.checks import number, seed
@@ -189,9 +191,9 @@ def distill(cfg: DictConfig) -> None:
         trained = Distillation(cfg, lm.backbone, lm.tokenizer, requests, completions, how, contents)
         trainer = trainer_of(cfg, trained)
         trainer.resume()
-        training.run(trainer, "distilling")
+        training.run(trainer, "distilling", partial(identity.check_weights, lm))
         trainer.export()
-        rows = _measure(cfg, options)
+        rows = _measure(cfg, options, contents["model.path"])
         write_card(out / "README.md", _card(cfg, trainer, rows, len(ids)), RECIPE)
     for row in rows:
         print(row)
@@ -266,8 +268,12 @@ def _collect(
     return torch.cat([part["completions"] for part in parts])
 
 
-def _measure(cfg: DictConfig, options: dict[str, Any]) -> list[str]:
-    """Lines of a table: the model before and after, by `eval_sampler`."""
+def _measure(cfg: DictConfig, options: dict[str, Any], trained: str) -> list[str]:
+    """Lines of a table: the model before and after, by `eval_sampler`.
+
+    Raises:
+        OSError: the model is not the one that was trained any more.
+    """
     if cfg.data is not None or cfg.eval_problems == 0:
         return []
     problems = word_problems.problems(cfg.eval_problems, cfg.eval_seed)
@@ -277,6 +283,8 @@ def _measure(cfg: DictConfig, options: dict[str, Any]) -> list[str]:
     rows = ["| model | right final answers | 95% interval | NFE |", "|---|---|---|---|"]
     for name, loaded in (("before", model), ("after", model | after)):
         lm = app.load_model(loaded)
+        if name == "before" and " ".join(identity.model(lm).values()) != trained:
+            raise OSError(f"model={cfg.model.path!r} was changed by another program during this run; put it back")
         shown = watched(Console(stderr=True))
         score: Score = evaluate(lm, problems, sampler, cache, **options | {"progress": shown})
         low, high = score.interval

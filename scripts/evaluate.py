@@ -123,7 +123,8 @@ def run(
     files = task.check()
     path, asked = fields["model"]["path"], normal(fields)
     read = identity.contents([asked["sampler"], asked["cache"]])
-    read |= identity.read_by(sampler) | identity.read_by(cache)
+    for each in (sampler, cache, task):
+        read |= identity.read_by(each)
     by_path = read | identity.contents(asked["model"].get("adapter"), paths=True)
     state = [identity.checkpoint(Path(path)), identity.stamps(Path(path))] if Path(path).is_dir() else []
     lm, weights = _load(json.dumps(fields["model"]), json.dumps([state, by_path], default=str), app.option_of("model"))

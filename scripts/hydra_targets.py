@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from hydra._internal import hydra as application
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.plugins import Plugins
+from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, StringNode, read_write
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from dllm.stored import there
 
 _NAMING = ("_target_", "()", "class", "factory", "custom_search_space")
 _ALLOWED = re.compile(
@@ -31,6 +35,7 @@ _LOG = re.compile(r"(\$\{hydra\.runtime\.output_dir\}/)?([\w-]|\$\{hydra\.job\.n
 
 _NAME = re.compile(r"([\w.-]|\$\{hydra[.:]job\.num\})+|\?\?\?")
 _HYDRAS = "${hydra:"
+_OWN = "dllm.conf"  # is in the configurations of sweeps, as they are read from there
 _WHOLE = re.compile(r"\$\{[^}]*:.*\}", re.DOTALL)  # of a resolver, which may give anything
 
 
@@ -40,6 +45,8 @@ class _Loader(ConfigLoaderImpl):
     def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
         cfg = super().load_configuration(*args, **kwargs)
         check(cfg.hydra)
+        if cfg.hydra.mode == RunMode.MULTIRUN:
+            _check_sweep(cfg.hydra)
         return cfg
 
 
@@ -76,6 +83,23 @@ def check(node: DictConfig) -> None:
             raise ValueError(f"{path}={value!r} could be a folder with files of others; use .hydra, or null")
         if path == "hydra.job.name" and not _NAME.fullmatch(str(value)):
             raise ValueError(f"{path}={value!r} is no name of a file; use letters, digits, _ and -")
+
+
+def _check_sweep(node: DictConfig) -> None:
+    """Reject files of others in the folder of a sweep, where Hydra and its plugins write some of these names."""
+    try:
+        folder = Path(node.sweep.dir)
+    except OmegaConfBaseException:  # it depends on a job
+        return
+    for name, marks in {"multirun.yaml": ("hydra:", _OWN), "optimization_results.yaml": ("name:", "")}.items():
+        file, (begin, own) = folder / name, marks
+        if there(file):
+            text = file.read_text(encoding="utf-8", errors="replace")
+            if not text.startswith(begin) or own not in text:
+                raise ValueError(
+                    f"{file} exists and is not of such a sweep, which would replace it; give another folder, or remove "
+                    "that file"
+                )
 
 
 def _entries(node: Any, place: str) -> Iterator[tuple[str, str, Any, Any]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from hashlib import sha256
+from itertools import count as numbers
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +105,8 @@ def write_card(path: Path, card: str, recipe: str = RECIPE) -> None:
     except UnicodeDecodeError:
         before = ""
     if before != text and not _is_as_made(before):
-        kept, path = path, path.with_name("README.new.md")
+        names = (path.with_name(f"README.new{number or ''}.md") for number in numbers())
+        kept, path = path, next(each for each in names if not os.path.lexists(each) or _is_made(each))
         print(f"{kept} was changed by hand and is kept; the new model card is {path}")
     write_whole(path, text)
 
@@ -111,6 +114,11 @@ def write_card(path: Path, card: str, recipe: str = RECIPE) -> None:
 def _marked(card: str, command: str) -> str:
     """A card with a checksum line to detect edits."""
     return f"{card}\n<!-- made by {command}, {sha256(card.encode()).hexdigest()[:16]} -->\n"
+
+
+def _is_made(path: Path) -> bool:
+    """Whether a file is a model card as it was written."""
+    return path.is_file() and _is_as_made(path.read_text(encoding="utf-8", errors="replace"))
 
 
 def _is_as_made(text: str) -> bool:

@@ -13,7 +13,7 @@ import pickle
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from secrets import token_hex
@@ -301,8 +301,14 @@ def publish(out: Path, folder: Path, recipe: str, card: str) -> None:
         write_card(folder / "README.md", card, recipe)
 
 
-def run(trainer: Trainer, what: str) -> None:
-    """Run the remaining steps, with a progress bar on a terminal or in a notebook, and log lines elsewhere."""
+def run(trainer: Trainer, what: str, check: Callable[[], object] = lambda: None) -> None:
+    """Run the remaining steps, with a progress bar on a terminal or in a notebook, and log lines elsewhere.
+
+    Args:
+        trainer: the training.
+        what: it does.
+        check: called before each checkpoint; raises an error where what is trained was changed.
+    """
     cfg, console = trainer.cfg, Console(stderr=True)
     bar = progress_bar(what, cfg.steps, trainer.step, console=console, show=watched(console))
     with _open_log(trainer) as file, bar as update:
@@ -321,6 +327,7 @@ def run(trainer: Trainer, what: str) -> None:
                 file.write(f"{trainer.step},{loss:.5f},{trainer.seconds:.0f}\n")
                 file.flush()
             if trainer.step % cfg.checkpoint_every == 0 or trainer.step == cfg.steps:
+                check()
                 trainer.save()
 
 

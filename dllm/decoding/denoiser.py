@@ -261,7 +261,8 @@ class Denoiser:
             everything = (more > 0) & (cost + more >= question.visible.sum(1))
             np.add.at(self.account.refreshes, question.slots[everything & question.first], 1)
         if plan.probe is not None:
-            plan.probe.tell(_top_probability(logits[asked:], plan.probe.read, self.canvas.mask_token_id))
+            read = plan.probe.read
+            plan.probe.tell(read, _top_probability(logits[asked:], read, self.canvas.mask_token_id))
             logits = logits[:asked].clone()  # a slice would keep all logits alive
         return self._measured(question, plan, logits)
 

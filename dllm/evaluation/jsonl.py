@@ -126,8 +126,12 @@ class AnswerFile:
             if self.prepare is not None:
                 self.prepare()
             self._open()
-        self._write(write_line(answer))
-        self.hashes[answer["id"]] = hash_of(answer)
+        self.hashes[answer["id"]] = hash_of(answer)  # before a signal can come: what is missing is decoded again
+        try:
+            self._write(write_line(answer))
+        except OSError:
+            del self.hashes[answer["id"]]
+            raise
         if time.monotonic() - self._synced > _SYNC_SECONDS:
             self._sync()
 
