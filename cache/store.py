@@ -185,6 +185,10 @@ class Reuse(PerRow):
         if self._block_length and plan.cost is None:
             taken = self._take(question)
             compute = self._without_exact(question, compute)
+        joint = question.joint(self.setup.logits_shift)
+        if joint is not None:  # what attended to later columns is to be computed again
+            within = question.since(joint[:, 0]) & ~question.since(joint[:, 1])
+            self._stale[rows[first]] |= (compute & within)[first]
         # Confidences are read where columns are computed, not where they are exact.
         probe = plan.probe and replace(plan.probe, read=plan.probe.read & compute)
         return replace(plan, compute=compute, store=self.store, taken=taken, probe=probe)

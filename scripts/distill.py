@@ -9,7 +9,7 @@ if __name__ == "__main__":
 
 import shlex
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -32,7 +32,6 @@ from dllm.checks import number, seed
 from dllm.decoding.prompts import encode
 from dllm.decoding.request import Request
 from dllm.distillation import Forcing, answer_logits, draw_masks, forcing_loss
-from dllm.evaluation.claim import claimed
 from dllm.evaluation.word_problems import Score, evaluate
 from dllm.files import expanded, is_folder, write_whole
 from dllm.models.base import MaskedDiffusionModel
@@ -179,7 +178,7 @@ def distill(cfg: DictConfig) -> None:
     lm = _load(fields["model"])
     ids = encode(prompts, lm.tokenizer)
     requests, _ = prepare(lm, ids, made.sampler, made.cache, dllm.Options(**options))
-    with claimed(Path(cfg.out) / RECIPE, f"out={cfg.out!r}", "another folder"):
+    with training.folder(cfg, RECIPE, _files(cfg)):
         out = Path(cfg.out)
         state, contents = training.read_state(out, mapped=True), contents_of(lm, ids, made)
         check_recipe(out / RECIPE, cfg, state is not None)
@@ -198,6 +197,11 @@ def distill(cfg: DictConfig) -> None:
     for row in rows:
         print(row)
     print(f"{'model' if cfg.rank is None else 'adapter'} and its card in {cfg.out}")
+
+
+def _files(cfg: DictConfig) -> Sequence[str]:
+    """Names of what is written, beside the training checkpoint."""
+    return *(training.PUBLISHED if cfg.rank is None else ADAPTER), DECODES
 
 
 def _load(model: dict[str, Any]) -> dllm.LanguageModel:
@@ -345,6 +349,5 @@ def _check(cfg: DictConfig) -> Forcing:
         if cfg.model[name] is not None:
             raise ValueError(f"model.{name}={cfg.model[name]!r} is not supported in training; {fix}")
     resolve("sampler", cfg.eval_sampler, Sampler, "eval_sampler")
-    published = training.PUBLISHED if cfg.rank is None else ADAPTER
-    training.check_folders(cfg, RECIPE, (*published, DECODES))
+    training.check_folders(cfg, RECIPE, _files(cfg))
     return Forcing(cfg.mask_ratio, cfg.entropy_temperature, cfg.entropy_weight)

@@ -23,7 +23,6 @@ from transformers.utils import logging
 
 from dllm import identity
 from dllm.checks import number, seed
-from dllm.evaluation.claim import claimed
 from dllm.files import write_whole
 from dllm.models.loading import find_device
 from dllm.scripts import app, training
@@ -134,7 +133,7 @@ def carry_out(cfg: DictConfig, trainer: Trainer, recipe_file: str, doing: str, a
         doing: title of the progress bar.
         arch: of the card.
     """
-    with claimed(Path(cfg.out) / recipe_file, f"out={cfg.out!r}", "another folder"):
+    with training.folder(cfg, recipe_file):
         trainer.resume()
         if trainer.step < cfg.steps:
             write_whole(trainer.out / recipe_file, OmegaConf.to_yaml(cfg))

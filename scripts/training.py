@@ -13,7 +13,8 @@ import pickle
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from secrets import token_hex
@@ -151,7 +152,9 @@ class Trainer:
             self.objective.save(folder)
             for file in folder.iterdir():
                 write_whole(self.out / file.name, file.read_bytes())
-        except SafetensorError as error:
+        except Exception as error:
+            if not isinstance(error, SafetensorError) and type(error) is not Exception:  # as tokenizers raises
+                raise
             raise OSError(f"{folder} cannot be written ({first_line(error)}); free disk space") from None
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -362,6 +365,23 @@ def check(cfg: DictConfig, rates: Sequence[str]) -> None:
     for name in ("out", "publish"):
         if cfg.get(name) is not None:
             app.check_writable(name, cfg[name], f"{cfg[name]}/README.md")
+
+
+@contextmanager
+def folder(cfg: DictConfig, recipe: str, published: Sequence[str] = PUBLISHED) -> Iterator[None]:
+    """Lock the folder of a training, and look at what is in it again, since it may have come meanwhile.
+
+    Args:
+        cfg: the options.
+        recipe: as in `check_folders`.
+        published: likewise.
+
+    Raises:
+        ValueError: another training writes to it, or it has files of others.
+    """
+    with claimed(Path(cfg.out) / STATE, f"out={cfg.out!r}", "another folder"):
+        check_folders(cfg, recipe, published)
+        yield
 
 
 def check_folders(cfg: DictConfig, recipe: str, published: Sequence[str] = PUBLISHED) -> None:

@@ -142,6 +142,21 @@ class TestPlaces:
         assert names(target) == [1]
 
 
+class TestSignals:
+    def test_an_answer_that_is_written_as_one_comes_is_known(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        write = AnswerFile._write
+
+        def interrupted(answers: AnswerFile, data: bytes) -> None:
+            write(answers, data)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(AnswerFile, "_write", interrupted)
+        with AnswerFile(path) as answers, suppress(KeyboardInterrupt):
+            answers.add(row(1))
+        assert answers.ids == {1}
+        assert names(path) == [1]
+
+
 class TestWriters:
     @pytest.fixture(autouse=True)
     def _impatient(self, monkeypatch: pytest.MonkeyPatch) -> None:

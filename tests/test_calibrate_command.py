@@ -19,6 +19,7 @@ from dllm.calibration import Calibration
 from dllm.evaluation import claim
 from dllm.files import BUNDLED
 from dllm.samplers import Anchored, Calibrated, LocalLeap, Threshold
+from dllm.scripts import evaluate
 from dllm.tasks.arithmetic import WordProblems
 
 SETTINGS = "task.limit=24", "batch_size=24", "threads=1", "model.device=cpu", "loss=0.2"
@@ -112,6 +113,30 @@ def test_a_card_of_an_earlier_version_goes_on(made: tuple[Path, Outcome], card: 
 
 def test_values_after_the_one_that_ended_testing_change_nothing(made: tuple[Path, Outcome]) -> None:
     assert run(made[0], "values=[0.9999,0.99,0.0,0.5]").out == made[1].out
+
+
+def test_runs_of_two_models_are_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, evaluated = shutil.copytree(BUNDLED / "tiny-llada", tmp_path / "model"), evaluate.run
+
+    def changing(*arguments: Any) -> Any:
+        found = evaluated(*arguments)
+        file = folder / "tokenizer_config.json"
+        file.write_text(file.read_text() + " ")
+        return found
+
+    monkeypatch.setattr(evaluate, "run", changing)
+    result = command(
+        "calibrate",
+        f"model={folder}",
+        "values=[0.9]",
+        "task.limit=2",
+        "gen_length=8",
+        "threads=1",
+        f"out={tmp_path}/out",
+    )
+    assert result.code == 2
+    assert "is not that of the runs before, as another program changed it meanwhile" in result.err
+    assert not (tmp_path / "out" / "calibration.json").exists()
 
 
 def test_samples_that_were_changed_certify_nothing(made: tuple[Path, Outcome], card: Path) -> None:

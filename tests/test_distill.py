@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 import dllm
+import dllm.scripts.distill
 from commands import Outcome, command
 from dllm.distillation import Forcing, answer_logits, draw_masks, forcing_loss
 from dllm.samplers import EntropyThreshold
@@ -335,6 +336,33 @@ class TestResuming:
         before = [part.read_bytes() for part in parts]
         succeed(model, out, *options)
         assert [part.read_bytes() for part in parts] == before
+
+    @pytest.mark.parametrize("when", ["training", "measuring"])
+    def test_a_model_that_is_changed_meanwhile_is_told(
+        self, model: Path, tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = Path(shutil.copytree(model, tmp_path / "model"))
+        file = folder / "model.safetensors"
+        other = save({name: 2 * tensor for name, tensor in load_file(file).items()}, {"format": "pt"})
+        step, measure = training.Trainer.train_step, dllm.scripts.distill._measure
+
+        def written_over(trainer: Any) -> Tensor:
+            with file.open("r+b") as target:
+                target.write(other)
+            return step(trainer)
+
+        def replaced(*arguments: Any) -> Any:
+            (tmp_path / "new").write_bytes(other)
+            (tmp_path / "new").replace(file)
+            return measure(*arguments)
+
+        if when == "training":
+            monkeypatch.setattr(training.Trainer, "train_step", written_over)
+        else:
+            monkeypatch.setattr(dllm.scripts.distill, "_measure", replaced)
+        result = distil(folder, tmp_path / "out", "eval_problems=1")
+        assert result.code == 2
+        assert "was changed by another program during this run" in result.err.splitlines()[-1]
 
     def test_a_training_that_diverges_ends_and_keeps_what_was_good(self, model: Path, tmp_path: Path) -> None:
         out = tmp_path / "out"

@@ -6,6 +6,7 @@ import gc
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -16,15 +17,17 @@ from torch import Tensor
 
 import dllm
 from contract_rig import BACKBONES, BY_NAME, PROMPTS
+from dllm.checks import Notice
 from dllm.decoding import graphs
 from dllm.decoding.compatibility import unmet
 from dllm.decoding.window import Edit, Window
+from dllm.evaluation.likelihood import Estimate, loglikelihood
 from dllm.resolve import names
 from dllm.samplers import SSD, FreeDave, Vanilla, Wino
 from dllm.samplers.base import Denoise, Policy, commit
 from dllm.samplers.selection import top
 from engine_rig import waiting_engine
-from models import random_dream, random_llada
+from models import random_diffusion_gemma, random_dream, random_llada, random_llada2
 from toys import Device, Editing, Leftmost, Revoking, Stalling
 
 SAMPLERS: dict[str, Any] = {
@@ -399,3 +402,46 @@ class TestLengthFromMemory:
         monkeypatch.setattr("dllm.decoding.memory.free_bytes", lambda device: 1000)
         with pytest.raises(ValueError, match=r"batch_size=8 leaves no room for keys and values: .* 800 are free"):
             dllm.Engine(random_llada(), "threshold", "dual")
+
+
+class TestPrecision:
+    @pytest.mark.parametrize("cache", ["none", "dual", "dllm_cache", "sparse"])
+    def test_autocast_outside_changes_nothing(self, cache: str) -> None:
+        lm = random_llada(dtype=torch.float32)
+        expected = dllm.generate(lm, [[1, 2, 3]], "threshold", cache, gen_length=8)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = dllm.generate(lm, [[1, 2, 3]], "threshold", cache, gen_length=8)
+            likely = loglikelihood(lm, [1, 2], [3, 4], Estimate(samples=2))
+        assert torch.equal(found.sequences, expected.sequences)
+        assert likely == loglikelihood(lm, [1, 2], [3, 4], Estimate(samples=2))
+
+    def test_a_model_that_is_cast_needs_a_new_engine(self) -> None:
+        lm = random_llada(dtype=torch.float32)
+        engine = dllm.Engine(lm, "threshold", "dual", batch_size=1, max_length=40)
+        lm.backbone.to(torch.float64)
+        with pytest.raises(ValueError, match="the model has another precision than when this engine was made"):
+            engine.add([1, 2, 3], gen_length=8)
+
+    def test_dropout_that_is_on_is_told(self) -> None:
+        lm = random_llada(seed=5)
+        lm.backbone.add_module("more", torch.nn.Dropout(0.5))
+        with pytest.warns(Notice, match="dropout is on"):
+            dllm.generate(lm, [[1, 2, 3]], gen_length=4)
+        lm.backbone.eval()
+
+
+@pytest.mark.parametrize("make", [random_diffusion_gemma, random_llada2])
+def test_a_model_that_is_cast_is_the_one_that_is_loaded_in_that_precision(make: Any, tmp_path: Path) -> None:
+    make(dtype=torch.float32).backbone.save_pretrained(tmp_path)
+    loaded = dllm.load(tmp_path, device="cpu", dtype="bfloat16")
+    cast = dllm.load(tmp_path, device="cpu", dtype="float32")
+    cast.backbone.to(torch.bfloat16)
+    before, after = (dict(lm.backbone.named_buffers()) for lm in (loaded, cast))
+    assert before.keys() == after.keys() != set()
+    for name, buffer in before.items():
+        assert torch.equal(buffer.bfloat16(), after[name].bfloat16())
+        assert torch.equal(buffer, after[name]) or name.endswith("scale")
+    one, other = (
+        dllm.generate(lm, [[*range(1, 20)]], "threshold", "block", gen_length=16, seed=0) for lm in (loaded, cast)
+    )
+    assert torch.equal(one.sequences, other.sequences)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from commands import command
 from dllm import identity, resolve
 from dllm.evaluation.journal import Journal
 from dllm.evaluation.run_folder import RunFolder
+from dllm.evaluation.trace import Trace
 from dllm.files import BUNDLED, read_json
 from dllm.filters import load_filter
 from dllm.samplers import ARGuided, FreeDave, Learn2PD, Oracle
@@ -190,6 +192,18 @@ class TestFilesOfSamplers:
             change(tmp_path)
             assert identity.read_by(sampler).keys() == before.keys()
             assert identity.read_by(sampler) != before
+
+    def test_the_code_of_ones_own_classes_counts(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        file = tmp_path / "own_policy.py"
+        file.write_text("from dllm.samplers import Vanilla\n\n\nclass Own(Vanilla):\n    pass\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        own = importlib.import_module("own_policy").Own()
+        for value in (own, FreeDave(base=own)):
+            before = identity.read_by(value)
+            assert list(before) == [str(file)]
+            file.write_text(file.read_text() + "# changed\n")
+            assert identity.read_by(value) != before
+        assert identity.read_by(FreeDave()) == {}
 
     def test_bundled_ones_are_as_well(self) -> None:
         assert str(BUNDLED / "tiny-guide") in identity.read_by(ARGuided())
@@ -410,6 +424,26 @@ def test_weights_that_are_written_over_during_a_run_give_no_more_answers(
     weights.write_bytes(before)
     assert command(*words, "batch_size=1", "baselines=0").code == 0
     assert not journal.exists()
+
+
+def test_steps_that_are_removed_during_a_run_are_told_and_recorded_again(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = RunFolder.finish
+    words = ("evaluate", "model=custom", f"model.path={saved}", f"out={tmp_path}", "task.limit=2", "frames=2", *SHORT)
+
+    def without(folder: RunFolder, *arguments: Any) -> Any:
+        (folder.path / "frames" / "0.safetensors").unlink()
+        return finish(folder, *arguments)
+
+    with monkeypatch.context() as changing:
+        changing.setattr(RunFolder, "finish", without)
+        outcome = command(*words, "baselines=0")
+    assert outcome.code == 2
+    assert "frames/0.safetensors was removed by another program during this run; run the command again" in outcome.err
+    assert command(*words, "baselines=0").code == 0
+    (trace,) = tmp_path.glob("*/trace.safetensors")
+    assert len(Trace.load(trace).frames) == 2
 
 
 def test_weights_that_are_replaced_or_removed_during_a_run_are_still_those_that_were_loaded(

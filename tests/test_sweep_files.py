@@ -65,3 +65,17 @@ def test_a_full_disk_loses_nothing_that_was_measured(monkeypatch: pytest.MonkeyP
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert "| threshold + none |" in result.out
     assert "out='t' cannot be used (No space left on device); free disk space" in result.err
+
+
+@pytest.mark.parametrize("name", ["multirun.yaml", "optimization_results.yaml"])
+def test_a_sweep_keeps_files_of_others_in_its_folder(name: str) -> None:
+    Path("out").mkdir()
+    Path("out", name).write_text("mine: true\n")
+    options = "-m", "hydra.sweep.dir=out", "hydra.sweep.subdir=.", "gen_length=4", "prompt=Tom", "show=none", "seed=1,2"
+    result = command("generate", *options)
+    assert result.code == 2
+    assert f"out/{name} exists and is not of such a sweep" in result.err
+    assert Path("out", name).read_text() == "mine: true\n"
+    Path("out", name).unlink()
+    for _ in range(2):
+        assert command("generate", *options).code == 0

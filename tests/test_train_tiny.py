@@ -186,13 +186,14 @@ class TestResuming:
         succeed(interrupted, "arch=guide")
         assert same(interrupted, trained["guide"])
 
+    @pytest.mark.parametrize("kind", [SafetensorError, Exception])  # of safetensors and of tokenizers
     def test_a_full_disk_is_one_line_and_the_training_goes_on(
-        self, trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, trained: dict[str, Path], tmp_path: Path, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         out = tmp_path / "full"
 
         def full(*_: object) -> None:
-            raise SafetensorError("I/O error: No space left on device (os error 28)")
+            raise kind("I/O error: No space left on device (os error 28)")
 
         with monkeypatch.context() as patch:
             patch.setattr(application.OnWordProblems, "save", full)
@@ -474,7 +475,7 @@ class TestOtherRuns:
         assert "loss.csv is damaged" in self.refused(out)
 
     def test_at_the_same_time_are_refused(self, out: Path) -> None:
-        claim = Claim(out / "train_tiny.yaml", "it", "another")
+        claim = Claim(out / "state.pt", "it", "another")
         claim.take()
         try:
             assert "is being written by process" in self.refused(out)
@@ -493,6 +494,9 @@ class TestOtherRuns:
             new = (out / "README.new.md").read_text()
             assert "On 1 problems" in new
             assert (tmp_path / "published" / "README.md").read_text() == new
+        (out / "README.new.md").write_text("mine")
+        assert f"the new model card is {out}/README.new1.md" in train(out, "arch=llada", "eval_problems=1").out
+        assert (out / "README.new.md").read_text() == "mine"
 
 
 def test_a_training_that_diverges_ends_in_one_line(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from dllm.decoding.setup import Setup
 from dllm.decoding.step import Event, Step
 from dllm.decoding.window import Change
 from dllm.models import leading
+from dllm.models.base import own_precision
 from dllm.models.loading import LanguageModel
 from dllm.resolve import resolve
 from dllm.samplers.base import Sampler
@@ -221,9 +222,15 @@ class Engine:
             return self._count - 1
 
     def check(self, request: Request) -> None:
-        """Reject (ValueError) what the sampler cannot decode, and a model whose vocabulary was resized."""
-        if self.lm.backbone.mask_token_id != self._canvas.mask_token_id:
-            raise ValueError("the [MASK] of the model has another id than when this engine was made; make a new engine")
+        """Reject (ValueError) what the sampler cannot decode, and a model that was resized, cast or moved."""
+        backbone, made = self.lm.backbone, self._setup
+        for what, now, before in (
+            ("[MASK] id", backbone.mask_token_id, made.mask_token_id),
+            ("precision", backbone.dtype, made.dtype),
+            ("device", self.lm.device, made.device),
+        ):
+            if now != before:
+                raise ValueError(f"the model has another {what} than when this engine was made; make a new engine")
         if request.open_ended and self.sampler.opening(request) is None:
             raise ValueError("gen_length=auto needs a sampler that finds the length (daedal); use it, or give a number")
         if request.constraint is not None and (at_once := sorted(compatibility.AT_ONCE & self.sampler.needs)):
@@ -272,7 +279,7 @@ class Engine:
         Raises:
             RuntimeError: a sampler broke its contract: it wrote outside the generated region, or makes no progress.
         """
-        with self._stepping, torch.inference_mode():
+        with self._stepping, torch.inference_mode(), own_precision(self.lm.device):
             started, uncounted = time.perf_counter(), self._uncounted()
             self._exchange()
             if not self._canvas.rows.size:

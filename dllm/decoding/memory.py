@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dllm.cache.base import Cache
 from dllm.checks import Notice
@@ -30,6 +30,8 @@ class Memory:
 
     def __init__(self, backbone: MaskedDiffusionModel) -> None:
         self._backbone, self._weights = backbone, weights_of(backbone)
+        if any(each.training and each.p for each in backbone.modules() if isinstance(each, nn.Dropout)):
+            warnings.warn("dropout is on, which makes answers random; call lm.backbone.eval()", Notice, stacklevel=2)
         if unused := unused_hooks(backbone):
             warnings.warn(
                 f"hooks of {unused[0]} do not run, which only holds other modules; put them on its parts, or on its "

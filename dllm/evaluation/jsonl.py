@@ -126,12 +126,15 @@ class AnswerFile:
             if self.prepare is not None:
                 self.prepare()
             self._open()
-        self.hashes[answer["id"]] = hash_of(answer)  # before a signal can come: what is missing is decoded again
+        written = True
         try:
             self._write(write_line(answer))
         except OSError:
-            del self.hashes[answer["id"]]
+            written = False
             raise
+        finally:  # even where a signal comes meanwhile: what is missing of it is decoded again
+            if written:
+                self.hashes[answer["id"]] = hash_of(answer)
         if time.monotonic() - self._synced > _SYNC_SECONDS:
             self._sync()
 

@@ -49,6 +49,7 @@ from dllm.decoding.prediction import Prediction, Sampling
 from dllm.decoding.prompts import entries, token_list
 from dllm.models import leading
 from dllm.models.attention import BlockCausal
+from dllm.models.base import own_precision
 from dllm.models.loading import LanguageModel
 from dllm.samplers import Vanilla
 
@@ -129,7 +130,7 @@ def loglikelihood(lm: LanguageModel, prefix: Sequence[int], target: Sequence[int
     pattern = _pattern(lm, estimate.block_length)
     if len(target) == 0:
         return 0.0
-    with torch.inference_mode(), torch.device("cpu"):  # whatever the user's default device is
+    with torch.inference_mode(), torch.device("cpu"), own_precision(lm.device):  # whatever the user's defaults are
         text = _Text(lm, prefix, target, estimate.cfg_scale, pattern)
         sizes = block_sizes(pattern, len(prefix), len(target))
         if estimate.order == "confidence":

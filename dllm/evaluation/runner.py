@@ -25,6 +25,7 @@ from dllm.evaluation.journal import Journal
 from dllm.evaluation.likelihood import Estimate, is_greedy, loglikelihood
 from dllm.evaluation.records import Query, Record, follow
 from dllm.evaluation.trace import Frames, Trace
+from dllm.files import disturbed
 from dllm.identity import Stamp, check_weights
 from dllm.models.loading import LanguageModel
 from dllm.samplers import Vanilla
@@ -195,12 +196,20 @@ class Runner:
         return list(found.values())
 
     def frames(self, records: Sequence[Record]) -> list[Frames]:
-        """The recorded steps of some answers."""
+        """The recorded steps of some answers.
+
+        Raises:
+            OSError: another program removed or changed some.
+        """
         if self._traces is None:
             return []
-        files = self.journal.of("film")
-        found = [self._load_trace(record) for record in records if record.id in files]
-        return [each for each in found if each is not None]
+        found, files = list[Frames](), self.journal.of("film")
+        for record in (each for each in records if each.id in files):
+            frames, file = self._load_trace(record), self._traces / files[record.id]
+            if frames is None:
+                raise disturbed(str(file), file, "; run the command again, which records these steps again")
+            found.append(frames)
+        return found
 
     def close(self, remove: bool = False) -> None:
         """Release the run; with `remove`, delete the files of an unfinished run."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -244,6 +245,23 @@ class MaskedDiffusionModel(PreTrainedModel):
             weights = ((name, _at_hand(self, name, weight)) for name, weight in self.state_dict(keep_vars=True).items())
         return checksum(chain([(settings, torch.empty(0, device="cpu"))], weights))
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Cast and move the weights; tables, and what is loaded in float32 whatever the precision, are not cast."""
+        kept_wide = self._keep_in_fp32_modules_strict or ()
+        places = [
+            (each, name)
+            for each in self.modules()
+            for name in each._buffers
+            if name in each._non_persistent_buffers_set or name in kept_wide
+        ]
+        before = [each._buffers[name] for each, name in places]
+        result = super()._apply(fn, recurse)
+        for (each, name), kept in zip(places, before, strict=True):
+            now = each._buffers[name]
+            if kept is not None and now is not None and now.dtype != kept.dtype and not kept.is_meta:
+                each._buffers[name] = kept.to(now.device)
+        return result
+
     def settings(self) -> str:
         """What changes results and is not in the weights, as a text."""
         config = self.config
@@ -444,3 +462,9 @@ def _per_query(attention_mask: Tensor | None) -> Tensor | None:
     if attention_mask is None or attention_mask.ndim == 4:
         return attention_mask
     return attention_mask.bool()[:, None, None, :]
+
+
+def own_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Without autocast, whatever is on outside: a model computes in the precision of its weights."""
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()

@@ -16,7 +16,7 @@ from cache_rig import planned, selected
 from dllm.cache import D2Cache
 from dllm.cache.d2cache import Watched, density, inflate, nucleus
 from engine_rig import observed
-from models import random_dream, random_llada
+from models import random_dream, random_fast_dllm, random_llada, random_sdar
 from sampler_rig import facts
 from toys import Leftmost
 
@@ -121,3 +121,10 @@ def test_bad_options_are_refused(options: dict[str, Any]) -> None:
     (name,) = options
     with pytest.raises(ValueError, match=name):
         D2Cache(**options)
+
+
+@pytest.mark.parametrize("make", [random_fast_dllm, random_sdar])
+def test_confidences_are_not_asked_of_finished_blocks(make: Any) -> None:
+    for prompt in ([5, 11], [1, 2, 3, 4, 5]):  # the first mask may be read in the finished block before it
+        out = dllm.generate(make(), [prompt], "lopa", "d2cache", gen_length=13, seed=0)
+        assert not (out.completions == 63).any()

@@ -118,3 +118,13 @@ def test_it_refuses_what_cannot_verify() -> None:
     outcome = command("generate", "sampler=s2d2", "block_length=1")
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert "use ssd or freedave" in outcome.err
+
+
+@pytest.mark.parametrize("cache", ["block", "prefix", "freecache", "dual"])
+@pytest.mark.parametrize("make", [random_fast_dllm, random_sdar, random_llada2])
+def test_tokens_that_are_given_between_masks_do_not_see_later_ones(make: Any, cache: str) -> None:
+    lm = make(vocab=20)
+    mask = lm.backbone.mask_token_id
+    text = [[0, 15, 13, mask, mask, mask, 9, 11, 12, mask, mask], [1, 2, mask, 4, mask, mask, 7, mask]]
+    expected = dllm.infill(lm, text, "vanilla", "none", seed=0, block_length=1)
+    assert torch.equal(dllm.infill(lm, text, "s2d2", cache, seed=0, block_length=1).sequences, expected.sequences)
