@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders
 from tokenizers.models import BPE, WordPiece
 from transformers import PreTrainedTokenizerFast
 
@@ -27,6 +27,9 @@ pytest.importorskip("outlines_core")
 from dllm.structure import compiled, language  # noqa: E402
 from dllm.structure.language import Automaton, compile_regex, minimal  # noqa: E402
 from dllm.structure.tokens import END, TokenAutomaton, lift, token_bytes  # noqa: E402
+
+REPLACE = decoders.Replace("\u2581", " ")
+LLAMA = decoders.Sequence([REPLACE, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
 
 # The first one ends the text, and two are parts of a character.
 WORDS = [None, b"a", b"b", b"ab", b"ba", b"aab", b"c", b"\xc3", b"\xa9", "é".encode()]
@@ -52,7 +55,7 @@ def completions(automaton: Automaton, row: list[int], free: int | None = None) -
 
 def lifted(regex: str) -> tuple[Automaton, TokenAutomaton, np.ndarray]:
     automaton = compile_regex(regex, "regex")
-    tokens = lift(automaton, WORDS, "regex")
+    tokens = lift(automaton, WORDS, WORDS, "regex")
     return automaton, tokens, np.where(np.arange(len(WORDS)) == 0, END, tokens.classes)
 
 
@@ -518,7 +521,7 @@ def test_a_large_vocabulary_takes_seconds_and_few_classes() -> None:
         words.add("".join(source.choices(pieces, k=source.randrange(1, 7))).encode()[: source.randrange(2, 30)])
     form = read_format({"type": "json_object"})
     assert form is not None
-    tokens = lift(form.compiled.automaton, sorted(words), form.name)
+    tokens = lift(form.compiled.automaton, sorted(words), sorted(words), form.name)
     assert tokens.table.shape[1] < 3000
     assert tokens.table.nbytes < 2**24
     assert Tracker(tokens, 512).allowed(3).any()
@@ -527,30 +530,63 @@ def test_a_large_vocabulary_takes_seconds_and_few_classes() -> None:
 class TestTokenizers:
     def test_bytes_of_a_byte_level_vocabulary(self) -> None:
         words = text_tokenizer()
-        written, strips = token_bytes(words, len(words) + 3)
-        assert not strips
+        written, first = token_bytes(words, len(words) + 3)
+        assert written == first
         assert written[words.convert_tokens_to_ids("Ġa")] == b" a"
         assert b"\xc3" in written and "é".encode() in written
         assert written[words.eos_token_id] is written[words.mask_token_id] is written[len(words)] is None
 
-    def test_a_space_that_is_dropped_does_not_begin_an_answer(self) -> None:
-        backend = Tokenizer(BPE({"\u2581a": 0, "a": 1, "<0x62>": 2, "\u2581": 3}, [], byte_fallback=True))
-        backend.decoder = decoders.Sequence(
-            [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        )
+    @pytest.mark.parametrize(
+        ("decoder", "regex"),
+        [
+            (LLAMA, " ?a[ b]?a? ?"),
+            (LLAMA, "(é|a)*"),
+            (decoders.Sequence([REPLACE, decoders.ByteFallback(), decoders.Fuse()]), " ?a(▁| )*é?a?"),
+            (decoders.Sequence([decoders.ByteFallback(), REPLACE, decoders.Fuse()]), "(▁| |a)*é"),
+            (decoders.Sequence([REPLACE, decoders.Replace("b", "x"), decoders.Fuse()]), "[abx ]*"),
+            (decoders.Sequence([decoders.Fuse(), REPLACE, decoders.Strip("a", 1, 0)]), "[ab ]*"),
+            (decoders.Metaspace(), " ?(a b?)* ?"),
+            (decoders.Metaspace(prepend_scheme="never"), " ?(a b?)* ?"),
+            (decoders.Metaspace(replacement="b"), "[a ]*"),
+            (decoders.ByteLevel(), "(é|a|▁)*"),
+        ],
+        ids=str,
+    )
+    def test_exactly_the_texts_that_the_library_writes_are_allowed(self, decoder: Any, regex: str, here: None) -> None:
+        pieces = ["a", "b", "▁", "▁a", "a▁", "a▁b", "Ã", "©", "<0xC3>", "<0xA9>", "<0xE2>", "<0x96>", "<0x81>"]
+        backend = Tokenizer(BPE({piece: number for number, piece in enumerate(pieces)}, [], byte_fallback=True))
+        backend.decoder = decoder
         words = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
+        words.add_tokens(["é"])
         words.add_special_tokens({"eos_token": "<end>"})
-        assert token_bytes(words, 5) == ([b" a", b"a", b"b", b" ", None], True)
-        form = read_format({"type": "regex", "regex": " ?a[ b]a?"})
+        form = read_format({"type": "regex", "regex": regex})
         assert form is not None
-        made = Constraint.build(form, words, 5, [4])
-        tracker = Tracker(made.automaton, 4)
-        assert np.flatnonzero(tracker.allowed(0)[made.classes]).tolist() == [1]
+        made = Constraint.build(form, words, len(words), [words.eos_token_id])
+        for row in (each for length in (1, 2, 3) for each in itertools.product(range(len(words) - 1), repeat=length)):
+            state = made.automaton.start
+            for token in row:
+                state = int(made.automaton.table[state, made.classes[token]])
+            text = words.decode(row)
+            if made.automaton.final[state]:
+                assert re.fullmatch(regex, text), words.convert_ids_to_tokens(row)
+            elif not any(pieces[token : token + 1] and pieces[token].startswith("<0x") for token in row):
+                assert not re.fullmatch(regex, text), words.convert_ids_to_tokens(row)
 
-    def test_other_tokenizers_are_rejected(self) -> None:
+    @pytest.mark.parametrize(
+        ("decoder", "named"),
+        [
+            (decoders.WordPiece(), "its decoder is WordPiece"),
+            (decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 1, 1)]), "its decoder strips 1 and 1 of ' '"),
+            (decoders.Sequence([decoders.Strip(" ", 1, 0), decoders.Fuse()]), "its decoder is Strip, Fuse"),
+            (decoders.Sequence([decoders.Replace("ab", "x"), decoders.Fuse()]), "its decoder replaces 'ab'"),
+            (decoders.Sequence([decoders.Replace(Regex("."), "x"), decoders.Fuse()]), "its decoder replaces '.'"),
+        ],
+        ids=str,
+    )
+    def test_other_tokenizers_are_rejected(self, decoder: Any, named: str) -> None:
         backend = Tokenizer(WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
-        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
-        with pytest.raises(ValueError, match="does not support the tokenizer of this model"):
+        backend.decoder = decoder
+        with pytest.raises(ValueError, match=f"does not support the tokenizer of this model .{re.escape(named)}"):
             token_bytes(PreTrainedTokenizerFast(tokenizer_object=backend), 3)
 
 

@@ -36,14 +36,14 @@ class Pieces:
         return self._known[token]
 
     @cached_property
-    def _bytes(self) -> tuple[Sequence[bytes | None], bool]:
-        """What each token writes into a text, and whether a space that begins one is dropped; nothing if unknown."""
+    def _bytes(self) -> tuple[Sequence[bytes | None], Sequence[bytes | None]]:
+        """What each token writes into a text, and what at its begin; nothing if unknown."""
         if self.tokenizer is None:
-            return (), False
+            return (), ()
         try:
             return token_bytes(self.tokenizer, max(self.tokenizer.get_vocab().values()) + 1)
         except ValueError:
-            return (), False
+            return (), ()
 
     def written(self, token: int) -> bytes:
         """The bytes of a token; of a special one, those of its name."""
@@ -61,14 +61,14 @@ class Pieces:
 
     def offsets(self, tokens: Sequence[int]) -> list[int]:
         """The characters of the text that are complete before each of its tokens."""
-        words, strips = self._bytes
+        words, known = self._bytes[1], len(self._bytes[0])
         decoder, found, length = codecs.getincrementaldecoder("utf-8")("replace"), list[int](), 0
         for token in tokens:
             found.append(length)
-            written = words[token] if token < len(words) else self.written(token)
-            if strips and not length:
-                written = (written or b"").removeprefix(b" ")
-            length += len(decoder.decode(written or b""))  # special tokens are in no text
+            written = words[token] if token < known else self.written(token)
+            if written is not None:  # special tokens are in no text
+                words = self._bytes[0]
+                length += len(decoder.decode(written))
         return found
 
 

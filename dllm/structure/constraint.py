@@ -27,13 +27,12 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from dllm.structure.formats import ResponseFormat
-from dllm.structure.language import Automaton
 from dllm.structure.tokens import END, NOTHING, NOWHERE, TokenAutomaton, lift, token_bytes
 
 MASK = -1  # class of a mask
 _KEPT = 16  # formats of a tokenizer
 
-_Words: TypeAlias = tuple[list[bytes | None], bool]
+_Words: TypeAlias = tuple[Sequence[bytes | None], Sequence[bytes | None]]
 _lock = Lock()
 _words: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[Any, ...], _Words]] = WeakKeyDictionary()
 _built: WeakKeyDictionary[PreTrainedTokenizerBase, OrderedDict[tuple[Any, ...], Constraint]] = WeakKeyDictionary()
@@ -93,10 +92,8 @@ class Constraint:
         sizes, key = _words.setdefault(tokenizer, {}), (size, len(tokenizer), _special(tokenizer))
         if key not in sizes:
             sizes[key] = token_bytes(tokenizer, size)
-        words, strips = sizes[key]
-        automaton = form.compiled.automaton
-        automaton = _without_space(automaton) if strips else automaton
-        lifted = lift(automaton, [None if number in ends else word for number, word in enumerate(words)], form.name)
+        words, first = ([None if n in ends else word for n, word in enumerate(each)] for each in sizes[key])
+        lifted = lift(form.compiled.automaton, words, first, form.name)
         classes = lifted.classes.copy()
         classes[[number for number in ends if number < size]] = END
         return cls(lifted, classes, _special(tokenizer), form.key)
@@ -214,14 +211,6 @@ class Tracker:
             if not states.any():
                 return False
         return bool((states & self._after(high)).any())
-
-
-def _without_space(automaton: Automaton) -> Automaton:
-    """The words that do not begin with a space, of tokenizers that would drop it."""
-    follow = np.concatenate((automaton.follow, automaton.follow[automaton.start][None]))
-    follow[-1, ord(" ")] = 0
-    accepting = np.append(automaton.accepting, automaton.accepting[automaton.start])
-    return Automaton(follow, len(follow) - 1, accepting)
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

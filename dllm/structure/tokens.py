@@ -9,6 +9,8 @@ on the way. Characters that are split across tokens need no care, since states l
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +25,11 @@ NOWHERE, NOTHING, END = 0, 1, 2
 _MOST_ENTRIES = 2**27  # of a table, in two or four bytes each
 _REMEMBERED = 512  # sets of allowed classes
 _CHUNK = 2048
+# Decoders that write one token after another, up to a letter that begins the text.
+_READABLE = re.compile(
+    "(Replace |Metaspace )*ByteLevel (Strip )?|(Replace |Metaspace |ByteFallback )*(Fuse (Replace )*(Strip )?)?"
+)
+_BYTE = re.compile(rb"<0x([0-9A-Fa-f]{2})>")
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,22 +83,34 @@ class TokenAutomaton:
         return found
 
 
-def lift(automaton: Automaton, words: list[bytes | None], name: str) -> TokenAutomaton:
+def lift(
+    automaton: Automaton, words: Sequence[bytes | None], first: Sequence[bytes | None], name: str
+) -> TokenAutomaton:
     """The automaton over the tokens of a vocabulary.
 
     Args:
         automaton: over bytes.
-        words: bytes of each token; None where it may not be written.
+        words: bytes of each token after another one; None where it may not be written.
+        first: those of each token that begins a text.
         name: of the format in errors.
 
     Raises:
         ValueError: the tokens cannot write any word, or the table would be too large.
     """
+    after, begin = _after(automaton, first), len(automaton.follow)  # a state to which nothing leads back
+    automaton = Automaton(
+        np.concatenate((automaton.follow, automaton.follow[automaton.start][None])),
+        begin,
+        np.append(automaton.accepting, automaton.accepting[automaton.start]),
+    )
     maps, classes = _maps(automaton, words, name)
-    used, classes = np.unique(classes, return_inverse=True)  # the others are of prefixes only
+    # Tokens that begin a text otherwise are of other classes; maps of prefixes are dropped.
+    kinds, classes = np.unique(classes * (begin + 1) + after, return_inverse=True)
+    used, after = np.divmod(kinds, begin + 1)
     table, classes = maps[used].T, classes.ravel()
+    table[begin] = after
     kept = _useful(automaton, table)
-    if not kept[automaton.start]:
+    if not kept[begin]:
         raise ValueError(
             f"{name} cannot be written with the tokens of this model; use other characters, or another model"
         )
@@ -109,19 +128,33 @@ def lift(automaton: Automaton, words: list[bytes | None], name: str) -> TokenAut
     whole[final, END] = last
     source, target = _edges(np.delete(whole, NOTHING, axis=1))
     distance = _distance(final, source, target)
-    return TokenAutomaton(whole, classes, int(number[automaton.start]), final, distance, source, target)
+    return TokenAutomaton(whole, classes, int(number[begin]), final, distance, source, target)
+
+
+def _after(automaton: Automaton, words: Sequence[bytes | None]) -> NDArray[np.int64]:
+    """(V,) the state after each token at the start, the same after one that writes nothing."""
+    flat, begin, lengths = _flat(words)
+    states = np.array([0 if word is None else automaton.start for word in words], dtype=np.int64)
+    for at in range(lengths.max(initial=0)):
+        alive = np.flatnonzero((states > 0) & (lengths > at))
+        states[alive] = automaton.follow[states[alive], flat[begin[alive] + at]]
+    return states
+
+
+def _flat(words: Sequence[bytes | None]) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
+    """The bytes of all tokens, where each begins, and how many it has."""
+    lengths = np.array([len(word or b"") for word in words], dtype=np.int64)
+    return np.frombuffer(b"".join(word or b"" for word in words), dtype=np.uint8), lengths.cumsum() - lengths, lengths
 
 
 def _maps(
-    automaton: Automaton, words: list[bytes | None], name: str
+    automaton: Automaton, words: Sequence[bytes | None], name: str
 ) -> tuple[NDArray[np.integer[Any]], NDArray[np.int64]]:
     """The (C, S) maps of all tokens, and the map of each; the first leads nowhere."""
     columns, kind = distinct_columns(automaton.follow)
     states = len(automaton.follow)
     follow = automaton.follow[:, columns].astype(np.uint16 if states < 2**16 else np.uint32)
-    lengths = np.array([len(word) if word else 0 for word in words])
-    flat = np.frombuffer(b"".join(word or b"" for word in words), dtype=np.uint8)
-    begin = lengths.cumsum() - lengths
+    flat, begin, lengths = _flat(words)
     maps = [np.zeros(states, dtype=follow.dtype), np.arange(states, dtype=follow.dtype)]
     known = {each.tobytes(): number for number, each in enumerate(maps)}
     classes = (lengths > 0).astype(np.int64)
@@ -180,8 +213,8 @@ def _distance(final: NDArray[np.bool_], source: NDArray[np.int64], target: NDArr
         distance[near] = step
 
 
-def token_bytes(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[bytes | None], bool]:
-    """What each token writes, None for special ones; and whether a space that begins the text is dropped.
+def token_bytes(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[Sequence[bytes | None], Sequence[bytes | None]]:
+    """What each token writes after another one, and what at the begin of a text; None for special ones.
 
     Args:
         tokenizer: of the model.
@@ -193,35 +226,45 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[byt
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise _unknown("it has no tokenizer.json")
-    content = json.loads(backend.to_str())
-    decoders = _decoders(content["decoder"])
-    kinds = {each["type"] for each in decoders}
-    added = tokenizer.added_tokens_decoder
-    special = set(tokenizer.all_special_ids) | {number for number, token in added.items() if token.special}
-    if kinds == {"ByteLevel"}:
-        alphabet = _byte_alphabet()
-
-        def written(piece: str) -> bytes | None:
-            return bytes(alphabet[letter] for letter in piece) if all(each in alphabet for each in piece) else None
-    elif kinds == {"Fuse"}:
-
-        def written(piece: str) -> bytes | None:
-            return piece.encode()
-    elif kinds <= {"Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"} and kinds & {"Metaspace", "Replace"}:
-
-        def written(piece: str) -> bytes | None:
-            if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">") and "ByteFallback" in kinds:
-                return bytes([int(piece[3:5], 16)])
-            return piece.replace("\u2581", " ").encode()
-    else:
-        raise _unknown(f"its decoder is {', '.join(sorted(kinds)) or 'null'}")
+    steps = _steps(json.loads(backend.to_str())["decoder"])
+    special = set(tokenizer.all_special_ids)
+    special |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     words: list[bytes | None] = [None] * size
+    first = words.copy()
     for piece, number in tokenizer.get_vocab().items():
         if number < size and number not in special:
-            words[number] = piece.encode() if number in added else written(piece)
-    strips = bool(kinds & {"Metaspace", "Strip"})
-    _probe(tokenizer, words, strips)
-    return words, strips
+            words[number], first[number] = _written(piece, steps, begins=False), _written(piece, steps, begins=True)
+    _probe(tokenizer, words, first)
+    return words, first
+
+
+def _steps(decoder: Any) -> list[tuple[str, bytes, bytes]]:
+    """The steps of a decoder: their kinds, what they look for, and what they write for it.
+
+    Raises:
+        ValueError: one that does not write one token after another.
+    """
+    decoders = _decoders(decoder)
+    kinds = "".join(f"{each['type']} " for each in decoders)
+    if not kinds or not _READABLE.fullmatch(kinds):
+        raise _unknown(f"its decoder is {', '.join(kinds.split()) or 'null'}")
+    steps = []
+    for each in decoders:
+        kind, old, new = each["type"], "", " "
+        match kind:
+            case "Replace":
+                (old,), new = each["pattern"].values(), each["content"]
+                if len(old) != 1 or ("Regex" in each["pattern"] and re.escape(old) != old):
+                    raise _unknown(f"its decoder replaces {old!r}")
+            case "Metaspace":
+                old = each["replacement"]
+                kind = "Replace" if each["prepend_scheme"] == "never" else kind
+            case "Strip":
+                old = each["content"] * each["start"]
+                if len(old) > 1 or each["stop"]:
+                    raise _unknown(f"its decoder strips {each['start']} and {each['stop']} of {each['content']!r}")
+        steps.append((kind, old.encode(), new.encode()))
+    return steps
 
 
 def _decoders(decoder: Any) -> list[dict[str, Any]]:
@@ -239,21 +282,49 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in shown} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
 
 
-def _probe(tokenizer: PreTrainedTokenizerBase, words: list[bytes | None], strips: bool) -> None:
-    """Reject a tokenizer that writes some pairs of tokens otherwise."""
+_ALPHABET = _byte_alphabet()
+
+
+def _written(piece: str, steps: list[tuple[str, bytes, bytes]], *, begins: bool) -> bytes | None:
+    """What a token writes, at the begin of a text or after others; None where other tokens decide that."""
+    found, part = piece.encode(), False
+    for kind, old, new in steps:
+        match kind:
+            case "ByteLevel":
+                letters = found.decode()
+                found = bytes(_ALPHABET[each] for each in letters) if _ALPHABET.keys() >= set(letters) else found
+            case "ByteFallback":
+                if code := _BYTE.fullmatch(found):
+                    found, part = bytes([int(code[1], 16)]), True
+            case "Replace" | "Metaspace" if part and found in old:  # with the bytes after it, it may be replaced
+                return None
+            case "Replace":
+                found = found.replace(old, new)
+            case "Metaspace":  # drops all of the first token, wherever they are in it
+                found = found.replace(old, b"" if begins else new)
+            case "Strip" if begins:
+                found = found.removeprefix(old)
+    return found
+
+
+def _probe(tokenizer: PreTrainedTokenizerBase, words: Sequence[bytes | None], first: Sequence[bytes | None]) -> None:
+    """Reject a tokenizer that writes some texts otherwise."""
     numbers = [number for number, word in enumerate(words) if word]
     every = max(1, len(numbers) // 64)
-    pairs = [*zip(numbers[::every], numbers[1::every], strict=False)]
+    texts = [[*pair] for pair in zip(numbers[::every], numbers[1::every], strict=False)]
     number = {words[number]: number for number in numbers}
     # What `clean_up_tokenization_spaces` would change.
-    pairs += [
-        (number[one], number[other]) for one, other in ((b"a", b" ."), (b" ", b".")) if {one, other} <= set(number)
-    ]
-    for first, second in pairs:
-        expected = ((words[first] or b"") + (words[second] or b"")).decode(errors="replace")
-        found = str(tokenizer.decode([first, second], skip_special_tokens=True))
-        whole = "\ufffd" not in expected + found  # parts of characters are shown in different ways
-        if whole and found != expected and not (strips and found == expected.removeprefix(" ")):
+    for mark in (b".", b"?", b"!", b","):
+        texts += [
+            [numbers[0], *map(number.__getitem__, tail)]
+            for tail in ([b" " + mark], [b" ", mark])
+            if number.keys() >= set(tail)
+        ]
+    for text in texts:
+        written = [first[text[0]], *(words[each] for each in text[1:])]
+        expected = b"".join(each or b"" for each in written).decode(errors="replace")
+        found = str(tokenizer.decode(text, skip_special_tokens=True))
+        if "\ufffd" not in expected + found and found != expected:  # parts of characters are shown in different ways
             raise _unknown(f"it writes {found!r} for {expected!r}")
 
 
