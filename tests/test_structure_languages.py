@@ -553,7 +553,7 @@ class TestTokenizers:
         ids=str,
     )
     def test_exactly_the_texts_that_the_library_writes_are_allowed(self, decoder: Any, regex: str, here: None) -> None:
-        pieces = ["a", "b", "▁", "▁a", "a▁", "a▁b", "Ã", "©", "<0xC3>", "<0xA9>", "<0xE2>", "<0x96>", "<0x81>"]
+        pieces = ["a", "b", "▁", "▁▁", "▁a", "a▁", "a▁b", "Ã", "©", "<0xC3>", "<0xA9>", "<0xE2>", "<0x96>", "<0x81>"]
         backend = Tokenizer(BPE({piece: number for number, piece in enumerate(pieces)}, [], byte_fallback=True))
         backend.decoder = decoder
         words = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
