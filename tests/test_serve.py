@@ -453,6 +453,49 @@ def test_formats_that_take_long_keep_nobody_else_waiting(
         assert server.post("completions", formatted).status_code == 200
 
 
+def test_formats_of_clients_that_go_away_are_not_compiled(
+    lm: dllm.LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled, plan, begun = threading.Event(), Terms.plan, list[str]()
+
+    def slow(terms: Terms, request: Any) -> Any:
+        begun.append(request.prompt)
+        compiled.wait(60)
+        return plan(terms, request)
+
+    monkeypatch.setattr(Terms, "plan", slow)
+    form = {"type": "choice", "choice": ["8", "12"]}
+    with serving(lm, batch_size=1, queue=1) as server, ThreadPoolExecutor(2) as clients:
+
+        def wait_for(count: int) -> None:
+            deadline = time.monotonic() + 30
+            while len(server.service.planned) != count and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert len(server.service.planned) == count
+
+        def ask(prompt: str) -> httpx.Response:
+            return server.post("completions", {"prompt": prompt, "max_tokens": 8, "response_format": form})
+
+        answers = [clients.submit(ask, "first")]
+        try:
+            wait_for(1)
+            for _ in range(3):
+                raw = json.dumps({"prompt": "gone", "response_format": form}).encode()
+                with socket.create_connection(("127.0.0.1", server.server._listener.getsockname()[1])) as client:
+                    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n\r\n"
+                    client.sendall(head.encode() + raw)
+                    wait_for(2)
+                wait_for(1)
+            answers.append(clients.submit(ask, "last"))
+            wait_for(2)
+            assert ask("too many").status_code == 429
+        finally:
+            compiled.set()
+        assert {each.result().status_code for each in answers} == {200}
+        assert begun == ["first", "last"]
+        assert [line["status"] for line in server.log.lines].count(499) == 3
+
+
 def test_a_request_that_takes_too_long_ends(lm: dllm.LanguageModel) -> None:
     body = {"prompt": QUESTION, "max_tokens": 450, "dllm": {"stop_at_eos": False, "block_length": 450}}
     with serving(lm, timeout=0.3) as server:

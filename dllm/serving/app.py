@@ -21,10 +21,11 @@ from dllm.serving.answers import Writer, dumps, error, event, failed
 from dllm.serving.events import Pieces
 from dllm.serving.limits import Guard, Limits, SlowReaderError
 from dllm.serving.log import Log
-from dllm.serving.loop import STOPPING, EngineLoop, FullError, StoppingError
+from dllm.serving.loop import GONE, STOPPING, EngineLoop, FullError, StoppingError
 from dllm.serving.protocol import BadRequestError, ChatRequest, CompletionRequest, Plan, Terms, parse
 from dllm.serving.static import HEADERS, files
 from dllm.serving.ticket import Failure, News, Ticket
+from dllm.structure.compiled import SECONDS
 
 
 class Json(JSONResponse):
@@ -71,6 +72,7 @@ class Service:
         sampler: name of the server's own policy.
         cache: name of the cache.
         formats: reads requests with a format, one at a time: compiling one may take long, and others must not wait.
+        planned: those that wait for it.
     """
 
     terms: Terms
@@ -81,6 +83,7 @@ class Service:
     sampler: str
     cache: str
     formats: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "dllm-formats"))
+    planned: set[asyncio.Future[Plan]] = field(default_factory=set)
 
     @property
     def late(self) -> Failure:
@@ -188,22 +191,21 @@ async def _answer(
     loop = service.loop
     body = await http.body()
     entry, late = service.log.entry(http.url.path), time.monotonic() + service.timeout
-    try:
-        request = parse(kind, body)
-        plan = await _plan(service, request)
-    except BadRequestError as problem:
-        loop.metrics.refuse()
-        entry.refused(problem.status, problem.message)
-        raise
     news, asyncio_loop = asyncio.Event(), asyncio.get_running_loop()
 
     def notify() -> None:
         with suppress(RuntimeError):  # the server has stopped
             asyncio_loop.call_soon_threadsafe(news.set)
 
-    tickets = [Ticket(job, pieces, notify) for job in plan.jobs]
     try:
+        request = parse(kind, body)
+        plan = await _plan(service, request, http)
+        tickets = [Ticket(job, pieces, notify) for job in plan.jobs]
         loop.submit(tickets)
+    except BadRequestError as problem:
+        loop.metrics.refuse()
+        entry.refused(problem.status, problem.message)
+        raise
     except FullError as full:
         loop.metrics.refuse()
         entry.refused(429, "the queue is full")
@@ -222,7 +224,7 @@ async def _answer(
         entry.ended(tickets)
 
     try:
-        async with following.while_there(http):
+        async with _while_there(http, following.give_up):
             # A stream begins once the engine has accepted the request: until then it can be an error of its own.
             until = following.admitted if plan.stream else following.answered
             while not until() and following.failure is None:
@@ -239,25 +241,46 @@ async def _answer(
     return Json(writer.whole([ticket.answer for ticket in tickets if ticket.answer is not None]))
 
 
-async def _plan(service: Service, request: ChatRequest | CompletionRequest) -> Plan:
-    """What a request asks for, within its time and while the server runs.
+async def _plan(service: Service, request: ChatRequest | CompletionRequest, http: Request) -> Plan:
+    """What a request asks for, within its time, and while its client is there and the server runs.
 
     Raises:
         BadRequestError: it cannot be carried out.
+        FullError: too many others wait for their formats.
     """
-    plan = service.terms.plan
+    plan, loop = service.terms.plan, service.loop
     try:
         async with asyncio.timeout(service.timeout):
             if request.response_format in (None, {"type": "text"}):
                 return await run_in_threadpool(plan, request)
-            return await asyncio.get_running_loop().run_in_executor(service.formats, plan, request)
+            if len(service.planned) >= loop.most:
+                raise FullError(SECONDS)
+            planned = asyncio.get_running_loop().run_in_executor(service.formats, plan, request)
+            service.planned.add(planned)
+            planned.add_done_callback(service.planned.discard)
+            async with _while_there(http, planned.cancel):
+                return await planned
     except TimeoutError:
         failure = service.late
     except asyncio.CancelledError:
-        if not service.loop.stopping:
-            raise
-        failure = STOPPING
+        failure = STOPPING if loop.stopping else GONE
     raise BadRequestError(failure.message, status=failure.status)
+
+
+@asynccontextmanager
+async def _while_there(http: Request, leave: Callable[[], object]) -> AsyncIterator[None]:
+    """Call a function once the client is gone."""
+
+    async def gone() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+        leave()
+
+    watch = asyncio.create_task(gone())
+    try:
+        yield
+    finally:
+        watch.cancel()
 
 
 class Following:
@@ -272,21 +295,6 @@ class Following:
 
     def __init__(self, service: Service, tickets: Sequence[Ticket], news: asyncio.Event, until: float) -> None:
         self._service, self.tickets, self._news, self._until = service, tickets, news, until
-
-    @asynccontextmanager
-    async def while_there(self, http: Request) -> AsyncIterator[None]:
-        """Give up once the client is gone."""
-
-        async def gone() -> None:
-            while (await http.receive())["type"] != "http.disconnect":
-                pass
-            self.give_up()
-
-        watch = asyncio.create_task(gone())
-        try:
-            yield
-        finally:
-            watch.cancel()
 
     def admitted(self) -> bool:
         """Whether the engine has accepted all choices."""

@@ -27,6 +27,7 @@ from dllm.serving.ticket import NAMES, Failure, SamplerChoice, Ticket
 _LONGEST_WAIT = 60  # seconds that a client is told to wait at most
 _MOST_FAILURES = 3  # of engines in a row, after which the server is no longer healthy
 STOPPING = Failure(503, "the server is stopping; try again later, or another one", "refused")
+GONE = Failure(499, "the client is gone", "cancelled")
 
 
 class FullError(Exception):
@@ -153,6 +154,11 @@ class EngineLoop:
         return self._thread.is_alive() and self._failures < _MOST_FAILURES
 
     @property
+    def most(self) -> int:
+        """Requests that may be open at the same time."""
+        return self.decoding.slots + self.queue
+
+    @property
     def waiting(self) -> int:
         """Requests in the queue."""
         with self._changed:
@@ -174,7 +180,7 @@ class EngineLoop:
         with self._changed:
             if self.stopping or not self._thread.is_alive():
                 raise StoppingError
-            if len(self._open) + len(tickets) > self.decoding.slots + self.queue:
+            if len(self._open) + len(tickets) > self.most:
                 raise FullError(self._retry_after())
             self._arrived.extend(tickets)
             self._open.update(tickets)
@@ -185,7 +191,7 @@ class EngineLoop:
         with self._changed:
             if ticket not in self._open:
                 return
-        ticket.fail(failure or Failure(499, "the client is gone", "cancelled"))  # before the engine's thread does
+        ticket.fail(failure or GONE)  # before the engine's thread does
         with self._changed:
             if ticket in self._open:
                 self._gone.add(ticket)
@@ -236,7 +242,7 @@ class EngineLoop:
         for ticket in gone:
             if room := self._rooms.get(ticket.job.sampler):
                 room.drop(ticket)
-            self._end(ticket, Failure(499, "the client is gone", "cancelled"))
+            self._end(ticket, GONE)
         later: list[Ticket] = []
         closed: set[SamplerChoice | None] = set()  # engines that take no more, until another has their place
         for ticket in arrived:
