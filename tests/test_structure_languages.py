@@ -468,6 +468,11 @@ def test_texts_of_random_expressions_match_in_python(seed: int) -> None:
         ({"type": "json_object", "depth": 0}, "response_format.depth=0"),
         ({"type": "grammar", "grammar": "x"}, "response_format: grammar is not valid"),
         ({"type": "grammar", "grammar": 'start: "a" start'}, "no text that ends"),
+        (
+            {"type": "grammar", "grammar": "%import .tests.lines.A\nstart: A"},
+            "imports '.tests.lines', which is not one",
+        ),
+        ({"type": "grammar", "grammar": "%import lines (A, B)\nstart: A"}, "imports 'lines', which is not one"),
         ({"type": "grammar", "grammar": "start: /[a-z/"}, "unterminated character set"),
         ({"type": "grammar", "grammar": "start: /a{2}{3}/"}, "multiple repeat"),
         ({"type": "grammar", "grammar": "start: /a b/x"}, "has the flag x"),

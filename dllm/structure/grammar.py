@@ -13,7 +13,9 @@ import re
 import unicodedata
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,7 +52,7 @@ def grammar_regex(text: str, depth: int) -> str:
     """
     library = extra("lark", "grammar")
     try:
-        grammar = library.Lark(text, parser="earley", maybe_placeholders=False)
+        grammar = library.Lark(text, parser="earley", maybe_placeholders=False, import_paths=[_imported])
     except (library.exceptions.LarkError, re.error, OverflowError) as error:
         raise ValueError(f"grammar is not valid: {first_line(error)}; correct it") from None
     productions: dict[str, list[list[Any]]] = {}
@@ -69,6 +71,20 @@ def grammar_regex(text: str, depth: int) -> str:
     if expanded is None:
         raise ValueError(f"grammar has no text that ends within depth={depth}; use a larger depth")
     return expanded + _optional([terminals[each] for each in ignored])
+
+
+def _imported(base: Any, path: str) -> Any:
+    """One of Lark's own grammars; other files are not part of a format, and may change unnoticed.
+
+    Raises:
+        ValueError: another file.
+    """
+    relative = isinstance(base, str)
+    with suppress(OSError):
+        if not relative:
+            return extra("lark", "grammar").load_grammar.stdlib_loader(base, path)
+    name = "." * relative + ".".join(Path(path).with_suffix("").parts)
+    raise ValueError(f"grammar imports {name!r}, which is not one of Lark's own; write its rules into the grammar")
 
 
 def _python(pattern: Any) -> str:
