@@ -223,6 +223,8 @@ class TestChats:
             "{{ dict(messages[0], **{'role': 'a'})['content'] }}",
         ):
             assert written([USER], template) == "Tom has 5 pens."
+        markdown = "**{{ messages[0]['role'] }}**{{ messages[0]['content'] }}{% raw %}**{% endraw %}"
+        assert written([USER], markdown) == "**user**Tom has 5 pens.**"
 
     @pytest.mark.parametrize(
         ("chat", "template", "named"),

@@ -47,9 +47,9 @@ def write_chat(tokenizer: PreTrainedTokenizerBase, chat: Any, called: str, **opt
 
 def _has_powers(template: Any) -> bool:
     for source in template.values() if isinstance(template, dict) else (template,):
-        words = [word for _, kind, word in Environment().lex(str(source)) if kind != "whitespace"]
+        words = [(kind, word) for _, kind, word in Environment().lex(str(source)) if kind != "whitespace"]
         # After an opening bracket or a comma, it unpacks arguments.
-        if any(word == "**" and before not in ("(", ",") for before, word in pairwise(words)):
+        if any(word == ("operator", "**") and before not in ("(", ",") for (_, before), word in pairwise(words)):
             return True
     return False
 
