@@ -26,7 +26,7 @@ from dllm.checks import number
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
 from dllm.decoding.window import Edit, Window
-from dllm.models.tokenizers import tokens_of
+from dllm.models.tokenizers import tokens_after
 from dllm.samplers.base import CONFIDENCES, Denoise, Knob, Policy
 from dllm.samplers.selection import top
 
@@ -130,5 +130,5 @@ def _ids(delimiters: Sequence[int | str] | None, setup: Setup) -> list[int]:
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The known tokens of a text."""
-    ids = tokens_of(tokenizer, text, f"delimiters={text!r}")
+    ids = tokens_after(tokenizer, text, f"delimiters={text!r}")
     return [token for token in ids if token != tokenizer.unk_token_id]

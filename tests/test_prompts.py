@@ -12,7 +12,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 
 import dllm
-from byte_words import byte_tokenizer
+from byte_words import byte_tokenizer, prefixing_tokenizer
 from dllm.decoding.prompts import encode
 from dllm.tasks.tokenizer import build_tokenizer
 from models import random_dream, random_llada
@@ -246,6 +246,17 @@ class TestChats:
         with pytest.raises(ValueError, match=rf"^prompts\[1\] {named}") as caught:
             encode([[4], chat], words(template))
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["metaspace", "llama", "byte_level"])
+def test_what_follows_a_mask_is_given_as_it_is(kind: str) -> None:
+    made = prefixing_tokenizer(kind)
+    made.chat_template = ROLES.replace("<|turn|>", "")
+    begin, mask = ("Ġ" if kind == "byte_level" else "▁"), made.mask_token
+    for prompt in (f"2{mask}4 5{mask}{mask} 6", [{"role": "user", "content": f"2{mask}4 5{mask}{mask} 6"}]):
+        (ids,) = encode([prompt], made)
+        pieces = made.convert_ids_to_tokens(ids)
+        assert pieces[pieces.index("2") :] == ["2", mask, "4", begin, "5", mask, mask, begin, "6"]
 
 
 @pytest.mark.parametrize("prompt", ["a\ud800", [{"role": "user", "content": "a\ud800"}]], ids=["text", "chat"])

@@ -13,8 +13,10 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from tokenizers import normalizers
 
 import dllm
+from byte_words import prefixing_tokenizer
 from dllm import samplers
 from dllm.decoding.engine import Engine
 from dllm.decoding.window import Edit, Window
@@ -381,6 +383,27 @@ class TestScaffold:
             )
         if lengths is None:
             assert out.completions.shape[1] == 96
+
+    @pytest.mark.parametrize("kind", ["metaspace", "llama", "byte_level"])
+    def test_tokenizers_that_put_a_space_before_a_text_put_none_into_it(self, kind: str) -> None:
+        words = prefixing_tokenizer(kind)
+        lm = replace(random_llada(len(words), sharpness=5.0), tokenizer=words)
+        (text,) = dllm.generate(lm, ["Hello"], "threshold", response_format=self.FORM, gen_length=96, seed=0).texts
+        jsonschema.validate(json.loads(text), self.SCHEMA)
+        assert text.startswith('{"name": "')
+        (text,) = dllm.infill(lm, "2<|mask|> 4<|mask|>.", response_format={"type": "regex", "regex": " ?2a 4b."}).texts
+        assert text.strip() == "2a 4b."
+        words.backend_tokenizer.normalizer = normalizers.Lowercase()
+        form = {"type": "json_schema", "schema": {"type": "object", "properties": {"A": {"enum": [1, 2]}}}}
+        with pytest.raises(ValueError, match=r"gives '\{\"A\": ', which the tokenizer of this model changes; leave"):
+            dllm.generate(lm, ["a"], response_format=form | {"scaffold": True}, gen_length=16)
+
+    def test_a_value_has_room_for_each_of_its_texts(self) -> None:
+        lm = text_model()
+        schema = {"type": "object", "properties": {"a": {"enum": ["abcd", "€€"]}}}  # letters of one token and of three
+        form = {"type": "json_schema", "schema": schema, "scaffold": True}
+        out = dllm.generate(lm, ["a"], response_format=form, gen_length=40, seed=0)
+        assert out.completions.shape[1] == len(lm.tokenizer('{"a": "€€"}').input_ids)
 
     def test_an_object_without_properties_that_may_be_there_is_empty(self) -> None:
         inner = {"type": "object", "properties": {"x": False}}

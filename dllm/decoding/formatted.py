@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dllm.decoding.request import Request
 from dllm.models.loading import LanguageModel
-from dllm.models.tokenizers import tokens_of
+from dllm.models.tokenizers import tokens_after, writes
 from dllm.structure import Constraint, ResponseFormat, Tracker
 
 
@@ -78,14 +78,16 @@ def with_scaffold(
     tokenizer = lm.tokenizer
     assert tokenizer is not None
     parts = form.compiled.parts
-    given = {number: _tokens(tokenizer, part.text) for number, part in enumerate(parts) if part.text}
+    given = {number: _given(tokenizer, part.text) for number, part in enumerate(parts) if part.text}
     values = {number: part for number, part in enumerate(parts) if part.regex}
     if not values:
         raise ValueError(
             "response_format.scaffold has no value to fill in, as the schema allows one text; leave it out"
         )
     fixed = {
-        number: len(_tokens(tokenizer, part.longest)) for number, part in values.items() if part.longest is not None
+        number: max(len(tokens_after(tokenizer, text, _NAME)) for text in part.texts)
+        for number, part in values.items()
+        if part.texts
     }
     if form.value_length is None:
         left = length - sum(map(len, given.values())) - sum(fixed.values())
@@ -117,6 +119,7 @@ def with_scaffold(
     return [*ids, *(token for each in written for token in each)]
 
 
+_NAME = "response_format.scaffold"
 _VALUE = 16  # positions of a value that a mapping leaves out
 
 
@@ -126,5 +129,8 @@ def _length(lengths: int | Mapping[str, int], path: str, fixed: int | None) -> i
     return fixed or lengths
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokens_of(tokenizer, text, "response_format.scaffold")
+def _given(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids = tokens_after(tokenizer, text, _NAME)
+    if not writes(tokenizer, ids, text):
+        raise ValueError(f"{_NAME} gives {text!r}, which the tokenizer of this model changes; leave it out")
+    return ids

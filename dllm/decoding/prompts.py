@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dllm.decoding.chats import write_chat
-from dllm.models.tokenizers import tokens_of
+from dllm.models.tokenizers import tokens_after, tokens_of
 
 Message: TypeAlias = Mapping[str, Any]
 Chat: TypeAlias = Sequence[Message]
@@ -119,10 +119,22 @@ def _encode_one(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, called: 
     if tokenizer is None:
         raise ValueError(f"{called} is text, and this model has no tokenizer; give token ids")
     if isinstance(prompt, str):
-        return tokens_of(tokenizer, prompt, called, special=True)
+        return _with_masks(prompt, tokenizer, called, special=True)
     if tokenizer.chat_template is None:
         raise ValueError(f"{called} is a chat, and this tokenizer has no chat template; give plain text")
-    return tokens_of(tokenizer, _written(prompt, tokenizer, called), called)
+    return _with_masks(_written(prompt, tokenizer, called), tokenizer, called, special=False)
+
+
+def _with_masks(text: str, tokenizer: PreTrainedTokenizerBase, called: str, *, special: bool) -> list[int]:
+    """Token ids of a text, without the spaces that some tokenizers put before what follows a mask."""
+    ids, mask, place = tokens_of(tokenizer, text, called, special=special), tokenizer.mask_token_id, 0
+    parts = text.split(str(tokenizer.mask_token))[1:]
+    for part in parts if ids.count(mask) == len(parts) else ():
+        place = ids.index(mask, place) + 1
+        alone = tokens_of(tokenizer, part, called) if part else []
+        if alone and ids[place : place + len(alone)] == alone:
+            ids[place : place + len(alone)] = tokens_after(tokenizer, part, called)
+    return ids
 
 
 def _written(chat: Chat, tokenizer: PreTrainedTokenizerBase, called: str) -> str:

@@ -26,6 +26,7 @@ _BPE_FILES = ("vocab.json", "merges.txt")
 _OTHER_FILES = ("tokenizer_config.json", "tokenizer.model")
 # Entries of tokenizer_config.json that a loader would read as file names.
 _FILES = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
+_BEFORE = ("0", "\n", ".")  # texts that are tokens of their own whatever follows, the one or the other
 _MOST_BYTES = 2 * 10**8
 _ELSEWHERE = ("fast_tokenizer_files", "gguf_file", "init_inputs", "tokenizer_object", "vocab", "merges")
 
@@ -46,6 +47,32 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str, what: str, *, speci
         raise ValueError(f"{what} contains lone surrogates, which are not valid text; give UTF-8")
     with tokenizing(what):
         return list(tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
+
+
+def tokens_after(tokenizer: PreTrainedTokenizerBase, text: str, what: str) -> list[int]:
+    """Token ids of a text that follows another one: without the space that some tokenizers put before each text.
+
+    Args:
+        tokenizer: the tokenizer.
+        text: the text.
+        what: the text is, in errors.
+
+    Raises:
+        ValueError: as `tokens_of`.
+    """
+    ids = tokens_of(tokenizer, text, what)
+    for before in _BEFORE:
+        if writes(tokenizer, ids, text):
+            return ids
+        head, whole = tokens_of(tokenizer, before, what), tokens_of(tokenizer, before + text, what)
+        ids = whole[len(head) :] if whole[: len(head)] == head else ids
+    return ids if writes(tokenizer, ids, text) else tokens_of(tokenizer, text, what)
+
+
+def writes(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> bool:
+    """Whether tokens that follow others write a text."""
+    before = tokenizer(_BEFORE[0], add_special_tokens=False).input_ids
+    return str(tokenizer.decode(before + ids)) == str(tokenizer.decode(before)) + text
 
 
 @contextmanager

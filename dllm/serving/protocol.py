@@ -21,7 +21,7 @@ from dllm.decoding.prompts import encode_one, is_chat
 from dllm.escape import brief
 from dllm.models.attention import BlockCausal
 from dllm.models.loading import LanguageModel
-from dllm.models.tokenizers import tokens_of
+from dllm.models.tokenizers import tokens_after
 from dllm.serving.ticket import NAMES, Job, SamplerChoice
 from dllm.structure import ResponseFormat
 
@@ -369,7 +369,7 @@ class Terms:
         for name in ("stop", "response_format"):
             if getattr(request, name) is not None:
                 raise ValueError(f"{name} has no effect on infilling; leave it out")
-        after = tokens_of(tokenizer, suffix, "suffix")
+        after = tokens_after(tokenizer, suffix, "suffix")
         for name, part in (("prompt", ids), ("suffix", after)):
             if self.lm.backbone.mask_token_id in part:
                 raise ValueError(f"{name} contains [MASK]; use dllm.infill without suffix to fill such a text")

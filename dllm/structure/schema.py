@@ -79,13 +79,13 @@ class Part:
         text: what is given; empty for a value.
         regex: of a value; empty for given text.
         path: of the value in the answer, such as "address.city".
-        longest: the longest text of a value that has few; None for many.
+        texts: all of a value that has few; none of one that has many.
     """
 
     text: str = ""
     regex: str = ""
     path: str = ""
-    longest: str | None = None
+    texts: tuple[str, ...] = ()
 
 
 def schema_regex(schema: Any, depth: int) -> str:
@@ -207,14 +207,14 @@ class _Translator:
             regex = self.value(schema, at, depth)
             if regex is None:
                 raise ValueError(f"json_schema has no value at {at or 'its root'} that ends within depth={depth}")
-            yield Part("", regex, at, self._longest(schema, at))
+            yield Part("", regex, at, self._texts(schema))
 
-    def _longest(self, schema: Any, at: str) -> str | None:
+    def _texts(self, schema: Any) -> tuple[str, ...]:
         if not isinstance(schema, Mapping):
-            return None
+            return ()
         if "enum" in schema:
-            return max((json.dumps(each, ensure_ascii=False) for each in schema["enum"]), key=len)
-        return {"boolean": "false", "null": "null"}.get(str(schema.get("type")))
+            return tuple(json.dumps(each, ensure_ascii=False) for each in schema["enum"])
+        return {"boolean": ("true", "false"), "null": ("null",)}.get(str(schema.get("type")), ())
 
     def _kinds(self, schema: Mapping[str, Any], at: str) -> tuple[str, ...]:
         """The types of a schema; those that its keywords are about where it names none."""
