@@ -192,7 +192,10 @@ def _schema_format(value: Mapping[str, Any], depth: int) -> ResponseFormat:
     for name, length in each.items():
         use = "a whole number of at least 1, a mapping of them, or null"
         number(f"{_NAME}.value_length{name and '.' + name}", length, use, low=1, high=10**6, whole=True)
-    return ResponseFormat("json_schema", _plain(schema), depth, given, _plain(lengths))
+    schema = _plain(schema)
+    if not is_text(json.dumps(schema, ensure_ascii=False)):
+        raise ValueError(f"{_NAME}.schema has text that is not valid UTF-8; give UTF-8")
+    return ResponseFormat("json_schema", schema, depth, given, _plain(lengths))
 
 
 def _body(kind: str, value: Mapping[str, Any]) -> Any:
@@ -211,6 +214,8 @@ def _body(kind: str, value: Mapping[str, Any]) -> Any:
             raise ValueError(f"{_NAME}.{kind}={text!r} is of the wrong type; give text")
         if not is_text(text):
             raise ValueError(f"{_NAME}.{kind}={text!r} is not valid UTF-8; give UTF-8")
+        if kind == "choice" and "\0" in text:
+            raise ValueError(f"{_NAME}.{kind}={text!r} has a null character, which no answer has; leave it out")
     if kind == "regex":
         check_closed(body, f"{_NAME}.regex={body!r}")
         try:

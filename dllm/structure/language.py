@@ -119,7 +119,8 @@ def compile_regex(regex: str, name: str) -> Automaton:
     kept = _reached(follow, start)
     if not (kept & accepting).any():
         raise ValueError(
-            f"{name} matches no text; leave out anchors and word boundaries, as the whole answer has to match"
+            f"{name} matches no text; leave out null characters, anchors and word boundaries, as the whole answer has "
+            "to match"
         )
     number = np.where(kept, np.cumsum(kept), 0)
     follow = np.concatenate((np.zeros((1, _BYTES), dtype=np.int64), number[follow[kept]]))
