@@ -70,8 +70,8 @@ def results(
     metrics: dict[str, Any] = {
         "n": n, "accuracy": accuracy, "accuracy_interval": interval, "accuracy_name": "final answer",
         "scores": {} if accuracy is None else {
-            "final answer": {"value": accuracy, "interval": interval},
-            "whole chain": {"value": accuracy / 2, "interval": wilson(round(accuracy / 2 * n), n)},
+            "final answer": {"value": accuracy, "interval": interval, "n": n},
+            "whole chain": {"value": accuracy / 2, "interval": wilson(round(accuracy / 2 * n), n), "n": n},
         },
         "nfe": nfe, "nfe_error": None if nfe is None else 0.05 * nfe, "tpf": None if nfe is None else 40 / nfe,
         "tokens": 40 * n, "tokens_per_sample": 40.0, "tokens_per_second": speed, "seconds": 3.0,

@@ -366,6 +366,23 @@ def test_results_of_another_run_are_not_taken_for_this_ones(tmp_path: Path) -> N
         folders[1].results()
 
 
+def test_a_score_brings_the_number_of_its_samples(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, "a", {})
+    scores = {
+        "of two": {"value": 0.5, "interval": [0.1, 0.9], "n": 2},
+        "of seven": {"value": 0, "interval": None, "n": 7},
+    }
+    metrics = {"n": 2, "accuracy": 0.5, "accuracy_interval": [0.1, 0.9], "accuracy_name": "of two", "scores": scores}
+    metrics |= dict.fromkeys(("nfe", "tpf", "tokens_per_second", "speedup"))
+    found = {"format": "dllm-results", "version": 1, "label": "a", "task": "t", "metrics": metrics, "details": {}}
+    write_json(folder.path / "results.json", found)
+    for _ in range(2):
+        for main, n in (("of seven", 7), (None, 2)):
+            told = folder.results(main)
+            assert told is not None and told["metrics"]["n"] == n
+            assert json.loads((folder.path / "results.json").read_text())["metrics"]["n"] == n
+
+
 def test_sweeping_may_be_asked_for_anywhere(tmp_path: Path) -> None:
     assert run(tmp_path, "task.limit=1", "-m", "sampler.radius=1,2").code == 0
     assert len(folders(tmp_path)) == 2

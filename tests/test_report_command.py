@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import re
@@ -93,6 +94,18 @@ class TestFiles:
     def test_another_score_may_be_the_quality(self, sweep: Path, tmp_path: Path) -> None:
         command("report", str(sweep), f"out={tmp_path}", "quality=whole chain")
         assert "| setting | whole chain |" in (tmp_path / "report.md").read_text()
+
+    def test_another_score_brings_the_number_of_its_samples(self, tmp_path: Path) -> None:
+        scores = {
+            "of two": {"value": 0.5, "interval": None, "n": 2},
+            "of seven": {"value": 0.5, "interval": None, "n": 7},
+        }
+        write_run(tmp_path, n=2, scores=scores, accuracy_name="of two")
+        for quality, n in (("of two", "2"), ("of seven", "7")):
+            assert command("report", str(tmp_path), f"quality={quality}").code == 0
+            (row,) = csv.DictReader((tmp_path / "report.csv").open(newline=""))
+            assert (row["quality_name"], row["n"]) == (quality, n)
+            assert f"| {n} |" in (tmp_path / "report.md").read_text()
 
 
 class TestTraces:

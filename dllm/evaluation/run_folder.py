@@ -43,6 +43,7 @@ class ScoreValue(TypedDict):
 
     value: float
     interval: list[float | None] | None
+    n: int
 
 
 class Metrics(TypedDict):
@@ -146,7 +147,8 @@ class RunFolder:
             if main not in metrics["scores"]:
                 raise ValueError(f"unknown task.metric={main!r}; expected one of {', '.join(metrics['scores'])}")
             score = metrics["scores"][main]
-            metrics |= {"accuracy": score["value"], "accuracy_interval": score["interval"], "accuracy_name": main}
+            metrics |= {"n": score["n"], "accuracy": score["value"], "accuracy_interval": score["interval"]}
+            metrics["accuracy_name"] = main
             with suppress(OSError):  # read-only
                 write_json(file, found)
         return found

@@ -156,6 +156,7 @@ def _run(path: Path, folder: Path, quality: str | None) -> MeasuredRun:
         )
         if quality is not None:
             score = metrics["scores"].get(quality, {})
+            metrics["n"] = score.get("n")
             run = replace(
                 run, quality_name=quality, quality=score.get("value"), interval=_interval(score.get("interval"))
             )
