@@ -94,14 +94,20 @@ def certify(cfg: DictConfig, chosen: Mapping[str, Any]) -> None:
         print(f"one token per step: {_shown(runs.last)}", flush=True)
         for test in fixed_sequence(values, losses, fields["loss"], fields["delta"]):
             tests.append(_row(test, runs.last))
+            if not test.certified or len(tests) == len(values):  # the last one: it is on the card before it is told
+                _check_files(policy, files)
+                card = runs.card(knob, tests, files)
+                card.write(card_file, before)
             print(f"{knob}={test.setting!r}: {_shown(runs.last)}  {_verdict(test)}", flush=True)
-        now = files_of(policy)
-        if other := [name for name in files if now.get(name) != files[name]]:
-            raise OSError(f"{other[0]} was changed by another program during this run; run the command again")
-        card = runs.card(knob, tests, files)
         own.write("out", fields["out"], {plot_file: (own.CERTIFICATE, plot)} if (plot := _plot(card)) else {})
-        card.write(card_file, before)
         print(_summary(card, card_file))
+
+
+def _check_files(policy: Sampler, before: Mapping[str, str]) -> None:
+    """Verify that the files that a policy reads are those of before."""
+    now = files_of(policy)
+    if other := [name for name in before if now.get(name) != before[name]]:
+        raise OSError(f"{other[0]} was changed by another program during this run; run the command again")
 
 
 class _Runs:

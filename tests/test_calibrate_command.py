@@ -19,7 +19,7 @@ from dllm.calibration import Calibration
 from dllm.evaluation import claim
 from dllm.files import BUNDLED
 from dllm.samplers import Anchored, Calibrated, LocalLeap, Threshold
-from dllm.scripts import evaluate
+from dllm.scripts import calibrate, evaluate
 from dllm.tasks.arithmetic import WordProblems
 
 SETTINGS = "task.limit=24", "batch_size=24", "threads=1", "model.device=cpu", "loss=0.2"
@@ -87,6 +87,22 @@ def test_nor_is_it_tried_again_with_another_seed_or_other_roundings(
     assert (again.code, again.err.count("\n")) == (2, 1)
     assert f"{other} voids the guarantee: {card} has tests with {was}, of which the last was not certified" in again.err
     assert card.read_bytes() == kept
+
+
+def test_a_failure_that_was_told_is_on_the_card_whatever_happens_next(
+    made: tuple[Path, Outcome], card: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(_: Calibration) -> None:
+        raise KeyboardInterrupt
+
+    out = shutil.copytree(made[0], tmp_path / "out")
+    (out / card.name).unlink()
+    monkeypatch.setattr(calibrate, "_plot", stop)
+    stopped = run(out)
+    assert (stopped.code, "not certified" in stopped.out) == (130, True)
+    assert (out / card.name).read_bytes() == card.read_bytes()
+    again = run(out, "values=[0.5]")
+    assert again.code == 2 and "testing ends there for these problems" in again.err
 
 
 def test_a_certificate_is_not_lost_to_other_values(tmp_path: Path) -> None:
