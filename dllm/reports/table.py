@@ -147,8 +147,9 @@ def raw(sweep: Sweep) -> str:
             row["kind"] = run.kind
             rows.append(row | run.settings | dict(flat("", run.metrics)))
     names = dict.fromkeys(name for row in rows for name in row)
-    # A metric that is missing in some runs is represented by its parts.
-    names = {name: None for name in names if not any(other.startswith(f"{name}.") for other in names)}
+    # What is null in some runs, and has parts in others, is represented by these.
+    null = {name for name in names if all(row.get(name) is None for row in rows)}
+    names = {name: None for name in names if name not in null or not any(each.startswith(f"{name}.") for each in names)}
     # Settings before metrics, in any order of runs.
     parts = ("sampler.", "cache.", "options.", "asked.", "loading.")
     rank = lambda name: parts.index(name.split(".")[0] + ".")  # noqa: E731

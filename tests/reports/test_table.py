@@ -120,6 +120,14 @@ class TestCsv:
         assert (rows["vanilla"]["drift.kl"], rows["vanilla"]["front"]) == ("", "")
         assert "drift" not in rows["vanilla"]
 
+    def test_what_has_a_value_in_some_runs_and_parts_in_others_has_columns_for_both(self, tmp_path: Path) -> None:
+        bases = {"a": "klass", "b": "factor", "c": {"threshold": 0.8}, "d": None}
+        for label, base in bases.items():
+            write_run(tmp_path / label, label, sampler={"name": "edit", "base": base})
+        rows = {row["label"]: row for row in csv.DictReader(io.StringIO(table.raw(load(tmp_path))))}
+        assert [row["sampler.base"] for _, row in sorted(rows.items())] == ["klass", "factor", "", ""]
+        assert [row["sampler.base.threshold"] for _, row in sorted(rows.items())] == ["", "", "0.8", ""]
+
     def test_settings_stand_before_metrics(self, tmp_path: Path) -> None:
         write_run(tmp_path / "a", "a")
         write_run(tmp_path / "b", "b", options={"late": 1})
