@@ -147,7 +147,7 @@ def run(
         runner = Runner(setting, journal, fields["baselines"], fields["frames"], guarded, stamps, same)
         try:
             if (found := folder.results(main)) is None:  # unless another process finished it
-                folder.begin(lm, fields)
+                folder.begin(lm, fields, runner.answers)
                 found = folder.finish(runner, task.run(runner, fields["seed"]))
             return found, folder.path
         finally:

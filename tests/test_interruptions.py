@@ -19,7 +19,7 @@ from dllm.evaluation.journal import Journal
 from dllm.evaluation.jsonl import AnswerFile
 from dllm.evaluation.metrics import speedup
 from dllm.evaluation.records import Query
-from dllm.evaluation.run_folder import RunFolder
+from dllm.evaluation.run_folder import RunFolder, sessions
 from dllm.evaluation.runner import BASELINES, Runner, Setting
 from dllm.evaluation.trace import Trace
 from dllm.files import write_whole
@@ -200,8 +200,20 @@ class TestRemovedOrReplaced:
 
     def begun(self, folder: RunFolder) -> Runner:
         runner = Runner(Setting(LM, dllm.samplers.Vanilla(), NoCache(), {"gen_length": 4}), Journal(folder.journal, 0))
-        folder.begin(LM, {})
+        folder.begin(LM, {}, runner.answers)
         return runner
+
+    def test_sessions_that_answered_nothing_are_not_told(self, tmp_path: Path) -> None:
+        folder = RunFolder(tmp_path, "x", {})
+        for count in (0, 1, 0, 2, 2, 0):
+            runner = self.begun(folder)
+            if count:
+                runner.answer(REQUESTS[:count])
+            runner.close()
+        last = self.begun(folder)
+        last.answer(REQUESTS[:2])
+        folder.finish(last, GRADED)
+        assert [each["answers"] for each in sessions(folder.path)] == [0, 1]
 
 
 class TestWhatStandsInTheWay:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -158,12 +159,18 @@ class RunFolder:
         for name, before in members.items():
             _check_member(self.path / name, before)
 
-    def begin(self, lm: LanguageModel, config: Mapping[str, Any]) -> None:
-        """Write the manifest: configuration and environment; resuming adds a session."""
+    def begin(self, lm: LanguageModel, config: Mapping[str, Any], answers: int = 0) -> None:
+        """Write the manifest: configuration and environment; resuming adds a session.
+
+        Args:
+            lm: the model.
+            config: of the command.
+            answers: that there are already.
+        """
         file = self.path / "manifest.json"
         before = sessions(self.path) if there(file) else []  # a damaged one is replaced
         manifest = {"format": "dllm-manifest", "version": 1, "label": self.label, "config": config}
-        write_json(file, manifest | {"sessions": [*before, _session(lm)]})
+        write_json(file, manifest | {"sessions": [*before, _session(lm) | {"answers": answers}]})
         self._manifest = file.read_bytes()
 
     def fail(self, message: str) -> None:
@@ -188,7 +195,9 @@ class RunFolder:
         """
         runner.journal.verify()
         if self._manifest is not None:
-            check_kept(self.path / "manifest.json", self._manifest, "; run the command again, which keeps all answers")
+            file = self.path / "manifest.json"
+            check_kept(file, self._manifest, "; run the command again, which keeps all answers")
+            write_json(file, json.loads(self._manifest) | {"sessions": _busy(sessions(self.path), runner.answers)})
         records = runner.records()
         trace(runner, records).save(self.path / "trace.safetensors")
         _parquet(self.path / "samples.parquet", samples(records, graded))
@@ -278,6 +287,16 @@ def sessions(folder: Path) -> list[dict[str, Any]]:
     found = manifest.get("sessions")
     known = manifest.get("format") == "dllm-manifest" and isinstance(found, list) and shallow(found)
     return [each for each in found if isinstance(each, dict)] if known and isinstance(found, list) else []
+
+
+def _busy(found: list[dict[str, Any]], answers: int) -> list[dict[str, Any]]:
+    """The sessions that answered something, by how many answers there were before each; the last one if none did.
+
+    Those of earlier versions do not say.
+    """
+    counts = [*(each.get("answers") for each in found), answers]
+    pairs = zip(found, pairwise(counts), strict=True)
+    return [each for each, (before, after) in pairs if before is None or before != after] or found[-1:]
 
 
 def samples(records: Sequence[Record], graded: Graded) -> list[dict[str, Any]]:

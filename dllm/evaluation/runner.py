@@ -120,6 +120,11 @@ class Runner:
         """End-of-text ids."""
         return eos_ids(self.setting.options.get("eos_token_id"), self.lm)
 
+    @property
+    def answers(self) -> int:
+        """How many answers and likelihoods there are, with those of earlier sessions."""
+        return len(self.journal.of("record")) + len(self.journal.of("likelihood"))
+
     def answer(self, requests: Sequence[Query], **options: Any) -> list[Record]:
         """Answer requests; those in the journal are not decoded again.
 
@@ -363,4 +368,4 @@ class Runner:
         return Record(**self.journal.get("record", name))
 
     def _tell(self) -> None:
-        self._progress(len(self.journal.of("record")) + len(self.journal.of("likelihood")), self._asked)
+        self._progress(self.answers, self._asked)
