@@ -25,6 +25,7 @@ from dllm.evaluation.claim import claimed
 from dllm.evaluation.records import sample_of
 from dllm.evaluation.risk import Test, fixed_sequence, losses_of
 from dllm.evaluation.run_folder import sessions
+from dllm.files import disturbed
 from dllm.resolve import CALIBRATION, TARGET, build, option_names, options_of, with_option
 from dllm.samplers.base import Knob, Sampler
 from dllm.scripts import app, evaluate, own
@@ -77,6 +78,7 @@ def certify(cfg: DictConfig, chosen: Mapping[str, Any]) -> None:
     called = f"out={fields['out']!r}"
     policy = build("sampler", fields["sampler"], Sampler)
     with claimed(card_file, called, "another out"), evaluate.limited_threads(fields["threads"]):
+        there = card_file.read_bytes() if card_file.is_file() else b""
         files, before = files_of(policy), _check_card(fields, knob, values, called, card_file, policy)
         runs = _Runs(cfg, fields, chosen)
         base = runs.scores({**options_of("sampler", "vanilla"), CALIBRATION: None}, "vanilla")
@@ -97,6 +99,9 @@ def certify(cfg: DictConfig, chosen: Mapping[str, Any]) -> None:
             if not test.certified or len(tests) == len(values):  # the last one: it is on the card before it is told
                 _check_files(policy, files)
                 card = runs.card(knob, tests, files)
+                own.check("out", fields["out"], {card_file: own.CALIBRATION})  # hours may have passed
+                if (card_file.read_bytes() if card_file.is_file() else b"") != there:
+                    raise disturbed(str(card_file), card_file, "; put it back, or give another out")
                 card.write(card_file, before)
             print(f"{knob}={test.setting!r}: {_shown(runs.last)}  {_verdict(test)}", flush=True)
         own.write("out", fields["out"], {plot_file: (own.CERTIFICATE, plot)} if (plot := _plot(card)) else {})

@@ -155,6 +155,22 @@ def test_runs_of_two_models_are_not_compared(tmp_path: Path, monkeypatch: pytest
     assert not (tmp_path / "out" / "calibration.json").exists()
 
 
+@pytest.mark.parametrize("content", ["precious", "card"])
+def test_what_comes_to_the_place_of_a_card_is_kept(
+    content: str, card: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluated, place = evaluate.run, tmp_path / "out" / "calibration.json"
+
+    def coming(*arguments: Any) -> Any:
+        place.write_text(card.read_text() if content == "card" else content)
+        return evaluated(*arguments)
+
+    monkeypatch.setattr(evaluate, "run", coming)
+    result = command("calibrate", "values=[0.9]", "task.limit=2", "gen_length=8", "threads=1", f"out={tmp_path}/out")
+    assert result.code == 2
+    assert place.read_text() == (card.read_text() if content == "card" else content)
+
+
 def test_samples_that_were_changed_certify_nothing(made: tuple[Path, Outcome], card: Path) -> None:
     for file in made[0].rglob("samples.parquet"):
         content, before = file.read_bytes(), card.read_bytes()
