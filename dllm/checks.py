@@ -134,6 +134,30 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def panicked(error: BaseException) -> bool:
+    """Whether a library written in Rust gave up, which it tells by no `Exception`."""
+    return type(error).__name__ == "PanicException"
+
+
+@contextmanager
+def telling_panics(what: str, use: str) -> Iterator[None]:
+    """Raise a ValueError where a tokenizer's library panics, or raises a bare `Exception`.
+
+    Args:
+        what: cannot be done.
+        use: advice to the user.
+
+    Raises:
+        ValueError: it did.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and not panicked(error):
+            raise
+        raise ValueError(f"{what} ({first_line(error)}); {use}") from None
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that something does not fit into memory, or is larger than any: Python's or PyTorch's."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_MEMORY.search(str(error))))

@@ -311,6 +311,14 @@ def _growing(name: str, parts: list[dict[str, Any]]) -> Edit:
     return edit
 
 
+def _added(folder: Path, changes: dict[str, Any]) -> None:
+    """Change the last added token."""
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["added_tokens"][-1] |= changes
+    path.write_text(json.dumps(content))
+
+
 FILES: dict[str, tuple[Edit, str]] = {
     "eos is the mask": (_same_ids, "eos_token_id"),
     "generation: eos is the mask": (_same_ids_in_generation, f"{GENERATION}: eos_token_id"),
@@ -409,18 +417,26 @@ FILES: dict[str, tuple[Edit, str]] = {
     "tokenizer: deep": (_text("tokenizer.json", '{"a":' + DEEP), "tokenizer"),
     **{
         f"tokenizer: a {name} that {what}": (_growing(name, parts), said)
-        for name in ("normalizer", "decoder")
-        for what, parts, said in (
-            (
-                "doubles a letter 36 times",
-                [_replace({"String": "T"}, "TT")] * 36,
-                f"its {name} makes more than 1000 letters",
-            ),
-            ("doubles all letters", [_replace({"Regex": "."}, "ab")] * 36, f"its {name} makes more than 1000 letters"),
-            ("writes a book", [_replace({"String": "T"}, "T" * 10**6)], "one of more than 1000 letters"),
+        for name, said in (("normalizer", "its normalizer and pre_tokenizer"), ("decoder", "its decoder"))
+        for what, parts in (
+            ("doubles a letter 36 times", [_replace({"String": "T"}, "TT")] * 36),
+            ("doubles all letters", [_replace({"Regex": "."}, "ab")] * 36),
+            ("writes a book", [_replace({"String": "T"}, "T" * 10**6)]),
         )
     },
-    "tokenizer: bytes of bytes": (_growing("pre_tokenizer", [BYTES] * 36), "ByteLevel more than 3 times"),
+    "tokenizer: bytes of bytes": (_growing("pre_tokenizer", [BYTES] * 36), "may make more than 10000 letters"),
+    "tokenizer: steps without end": (_growing("normalizer", [{"type": "Strip"}] * 1001), "more than 1000 steps"),
+    "tokenizer: a table that the library cannot read": (
+        lambda folder: [
+            _growing("normalizer", [{"type": "Precompiled", "precompiled_charsmap": "CAAAAP///////wAA"}])(folder),
+            _added(folder, {"normalized": True}),
+        ],
+        "index out of bounds",
+    ),
+    "tokenizer: a token of a book": (
+        lambda folder: [_tokenizer(folder), _added(folder, {"id": 254, "content": "T" * 10_001})],
+        "more than 10000 letters of the token 'TTTT",
+    ),
     "tokenizer: a text again and again": (
         _growing(
             "post_processor",
@@ -433,7 +449,7 @@ FILES: dict[str, tuple[Edit, str]] = {
                 }
             ],
         ),
-        "its post_processor repeats a text 5000 times",
+        "its post_processor makes more than 1000 tokens",
     ),
     "tokenizer config: endless": (
         lambda folder: [_tokenizer(folder), os.truncate(folder / "tokenizer_config.json", 2 * 10**9)],

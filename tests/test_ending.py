@@ -15,12 +15,14 @@ import dllm
 from byte_words import byte_tokenizer
 from contract_rig import BY_NAME, GUIDED, LEARNED
 from dllm.cache import NoCache
+from dllm.decoding import ending
 from dllm.decoding.ending import StopStrings, cut
 from dllm.decoding.options import Options
 from dllm.evaluation.journal import Journal
 from dllm.evaluation.records import Query
 from dllm.evaluation.run_folder import trace
 from dllm.evaluation.runner import Runner, Setting
+from dllm.models.tokenizers import text_of
 from dllm.resolve import names
 from dllm.samplers import ARGuided, Learn2PD, Vanilla
 from engine_rig import waiting_engine
@@ -247,6 +249,23 @@ class TestStopping:
         result = dllm.generate(lm, PROMPTS, stop="<|unk|>", stop_at_eos=False, **SHORT)
         end = free.completions[0].tolist().index(swapped)
         assert result.texts[0] == WORDS.decode(free.completions[0, :end], skip_special_tokens=True)
+
+    @pytest.mark.parametrize("stop", [None, "never in it"])
+    def test_a_row_whose_text_cannot_be_decoded_fails_alone(self, stop: str | None, monkeypatch: Any) -> None:
+        options = SHORT | {"stop_at_eos": False, "stop": stop}
+        free = dllm.generate(LM, PROMPTS, **options)
+        odd = set(free.completions[0].tolist()) - set(free.completions[1:].flatten().tolist())
+
+        def text(tokenizer: Any, tokens: list[int], **options: Any) -> str:
+            if odd.intersection(tokens):
+                raise ValueError("no text")
+            return text_of(tokenizer, tokens, **options)
+
+        monkeypatch.setattr(ending, "text_of", text)
+        result = dllm.generate(LM, PROMPTS, **options)
+        assert odd
+        assert result.errors == ("no text", None, None)
+        assert result.texts == [None, *free.texts[1:]]
 
     def test_the_device_is_read_no_more_often(self, monkeypatch: pytest.MonkeyPatch) -> None:
         running, found = waiting_engine(LM, PROMPTS, "vanilla", "none", **SHORT, stop="e").steps(), []

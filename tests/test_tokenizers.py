@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import unicodedata
@@ -12,11 +13,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase
 
-from dllm.models.growth import growing
-from dllm.models.tokenizers import load_tokenizer
+from dllm.models.growth import check_prompts, check_texts
+from dllm.models.tokenizers import load_tokenizer, text_of
 from dllm.tasks.tokenizer import build_tokenizer
 
 LLADA_TOKENS = (
@@ -321,16 +322,197 @@ def test_damaged_llada_files_are_one_clear_line(llada: Path, damage: str) -> Non
         assert part in message
 
 
-def test_ordinary_replacements_are_no_growth() -> None:
-    rules = [{"type": "Replace", "pattern": {"String": each}, "content": each * 3} for each in "abcdefgh"]
-    spaces = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "\u2581"}
-    steps = [{"type": "Prepend", "prepend": "\u2581"}, {"type": "ByteLevel"}, spaces, *rules, spaces]
-    assert growing({"normalizer": {"type": "Sequence", "normalizers": steps}, "decoder": None}) is None
+def _replace(pattern: str, content: str, kind: str = "String") -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
+
+
+def _table(*texts: str) -> dict[str, Any]:
+    """A Precompiled step of an empty trie that has some texts."""
+    table = (1024).to_bytes(4, "little") + bytes(1024) + b"".join(text.encode() + b"\0" for text in texts)
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()}
+
+
+def _metaspace(letter: str) -> dict[str, Any]:
+    return {"type": "Metaspace", "replacement": letter, "prepend_scheme": "always", "split": False}
+
+
+def _split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def _template(*pieces: str, ids: int = 1) -> dict[str, Any]:
+    """A TemplateProcessing: A is the text, other names are special tokens of some ids each."""
+    made = [{"Sequence" if each == "A" else "SpecialToken": {"id": each, "type_id": 0}} for each in pieces]
+    special = {each: {"id": each, "ids": [3] * ids, "tokens": ["x"] * ids} for each in pieces if each != "A"}
+    both = [*made, {"Sequence": {"id": "B", "type_id": 1}}]
+    return {"type": "TemplateProcessing", "single": made, "pair": both, "special_tokens": special}
+
+
+def _content(**parts: list[dict[str, Any]]) -> dict[str, Any]:
+    inner = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
+    return {
+        name: {"type": "Sequence", inner.get(name, "processors"): steps} if steps else None
+        for name, steps in parts.items()
+    }
+
+
+BERT = {"clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": True}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+FALLBACK = [{"type": "ByteFallback"}, {"type": "Fuse"}]
+SPACES = _replace(" {2,}", "\u2581", "Regex")
+PUBLISHED = {
+    "LLaMA 2": _content(
+        normalizer=[{"type": "Prepend", "prepend": "\u2581"}, _replace(" ", "\u2581")],
+        decoder=[_replace("\u2581", " "), *FALLBACK, {"type": "Strip", "content": " ", "start": 1, "stop": 0}],
+        post_processor=[_template("<s>", "A")],
+    ),
+    "LLaMA 3": _content(
+        pre_tokenizer=[_split("(?i:'s|'t)|\\p{L}+|\\p{N}{1,3}"), BYTES],
+        decoder=[BYTES],
+        post_processor=[BYTES, _template("<|begin_of_text|>", "A")],
+    ),
+    "DeepSeek": _content(
+        normalizer=[],
+        pre_tokenizer=[
+            *map(_split, ("\\p{N}{1,3}", "[\u4e00-\u9fa5]+", "[!-/]|\\s+")),
+            {"type": "Digits", "individual_digits": True},
+            BYTES,
+        ],
+        decoder=[BYTES],
+    ),
+    "Qwen": _content(normalizer=[{"type": "NFC"}], pre_tokenizer=[_split("\\p{L}+"), BYTES], decoder=[BYTES]),
+    "Gemma": _content(
+        normalizer=[_replace(" ", "\u2581")],
+        pre_tokenizer=[
+            {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+        ],
+        decoder=[_replace("\u2581", " "), *FALLBACK],
+    ),
+    "XLNet, ALBERT": _content(
+        normalizer=[
+            *(_replace(mark, '"') for mark in ("``", "''")),
+            {"type": "NFKD"},
+            {"type": "StripAccents"},
+            {"type": "Lowercase"},
+            _table("\u0635\u0644\u0649 \u0627\u0644\u0644\u0647", "1/2"),
+            SPACES,
+        ],
+        pre_tokenizer=[{"type": "WhitespaceSplit"}, _metaspace("\u2581")],
+        decoder=[_metaspace("\u2581")],
+        post_processor=[_template("[CLS]", "A", "[SEP]")],
+    ),
+    "BERT": _content(
+        normalizer=[{"type": "BertNormalizer", **BERT}],
+        pre_tokenizer=[{"type": "BertPreTokenizer"}],
+        decoder=[{"type": "WordPiece", "prefix": "##", "cleanup": True}],
+        post_processor=[{"type": "BertProcessing", "sep": ["[SEP]", 2], "cls": ["[CLS]", 1]}],
+    ),
+    "CLIP": _content(
+        normalizer=[{"type": "NFC"}, _replace("\\s+", " ", "Regex"), {"type": "Lowercase"}],
+        pre_tokenizer=[_split("'s|'t|[\\p{L}]+|[\\p{N}]"), BYTES],
+        decoder=[{"type": "BPEDecoder", "suffix": "</w>"}],
+        post_processor=[
+            {
+                "type": "RobertaProcessing",
+                "sep": ["<|endoftext|>", 2],
+                "cls": ["<|startoftext|>", 1],
+                "trim_offsets": False,
+                "add_prefix_space": False,
+            }
+        ],
+    ),
+    "many replacements": _content(
+        normalizer=[
+            {"type": "NFKC"},
+            *(_replace(each, each * 3) for each in "abcdefgh"),
+            *(_replace(each, f" {each} ") for each in ",.;:!?"),
+            *(
+                _replace(each, " ", "Regex")
+                for each in ("\\s+", "[\\r\\n]+", "\\s*\\n\\s*", "\\p{Zs}", "[^\\x00-\\x7f]+") * 4
+            ),
+            *(_replace(each, "-", "Regex") for each in ("^", "(?<=\\d)(?=\\d)")),
+            SPACES,
+        ]
+    ),
+}
+SPECIAL = ["s"] * 200
+GROWING = {
+    "a long text before each": _content(normalizer=[{"type": "Prepend", "prepend": "a" * 10_000}]),
+    "a text of a table": _content(normalizer=[_table("a " * 5001)]),
+    "letters of letters, without their type": {
+        "normalizer": {"normalizers": [{"pattern": {"String": "a"}, "content": "aa"}] * 40}
+    },
+    "letters of letters beside expressions": _content(
+        normalizer=[_replace("a", "aa"), _replace("z", "y", "Regex")] * 40
+    ),
+    "letters of letters in another case": _content(
+        normalizer=[_replace("a", "BB"), {"type": "Lowercase"}, _replace("b", "AA"), {"type": "Lowercase"}] * 20
+    ),
+    "letters between letters": _content(normalizer=[_replace("x*", "y", "Regex")] * 40),
+    "letters between letters, of nothing": _content(normalizer=[_replace("", "y")] * 40),
+    "letters of compatible ones": _content(normalizer=[_replace("\u0644", "\ufdfa"), {"type": "NFKD"}] * 20),
+    "spaces around letters": _content(normalizer=[{"type": "BertNormalizer", **BERT}] * 40),
+    "a letter before each piece": _content(
+        pre_tokenizer=[step for each in map(chr, range(97, 120)) for step in (_metaspace(each), _split("."))]
+    ),
+    "letters in two parts": _content(normalizer=[_replace("a", "a" * 5000)], pre_tokenizer=[BYTES]),
+    "steps": _content(normalizer=[{"type": "StripAccents"}] * 1001),
+    "special tokens": _content(post_processor=[_template(*SPECIAL, "A", ids=200)]),
+    "texts of texts": _content(post_processor=[_template("A", "A", "A")] * 20),
+    "decoded without a suffix": _content(decoder=[{"type": "BPEDecoder", "suffix": ""}] * 40),
+    "decoded without a delimiter": _content(
+        decoder=[{"type": "CTC", "pad_token": "|", "word_delimiter_token": "", "cleanup": False}] * 40
+    ),
+    "decoded in another order": _content(decoder=[_replace("a", "bb"), {"type": "Fuse"}, _replace("b", "aa")] * 20),
+}
+
+
+def _check(content: dict[str, Any], tokens: list[str]) -> None:
+    check_prompts(content)
+    check_texts(content, tokens)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_steps_are_no_growth(name: str) -> None:
+    _check(PUBLISHED[name], ["a", " " * 1024])
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_steps_that_make_a_text_much_longer_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"its .* more than"):
+        _check(GROWING[name], ["a"])
+
+
+def test_long_tokens_are_refused_by_what_is_decoded_of_them() -> None:
+    content = _content(decoder=[_replace("a", "bbb")])
+    check_texts(content, ["a" * 3000])
+    with pytest.raises(ValueError, match="more than 10000 letters of the token 'aaaa"):
+        check_texts(content, ["a", "a" * 4000, "b"])
+
+
+@pytest.mark.parametrize(
+    "expression", ["x*", "x?|y", "(x)", "x{0,3}", "x{2}?", "[[:alpha:]]*", "[a[b]]*", "\\b", "x\\K"]
+)
+def test_an_expression_that_may_match_nothing_writes_between_letters(expression: str) -> None:
+    with pytest.raises(ValueError, match="more than"):
+        check_prompts(_content(normalizer=[_replace(expression, "y", "Regex")] * 10))
 
 
 def test_steps_that_are_nested_deep_are_refused() -> None:
     steps: dict[str, Any] = {"type": "Replace", "pattern": {"String": "T"}, "content": "TT"}
     for _ in range(30):
-        steps = {"type": "Sequence", "normalizers": [steps, steps]}
+        steps = {"type": "Sequence", "normalizers": [steps]}
     with pytest.raises(ValueError, match="nested too deep"):
-        growing({"normalizer": steps})
+        check_prompts({"normalizer": steps})
+
+
+def test_a_library_that_panics_is_one_line(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    endless = "(?:a|aa)+(?!a|\\z)"
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence(
+        [decoders.Fuse(), decoders.Replace(Regex("."), "a"), decoders.Replace(Regex(endless), "x")]
+    )
+    with pytest.raises(ValueError, match="tokens cannot be decoded") as caught:
+        text_of(tokenizer, [5] * 60)
+    assert len(str(caught.value).splitlines()) == 1
+    assert text_of(tokenizer, [5]) == "a"

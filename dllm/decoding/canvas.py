@@ -49,7 +49,7 @@ class Canvas:
         rows: number of the row in each busy slot.
         requests: request of each row; None where a number is free.
         errors: reasons of failed rows.
-        doomed: rows that fail in their first step, with the reason.
+        doomed: rows that fail in their next step, with the reason.
         ends: (slots, E) end-of-text ids of each row, the fill token first; -1 where a row has fewer.
         low: first column of each row's active block.
         high: the column after it, which may lie past the end.
@@ -418,7 +418,12 @@ class Canvas:
             upto = settled[entry]
             if rewritten[entry, start : start + stops.read].any():
                 stops.read = 0
-            if upto - start > stops.read and (count := stops.find(tokens[start:upto])) is not None:
+            try:
+                count = stops.find(tokens[start:upto]) if upto - start > stops.read else None
+            except ValueError as error:
+                self.doomed[row] = str(error)
+                continue
+            if count is not None:
                 end[entry] = start + count
         # These rows are finished, so the device needs no update.
         beyond = (np.arange(self.length) >= end[:, None]) & self.region[rows]

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from dllm.decoding.step import Step
 from dllm.escape import terminal
 from dllm.files import write_whole
+from dllm.models.tokenizers import text_of
 
 FRESH, SETTLED, PROVISIONAL, MASKED = "bold black on green", "default", "dim italic", "dim"
 
@@ -81,7 +82,7 @@ class CanvasView:
     def _word(self, token: int) -> str:
         if self.tokenizer is None:
             return f" {token}"
-        return terminal(self.tokenizer.decode([token])).replace("\n", "⏎")
+        return terminal(text_of(self.tokenizer, [token])).replace("\n", "⏎")
 
 
 def live(view: CanvasView, console: Console) -> tuple[Live, Callable[[Step], None]]:

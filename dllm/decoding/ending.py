@@ -8,11 +8,12 @@ decoding continued after the stop string or not. The tokens that end the text co
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
+
+from dllm.models.tokenizers import text_of
 
 _PARTIAL = "\ufffd"  # decoded from tokens that hold part of a character
 
@@ -25,7 +26,7 @@ def count_tokens(completions: NDArray[np.int64], eos_token_ids: Sequence[int]) -
 
 def decode_text(tokenizer: PreTrainedTokenizerBase | None, tokens: NDArray[np.int64]) -> str | None:
     """The text of some tokens without special ones; None without a tokenizer."""
-    return None if tokenizer is None else str(tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
+    return None if tokenizer is None else text_of(tokenizer, tokens.tolist(), skip_special_tokens=True)
 
 
 def cut(
@@ -138,5 +139,4 @@ def _without_special(tokenizer: PreTrainedTokenizerBase, tokens: NDArray[np.int6
 
 def _written(tokenizer: PreTrainedTokenizerBase, tokens: NDArray[np.int64]) -> str:
     """The text of some tokens, including special ones, without an incomplete last character."""
-    text: Any = tokenizer.decode(tokens.tolist())
-    return str(text).rstrip(_PARTIAL)
+    return text_of(tokenizer, tokens.tolist()).rstrip(_PARTIAL)

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dllm.decoding.colours import RAMPS, css, shade
 from dllm.escape import terminal
+from dllm.models.tokenizers import text_of
 
 if TYPE_CHECKING:
     from dllm.decoding.result import Generation
@@ -54,7 +55,7 @@ class Vocabulary:
             return "·"
         if token in self.eos_token_ids:
             return "∎"
-        return f" {token}" if self.tokenizer is None else visible(str(self.tokenizer.decode([token])))
+        return f" {token}" if self.tokenizer is None else visible(text_of(self.tokenizer, [token]))
 
 
 def generation(result: Generation) -> str:

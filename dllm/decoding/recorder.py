@@ -71,10 +71,14 @@ class Recorder:
         error = canvas.errors.get(row)
         first = canvas.padding[row] + request.answer_start
         completion = canvas.host[row, first:]
-        if request.infill:
-            text, tokens = cut(self._tokenizer, completion)[0], int(canvas.region[row].sum())
-        else:
-            text, tokens = cut(self._tokenizer, completion, request.stops, request.eos_token_ids)
+        text, tokens = None, int(canvas.region[row].sum())
+        try:
+            if request.infill:
+                text, _ = cut(self._tokenizer, completion)
+            else:
+                text, tokens = cut(self._tokenizer, completion, request.stops, request.eos_token_ids)
+        except ValueError as unreadable:
+            error = error or str(unreadable)
         return Answer(
             index=index,
             text=text if error is None else None,

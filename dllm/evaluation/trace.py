@@ -22,6 +22,7 @@ from dllm.decoding.result import padded
 from dllm.evaluation import trace_html
 from dllm.evaluation.packing import compact_json, flags, held, joined, small, split, spread, with_sorted_header
 from dllm.files import parse_json, write_whole
+from dllm.models.tokenizers import text_of
 from dllm.stored import misfit
 
 FORMAT, VERSION = "dllm-trace", 1
@@ -157,7 +158,7 @@ def words_of(
     for each in frames:
         for tokens in (each.prompt, each.canvas, each.predicted, each.drafted):
             used |= set(np.unique(tokens).tolist())
-    return {token: str(tokenizer.decode([token])) for token in sorted(used)}
+    return {token: text_of(tokenizer, [token]) for token in sorted(used)}
 
 
 def _metadata(trace: Trace) -> dict[str, str]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from dllm.api import generate
 from dllm.evaluation.metrics import wilson
 from dllm.models.loading import LanguageModel
+from dllm.models.tokenizers import text_of
 from dllm.tasks.word_problems import Grade, Problem, grade
 
 
@@ -79,7 +80,8 @@ def evaluate_causal(
             out = model.generate(
                 input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=64, do_sample=False
             )
-        texts = tokenizer.batch_decode(out[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+        answers = out[:, inputs.input_ids.shape[1] :].tolist()
+        texts = [text_of(tokenizer, answer, skip_special_tokens=True) for answer in answers]
         grades += [grade(text, problem) for text, problem in zip(texts, batch, strict=True)]
         progress(len(grades))
     return score(grades, nfe=math.nan, tpf=1.0)

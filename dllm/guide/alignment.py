@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from dllm.checks import telling_panics
 from dllm.decoding.flags import flagged
 from dllm.guide import Guide
-from dllm.models.tokenizers import tokenizing
+from dllm.models.tokenizers import text_of
 
 NEVER = 2**31
 _CONTEXT = 16  # tokens decoded again before each boundary: how a token decodes depends on few before it
@@ -236,7 +237,7 @@ class ByText:
         return [bos] if bos is not None and bos in self.theirs("").input_ids else []
 
     def _text(self, ids: list[int]) -> str:
-        return str(self.ours.decode(ids, clean_up_tokenization_spaces=False))
+        return _decoded(self.ours, ids)
 
     def _borders(self, ids: list[int], first: int, text: str) -> list[int | None]:
         """Character index in `text` after each number of leading tokens from `first` on; None within a character."""
@@ -252,12 +253,12 @@ class ByText:
     def _encode(self, text: str) -> tuple[list[int], dict[int, int]]:
         """The guide's tokens of a text, and the number of tokens before each token boundary, where exact."""
         try:
-            with tokenizing(f"guide={self.name!r}: a text"):
+            with telling_panics(f"guide={self.name!r}: a text cannot be tokenized", "give another text"):
                 encoded = self.theirs(text, add_special_tokens=False, return_offsets_mapping=True)
         except ValueError as error:
             raise _UnreadableError(str(error)) from None
         ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-        back = str(self.theirs.decode(ids, clean_up_tokenization_spaces=False))
+        back = _decoded(self.theirs, ids)
         exact = next(
             (i for i, (one, other) in enumerate(zip(text, back, strict=False)) if one != other),
             min(len(text), len(back)),
@@ -294,6 +295,13 @@ class ByText:
 
 class _UnreadableError(ValueError):
     """Committed text that the guide cannot represent exactly."""
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    try:
+        return text_of(tokenizer, ids, clean_up_tokenization_spaces=False)
+    except ValueError as error:
+        raise _UnreadableError(str(error)) from None
 
 
 @dataclass(frozen=True)

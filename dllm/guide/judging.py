@@ -8,6 +8,7 @@ narrow forwards can be replayed from CUDA graphs.
 from __future__ import annotations
 
 import inspect
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,13 +23,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-from dllm.checks import out_of_memory
+from dllm.checks import out_of_memory, telling_panics
 from dllm.decoding.graphs import AFTER, NARROW, Replays, weights_of
 from dllm.decoding.layout import WIDTHS
 from dllm.decoding.setup import Setup
 from dllm.identity import checkpoint
 from dllm.models import adapters
 from dllm.models.checkpoint import ATTENTION, check_causal_folder
+from dllm.models.growth import check_prompts, check_texts
 from dllm.models.loading import checkpoint_folder, quiet
 from dllm.models.published import is_whole
 from dllm.models.tokenizers import check_tokenizer_config, load_tokenizer
@@ -126,7 +128,12 @@ def _load(name: str, folder: Path, device: torch.device, state: str) -> Guide:
                 tokenizer = load_tokenizer(folder)  # AutoTokenizer would choose the class by model type
             elif any((folder / file).is_file() for file in ("vocab.json", "tokenizer.model")):
                 check_tokenizer_config(folder)
-                tokenizer = AutoTokenizer.from_pretrained(folder, **nothing_else)
+                with telling_panics("its tokenizer cannot be read", "copy its files again from the published model"):
+                    tokenizer = AutoTokenizer.from_pretrained(folder, **nothing_else)
+                if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+                    content = json.loads(backend.to_str())
+                    check_prompts(content)
+                    check_texts(content, tokenizer.get_vocab())
         model, info = loaded
         # They would be initialized at random.
         lost = [

@@ -1,76 +1,156 @@
 """Tokenizers that make a text much longer, which would take any time and memory.
 
-A tokenizer.json is a program: its normalizers, pre-tokenizers and decoders run one after the other, and the library
-that runs them neither hears signals nor has a bound.
+A tokenizer.json is a program: its normalizers, pre-tokenizers, post-processors and decoders run one after the other,
+and the library that runs them neither hears signals nor has a bound.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import base64
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from math import inf
 from typing import Any
 
-_MOST = 1000  # letters, or tokens, that one may become
-_STEPS = 1000  # replacements
+from tokenizers import Tokenizer
+
+_MOST = 10_000  # letters that one letter of a prompt, or one token, may become
+_MOST_TOKENS = 1000  # that one token may become with the special ones
+_STEPS = 1000  # of a part
 _DEEPEST = 20
-_BYTE_LEVELS = 3  # each of which writes a letter that is not ASCII as several
 _PARTS = ("normalizer", "pre_tokenizer", "decoder", "post_processor")
 _INNER = ("normalizers", "pretokenizers", "decoders", "processors")
+# Letters that a step writes for one, at most; a step of another type writes one, but maybe another one.
+_FACTORS = {
+    "BertNormalizer": 4,  # a Chinese letter between two spaces, or one without its accents
+    "ByteLevel": 5,  # four bytes and a space before a word
+    "Lowercase": 2,
+    "Metaspace": 2,
+    "NFC": 3,
+    "NFD": 4,
+    "NFKC": 18,
+    "NFKD": 18,
+}
+_FACTORS_OF_DECODERS = {"BPEDecoder": 3, "CTC": 3, "WordPiece": 2}  # an empty suffix is found around each letter
+_NO_PARTS: dict[str, Any] = {
+    "version": "1.0",
+    "added_tokens": [],
+    "model": {"type": "WordLevel", "vocab": {}, "unk_token": ""},
+}
+# An expression that surely takes a letter: one that must be there, maybe among others. Any other may match nothing.
+_LETTER = r"(?:[^\\\[\](){}*+?|^$]|\\[^A-Za-z0-9]|\\[dDhHsSwWfnrtv]|\\[pP]\{\^?\w+\}|\[\^?(?:\\.|[^\\\[\]&])+\])"
+_SOME = r"(?:\+|\{[1-9]\d*(?:,\d*)?\}(?!\?))?"
+_TAKING = re.compile(rf"(?:{_LETTER}[*?]?)*?{_LETTER}{_SOME}(?![*?{{])(?:{_LETTER}(?:[*?]|{_SOME}))*", re.DOTALL)
+_LONGEST = 200  # letters of an expression that are looked at
 
 
-def growing(content: Mapping[str, Any]) -> str | None:
-    """What of a tokenizer.json makes texts much longer; None if nothing does.
+def check_prompts(content: Mapping[str, Any]) -> None:
+    """Reject what makes much of a short prompt.
+
+    Args:
+        content: of a tokenizer.json.
 
     Raises:
-        ValueError: its steps are nested too deep.
+        ValueError: what it is, or steps that are nested too deep, too many or none of the library.
     """
+    parts = _read(content)
+    if _growth([*parts["normalizer"], *parts["pre_tokenizer"]], _FACTORS) > _MOST:
+        raise ValueError(f"its normalizer and pre_tokenizer may make more than {_MOST} letters of one")
+    tokens = 1
+    for step in parts["post_processor"]:
+        tokens = _processed(step, tokens)
+        if tokens > _MOST_TOKENS:
+            raise ValueError(f"its post_processor makes more than {_MOST_TOKENS} tokens of one")
+
+
+def check_texts(content: Mapping[str, Any], tokens: Iterable[str]) -> None:
+    """Reject what makes much text of a few tokens.
+
+    Args:
+        content: of a tokenizer.json; {} if there is none.
+        tokens: the whole vocabulary.
+
+    Raises:
+        ValueError: what it is, as for prompts.
+    """
+    longest = max(tokens, key=len, default="")
+    if len(longest) * _growth(_read(content)["decoder"], _FACTORS_OF_DECODERS) > _MOST:
+        raise ValueError(f"its decoder may make more than {_MOST} letters of the token {longest[:20]!r}")
+
+
+def _read(content: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """The steps of each part, in order, as the library reads them, which does not need to be told their types."""
     for name in _PARTS:
-        steps = [*_steps(content.get(name), 0)]
-        if sum(step.get("type") == "ByteLevel" for step in steps) > _BYTE_LEVELS:
-            return f"its {name} has ByteLevel more than {_BYTE_LEVELS} times"
-        for step in steps:
-            pieces = [piece for key in ("single", "pair") for piece in _list(step.get(key)) if "Sequence" in piece]
-            if len(pieces) > _STEPS:
-                return f"its {name} repeats a text {len(pieces)} times"
-        if wrong := _replacing([step for step in steps if step.get("type") == "Replace"]):
-            return f"its {name} {wrong}"
-    return None
+        if sum(1 for _ in _steps(content.get(name), 0)) > _STEPS:
+            raise ValueError(f"its {name} has more than {_STEPS} steps")
+    given = _NO_PARTS | {name: content[name] for name in _PARTS if name in content}
+    known = json.loads(Tokenizer.from_str(json.dumps(given)).to_str())
+    return {name: [*_steps(known[name], 0)] for name in _PARTS}
 
 
 def _steps(part: Any, depth: int) -> Iterator[Mapping[str, Any]]:
-    """The steps of a part, in order."""
     if depth > _DEEPEST:
         raise ValueError("its steps are nested too deep")
     if not isinstance(part, Mapping):
         return
-    yield part
+    if part.get("type") != "Sequence":
+        yield part
     for name in _INNER:
-        for each in _list(part.get(name)):
+        inner = part.get(name)
+        for each in inner if isinstance(inner, list) else []:
             yield from _steps(each, depth + 1)
 
 
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
+def _growth(steps: list[Mapping[str, Any]], factors: Mapping[str, int]) -> float:
+    """Letters that one letter becomes at most, found from the last step to the first.
+
+    `become` has letters that later steps replace; `other` is for those they do not, `least` for all.
+    """
+    other, least, become = 1.0, 1.0, dict[str, float]()
+
+    def written(text: str) -> float:
+        return inf if len(text) > _MOST else sum(max(become.get(letter, other), least) for letter in text)
+
+    for step in reversed(steps):
+        kind, inserted = step["type"], 0.0
+        if kind == "Replace":
+            pattern, text = step["pattern"], written(step["content"])
+            literal = pattern.get("String")
+            if literal:
+                for letter in literal:
+                    become[letter] = max(become.get(letter, other), text / len(literal))
+                continue
+            if literal is None and _takes(pattern["Regex"]):
+                least = max(least, text)  # it may match any letter, and is not run: it may take forever
+                continue
+            inserted = 2 * text  # before and after
+        elif kind == "Prepend":
+            inserted = written(step["prepend"])
+        factor = _longest_entry(step) if kind == "Precompiled" else factors.get(kind, 1)
+        other, least, become = factor * max(other, least, *become.values()) + inserted, 1.0, {}
+    return max(other, least, *become.values())
 
 
-def _replacing(steps: list[Mapping[str, Any]]) -> str | None:
-    """Whether what one step writes is replaced again and again, by following what each becomes."""
-    rules = [_rule(step) for step in steps]
-    if len(rules) > _STEPS or any(len(written) > _MOST for _, written in rules):
-        return f"has more than {_STEPS} replacements, or one of more than {_MOST} letters"
-    for number, (pattern, text) in enumerate(rules):
-        for replaced, written in rules[number + 1 :]:
-            # An expression may match any letter, and is not run: it may take forever.
-            text = written * len(text) if replaced is None else text.replace(replaced, written)
-            if len(text) > _MOST:
-                found = "an expression" if pattern is None else repr(pattern[:60])
-                return f"makes more than {_MOST} letters of one match of {found}"
-    return None
+def _takes(expression: str) -> bool:
+    return len(expression) <= _LONGEST and _TAKING.fullmatch(expression) is not None
 
 
-def _rule(step: Mapping[str, Any]) -> tuple[str | None, str]:
-    """What a step replaces, None for an expression, and by what."""
-    pattern, written = step.get("pattern"), str(step.get("content", ""))
-    if isinstance(pattern, str):
-        return pattern or None, written
-    literal = pattern.get("String") if isinstance(pattern, Mapping) else None
-    return (str(literal) or None) if literal is not None else None, written
+def _longest_entry(step: Mapping[str, Any]) -> int:
+    """Letters of the longest text that a precompiled table writes: after the size of its trie, and the trie."""
+    table = base64.b64decode(step["precompiled_charsmap"])
+    texts = table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")
+    return max(1, *(len(each.decode(errors="replace")) for each in texts))
+
+
+def _processed(step: Mapping[str, Any], tokens: int) -> int:
+    """Tokens that a post-processor makes of some."""
+    if step["type"] != "TemplateProcessing":
+        return tokens + 4  # those of Bert and Roberta around a pair
+    special = {name: max(len(each["ids"]), len(each["tokens"])) for name, each in step["special_tokens"].items()}
+    return max(
+        sum(
+            special.get(piece["SpecialToken"]["id"], 0) if "SpecialToken" in piece else tokens for piece in step[pieces]
+        )
+        for pieces in ("single", "pair")
+    )

@@ -7,8 +7,7 @@ and the code is never run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ from transformers import (  # type: ignore[attr-defined]  # Qwen2TokenizerFast i
     Qwen2TokenizerFast,
 )
 
-from dllm.checks import first_line, is_text
+from dllm.checks import first_line, is_text, panicked, telling_panics
 from dllm.files import parse_json
-from dllm.models.growth import growing
+from dllm.models.growth import check_prompts, check_texts
 
 _BPE_FILES = ("vocab.json", "merges.txt")
 _OTHER_FILES = ("tokenizer_config.json", "tokenizer.model")
@@ -45,7 +44,7 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str, what: str, *, speci
     """
     if not is_text(text):
         raise ValueError(f"{what} contains lone surrogates, which are not valid text; give UTF-8")
-    with tokenizing(what):
+    with telling_panics(f"{what} cannot be tokenized", "give another text"):
         return list(tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
 
 
@@ -72,18 +71,22 @@ def tokens_after(tokenizer: PreTrainedTokenizerBase, text: str, what: str) -> li
 def writes(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> bool:
     """Whether tokens that follow others write a text."""
     before = tokenizer(_BEFORE[0], add_special_tokens=False).input_ids
-    return str(tokenizer.decode(before + ids)) == str(tokenizer.decode(before)) + text
+    return text_of(tokenizer, before + ids) == text_of(tokenizer, before) + text
 
 
-@contextmanager
-def tokenizing(what: str) -> Iterator[None]:
-    """Raise a ValueError where the library panics, which it tells by no `Exception`, or raises a bare one."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error) is not Exception and type(error).__name__ != "PanicException":
-            raise
-        raise ValueError(f"{what} cannot be tokenized ({first_line(error)}); give another text") from None
+def text_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], **options: Any) -> str:
+    """The text of some tokens.
+
+    Args:
+        tokenizer: the tokenizer.
+        tokens: ids.
+        options: of the tokenizer's `decode`.
+
+    Raises:
+        ValueError: the tokenizer's own expressions give up on it.
+    """
+    with telling_panics("tokens cannot be decoded", "use the tokenizer of the published model"):
+        return str(tokenizer.decode(list(tokens), **options))
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
@@ -113,11 +116,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     check_tokenizer_config(folder)
     try:
         content = _read(folder / "tokenizer.json")
-        if wrong := growing(content):
-            raise ValueError(wrong)
+        check_prompts(content)  # added tokens are normalized as they are read
         tokenizer = kind.from_pretrained(folder, padding_side="left", local_files_only=True)
+        check_texts(content, tokenizer.get_vocab())
         declared = _declared_ids(folder)
-    except Exception as error:  # noqa: BLE001  # the tokenizers library raises bare Exception for bad files
+    except BaseException as error:
+        if not isinstance(error, Exception) and not panicked(error):
+            raise
         reason = first_line(error)
         raise ValueError(
             f"{folder}: the tokenizer files ({', '.join(files)}, tokenizer_config.json) cannot be read: {reason}; "

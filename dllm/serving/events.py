@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dllm.decoding.step import Event, Step
+from dllm.models.tokenizers import text_of
 from dllm.structure.tokens import token_bytes
 
 
@@ -32,7 +33,7 @@ class Pieces:
 
     def __getitem__(self, token: int) -> str:
         if token not in self._known:
-            self._known[token] = f" {token}" if self.tokenizer is None else str(self.tokenizer.decode([token]))
+            self._known[token] = f" {token}" if self.tokenizer is None else text_of(self.tokenizer, [token])
         return self._known[token]
 
     @cached_property
