@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
 import shutil
 import socket
 import struct
@@ -255,6 +257,25 @@ def _pickled(content: Callable[[dict[str, Tensor]], Any], legacy: bool = False) 
     return edit
 
 
+def _programmed(program: bytes, legacy: bool = False) -> Edit:
+    """A file whose tensors are what a pickle makes."""
+
+    def edit(folder: Path) -> None:
+        _pickled(lambda tensors: tensors, legacy)(folder)
+        path, whole = folder / "pytorch_model.bin", b"\x80\x02" + program + b"."
+        if legacy:
+            begin = io.BytesIO(path.read_bytes())
+            for _ in range(3):
+                pickle.load(begin)
+            path.write_bytes(begin.getvalue()[: begin.tell()] + whole + pickle.dumps([], 2))
+            return
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in (("data.pkl", whole), ("version", b"3\n"), ("byteorder", b"little")):
+                archive.writestr(f"archive/{name}", content)
+
+    return edit
+
+
 def _deflated(folder: Path) -> None:
     """A pickle that is much larger than its file."""
     _pickled(lambda tensors: tensors)(folder)
@@ -397,6 +418,19 @@ FILES: dict[str, tuple[Edit, str]] = {
     "pickle: numbers": (_pickled(lambda tensors: tensors | {"a": 5}), "not a table of tensors"),
     "pickle: integers": (_pickled(lambda tensors: {name: each.long() for name, each in tensors.items()}), "int64"),
     "pickle: compressed": (_deflated, "pytorch_model.bin is damaged"),
+    "pickle: a sparse tensor": (_pickled(lambda tensors: tensors | {"a": torch.ones(2, 2).to_sparse()}), "damaged"),
+    **{
+        f"pickle{kind}: {what}": (_programmed(program, legacy), "pytorch_model.bin is damaged")
+        for kind, legacy in (("", False), (" of torch before 1.6", True))
+        for what, program in {
+            "a deep key": b"}(K\x01" + b"\x85" * 10**6 + b"K\x01u",
+            "a deep key of pairs": b"}(K\x01" + b"K\x01\x86" * 10**6 + b"K\x01u",
+            "a deep key of itself": b"}(K\x01" + b"q\x00h\x00\x86" * 10**6 + b"K\x01u",
+            "many bytes": b"c__builtin__\nbytearray\n\x8a\x05" + (2 * 10**10).to_bytes(5, "little") + b"\x85R",
+            "a slow encoding": b"c_codecs\nencode\nX\x01\x00\x00\x00aX\x08\x00\x00\x00punycode\x86R",
+            "nothing": b"0",
+        }.items()
+    },
     "pickle: one tensor less": (_pickled(lambda tensors: dict(list(tensors.items())[1:])), "is missing"),
     **{
         f"pickle{kind}: {what}": (

@@ -8,12 +8,12 @@ is computed or allocated.
 
 from __future__ import annotations
 
-import pickle
 import re
 import zipfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
+from io import BytesIO
 from math import isfinite, prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +23,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from dllm.checks import first_line, number
+from dllm.checks import first_line, number, out_of_memory
 from dllm.files import read_json
+from dllm.models.pickles import check_pickle
 from dllm.models.published import is_whole
 
 ATTENTION = ("sdpa", "eager")
@@ -54,6 +55,7 @@ _ACTED_ON = ("configuration_files", "transformers_weights", "fusion_config", "ke
              "experts_implementation", "_experts_implementation", "distributed_config", "per_layer_config")  # fmt: skip
 _ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 _OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # magic number of torch files before 1.6
+_PICKLES = 5  # of such a file: that number, a protocol, the machine, the tensors, the keys of their storages
 _CONFIG_BYTES, _HEADER_BYTES, _DEPTH = 10**7, 3 * 10**7, 32
 _LARGEST = 2**24  # maximum plausible size
 _LABELS = 10**5
@@ -328,18 +330,16 @@ def _pickled(path: Path) -> Iterator[tuple[str, Stored]]:
             with zipfile.ZipFile(path) as archive:
                 if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
                     raise ValueError("torch compresses nothing")
+            check_pickle(BytesIO(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")))
+        else:
+            with path.open("rb") as file:
+                for _ in range(_PICKLES):
+                    check_pickle(file)
         with torch.serialization.skip_data() if old else nullcontext():
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=not old)
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        KeyError,
-        TypeError,
-        EOFError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ):
+    except Exception as error:  # torch raises what it likes for bad files
+        if out_of_memory(error):
+            raise
         raise ValueError(
             f"{path} is damaged, incomplete, or holds more than tensors; copy or download it again, or convert it to "
             "safetensors where it was made"
