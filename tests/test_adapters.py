@@ -107,6 +107,8 @@ def test_the_model_computes_what_it_does_with_the_adapter(make: Maker, options: 
         peft.VeraConfig(r=256, target_modules=["q_proj"]),
         peft.LoHaConfig(r=4, target_modules=["q_proj"]),
         peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+        peft.ShiraConfig(r=2, target_modules=["q_proj"]),
+        peft.SupertuningConfig(target_modules=["q_proj"]),
     ],
     ids=lambda config: str(config.peft_type.value),
 )
@@ -265,6 +267,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "endless expression": (lambda folder: edit_config(folder, target_modules=ENDLESS), "take more than"),
     "endless exclusion": (lambda folder: edit_config(folder, exclude_modules=ENDLESS), "take more than"),
     "endless pattern": (lambda folder: edit_config(folder, alpha_pattern={ENDLESS: 8}), "take more than"),
+    **{
+        f"many expressions: {option}": (
+            lambda folder, option=option, given=given: edit_config(folder, **{option: given, "layers_to_transform": 0}),
+            "patterns, and the model",
+        )
+        for option, given in {
+            "rank_pattern": {f"x{i}": 2 for i in range(999)},
+            "alpha_pattern": {f"x{i}": 2 for i in range(999)},
+            "modules_to_save": [f"x{i}" for i in range(999)],
+            "layers_pattern": [f"x{i}" for i in range(999)],
+        }.items()
+    },
     "no expression": (lambda folder: edit_config(folder, target_modules="(q_proj"), "expression is invalid"),
     "repeated layers": (lambda folder: edit_config(folder, layer_replication=[[0, 2]] * 3), "layer_replication"),
     "endless config": (lambda folder: edit_config(folder, layer_replication=[[0, 2]] * 10**6), "too long"),
@@ -289,6 +303,16 @@ def test_an_adapter_that_does_not_fit_is_one_clear_line(
     message = refusal(base, adapter=adapter)
     assert str(adapter) in message
     assert expected in message
+
+
+@pytest.mark.parametrize("index", [-1, 10**6])
+def test_indices_outside_of_a_weight_are_refused(index: int, base: Path, tmp_path: Path) -> None:
+    model: Any = peft.get_peft_model(random_llada().backbone, peft.ShiraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "own")
+    weights = load_file(tmp_path / "own" / FILE)
+    next(each for name, each in weights.items() if "indices" in name)[0, 0] = index
+    save_file(weights, tmp_path / "own" / FILE, metadata={"format": "pt"})
+    assert str(index) in refusal(base, adapter=tmp_path / "own")
 
 
 def test_an_option_of_a_later_peft_is_told_where_it_is_set(base: Path, adapter: Path) -> None:

@@ -31,6 +31,13 @@ CONFIG = "adapter_config.json"
 _CONFIG_BYTES = 10**6
 _SECONDS = 5  # of matching
 _MATCH = "import json, re, sys; all_, names = json.load(sys.stdin); [re.match(e, name) for e in all_ for name in names]"
+# Options with several expressions, and how peft uses each.
+_PATTERNS = {
+    "rank_pattern": r"(.*\.)?({})$",
+    "alpha_pattern": r"(.*\.)?({})$",
+    "modules_to_save": r"(^|.*\.){}($|\..*)",
+    "layers_pattern": r"(?:^|.*?\.){}\.(\d+)\.",
+}
 _BY_NUMPY = ("UNILORA",)  # kinds that draw indices with NumPy, which allocates them
 _FEW = 1 << 24  # numbers that any model may draw
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -142,9 +149,6 @@ def _merge(backbone: PreTrainedModel, folder: Path, peft: Any) -> str | None:
     if problem := _unmatchable(config, backbone):
         return problem
     weights = peft.load_peft_weights(folder, device="cpu")
-    odd = next((name for name, weight in weights.items() if not weight.is_floating_point()), None)
-    if odd is not None:
-        return f"tensor {odd} is {weights[odd].dtype}, and weights are floating-point numbers"
     wrong = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
     if wrong is not None:
         return f"tensor {wrong} holds NaN or infinity"
@@ -154,12 +158,19 @@ def _merge(backbone: PreTrainedModel, folder: Path, peft: Any) -> str | None:
     if shared := _shared(model, backbone):
         return f"{shared} has its weight in common with another part of the model, which must not change"
     # peft ignores unknown tensors and initializes missing ones. Embeddings are optional.
-    least, most = (set(peft.get_peft_model_state_dict(model, save_embedding_layers=all_)) for all_ in (False, True))
-    for names, what in ((set(weights) - most, "has no place in it"), (least - set(weights), "is missing")):
+    least, most = (peft.get_peft_model_state_dict(model, save_embedding_layers=all_) for all_ in (False, True))
+    for names, what in (
+        (weights.keys() - most.keys(), "has no place in it"),
+        (least.keys() - weights.keys(), "is missing"),
+    ):
         if names:
             return f"tensor {min(names)} {what}"
-    peft.set_peft_model_state_dict(model, weights)
-    model.merge_and_unload(safe_merge=True)
+    for name, weight in weights.items():
+        if weight.is_floating_point() != most[name].is_floating_point():  # some kinds have indices
+            return f"tensor {name} is {weight.dtype}, and that of this kind is {most[name].dtype}"
+    with torch.sparse.check_sparse_tensor_invariants():  # indices would write into memory of others
+        peft.set_peft_model_state_dict(model, weights)
+        model.merge_and_unload(safe_merge=True)
     return None
 
 
@@ -198,24 +209,25 @@ def _too_large(config: Any, backbone: PreTrainedModel, weights: Mapping[str, tor
 
 
 def _unmatchable(config: Any, backbone: PreTrainedModel) -> str | None:
-    """The problem with regular expressions that are invalid, or take too long to match the names of the modules.
+    """The problem with regular expressions that are invalid, too many, or take too long to match the modules' names.
 
-    They are matched in a process of its own, which can be ended.
+    They are matched in a process of its own, which can be ended. peft compiles them again for every module.
     """
+    modules = [name for name, _ in backbone.named_modules()]
     named = (getattr(config, name, None) for name in ("target_modules", "exclude_modules", "feedforward_modules"))
     expressions = [rf"(?:{each})\Z" for each in named if isinstance(each, str)]
-    patterns = (getattr(config, name, None) or {} for name in ("rank_pattern", "alpha_pattern"))
-    expressions += [rf"(.*\.)?({each})$" for keys in patterns for each in keys]
-    expressions += [rf"(^|.*\.){each}($|\..*)" for each in getattr(config, "modules_to_save", None) or ()]
-    layers = getattr(config, "layers_pattern", None) or ()
-    expressions += [rf"(?:^|.*?\.){each}\.(\d+)\." for each in ([layers] if isinstance(layers, str) else layers)]
+    for option, form in _PATTERNS.items():
+        given = getattr(config, option, None) or ()
+        patterns = [given] if isinstance(given, str) else list(given)
+        if len(patterns) > len(modules):
+            return f"{option} has {len(patterns)} patterns, and the model {len(modules)} modules"
+        expressions += [form.format(each) for each in patterns]
     if not expressions:
         return None
-    given = json.dumps([expressions, [name for name, _ in backbone.named_modules()]])
     try:
         matched = subprocess.run(
-            [sys.executable, "-X", "utf8", "-I", "-S", "-c", _MATCH], input=given, encoding="utf-8",
-            capture_output=True, timeout=_SECONDS, check=False,
+            [sys.executable, "-X", "utf8", "-I", "-S", "-c", _MATCH], input=json.dumps([expressions, modules]),
+            encoding="utf-8", capture_output=True, timeout=_SECONDS, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return f"its regular expressions take more than {_SECONDS} seconds to match the names of the modules"
