@@ -26,7 +26,7 @@ from dllm.identity import digest, tree
 from dllm.models.loading import quiet
 from dllm.tasks.base import Graded
 from dllm.tasks.definition import definition, refused
-from dllm.tasks.rows import check_data
+from dllm.tasks.rows import check_data, pattern_of
 
 _SPLITS = ("train", "validation", "test")
 _BUILDERS = ("json", "csv", "parquet", "arrow", "text")  # read files of a kind
@@ -155,7 +155,7 @@ def local(manager: Any, name: str, data: Mapping[str, str]) -> str:
     base = getattr(manager.task_index[name], "yaml_path", None)
     if base is None or name not in manager.all_subtasks:
         raise ValueError(f"task.data={dict(data)!r} is for a single task, and {name} is several; name one of them")
-    files = {split: str(Path(file).resolve()) for split, file in data.items()}
+    files = {split: pattern_of(file) for split, file in data.items()}
     own = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
     return OmegaConf.to_yaml({"include": str(base), "task": name, **own})
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from dllm.files import check_readable
 from dllm.tasks import sandbox
-from dllm.tasks.rows import read_rows
+from dllm.tasks.rows import pattern_of, read_rows
 from dllm.tasks.sandbox import Sandbox
 
 HUB = "openai/openai_humaneval"
@@ -107,7 +107,7 @@ def task(
     }
     if data is not None:
         check_rows(data)
-        config["dataset_kwargs"] = {"data_files": {"test": str(Path(data).absolute())}}
+        config["dataset_kwargs"] = {"data_files": {"test": pattern_of(data)}}
     if instruct:
         config["gen_prefix"] = "Here is the completed function:\n```python\n{{ prompt }}\n"
     return config

@@ -6,12 +6,26 @@ import gzip
 import re
 import zlib
 from collections.abc import Iterator, Mapping
+from glob import escape
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from dllm.files import parse_json
 
+_MOST_UNPACKED = 1 << 28  # bytes
 _WRITTEN = ("doc_to_text", "doc_to_target")  # templates over the columns of a row
+
+
+def pattern_of(file: str) -> str:
+    """The pattern that stands for this file alone, where `datasets` expects patterns of files.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if "::" in file:
+        raise ValueError(f"task.data={file!r} has :: in its name, which datasets reads as an archive; rename it")
+    return escape(str(Path(file).absolute()))
 
 
 def read_rows(where: str, file: Path, give: str) -> Iterator[tuple[int, Any]]:
@@ -27,7 +41,12 @@ def read_rows(where: str, file: Path, give: str) -> Iterator[tuple[int, Any]]:
     """
     try:
         content = file.read_bytes()
-        text = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode("utf-8-sig")
+        if content[:2] == b"\x1f\x8b":
+            with gzip.open(BytesIO(content)) as packed:
+                content = packed.read(_MOST_UNPACKED + 1)
+            if len(content) > _MOST_UNPACKED:
+                raise ValueError(f"{where} unpacks to more than {_MOST_UNPACKED} bytes; give it unpacked")
+        text = content.decode("utf-8-sig")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(f"{where} cannot be read ({error}); give {give}") from None
     if not text.strip():

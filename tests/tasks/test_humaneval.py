@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
-from dllm.tasks import humaneval, sandbox
+from dllm.tasks import humaneval, rows, sandbox
 
 MEMORY = 1 << 30
 
@@ -190,6 +191,25 @@ class TestErrors:
     )
     def test_a_file_of_something_else(self, tmp_path: Path, content: bytes, words: str) -> None:
         assert words in self.refused(tmp_path / "rows.jsonl", content)
+
+    def test_a_file_that_unpacks_to_very_much(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(rows, "_MOST_UNPACKED", 10_000)
+        assert "unpacks to more than 10000 bytes" in self.refused(tmp_path / "rows.jsonl", gzip.compress(b" " * 10_001))
+        content = json.dumps(ROWS[0]).encode()
+        (tmp_path / "rows.jsonl").write_bytes(gzip.compress(content + b" " * (10_000 - len(content))))
+        humaneval.task(str(tmp_path / "rows.jsonl"), execute=False)
+
+    @pytest.mark.parametrize("name", ["h[1].jsonl", "h*.jsonl", "[!a]", "d[1]/h?.jsonl"])
+    def test_the_file_of_that_name_is_read(self, name: str, tmp_path: Path) -> None:
+        for number, other in enumerate([name, "h1.jsonl", "hh.jsonl", "x", "d1/h1.jsonl"]):
+            (tmp_path / other).parent.mkdir(exist_ok=True)
+            (tmp_path / other).write_text(json.dumps(ROWS[0] | {"task_id": str(number)}) + "\n")
+        config = humaneval.task(str(tmp_path / name), execute=False)
+        found = datasets.load_dataset("json", **config["dataset_kwargs"], cache_dir=str(tmp_path / "cache"))
+        assert found["test"]["task_id"][:] == ["0"]
+
+    def test_an_archive_within_a_name(self, tmp_path: Path) -> None:
+        assert "rename it" in self.refused(tmp_path / "a::b.jsonl", json.dumps(ROWS[0]).encode())
 
     def test_limits_are_checked_before_anything_is_generated(self, data: str) -> None:
         with pytest.raises(ValueError, match="timeout=0 is out of range"):
