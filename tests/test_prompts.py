@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from typing import Any
 
 import numpy as np
@@ -226,6 +228,22 @@ class TestChats:
         markdown = "**{{ messages[0]['role'] }}**{{ messages[0]['content'] }}{% raw %}**{% endraw %}"
         assert written([USER], markdown) == "**user**Tom has 5 pens.**"
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="the memory of a thread's work is limited on Linux alone")
+    @pytest.mark.parametrize(
+        "template",
+        [
+            "{{ 'a' * 10000000000000 }}",
+            "{{ '%10000000000d' % 1 }}",
+            "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+        ],
+    )
+    def test_a_template_that_takes_much_memory_is_ended(self, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("dllm.decoding.chats._BYTES", 1 << 26)
+        before = resource.getrlimit(resource.RLIMIT_DATA)
+        with pytest.raises(ValueError, match="does not fit the chat template: it takes too much memory"):
+            written([USER], template)
+        assert resource.getrlimit(resource.RLIMIT_DATA) == before
+
     @pytest.mark.parametrize(
         ("chat", "template", "named"),
         [
@@ -301,7 +319,7 @@ def test_a_chat_of_one_empty_answer_is_refused(content: Any) -> None:
     [
         ("{{ raise_exception('no system role') }}", "no system role"),
         ("{{ cycler().next() }}", "at least one item has to be provided"),
-        ("{{ 'a' * 1000000000000000 }}", "MemoryError"),
+        ("{{ 'a' * 1000000000000000 }}", "it takes too much memory"),
         ("{% import 'os' as os %}", "no loader for this environment specified"),
         ("{% for", "unexpected 'end of template'"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "nested too deep"),

@@ -1,23 +1,28 @@
 """Chats as texts: the template of a checkpoint, which is a program.
 
-Its loops take limited time. A single operation, such as the product of two integers of millions of digits, cannot be
-ended; powers, which need no such integers, are refused.
+Its loops take limited time, and on Linux all of it limited memory. A single operation, such as the product of two
+integers of millions of digits, cannot be ended; powers, which need no such integers, are refused.
 """
 
 from __future__ import annotations
 
 import ctypes
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from threading import Event, Lock, Thread, get_ident
 from typing import Any
 
+import psutil
 from jinja2 import Environment
 from transformers import PreTrainedTokenizerBase
 
 _SECONDS = 5.0  # of one chat
+_BYTES = 4 << 30  # that it may allocate at most, or half of the free memory
+_limiting = Lock()
 
 
 def write_chat(tokenizer: PreTrainedTokenizerBase, chat: Any, called: str, **options: Any) -> str:
@@ -35,11 +40,11 @@ def write_chat(tokenizer: PreTrainedTokenizerBase, chat: Any, called: str, **opt
     try:
         if _has_powers(tokenizer.chat_template):  # of which one takes forever, and nothing ends it
             raise OverflowError("it computes a power (**)")
-        with _within(_SECONDS):
+        with _within_memory(), _within(_SECONDS):
             return str(tokenizer.apply_chat_template(chat, tokenize=False, **options))
     except Exception as error:  # noqa: BLE001  # a template is code and may raise anything
         text = " ".join(str(error).split()) or type(error).__name__
-        reason = "nested too deep" if isinstance(error, RecursionError) else text
+        reason = {RecursionError: "nested too deep", MemoryError: "it takes too much memory"}.get(type(error), text)
         if options.get("continue_final_message") and isinstance(error, ValueError):
             reason = "it changes the partial answer at the end; leave out the last message"
         raise ValueError(f"{called} does not fit the chat template: {reason}") from None
@@ -52,6 +57,26 @@ def _has_powers(template: Any) -> bool:
         if any(word == ("operator", "**") and before not in ("(", ",") for (_, before), word in pairwise(words)):
             return True
     return False
+
+
+@contextmanager
+def _within_memory() -> Iterator[None]:
+    """Raise a MemoryError where this process allocates too much more, by any thread."""
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    import resource  # not everywhere
+
+    with _limiting:
+        before = soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        taken = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+        most = taken + min(_BYTES, psutil.virtual_memory().available // 2)
+        if soft == resource.RLIM_INFINITY or soft > most:
+            resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 @contextmanager
