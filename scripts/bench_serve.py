@@ -32,6 +32,7 @@ from dllm.escape import cell, markdown_table, terminal
 from dllm.evaluation.jsonl import read_questions
 from dllm.resolve import options_of
 from dllm.scripts import app, own
+from dllm.scripts.ending import in_loop, tied
 from dllm.tasks import word_problems
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def bench_serve(cfg: DictConfig) -> None:
     names = ("requests", "duration", "deadline", "clients", "seed")
     _allow_connections()
     with running as process:
-        load = Load(target, Plan(**{name: options[name] for name in names}), lambda: _memory(process))
+        load = Load(target, Plan(**{name: options[name] for name in names}), lambda: _memory(process), in_loop)
         try:
             _run(load, rates)
         finally:  # also what an interrupted load has
@@ -208,7 +209,7 @@ def _started(port: int, options: Mapping[str, Any]) -> Iterator[psutil.Process]:
     with tempfile.TemporaryFile() as said:
         print("starting the server", file=sys.stderr, flush=True)
         process = subprocess.Popen(
-            [*_COMMAND, *arguments], stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=environment
+            tied([*_COMMAND, *arguments]), stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=environment
         )
         try:
             while not _is_ready(port):

@@ -9,9 +9,9 @@ import atexit
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO, TypeVar
 
 from dllm.escape import brief, terminal
 
@@ -20,6 +20,15 @@ _CURSOR = b"\x1b[?25h"
 _UTF8 = ["-X", "utf8"]  # options of Python
 _AGAIN = 0.2  # seconds after which a swallowed signal is raised again
 _SAID = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+# Becomes another program, which gets SIGTERM when the given process ends (PR_SET_PDEATHSIG).
+_TIE = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 15, 0, 0, 0)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+T = TypeVar("T")
 
 
 class Stopped(KeyboardInterrupt):
@@ -36,25 +45,35 @@ class Stopped(KeyboardInterrupt):
 
 
 class _Watch:
-    """Signal handler: ends the process, at once or, during work, by an exception that cleans up."""
+    """Signal handler: ends the process, at once or, during work, by an exception that cleans up.
+
+    Within an event loop the exception may lose a step of a task, which then never ends: there the work is cancelled.
+    """
 
     def __init__(self) -> None:
         self.command, self.working, self.stopping = "dllm", False, False
         self.number = 0
+        self.cancel: Callable[[], object] | None = None  # in an event loop
 
     def __call__(self, number: int, frame: object) -> None:
-        if self.working and not self.stopping:
-            self.stopping, self.number = True, number
-            signal.setitimer(signal.ITIMER_REAL, _AGAIN, _AGAIN)
-            raise Stopped(number)
-        self.end(number)
+        if not self.working or self.stopping:
+            self.end(number)
+        self.stopping, self.number = True, number
+        if self.cancel is None:
+            self.stop()
+        self.cancel()
+
+    def stop(self) -> NoReturn:
+        """Raise the exception."""
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN, _AGAIN)
+        raise Stopped(self.number)
 
     def again(self, number: int, frame: object) -> None:
         """Raise the exception again if it was swallowed, as by compiled modules during their import.
 
         While it cleans up, it is the exception being handled, or the context of that one.
         """
-        if self.working and not _cleans_up():
+        if self.working and self.cancel is None and not _cleans_up():
             raise Stopped(self.number)
 
     def end(self, number: int) -> NoReturn:
@@ -122,6 +141,47 @@ def working() -> Iterator[None]:
         if before is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
+
+
+def in_loop(work: Coroutine[Any, Any, T]) -> T:
+    """`asyncio.run`, in which a signal cancels the work; its exception is raised afterwards.
+
+    Args:
+        work: that is awaited.
+    """
+    import asyncio
+
+    wait, cleans_up = (lambda: None), _watch.stopping
+
+    async def main() -> T:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        _watch.cancel = lambda: loop.call_soon_threadsafe(task.cancel)
+        if _watch.stopping and not cleans_up:  # since before the line above
+            task.cancel()
+        try:
+            return await work
+        finally:
+            _watch.cancel = wait
+
+    _watch.cancel = wait
+    try:
+        return asyncio.run(main())
+    finally:
+        _watch.cancel = None
+        if _watch.stopping and not cleans_up:
+            _watch.stop()
+
+
+def tied(command: Sequence[str]) -> list[str]:
+    """A command that ends when this process does, in whatever way; only on Linux.
+
+    Args:
+        command: a program's path, and its arguments.
+    """
+    if sys.platform != "linux":
+        return [*command]
+    return [sys.executable, "-I", "-S", "-c", _TIE, str(os.getpid()), *command]
 
 
 def _heard(number: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import io
 import os
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -175,6 +177,67 @@ class TestSignals:
 
         with pytest.raises(ending.Stopped):
             list(show.keys(read))
+
+    @pytest.mark.parametrize("place", ["before", "task", "finaliser", "between"])
+    def test_a_signal_cancels_the_work_of_an_event_loop(self, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        done: list[str] = []
+
+        class Finalised:
+            def __del__(self) -> None:
+                signal.raise_signal(signal.SIGTERM)
+
+        run = asyncio.Handle._run
+
+        def interrupted(handle: asyncio.Handle) -> None:
+            monkeypatch.setattr(asyncio.Handle, "_run", run)
+            signal.raise_signal(signal.SIGTERM)
+            run(handle)
+
+        async def child() -> None:
+            if place == "task":
+                signal.raise_signal(signal.SIGTERM)
+            elif place == "finaliser":
+                Finalised()
+            elif place == "between":  # a step is taken from the queue, and begun
+                monkeypatch.setattr(asyncio.Handle, "_run", interrupted)
+            await asyncio.sleep(0)
+            try:
+                await asyncio.sleep(60)
+            finally:
+                done.append("child")
+
+        async def work() -> None:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(child())
+
+        async def clean_up() -> None:
+            await asyncio.sleep(2 * ending._AGAIN)
+            done.append("cleaned up")
+
+        def new_loop() -> asyncio.AbstractEventLoop:
+            if place == "before" and not done:
+                signal.raise_signal(signal.SIGTERM)
+            return asyncio.new_event_loop()
+
+        with pytest.raises(ending.Stopped, match="15"), ending.watching("dllm"), ending.working():  # noqa: PT012
+            try:
+                with mock.patch.object(asyncio.events, "new_event_loop", new_loop):
+                    ending.in_loop(work())
+            finally:
+                ending.in_loop(clean_up())
+        assert done[-1] == "cleaned up"
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+    def test_a_tied_process_ends_with_the_one_that_started_it(self) -> None:
+        code = """if True:
+            import os, subprocess, sys, time
+            from dllm.scripts.ending import tied
+            child = subprocess.Popen(tied([sys.executable, "-c", "print(1, flush=True); import time; time.sleep(60)"]))
+            time.sleep(float(sys.argv[1]))
+            os._exit(0)
+        """
+        for delay in ("0", "0.3"):  # the pipe is closed by the last process
+            subprocess.run([sys.executable, "-c", code, delay], stdout=subprocess.PIPE, timeout=30, check=True)
 
     @in_a_process
     @pytest.mark.parametrize(

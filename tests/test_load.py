@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +296,23 @@ class TestCommand:
         assert "unfinished" in result.out
         assert result.err.endswith("interrupted; what was written is kept\n")
         assert len((tmp_path / "l.jsonl").read_text().splitlines()) == 2
+
+    def test_an_interruption_is_raised_after_the_event_loop(
+        self, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        server.seconds, made, request, went_on = 0.5, count(), load.request, []
+
+        def interrupt(*arguments: Any, **fields: Any) -> Any:
+            if next(made) == 8:
+                signal.raise_signal(signal.SIGTERM)
+                went_on.append(True)
+            return request(*arguments, **fields)
+
+        monkeypatch.setattr(load, "request", interrupt)
+        result = command("bench-serve", f"server={server.url}", "rate=1000", "requests=20")
+        assert went_on == [True]
+        assert (result.code, result.err) == (143, "dllm bench-serve: error: terminated; what was written is kept\n")
+        assert "unfinished" in result.out
 
     @pytest.mark.parametrize(
         ("arguments", "named"),

@@ -11,7 +11,7 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, repeat, takewhile
@@ -299,6 +299,7 @@ class Load:
         target: the server.
         plan: how much.
         memory: bytes that the server occupies; None if unknown.
+        run: `asyncio.run`, or what runs a coroutine in its place.
 
     Attributes:
         rows: what became of the measurement of the capacity and of each rate; of one that was interrupted, what it had.
@@ -308,16 +309,22 @@ class Load:
         ServerError: the server cannot be asked for its model.
     """
 
-    def __init__(self, target: Target, plan: Plan, memory: Callable[[], int | None] = lambda: None) -> None:
-        self.target, self.plan, self.memory = target, plan, memory
-        self.model, slots = asyncio.run(ask_model(target))
+    def __init__(
+        self,
+        target: Target,
+        plan: Plan,
+        memory: Callable[[], int | None] = lambda: None,
+        run: Callable[[Coroutine[Any, Any, Any]], Any] = asyncio.run,
+    ) -> None:
+        self.target, self.plan, self.memory, self._run = target, plan, memory, run
+        self.model, slots = run(ask_model(target))
         self.slots = slots or _SLOTS
         self.rows: list[Row] = []
         self.capacity: float | None = None
 
     def warm_up(self) -> None:
         """Fill every slot once."""
-        asyncio.run(warm_up(self.target, self.model, self.slots))
+        self._run(warm_up(self.target, self.model, self.slots))
 
     def measure_capacity(self) -> float:
         """Requests per second that the server can answer; what became of those that measured it is a row, too.
@@ -326,7 +333,7 @@ class Load:
             ServerError: it cannot be measured.
         """
         plan, memory, clients = self.plan, self.memory(), self.plan.clients or 2 * self.slots
-        found = asyncio.run(closed_loop(self.target, self.model, clients, plan.requests or _REQUESTS))
+        found = self._run(closed_loop(self.target, self.model, clients, plan.requests or _REQUESTS))
         more = {"busy": found.busy, "rss_start": memory, "rss_end": self.memory(), "clients": clients}
         row = summarise(found.records, found.rate, None, plan.deadline, **more)
         self.rows.append(replace(row, offered=found.rate))
@@ -345,11 +352,11 @@ class Load:
             rate = (multiple or 1.0) * (self.measure_capacity() if self.capacity is None else self.capacity)
         requests = _REQUESTS if plan.requests is None and plan.duration is None else plan.requests
         times = arrivals(rate, requests, plan.duration, plan.seed)
-        before, memory = asyncio.run(metrics(self.target)), self.memory()
+        before, memory = self._run(metrics(self.target)), self.memory()
         try:
-            asyncio.run(open_loop(self.target, self.model, times, records))
+            self._run(open_loop(self.target, self.model, times, records))
         finally:
-            busy = busy_share(before, asyncio.run(metrics(self.target)))
+            busy = busy_share(before, self._run(metrics(self.target)))
             more = {"busy": busy, "rss_start": memory, "rss_end": self.memory()}
             self.rows.append(summarise(records, rate, multiple, plan.deadline, **more))
         return self.rows[-1]
