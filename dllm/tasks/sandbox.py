@@ -5,7 +5,8 @@ removed afterwards, an environment without the caller's variables, no input, and
 (of each process, and of all together), the number of processes and threads, the size of files and the
 number of open files. Its output is discarded; completion is reported on a pipe, by a random token.
 On Linux it cannot open sockets (network or unix), has no capabilities, can neither read nor signal the
-calling process, and all processes that it starts are found and killed, in any session. If the system does
+calling process, what it writes into shared memory goes into its folder (or nowhere, where the system allows no mount),
+and all processes that it starts are found and killed, in any session. If the system does
 not support this, `execute` and `check` raise an error that names what is missing, unless
 `sandbox="partial"`.
 

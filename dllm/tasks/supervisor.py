@@ -32,8 +32,12 @@ from typing import Any, NoReturn
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36
 _PR_SET_NO_NEW_PRIVS, _SECCOMP_SET_MODE_FILTER, _SECCOMP_FILTER_FLAG_NEW_LISTENER = 38, 1, 8
 _SECCOMP_IOCTL_NOTIF_RECV, _SECCOMP_IOCTL_NOTIF_SEND, _SECCOMP_USER_NOTIF_FLAG_CONTINUE = 0xC0502100, 0xC0182101, 1
-_CLONE_NEWIPC, _CLONE_NEWUSER, _CLONE_NEWNET = 0x08000000, 0x10000000, 0x40000000
+_CLONE_NEWIPC, _CLONE_NEWUSER, _CLONE_NEWNET, _CLONE_NEWNS = 0x08000000, 0x10000000, 0x40000000, 0x00020000
+_MS_BIND, _MS_PRIVATE = 0x1000, 0x44000  # the latter with all below
+_SHARED = "/dev/shm"
 _LINUX = sys.platform == "linux"
+# Of Landlock: to write files, and to make folders, files, sockets, pipes and links.
+_WRITE_FILE, _WRITING = 1 << 1, 1 << 1 | 1 << 7 | 1 << 8 | 1 << 9 | 1 << 10 | 1 << 12
 _FILE_BYTES, _OPEN_FILES, _TASKS = 1 << 24, 128, 128
 _END = "dllm.end"
 
@@ -181,13 +185,16 @@ def _confine(timeout: float, memory: int, caller: int, channel: socket.socket) -
     # Without a user namespace this needs root; the seccomp filter below blocks sockets in any case.
     if libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET | _CLONE_NEWIPC) != 0:
         libc.unshare(_CLONE_NEWNET | _CLONE_NEWIPC)
+    hidden = not Path(_SHARED).exists() or _hide_shared_memory(libc, Path.cwd())
     libc.capset(struct.pack("II", 0x20080522, 0), bytes(24))
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)  # so that it can read its own entry in /proc
-    _keep_inside(libc)
+    inside = _keep_inside(libc, shut=not hidden)
     outside = {-1, own, -own, caller, -os.getpgid(caller)}
     missing, listener = [], _filter_calls(libc, sorted(outside))
+    if not (hidden or inside):
+        missing.append(f"keep a program's files out of {_SHARED} (neither Landlock nor a mount namespace)")
     if listener is None:
         missing.append("count processes before they start and close sockets (no seccomp filter)")
     else:
@@ -207,15 +214,45 @@ def _readable(path: str) -> bool:
     return True
 
 
-def _keep_inside(libc: Any) -> None:
-    """Landlock: no access to processes that are not descendants; from Linux 6.12 on also no signals."""
+def _hide_shared_memory(libc: Any, folder: Path) -> bool:
+    """Put the program's folder in place of shared memory, whose files would outlive it; whether that is possible."""
+    return (
+        libc.unshare(_CLONE_NEWNS) == 0
+        and libc.mount(None, b"/", None, _MS_PRIVATE, None) == 0  # or others would see it
+        and libc.mount(os.fsencode(folder), os.fsencode(_SHARED), None, _MS_BIND, None) == 0
+    )
+
+
+def _keep_inside(libc: Any, shut: bool) -> bool:
+    """Landlock: no access to processes that are not descendants; from Linux 6.12 on also no signals.
+
+    Args:
+        libc: the C library.
+        shut: write no files into shared memory either.
+
+    Returns:
+        Whether it is in force.
+    """
     no_devices = 1 << 11  # a ruleset must restrict something; programs do not need this
-    for rules in (struct.pack("QQQ", no_devices, 0, 3), struct.pack("Q", no_devices)):
+    handled = no_devices | _WRITING if shut else no_devices
+    for rules in (struct.pack("QQQ", handled, 0, 3), struct.pack("Q", handled)):
         domain = libc.syscall(444, rules, ctypes.c_size_t(len(rules)), 0)
         if domain >= 0:
-            libc.syscall(446, domain, 0)
+            for place in _others(Path(_SHARED).resolve()) if shut else ():
+                file = os.open(place, os.O_PATH)
+                allowed = struct.pack("=Qi", _WRITING if place.is_dir() else _WRITE_FILE, file)
+                libc.syscall(445, domain, 1, allowed, 0)
+                os.close(file)
+            found = libc.syscall(446, domain, 0)
             os.close(domain)
-            return
+            return bool(found == 0)
+    return False
+
+
+def _others(path: Path) -> list[Path]:
+    """What is beside a path, and beside the folders that it is in."""
+    beside = [each for parent in path.parents for each in parent.iterdir()]
+    return [each for each in beside if each not in (path, *path.parents) and each.exists()]
 
 
 def _filter_calls(libc: Any, outside: Sequence[int]) -> int | None:

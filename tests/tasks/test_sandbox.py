@@ -177,6 +177,7 @@ for number in range(3, 128):
 """
 GRANDPARENT = "import os\nup = int(open(f'/proc/{os.getppid()}/stat').read().rpartition(')')[2].split()[1])\n"
 BYTES = 1 << 28
+SHARED = Path("/dev/shm")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the full sandbox is Linux's")
@@ -239,6 +240,27 @@ class TestHostile:
     def test_no_memory_outlives_it(self, call: str) -> None:
         program = f"import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nprint(libc.{call})\n"
         assert execute(program + "raise SystemExit(f'errno {ctypes.get_errno()}')").detail == "SystemExit: errno 38"
+
+    @pytest.mark.skipif(sys.platform != "linux" or not SHARED.is_dir(), reason="there are no files in memory")
+    @pytest.mark.parametrize("namespace", [True, False])
+    def test_no_file_in_memory_outlives_it(
+        self, namespace: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        name = tmp_path.name + tmp_path.parent.name
+        if not namespace:
+            head, middle, tail = sandbox._SUPERVISOR.read_text().partition("libc.unshare(_CLONE_NEWNS) == 0")
+            (tmp_path / "supervisor.py").write_text(f"{head}False{tail}")
+            monkeypatch.setattr(sandbox, "_SUPERVISOR", tmp_path / "supervisor.py")
+            assert middle
+        made = execute(f"open('/dev/shm/{name}', 'w').write('x')")
+        assert not (SHARED / name).exists()
+        assert made == PASSED if namespace else made.detail.startswith("PermissionError: ")
+        for other in ("x", tmp_path / "x"):
+            assert (
+                execute(f"import os\nopen({str(other)!r}, 'w').write('x')\nopen(os.devnull, 'w').write('x')") == PASSED
+            )
+        if namespace:  # programs use semaphores
+            assert execute("import multiprocessing\nwith multiprocessing.Lock(): pass") == PASSED
 
     def test_memory_that_processes_share_counts_once(self) -> None:
         program = f"import os\nx = b'x' * {BYTES // 2}\nfor _ in range(4):\n    if os.fork() == 0: os._exit(0)\n"
