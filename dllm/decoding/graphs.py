@@ -318,12 +318,16 @@ def weights_of(model: nn.Module) -> tuple[Any, ...]:
 
 
 def unused_hooks(model: nn.Module) -> list[str]:
-    """The modules with hooks, or a forward of their own, that no forward computes: those that only hold others."""
+    """The modules with hooks, or a forward of their own, that no forward computes: those that only hold others.
+
+    Hooks of accelerate, which move weights, are on all modules.
+    """
     return [
         name
         for name, each in model.named_modules()
         if type(each).forward is nn.Module.forward
         and (each._forward_hooks or each._forward_pre_hooks or "forward" in vars(each))
+        and not hasattr(each, "_hf_hook")
     ]
 
 
