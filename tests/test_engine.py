@@ -440,7 +440,14 @@ def test_a_model_that_is_cast_is_the_one_that_is_loaded_in_that_precision(make: 
     assert before.keys() == after.keys() != set()
     for name, buffer in before.items():
         assert torch.equal(buffer.bfloat16(), after[name].bfloat16())
-        assert torch.equal(buffer, after[name]) or name.endswith("scale")
+        assert torch.equal(buffer, after[name])
+        assert buffer.dtype == after[name].dtype
+    for lm in (loaded, cast):
+        lm.backbone.float()
+    wide = dict(dllm.load(tmp_path, device="cpu", dtype="float32").backbone.named_buffers())
+    for lm in (loaded, cast):
+        assert all(torch.equal(each, wide[name]) for name, each in lm.backbone.named_buffers() if "layer" not in name)
+        lm.backbone.bfloat16()
     one, other = (
         dllm.generate(lm, [[*range(1, 20)]], "threshold", "block", gen_length=16, seed=0) for lm in (loaded, cast)
     )

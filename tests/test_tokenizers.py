@@ -491,11 +491,16 @@ def test_long_tokens_are_refused_by_what_is_decoded_of_them() -> None:
 
 
 @pytest.mark.parametrize(
-    "expression", ["x*", "x?|y", "(x)", "x{0,3}", "x{2}?", "[[:alpha:]]*", "[a[b]]*", "\\b", "x\\K"]
+    "expression", ["x*", "x?|y", "(x|)", "x{0,3}", "x{2}?", "[[:alpha:]]*", "[a[b]]*", "\\b", "x\\K"]
 )
 def test_an_expression_that_may_match_nothing_writes_between_letters(expression: str) -> None:
     with pytest.raises(ValueError, match="more than"):
         check_prompts(_content(normalizer=[_replace(expression, "y", "Regex")] * 10))
+
+
+@pytest.mark.parametrize("expression", ["(x)", "(“|”)", "(?:a|b)+", r"(\r\n|\r)", r"\p{L}", "[[:alpha:]]", "( ?)n't"])
+def test_an_expression_that_takes_a_letter_writes_in_its_place(expression: str) -> None:
+    check_prompts(_content(normalizer=[_replace(expression, "y", "Regex")] * 30))
 
 
 def test_steps_that_are_nested_deep_are_refused() -> None:

@@ -258,7 +258,9 @@ class MaskedDiffusionModel(PreTrainedModel):
         result = super()._apply(fn, recurse)
         for (each, name), kept in zip(places, before, strict=True):
             now = each._buffers[name]
-            if kept is not None and now is not None and now.dtype != kept.dtype and not kept.is_meta:
+            if kept is None or now is None or kept.is_meta or now.dtype == kept.dtype:
+                continue
+            if name not in kept_wide or now.dtype.itemsize < kept.dtype.itemsize:
                 each._buffers[name] = kept.to(now.device)
         return result
 

@@ -99,6 +99,14 @@ class DiffusionGemmaForBlockDiffusion(MaskedDiffusionModel, modules.DiffusionGem
         compare(cls.__name__, config, shapes.items(), stored, folder, model.all_tied_weights_keys)
         check_ids(text.vocab_size, None, _ends(config), folder)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)
+        embeds: list[Any] = [each for each in self.modules() if hasattr(each, "scalar_embed_scale")]
+        for embed in embeds:
+            if not embed.embed_scale.is_meta:  # made in the precision of the weights, as when it is loaded
+                embed.embed_scale = embed.embed_scale.new_tensor(embed.scalar_embed_scale, dtype=embed.weight.dtype)
+        return result
+
     @property
     def _text(self) -> Any:
         return self.config.text_config

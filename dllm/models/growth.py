@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from math import inf
 from typing import Any
@@ -38,10 +39,10 @@ _NO_PARTS: dict[str, Any] = {
     "added_tokens": [],
     "model": {"type": "WordLevel", "vocab": {}, "unk_token": ""},
 }
-# An expression that surely takes a letter: one that must be there, maybe among others. Any other may match nothing.
-_LETTER = r"(?:[^\\\[\](){}*+?|^$]|\\[^A-Za-z0-9]|\\[dDhHsSwWfnrtv]|\\[pP]\{\^?\w+\}|\[\^?(?:\\.|[^\\\[\]&])+\])"
-_SOME = r"(?:\+|\{[1-9]\d*(?:,\d*)?\}(?!\?))?"
-_TAKING = re.compile(rf"(?:{_LETTER}[*?]?)*?{_LETTER}{_SOME}(?![*?{{])(?:{_LETTER}(?:[*?]|{_SOME}))*", re.DOTALL)
+# Of expressions: what Python reads otherwise than the library, or not at all, as a letter, and what makes one too odd
+# to say whether it takes a letter: look-around, boundaries, classes within classes, and counts that are optional there.
+_AS_LETTER = re.compile(r"\\[pP]\{\^?\w+\}|\[:\^?\w+:\]|\\[hH]")
+_ODD = re.compile(r"\(\?(?:[=!]|<[=!])|\\[bBGK]|&&|\[\^?(?:\\.|[^\\\]])*\[|\{\d+\}\?", re.DOTALL)
 _LONGEST = 200  # letters of an expression that are looked at
 
 
@@ -133,7 +134,15 @@ def _growth(steps: list[Mapping[str, Any]], factors: Mapping[str, int]) -> float
 
 
 def _takes(expression: str) -> bool:
-    return len(expression) <= _LONGEST and _TAKING.fullmatch(expression) is not None
+    """Whether what an expression matches has a letter at least; False where that is not sure."""
+    readable = _AS_LETTER.sub("a", expression)
+    if len(expression) > _LONGEST or _ODD.search(readable):
+        return False
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return re.compile(readable).match("") is None
+    except (re.error, OverflowError, RecursionError):
+        return False
 
 
 def _longest_entry(step: Mapping[str, Any]) -> int:
