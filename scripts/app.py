@@ -38,7 +38,7 @@ from dllm.escape import brief
 from dllm.files import parse_json
 from dllm.resolve import CALIBRATION, TARGET, build, names, options_of, variants, written_out
 from dllm.samplers.base import Sampler
-from dllm.scripts import flags, hydra_targets, torchrun, usage, yaml_files
+from dllm.scripts import flags, hydra_targets, references, torchrun, usage, yaml_files
 from dllm.scripts.ending import fail, leave_quietly, line
 from dllm.scripts.kinds import check_kinds
 
@@ -110,7 +110,7 @@ def run(task: Callable[[DictConfig], Any], config_name: str, kinds: Mapping[str,
     try:
         arguments = rewrite(sys.argv[1:], config_name)
         sys.argv = [command, *arguments]
-        with _notices(command), _package(arguments):
+        with _notices(command), _package(arguments), references.counted():
             hydra.main(version_base="1.3", config_path="pkg://dllm.conf", config_name=config_name)(guarded)()
     except BrokenPipeError:
         leave_quietly()

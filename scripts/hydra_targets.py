@@ -8,23 +8,32 @@ put a mapping anywhere.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra._internal import hydra as application
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
+from hydra.plugins.config_source import ConfigLoadError
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, StringNode, read_write
+from omegaconf import DictConfig, ListConfig, OmegaConf, StringNode, read_write
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from dllm.scripts import references
 from dllm.stored import there
 
 _NAMING = ("_target_", "()", "class", "factory", "custom_search_space")
 _ALLOWED = re.compile(
     r"hydra\.experimental\.callbacks\.(LogJobReturnCallback|PickleJobInfoCallback)|optuna\.samplers\.\w+"
     r"|logging\.(NullHandler|StreamHandler|FileHandler)|logging\.handlers\.\w*FileHandler|colorlog\.ColoredFormatter"
+)
+# What runs commands on a cluster, or connects to machines and data bases: from the command line only.
+_TYPED = (
+    *(f"launcher.{name}" for name in ("setup", "additional_parameters", "srun_args", "python")),  # of Slurm
+    *(f"launcher.{name}" for name in ("ray", "env_setup", "sync_up", "sync_down")),  # of Ray
+    "sweeper.storage",
 )
 _DEEPEST = 20
 # Other variables can make programs load code, or fetch from elsewhere.
@@ -44,7 +53,8 @@ class _Loader(ConfigLoaderImpl):
 
     def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
         cfg = super().load_configuration(*args, **kwargs)
-        check(cfg.hydra)
+        references.check(cfg)
+        check(cfg.hydra, kwargs["overrides"] if "overrides" in kwargs else args[1])
         if cfg.hydra.mode == RunMode.MULTIRUN:
             _check_sweep(cfg.hydra)
         return cfg
@@ -55,12 +65,13 @@ def register() -> None:
     setattr(application, "ConfigLoaderImpl", _Loader)  # noqa: B010  # mypy knows no such assignment
 
 
-def check(node: DictConfig) -> None:
+def check(node: DictConfig, overrides: Sequence[str]) -> None:
     """Reject code, log files and variables of others; what was checked is what is used, whatever it referred to.
 
     Args:
         node: the part `hydra` of a composed configuration. Names of code, log settings and mappings in it that refer
             to others are replaced by what they are.
+        overrides: of the command line.
 
     Raises:
         ValueError: the option, its value and the fix.
@@ -83,6 +94,29 @@ def check(node: DictConfig) -> None:
             raise ValueError(f"{path}={value!r} could be a folder with files of others; use .hydra, or null")
         if path == "hydra.job.name" and not _NAME.fullmatch(str(value)):
             raise ValueError(f"{path}={value!r} is no name of a file; use letters, digits, _ and -")
+        if path.startswith("hydra.launcher.") and isinstance(value, str) and not value.isprintable():
+            raise ValueError(f"{path}={value!r} would be several lines of a script; write it in one")
+    typed = [each.partition("=")[0].lstrip("+~") for each in overrides]
+    for option in _TYPED:
+        path, value = f"hydra.{option}", _plain(OmegaConf.select(node, option))
+        if value in (None, [], {}) or value == _plugins_own(node, option):
+            continue
+        if not any(f"{each}.".startswith(f"{path}.") or path.startswith(f"{each}.") for each in typed):
+            raise ValueError(f"{path}={value!r} runs commands or connects to others; give it on the command line")
+
+
+def _plugins_own(node: DictConfig, option: str) -> Any:
+    """What the chosen plugin itself says for an option."""
+    group, _, rest = option.partition(".")
+    try:
+        own = ConfigStore.instance().load(f"hydra/{group}/{node.runtime.choices.get(f'hydra/{group}')}.yaml").node
+    except ConfigLoadError:  # none of the plugin
+        return None
+    return _plain(OmegaConf.select(own, rest))
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value) if isinstance(value, (DictConfig, ListConfig)) else value
 
 
 def _check_sweep(node: DictConfig) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra._internal.core_plugins import file_config_source
+from hydra._internal.core_plugins import file_config_source, importlib_resources_config_source
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.plugins import Plugins
 from omegaconf.errors import OmegaConfBaseException
 
 from dllm.files import check_readable
 
+# Packages of YAML files, which are imported: those of this package, of Hydra and of its plugins.
+_PACKAGES = re.compile(r"(dllm|hydra|hydra_plugins\.\w+)\.conf(\.\w+)*")
 _MOST_BYTES, _MOST_NODES, _DEEPEST = 1 << 20, 10_000, 20
 
 
@@ -46,15 +49,25 @@ class FileConfigSource(file_config_source.FileConfigSource):
             raise ValueError(f"{path} cannot be read ({_reason(error)}); fix it") from None
 
 
+class ImportlibResourcesConfigSource(importlib_resources_config_source.ImportlibResourcesConfigSource):
+    """Hydra's reader of packages, which imports no others. Its name is Hydra's as well."""
+
+    def __init__(self, provider: str, path: str) -> None:
+        super().__init__(provider=provider, path=path)
+        if not _PACKAGES.fullmatch(self.path):
+            raise ValueError(f"pkg://{self.path} names code to import; give the folder of its files")
+
+
 def register(options: Iterable[str]) -> None:
-    """Register this reader in Hydra.
+    """Register these readers in Hydra.
 
     Args:
         options: of the command, but for its config groups.
     """
     FileConfigSource.options = frozenset(options)
     Plugins.instance()  # otherwise Hydra would register its own later
-    SourcesRegistry.instance().types[FileConfigSource.scheme()] = FileConfigSource
+    for source in (FileConfigSource, ImportlibResourcesConfigSource):
+        SourcesRegistry.instance().types[source.scheme()] = source
 
 
 def _reason(error: Exception) -> str:

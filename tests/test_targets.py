@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 import dllm
 from commands import command
@@ -16,6 +20,7 @@ from dllm.cache.base import Cache
 from dllm.resolve import build
 from dllm.samplers import FreeDave, Threshold, Vanilla
 from dllm.samplers.base import Sampler
+from dllm.scripts import hydra_targets, references
 
 FOREIGN = [
     "os.system",
@@ -247,3 +252,86 @@ def test_no_pickle_is_run_again(flag: str, tmp_path: Path) -> None:
     result = command("generate", flag, str(tmp_path / "x.pickle"))
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert repr(flag) in result.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["hydra.searchpath=[pkg://canary.conf]"], ["--config-path=pkg://canary"], ["--config-path", "FOLDER"]],
+)
+def test_no_package_of_others_is_imported(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "canary.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "generate.yaml").write_text("defaults: [_self_]\nhydra: {searchpath: ['pkg://canary']}\nprompt: a\n")
+    result = command("generate", *(each.replace("FOLDER", str(tmp_path)) for each in arguments), "prompt=a")
+    assert (result.code, result.err.count("\n")) == (2, 1), result
+    assert "pkg://canary" in result.err
+    assert "canary" not in sys.modules
+
+
+SLURM = {"setup": None, "additional_parameters": {}, "partition": None, "comment": None}
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("launcher.setup", ["touch x"]),
+        ("launcher.additional_parameters", {"prolog": "/x"}),
+        ("launcher.ray", {"init": {"address": "ray://elsewhere"}}),
+        ("sweeper.storage", "sqlite:////x"),
+    ],
+)
+def test_what_runs_commands_or_connects_is_typed(option: str, value: Any) -> None:
+    group, _, name = option.partition(".")
+    node = OmegaConf.create({"launcher": dict(SLURM), "sweeper": {"storage": None}, "runtime": {"choices": {}}})
+    node[group][name] = value
+    with pytest.raises(ValueError, match=rf"hydra\.{option}=.* on the command line"):
+        hydra_targets.check(node, ["hydra.launcher.partition=gpu", "hydra.sweeper.n_trials=3", "hydra/launcher=slurm"])
+    for typed in (f"hydra.{option}=x", f"+hydra.{option}.init=x", "hydra={launcher: {}, sweeper: {}}"):
+        hydra_targets.check(node, [typed])
+
+
+def test_what_a_plugin_says_itself_is_taken() -> None:
+    for choice in ("ray", "ray_aws"):
+        own = ConfigStore.instance().load(f"hydra/launcher/{choice}.yaml").node
+        node = OmegaConf.create({"launcher": own, "runtime": {"choices": {"hydra/launcher": choice}}})
+        hydra_targets.check(node, [])
+
+
+def test_a_launchers_words_are_of_one_line() -> None:
+    node = OmegaConf.create({"launcher": SLURM | {"partition": "gpu", "comment": "my job"}, "runtime": {"choices": {}}})
+    hydra_targets.check(node, [])
+    node.launcher.comment = "x\ntouch y"
+    with pytest.raises(ValueError, match="several lines of a script"):
+        hydra_targets.check(node, ["hydra.launcher.comment=x"])
+
+
+def _chain(first: Any, more: Callable[[str], Any]) -> dict[str, Any]:
+    return {"l0": first} | {f"l{place}": more(f"l{place - 1}") for place in range(1, 40)}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        _chain("aaaa", lambda last: f"${{{last}}}" * 2),
+        _chain("aaaa", lambda last: f"${{oc.select:{last}}}" * 2),
+        _chain("a" * 10**6, lambda last: f"${{{last}}}" * 2),
+        _chain({"a": 1}, lambda last: {"a": f"${{{last}}}", "b": f"${{{last}}}"}),
+        {"a": {"b": "${c}"}, "c": {"d": "${a}"}},
+    ],
+)
+def test_references_that_multiply_are_refused(content: dict[str, Any]) -> None:
+    node = OmegaConf.create({"hydra": {}} | content)
+    with references.counted():
+        with pytest.raises(ValueError, match="references to other options multiply; write the values themselves"):
+            references.check(node)
+        with pytest.raises(OmegaConfBaseException, match="multiply"):
+            OmegaConf.to_container(node, resolve=True)
+
+
+def test_many_references_are_none() -> None:
+    node = OmegaConf.create({"a": "x" * 1000} | {f"b{place}": "${a}" for place in range(500)} | {"c": "${hydra:x}"})
+    with references.counted():
+        references.check(node)
+    assert node.b499 == "x" * 1000
