@@ -1,37 +1,71 @@
-"""References between options (${NAME}), which may double each other: a command resolves so many, and no more."""
+"""References between options (${NAME}), which may double each other: a configuration resolves so many, and no more."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 from omegaconf import Container, DictConfig, ListConfig
-from omegaconf import base as omegaconf_base
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 _MOST, _LETTERS = 5000, 10**7
 _SAID = "references to other options multiply; write the values themselves"
-_resolve = omegaconf_base.Container.resolve_parse_tree
-_spent = {"references": 0, "letters": 0}
+_resolve = Container.resolve_parse_tree
+
+
+class _Count:
+    """What was resolved since the count began; once all options were checked, nothing is counted."""
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Count from here."""
+        self.counting, self.references, self.letters = True, 0, 0
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether it is too much."""
+        return self.counting and (self.references > _MOST or self.letters > _LETTERS)
+
+
+_count = _Count()
+
+
+def _counted(container: Any, *arguments: Any, **options: Any) -> Any:
+    """OmegaConf's own method, counted."""
+    if not _count.exhausted:
+        value = _resolve(container, *arguments, **options)
+        _count.references += 1
+        _count.letters += len(value) if isinstance(value, str) else 0
+        if not _count.exhausted:
+            return value
+    raise InterpolationResolutionError(_SAID)
 
 
 @contextmanager
 def counted() -> Iterator[None]:
     """Let OmegaConf count what it resolves."""
-    _spent.update(references=0, letters=0)
-    with patch.object(omegaconf_base.Container, "resolve_parse_tree", _counted):
+    _count.begin()
+    _replace(_counted)
+    try:
         yield
+    finally:
+        _replace(_resolve)
+
+
+def _replace(resolve: Any) -> None:
+    setattr(Container, "resolve_parse_tree", resolve)  # noqa: B010  # mypy knows no such assignment
 
 
 def check(node: DictConfig) -> None:
-    """Begin to count anew, and resolve all options of a configuration once.
+    """Resolve all options of a configuration once, of which each may then be resolved any number of times.
 
     Raises:
         ValueError: they are too many, or too long.
     """
-    _spent.update(references=0, letters=0)
+    _count.begin()
     waiting: list[Container] = [node]
     while waiting:
         each: Any = waiting.pop()
@@ -40,21 +74,8 @@ def check(node: DictConfig) -> None:
                 value = each[name]
             except OmegaConfBaseException:  # known later, or an error of its own
                 value = None
-            if _exhausted():
+            if _count.exhausted:
                 raise ValueError(f"{each._get_full_key(name)}: {_SAID}")
             if isinstance(value, (DictConfig, ListConfig)):
                 waiting.append(value)
-
-
-def _exhausted() -> bool:
-    return _spent["references"] > _MOST or _spent["letters"] > _LETTERS
-
-
-def _counted(self: Any, *arguments: Any, **options: Any) -> Any:
-    if not _exhausted():
-        value = _resolve(self, *arguments, **options)
-        _spent["references"] += 1
-        _spent["letters"] += len(value) if isinstance(value, str) else 0
-        if not _exhausted():
-            return value
-    raise InterpolationResolutionError(_SAID)
+    _count.counting = False
