@@ -28,8 +28,9 @@ _REMEMBERED = 512  # sets of allowed classes
 _CHUNK = 2048
 # Decoders that write one token after another, up to a letter that begins the text.
 _READABLE = re.compile(
-    "(Replace |Metaspace )*ByteLevel (Strip )?|(Replace |Metaspace |ByteFallback )*(Fuse (Replace )*(Strip )?)?"
+    "(Replace |Metaspace )*ByteLevel (Strip )?|(Replace |Metaspace |ByteFallback )*((Fuse )+(Replace )*(Strip )?)?"
 )
+_SINGLE = re.compile(r"\[([^\\^\[\]&-])\]")  # a class of one letter
 _BYTE = re.compile(rb"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -245,7 +246,7 @@ def _steps(decoder: Any) -> list[tuple[str, bytes, bytes]]:
     Raises:
         ValueError: one that does not write one token after another.
     """
-    decoders = _decoders(decoder)
+    decoders = [each for each in _decoders(decoder) if each["type"] != "Strip" or each["start"] or each["stop"]]
     kinds = "".join(f"{each['type']} " for each in decoders)
     if not kinds or not _READABLE.fullmatch(kinds):
         raise _unknown(f"its decoder is {', '.join(kinds.split()) or 'null'}")
@@ -255,7 +256,10 @@ def _steps(decoder: Any) -> list[tuple[str, bytes, bytes]]:
         match kind:
             case "Replace":
                 (old,), new = each["pattern"].values(), each["content"]
-                if len(old) != 1 or ("Regex" in each["pattern"] and re.escape(old) != old):
+                if "Regex" in each["pattern"] and (single := _SINGLE.fullmatch(old)):
+                    old = single[1]
+                fused = any(kind == "Fuse" for kind, _, _ in steps)  # else each token is looked at alone
+                if not old or (fused and len(old) > 1) or ("Regex" in each["pattern"] and re.escape(old) != old):
                     raise _unknown(f"its decoder replaces {old!r}")
             case "Metaspace":
                 old = each["replacement"]
