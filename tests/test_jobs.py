@@ -220,6 +220,14 @@ class TestFailures:
             assert (found[name]["text"], found[name]["tokens"], found[name]["nfe"]) == (None, 0, 0)
         assert run().out == result.out  # nothing is tried again
 
+    def test_a_prompt_that_no_context_holds_fails_its_row_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("dllm.jobs.rows._LETTERS", 100)
+        chat = [{"role": "user", "content": "Tom " * 25}]
+        lines("q.jsonl", [{"id": "a", "prompt": "Tom"}, {"prompt": "Tom " * 26}, {"messages": chat}])
+        assert run().code == 0
+        assert [row["error"] is None for row in made()] == [True, False, False]
+        assert made()[1]["error"] == "the prompt has 104 letters, and no model's context holds more than 100"
+
     def test_logits_that_are_not_finite_fail_their_row_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
         spoilt = random_llada(tokenizer=True, max_length=96)
         assert spoilt.tokenizer is not None
@@ -783,6 +791,14 @@ class TestInput:
         )
         refused(run("split=test", source="good.jsonl"), "split='test' has no effect on files; leave it out")
         assert not Path("out").exists()
+
+    def test_a_parquet_file_that_unpacks_to_very_much_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("dllm.jobs.rows._UNPACKED", 1 << 20)
+        table = pa.table({"prompt": ["a" * (1 << 20)], "label": [1]})
+        parquet.write_table(table, "packed.parquet", compression="zstd", write_statistics=False)
+        refused(run(source="packed.parquet"), "input='packed.parquet' cannot be read (it unpacks ")
+        parquet.write_table(table, "packed.parquet", compression="none")
+        list(jobs.Input("packed.parquet").shards(4))
 
     def test_a_folder_that_cannot_be_listed_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         lines("many/a.jsonl", ROWS[:2])

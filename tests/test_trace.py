@@ -214,6 +214,16 @@ class TestWhatIsNoTrace:
         self.rewrite(path, **fields)
         self.refused(path, "damaged")
 
+    def test_a_small_file_of_a_large_table(self, path: Path) -> None:
+        with safe_open(path, "numpy") as file:
+            metadata, tensors = file.metadata(), {each: file.get_tensor(each) for each in file.keys()}  # noqa: SIM118
+        width, rows = 1 << 17, 100
+        tensors |= {name: np.zeros(width, np.int8) for name in ("tokens", "commit_step")}
+        tensors["confidence"] = np.zeros(width, np.float32)
+        lengths = {"lengths": str([width] + [0] * (rows - 1)), "ids": json.dumps([str(row) for row in range(rows)])}
+        save_file(tensors, path, metadata | lengths | {"width": str(width)})
+        self.refused(path, "damaged", f"rows of {width} positions")
+
     def rewrite(self, path: Path, **fields: str) -> None:
         data = path.read_bytes()
         length = int.from_bytes(data[:8], "little")

@@ -33,9 +33,9 @@ _FRAMES: dict[str, Any] = {
 }  # fmt: skip
 
 
-_PADDED = 1 << 22  # the same of one whose rows are all shorter, in a file that may be small
 _LARGEST = 1.01  # probability, with rounding in half precision
 _MOST = 1 << 27  # maximum size of a table, including padding; limits allocation for invalid files
+_PADDED, _TIMES = 1 << 23, 32  # if it is larger than the first, it is at most so many times its rows
 
 
 class _Metadata(TypedDict):
@@ -214,9 +214,8 @@ def _trace(metadata: Mapping[str, str], tensors: Mapping[str, NDArray[Any]]) -> 
     lengths, eos, mask, width = (fields[name] for name in ("lengths", "eos_token_ids", "mask_token_id", "width"))
     if len(fields["ids"]) != len(lengths):
         raise ValueError("ids and lengths differ in number")
-    longest = max(lengths, default=width)
-    most = _MOST if longest == width else _PADDED
-    if min((width, *lengths)) < 0 or longest > width or width * len(lengths) > most:
+    most = min(_MOST, max(_PADDED, _TIMES * sum(lengths)))
+    if min((width, *lengths)) < 0 or max(lengths, default=width) > width or width * len(lengths) > most:
         raise ValueError(f"rows of {width} positions hold {lengths[:4]} and so on")
     for name in (
         "tokens",

@@ -27,7 +27,10 @@ from dllm.escape import brief
 from dllm.files import check_readable, disturbed, is_folder, parse_json
 from dllm.identity import is_system, within
 
-_BATCH = 256  # rows of a file in memory
+_BATCH = 64  # rows of a file in memory
+_LETTERS = 10**7  # of a prompt
+# Columns of a parquet file that unpack to more bytes, and to so many times their size, hold no texts.
+_UNPACKED, _RATIO = 1 << 28, 1000
 _FILES = (".jsonl", ".parquet")
 _PROMPTS = ("prompt", "messages")
 _HUB = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
@@ -205,11 +208,16 @@ class Input:
             return replace(row, error=f"the row has {'no' if not given else 'both'} {' and '.join(self._prompts)}")
         prompt = given[0]
         if isinstance(prompt, str):
+            if len(prompt) > _LETTERS:
+                return replace(row, error=_too_long(prompt))
             if not is_text(prompt):
                 return replace(row, error="the prompt has a lone surrogate")
             return replace(row, prompt=prompt)
         try:
-            chat, why = parse_json(json.dumps(_without_none(prompt), default=_written)), ""
+            written = json.dumps(_without_none(prompt), default=_written)
+            if len(written) > _LETTERS:
+                return replace(row, error=_too_long(written))
+            chat, why = parse_json(written), ""
         except TypeError as error:
             chat, why = None, f" ({error})"
         except (ValueError, RecursionError):
@@ -273,7 +281,19 @@ class _Parquet:
     def records(self, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         with _reading(self.place), parquet.ParquetFile(self.path) as file:
             wanted = [name for name in file.schema_arrow.names if name in columns]
+            self._check_sizes(file.metadata, wanted)
             yield from _numbered(self.place, file.iter_batches(_BATCH, columns=wanted))
+
+    def _check_sizes(self, metadata: Any, wanted: Sequence[str]) -> None:
+        for group in range(metadata.num_row_groups):
+            row_group = metadata.row_group(group)
+            columns = [row_group.column(place) for place in range(row_group.num_columns)]
+            read = [column for column in columns if column.path_in_schema.partition(".")[0] in wanted]
+            packed, unpacked = (
+                sum(getattr(column, f"total_{kind}_size") for column in read) for kind in ("compressed", "uncompressed")
+            )
+            if unpacked > max(_UNPACKED, _RATIO * packed):
+                raise ValueError(f"it unpacks {packed} bytes to {unpacked}")
 
 
 class _DataSet:
@@ -343,6 +363,10 @@ def _reading(place: str) -> Iterator[None]:
         if str(error).startswith("input="):  # names it already
             raise
         raise ValueError(f"{place} cannot be read ({first_line(error)}); repair or remove it") from None
+
+
+def _too_long(text: str) -> str:
+    return f"the prompt has {len(text)} letters, and no model's context holds more than {_LETTERS}"
 
 
 def _spelled(path: Path, folder: Path) -> Path:
