@@ -250,7 +250,7 @@ def _steps(decoder: Any) -> list[tuple[str, bytes, bytes]]:
     kinds = "".join(f"{each['type']} " for each in decoders)
     if not kinds or not _READABLE.fullmatch(kinds):
         raise _unknown(f"its decoder is {', '.join(kinds.split()) or 'null'}")
-    steps = []
+    steps: list[tuple[str, bytes, bytes]] = []
     for each in decoders:
         kind, old, new = each["type"], "", " "
         match kind:
