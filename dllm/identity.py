@@ -202,7 +202,7 @@ def tree(folder: Path) -> str:
 
 def read_by(value: Any) -> dict[str, str]:
     """A hash of every file that an object reads, including objects in its fields, and of the code of one's own."""
-    return {str(path): _content(path) for path in (*_read_by(value), *_code_of(value))}
+    return {str(path): _content(path) for path in _read_by(value)} | dict(_code_of(value))
 
 
 def _content(path: Path) -> str:
@@ -232,8 +232,8 @@ def _read_by(value: Any) -> Iterator[Path]:
             yield from _read_by(getattr(value, field.name))
 
 
-def _code_of(value: Any) -> Iterator[Path]:
-    """The modules of classes that are no part of the package."""
+def _code_of(value: Any) -> Iterator[tuple[str, str]]:
+    """The modules of classes that are no part of the package, by name, and hashes of their files."""
     for each in type(value).__mro__:
         root = each.__module__.partition(".")[0]
         if root == "dllm" or root in sys.stdlib_module_names:
@@ -241,7 +241,7 @@ def _code_of(value: Any) -> Iterator[Path]:
         with suppress(TypeError, OSError):  # made without a file, as in a notebook
             file = Path(inspect.getsourcefile(each) or "")
             if file.is_file():
-                yield file
+                yield f"module {each.__module__}", digest(file)
     if is_dataclass(value):
         for field in fields(value):
             if is_dataclass(inner := getattr(value, field.name)):

@@ -184,7 +184,7 @@ class Trainer:
             raise _damaged(self.out / STATE, error) from None
 
     def _identity(self) -> str:
-        return sha256(json.dumps(identity_of(self.cfg), sort_keys=True, default=str).encode()).hexdigest()
+        return sha256(json.dumps(_alike(identity_of(self.cfg)), sort_keys=True, default=str).encode()).hexdigest()
 
     def _restore(self, state: dict[str, Any]) -> None:
         shapes = [p.shape for p in self.parameters]
@@ -220,6 +220,15 @@ class Trainer:
         with torch.no_grad():
             for parameter, value in zip(self.parameters, values, strict=True):
                 parameter.copy_(value)
+
+
+def _alike(value: Any) -> Any:
+    """Options whose numbers are equal however they are written: 0 and 0.0."""
+    if isinstance(value, dict):
+        return {str(name): _alike(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_alike(each) for each in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _finite(*tensors: Tensor) -> bool:
@@ -267,7 +276,8 @@ def check_contents(
         ValueError: contents differ.
     """
     before = state.get("contents", {})
-    if names := [name for name in now if before.get(name, now[name]) != now[name]]:
+    # Earlier versions knew no code of one's own.
+    if names := [name for name in now if (before.get(name) or now[name]) != now[name]]:
         values = {name: OmegaConf.select(cfg, name) for name in names}
         named = " and ".join(
             name if isinstance(value, DictConfig) else f"{name}={value!r}" for name, value in values.items()

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save, save_file
 import dllm
 from commands import command
 from dllm import identity, resolve
+from dllm.evaluation.answer_manifest import differences
 from dllm.evaluation.journal import Journal
 from dllm.evaluation.run_folder import RunFolder
 from dllm.evaluation.trace import Trace
@@ -200,7 +201,7 @@ class TestFilesOfSamplers:
         own = importlib.import_module("own_policy").Own()
         for value in (own, FreeDave(base=own)):
             before = identity.read_by(value)
-            assert list(before) == [str(file)]
+            assert list(before) == ["module own_policy"]
             file.write_text(file.read_text() + "# changed\n")
             assert identity.read_by(value) != before
         assert identity.read_by(FreeDave()) == {}
@@ -606,3 +607,10 @@ def test_runs_from_before_keep_the_path_that_was_typed(
     assert command(*asked, f"model.path={saved}").code == 0
     (file,) = tmp_path.glob("*/results.json")
     assert json.loads(file.read_text())["loading"]["path"] == str(saved)
+
+
+def test_answers_of_versions_that_knew_no_code_go_on() -> None:
+    code = {"files of sampler": "0123"}
+    assert differences({"seed": 1}, {"seed": 1} | code) == []
+    assert differences({"seed": 1} | code, {"seed": 1, "files of sampler": "4567"}) == ["files of sampler"]
+    assert differences({"seed": 1} | code, {"seed": 1}) == ["files of sampler"]

@@ -183,7 +183,7 @@ class TestResuming:
         state = torch.load(interrupted / "state.pt", weights_only=True)
         del state["losses"], state["recipe"]
         torch.save(state, interrupted / "state.pt")
-        succeed(interrupted, "arch=guide")
+        succeed(interrupted, "arch=guide", "matrix_lr=2.0e-2")
         assert same(interrupted, trained["guide"])
 
     @pytest.mark.parametrize("kind", [SafetensorError, Exception])  # of safetensors and of tokenizers

@@ -34,6 +34,7 @@ _FREE = {
 }  # fmt: skip
 _COSTS = 20  # the manifest is rewritten at most every this many times the duration of a write
 # The required fields of a session; its other fields are informational.
+_FILES_OF = "files of "
 _PARTS: dict[str, Any] = {"answers": 0, "options": {}, "names": {}, "named": {}, "model": {}}
 _FORMAT = "response_format"
 _IN_PARTS = "(recorded in parts by an earlier version)"
@@ -245,7 +246,7 @@ def describe(fields: Mapping[str, Any], choices: Mapping[str, str], made: Mappin
     for group, value in made.items():
         # By content: their paths differ between machines.
         if read := sorted(digest for name, digest in identity.read_by(value).items() if name not in named):
-            options[f"files of {group}"] = hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]
+            options[f"{_FILES_OF}{group}"] = hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]
     return {
         "options": options,
         "names": {group: choices[group] for group in ("sampler", "cache")},
@@ -300,9 +301,10 @@ def _joined(options: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Names whose values differ; a missing option counts as null."""
+    """Names whose values differ; a missing option counts as null, but for code, which earlier versions did not know."""
     before, now = _joined(before), _joined(now)
-    names = [name for name in dict.fromkeys([*now, *before]) if before.get(name) != now.get(name)]
+    both = [name for name in dict.fromkeys([*now, *before]) if name in before or not name.startswith(_FILES_OF)]
+    names = [name for name in both if before.get(name) != now.get(name)]
     # If the sampler differs, its options are not compared.
     others = [name for name in names if name in ("sampler._target_", "cache._target_")]
     groups = tuple(name.removesuffix("_target_") for name in others)
