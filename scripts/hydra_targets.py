@@ -32,7 +32,8 @@ _ALLOWED = re.compile(
 # What runs commands on a cluster, or connects to machines and data bases: from the command line only.
 _TYPED = (
     *(f"launcher.{name}" for name in ("setup", "additional_parameters", "srun_args", "python")),  # of Slurm
-    *(f"launcher.{name}" for name in ("ray", "env_setup", "sync_up", "sync_down")),  # of Ray
+    *(f"launcher.ray.{name}" for name in ("init.address", "init.runtime_env", "remote.runtime_env", "cluster")),
+    *(f"launcher.{name}" for name in ("env_setup", "sync_up", "sync_down")),  # of Ray
     "sweeper.storage",
 )
 _DEEPEST = 20

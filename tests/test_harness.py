@@ -206,6 +206,21 @@ class TestGenerateUntil:
         expected = dllm.generate(TINY, [chat], "tiny/localleap", "freecache", gen_length=32)
         assert lm.runner.records()[0].text == expected.texts[0]
 
+    def test_special_tokens_are_left_out_of_chats_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        lm, told = model(), list[bool]()
+        monkeypatch.setattr("dllm.evaluation.lm_eval.tokens_of", lambda *_, special=False: [told.append(special), 5])
+        for chat in ([{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]):
+            text = lm.apply_chat_template(chat)
+            lm.tok_encode(text)
+            lm._encode_pair("plain", " text")
+            assert not told[0] and all(told[1:]), told
+            told.clear()
+        scored = [Instance("loglikelihood", {}, (context, " 5"), 0) for context in (text, "plain")]
+        monkeypatch.setattr(lm, "_score", lambda *_: (0.0, True))
+        monkeypatch.setattr(lm, "_encode_pair", lambda context, more: (lm.tok_encode(context + more), []))
+        lm.loglikelihood(scored)
+        assert told == [False, True]
+
     def test_prompts_that_do_not_fit_lose_their_beginning(self) -> None:
         lm = model(lm=random_llada(tokenizer=True, seed=1, max_length=40))
         with pytest.warns(UserWarning, match="truncated on the left"):

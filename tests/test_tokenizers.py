@@ -503,6 +503,13 @@ def test_an_expression_that_takes_a_letter_writes_in_its_place(expression: str) 
     check_prompts(_content(normalizer=[_replace(expression, "y", "Regex")] * 30))
 
 
+def test_compatible_forms_grow_once() -> None:
+    steps = [{"type": kind} for kind in ("NFKC", "Lowercase", "NFKD", "StripAccents", "NFKC")]
+    check_prompts(_content(normalizer=[*steps, {"type": "Lowercase"}, {"type": "NFKC"}]))
+    with pytest.raises(ValueError, match="more than"):  # each replacement may bring a letter of 18
+        check_prompts(_content(normalizer=[_replace("a", "\ufdfa"), {"type": "NFKC"}] * 4))
+
+
 def test_steps_that_are_nested_deep_are_refused() -> None:
     steps: dict[str, Any] = {"type": "Replace", "pattern": {"String": "T"}, "content": "TT"}
     for _ in range(30):

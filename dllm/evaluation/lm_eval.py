@@ -55,7 +55,8 @@ class DLLM(TemplateLM):
             raise ValueError(f"{runner.lm.name} has no tokenizer, which tasks of lm-eval need; add one")
         self.runner, self.tokenizer = runner, runner.lm.tokenizer
         self._cut: set[str] = set()  # documents
-        self._seed, self._greedy, self._chat, self._count = seed, greedy, False, 0
+        self._seed, self._greedy, self._count = seed, greedy, 0
+        self._chats, self._special = set[str](), True  # the chats that were written; special tokens before a text
         self._overruled = overruled
         self._seen: dict[str, int] = {}
         self._told: set[str] = set()
@@ -132,18 +133,19 @@ class DLLM(TemplateLM):
         """
         if self.tokenizer.chat_template is None:
             raise ValueError(f"{self.runner.lm.name} has no chat template; leave it out")
-        self._chat = True
-        return write_chat(
+        text = write_chat(
             self.tokenizer,
             chat_history,
             "a chat of the task",
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
+        self._chats.add(text)
+        return text
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids; without special tokens after a chat template, which contains them."""
-        special = not self._chat if add_special_tokens is None else add_special_tokens
+        """Token ids; without special tokens before a chat, whose template writes them."""
+        special = self._special and string not in self._chats if add_special_tokens is None else add_special_tokens
         return tokens_of(self.tokenizer, string, "a text of the task", special=special)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -164,7 +166,11 @@ class DLLM(TemplateLM):
         for instance in requests:
             context, continuation = instance.args
             if context:
-                prefix, target = self._encode_pair(context, continuation)
+                self._special = context not in self._chats  # of the context with the continuation, too
+                try:
+                    prefix, target = self._encode_pair(context, continuation)
+                finally:
+                    self._special = True
             else:
                 prefix, target = [self.eot_token_id], self.tok_encode(continuation, add_special_tokens=False)
             found.append(self._score(self._name(instance), prefix, target, self._greedy))

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from math import inf
 from typing import Any
+from unicodedata import normalize
 
 from tokenizers import Tokenizer
 
@@ -33,6 +34,8 @@ _FACTORS = {
     "NFKC": 18,
     "NFKD": 18,
 }
+# What leaves a text in compatible form, or counts as if.
+_KEEPING = ("Lowercase", "NFC", "NFD", "Nmt", "Precompiled", "Strip", "StripAccents")
 _FACTORS_OF_DECODERS = {"BPEDecoder": 3, "CTC": 3, "WordPiece": 2}  # an empty suffix is found around each letter
 _NO_PARTS: dict[str, Any] = {
     "version": "1.0",
@@ -109,11 +112,12 @@ def _growth(steps: list[Mapping[str, Any]], factors: Mapping[str, int]) -> float
     `become` has letters that later steps replace; `other` is for those they do not, `least` for all.
     """
     other, least, become = 1.0, 1.0, dict[str, float]()
+    own = _factors(steps, factors)
 
     def written(text: str) -> float:
         return inf if len(text) > _MOST else sum(max(become.get(letter, other), least) for letter in text)
 
-    for step in reversed(steps):
+    for step, factor in zip(reversed(steps), reversed(own), strict=True):
         kind, inserted = step["type"], 0.0
         if kind == "Replace":
             pattern, text = step["pattern"], written(step["content"])
@@ -128,9 +132,19 @@ def _growth(steps: list[Mapping[str, Any]], factors: Mapping[str, int]) -> float
             inserted = 2 * text  # before and after
         elif kind == "Prepend":
             inserted = written(step["prepend"])
-        factor = _longest_entry(step) if kind == "Precompiled" else factors.get(kind, 1)
         other, least, become = factor * max(other, least, *become.values()) + inserted, 1.0, {}
     return max(other, least, *become.values())
+
+
+def _factors(steps: list[Mapping[str, Any]], factors: Mapping[str, int]) -> list[int]:
+    """The factor of each step: what has Unicode's compatible form has the letters of the other one, or few more."""
+    found, compatible = list[int](), False
+    for step in steps:
+        kind = step["type"]
+        factor = _longest_entry(step) if kind == "Precompiled" else factors.get(kind, 1)
+        found.append(factors.get("NFD", 1) if compatible and kind in ("NFKC", "NFKD") else factor)
+        compatible = kind in ("NFKC", "NFKD") or (compatible and kind in _KEEPING)
+    return found
 
 
 def _takes(expression: str) -> bool:
@@ -146,10 +160,10 @@ def _takes(expression: str) -> bool:
 
 
 def _longest_entry(step: Mapping[str, Any]) -> int:
-    """Letters of the longest text that a precompiled table writes: after the size of its trie, and the trie."""
+    """Letters of the longest text, in compatible form, that a precompiled table writes: after its trie and the size."""
     table = base64.b64decode(step["precompiled_charsmap"])
     texts = table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")
-    return max(1, *(len(each.decode(errors="replace")) for each in texts))
+    return max(1, *(len(normalize("NFKD", each.decode(errors="replace"))) for each in texts))
 
 
 def _processed(step: Mapping[str, Any], tokens: int) -> int:

@@ -167,7 +167,12 @@ def logprobs(event: Event, origin: int, top: int) -> dict[int, TokenLogprob]:
     committed = np.flatnonzero(step.change.committed[entry])
     found = _predicted(step, entry, top)
     nothing: tuple[float | None, tuple[tuple[int, float], ...]] = (None, ())
-    return {int(at) - origin: TokenLogprob(int(row[at]), *found.get(int(at), nothing)) for at in committed}
+    # Others are of a guide or a draft, or an insertion moved them.
+    own = {int(at) for at in committed if step.predicted[entry, at] == row[at]}
+    return {
+        int(at) - origin: TokenLogprob(int(row[at]), *(found.get(int(at), nothing) if int(at) in own else nothing))
+        for at in committed
+    }
 
 
 def _predicted(step: Step, entry: int, top: int) -> Mapping[int, tuple[float | None, tuple[tuple[int, float], ...]]]:

@@ -108,11 +108,13 @@ def check(timeout: float, memory: int, sandbox: Sandbox = "full") -> None:
     """Reject what `execute` would reject, by running an empty program.
 
     Raises:
-        ValueError: a value out of range, a platform without resource limits, or no full sandbox.
+        ValueError: a value out of range, a platform without resource limits, no full sandbox, or nothing runs.
     """
     _check_limits(timeout, memory, sandbox)
     if sandbox == "full":
-        execute("", 60.0, 1 << 30, sandbox)
+        outcome = execute("", 60.0, 1 << 30, sandbox)
+        if not outcome.passed:
+            raise ValueError(f"programs cannot be executed here: an empty one {outcome.detail or outcome.reason}")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

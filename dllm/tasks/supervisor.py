@@ -216,10 +216,15 @@ def _readable(path: str) -> bool:
 
 def _hide_shared_memory(libc: Any, folder: Path) -> bool:
     """Put the program's folder in place of shared memory, whose files would outlive it; whether that is possible."""
+    shared = Path(_SHARED).resolve()
+    within = folder.relative_to(shared) if folder.is_relative_to(shared) else None
+    if within is not None:  # it keeps its name there
+        (folder / within).mkdir(parents=True)
     return (
         libc.unshare(_CLONE_NEWNS) == 0
         and libc.mount(None, b"/", None, _MS_PRIVATE, None) == 0  # or others would see it
-        and libc.mount(os.fsencode(folder), os.fsencode(_SHARED), None, _MS_BIND, None) == 0
+        and libc.mount(os.fsencode(folder), os.fsencode(shared), None, _MS_BIND, None) == 0
+        and (within is None or libc.mount(os.fsencode(shared), os.fsencode(folder), None, _MS_BIND, None) == 0)
     )
 
 
@@ -238,7 +243,7 @@ def _keep_inside(libc: Any, shut: bool) -> bool:
     for rules in (struct.pack("QQQ", handled, 0, 3), struct.pack("Q", handled)):
         domain = libc.syscall(444, rules, ctypes.c_size_t(len(rules)), 0)
         if domain >= 0:
-            for place in _others(Path(_SHARED).resolve()) if shut else ():
+            for place in (Path.cwd(), *_others(Path(_SHARED).resolve())) if shut else ():
                 file = os.open(place, os.O_PATH)
                 allowed = struct.pack("=Qi", _WRITING if place.is_dir() else _WRITE_FILE, file)
                 libc.syscall(445, domain, 1, allowed, 0)

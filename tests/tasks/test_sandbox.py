@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -261,6 +263,30 @@ class TestHostile:
             )
         if namespace:  # programs use semaphores
             assert execute("import multiprocessing\nwith multiprocessing.Lock(): pass") == PASSED
+
+    @pytest.mark.skipif(not os.access(SHARED, os.W_OK), reason="there are no files in memory")
+    @pytest.mark.parametrize("namespace", [True, False])
+    def test_its_folder_may_be_in_memory(
+        self, namespace: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        if not namespace:
+            text = sandbox._SUPERVISOR.read_text().replace("libc.unshare(_CLONE_NEWNS) == 0", "False")
+            (tmp_path / "supervisor.py").write_text(text)
+            monkeypatch.setattr(sandbox, "_SUPERVISOR", tmp_path / "supervisor.py")
+        place = SHARED / f"{tmp_path.name}{tmp_path.parent.name}" / "deep"
+        place.mkdir(parents=True)
+        monkeypatch.setattr(sandbox.tempfile, "tempdir", str(place))
+        try:
+            sandbox.check(5.0, 1 << 30)
+            assert execute("import os\nopen('x', 'w').write('1')\nassert open(os.path.abspath('x')).read()") == PASSED
+            assert list(place.iterdir()) == []
+        finally:
+            shutil.rmtree(place.parent)
+
+    def test_an_empty_program_that_fails_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sandbox, "execute", lambda *_: sandbox.Outcome(False, "failed", "left with exit code 1"))
+        with pytest.raises(ValueError, match="programs cannot be executed here: an empty one left with exit code 1"):
+            sandbox.check(5.0, 1 << 30)
 
     def test_memory_that_processes_share_counts_once(self) -> None:
         program = f"import os\nx = b'x' * {BYTES // 2}\nfor _ in range(4):\n    if os.fork() == 0: os._exit(0)\n"
