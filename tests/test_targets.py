@@ -278,14 +278,13 @@ SLURM = {"setup": None, "additional_parameters": {}, "partition": None, "comment
     [
         ("launcher.setup", ["touch x"]),
         ("launcher.additional_parameters", {"prolog": "/x"}),
-        ("launcher.ray", {"init": {"address": "ray://elsewhere"}}),
+        ("launcher.ray.init.address", "ray://elsewhere"),
         ("sweeper.storage", "sqlite:////x"),
     ],
 )
 def test_what_runs_commands_or_connects_is_typed(option: str, value: Any) -> None:
-    group, _, name = option.partition(".")
     node = OmegaConf.create({"launcher": dict(SLURM), "sweeper": {"storage": None}, "runtime": {"choices": {}}})
-    node[group][name] = value
+    OmegaConf.update(node, option, value, force_add=True)
     with pytest.raises(ValueError, match=rf"hydra\.{option}=.* on the command line"):
         hydra_targets.check(node, ["hydra.launcher.partition=gpu", "hydra.sweeper.n_trials=3", "hydra/launcher=slurm"])
     for typed in (f"hydra.{option}=x", f"+hydra.{option}.init=x", "hydra={launcher: {}, sweeper: {}}"):
