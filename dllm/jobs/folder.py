@@ -204,7 +204,7 @@ class JobFolder:
             if _UNFINISHED.fullmatch(path.name) and path.is_file():
                 path.unlink(missing_ok=True)
         shards, file, fix = self._shards(), self.path / MANIFEST, "give another output"
-        if not there(file, fix):
+        if not there(file, fix) or (not shards and file.stat().st_size == 0):
             if shards:
                 raise ValueError(f"{self.called} has shards without a {MANIFEST}, so that their job is unknown; {fix}")
             return
