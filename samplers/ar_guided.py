@@ -246,7 +246,7 @@ def _ours(
     at = prediction.index
     row, slot = at // slots.shape[1], slots.flatten()[at]
     ours = logits[row, slot.clamp(min=0)][:, numbers.clamp(min=0)].masked_fill(numbers < 0, -torch.inf)
-    return ours.masked_fill(prediction.given == -torch.inf, -torch.inf), slot >= 0
+    return prediction.permitted(ours.masked_fill(prediction.given == -torch.inf, -torch.inf)), slot >= 0
 
 
 def _drawn(

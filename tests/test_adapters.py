@@ -297,7 +297,7 @@ def test_an_adapter_that_does_not_fit_is_one_clear_line(
     damage: str, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     edit, expected = DAMAGE[damage]
-    monkeypatch.setattr("dllm.models.adapters._SECONDS", 1)
+    monkeypatch.setattr("dllm.models.expressions._SECONDS", 1)
     monkeypatch.setattr("dllm.models.adapters._FEW", 0)
     edit(adapter)
     message = refusal(base, adapter=adapter)

@@ -338,3 +338,13 @@ def test_one_sampler_serves_runs_at_once() -> None:
         frames = list(together)
     for prompt, frame in zip(PROMPTS[:3], frames, strict=True):
         assert frame.tokens[0].tolist() == run(lm, [prompt], sampler).sequences[0].tolist()
+
+
+@only(lambda sampler: not cuts(sampler) and not isinstance(sampler, Daedal))  # which fill rows with end-of-text
+def test_what_is_never_predicted_is_never_written(sampler: Any) -> None:
+    lm = random_llada(seed=2)
+    eos = lm.backbone.eos_token_ids[0]
+    lm.backbone.get_output_embeddings().weight.data[eos] *= 3
+    if isinstance(sampler, Vanilla) and sampler == Vanilla():
+        assert (run(lm, PROMPTS[:2], sampler).completions == eos).any()
+    assert not (run(lm, PROMPTS[:2], sampler, eos_suppression="logits").completions == eos).any()

@@ -96,6 +96,29 @@ def test_what_does_not_go_with_it_is_refused(monkeypatch: pytest.MonkeyPatch, tm
         dllm.load(folder, quantization=INT8)
 
 
+@pytest.mark.skipif(find_spec("optimum") is None, reason="needs optimum")
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("modules_to_not_convert", ["([a-z_.0-9]+)+!"], "take more than 0.2 seconds to match the names of the modules"),
+        ("modules_to_not_convert", ["("], "a regular expression is invalid: re.error: missing"),
+        ("modules_to_not_convert", 5, "modules_to_not_convert=5 is no list of modules"),
+        ("modules_to_not_convert", ["a"] * 2000, "is no list of modules"),
+        ("ignore", {"re:([a-z_.0-9]+)+!": 1}, "take more than 0.2 seconds to match the names of the modules"),
+    ],
+)
+def test_expressions_of_a_checkpoints_quantiser_are_matched_apart(
+    option: str, value: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dllm.models.expressions._SECONDS", 0.2)
+    folder = save_folder(random_llada(), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    quantised = {"quant_method": "quanto", "weights": "int8", option: value}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
+    with pytest.raises(ValueError, match=said):
+        dllm.load(folder, device="cpu")
+
+
 def test_a_command_says_it_in_one_line() -> None:
     told = command("generate", "model.quantization={quant_method: magic}")
     assert (told.code, told.err.count("\n")) == (2, 1)

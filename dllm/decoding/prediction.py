@@ -229,7 +229,15 @@ class Prediction:
             logits: others for the same positions; None for those of the model.
         """
         given = self.given if logits is None else logits
-        found = [_distribution(given[part.at], self._mask_token_id, part.sampling) for part in self._parts]
+        return self._in_parts(given, lambda own, sampling: _distribution(own, self._mask_token_id, sampling))
+
+    def permitted(self, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+        """Logits for the requested positions, with -inf for what is never predicted there (`eos_suppression`)."""
+        return self._in_parts(logits, _permitted)
+
+    def _in_parts(self, logits: Float[Tensor, "N V"], change: Callable[[Tensor, Sampling], Tensor]) -> Tensor:
+        """Logits that are changed as the sampling of each part says."""
+        found = [change(logits[part.at], part.sampling) for part in self._parts]
         return torch.cat(found)[torch.cat([part.at for part in self._parts]).argsort()]
 
     @cached_property
@@ -300,9 +308,7 @@ def _choose(
     sampling: Sampling,
     generators: Sequence[tuple[torch.Generator, int]],
 ) -> _Chosen:
-    broken = not_finite(logits)
-    if sampling.eos_suppression in ("logits", "both"):
-        logits = _without(logits, sampling.eos_token_ids[:1])
+    broken, logits = not_finite(logits), _permitted(logits, sampling)
     best = _argmax(logits, mask_token_id)
     # Where only [MASK] and suppressed tokens are finite, nothing is left to predict.
     broken |= logits.gather(-1, best[:, None])[:, 0] == -torch.inf
@@ -320,10 +326,14 @@ def _choose(
     return _Chosen(logits, tokens, broken, last)
 
 
+def _permitted(logits: Float[Tensor, "N V"], sampling: Sampling) -> Float[Tensor, "N V"]:
+    suppressed = sampling.eos_token_ids[:1] if sampling.eos_suppression in ("logits", "both") else ()
+    return _without(logits, suppressed) if suppressed else logits
+
+
 def _distribution(logits: Float[Tensor, "N V"], mask_token_id: int, sampling: Sampling) -> Float[Tensor, "N V"]:
     """What `_choose` draws from; 1 for its token where it does not draw."""
-    if sampling.eos_suppression in ("logits", "both"):
-        logits = _without(logits, sampling.eos_token_ids[:1])
+    logits = _permitted(logits, sampling)
     certain = F.one_hot(_argmax(logits, mask_token_id), logits.shape[-1]).double()
     if sampling.temperature == 0:
         return certain

@@ -6,10 +6,7 @@ differs from that of an unmerged adapter by rounding in the precision of the wei
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -25,12 +22,11 @@ from transformers import PreTrainedModel
 from dllm.checks import Notice, out_of_memory
 from dllm.files import read_json
 from dllm.models.checkpoint import read_header
+from dllm.models.expressions import unmatchable
 from dllm.models.published import is_whole
 
 CONFIG = "adapter_config.json"
 _CONFIG_BYTES = 10**6
-_SECONDS = 5  # of matching
-_MATCH = "import json, re, sys; all_, names = json.load(sys.stdin); [re.match(e, name) for e in all_ for name in names]"
 # Options with several expressions, and how peft uses each.
 _PATTERNS = {
     "rank_pattern": r"(.*\.)?({})$",
@@ -211,7 +207,7 @@ def _too_large(config: Any, backbone: PreTrainedModel, weights: Mapping[str, tor
 def _unmatchable(config: Any, backbone: PreTrainedModel) -> str | None:
     """The problem with regular expressions that are invalid, too many, or take too long to match the modules' names.
 
-    They are matched in a process of its own, which can be ended. peft compiles them again for every module.
+    peft compiles them again for every module.
     """
     modules = [name for name, _ in backbone.named_modules()]
     named = (getattr(config, name, None) for name in ("target_modules", "exclude_modules", "feedforward_modules"))
@@ -222,13 +218,4 @@ def _unmatchable(config: Any, backbone: PreTrainedModel) -> str | None:
         if len(patterns) > len(modules):
             return f"{option} has {len(patterns)} patterns, and the model {len(modules)} modules"
         expressions += [form.format(each) for each in patterns]
-    if not expressions:
-        return None
-    try:
-        matched = subprocess.run(
-            [sys.executable, "-X", "utf8", "-I", "-S", "-c", _MATCH], input=json.dumps([expressions, modules]),
-            encoding="utf-8", capture_output=True, timeout=_SECONDS, check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return f"its regular expressions take more than {_SECONDS} seconds to match the names of the modules"
-    return None if matched.returncode == 0 else f"a regular expression is invalid: {matched.stderr.splitlines()[-1]}"
+    return unmatchable(expressions, modules)

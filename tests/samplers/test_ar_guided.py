@@ -213,3 +213,11 @@ class TestRefusals:
     def test_values_out_of_range_are_named(self, name: str, value: Any) -> None:
         with pytest.raises(ValueError, match=rf"{name}=.*(use|expected) "):
             replace(ARGuided(accept="ratio"), **{name: value})
+
+
+def test_a_guide_does_not_write_what_is_never_predicted() -> None:
+    lm, question = dllm.load("tiny-llada", device="cpu"), "Tom has 23 apples. He buys 12. How many apples does he have?"
+    options: dict[str, Any] = {"gen_length": 40, "stop_at_eos": False}
+    for suppression, written in ((None, True), ("logits", False)):
+        out = dllm.generate(lm, question, ARGuided(on_reject="guide"), eos_suppression=suppression, **options)
+        assert (out.completions == 0).any() == written
