@@ -30,6 +30,7 @@ from dllm.decoding.setup import Setup
 from dllm.identity import checkpoint
 from dllm.models import adapters
 from dllm.models.checkpoint import ATTENTION, check_causal_folder
+from dllm.models.expressions import check_quantiser
 from dllm.models.growth import check_prompts, check_texts
 from dllm.models.loading import checkpoint_folder, quiet
 from dllm.models.published import is_whole
@@ -121,6 +122,7 @@ def _load(name: str, folder: Path, device: torch.device, state: str) -> Guide:
     try:
         with quiet():
             check_causal_folder(folder)
+            check_quantiser(folder)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **nothing_else
             )

@@ -30,13 +30,11 @@ from dllm.models.checkpoint import (
     check_values,
     check_width,
     read_config,
-    read_headers,
 )
-from dllm.models.expressions import unmatchable
+from dllm.models.expressions import check_quantiser
 from dllm.models.linear import join_products
 from dllm.models.tokenizers import load_tokenizer
 from dllm.resolve import names
-from dllm.stored import misfit
 
 # Files of a checkpoint; code is not downloaded.
 _TEXTS = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
@@ -45,8 +43,6 @@ _FILES = (*_TEXTS, "*.safetensors")
 _PICKLES = (("config.json", "model*.safetensors", "pytorch_model*.bin"),
             (adapters.CONFIG, "adapter_model.safetensors", "adapter_model.bin"))  # fmt: skip
 _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
-# Of a quantiser: the modules that it leaves out, as expressions; and how many there may be whatever the model has.
-_SKIPPED, _FEW = ("modules_to_not_convert", "llm_int8_skip_modules"), 1000
 
 
 @dataclass(frozen=True)
@@ -454,7 +450,7 @@ def _load_weights(family: type[MaskedDiffusionModel], folder: Path, options: Map
     options = dict(options) | {"output_loading_info": True, "ignore_mismatched_sizes": True, "local_files_only": True}
     if (given := options.pop("quantization", None)) is not None:
         options["quantization_config"] = _quantization(given)
-    _check_skipped(folder)
+    check_quantiser(folder)
     try:
         with adapters.hidden(folder) as bare:
             loaded: Any = family.from_pretrained(bare, **options)
@@ -498,33 +494,6 @@ def _load_weights(family: type[MaskedDiffusionModel], folder: Path, options: Map
                 f"{folder}: tensor {min(tensors)} {problem}; copy config.json and weights of one model again"
             )
     return backbone
-
-
-def _check_skipped(folder: Path) -> None:
-    """Reject a quantiser's expressions for the modules that it leaves out, if they are invalid or take too long."""
-    settings = read_json(folder / "config.json").get("quantization_config") or {}
-    modules = sorted({name.rpartition(".")[0] for name in read_headers(folder)})
-    for option in _SKIPPED:
-        given = settings.get(option) or []
-        if misfit(given, list[str]) or len(given) > max(_FEW, len(modules)):
-            raise ValueError(f"{folder}/config.json: quantization_config.{option}={given!r} is no list of modules")
-        # As transformers uses them (`should_convert_module`).
-        if problem := unmatchable([rf"(?:{each})(?:(?<=\.)|(?=\.|$))" for each in given], modules):
-            raise ValueError(f"{folder}/config.json: quantization_config.{option}: {problem}; correct or remove it")
-    marked = [each.removeprefix("re:") for each in _words(settings) if each.startswith("re:")]
-    if problem := unmatchable(marked, modules):
-        raise ValueError(f"{folder}/config.json: quantization_config: {problem}; correct it")
-
-
-def _words(value: Any) -> Iterator[str]:
-    """All texts in settings, names included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (dict, list)):
-        for each in value:
-            yield from _words(each)
-        if isinstance(value, dict):
-            yield from _words(list(value.values()))
 
 
 def _is_finite(weight: torch.Tensor) -> bool:
