@@ -211,9 +211,10 @@ class Runner:
         found, files = list[Frames](), self.journal.of("film")
         for record in (each for each in records if each.id in files):
             frames, file = self._load_trace(record), self._traces / files[record.id]
-            if frames is None:
+            if frames is not None:
+                found.append(frames)
+            elif not _is_trace(file):  # else it is of another answer, as after a change of the journal by hand
                 raise disturbed(str(file), file, "; run the command again, which records these steps again")
-            found.append(frames)
         return found
 
     def close(self, remove: bool = False) -> None:
@@ -369,3 +370,11 @@ class Runner:
 
     def _tell(self) -> None:
         self._progress(self.answers, self._asked)
+
+
+def _is_trace(file: Path) -> bool:
+    try:
+        Trace.load(file)
+    except ValueError:
+        return False
+    return True
