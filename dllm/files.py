@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections import Counter
 from contextlib import suppress
@@ -14,12 +15,18 @@ from typing import Any
 from dllm.checks import first_line
 
 BUNDLED = Path(__file__).parent / "checkpoints"
+UNFINISHED = re.compile(r"\.dllm-[0-9a-f]{16}")  # what a process that was killed may leave
 
 
 def portable(path: Path) -> str:
     """The path of a file of this package within it, the same in every installation; of other files, the path itself."""
     package = BUNDLED.parent
     return (path.relative_to(package) if path.is_relative_to(package) else path).as_posix()
+
+
+def unfinished_in(folder: Path) -> Path:
+    """A name for what is not whole yet: unique, short enough for any file system, and known by `UNFINISHED`."""
+    return folder / f".dllm-{token_hex(8)}"
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -43,7 +50,7 @@ def _write_whole(path: Path, data: bytes) -> None:
         path.write_bytes(data)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".dllm-{token_hex(8)}")  # unique, and short enough for any file system
+    unfinished = unfinished_in(path.parent)
     file = unfinished.open("xb")
     try:
         with file:

@@ -10,14 +10,12 @@ import io
 import json
 import math
 import pickle
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from secrets import token_hex
 from typing import Any, Protocol, TextIO
 
 import torch
@@ -28,7 +26,7 @@ from torch import Tensor, nn
 
 from dllm.checks import first_line, number, out_of_memory, seed, threads
 from dllm.evaluation.claim import claimed
-from dllm.files import write_whole
+from dllm.files import UNFINISHED, unfinished_in, write_whole
 from dllm.progress import progress_bar, watched
 from dllm.scripts import app, own
 from dllm.scripts.model_card import check_recipe, identity_of, write_card
@@ -39,7 +37,6 @@ PUBLISHED = """README.md config.json generation_config.json model.safetensors to
 special_tokens_map.json added_tokens.json chat_template.jinja""".split()
 _RATES = ("rate", "matrix_lr", "rest_lr")
 STATE, LOG = "state.pt", "loss.csv"
-_UNFINISHED = re.compile(r"\.dllm-[0-9a-f]{16}")  # folder of a model until it is whole
 # Optimizer state per parameter.
 _KEPT = {"Muon": ("momentum_buffer",), "AdamW": ("step", "exp_avg", "exp_avg_sq")}
 _DAMAGE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, LookupError, TypeError, AttributeError)
@@ -144,9 +141,9 @@ class Trainer:
         trained = [p.detach().clone() for p in self.parameters]
         self._assign(self.average)
         for left in self.out.iterdir():  # of a process that was killed
-            if _UNFINISHED.fullmatch(left.name) and left.is_dir() and not left.is_symlink():
+            if UNFINISHED.fullmatch(left.name) and left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left, ignore_errors=True)
-        folder = self.out / f".dllm-{token_hex(8)}"
+        folder = unfinished_in(self.out)
         try:
             folder.mkdir()
             self.objective.save(folder)

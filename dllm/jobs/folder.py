@@ -22,7 +22,7 @@ from typing import Any, TypedDict
 
 from dllm.evaluation.answer_manifest import differences, told
 from dllm.evaluation.claim import Claim
-from dllm.files import check_kept, disturbed, read_json, state, write_json, write_whole
+from dllm.files import UNFINISHED, check_kept, disturbed, read_json, state, write_json, write_whole
 from dllm.jobs.rows import Summary, hash_of
 from dllm.jobs.shard import Result, is_whole, pack, unpack
 from dllm.stored import misfit, there
@@ -30,7 +30,6 @@ from dllm.stored import misfit, there
 MANIFEST = "_manifest.json"
 FORMAT, VERSION = "dllm-job", 1
 _SHARD = re.compile(r"rows-(\d{12})\.parquet")
-_UNFINISHED = re.compile(r"\.dllm-[0-9a-f]{16}")  # of `write_whole`
 
 
 class _Manifest(TypedDict):
@@ -201,7 +200,7 @@ class JobFolder:
             if not path.name.startswith(".") and path.name != MANIFEST and not _SHARD.fullmatch(path.name):
                 raise ValueError(f"{self.called} holds {path.name}, which is no shard of a job; give another output")
         for path in found:  # of this job, since nothing of others is here
-            if _UNFINISHED.fullmatch(path.name) and path.is_file():
+            if UNFINISHED.fullmatch(path.name) and path.is_file():
                 path.unlink(missing_ok=True)
         shards, file, fix = self._shards(), self.path / MANIFEST, "give another output"
         if not there(file, fix) or (not shards and file.stat().st_size == 0):
