@@ -8,11 +8,9 @@ these are unchanged.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
@@ -24,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dllm.files import disturbed, read_json, write_json
+from dllm.own_code import files_of
 
 if TYPE_CHECKING:
     from dllm.models.loading import LanguageModel
@@ -233,15 +232,10 @@ def _read_by(value: Any) -> Iterator[Path]:
 
 
 def _code_of(value: Any) -> Iterator[tuple[str, str]]:
-    """The modules of classes that are no part of the package, by name, and hashes of their files."""
-    for each in type(value).__mro__:
-        root = each.__module__.partition(".")[0]
-        if root == "dllm" or root in sys.stdlib_module_names:
-            continue
-        with suppress(TypeError, OSError):  # made without a file, as in a notebook
-            file = Path(inspect.getsourcefile(each) or "")
-            if file.is_file():
-                yield f"module {each.__module__}", digest(file)
+    """The modules of classes that are no part of the package and those that these import, and hashes of their files."""
+    for name, file in files_of(type(value)).items():
+        with suppress(OSError):
+            yield f"module {name}", digest(file)
     if is_dataclass(value):
         for field in fields(value):
             if is_dataclass(inner := getattr(value, field.name)):

@@ -409,9 +409,10 @@ def _summary(card: Calibration, file: Path) -> str:
         )
     best = next(test for test in card.tests if test["value"] == card.value)
     faster = card.baseline["nfe"] / best["nfe"]
+    cost = f"{faster:.1f}x fewer forwards than" if faster >= 1 else f"{1 / faster:.1f}x as many forwards as"
     return (
         f"{card.knob}={card.value!r} is the fastest that {what.partition(' ')[2].partition(' ')[2]}: "
-        f"NFE {best['nfe']:.1f}, {faster:.1f}x fewer forwards than one token per step  -> {where}"
+        f"NFE {best['nfe']:.1f}, {cost} one token per step  -> {where}"
     )
 
 

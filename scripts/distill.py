@@ -192,7 +192,9 @@ def distill(cfg: DictConfig) -> None:
         trainer.resume()
         training.run(trainer, "distilling", partial(identity.check_weights, lm))
         trainer.export()
+        written = identity.stamps(out)
         rows = _measure(cfg, options, contents["model.path"])
+        identity.check_unchanged(written)
         write_card(out / "README.md", _card(cfg, trainer, rows, len(ids)), RECIPE)
     for row in rows:
         print(row)

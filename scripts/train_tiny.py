@@ -139,8 +139,10 @@ def carry_out(cfg: DictConfig, trainer: Trainer, recipe_file: str, doing: str, a
             write_whole(trainer.out / recipe_file, OmegaConf.to_yaml(cfg))
         training.run(trainer, doing)
         trainer.export()
+        written = identity.stamps(trainer.out)
         recipe = OmegaConf.create(read_recipe(trainer.out / recipe_file, cfg) | {"arch": arch})
         card = model_card(trainer.out, recipe, cfg, trainer.seconds / 60)
+        identity.check_unchanged(written)
         write_card(trainer.out / "README.md", card, recipe_file)
     if cfg.publish:
         publish(trainer.out, Path(cfg.publish), recipe_file, card)

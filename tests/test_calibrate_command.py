@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
 @pytest.fixture
 def card(made: tuple[Path, Outcome]) -> Path:
     return made[0] / "calibration.json"
+
+
+def test_a_value_that_takes_more_forwards_is_not_called_cheaper(card: Path) -> None:
+    found = Calibration.read(card)
+    for nfe, told in ((32.0, "2.0x fewer forwards than"), (128.0, "2.0x as many forwards as")):
+        tests: Any = [{**test, "nfe": nfe} for test in found.tests]
+        there = replace(found, tests=tests, baseline=found.baseline | {"nfe": 64.0})
+        assert f"NFE {nfe}, {told} one token per step" in calibrate._summary(there, card)
 
 
 def test_the_fastest_certified_value_is_chosen(made: tuple[Path, Outcome], card: Path) -> None:

@@ -19,6 +19,7 @@ import dllm
 import dllm.scripts.distill
 from commands import Outcome, command
 from dllm.distillation import Forcing, answer_logits, draw_masks, forcing_loss
+from dllm.files import write_whole
 from dllm.samplers import EntropyThreshold
 from dllm.scripts import training
 from dllm.tasks import word_problems
@@ -363,6 +364,21 @@ class TestResuming:
         result = distil(folder, tmp_path / "out", "eval_problems=1")
         assert result.code == 2
         assert "was changed by another program during this run" in result.err.splitlines()[-1]
+
+    def test_an_adapter_that_is_changed_while_it_is_measured_is_told(
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        file, measure = tmp_path / "out" / "adapter_model.safetensors", dllm.scripts.distill._measure
+
+        def replaced(*arguments: Any) -> Any:
+            write_whole(file, save({name: 0 * tensor for name, tensor in load_file(file).items()}, {"format": "pt"}))
+            return measure(*arguments)
+
+        monkeypatch.setattr(dllm.scripts.distill, "_measure", replaced)
+        result = distil(model, tmp_path / "out", "eval_problems=1")
+        assert result.code == 2
+        assert f"{file} was changed by another program during this run" in result.err.splitlines()[-1]
+        assert not (tmp_path / "out" / "README.md").exists()
 
     def test_a_training_that_diverges_ends_and_keeps_what_was_good(self, model: Path, tmp_path: Path) -> None:
         out = tmp_path / "out"

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import pickle
 import re
 import warnings
 from importlib.metadata import entry_points
@@ -23,6 +24,7 @@ from dllm.evaluation.likelihood import Estimate, is_greedy, loglikelihood
 from dllm.evaluation.runner import Runner, Setting
 from dllm.samplers import FreeDave, Threshold
 from dllm.tasks import word_problems
+from dllm.tasks.harness import _totals
 from models import random_llada
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -220,6 +222,13 @@ class TestGenerateUntil:
         monkeypatch.setattr(lm, "_encode_pair", lambda context, more: (lm.tok_encode(context + more), []))
         lm.loglikelihood(scored)
         assert told == [False, True]
+
+    def test_chats_of_the_request_cache_are_chats(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        told = list[bool]()
+        monkeypatch.setattr("dllm.evaluation.lm_eval.tokens_of", lambda *_, special=False: [told.append(special), 5])
+        kept = pickle.dumps(asking(model().apply_chat_template([{"role": "user", "content": "a"}])))
+        model().tok_encode(pickle.loads(kept).args[0])
+        assert told == [False]
 
     def test_prompts_that_do_not_fit_lose_their_beginning(self) -> None:
         lm = model(lm=random_llada(tokenizer=True, seed=1, max_length=40))
@@ -565,6 +574,35 @@ def test_a_metric_holds_for_the_command_that_names_it(tasks: Path, tmp_path: Pat
             assert f": {'acc_norm' if more else 'acc'} " in outcome.out
         (file,) = out.glob("*/results.json")
         assert json.loads(file.read_text())["metrics"]["task_accuracy"] == "acc"
+
+
+def test_a_score_that_is_no_share_is_none_of_a_finished_run_either(tasks: Path, tmp_path: Path) -> None:
+    asked = ("evaluate", f"out={tmp_path}", "task=toy_text", f"task.include_path={tasks}", "estimate.samples=1")
+    asked = (*asked, "baselines=0", "task.limit=1")
+    refused = "task.metric='word_perplexity' is not a share of right answers of this task; use one of null: it has no"
+    assert command(*asked).code == 0
+    (file,) = tmp_path.glob("*/results.json")
+    before = file.read_bytes()
+    outcome = command(*asked, "task.metric=word_perplexity")
+    assert outcome.code == 2
+    assert refused in outcome.err
+    assert file.read_bytes() == before
+
+
+def test_totals_have_the_number_of_their_own_samples() -> None:
+    found = {
+        "samples": {"a": [{"doc_id": 0}], "b": [{"doc_id": 0}, {"doc_id": 0}, {"doc_id": 1}], "c": [{"doc_id": 0}] * 9},
+        "results": {
+            "a": {"acc,none": 1.0, "acc_stderr,none": 0.1}, "b": {"acc,none": 0.5, "brier,none": 0.2},
+            "c": {"ppl,none": 3.0},
+        },
+        "groups": {"all": {"acc,none": 0.75, "alias": "all"}, "part": {"brier,none": 0.2}},
+        "group_subtasks": {"all": ["part", "a", "c"], "part": ["b"]},
+    }  # fmt: skip
+    assert _totals(found) == {
+        "a: acc": (1.0, 1), "b: acc": (0.5, 2), "b: brier": (0.2, 2), "c: ppl": (3.0, 1), "all: acc": (0.75, 3),
+        "part: brier": (0.2, 2),
+    }  # fmt: skip
 
 
 class TestLocalFiles:

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,30 @@ class TestFilesOfSamplers:
             file.write_text(file.read_text() + "# changed\n")
             assert identity.read_by(value) != before
         assert identity.read_by(FreeDave()) == {}
+
+    def test_so_does_what_it_imports(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        sources = {
+            "own_a/__init__.py": "",
+            "own_a/policy.py": "import json, torch\nfrom . import level\nfrom dllm.samplers import Vanilla\n"
+            "import own_b\n\nclass Own(Vanilla):\n    pass\n",
+            "own_a/level.py": "def level():\n    from .late import late\n    return late\n",
+            "own_a/late.py": "from . import policy, missing\nfrom ...beyond import x\n",  # a circle
+            "own_a/unused.py": "",
+            "own_b.py": "",
+        }
+        (tmp_path / "own_a").mkdir()
+        for name, source in sources.items():
+            (tmp_path / name).write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+        own = importlib.import_module("own_a.policy").Own()
+        (tmp_path / "own_b.py").write_text("this is not Python")
+        before = identity.read_by(own)
+        modules = {"own_a.policy", "own_a", "own_a.level", "own_a.late", "own_b"}
+        assert before.keys() == {f"module {name}" for name in modules}
+        (tmp_path / "own_a" / "late.py").write_text("late = 2\n")
+        assert identity.read_by(own) != before
+        assert set(sys.modules) >= {"own_a.level", "own_b"}
+        assert "own_a.late" not in sys.modules
 
     def test_bundled_ones_are_as_well(self) -> None:
         assert str(BUNDLED / "tiny-guide") in identity.read_by(ARGuided())

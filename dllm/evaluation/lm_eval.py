@@ -38,6 +38,10 @@ from dllm.samplers.base import Sampler
 _LOADING = ("device", "dtype", "device_map", "attn_implementation", "revision", "pack", "adapter")
 
 
+class ChatText(str):
+    """A chat that the template wrote, special tokens included; it stays one in lm-eval's cache of requests."""
+
+
 @register_model("dllm")
 class DLLM(TemplateLM):
     """A diffusion language model, decoded by any sampler with any cache.
@@ -56,7 +60,7 @@ class DLLM(TemplateLM):
         self.runner, self.tokenizer = runner, runner.lm.tokenizer
         self._cut: set[str] = set()  # documents
         self._seed, self._greedy, self._count = seed, greedy, 0
-        self._chats, self._special = set[str](), True  # the chats that were written; special tokens before a text
+        self._special = True  # special tokens before a text
         self._overruled = overruled
         self._seen: dict[str, int] = {}
         self._told: set[str] = set()
@@ -114,7 +118,7 @@ class DLLM(TemplateLM):
     def tokenizer_name(self) -> str:
         """Key of the request cache."""
         lm = self.runner.lm
-        return f"{lm.name.replace('/', '__')}-{identity.model(lm)['tokenizer_and_config']}"
+        return f"{lm.name.replace('/', '__')}-{identity.model(lm)['tokenizer_and_config']}-ChatText"
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Reject `use_cache`, whose file does not record model and options."""
@@ -140,12 +144,13 @@ class DLLM(TemplateLM):
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
-        self._chats.add(text)
-        return text
+        return ChatText(text)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids; without special tokens before a chat, whose template writes them."""
-        special = self._special and string not in self._chats if add_special_tokens is None else add_special_tokens
+        special = (
+            self._special and not isinstance(string, ChatText) if add_special_tokens is None else add_special_tokens
+        )
         return tokens_of(self.tokenizer, string, "a text of the task", special=special)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -166,7 +171,7 @@ class DLLM(TemplateLM):
         for instance in requests:
             context, continuation = instance.args
             if context:
-                self._special = context not in self._chats  # of the context with the continuation, too
+                self._special = not isinstance(context, ChatText)  # of the context with the continuation, too
                 try:
                     prefix, target = self._encode_pair(context, continuation)
                 finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -29,6 +29,12 @@ def quality(values: Sequence[float]) -> dict[str, Any]:
         error = 1.959964 * float(np.std(values, ddof=1)) / math.sqrt(len(values))
         interval = [mean - error, mean + error]
     return {"value": mean, "interval": interval, "n": len(values)}
+
+
+def not_a_share(metric: str, shares: Iterable[str]) -> str:
+    """The error of a score that cannot be the accuracy."""
+    known = ", ".join(shares) or "null: it has no share of right answers"
+    return f"task.metric={metric!r} is not a share of right answers of this task; use one of {known}"
 
 
 def cost(records: Sequence[Record]) -> dict[str, Any]:

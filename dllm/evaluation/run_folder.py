@@ -22,7 +22,7 @@ import torch
 from pyarrow import parquet
 
 from dllm.decoding.result import padded
-from dllm.evaluation.metrics import COSTS, cost, impossible, quality, speedup
+from dllm.evaluation.metrics import COSTS, cost, impossible, not_a_share, quality, speedup
 from dllm.evaluation.records import Record, sample_of
 from dllm.evaluation.runner import BASELINES, Runner
 from dllm.evaluation.trace import Trace, words_of
@@ -145,9 +145,10 @@ class RunFolder:
         if main is None and isinstance(own, str) and own in metrics["scores"]:
             main = own
         if main is not None and main != metrics["accuracy_name"]:
-            if main not in metrics["scores"]:
-                raise ValueError(f"unknown task.metric={main!r}; expected one of {', '.join(metrics['scores'])}")
-            score = metrics["scores"][main]
+            shares = {name: score for name, score in metrics["scores"].items() if score["interval"] is not None}
+            if main not in shares:
+                raise ValueError(not_a_share(main, shares))
+            score = shares[main]
             metrics |= {"n": score["n"], "accuracy": score["value"], "accuracy_interval": score["interval"]}
             metrics["accuracy_name"] = main
             with suppress(OSError):  # read-only
@@ -202,7 +203,7 @@ class RunFolder:
         trace(runner, records).save(self.path / "trace.safetensors")
         _parquet(self.path / "samples.parquet", samples(records, graded))
         scores = {name: quality(list(values.values())) for name, values in graded.scores.items()} | {
-            name: {"value": value, "interval": None, "n": len(graded.rows)} for name, value in graded.totals.items()
+            name: {"value": value, "interval": None, "n": count} for name, (value, count) in graded.totals.items()
         }
         main = None if graded.main is None else scores[graded.main]
         metrics = {

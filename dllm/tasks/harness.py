@@ -20,6 +20,7 @@ from jinja2 import UndefinedError
 from omegaconf import OmegaConf
 
 from dllm.checks import number
+from dllm.evaluation.metrics import not_a_share
 from dllm.evaluation.runner import Runner
 from dllm.files import check_readable
 from dllm.identity import digest, tree
@@ -206,8 +207,7 @@ def evaluate(runner: Runner, task: Any, seed: int, metric: str | None, manager: 
     rows, scores = _by_sample(results["samples"])
     shares = _shares(results, scores)
     if metric is not None and metric not in shares:
-        known = ", ".join(shares) or "null: it has no share of right answers"
-        raise ValueError(f"task.metric={metric!r} is not a share of right answers of this task; use one of {known}")
+        raise ValueError(not_a_share(metric, shares))
     kept = ("results", "groups", "versions", "n-shot", "configs", "n-samples", "higher_is_better")
     return Graded(
         scores=shares,
@@ -242,20 +242,37 @@ def _label(tasks: Mapping[str, Any], task: str, name: str) -> str:
     return name if len(tasks) == 1 else f"{task}: {name}"
 
 
-def _totals(results: Mapping[str, Any]) -> dict[str, float]:
-    """The harness's aggregated metrics, of tasks and groups."""
-    every = [(task, results["results"][task]) for task in results["samples"]]
+def _totals(results: Mapping[str, Any]) -> dict[str, tuple[float, int]]:
+    """The harness's aggregated metrics, of tasks and groups, and the number of samples of each."""
+    found, members = results["samples"], results.get("group_subtasks", {})
+    figures = {task: _figures(results["results"][task]) for task in found}
+    counts = {task: len({sample["doc_id"] for sample in samples}) for task, samples in found.items()}
     totals = {
-        _label(results["samples"], task, name): float(value)
-        for task, figures in every
-        for name, value in figures.items()
+        _label(found, task, name): (value, counts[task]) for task in found for name, value in figures[task].items()
+    }
+    for group, own in results.get("groups", {}).items():
+        tasks = _tasks_of(group, members, set())
+        for name, value in _figures(own).items():
+            count = sum(counts[task] for task in tasks & set(counts) if name in figures[task])
+            totals[f"{group}: {name.removesuffix(',none')}"] = value, count
+    return totals
+
+
+def _figures(found: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in found.items()
         if isinstance(value, (int, float)) and "," in name and "_stderr" not in name
     }
-    for group, figures in results.get("groups", {}).items():
-        for name, value in figures.items():
-            if isinstance(value, (int, float)) and "," in name and "_stderr" not in name:
-                totals[f"{group}: {name.removesuffix(',none')}"] = float(value)
-    return totals
+
+
+def _tasks_of(group: str, members: Mapping[str, list[str]], seen: set[str]) -> set[str]:
+    """A group's members, and theirs."""
+    seen.add(group)
+    for each in members.get(group, ()):
+        if each not in seen:
+            _tasks_of(each, members, seen)
+    return seen
 
 
 def _shares(results: Mapping[str, Any], scores: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
@@ -267,7 +284,7 @@ def _shares(results: Mapping[str, Any], scores: Mapping[str, Mapping[str, float]
         worse = any(task.get(metric) is False for task in better.values())
         mean = sum(values.values()) / len(values)
         is_share = all(0 <= value <= 1 for value in values.values()) and not worse
-        if is_share and abs(totals.get(name, -1.0) - mean) < 1e-6:
+        if is_share and abs(totals.get(name, (-1.0, 0))[0] - mean) < 1e-6:
             kept[name] = values
     return kept
 
