@@ -146,7 +146,7 @@ class DraftAndVerify(OverPolicy):
 
         edit = permitted(views, state.base.step(views, judge, state.state), judged)
         targets = edit.on(views.tokens).view_as(drafts)
-        at, step, final = self._follow(window, drafts, new, views, judged[0], targets[:, 0], state, numbers)
+        at, step, final, source = self._follow(window, drafts, new, views, judged[0], targets[:, 0], state, numbers)
         state.block[window.rows], state.step[window.rows] = views.block[at], step + 1
         state.entry_masks[window.rows] = views.entry_masks[at]
         state.entry[window.rows] = torch.arange(len(at), device=at.device)
@@ -155,7 +155,8 @@ class DraftAndVerify(OverPolicy):
         state.kept = judged[0].kept(lambda values: values[at], reads)
         mask = state.mask_token_id
         # The last draft contains the tokens of all the others.
-        return replace(become(window, final), drafted=drafts[:, -1].where(window.tokens == mask, mask))
+        drafted = drafts[:, -1].where(window.tokens == mask, mask)
+        return replace(become(window, final), drafted=drafted, source=source)
 
     def _drafts(
         self, window: Window, known: Bool[Tensor, " B"], state: DraftState, draft: Draft, numbers: Numbers
@@ -190,7 +191,7 @@ class DraftAndVerify(OverPolicy):
         target: Int[Tensor, "B L"],
         state: DraftState,
         numbers: Numbers,
-    ) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"], Int[Tensor, "B L"]]:
+    ) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"], Int[Tensor, "B L"], Int[Tensor, "B L"]]:
         """Follow the chain of accepted drafts.
 
         Args:
@@ -205,13 +206,14 @@ class DraftAndVerify(OverPolicy):
 
         Returns:
             The last draft of each chain, as an entry of `views`; the steps the base has taken in its block by
-            then; and the base's next canvas after it.
+            then; the base's next canvas after it; and the draft of whose prediction each of its tokens is.
         """
         entries = torch.arange(new.numel(), device=drafts.device).view_as(new)
-        at, step = entries[:, 0], window.step
+        at, step, source = entries[:, 0], window.step, torch.zeros_like(target)
         for _ in range(new.shape[1] - 1):
             equal = (drafts == target[:, None]).all(-1) & new & (entries > at[:, None])
             onward = torch.where(equal, entries, at[:, None]).amax(-1)
+            source = (at % new.shape[1])[:, None].where(views.tokens[onward] != views.tokens[at], source)
             moved, stays = onward > at, views.block[onward] == views.block[at]
             # Where drafts are skipped, the base took fewer steps than drafting did; its schedule counts its own.
             step, at = torch.where(moved, (step + 1).where(stays, 0), step), onward
@@ -222,7 +224,8 @@ class DraftAndVerify(OverPolicy):
             edit = state.base.step(view, constant_denoiser(known), state.state)
             after = permitted(view, edit, [known]).on(view.tokens)
             target = after.where(moved[:, None], target)
-        return at, step, target
+        own = (target != views.tokens[at]) | (views.tokens[at] == state.mask_token_id)
+        return at, step, target, (at % new.shape[1])[:, None].where(own, source)
 
 
 def _advanced(view: Window, tokens: Int[Tensor, "B L"], step: Int[Tensor, " B"], mask_token_id: int) -> Window:

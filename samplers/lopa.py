@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm.checks import number
+from dllm.decoding.flags import flagged
 from dllm.decoding.request import Request
 from dllm.decoding.setup import Setup
 from dllm.decoding.window import Edit, Window
@@ -107,6 +108,7 @@ class LoPA(Policy):
             torch.where(fill, guess, tokens),
             fill | chosen,
             drafted=guess.where(fills.any(1), state.mask_token_id),
+            source=torch.where(flagged(torch.zeros_like(window.region), window.columns, fill), -1, best[:, None]),
         )
 
 

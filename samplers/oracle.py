@@ -8,8 +8,9 @@ First the base policy decodes the canvas; these forwards are not counted. Then e
 positions of the block that fulfil this (the "extremely greedy" process of Learn2PD, arXiv 2509.25188, section 3.2).
 Where none does, the most confident position gets its final token, so that the result is always that of the base.
 
-It is an upper bound, not a method: its NFE is a lower bound for policies of this kind that reproduce
-the result of the base, not for policies with other results.
+It is a reference that knows the result, not a method: its NFE says how few forwards a policy that reproduces the result
+of the base may take. That is an estimate, not a bound: the more is committed at once, the more the next predictions
+change, so that a policy that waits, such as the base, can take fewer.
 """
 
 from __future__ import annotations

@@ -74,7 +74,11 @@ class S2D2(Policy):
         chosen = asked & (wrong.cumsum(-1) - wrong.long() == 0)
         ended = chosen & (target[..., None] == window.ends[:, None]).any(-1)
         after = ended.cumsum(-1) - ended.long() > 0
-        return Edit(columns, target, chosen & ~(after & window.stop_at_eos[:, None]), drafted=draft)
+        source = None
+        if not state.logits_shift:
+            shadows = torch.arange(1, columns.shape[1] + 1, device=columns.device).expand_as(columns)
+            source = torch.zeros_like(window.tokens).scatter(1, columns, shadows)
+        return Edit(columns, target, chosen & ~(after & window.stop_at_eos[:, None]), drafted=draft, source=source)
 
     def _verify(self, proposed: Tensor, columns: Tensor, asked: Tensor, denoise: Denoise, state: Setup) -> Tensor:
         """(B, K) the tokens of the causal mode after the proposed ones before them."""

@@ -7,7 +7,7 @@ if __name__ == "__main__":
 
     dllm.scripts.cli.run_file(__file__)
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -49,6 +49,7 @@ _UNUSED = {
     "frames": 0,
     "estimate": {"method": "monte_carlo", "samples": 128, "order": "random", "batch_size": 32},
 }
+_ENDED = "of which the last was not certified, and testing ends there for these problems"
 _OTHERS = "use problems that were not tested yet (such as task.seed=N), and another out"
 
 
@@ -304,7 +305,13 @@ def certified_for(card: Calibration, options: Mapping[str, Any]) -> dict[str, tu
     return {name: (card.options.get(name), options.get(name)) for name in names}
 
 
-def refuse_others(called: str, file: Path, pairs: Mapping[str, tuple[Any, Any]], what: str = "this run") -> None:
+def refuse_others(
+    called: str,
+    file: Path,
+    pairs: Mapping[str, tuple[Any, Any]],
+    what: str = "this run",
+    retried: Collection[str] = (),
+) -> None:
     """Reject a card of another setting.
 
     Args:
@@ -312,6 +319,7 @@ def refuse_others(called: str, file: Path, pairs: Mapping[str, tuple[Any, Any]],
         file: the card.
         pairs: by name, what it was made with, and what it is to certify.
         what: that is to be certified.
+        retried: names of which another value tries again what was not certified, also in another folder.
 
     Raises:
         ValueError: they differ.
@@ -320,6 +328,8 @@ def refuse_others(called: str, file: Path, pairs: Mapping[str, tuple[Any, Any]],
         if made != asked:
             made, asked = ("null" if value is None else value for value in (made, asked))
             problem = f"{called} holds a card of another {name} ({made}); {what} has {asked}"
+            if name in retried:
+                raise ValueError(f"{problem}, which voids the guarantee: {file} has tests, {_ENDED}; {_OTHERS}")
             raise ValueError(f"{problem}: give another {called.partition('=')[0]}, or remove {file}")
 
 
@@ -348,19 +358,17 @@ def _check_card(
     pairs |= {"task": (card.task, task.name)} | certified_for(card, asked)
     data = evaluate.normal(fields)["task"] | {f"{split}_sha256": content for split, content in task.check().items()}
     pairs |= {f"task.{name}": (made, data[name]) for name, made in card.data.items() if name in data}
-    refuse_others(called, file, pairs | card.compared(policy))
     tested, ended = [test["value"] for test in card.tests], not all(test["certified"] for test in card.tests)
+    same = ["knob", "sampler"] if own[TARGET] == theirs[TARGET] else []  # other options of the same policy
+    retried = ["loss", "delta", "task.limit", *same] if ended else []
+    refuse_others(called, file, pairs | card.compared(policy), retried=retried)
     again = [name for name in _FREE if name in asked and card.options.get(name) != asked[name]]
     if ended and again:
         given, made = (f"{again[0]}={each.get(again[0])}" for each in (asked, card.options))
-        raise ValueError(
-            f"{given} voids the guarantee: {file} has tests with {made}, of which the last was not certified, and "
-            f"testing ends there for these problems; {_OTHERS}"
-        )
+        raise ValueError(f"{given} voids the guarantee: {file} has tests with {made}, {_ENDED}; {_OTHERS}")
     if list(values[: len(tested)]) != tested:
         raise ValueError(
-            f"values={list(values)!r} void the guarantee: {file} has {tested!r}, of which the last was not certified, "
-            f"and testing ends there for these problems; {_OTHERS}"
+            f"values={list(values)!r} void the guarantee: {file} has {tested!r}, {_ENDED}; {_OTHERS}"
             if ended
             else f"values={list(values)!r} do not begin with those that {file} certifies, {tested!r}; begin with "
             "these, or give another out"

@@ -65,7 +65,7 @@ def evaluate(cfg: DictConfig) -> float | tuple[float, ...] | None:
     _check(fields)
     hydra = HydraConfig.get()
     out, label = Path(fields["out"]), _label(fields, hydra.runtime.choices)
-    refused, sweeping = RunFolder(out, label, normal(fields)), hydra.mode == RunMode.MULTIRUN
+    refused, sweeping = failure_folder(out, label, fields), hydra.mode == RunMode.MULTIRUN
     try:
         with limited_threads(fields["threads"]):
             results, path = run(cfg, fields, label, hydra.runtime.choices)
@@ -158,6 +158,13 @@ def normal(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Normalized options, with the format as JSON: the order of a schema's properties is that of an answer."""
     form = fields["response_format"]
     return canonical({**fields, "response_format": None}, KINDS) | {"response_format": form and json.dumps(form)}
+
+
+def failure_folder(out: Path, label: str, fields: Mapping[str, Any]) -> RunFolder:
+    """Where the failure of a setting is recorded, which may have no model, data or files to be known by."""
+    model = fields["model"] | {"path": os.path.abspath(fields["model"]["path"])}  # noqa: PTH100
+    setting = {name: value for name, value in fields.items() if name not in ("out", "objective")}
+    return RunFolder(out, label, normal(setting | {"model": model}))
 
 
 def _by_name(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
     dllm.scripts.cli.run_file(__file__)
 
+import logging
 import subprocess
 import sys
 import warnings
@@ -22,6 +23,20 @@ def _commit() -> str | None:
     except OSError:  # no git
         return None
     return described.stdout.decode(errors="replace").strip() or None
+
+
+class _Unsaved(logging.Filter):
+    """Keeps what the harness, which goes on, tells of results that it cannot write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[str] = []
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Pass every record."""
+        if record.getMessage().startswith("Could not save"):
+            self.told.append(record.getMessage())
+        return True
 
 
 def main() -> None:
@@ -44,8 +59,12 @@ def main() -> None:
         else default(message, category, filename, *more)
     )
     evaluator.get_git_commit_hash = _commit
+    unsaved = _Unsaved()
+    logging.getLogger("lm_eval.loggers.evaluation_tracker").addFilter(unsaved)
     try:
         cli_evaluate()
+        if unsaved.told:
+            raise ValueError(f"{unsaved.told[0]} to --output_path; free disk space, or give another one")
     except ValueError as error:
         fail("dllm lm-eval", " ".join(str(error).split()))
     except Exception as error:

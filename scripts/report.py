@@ -31,8 +31,9 @@ _AUP = (
     "with an over-proportional penalty for lost accuracy; runs that lose more than 5 points are excluded. With few "
     "samples a single answer may decide this; compare the intervals."
 )
-_BOUND = (
-    "The oracle is an upper bound, not a method: it is excluded from the front and from AUP. Both do not count a "
+_ORACLE = (
+    "The oracle is a reference that knows the result, not a method: it is excluded from the front and from AUP. "
+    "Both do not count a "
     "guide's forwards."
 )
 
@@ -89,8 +90,8 @@ def _markdown(sweep: Sweep, drawn: dict[str, dict[str, str]]) -> str:
         shown = table.columns(group)
         rows = [[markdown(text) for text in row] for row in table.cells(group, shown)]
         parts += [f"## {markdown(group.title)}", markdown_table([markdown(column.head) for column in shown], rows)]
-        if any(run.bound for run in group.runs):
-            parts.append(_BOUND)
+        if any(run.reference for run in group.runs):
+            parts.append(_ORACLE)
         if areas := table.areas(group):
             areas_shown = [[markdown(each.of), str(each.runs), f"{each.aup:.1f}"] for each in areas]
             parts.append(markdown_table(["runs of", "runs", "AUP"], areas_shown))
@@ -130,7 +131,7 @@ def _drawn(group: Group, shown: list[table.Column]) -> Table:
     for column in shown:
         drawn.add_column(_text(column.head), justify="left" if column is shown[0] else "right")
     for run, row in zip(group.runs, table.cells(group, shown), strict=True):
-        style = "italic dim" if run.bound else "bold" if table.fronts(group, run) else ""
+        style = "italic dim" if run.reference else "bold" if table.fronts(group, run) else ""
         drawn.add_row(*map(_text, row), style=style)
     return drawn
 

@@ -21,7 +21,6 @@ from dllm import identity
 from dllm.calibration import Calibration
 from dllm.checks import Notice, number, seed, threads
 from dllm.escape import terminal
-from dllm.evaluation.run_folder import RunFolder
 from dllm.files import BUNDLED, read_json
 from dllm.reports import matrix, matrix_page
 from dllm.reports.matrix import Setting
@@ -38,7 +37,7 @@ KINDS = evaluate.KINDS | {
     "cards": str | None,
     "problems": int | None,
 }
-_BASE, _BOUND = "vanilla", "oracle"  # neither has a setting to choose
+_BASE, _ORACLE = "vanilla", "oracle"  # neither has a setting to choose
 _OTHER_CACHE = r".* was measured with (cache[^=]*=[^,]*, )+and is used with (cache[^=]*=[^,]*(, |: ))+its guarantee"
 _PLACES = ("out", "runs", "cards", "run", "speed")  # options that change no number
 _OURS = ("samplers", "caches", "calibrate", "problems", "loss", "delta", *_PLACES)
@@ -84,7 +83,7 @@ def _check(fields: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         if chosen is None:
             small = (BUNDLED / fields["model"]["path"]).is_dir()
             chosen = [f"tiny/{each}" if small and f"tiny/{each}" in there else each for each in names(group)]
-            chosen.sort(key=lambda name: (name not in (_BASE, "none"), name == _BOUND))
+            chosen.sort(key=lambda name: (name not in (_BASE, "none"), name == _ORACLE))
         if unknown := [each for each in chosen if each not in there]:
             raise ValueError(f"{option} has the unknown {group} {unknown[0]!r}; expected some of {', '.join(there)}")
         if odd := [each for each in chosen if not matrix.is_name(each)]:
@@ -124,7 +123,7 @@ def _collect(fields: Mapping[str, Any], samplers: Sequence[str], caches: Sequenc
     _check_same(fields["out"], data, samplers, caches, results.header.made_with)
     for sampler in samplers:
         card, copy = _card(sampler, cards), _card(sampler, out / CARDS)
-        if card.is_file() and sampler != _BOUND and not (copy.is_file() and card.samefile(copy)):
+        if card.is_file() and sampler != _ORACLE and not (copy.is_file() and card.samefile(copy)):
             own.write("out", fields["out"], {copy: (own.CALIBRATION, card.read_bytes())})
     own.write("out", fields["out"], {data: (own.MATRIX_DATA, results.text())})
 
@@ -140,7 +139,7 @@ def _card(sampler: str, cards: Path) -> Path:
 
 def _present(samplers: Sequence[str], cards: Path) -> list[tuple[str, Path]]:
     """The samplers that have a card, and their cards."""
-    files = [(name, _card(name, cards)) for name in samplers if name not in (_BASE, _BOUND)]
+    files = [(name, _card(name, cards)) for name in samplers if name not in (_BASE, _ORACLE)]
     return [(name, file) for name, file in files if file.is_file()]
 
 
@@ -222,7 +221,7 @@ def _run(
             for cache in caches:
                 made = {**merged("evaluate"), **common, "sampler": dict(options), "cache": options_of("cache", cache)}
                 label = sampler + (f" + {cache}" if cache != "none" else "")
-                refused = RunFolder(runs, label, evaluate.normal(made))
+                refused = evaluate.failure_folder(runs, label, made)
                 try:
                     names_ = {"sampler": sampler, "cache": cache, "task": task}
                     metrics, folder = evaluate.run(OmegaConf.create(made), made, label, names_)
@@ -246,13 +245,13 @@ def _options(sampler: str, cards: Path) -> dict[str, Any]:
     """The options of a sampler: its own, with its card if that certifies a value."""
     options = options_of("sampler", sampler)
     card = _card(sampler, cards)
-    if sampler not in (_BASE, _BOUND) and card.is_file() and Calibration.read(card).value is not None:
+    if sampler not in (_BASE, _ORACLE) and card.is_file() and Calibration.read(card).value is not None:
         options[CALIBRATION] = str(card)
     return options
 
 
 def _knob(sampler: str, options: Mapping[str, Any]) -> Knob | None:
-    if sampler in (_BASE, _BOUND):
+    if sampler in (_BASE, _ORACLE):
         return None
     return getattr(build("sampler", {**options, CALIBRATION: None}, Sampler), "knob", None)
 
@@ -310,7 +309,7 @@ def _command(fields: Mapping[str, Any]) -> str:
     """The command that makes these runs again, beside the page that is being made; or that reads those of `runs`."""
     named = HydraConfig.get().overrides.task
     places = _PLACES if fields["run"] or fields["runs"] is None else ("out", "cards", "speed")
-    given = [each for each in named if each.partition("=")[0] not in (*places, "calibrate")]
+    given = [each for each in named if each.partition("=")[0] not in places]
     model = f"model={fields['model']['path']}"
     rest = [each for each in given if not each.startswith(("model=", "++model.path="))]
     return shlex.join(["dllm", "results", model, *rest, f"out={fields['out']}"])

@@ -59,6 +59,10 @@ def train_filter(cfg: DictConfig) -> None:
     lm = app.load_model(fields["model"])
     out = _out(cfg)
     ids = encode(prompts, lm.tokenizer)
+    if len(set(map(tuple, ids))) < 2:
+        raise ValueError(
+            f"data={cfg.data!r} has one prompt {len(ids)} times, so that none can be held out; give others"
+        )
     prepare(
         lm, ids, built.sampler, built.cache, dllm.Options(**options)
     )  # rejects incompatible options and long prompts
@@ -153,7 +157,10 @@ def _collect(
         return None if found is None else vars(found)
 
     parts = collected(lm, ids, reads, recipe, folder, stored, make)
-    return Records.join([Records(**part) for part in parts])
+    records = Records.join([Records(**part) for part in parts])
+    first: dict[tuple[int, ...], int] = {}  # equal prompts are either trained on or held out
+    alike = torch.tensor([first.setdefault(tuple(each), number) for number, each in enumerate(ids)])
+    return replace(records, prompt=alike[records.prompt])
 
 
 def _part(file: Path, prompts: range, block_length: int) -> Records | None:

@@ -349,17 +349,20 @@ def test_a_card_of_another_setting_is_kept(made: tuple[Path, Outcome], card: Pat
     for other, told in (
         ("cache=dual", "cache ("),
         ("sampler=credit", "sampler ("),
+        ("delta=0.2", "delta (0.05); this run has 0.2, which voids the guarantee: "),
         ("sampler.at_least=2", "sampler ("),
-        ("delta=0.2", "delta (0.05); this run has 0.2: give another out, or remove "),
         ("gen_length=40", "gen_length (64); this run has 40: "),
         ("block_length=8", "block_length (auto); this run has 8: "),
         ("temperature=0.5", "temperature (null); this run has 0.5: "),
         ("response_format={type: choice, choice: [a]}", 'response_format (null); this run has {"type": "choice", '),
-        ("task.limit=20", "task.limit (24); this run has 20: "),
+        ("task.limit=20", "task.limit (24); this run has 20, which voids the guarantee"),
     ):
         refused = run(made[0], other)
         assert (refused.code, refused.err.count("\n")) == (2, 1)
         assert f"holds a card of another {told}" in refused.err
+        again = other.partition("=")[0] in ("delta", "task.limit", "sampler.at_least")
+        assert ("use problems that were not tested yet" in refused.err) == again
+        assert ("give another out, or remove" in refused.err) != again
     assert card.read_bytes() == before
 
 

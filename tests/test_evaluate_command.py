@@ -22,7 +22,7 @@ from dllm.evaluation import run_folder
 from dllm.evaluation.metrics import wilson
 from dllm.evaluation.run_folder import RunFolder
 from dllm.evaluation.trace import Trace
-from dllm.files import write_json
+from dllm.files import BUNDLED, write_json
 from dllm.resolve import text
 from dllm.scripts import evaluate as application
 from dllm.tasks import word_problems
@@ -267,6 +267,17 @@ class TestSweeps:
         assert run(out, "-m", *late, "gen_length=8").code == 0
         assert not list(out.glob("*/error.json"))
         assert len(folders(out)) == 2
+
+    def test_a_failure_is_forgotten_however_its_folder_is_written(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        asked = ("-m", "sampler=vanilla", "task.limit=1", "gen_length=8")
+        assert run(Path("out"), *asked, "model=./mine").code == 2
+        assert len(list(Path("out").glob("*/error.json"))) == 1
+        shutil.copytree(BUNDLED / "tiny-llada", "mine")
+        assert run(tmp_path / "out", *asked, f"model={tmp_path}/mine", "objective=[nfe]").code == 0
+        assert not list(Path("out").glob("*/error.json"))
 
     @pytest.mark.parametrize(
         ("launcher", "radii"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 import os
 import pickle
@@ -23,6 +24,7 @@ from dllm.evaluation.journal import Journal
 from dllm.evaluation.likelihood import Estimate, is_greedy, loglikelihood
 from dllm.evaluation.runner import Runner, Setting
 from dllm.samplers import FreeDave, Threshold
+from dllm.scripts import lm_eval as lm_eval_command
 from dllm.tasks import word_problems
 from dllm.tasks.harness import _totals
 from models import random_llada
@@ -603,6 +605,17 @@ def test_totals_have_the_number_of_their_own_samples() -> None:
         "a: acc": (1.0, 1), "b: acc": (0.5, 2), "b: brier": (0.2, 2), "c: ppl": (3.0, 1), "all: acc": (0.75, 3),
         "part: brier": (0.2, 2),
     }  # fmt: skip
+
+
+def test_results_that_cannot_be_written_fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    tracker = logging.getLogger("lm_eval.loggers.evaluation_tracker")
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: tracker.warning("Could not save results aggregated"))
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    with pytest.raises(SystemExit) as ended:
+        lm_eval_command.main()
+    assert ended.value.code == 2
+    assert "error: Could not save results aggregated to --output_path; free disk space" in capsys.readouterr().err
+    tracker.filters.clear()
 
 
 class TestLocalFiles:

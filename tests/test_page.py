@@ -210,7 +210,7 @@ class TestTable:
     def test_sorts_by_name_with_the_keyboard(self, page: Any) -> None:
         header, _ = self.column(page, "setting")
         header.find_element("css selector", "button").send_keys("\n")
-        names = [text.removesuffix(" (bound)") for text in self.column(page, "setting")[1]]
+        names = [text.removesuffix(" (reference)") for text in self.column(page, "setting")[1]]
         assert header.get_attribute("aria-sort") == "ascending"
         assert names[0].startswith("ar_guided") and names[-1] == "vanilla 4"
         assert set(names) == set(SETTINGS)

@@ -60,7 +60,7 @@ class TestFiles:
         assert lines[2] == "## tiny-llada, word_problems"
         table = lines[4 : 4 + 2 + len(SETTINGS)]
         assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {24}
-        assert [line.split(" | ")[0] for line in table[2:4]] == ["| oracle (bound)", "| threshold 0.999"]
+        assert [line.split(" | ")[0] for line in table[2:4]] == ["| oracle (reference)", "| threshold 0.999"]
         assert "- vanilla \\| 3: out of memory second line" in lines
         assert "- ar_guided + d2cache: ar_guided does not go with \\<d2cache\\>" in lines
         assert "![tiny-llada, word_problems: quality against NFE per sample](quality-nfe.svg)" in lines

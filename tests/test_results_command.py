@@ -282,7 +282,7 @@ class TestFinishedRuns:
         shown = rows(text)
         assert shown["vanilla"][1:3] == ["98.0 [93.0, 99.4]<br>56.0 · 0.71", "*absent*"]
         assert shown["tiny/threshold"][0] == "`tiny/threshold`<br>threshold=0.999, tuned"
-        assert shown["oracle"][0] == "`oracle` (bound)"
+        assert shown["oracle"][0] == "`oracle` (reference)"
         assert "- (1) `s2d2` with `dual`: it has \\<no\\> order" in text
         assert "Not run: `vanilla`, `oracle` with `dual`; `tiny/threshold`, `s2d2` with `none`." in text
         assert "| `tiny/threshold` | threshold | not calibrated |" in text

@@ -18,7 +18,7 @@ import torch
 import dllm
 from commands import Outcome, command
 from dllm.evaluation import claim
-from dllm.evaluation.answer_manifest import AnswerManifest, describe, differences, told
+from dllm.evaluation.answer_manifest import MANIFEST, AnswerManifest, describe, differences, told
 from dllm.files import BUNDLED
 from models import random_llada
 
@@ -413,6 +413,11 @@ class TestFiles:
         Path("loop").symlink_to("loop")
         ask(*ASKED)
         refused(run(f"output={output}"), f"output='{output}' {why}")
+
+    def test_a_pipe_in_place_of_the_manifest_is_refused(self, unloaded: None) -> None:
+        os.mkfifo(f"a.jsonl{MANIFEST}")
+        ask(*ASKED)
+        refused(run(), f"a.jsonl{MANIFEST} is no ordinary file, where a file belongs; give another output")
 
     def test_an_input_that_can_be_read_once_is_enough(self) -> None:
         ask(*ASKED)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import dllm
 
@@ -14,6 +15,8 @@ openai = pytest.importorskip("openai")
 for needed in ("fastapi", "prometheus_client", "uvicorn"):
     pytest.importorskip(needed)
 
+from dllm.samplers import S2D2, FreeDave, LoPA, Threshold  # noqa: E402
+from dllm.serving import events  # noqa: E402
 from dllm.serving.events import Pieces  # noqa: E402
 from dllm.serving.ticket import FinalText  # noqa: E402
 from serve_rig import QUESTION, Running, serving  # noqa: E402
@@ -172,3 +175,58 @@ def test_offsets_count_no_special_tokens() -> None:
     tokens = text_model().tokenizer("a<|other|>é<|end|>").input_ids  # two for é
     assert pieces.offsets(tokens) == [0, 1, 1, 1, 2]
     assert Pieces(None).offsets([5, 17, 3]) == [0, 2, 5]
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "drafting"),
+    [
+        ("tiny-llada", "vanilla", "freedave"),
+        ("tiny-llada", Threshold(0.9), FreeDave(6, Threshold(0.9), eager=True)),
+        ("tiny-llada", "vanilla", FreeDave(4, "vanilla", draft_mode="tree")),
+        ("tiny-llada", "vanilla", "ssd"),
+        ("tiny-block", "vanilla", S2D2(8)),
+    ],
+    ids=["freedave", "eager", "tree", "ssd", "s2d2"],
+)
+def test_those_of_drafts_are_of_the_prediction_that_committed_them(name: str, base: Any, drafting: Any) -> None:
+    own = dllm.load(name, device="cpu", dtype="float64")
+    block = {} if name == "tiny-llada" else {"block_length": 1}
+    found = []
+    for sampler in (base, drafting):
+        engine = dllm.Engine(own, sampler, "none", batch_size=2, max_length=96, **block)
+        for question in (QUESTION, "Mia has 48 pens. She loses 4. How many pens does she have?"):
+            engine.add(question, gen_length=24, seed=0, **({} if block else {"block_length": 8}))
+        logprobs: dict[tuple[int, int], Any] = {}
+        for step in engine.steps():
+            for event in step:
+                known = events.logprobs(event, int(step.padding[event.entry]), 1)
+                logprobs |= {(event.id, place): (each.token, each.logprob) for place, each in known.items()}
+        found.append(logprobs)
+    assert found[0].keys() == found[1].keys()
+    for place, (token, logprob) in found[0].items():
+        assert found[1][place] == (token, pytest.approx(logprob, abs=1e-9))
+
+
+def test_those_of_a_branch_are_its_own(lm: dllm.LanguageModel) -> None:
+    predictions: list[Any] = []
+    engine = dllm.Engine(lm, LoPA(2.0, branches=3, weight=0.0), "none", batch_size=1, max_length=96)
+    denoise = type(engine.denoiser).__call__
+    filled = 0
+
+    def seen(self: Any, *given: Any, **more: Any) -> Any:
+        predictions.append(denoise(self, *given, **more))
+        return predictions[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(engine.denoiser), "__call__", seen)
+        engine.add(QUESTION, gen_length=32, seed=0)
+        for step in engine.steps():
+            prediction, (event,) = predictions[-1], step
+            for place, each in events.logprobs(event, 0, 1).items():
+                column = engine.denoiser.window.columns[0].tolist().index(place)
+                shares = prediction.probability(torch.full(prediction.asked.shape, each.token)).log()[0, :, column]
+                if each.logprob is None:
+                    filled += 1
+                else:
+                    assert each.logprob in shares[prediction.asked[0, :, column]].tolist()
+    assert filled

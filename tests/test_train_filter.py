@@ -45,6 +45,22 @@ def trained(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Outc
     return train(model, out), out
 
 
+def test_equal_prompts_are_trained_on_or_held_out(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, seen = tmp_path / "data.jsonl", []
+    asked = [ASK[0], ASK[1], ASK[0], ASK[2], ASK[0], ASK[1]]
+    data.write_text("".join(json.dumps({"prompt": each}) + "\n" for each in asked))
+    split = application.split
+    monkeypatch.setattr(application, "split", lambda *given: seen.append(split(*given)) or seen[-1])
+    assert train(model, tmp_path / "f.safetensors", f"data={data}").code == 0
+    ((learn, held_out),) = seen
+    assert {*learn.prompt.tolist()} | {*held_out.prompt.tolist()} == {0, 1, 3}
+    assert not {*learn.prompt.tolist()} & {*held_out.prompt.tolist()}
+    data.write_text(json.dumps({"prompt": ASK[0]}) + "\n" + json.dumps({"prompt": ASK[0]}) + "\n")
+    refused = train(model, tmp_path / "g.safetensors", f"data={data}")
+    assert refused.code == 2
+    assert "has one prompt 2 times, so that none can be held out; give others" in refused.err
+
+
 def test_one_that_is_being_written_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claim.Claim.__init__, "__defaults__", (0.0,))
     out = tmp_path / "mine.safetensors"

@@ -66,7 +66,7 @@ class Account:
         refreshes: (B,) forwards in which a cache recomputed every position.
         reused: (B,) columns that entries took from earlier requests.
         looked: columns computed in each forward, as (slots, (A, L) columns).
-        last: the latest prediction and its columns.
+        last: the latest prediction and its columns, of every draft.
         broken: entries with non-finite logits in some forward; None before any.
     """
 
@@ -77,6 +77,23 @@ class Account:
     looked: list[tuple[NDArray[np.int64], NDArray[np.bool_]]] = field(default_factory=list)
     last: tuple[Prediction, Tensor] | None = None
     broken: Bool[Tensor, " B"] | None = None
+
+    def shown(self, source: Int[Tensor, "B L"] | None = None) -> tuple[Prediction, Tensor] | None:
+        """The latest prediction and its columns, (B, K), without drafts; None without one.
+
+        Args:
+            source: the draft that is shown for each column of the canvas; None for the first, the current canvas.
+        """
+        if self.last is None or self.last[0].asked.ndim == 2:
+            return self.last
+        prediction, columns = self.last
+        columns = (columns if columns.ndim == 3 else columns[:, None]).expand(prediction.asked.shape)
+        if source is None:
+            return prediction.arranged(lambda values: values[:, 0]), columns[:, 0]
+        drafts = torch.arange(columns.shape[1], device=columns.device)[:, None]
+        own = source[:, None].expand(-1, columns.shape[1], -1).gather(2, columns) == drafts
+        shown = prediction.within(prediction.asked & own).arranged(lambda values: values.flatten(1))
+        return shown, columns.flatten(1)
 
 
 class Denoiser:
@@ -174,9 +191,7 @@ class Denoiser:
         if self._foreseen:  # more was requested than is masked
             prediction = prediction.foreseen()
         self._flag(prediction.broken.flatten(1).any(1))
-        # Of several drafts the first is the current canvas.
-        shown = prediction if asked.ndim == 2 else prediction.arranged(lambda values: values[:, 0])
-        self.account.last = shown, columns if columns.ndim == 2 else columns[:, 0]
+        self.account.last = prediction, columns
         return prediction
 
     def _flag(self, broken: Bool[Tensor, " B"]) -> None:

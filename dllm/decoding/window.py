@@ -101,6 +101,8 @@ class Edit:
             nor a stop string in an incomplete block finishes a row, as what it follows may change too.
         drafted: tokens that were verified as drafts, accepted where they are written; [MASK] where there were none.
             None if the policy does not draft.
+        source: (B, L) the draft whose prediction the token of a column of the canvas is of, or would be; -1 for none of
+            this step. None: the first.
         guide_forwards: forwards of a guide model per row for this edit; None for none.
         guide_seconds: wall time of those.
         broken: rows with non-finite logits of a guide model; None for none.
@@ -117,6 +119,7 @@ class Edit:
     held: Bool[Tensor, " B"] | None = None
     final: bool = True
     drafted: Int[Tensor, "B K"] | None = None
+    source: Int[Tensor, "B L"] | None = None
     guide_forwards: NDArray[np.int64] | None = None
     guide_seconds: float = 0.0
     broken: Broken | None = None
@@ -124,7 +127,7 @@ class Edit:
     @property
     def is_plain(self) -> bool:
         """Whether it writes tokens and does nothing else."""
-        plain = ("columns", "tokens", "write", "final", "drafted", "guide_seconds")
+        plain = ("columns", "tokens", "write", "final", "drafted", "source", "guide_seconds")
         return self.final and all(value is None for name, value in vars(self).items() if name not in plain)
 
     def on(self, tokens: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:

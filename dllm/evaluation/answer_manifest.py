@@ -20,7 +20,7 @@ from dllm.files import check_kept, expanded, read_json, write_json
 from dllm.models import adapters
 from dllm.models.loading import LanguageModel
 from dllm.resolve import TARGET
-from dllm.stored import misfit
+from dllm.stored import misfit, there
 
 FORMAT, VERSION = "dllm-answers", 1
 # Options that do not change answers beyond rounding. All others are compared, including ones added later.
@@ -67,7 +67,7 @@ class AnswerManifest:
         self._sessions: list[dict[str, Any]] = []
         self._written: bytes | None = None
         self._at = self._took = 0.0
-        if self.path.exists():
+        if there(self.path, "give another output, or remove it"):
             self._read()
         if not answers.ids:
             self._prompts, self._made, self._ended, self._sessions = {}, {}, False, []  # the answers were removed

@@ -22,8 +22,9 @@ _AUP = (
     "AUP is Accuracy Under Parallelism as published (d3LLM): the area under accuracy in percent over TPF, with an "
     "over-proportional penalty for accuracy below the best of the table, and without points more than 5 percentage "
     "points below the most accurate. Its points are the settings of one method: here those of a policy are its caches, "
-    "and those of a cache are the policies with it. Dominated points are left out of the curve. The oracle is an upper "
-    "bound, not a method, and has none. NFE and TPF do not count a guide's forwards (`ar_guided`)."
+    "and those of a cache are the policies with it. Dominated points are left out of the curve. The oracle is a "
+    "reference that knows the result, not a method, and has none. NFE and TPF do not count a guide's forwards "
+    "(`ar_guided`)."
 )
 _SETTING = (
     "*certified*: the value that `dllm calibrate` certified. *tuned*: that for small models, which no certificate "
@@ -130,7 +131,7 @@ def _table(matrix: Matrix, reasons: Sequence[str], speed: bool) -> str:
                 cells.append(_cell(what, speed))
             else:
                 cells.append("*absent*" if what is None else f"*({reasons.index(_reason(what.refused)) + 1})*")
-        name = f"`{sampler}`" + (" (bound)" if sampler == "oracle" else "")
+        name = f"`{sampler}`" + (" (reference)" if sampler == "oracle" else "")
         name += _setting(sampler, header.settings.get(sampler))
         rows.append([name, *cells, _number(matrix.aup(sampler=sampler))])
     rows.append(["AUP", *(_number(matrix.aup(cache=cache)) for cache in caches), _number(matrix.aup())])

@@ -82,7 +82,7 @@ def _table(group: Group, numbers: Mapping[int, int]) -> dict[str, Any]:
     rows = [
         {
             "number": numbers[id(run)],
-            "bound": run.bound,
+            "reference": run.reference,
             "cells": [{"text": column.text(run), "value": column.value(run)} for column in shown],
         }
         for run in group.runs

@@ -1,4 +1,4 @@
-"""Plots of quality against cost: every run with error bars, the Pareto front, and the oracle as upper bound."""
+"""Plots of quality against cost: every run with error bars, the Pareto front, and the oracle as a reference."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Look:
     """One colour per sampler and one marker per cache, the same in all plots of a sweep."""
 
     def __init__(self, sweep: Sweep) -> None:
-        runs = [run for group in sweep.groups for run in group.runs if not run.bound]
+        runs = [run for group in sweep.groups for run in group.runs if not run.reference]
         samplers = sorted({run.sampler for run in runs})
         kinds = {run.sampler: run.kind for run in runs}
         self.kinds = {kind: [name for name in samplers if kinds[name] == kind] for kind in ordered(kinds.values())}
@@ -47,7 +47,7 @@ class Look:
 
     def of(self, run: MeasuredRun) -> dict[str, Any]:
         """Colour and marker of a run."""
-        if run.bound:
+        if run.reference:
             return {"color": INK, "marker": "*", "markersize": 10, "markerfacecolor": "none"}
         return {"color": self.colours[run.sampler], "marker": self.markers[run.cache], "markersize": 6}
 
@@ -91,9 +91,9 @@ def draw(group: Group, cost: str, look: Look) -> str | None:
         best = group.nfe_front if cost == "nfe" else group.speed_front
         on_front = [each for each in points if each[0] in best]
         lines = [[(value, end) for end in run.interval] for run, value, _ in points if run.interval]
-        bounds = [each for each in points if each[0].bound]
-        bounds = [bounds[index] for index in front([(value * _SIGNS[cost], quality) for _, value, quality in bounds])]
-        for members, style in ((on_front, "-"), (bounds, ":")):
+        references = [each for each in points if each[0].reference]
+        known = front([(value * _SIGNS[cost], quality) for _, value, quality in references])
+        for members, style in ((on_front, "-"), ([references[index] for index in known], ":")):
             corners = steps([(value, quality) for _, value, quality in members], cost, axes.get_xlim())
             axes.plot(*zip(*corners, strict=True), color=INK, linestyle=style, linewidth=1.1, alpha=0.7, zorder=1)
             lines += map(list, pairwise(corners))
@@ -177,7 +177,7 @@ def steps(points: Sequence[tuple[float, float]], cost: str, limits: tuple[float,
 def _legend(figure: Any, points: Sequence[tuple[MeasuredRun, float, float]], look: Look) -> None:
     from matplotlib.lines import Line2D
 
-    runs = [run for run, *_ in points if not run.bound]
+    runs = [run for run, *_ in points if not run.reference]
     blank = Line2D([], [], linestyle="none")
     entries: list[tuple[Any, str]] = []
     sections: dict[str, dict[str, dict[str, str]]] = {
@@ -203,7 +203,7 @@ def _legend(figure: Any, points: Sequence[tuple[MeasuredRun, float, float]], loo
         entries.append((Line2D([], [], color=INK, linewidth=1.1), " Pareto front"))
     if len(runs) < len(points):
         star = Line2D([], [], color=INK, linestyle=":", marker="*", markersize=10, markerfacecolor="none")
-        entries.append((star, " oracle bound"))
+        entries.append((star, " oracle (reference)"))
     handles, names = zip(*entries, strict=True)
     columns = math.ceil(len(entries) / _LEGEND_ROWS)
     figure.set_figwidth(figure.get_figwidth() + _LEGEND_WIDTH * (columns - 1))

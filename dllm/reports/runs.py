@@ -54,8 +54,8 @@ class MeasuredRun:
         return str(self.settings["cache.name"])
 
     @property
-    def bound(self) -> bool:
-        """Whether it is the oracle's: an upper bound, not a method."""
+    def reference(self) -> bool:
+        """Whether it is the oracle's: a reference that knows the result, not a method."""
         return self.sampler == "oracle"
 
     @property
@@ -119,7 +119,7 @@ class Group:
     def _front(self, cost: str, sign: int) -> list[MeasuredRun]:
         found = []
         for name in self.judged_by:
-            methods = [each for each in self.measured(cost) if not each[0].bound and each[0].quality_name == name]
+            methods = [each for each in self.measured(cost) if not each[0].reference and each[0].quality_name == name]
             found += [methods[index][0] for index in front([(sign * value, quality) for _, value, quality in methods])]
         return found
 

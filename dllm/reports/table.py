@@ -52,7 +52,9 @@ def columns(group: Group) -> list[Column]:
     """The columns, most important first, without those that are empty for all runs."""
     head = group.runs[0].quality_name if len(group.judged_by) == 1 else "quality"
     found = [
-        Column("setting", lambda run: run.label, lambda run: f"{run.label} (bound)" if run.bound else run.label),
+        Column(
+            "setting", lambda run: run.label, lambda run: f"{run.label} (reference)" if run.reference else run.label
+        ),
         *(
             []
             if len(group.judged_by) == 1
@@ -113,8 +115,8 @@ def columns(group: Group) -> list[Column]:
 
 def fronts(group: Group, run: MeasuredRun) -> str:
     """The Pareto fronts that a run is on."""
-    if run.bound:
-        return "bound"
+    if run.reference:
+        return "reference"
     named = {"NFE": group.nfe_front, "speed": group.speed_front}
     return ", ".join(name for name, members in named.items() if any(run is member for member in members))
 
@@ -126,7 +128,7 @@ def areas(group: Group) -> list[Area]:
     """
     if len(group.judged_by) > 1:
         return []
-    points = [(run, tpf, 100 * quality) for run, tpf, quality in group.measured("tpf") if not run.bound]
+    points = [(run, tpf, 100 * quality) for run, tpf, quality in group.measured("tpf") if not run.reference]
     best = max((quality for *_, quality in points), default=0.0)
     kinds = {
         **{f"sampler {run.sampler}": [each for each in points if each[0].sampler == run.sampler] for run, *_ in points},

@@ -116,7 +116,7 @@ def test_reports_group_policies_as_these_say_of_themselves(folder: str) -> None:
     kinds = {name: resolve("sampler", name, Sampler).kind for name in names("sampler")}
     measured, shown = runs(folder), rows((DOCS / folder / "report.md").read_text())
     assert {run["label"]: run["kind"] for run in measured} == {
-        label.removesuffix(" (bound)"): cells["kind"] for label, cells in shown.items()
+        label.removesuffix(" (reference)"): cells["kind"] for label, cells in shown.items()
     }
     assert all(run["kind"] == kinds[run["sampler.name"]] for run in measured)
     legend = (DOCS / folder / "quality-nfe.svg").read_text()

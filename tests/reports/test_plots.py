@@ -57,10 +57,10 @@ class TestPoints:
 
     def test_have_one_colour_a_sampler_and_one_marker_a_cache(self, sweep: Sweep) -> None:
         look = plots.Look(sweep)
-        methods = [run for run in sweep.groups[0].runs if not run.bound]
+        methods = [run for run in sweep.groups[0].runs if not run.reference]
         assert len({look.of(run)["color"] for run in methods}) == len({run.sampler for run in methods})
         assert len({look.of(run)["marker"] for run in methods}) == len({run.cache for run in methods})
-        assert {look.of(run)["marker"] for run in sweep.groups[0].runs if run.bound} == {"*"}
+        assert {look.of(run)["marker"] for run in sweep.groups[0].runs if run.reference} == {"*"}
 
     @pytest.mark.parametrize("accuracy", [0.0, 1.0])
     @pytest.mark.parametrize("n", [1, 500])
@@ -81,7 +81,7 @@ class TestPoints:
         sweep = load(tmp_path)
         svg = plots.draw(sweep.groups[0], "nfe", plots.Look(sweep))
         assert svg is not None
-        assert "oracle bound" in texts(svg)
+        assert "oracle (reference)" in texts(svg)
         assert "Pareto front" not in texts(svg)
 
 
@@ -143,7 +143,7 @@ class TestFile:
         assert svg is not None
         assert {
             "tiny-llada, word_problems", "tokens per second", "final answer", "localleap", "freecache", "Pareto front",
-            "oracle bound", "threshold 0.999",
+            "oracle (reference)", "threshold 0.999",
         } <= set(texts(svg))  # fmt: skip
 
 

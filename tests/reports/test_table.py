@@ -83,8 +83,8 @@ class TestFronts:
         assert (rows["drafts"]["front"], rows["plain"]["front"]) == ("NFE", "speed")
 
     def test_leave_out_the_oracle_and_say_so(self, group: Group) -> None:
-        assert shown(group)["oracle (bound)"]["front"] == "bound"
-        assert not any(run.bound for run in (*group.nfe_front, *group.speed_front))
+        assert shown(group)["oracle (reference)"]["front"] == "reference"
+        assert not any(run.reference for run in (*group.nfe_front, *group.speed_front))
 
 
 class TestAreas:
