@@ -47,7 +47,11 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 def _write_whole(path: Path, data: bytes) -> None:
     if path.exists() and not path.is_file():
-        path.write_bytes(data)
+        waits = os.O_NONBLOCK if path.is_fifo() else 0  # a named pipe that nobody reads is an error instead
+        number = os.open(path, os.O_WRONLY | waits)
+        os.set_blocking(number, True)
+        with os.fdopen(number, "wb") as special:
+            special.write(data)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = unfinished_in(path.parent)
@@ -119,10 +123,15 @@ def check_readable(option: str, path: Path, give: str = "another file") -> None:
         kind = path.stat().st_mode
     except OSError as error:
         raise ValueError(f"{option}={str(path)!r} cannot be read ({error.strerror}); give {give}") from None
-    if stat.S_ISFIFO(kind) and not str(path).startswith(("/dev/fd/", "/dev/std", "/proc/self/fd/")):
+    if _is_pipe(path):
         raise ValueError(f"{option}={str(path)!r} cannot be read (it is a pipe); give {give}")
     if stat.S_ISCHR(kind) and str(path) in ("/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"):
         raise ValueError(f"{option}={str(path)!r} cannot be read (it has no end); give {give}")
+
+
+def _is_pipe(path: Path) -> bool:
+    """Whether a file is a named pipe, which blocks until another program opens it, too."""
+    return path.is_fifo() and not str(path).startswith(("/dev/fd/", "/dev/std", "/proc/self/fd/"))
 
 
 def parse_json(text: str | bytes, once: bool = False) -> Any:
@@ -159,6 +168,8 @@ def read_json(path: Path, fix: str = "copy or download it again") -> dict[str, A
         ValueError: it cannot be read or is not a JSON object.
     """
     try:
+        if _is_pipe(path):
+            raise ValueError("it is a pipe")
         content = parse_json(path.read_text(encoding="utf-8"), once=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not JSON ({first_line(error)}); {fix}") from None

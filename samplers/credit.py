@@ -16,7 +16,7 @@ least credit is dropped. The reference keeps a number for every position and ent
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +99,8 @@ class Credit(Policy):
         tokens, credit = (each.flatten(0, 1)[prediction.index] for each in (tokens, credit))
         prediction = prediction.adjusted(tokens, self.strength * credit.log1p())
         sure = (prediction.confidence >= self.threshold) & window.masked
-        return commit(window, prediction, sure | top(prediction.confidence, self.at_least, window.masked))
+        edit = commit(window, prediction, sure | top(prediction.confidence, self.at_least, window.masked))
+        return replace(edit, prediction=prediction)
 
     def _collected(
         self, window: Window, prediction: Prediction, state: Credits

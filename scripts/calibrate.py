@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
     dllm.scripts.cli.run_file(__file__)
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -19,7 +20,7 @@ from pyarrow import parquet
 
 import dllm
 from dllm.calibration import Calibration, Defaults, Tested, files_of
-from dllm.checks import naming, number, seed, threads
+from dllm.checks import Notice, naming, number, seed, threads
 from dllm.escape import terminal
 from dllm.evaluation.claim import claimed
 from dllm.evaluation.records import sample_of
@@ -72,7 +73,7 @@ def certify(cfg: DictConfig, chosen: Mapping[str, Any]) -> None:
     """
     fields: Any = OmegaConf.to_container(cfg, resolve=True)
     fields["response_format"] = read_format_file(fields["response_format"])
-    knob, values = _check(fields, str(chosen["sampler"]))
+    knob, values = check(fields, str(chosen["sampler"]))
     out = Path(fields["out"])
     card_file, plot_file = out / "calibration.json", out / "calibration.svg"
     own.check("out", fields["out"], {card_file: own.CALIBRATION, plot_file: own.CERTIFICATE})
@@ -95,6 +96,11 @@ def certify(cfg: DictConfig, chosen: Mapping[str, Any]) -> None:
             return losses_of(*_paired(base, scores))
 
         print(f"one token per step: {_shown(runs.last)}", flush=True)
+        if not any(base.values()):
+            told = (
+                "one token per step has nothing right that could be lost; look at the prompts, the task and its metric"
+            )
+            warnings.warn(told, Notice, stacklevel=1)
         for test in fixed_sequence(values, losses, fields["loss"], fields["delta"]):
             tests.append(_row(test, runs.last))
             if not test.certified or len(tests) == len(values):  # the last one: it is on the card before it is told
@@ -239,8 +245,16 @@ class _Runs:
         )
 
 
-def _check(fields: Mapping[str, Any], called: str) -> tuple[str, Sequence[float]]:
-    """The knob and its values; bad options are rejected before the model is loaded."""
+def check(fields: Mapping[str, Any], called: str) -> tuple[str, Sequence[float]]:
+    """The knob and its values; bad options are rejected before the model is loaded.
+
+    Args:
+        fields: options of `dllm calibrate`.
+        called: name of the sampler.
+
+    Raises:
+        ValueError: bad options.
+    """
     for name in ("loss", "delta"):
         number(name, fields[name], "a number above 0 and below 1", above=0, high=1 - 1e-12)
     seed("seed", fields["seed"])

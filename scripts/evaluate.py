@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import dllm
 from dllm import identity
+from dllm.api import prepare
 from dllm.checks import choice, known, naming, number, seed, threads
 from dllm.decoding import compatibility
 from dllm.decoding.options import parse_options
@@ -112,9 +113,7 @@ def run(
     """
     sampler, cache, stamps = app.build_both(cfg)
     task: Task = build("task", cfg.task, Task)
-    options = {name: fields[name] for name in _OPTIONS if fields[name] is not None or name == "block_length"}
-    if fields["gen_length"] is None and task.gen_length is not None:
-        options["gen_length"] = task.gen_length
+    options = _decoding(fields, task)
     # Bad values are rejected before the model is loaded.
     compatibility.check(sampler, cache, parse_options(options).cfg_scale)
     seed = fields["seed"] if fields["estimate"]["order"] == "random" else 0  # other orders are deterministic
@@ -152,6 +151,29 @@ def run(
             return found, folder.path
         finally:
             runner.close()
+
+
+def _decoding(fields: Mapping[str, Any], task: Task) -> dict[str, Any]:
+    options = {name: fields[name] for name in _OPTIONS if fields[name] is not None or name == "block_length"}
+    if fields["gen_length"] is None and task.gen_length is not None:
+        options["gen_length"] = task.gen_length
+    return options
+
+
+def check_setting(lm: dllm.LanguageModel, fields: Mapping[str, Any]) -> None:
+    """Reject a sampler and a cache that cannot decode by this model and these options, whatever the prompts.
+
+    Args:
+        lm: the model.
+        fields: options of `dllm evaluate`.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    sampler, cache, _ = app.build_both(OmegaConf.create(dict(fields)))
+    options = _decoding(fields, build("task", fields["task"], Task))
+    compatibility.check(sampler, cache, parse_options(options).cfg_scale)
+    prepare(lm, [[lm.backbone.eos_token_ids[0]]], sampler, cache, dllm.Options(**options))
 
 
 def normal(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import math
 import pickle
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
@@ -24,9 +25,9 @@ from rich.console import Console
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dllm.checks import first_line, number, out_of_memory, seed, threads
+from dllm.checks import Notice, first_line, number, out_of_memory, seed, threads
 from dllm.evaluation.claim import claimed
-from dllm.files import UNFINISHED, unfinished_in, write_whole
+from dllm.files import UNFINISHED, state, unfinished_in, write_whole
 from dllm.progress import progress_bar, watched
 from dllm.scripts import app, own
 from dllm.scripts.model_card import check_recipe, identity_of, write_card
@@ -339,6 +340,9 @@ def run(trainer: Trainer, what: str, check: Callable[[], object] = lambda: None)
             if trainer.step % cfg.checkpoint_every == 0 or trainer.step == cfg.steps:
                 check()
                 trainer.save()
+                if state(trainer.out / LOG) != state(file.fileno()):
+                    told = f"{trainer.out / LOG} was removed or changed by another program; it lacks steps from now on"
+                    warnings.warn(told, Notice, stacklevel=1)
 
 
 def _open_log(trainer: Trainer) -> TextIO:

@@ -82,3 +82,11 @@ def test_what_has_no_end_is_not_read(tmp_path: Path) -> None:
         ):
             with pytest.raises(ValueError, match=r"^task\.data.* cannot be read \(it "):
                 read()
+    with pytest.raises(ValueError, match=r"pipe is not JSON \(it is a pipe\)"):
+        read_json(tmp_path / "pipe")
+    with pytest.raises(OSError, match="No such device"):  # nobody reads it
+        write_whole(tmp_path / "pipe", "text")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(tmp_path / "pipe", "text")
+    assert os.read(reader, 9) == b"text"
+    os.close(reader)

@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import warnings
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,22 @@ class TestGenerateUntil:
         monkeypatch.setattr(lm, "_encode_pair", lambda context, more: (lm.tok_encode(context + more), []))
         lm.loglikelihood(scored)
         assert told == [False, True]
+
+    def test_a_chat_template_is_chosen_by_its_name(self) -> None:
+        own = model(lm=replace(TINY, tokenizer=copy.deepcopy(TINY.tokenizer)))
+        own.tokenizer.chat_template = {"default": "D{{ messages[0].content }}", "other": "O{{ messages[0].content }}"}
+        written, keys = [], []
+        for name in (False, True, "other", False):
+            own.chat_template(name)
+            written.append(own.apply_chat_template([{"role": "user", "content": "a"}]))
+            keys.append(own.tokenizer_name)
+        assert written == ["Da", "Da", "Oa", "Da"]
+        assert keys[2] not in (keys[0], keys[1])
+        with pytest.raises(ValueError, match="'nonsense' is not available"):
+            own.chat_template("nonsense")
+        own.tokenizer.chat_template = None
+        with pytest.raises(ValueError, match="has no chat template; leave it out"):
+            own.chat_template(True)
 
     def test_chats_of_the_request_cache_are_chats(self, monkeypatch: pytest.MonkeyPatch) -> None:
         told = list[bool]()

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 
 from commands import Outcome, command
 from dllm.calibration import Calibration
+from dllm.evaluation import claim
+from dllm.evaluation.journal import Journal
 from dllm.evaluation.run_folder import RunFolder
 from dllm.files import BUNDLED
 from dllm.reports import matrix_page
@@ -435,6 +438,33 @@ def test_data_that_no_run_gives_are_told(kind: str, made: tuple[Path, Outcome], 
     result = command("results", "run=false", f"out={tmp_path / 'out'}")
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert f"{file} cannot be read (" in result.err
+
+
+@pytest.mark.parametrize("what", ["damaged", "locked", "a card that is locked"])
+def test_what_is_locked_or_damaged_is_not_refused(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim.Claim.__init__, "__defaults__", (0.0,))
+    kept, knob = ("samplers=[vanilla]", "caches=[none]", "task.limit=1", "gen_length=8"), "samplers=[vanilla,saber]"
+    out = tmp_path / "out"
+    asked = ("results", *kept, f"out={out}", "model.device=cpu")
+    assert command(*asked).code == 0
+    data, page = out / "tiny-llada" / "runs.jsonl", tmp_path / "out.md"
+    before = data.read_bytes(), page.read_bytes()
+    (folder,) = (out / "tiny-llada" / "runs").iterdir()
+    if what == "damaged":
+        (folder / "results.json").write_text("{")
+        found = command(*asked)
+        assert "results.json is not JSON" in found.err
+    elif what == "locked":
+        (folder / "results.json").unlink()
+        with closing(Journal(folder / "journal.jsonl", run="x")):
+            found = command(*asked)
+        assert "is being written by process" in found.err
+    else:
+        with claim.claimed(out / "tiny-llada" / "calibration" / "saber" / "calibration.json", "", ""):
+            found = command(*asked, knob, "problems=2", "loss=0.5")
+        assert "is being written by process" in found.err
+    assert found.code == 2
+    assert (data.read_bytes(), page.read_bytes()) == before
 
 
 def test_a_choice_of_ones_own_may_have_any_name_that_a_page_can_show(tmp_path: Path) -> None:

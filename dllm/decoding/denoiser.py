@@ -78,20 +78,18 @@ class Account:
     last: tuple[Prediction, Tensor] | None = None
     broken: Bool[Tensor, " B"] | None = None
 
-    def shown(self, source: Int[Tensor, "B L"] | None = None) -> tuple[Prediction, Tensor] | None:
-        """The latest prediction and its columns, (B, K), without drafts; None without one.
-
-        Args:
-            source: the draft that is shown for each column of the canvas; None for the first, the current canvas.
-        """
+    def shown(self, window: Window, edit: Edit) -> tuple[Prediction, Tensor] | None:
+        """The prediction that an edit was made by and its columns, (B, K), without drafts; None without one."""
+        if edit.prediction is not None:
+            return edit.prediction, window.columns
         if self.last is None or self.last[0].asked.ndim == 2:
             return self.last
         prediction, columns = self.last
         columns = (columns if columns.ndim == 3 else columns[:, None]).expand(prediction.asked.shape)
-        if source is None:
+        if edit.source is None:  # the first draft, which is the canvas
             return prediction.arranged(lambda values: values[:, 0]), columns[:, 0]
         drafts = torch.arange(columns.shape[1], device=columns.device)[:, None]
-        own = source[:, None].expand(-1, columns.shape[1], -1).gather(2, columns) == drafts
+        own = edit.source[:, None].expand(-1, columns.shape[1], -1).gather(2, columns) == drafts
         shown = prediction.within(prediction.asked & own).arranged(lambda values: values.flatten(1))
         return shown, columns.flatten(1)
 

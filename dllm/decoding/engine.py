@@ -299,7 +299,7 @@ class Engine:
         window = self._gate.seen(self._canvas.window())
         account = self.denoiser.bind(window)
         edit = self.sampler.step(window, self.denoiser, self._state)
-        return Taken(window, self._gate.permit(window, edit, account.shown()), account)
+        return Taken(window, self._gate.permit(window, edit, account.shown(window, edit)), account)
 
     def steps(self) -> Iterator[Step]:
         """Take steps until nothing is left."""
@@ -427,7 +427,7 @@ class Engine:
             slots=self.batch_size,
             seconds=seconds,
             uncounted_seconds=uncounted,
-            last=account.shown(edit.source),
+            last=account.shown(taken.window, edit),
             looked=account.looked,
             constraint_seconds=constraint_seconds,
             constraint_refusals=constraint_refusals,

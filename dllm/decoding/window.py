@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dllm.decoding.nonfinite import Broken
+
+if TYPE_CHECKING:
+    from dllm.decoding.prediction import Prediction
 
 
 class Unforeseen(Exception):
@@ -103,6 +106,8 @@ class Edit:
             None if the policy does not draft.
         source: (B, L) the draft whose prediction the token of a column of the canvas is of, or would be; -1 for none of
             this step. None: the first.
+        prediction: the one that the tokens are of where the policy changed what the model predicts for the columns of
+            the window. None: the latest.
         guide_forwards: forwards of a guide model per row for this edit; None for none.
         guide_seconds: wall time of those.
         broken: rows with non-finite logits of a guide model; None for none.
@@ -120,6 +125,7 @@ class Edit:
     final: bool = True
     drafted: Int[Tensor, "B K"] | None = None
     source: Int[Tensor, "B L"] | None = None
+    prediction: Prediction | None = None
     guide_forwards: NDArray[np.int64] | None = None
     guide_seconds: float = 0.0
     broken: Broken | None = None
@@ -127,7 +133,7 @@ class Edit:
     @property
     def is_plain(self) -> bool:
         """Whether it writes tokens and does nothing else."""
-        plain = ("columns", "tokens", "write", "final", "drafted", "source", "guide_seconds")
+        plain = ("columns", "tokens", "write", "final", "drafted", "source", "prediction", "guide_seconds")
         return self.final and all(value is None for name, value in vars(self).items() if name not in plain)
 
     def on(self, tokens: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import fields
+from hashlib import sha256
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -61,6 +62,7 @@ class DLLM(TemplateLM):
         self._cut: set[str] = set()  # documents
         self._seed, self._greedy, self._count = seed, greedy, 0
         self._special = True  # special tokens before a text
+        self._template: str | None = None  # None for the tokenizer's default
         self._overruled = overruled
         self._seen: dict[str, int] = {}
         self._told: set[str] = set()
@@ -118,7 +120,8 @@ class DLLM(TemplateLM):
     def tokenizer_name(self) -> str:
         """Key of the request cache."""
         lm = self.runner.lm
-        return f"{lm.name.replace('/', '__')}-{identity.model(lm)['tokenizer_and_config']}-ChatText"
+        written = sha256((self._template or "").encode()).hexdigest()[:8]
+        return f"{lm.name.replace('/', '__')}-{identity.model(lm)['tokenizer_and_config']}-ChatText-{written}"
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Reject `use_cache`, whose file does not record model and options."""
@@ -126,8 +129,16 @@ class DLLM(TemplateLM):
         raise ValueError(f"use_cache: {name} may contain answers of other models and options; leave it out")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The tokenizer's chat template; None if not used."""
-        return None if chat_template is False else self.tokenizer.get_chat_template()
+        """Choose the tokenizer's chat template, by its name if it has several; None if not used.
+
+        Raises:
+            ValueError: it has none, none of this name, or several without a default.
+        """
+        self._template = None
+        if chat_template is not False and chat_template is not None:
+            self._check_chats()
+            self._template = super().chat_template(chat_template)
+        return self._template
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A chat in the model's format.
@@ -135,16 +146,20 @@ class DLLM(TemplateLM):
         Raises:
             ValueError: the tokenizer has no chat template.
         """
-        if self.tokenizer.chat_template is None:
-            raise ValueError(f"{self.runner.lm.name} has no chat template; leave it out")
+        self._check_chats()
         text = write_chat(
             self.tokenizer,
             chat_history,
             "a chat of the task",
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
+            **({} if self._template is None else {"chat_template": self._template}),
         )
         return ChatText(text)
+
+    def _check_chats(self) -> None:
+        if self.tokenizer.chat_template is None:
+            raise ValueError(f"{self.runner.lm.name} has no chat template; leave it out")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids; without special tokens before a chat, whose template writes them."""

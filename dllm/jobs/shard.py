@@ -69,6 +69,8 @@ def unpack(path: Path, job: str) -> pa.Table:
     """
     again = "remove it, then the same command makes it again"
     try:
+        if not path.is_file():
+            raise ValueError("it is no ordinary file")
         content = path.read_bytes()
         file = parquet.ParquetFile(pa.BufferReader(content))
         table = file.read(columns=["id", "error"])

@@ -62,6 +62,8 @@ def load(folder: Path, quality: str | None = None) -> Sweep:
     runs = [_run(path, folder, quality) for path in files]
     if quality is not None and all(run.quality is None for run in runs):
         raise ValueError(f"quality={quality!r} is not a score of these runs; use one of {_shares(runs)}")
+    if quality is not None and any(run.metrics["scores"].get(quality, {}).get("lower_is_better") for run in runs):
+        raise ValueError(f"quality={quality!r} is better the lower it is; use one of {_shares(runs)}")
     for run in runs:
         if run.quality is not None and not 0 <= run.quality <= 1:
             where = f"{run.quality_name}={run.quality:g} of {run.place}"
@@ -98,7 +100,7 @@ def _shares(runs: Sequence[MeasuredRun]) -> str:
     """The scores that can measure quality: those from 0 to 1."""
     values: dict[str, list[float]] = {}
     for run in runs:
-        for name in run.metrics["scores"]:
+        for name in (name for name, score in run.metrics["scores"].items() if not score["lower_is_better"]):
             values.setdefault(name, []).append(run.number("scores", name, "value") or 0.0)
     return ", ".join(name for name, found in values.items() if 0 <= min(found) <= max(found) <= 1) or "null"
 
@@ -138,7 +140,11 @@ def _run(path: Path, folder: Path, quality: str | None) -> MeasuredRun:
     content = _read(path, "dllm-results")
     try:
         metrics = dict(content["metrics"])
-        metrics["scores"] = {str(name): dict(score) for name, score in (metrics.get("scores") or {}).items()}
+        lower = _lower_is_better(content)
+        metrics["scores"] = {
+            str(name): dict(score) | {"lower_is_better": _metric_of(str(name)) in lower}
+            for name, score in (metrics.get("scores") or {}).items()
+        }
         settings = dict(flat("", {name: content[name] for name in ("sampler", "cache")}))
         for part in ("options", "asked", "loading"):
             settings |= dict(flat(part, content.get(part) or {}))
@@ -174,6 +180,17 @@ def _run(path: Path, folder: Path, quality: str | None) -> MeasuredRun:
         message = f"{path} is damaged ({type(error).__name__}: {error}); remove it to run that setting again"
         raise ValueError(message) from None
     return run
+
+
+def _lower_is_better(content: Mapping[str, Any]) -> set[str]:
+    """The metrics of which the harness says that lower is better."""
+    tasks = (content.get("details") or {}).get("higher_is_better") or {}
+    return {str(name) for task in tasks.values() for name, better in (task or {}).items() if better is False}
+
+
+def _metric_of(score: str) -> str:
+    """`acc` of `task: acc,filter`."""
+    return score.rpartition(": ")[2].partition(",")[0]
 
 
 def _where(folder: Path) -> dict[str, str]:

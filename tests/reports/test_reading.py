@@ -162,6 +162,16 @@ class TestRefused:
         write_run(tmp_path, "a")
         self.refused(tmp_path, "quality='x'", "final answer, whole chain", quality="x")
 
+    def test_a_score_that_is_better_the_lower_it_is(self, tmp_path: Path) -> None:
+        scores = {name: {"value": 0.3, "interval": None} for name in ("acc", "mc: brier_score,none")}
+        folder = write_run(tmp_path, "a", scores=scores)
+        found = json.loads((folder / "results.json").read_text())
+        better = {"mc": {"acc": True, "brier_score": False}, "other": {}}
+        (folder / "results.json").write_text(json.dumps(found | {"details": {"higher_is_better": better}}))
+        self.refused(tmp_path, "lower it is; use one of acc", quality="mc: brier_score,none")
+        self.refused(tmp_path, "is not a score of these runs; use one of acc", quality="x")
+        assert load(tmp_path, quality="acc").groups[0].runs[0].quality == 0.3
+
     def test_a_score_that_is_no_share(self, tmp_path: Path) -> None:
         scores = {"perplexity": {"value": 12.5, "interval": None}, "right": {"value": 0.5, "interval": None}}
         write_run(tmp_path, "a", scores=scores)
