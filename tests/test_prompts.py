@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from time import thread_time
 from typing import Any
 
 import numpy as np
@@ -227,6 +228,13 @@ class TestChats:
             assert written([USER], template) == "Tom has 5 pens."
         markdown = "**{{ messages[0]['role'] }}**{{ messages[0]['content'] }}{% raw %}**{% endraw %}"
         assert written([USER], markdown) == "**user**Tom has 5 pens.**"
+
+    def test_reading_a_long_template_counts_as_its_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("dllm.decoding.chats._SECONDS", 0.2)
+        begun = thread_time()
+        with pytest.raises(ValueError, match=r"does not fit the chat template: it takes more than 0.2 seconds"):
+            written([USER], "{{ 1 }}" * 400_000)
+        assert thread_time() - begun < 1
 
     @pytest.mark.skipif(sys.platform != "linux", reason="the memory of a thread's work is limited on Linux alone")
     @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Chats as texts: the template of a checkpoint, which is a program.
 
-Its loops take limited time, and on Linux all of it limited memory. A single operation, such as the product of two
-integers of millions of digits, cannot be ended; powers, which need no such integers, are refused.
+Reading it and its loops take limited time, and on Linux all of it limited memory. A single operation, such as the
+product of two integers of millions of digits, cannot be ended; powers, which need no such integers, are refused.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def write_chat(tokenizer: PreTrainedTokenizerBase, chat: Any, called: str, **opt
         ValueError: the template is invalid, takes too long, or rejects the chat.
     """
     try:
-        if _has_powers(tokenizer.chat_template):  # of which one takes forever, and nothing ends it
-            raise OverflowError("it computes a power (**)")
         with _within_memory(), _within(_SECONDS):
+            if _has_powers(tokenizer.chat_template):  # of which one takes forever, and nothing ends it
+                raise OverflowError("it computes a power (**)")
             return str(tokenizer.apply_chat_template(chat, tokenize=False, **options))
     except Exception as error:  # noqa: BLE001  # a template is code and may raise anything
         text = " ".join(str(error).split()) or type(error).__name__
@@ -52,7 +52,7 @@ def write_chat(tokenizer: PreTrainedTokenizerBase, chat: Any, called: str, **opt
 
 def _has_powers(template: Any) -> bool:
     for source in template.values() if isinstance(template, dict) else (template,):
-        words = [(kind, word) for _, kind, word in Environment().lex(str(source)) if kind != "whitespace"]
+        words = ((kind, word) for _, kind, word in Environment().lex(str(source)) if kind != "whitespace")
         # After an opening bracket or a comma, it unpacks arguments.
         if any(word == ("operator", "**") and before not in ("(", ",") for (_, before), word in pairwise(words)):
             return True
@@ -87,11 +87,12 @@ def _within(seconds: float) -> Iterator[None]:
     throw, begun = ctypes.pythonapi.PyThreadState_SetAsyncExc, taken()
 
     def watch() -> None:
-        while not ended.wait(seconds):
-            with lock:
-                if not ended.is_set() and taken() - begun >= seconds:
-                    throw(ctypes.c_ulong(thread), ctypes.py_object(TimeoutError))
-                    return
+        while (left := begun + seconds - taken()) > 0:
+            if ended.wait(max(left, 0.05)):
+                return
+        with lock:
+            if not ended.is_set():
+                throw(ctypes.c_ulong(thread), ctypes.py_object(TimeoutError))
 
     Thread(target=watch, daemon=True).start()
     try:
