@@ -199,6 +199,20 @@ def test_dream_splits_text_as_qwen2_does(written: dict[str, Path]) -> None:
     assert dream.tokenize("hello world") == ["hello", "Ġworld"]
 
 
+@pytest.mark.parametrize("named", ["GPT2Tokenizer", "GPT2TokenizerFast", "Qwen2Tokenizer", "Qwen2TokenizerFast", None])
+def test_vocabulary_and_merges_are_read_as_their_class_splits(dream: Path, named: str | None) -> None:
+    config = json.loads((dream / "tokenizer_config.json").read_text())
+    write_json(dream / "tokenizer_config.json", config | {"tokenizer_class": named})
+    gpt2 = str(named).startswith("GPT2")
+    assert read(dream).tokenize("2024") == (train().encode("2024").tokens if gpt2 else [*"2024"])
+    assert (read(dream).decode(read(dream)("cafe\u0301").input_ids) == "cafe\u0301") == gpt2
+
+
+def test_a_class_that_splits_otherwise_is_refused(dream: Path) -> None:
+    write_json(dream / "tokenizer_config.json", {"tokenizer_class": "RobertaTokenizer"})
+    assert "tokenizer_class='RobertaTokenizer' is not read from vocab.json and merges.txt" in _error_of(dream)
+
+
 def test_dream_code_is_never_executed(written: dict[str, Path]) -> None:
     read(written["dream"])
     assert (written["dream"] / "tokenization_dream.py").is_file()

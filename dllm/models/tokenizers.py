@@ -2,7 +2,7 @@
 
 LLaDA publishes ``tokenizer.json``. Dream publishes ``vocab.json`` and ``merges.txt`` with a custom
 tokenizer class as code; that class is Qwen2's byte-level BPE, so `Qwen2TokenizerFast` reads the files
-and the code is never run.
+and the code is never run. Other classes split texts otherwise; of these, GPT2's is read.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import (  # type: ignore[attr-defined]  # Qwen2TokenizerFast is an alias in newer releases
+from transformers import (  # type: ignore[attr-defined]  # two of them are aliases in newer releases
+    GPT2TokenizerFast,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2TokenizerFast,
@@ -22,6 +23,14 @@ from dllm.files import parse_json
 from dllm.models.growth import check_prompts, check_texts
 
 _BPE_FILES = ("vocab.json", "merges.txt")
+# What splits texts, which these files do not say, by the tokenizer_class of tokenizer_config.json.
+_BPE_CLASSES = {
+    "DreamTokenizer": Qwen2TokenizerFast,
+    "GPT2Tokenizer": GPT2TokenizerFast,
+    "GPT2TokenizerFast": GPT2TokenizerFast,
+    "Qwen2Tokenizer": Qwen2TokenizerFast,
+    "Qwen2TokenizerFast": Qwen2TokenizerFast,
+}
 _OTHER_FILES = ("tokenizer_config.json", "tokenizer.model")
 # Entries of tokenizer_config.json that a loader would read as file names.
 _FILES = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
@@ -102,18 +111,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         ValueError: tokenizer files that are incomplete, unreadable or inconsistent.
     """
     present = {path.name for path in folder.iterdir() if path.is_file()}
-    if "tokenizer.json" in present:
-        kind, files = PreTrainedTokenizerFast, ["tokenizer.json"]
-    elif present.intersection(_BPE_FILES):
-        kind, files = Qwen2TokenizerFast, list(_BPE_FILES)
-    elif present.intersection(_OTHER_FILES):
-        kind, files = PreTrainedTokenizerFast, ["tokenizer.json"]
-    else:
+    files: tuple[str, ...] = ("tokenizer.json",)
+    if present.isdisjoint(files) and not present.isdisjoint(_BPE_FILES):
+        files = _BPE_FILES
+    elif present.isdisjoint((*files, *_OTHER_FILES)):
         return None
     missing = next((file for file in files if file not in present), None)
     if missing is not None:
         raise ValueError(f"{folder}: the tokenizer's {missing} is missing; copy it here from the published model")
     check_tokenizer_config(folder)
+    kind = _bpe_class(folder) if files == _BPE_FILES else PreTrainedTokenizerFast
     try:
         content = _read(folder / "tokenizer.json")
         check_prompts(content)  # added tokens are normalized as they are read
@@ -161,6 +168,23 @@ def check_tokenizer_config(folder: Path) -> None:
             f"{folder}: the tokenizer's tokenizer_config.json cannot be read: {reason}; "
             "copy it again from the published model"
         ) from None
+
+
+def _bpe_class(folder: Path) -> Any:
+    """The class that reads `vocab.json` and `merges.txt`; Qwen2's if none is named.
+
+    Raises:
+        ValueError: the class is another one.
+    """
+    named = _read(folder / "tokenizer_config.json").get("tokenizer_class") or "Qwen2Tokenizer"
+    kind = _BPE_CLASSES.get(str(named))
+    if kind is None:
+        raise ValueError(
+            f"{folder}: the tokenizer's tokenizer_class={named!r} is not read from vocab.json and merges.txt; save its "
+            "tokenizer.json (save_pretrained of a fast tokenizer), or name the class it is like (GPT2Tokenizer, "
+            "Qwen2Tokenizer)"
+        )
+    return kind
 
 
 def _check_special(folder: Path, tokenizer: Any, content: dict[str, Any]) -> None:
