@@ -213,6 +213,14 @@ def test_a_class_that_splits_otherwise_is_refused(dream: Path) -> None:
     assert "tokenizer_class='RobertaTokenizer' is not read from vocab.json and merges.txt" in _error_of(dream)
 
 
+def test_dropout_of_training_is_off(llada: Path) -> None:
+    content = json.loads((llada / "tokenizer.json").read_text())
+    content["model"]["dropout"] = 0.5
+    write_json(llada / "tokenizer.json", content)
+    tokenizer = read(llada)
+    assert {tuple(tokenizer("hello 2024").input_ids) for _ in range(10)} == {tuple(train().encode("hello 2024").ids)}
+
+
 def test_dream_code_is_never_executed(written: dict[str, Path]) -> None:
     read(written["dream"])
     assert (written["dream"] / "tokenization_dream.py").is_file()

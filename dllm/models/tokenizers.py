@@ -125,6 +125,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         content = _read(folder / "tokenizer.json")
         check_prompts(content)  # added tokens are normalized as they are read
         tokenizer = kind.from_pretrained(folder, padding_side="left", local_files_only=True)
+        if hasattr(tokenizer.backend_tokenizer.model, "dropout"):  # for training: other tokens at each call
+            tokenizer.backend_tokenizer.model.dropout = None
         check_texts(content, tokenizer.get_vocab())
         declared = _declared_ids(folder)
     except BaseException as error:
