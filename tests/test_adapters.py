@@ -143,6 +143,13 @@ def test_a_folder_that_is_an_adapter_loads_the_model_it_names(
     torch.testing.assert_close(logits(dllm.load("adapter", device="cpu")), expected)
 
 
+def test_no_module_that_it_names_is_imported(base: Path, tmp_path: Path) -> None:
+    expected = save_adapter(random_llada, tmp_path / "adapter")
+    edit_config(tmp_path / "adapter", megatron_config={"hidden_size": 1}, megatron_core="this")
+    torch.testing.assert_close(logits(dllm.load(base, device="cpu", adapter=tmp_path / "adapter")), expected)
+    assert "this" not in sys.modules
+
+
 def test_a_random_decomposition_is_refused(base: Path, adapter: Path) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "pissa_niter_4"}))

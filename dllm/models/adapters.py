@@ -140,6 +140,7 @@ def _merge(backbone: PreTrainedModel, folder: Path, peft: Any) -> str | None:
     if begun.startswith("pissa_niter"):  # random at each load
         return f"init_lora_weights={begun!r} takes a random decomposition off the weights; convert it to LoRA with peft"
     config.inference_mode, config.base_model_name_or_path = True, None
+    config.megatron_config = None  # for layers that no model here has; peft would import the module that it names
     if getattr(config, "layer_replication", None):
         return "layer_replication changes its layers"
     if problem := _unmatchable(config, backbone):
