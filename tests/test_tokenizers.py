@@ -505,6 +505,12 @@ def test_steps_that_make_a_text_much_longer_are_refused(name: str) -> None:
         _check(GROWING[name], ["a"])
 
 
+def test_long_words_are_looked_up_by_no_model() -> None:
+    check_prompts({"model": {"type": "WordPiece", "max_input_chars_per_word": 100}})
+    with pytest.raises(ValueError, match="its max_input_chars_per_word=1000000000 is more than 1000; lower it"):
+        check_prompts({"model": {"type": "WordPiece", "max_input_chars_per_word": 10**9}})
+
+
 def test_long_tokens_are_refused_by_what_is_decoded_of_them() -> None:
     content = _content(decoder=[_replace("a", "bbb")])
     check_texts(content, ["a" * 3000])

@@ -1,7 +1,8 @@
 """Tokenizers that make a text much longer, which would take any time and memory.
 
 A tokenizer.json is a program: its normalizers, pre-tokenizers, post-processors and decoders run one after the other,
-and the library that runs them neither hears signals nor has a bound.
+and the library that runs them neither hears signals nor has a bound. What is not bounded here is the time of an
+expression: at each letter of a text it may take the library's limit, a fraction of a second.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from tokenizers import Tokenizer
 
 _MOST = 10_000  # letters that one letter of a prompt, or one token, may become
 _MOST_TOKENS = 1000  # that one token may become with the special ones
+_LONGEST_WORD = 1000  # letters that a WordPiece model looks up, whose time grows with their cube
 _STEPS = 1000  # of a part
 _DEEPEST = 20
 _PARTS = ("normalizer", "pre_tokenizer", "decoder", "post_processor")
@@ -50,7 +52,7 @@ _LONGEST = 200  # letters of an expression that are looked at
 
 
 def check_prompts(content: Mapping[str, Any]) -> None:
-    """Reject what makes much of a short prompt.
+    """Reject what makes much of a short prompt, or looks up words for long.
 
     Args:
         content: of a tokenizer.json.
@@ -58,6 +60,9 @@ def check_prompts(content: Mapping[str, Any]) -> None:
     Raises:
         ValueError: what it is, or steps that are nested too deep, too many or none of the library.
     """
+    longest = content.get("model", {}).get("max_input_chars_per_word", 0)
+    if longest > _LONGEST_WORD:
+        raise ValueError(f"its max_input_chars_per_word={longest} is more than {_LONGEST_WORD}; lower it")
     parts = _read(content)
     if _growth([*parts["normalizer"], *parts["pre_tokenizer"]], _FACTORS) > _MOST:
         raise ValueError(f"its normalizer and pre_tokenizer may make more than {_MOST} letters of one")
