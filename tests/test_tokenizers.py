@@ -249,6 +249,15 @@ def test_chat_template_of_dream_is_read_from_the_config_or_a_file(dream: Path, i
     assert text == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
 
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_an_empty_chat_template_is_none(dream: Path, in_a_file: bool) -> None:
+    config = json.loads((dream / "tokenizer_config.json").read_text())
+    write_json(dream / "tokenizer_config.json", config | {"chat_template": ""})
+    if in_a_file:
+        (dream / "chat_template.jinja").touch()
+    assert read(dream).chat_template is None
+
+
 @pytest.mark.parametrize("source", ["added_tokens.json", "tokenizer_config.json"])
 def test_added_tokens_may_be_stated_in_either_file(dream: Path, source: str) -> None:
     expected = read(dream)("a<|im_end|>b<|mask|>").input_ids

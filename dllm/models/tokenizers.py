@@ -137,6 +137,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
             f"{folder}: the tokenizer files ({', '.join(files)}, tokenizer_config.json) cannot be read: {reason}; "
             "copy them again from the published model"
         ) from None
+    tokenizer.chat_template = tokenizer.chat_template or None  # an empty one would leave out all messages
     _check_special(folder, tokenizer, content)
     for token, declared_id in declared.items():
         found = tokenizer.convert_tokens_to_ids(token)
