@@ -471,7 +471,7 @@ def test_a_tokenizer_with_tokens_that_the_model_does_not_have_is_refused(tmp_pat
     own = json.loads((folder / "tokenizer.json").read_text())
     rows = json.loads((folder / "config.json").read_text())["vocab_size"]
     token = {"content": "<extra>", "special": True, "lstrip": False, "rstrip": False, "normalized": False}
-    own["added_tokens"].append({"id": rows + 3, "single_word": False, **token})
+    own["added_tokens"].append({"id": rows, "single_word": False, **token})
     (folder / "tokenizer.json").write_text(json.dumps(own))
     with pytest.raises(
         ValueError, match=f"the tokenizer gives '<extra>' the id .*, and this model's ids are 0 to {rows - 1}"

@@ -305,11 +305,27 @@ def _shift_ids(folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", config)
 
 
+def _cut_merges(folder: Path) -> None:
+    lines = (folder / "merges.txt").read_text().splitlines()
+    (folder / "merges.txt").write_text("\n".join(lines[:20]))
+
+
+def _edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        content = json.loads((folder / "tokenizer.json").read_text())
+        change(content)
+        write_json(folder / "tokenizer.json", content)
+
+    return edit
+
+
 DREAM_DAMAGE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "no vocabulary": (lambda folder: (folder / "vocab.json").unlink(), ("vocab.json is missing",)),
     "no merges": (lambda folder: (folder / "merges.txt").unlink(), ("merges.txt is missing",)),
     "vocabulary is not JSON": (_write("vocab.json", "{"), ("vocab.json", "cannot be read")),
     "vocabulary of another model": (_write("vocab.json", '{"a": 0}'), ("vocab.json", "cannot be read")),
+    "merges are empty": (_write("merges.txt", ""), ("merges.txt", "its merges make only 0 of the ")),
+    "merges are cut off": (_cut_merges, ("merges.txt", "its merges make only 19 of the ")),
     "merges are no merges": (_write("merges.txt", "a b c d\n"), ("merges.txt", "cannot be read")),
     "config is not JSON": (_write("tokenizer_config.json", "{"), ("tokenizer_config.json", "cannot be read")),
     "config is no object": (_write("tokenizer_config.json", "[1]"), ("tokenizer_config.json", "cannot be read")),
@@ -322,6 +338,22 @@ DREAM_DAMAGE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
 LLADA_DAMAGE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "no tokenizer.json": (lambda folder: (folder / "tokenizer.json").unlink(), ("tokenizer.json is missing",)),
     "tokenizer.json is not JSON": (_write("tokenizer.json", "{"), ("tokenizer.json", "cannot be read")),
+    "an added token with another id": (
+        _edit(lambda content: content["added_tokens"][-1].update(id=999)),
+        ("'<|eot_id|>'", "its files say 999"),
+    ),
+    "an added token with the id of a word": (
+        _edit(lambda content: content["added_tokens"][-1].update(id=99)),
+        ("'<|eot_id|>'", "its files say 99"),
+    ),
+    "words with one id": (
+        _edit(lambda content: content["model"]["vocab"].update(a=content["model"]["vocab"]["b"])),
+        ("its tokens 'a' and 'b' have one id",),
+    ),
+    "merges are cut off": (
+        _edit(lambda content: content["model"]["merges"].__delitem__(slice(20, None))),
+        ("its merges make only 20 of the ",),
+    ),
     "tokenizer.json is empty": (_write("tokenizer.json", "{}"), ("tokenizer.json", "cannot be read")),
 }
 

@@ -34,7 +34,7 @@ from dllm.models.expressions import check_quantiser
 from dllm.models.growth import check_prompts, check_texts
 from dllm.models.loading import checkpoint_folder, quiet
 from dllm.models.published import is_whole
-from dllm.models.tokenizers import check_tokenizer_config, load_tokenizer
+from dllm.models.tokenizers import check_tokenizer_config, check_vocabulary, load_tokenizer
 
 _NONE = -2  # no token; -1 is a token that the guide lacks
 _STEP = 64  # columns that are added at a time, or attended to
@@ -136,6 +136,7 @@ def _load(name: str, folder: Path, device: torch.device, state: str) -> Guide:
                     content = json.loads(backend.to_str())
                     check_prompts(content)
                     check_texts(content, tokenizer.get_vocab())
+                    check_vocabulary(tokenizer, content["model"])
         model, info = loaded
         # They would be initialized at random.
         lost = [

@@ -7,10 +7,14 @@ and the code is never run. Other classes split texts otherwise; of these, GPT2's
 
 from __future__ import annotations
 
+import json
+import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizers.models import BPE
 from transformers import (  # type: ignore[attr-defined]  # two of them are aliases in newer releases
     GPT2TokenizerFast,
     PreTrainedTokenizerBase,
@@ -35,6 +39,7 @@ _OTHER_FILES = ("tokenizer_config.json", "tokenizer.model")
 # Entries of tokenizer_config.json that a loader would read as file names.
 _FILES = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
 _BEFORE = ("0", "\n", ".")  # texts that are tokens of their own whatever follows, the one or the other
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token for a byte, which nothing is merged to
 _MOST_BYTES = 2 * 10**8
 _ELSEWHERE = ("fast_tokenizer_files", "gguf_file", "init_inputs", "tokenizer_object", "vocab", "merges")
 
@@ -128,7 +133,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         if hasattr(tokenizer.backend_tokenizer.model, "dropout"):  # for training: other tokens at each call
             tokenizer.backend_tokenizer.model.dropout = None
         check_texts(content, tokenizer.get_vocab())
-        declared = _declared_ids(folder)
+        check_vocabulary(tokenizer, (content or json.loads(tokenizer.backend_tokenizer.to_str()))["model"])
+        declared = _declared_ids(folder, content)
     except BaseException as error:
         if not isinstance(error, Exception) and not panicked(error):
             raise
@@ -139,7 +145,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         ) from None
     tokenizer.chat_template = tokenizer.chat_template or None  # an empty one would leave out all messages
     _check_special(folder, tokenizer, content)
-    for token, declared_id in declared.items():
+    for token, declared_id in declared:
         found = tokenizer.convert_tokens_to_ids(token)
         if found != declared_id:
             raise ValueError(
@@ -171,6 +177,35 @@ def check_tokenizer_config(folder: Path) -> None:
             f"{folder}: the tokenizer's tokenizer_config.json cannot be read: {reason}; "
             "copy it again from the published model"
         ) from None
+
+
+def check_vocabulary(tokenizer: Any, model: dict[str, Any]) -> None:
+    """Reject two tokens with one id, and a BPE whose merges are cut off: its words would be read as letters.
+
+    Args:
+        tokenizer: a fast one.
+        model: of its tokenizer.json.
+
+    Raises:
+        ValueError: what it is.
+    """
+    vocabulary = tokenizer.get_vocab()
+    for number, times in Counter(vocabulary.values()).most_common(1):
+        if times > 1:
+            same = sorted(token for token, each in vocabulary.items() if each == number)
+            raise ValueError(f"its tokens {same[0]!r} and {same[1]!r} have one id, {number}")
+    if not isinstance(tokenizer.backend_tokenizer.model, BPE) or model.get("ignore_merges"):
+        return
+    prefix, suffix = (model.get(each) or "" for each in ("continuing_subword_prefix", "end_of_word_suffix"))
+    pairs = (each.split(" ") if isinstance(each, str) else each for each in model["merges"])
+    made = {first + second.removeprefix(prefix) for first, second in pairs}
+    words = {
+        word
+        for word in vocabulary.keys() - tokenizer.get_added_vocab().keys()
+        if len(word.removeprefix(prefix).removesuffix(suffix)) > 1 and not _BYTE.fullmatch(word)
+    }
+    if 10 * len(words - made) > len(words):  # some have a few that nothing makes
+        raise ValueError(f"its merges make only {len(words & made)} of the {len(words)} words of its vocabulary")
 
 
 def _bpe_class(folder: Path) -> Any:
@@ -211,11 +246,12 @@ def _check_special(folder: Path, tokenizer: Any, content: dict[str, Any]) -> Non
             )
 
 
-def _declared_ids(folder: Path) -> dict[str, int]:
+def _declared_ids(folder: Path, content: dict[str, Any]) -> list[tuple[str, int]]:
     """Ids of the added tokens according to the files; a loader may renumber them silently."""
     added: dict[str, int] = _read(folder / "added_tokens.json")
     stated = _read(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
-    return added | {token["content"]: int(number) for number, token in stated.items()}
+    added |= {token["content"]: int(number) for number, token in stated.items()}
+    return [*((token["content"], token["id"]) for token in content.get("added_tokens", [])), *added.items()]
 
 
 def _read(path: Path) -> dict[str, Any]:
