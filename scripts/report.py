@@ -7,7 +7,9 @@ if __name__ == "__main__":
 
     dllm.scripts.cli.run_file(__file__)
 
+import json
 import re
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -24,7 +26,6 @@ from dllm.reports.runs import Group, Sweep
 from dllm.scripts import app, own
 
 KINDS = {"out": str | None, "quality": str | int | None}
-_LONGEST = 200  # bytes of model and task in a file name, which is limited to 255
 _FILES = {"nfe": "quality-nfe", "tokens_per_second": "quality-speed"}
 _AUP = (
     "Accuracy Under Parallelism: the area under accuracy in percent over TPF along the Pareto front of these runs, "
@@ -49,12 +50,13 @@ def report(cfg: DictConfig) -> None:
     plots.check()
     out = Path(cfg.out or cfg.folder)
     sweep = load(Path(cfg.folder), None if cfg.quality is None else str(cfg.quality))
-    drawn, look = {}, plots.Look(sweep)
-    files: dict[str, str] = {}
-    for group in sweep.groups:
-        pictures = {cost: plots.draw(group, cost, look) for cost in _FILES}
-        drawn[group.title] = {cost: svg for cost, svg in pictures.items() if svg}
-        files |= {_picture(sweep, group, cost): svg for cost, svg in drawn[group.title].items()}
+    look = plots.Look(sweep)
+    drawn = [{cost: svg for cost in _FILES if (svg := plots.draw(group, cost, look))} for group in sweep.groups]
+    files = {
+        _picture(sweep, group, cost): svg
+        for group, pictures in zip(sweep.groups, drawn, strict=True)
+        for cost, svg in pictures.items()
+    }
     files["report.md"] = _markdown(sweep, drawn)
     files["report.csv"] = table.raw(sweep)
     files["report.html"] = page.render(sweep, drawn, cfg.traces)
@@ -76,17 +78,17 @@ def _pictures_of(file: Path) -> set[str]:
 
 
 def _picture(sweep: Sweep, group: Group, cost: str) -> str:
-    """The file name of a plot."""
-    several = len(sweep.groups) > 1
-    place = re.sub(r"[^\w.-]+", "_", f"-{group.model}-{group.task}") if several else ""
-    if len(place.encode()) > _LONGEST:
-        place = f"-{sha256(place.encode()).hexdigest()[:16]}"
-    return f"{_FILES[cost]}{place}.svg"
+    """The file name of a plot, with a hash: other characters of a name, and long ones, are left out of it."""
+    if len(sweep.groups) == 1:
+        return f"{_FILES[cost]}.svg"
+    words = re.sub(r"[^\w.-]+", "_", f"{group.model}-{group.task}", flags=re.ASCII)[:80]
+    short = sha256(json.dumps([group.model, group.task]).encode()).hexdigest()[:8]
+    return f"{_FILES[cost]}-{words}-{short}.svg"
 
 
-def _markdown(sweep: Sweep, drawn: dict[str, dict[str, str]]) -> str:
+def _markdown(sweep: Sweep, drawn: Sequence[Mapping[str, str]]) -> str:
     parts = [f"# {markdown(sweep.name)}"]
-    for group in sweep.groups:
+    for group, pictures in zip(sweep.groups, drawn, strict=True):
         shown = table.columns(group)
         rows = [[markdown(text) for text in row] for row in table.cells(group, shown)]
         parts += [f"## {markdown(group.title)}", markdown_table([markdown(column.head) for column in shown], rows)]
@@ -96,8 +98,10 @@ def _markdown(sweep: Sweep, drawn: dict[str, dict[str, str]]) -> str:
             areas_shown = [[markdown(each.of), str(each.runs), f"{each.aup:.1f}"] for each in areas]
             parts.append(markdown_table(["runs of", "runs", "AUP"], areas_shown))
             parts.append(_AUP)
-        pictures = [(plots.COSTS[cost], _picture(sweep, group, cost)) for cost in drawn[group.title]]
-        parts += [f"![{markdown(group.title)}: quality against {cost}]({file})" for cost, file in pictures]
+        parts += [
+            f"![{markdown(group.title)}: quality against {plots.COSTS[cost]}]({_picture(sweep, group, cost)})"
+            for cost in pictures
+        ]
     if sweep.failures:
         failed = [f"- {markdown(each.label)}: {markdown(each.message)}" for each in sweep.failures]
         parts.append("\n".join(["Not measured:", "", *failed]))

@@ -29,12 +29,12 @@ from dllm.reports.runs import Group, MeasuredRun, Sweep
 _MOST = 2_000_000  # maximum characters of the samples of a run
 
 
-def render(sweep: Sweep, drawn: Mapping[str, Mapping[str, str]], traces: int) -> str:
+def render(sweep: Sweep, drawn: Sequence[Mapping[str, str]], traces: int) -> str:
     """The page as HTML.
 
     Args:
         sweep: the sweep.
-        drawn: plots as SVG, by title of the group and cost metric.
+        drawn: plots as SVG of each group, by cost metric.
         traces: maximum number of runs with traces.
     """
     environment = jinja2.Environment(
@@ -47,8 +47,8 @@ def render(sweep: Sweep, drawn: Mapping[str, Mapping[str, str]], traces: int) ->
         sweep=sweep,
         tables=[_table(group, numbers) for group in sweep.groups],
         plots=[
-            [(plots.COSTS[cost], Markup(_inline(svg, f"{cost}{place}-"))) for cost, svg in drawn[group.title].items()]
-            for place, group in enumerate(sweep.groups)
+            [(plots.COSTS[cost], Markup(_inline(svg, f"{cost}{place}-"))) for cost, svg in pictures.items()]
+            for place, pictures in enumerate(drawn)
         ],
         areas=[table.areas(group) for group in sweep.groups],
         style=Markup(_file("canvas.css") + _file("page.css")),
