@@ -204,8 +204,7 @@ def _refuse_idle_knob(fields: Mapping[str, Any]) -> None:
     with naming({CALIBRATION: name}):
         card = Calibration.read(file)
     knob = f"sampler.{card.knob}"
-    given = {each.partition("=")[0].lstrip("+") for each in HydraConfig.get().overrides.task}
-    if card.value is not None and knob in given and (value := _value(fields, knob)) != card.value:
+    if card.value is not None and knob in given() and (value := _value(fields, knob)) != card.value:
         raise ValueError(
             f"{knob}={value!r} has no effect with {name}={file!r}, which says {card.value!r}; leave one of them out"
         )
@@ -364,6 +363,11 @@ def _as_typed(value: str, multirun: bool) -> list[str]:
     """The value of an option that is text for Hydra, without quotes around the whole; in a sweep, all its parts."""
     parts = _pieces(value)
     return parts if _QUOTED.fullmatch(value) and (multirun or len(parts) == 1) else [value]
+
+
+def given() -> dict[str, str]:
+    """The options of the command line as they were written, by name: without +, ++ or ~."""
+    return {each.partition("=")[0].lstrip("+~"): each for each in HydraConfig.get().overrides.task}
 
 
 def option_of(group: str) -> str:

@@ -104,7 +104,7 @@ def _run(load: Load, rates: Sequence[Mapping[str, float]]) -> None:
 
 def _check(options: Mapping[str, Any]) -> list[dict[str, float]]:
     """Refuse bad options before anything is started; return the arguments of `Load.put` for each rate."""
-    given = {override.partition("=")[0].lstrip("+~") for override in HydraConfig.get().overrides.task}
+    given = app.given()
     if options["server"] is not None:
         for name in sorted(given):
             if name.partition(".")[0] in (*_GROUPS, "serve"):

@@ -71,7 +71,7 @@ def chat(cfg: DictConfig) -> None:
 
 def _partner(fields: dict[str, Any]) -> Partner:
     """The model or the server; bad values are rejected before a model is loaded."""
-    given = {override.partition("=")[0].lstrip("+~") for override in HydraConfig.get().overrides.task}
+    given = app.given()
     policy = HydraConfig.get().runtime.choices["sampler"]
     sampler = build("sampler", fields["sampler"], Sampler)
     if fields["server"] is None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from safetensors import SafetensorError
@@ -324,8 +323,8 @@ def _card(cfg: DictConfig, trainer: Trainer, rows: list[str], prompts: int) -> s
 def _command(cfg: DictConfig) -> str:
     """The command that makes the same, as it was given."""
     words = ["dllm", "distill"]
-    for each in HydraConfig.get().overrides.task:
-        name, _, value = each.lstrip("+").partition("=")
+    for name, each in app.given().items():
+        value = each.partition("=")[2]
         if name == "model.path":  # of a model that has no name
             words.append(f"model={cfg.model.path}")
         elif name not in _NO_RECIPE and (name, value) != ("model", "custom"):

@@ -9,7 +9,7 @@ if __name__ == "__main__":
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
@@ -268,7 +268,7 @@ def _loading(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _label(fields: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
     """Display name: the choices, their changed options, and the options of the command line."""
-    given = {override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task}
+    given = app.given()
     shown = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)  # noqa: E731
     parts = []
     for group in ("sampler", "cache"):
@@ -281,7 +281,7 @@ def _label(fields: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
     return ", ".join([" + ".join(part for part in parts if part != "none"), *more])
 
 
-def _entries(place: tuple[str, str], value: Any, default: Any, given: Set[str]) -> list[tuple[str, Any]]:
+def _entries(place: tuple[str, str], value: Any, default: Any, given: Collection[str]) -> list[tuple[str, Any]]:
     """What the label says of an option: of a base that is written out, its class and what is changed or given."""
     group, name = place
     if not isinstance(value, Mapping) or TARGET not in value:

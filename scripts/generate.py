@@ -286,7 +286,7 @@ def _check(cfg: DictConfig) -> None:
     if cfg.infill:
         if cfg.prompt is None and cfg.input is None:
             raise ValueError("infill=true needs a text with masks; give prompt or input")
-        given = {override.partition("=")[0] for override in HydraConfig.get().overrides.task}
+        given = app.given()
         for name in _WITHOUT_INFILL:
             if name in given:
                 raise ValueError(f"{name}={cfg[name]} has no effect on infill; leave it out")
@@ -305,7 +305,7 @@ def _check_job(cfg: DictConfig) -> None:
     if not _is_job(cfg):
         if cfg.input is not None and (is_folder(Path(cfg.input)) or Path(cfg.input).suffix == ".parquet"):
             raise ValueError(f"input={cfg.input!r} cannot be read as a JSONL file; give a folder as output, for a job")
-        given = {override.partition("=")[0] for override in HydraConfig.get().overrides.task}
+        given = app.given()
         for name in ("column", "split", "engine"):
             if any(each == name or each.startswith(f"{name}.") for each in given) and cfg[name] is not None:
                 value = HydraConfig.get().runtime.choices["engine"] if name == "engine" else cfg[name]

@@ -316,9 +316,7 @@ def _value(options: Mapping[str, Any], knob: Knob) -> Any:
 
 def _command(fields: Mapping[str, Any]) -> str:
     """The command that makes these runs again, beside the page that is being made; or that reads those of `runs`."""
-    named = HydraConfig.get().overrides.task
     places = _PLACES if fields["run"] or fields["runs"] is None else ("out", "cards", "speed")
-    given = [each for each in named if each.partition("=")[0] not in places]
     model = f"model={fields['model']['path']}"
-    rest = [each for each in given if not each.startswith(("model=", "++model.path="))]
+    rest = [each for name, each in app.given().items() if name not in (*places, "model", "model.path")]
     return shlex.join(["dllm", "results", model, *rest, f"out={fields['out']}"])

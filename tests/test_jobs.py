@@ -841,6 +841,7 @@ class TestOptions:
             ("resume=mixed", "resume=mixed has no effect on a job"),
             ("cache=prefix cache.measure_every=2", "cache.measure_every=2 has no effect on a job"),
             ("output=a.jsonl column=x", "column=x has no effect without a job"),
+            ("output=a.jsonl ++column=x", "column=x has no effect without a job"),
             ("output=a.jsonl engine=local", "engine=local has no effect without a job"),
             ("picture=a.svg", "picture and input are mutually exclusive"),
         ],

@@ -294,10 +294,11 @@ class TestFinishedRuns:
 
     def test_links_lead_to_names_with_spaces(self, tmp_path: Path) -> None:
         runs = self.write(tmp_path)
-        assert command("results", "run=false", f"runs={runs}", f"out={tmp_path / 'my out'}").code == 0
+        assert command("results", "run=false", f"++runs={runs}", f"++out={tmp_path / 'my out'}").code == 0
         text = (tmp_path / "my out.md").read_text()
         assert "](my%20out/tiny-llada/runs.jsonl)" in text
         assert f"Made by `dllm results 'out={tmp_path}/my out' run=false` from" in text
+        assert re.search(r"Runs: `dllm results model=tiny-llada run=false '\+\+runs=\S+ 'out=.*/my out'`", text)
 
     def test_two_of_one_combination_are_refused(self, tmp_path: Path) -> None:
         runs = self.write(tmp_path)
