@@ -269,15 +269,14 @@ def _loading(options: Mapping[str, Any]) -> dict[str, Any]:
 def _label(fields: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
     """Display name: the choices, their changed options, and the options of the command line."""
     given = app.given()
-    shown = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)  # noqa: E731
     parts = []
     for group in ("sampler", "cache"):
         ours = chosen[group] in names(group) + variants(group)  # not a custom YAML
         known, options = options_of(group, chosen[group]) if ours else {}, fields[group].items()
         own = [(name, value) for name, value in options if known.get(name, ...) != value or f"{group}.{name}" in given]
         entries = [each for name, value in own for each in _entries((group, name), value, known.get(name), given)]
-        parts.append(" ".join([str(chosen[group]), *(f"{name}={shown(value)}" for name, value in entries)]))
-    more = [f"{name}={shown(fields[name])}" for name in sorted((_OPTIONS | {"seed"}) - {"batch_size"}) if name in given]
+        parts.append(" ".join([str(chosen[group]), *(f"{name}={value}" for name, value in entries)]))
+    more = [f"{name}={fields[name]}" for name in sorted((_OPTIONS | {"seed"}) - {"batch_size"}) if name in given]
     return ", ".join([" + ".join(part for part in parts if part != "none"), *more])
 
 

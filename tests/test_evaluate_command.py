@@ -349,9 +349,10 @@ class TestSweeps:
 
 
 def test_labels_tell_what_was_swept(tmp_path: Path) -> None:
-    assert run(tmp_path, "task.limit=1", "-m", "sampler.radius=4", "block_length=16,32").code == 0
+    options = "sampler.radius=4", "sampler.threshold=0.99999", "block_length=16,32"
+    assert run(tmp_path, "task.limit=1", "-m", *options).code == 0
     assert {found["label"] for found in results(tmp_path)} == {
-        f"tiny/localleap radius=4, block_length={length}" for length in (16, 32)
+        f"tiny/localleap threshold=0.99999 radius=4, block_length={length}" for length in (16, 32)
     }
 
 
