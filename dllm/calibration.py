@@ -84,6 +84,11 @@ class Calibration:
     defaults: Defaults | None = field(default=None, metadata=LATER)
     dtype: str | None = field(default=None, metadata=LATER)
 
+    @property
+    def guarantee(self) -> str:
+        """What is certified of a value, with all digits of `loss` and `delta`."""
+        return f"loses at most {self.loss} of the problems with probability 1 - {self.delta}"
+
     @classmethod
     def read(cls, path: str | Path) -> Calibration:
         """Read a card.

@@ -65,9 +65,8 @@ class Calibrated:
         card = Calibration.read(self.calibration)
         if card.value is None:
             raise ValueError(
-                f"calibration={str(self.calibration)!r} certifies no {card.knob}: none loses at most "
-                f"{card.loss:g} of the problems with probability {1 - card.delta:g}; calibrate with safer values, more "
-                "problems or a larger loss, on problems that were not tested yet"
+                f"calibration={str(self.calibration)!r} certifies no {card.knob}: none {card.guarantee}; "
+                "calibrate with safer values, more problems or a larger loss, on problems that were not tested yet"
             )
         try:
             if CALIBRATION in card.sampler:

@@ -24,7 +24,7 @@ from dllm.checks import Notice, naming, number, seed, threads
 from dllm.escape import terminal
 from dllm.evaluation.claim import claimed
 from dllm.evaluation.records import sample_of
-from dllm.evaluation.risk import Test, fixed_sequence, losses_of
+from dllm.evaluation.risk import Test, at_most, fixed_sequence, losses_of
 from dllm.evaluation.run_folder import sessions
 from dllm.files import disturbed
 from dllm.resolve import CALIBRATION, TARGET, build, option_names, options_of, with_option
@@ -418,23 +418,22 @@ def _shown(results: Mapping[str, Any]) -> str:
 
 def _verdict(test: Test) -> str:
     verdict = "certified" if test.certified else "not certified"
-    return f"lost {test.mean:.2%} of the problems, at most {test.bound:.2%}  p = {test.p_value:.2g}  {verdict}"
+    return f"lost {test.mean:.2%} of the problems, at most {at_most(test.bound)}  p = {test.p_value:.2g}  {verdict}"
 
 
 def _summary(card: Calibration, file: Path) -> str:
-    what = f"of {card.knob} loses at most {card.loss:g} of the problems with probability {1 - card.delta:g}"
     where = terminal(str(file), one_line=True)
     if card.value is None:
         return (
-            f"no value {what}; {where} says what was tried. Testing ends here for these problems; for safer values, "
-            f"more problems or a larger loss, {_OTHERS}"
+            f"no value of {card.knob} {card.guarantee}; {where} says what was tried. Testing ends here for these "
+            f"problems; for safer values, more problems or a larger loss, {_OTHERS}"
         )
     best = next(test for test in card.tests if test["value"] == card.value)
     faster = card.baseline["nfe"] / best["nfe"]
     cost = f"{faster:.1f}x fewer forwards than" if faster >= 1 else f"{1 / faster:.1f}x as many forwards as"
     return (
-        f"{card.knob}={card.value!r} is the fastest that {what.partition(' ')[2].partition(' ')[2]}: "
-        f"NFE {best['nfe']:.1f}, {cost} one token per step  -> {where}"
+        f"{card.knob}={card.value!r} is the fastest that {card.guarantee}: NFE {best['nfe']:.1f}, {cost} one token per "
+        f"step  -> {where}"
     )
 
 

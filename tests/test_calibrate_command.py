@@ -18,6 +18,7 @@ from commands import Outcome, command
 from dllm import identity
 from dllm.calibration import Calibration
 from dllm.evaluation import claim
+from dllm.evaluation.risk import at_most
 from dllm.files import BUNDLED
 from dllm.samplers import Anchored, Calibrated, LocalLeap, Threshold
 from dllm.scripts import calibrate, evaluate
@@ -59,9 +60,10 @@ def test_the_fastest_certified_value_is_chosen(made: tuple[Path, Outcome], card:
     assert found.bound is not None
     assert found.bound <= 0.2
     assert found.weights == dllm.load("tiny-llada", device="cpu").backbone.fingerprint()
-    assert "threshold=0.99 is the fastest that loses at most 0.2 of the problems with probability 0.95" in outcome.out
+    guarantee = "loses at most 0.2 of the problems with probability 1 - 0.05"
+    assert f"threshold=0.99 is the fastest that {guarantee}: NFE " in outcome.out
     lost = next(test["mean_loss"] for test in found.tests if test["value"] == 0.99)
-    assert f"lost {lost:.2%} of the problems, at most {found.bound:.2%}" in outcome.out
+    assert f"lost {lost:.2%} of the problems, at most {at_most(found.bound)}" in outcome.out
     assert "share of problems lost against one token per step" in (made[0] / "calibration.svg").read_text()
     assert "not certified" in outcome.out
     assert (made[0] / "calibration.svg").read_text().startswith("<?xml")
@@ -285,8 +287,9 @@ def test_what_is_no_card_is_refused(content: str | None, message: str, tmp_path:
 def test_a_card_without_a_certified_value_says_so(card: Path, tmp_path: Path) -> None:
     content: dict[str, Any] = json.loads(card.read_text())
     none = tmp_path / "none.json"
-    none.write_text(json.dumps(content | {"value": None}))
-    with pytest.raises(ValueError, match=r"certifies no threshold: none loses at most 0\.2 of the problems with"):
+    none.write_text(json.dumps(content | {"value": None, "tests": [], "loss": 0.0123456789, "delta": 1e-7}))
+    guarantee = r"loses at most 0\.0123456789 of the problems with probability 1 - 1e-07"
+    with pytest.raises(ValueError, match=rf"certifies no threshold: none {guarantee}; calibrate with safer values"):
         Calibrated(none)
 
 

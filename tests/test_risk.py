@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from dllm.evaluation.risk import binomial_tail, fixed_sequence, losses_of, p_value, upper_bound
+from dllm.evaluation.risk import at_most, binomial_tail, fixed_sequence, losses_of, p_value, upper_bound
 
 LIMIT, DELTA, N = 0.05, 0.05, 200
 RISKS = (0.005, 0.01, 0.03, 0.045, 0.051, 0.06, 0.08)  # of the settings, from safe to fast
@@ -115,3 +115,9 @@ def test_testing_ends_with_the_first_failure() -> None:
     found = list(fixed_sequence(RISKS, losses, LIMIT, DELTA))
     assert asked == [0.005, 0.01, 0.03]
     assert [test.certified for test in found] == [True, True, False]
+
+
+def test_what_is_said_of_a_bound_holds() -> None:
+    assert [at_most(bound) for bound in (0.0, 0.012301, 0.05, 0.1, 0.99995, 1.0)] == [
+        "0.00%", "1.24%", "5.00%", "10.00%", "100.00%", "100.00%",
+    ]  # fmt: skip

@@ -94,6 +94,11 @@ def upper_bound(losses: NDArray[np.float64], delta: float) -> float:
     return high
 
 
+def at_most(bound: float) -> str:
+    """An upper bound in percent, rounded up: what is said of it holds, too."""
+    return f"{math.ceil(10_000 * bound) / 10_000:.2%}"
+
+
 def binomial_tail(most: int, n: int, p: float) -> float:
     """P(Bin(n, p) <= most)."""
     if most >= n or p <= 0:

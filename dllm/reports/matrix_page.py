@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from dllm.calibration import Calibration
 from dllm.escape import markdown, markdown_table, terminal
+from dllm.evaluation.risk import at_most
 from dllm.reports.matrix import Cell, Header, Matrix, Place, Setting
 from dllm.resolve import TARGET, names, options_of
 
@@ -173,12 +174,10 @@ def _cards(settings: Mapping[str, Setting], folder: Path, place: str) -> Iterato
         caches.add(_named(card.cache))
         value, found = "none", ["", "", ""]
         if chosen is not None:
-            value, lost = repr(card.value), f"{chosen['mean_loss']:.2%}, {chosen['bound']:.2%}"
+            value, lost = repr(card.value), f"{chosen['mean_loss']:.2%}, {at_most(chosen['bound'])}"
             found = [f"{chosen['nfe']:.1f}", f"{chosen['accuracy']:.1%}", lost]
         link = f"[{value}]({quote(place)}/{card_name(sampler)}/calibration.json)"
-        rows.append(
-            [f"`{sampler}`", markdown(card.knob), link, *found, f"{card.n}", f"{card.loss:g}", f"{card.delta:g}"]
-        )
+        rows.append([f"`{sampler}`", markdown(card.knob), link, *found, f"{card.n}", f"{card.loss}", f"{card.delta}"])
     if not rows:
         return
     yield "### What is certified"
