@@ -70,6 +70,23 @@ def test_options_without_effect_are_refused(lm: dllm.LanguageModel) -> None:
             assert answer.json()["error"]["param"] == "top_logprobs"
 
 
+def test_texts_beyond_a_row_are_refused_with_the_row(lm: dllm.LanguageModel) -> None:
+    mask, long = lm.backbone.mask_token_id, [5] * 64
+    with serving(lm, max_length=64, gen_length=32) as server:
+        for text, param, body in (
+            ("prompt has 64 tokens, and a row of the server 64, which leaves no room", "prompt", {"prompt": long}),
+            ("prompt has 600 tokens", "prompt", {"prompt": [5] * 600, "max_tokens": 8}),
+            ("prompt and suffix have 65 tokens", "prompt", {"prompt": long, "suffix": "a"}),
+            ("prompt has 65 tokens", "prompt", {"prompt": [*long, mask], "dllm": {"infill": True}}),
+        ):
+            answer = server.post("completions", body)
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"], error["message"].startswith(text)) == (400, param, True), error
+        answer = server.post("chat/completions", {"messages": [{"role": "user", "content": "Tom has apples. " * 40}]})
+        assert "messages have " in answer.json()["error"]["message"]
+        assert server.post("completions", {"prompt": [5] * 63}).json()["usage"]["completion_tokens"] == 1
+
+
 def test_masks_beside_a_suffix_are_refused(lm: dllm.LanguageModel) -> None:
     assert lm.tokenizer is not None
     mask = lm.tokenizer.mask_token

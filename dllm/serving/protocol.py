@@ -330,9 +330,7 @@ class Terms:
             for name in ("stop", "max_tokens", "max_completion_tokens"):
                 if getattr(request, name, None) is not None:
                     raise ValueError(f"{name} has no effect on infilling; leave it out")
-        else:
-            length = self._fitting(request, options.gen_length, len(ids), after)
-            options = replace(options, gen_length=length)
+        options = replace(options, gen_length=self._fitting(request, options.gen_length, len(ids), after))
         prompt, middle = len(ids) + len(after or ()), None
         if after is not None:
             assert isinstance(options.gen_length, int)
@@ -378,16 +376,27 @@ class Terms:
     def _fitting(
         self, request: ChatRequest | CompletionRequest, length: int | Any, prompt: int, after: list[int] | None
     ) -> Any:
-        """Positions for the answer: those asked for, or else as many as fit up to the default."""
+        """Positions for the answer: those asked for, or else as many as fit up to the default.
+
+        Raises:
+            ValueError: they do not fit beside the text, or the text alone does not fit into a row.
+        """
+        text = "messages have" if isinstance(request, ChatRequest) else "prompt has"
+        text = f"{text if after is None else 'prompt and suffix have'} {prompt + len(after or ())} tokens"
+        text += f", and a row of the server {self.max_length}"
         room = self.max_length - prompt - len(after or ())
-        if self._length(request) is None and length != "auto":
-            return max(1, min(length, room))
-        if length > room if length != "auto" else after is not None:
-            what = "the prompt has" if after is None else "prompt and suffix have"
-            raise ValueError(
-                f"max_tokens={length} does not fit: {what} {prompt + len(after or ())} tokens, and a row of the server "
-                f"{self.max_length}; shorten one of them"
-            )
+        if room < (0 if request.dllm.infill else 1):
+            raise ValueError(f"{text}, which leaves no room for an answer; shorten the text")
+        if request.dllm.infill:
+            return length
+        if length == "auto":
+            if after is not None:
+                raise ValueError("suffix needs the length of the answer before it; give max_tokens")
+            return length
+        if self._length(request) is None:
+            return min(length, room)
+        if length > room:
+            raise ValueError(f"max_tokens={length} does not fit: {text}; shorten one of them")
         return length
 
     def _sampler(self, options: DllmOptions) -> SamplerChoice | None:
