@@ -299,7 +299,9 @@ class Engine:
         window = self._gate.seen(self._canvas.window())
         account = self.denoiser.bind(window)
         edit = self.sampler.step(window, self.denoiser, self._state)
-        return Taken(window, self._gate.permit(window, edit, account.shown(window, edit)), account)
+        if self._gate.holds:
+            edit = self._gate.permit(window, edit, account.shown(window, edit))
+        return Taken(window, edit, account)
 
     def steps(self) -> Iterator[Step]:
         """Take steps until nothing is left."""

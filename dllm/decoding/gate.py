@@ -164,8 +164,6 @@ class Gate:
             edit: of the sampler.
             last: the prediction that it was made by, and its columns.
         """
-        if not self._rows:
-            return edit
         started = time.perf_counter()
         permitted, refused = self._permitted(window, edit, last)
         self.refused += refused
