@@ -5,20 +5,19 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from importlib.machinery import ModuleSpec, PathFinder
+from functools import cache
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
-
-_INSTALLED = {"site-packages", "dist-packages"}
 
 
 def files_of(kind: type) -> dict[str, Path]:
     """The source files of a class and its bases, and of the modules that they import, by module.
 
-    Modules of this package and of Python are left out, and so are installed ones, except a class's own. What is made
-    without a file, as in a notebook, has none. Imports are read from the source, those within functions too.
+    Modules of this package and of Python are left out, and so are installed ones, except a class's own, whose imports
+    do not count. What is made without a file, as in a notebook, has none. Imports are read from the source, those
+    within functions too.
     """
     found: dict[str, Path] = {}
     for each in kind.__mro__:
@@ -33,12 +32,21 @@ def _follow(module: str, file: Path, found: dict[str, Path]) -> None:
     if module in found:
         return
     found[module] = file
-    for name in _imported(module, file):
-        with suppress(ImportError, ValueError, AttributeError):  # no module, or one that is not there
+    for name in () if _is_installed(file) else _imported(module, file):
+        with suppress(ImportError, ValueError, AttributeError, KeyError):  # no module, or one that is not there
             other = _source(name)
-            same = name.partition(".")[0] == module.partition(".")[0]
-            if other is not None and (same or not _INSTALLED & set(other.parts)):
+            if other is not None and not _is_installed(other):
                 _follow(name, other, found)
+
+
+def _is_installed(file: Path) -> bool:
+    return any(map(_has_packages, file.parents))
+
+
+@cache
+def _has_packages(folder: Path) -> bool:
+    """Whether pip installs into a folder."""
+    return folder.name in ("site-packages", "dist-packages") or any(folder.glob("*.dist-info"))
 
 
 def _imported(module: str, file: Path) -> Iterator[str]:
@@ -60,17 +68,24 @@ def _imported(module: str, file: Path) -> Iterator[str]:
 
 
 def _source(name: str) -> Path | None:
-    """The file of a module, found without importing it; its packages' own files are not looked at."""
-    parts = name.split(".")
-    if _foreign(parts[0]):
+    """The file of a module, found without importing it or its packages; their own files are not looked at."""
+    root, *parts = name.split(".")
+    if _foreign(root) or (spec := find_spec(root)) is None:
         return None
-    spec: ModuleSpec | None = find_spec(parts[0])
-    for end in range(2, len(parts) + 1):
-        if spec is None or spec.submodule_search_locations is None:
-            return None
-        spec = PathFinder.find_spec(".".join(parts[:end]), spec.submodule_search_locations)
-    file = Path(spec.origin) if spec is not None and spec.origin is not None else None
+    file = None if spec.origin is None else Path(spec.origin)
+    folders = [Path(each) for each in spec.submodule_search_locations or ()]
+    for part in parts:
+        file, folders = _member(folders, part)
     return file if file is not None and file.suffix == ".py" and file.is_file() else None
+
+
+def _member(folders: Sequence[Path], name: str) -> tuple[Path | None, list[Path]]:
+    """The file of a module of a package, and its folders if it is a package itself."""
+    for folder in folders:
+        for file, own in ((folder / name / "__init__.py", [folder / name]), (folder / f"{name}.py", [])):
+            if file.is_file():
+                return file, own
+    return None, [folder / name for folder in folders if (folder / name).is_dir()]
 
 
 def _foreign(module: str) -> bool:

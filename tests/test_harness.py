@@ -198,6 +198,8 @@ class TestGenerateUntil:
         texts = {model().generate_until([asking(self.QUESTIONS[0], **hot)])[0] for _ in range(2)}
         (greedy,) = model().generate_until([asking(self.QUESTIONS[0], until=[], max_gen_toks=32)])
         assert len(texts) == 1, "seeded"
+        same = model()
+        assert {same.generate_until([asking(self.QUESTIONS[0], **hot)])[0] for _ in range(2)} == texts
         assert texts != {greedy}
 
     def test_chats_are_read_through_the_template(self) -> None:

@@ -213,18 +213,23 @@ class TestFilesOfSamplers:
             "own_a/policy.py": "import json, torch\nfrom . import level\nfrom dllm.samplers import Vanilla\n"
             "import own_b\n\nclass Own(Vanilla):\n    pass\n",
             "own_a/level.py": "def level():\n    from .late import late\n    return late\n",
-            "own_a/late.py": "from . import policy, missing\nfrom ...beyond import x\n",  # a circle
+            "own_a/late.py": "from . import policy, missing\nfrom ...beyond import x\n"  # a circle
+            "from loose.part import x\nimport installed",
+            "loose/part/x.py": "",  # no package has an __init__.py
+            "lib/installed/__init__.py": "",
+            "lib/installed-1.dist-info/METADATA": "",
             "own_a/unused.py": "",
             "own_b.py": "",
         }
-        (tmp_path / "own_a").mkdir()
         for name, source in sources.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(source)
+        monkeypatch.syspath_prepend(tmp_path / "lib")
         monkeypatch.syspath_prepend(tmp_path)
         own = importlib.import_module("own_a.policy").Own()
         (tmp_path / "own_b.py").write_text("this is not Python")
         before = identity.read_by(own)
-        modules = {"own_a.policy", "own_a", "own_a.level", "own_a.late", "own_b"}
+        modules = {"own_a.policy", "own_a", "own_a.level", "own_a.late", "own_b", "loose.part.x"}
         assert before.keys() == {f"module {name}" for name in modules}
         (tmp_path / "own_a" / "late.py").write_text("late = 2\n")
         assert identity.read_by(own) != before

@@ -239,6 +239,21 @@ def test_lossless_drafts_give_the_answers_of_their_base(base: Any, kind: str) ->
         assert (out.nfe <= want.nfe).all()
 
 
+@pytest.mark.parametrize(
+    "sampler", [samplers.LoPA(0.2), samplers.LoPA(0.2, weight=0.0), samplers.Credit(0.2)], ids=repr
+)
+def test_tokens_are_settled_in_the_order_of_the_confidence_that_commits_them(sampler: Any) -> None:
+    form = {"type": "regex", "regex": "^(ab|ba)+[0-9]{2}é?$"}
+    asked = {"response_format": form, "gen_length": 48, "block_length": 16, "seed": 0}
+    # This model predicts each position whatever stands at the others, so that branches change nothing.
+    texts = [
+        dllm.generate(text_model("llada", sharpness=5.0), ["Hello", "Hi you"], each, "none", **asked).texts
+        for each in (samplers.Threshold(0.2), sampler)
+    ]
+    assert texts[0] == texts[1]
+    assert all(re.fullmatch(form["regex"], text) for text in texts[0])
+
+
 def test_tokens_after_the_end_are_end_of_text() -> None:
     lm = text_model()
     out = dllm.generate(

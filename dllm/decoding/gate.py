@@ -244,7 +244,7 @@ def _settle(
     new = own.constraint.read(host.tokens[entry, wanted], own.mask_token_id, np.zeros(len(wanted), dtype=bool))
     beyond = np.arange(max(int(host.end[entry]) - own.first, 0), len(tracker.classes))
     confidence = np.full(len(canvas) + 1, -np.inf)
-    confidence[host.about[entry]] = np.nan_to_num(host.confidence[entry], nan=-1.0)
+    np.maximum.at(confidence, host.about[entry], np.nan_to_num(host.confidence[entry], nan=-1.0))
 
     def fits(places: NDArray[np.int64], classes: NDArray[np.int64]) -> bool:
         row = tracker.classes.copy()

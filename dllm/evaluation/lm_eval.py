@@ -49,7 +49,7 @@ class DLLM(TemplateLM):
 
     Args:
         runner: answers the requests.
-        seed: request i uses seed + i; None for 0, with a warning where answers are sampled.
+        seed: request i of an evaluation uses seed + i; None for 0, with a warning where answers are sampled.
         greedy: check whether greedy decoding gives a scored continuation, for metrics such as LAMBADA's.
         overruled: warn where an option of the runner goes before another value of the task or of `--gen_kwargs`.
     """
@@ -170,7 +170,7 @@ class DLLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generate for each request up to its first stop string."""
-        asked = [self._request(instance) for instance in requests]
+        asked = [self._request(instance, number) for number, instance in enumerate(requests)]
         groups: dict[tuple[tuple[str, Any], ...], list[Query]] = {}
         for request, options in asked:
             groups.setdefault(tuple(sorted(options.items())), []).append(request)
@@ -214,14 +214,18 @@ class DLLM(TemplateLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """As `loglikelihood`, of token ids."""
-        return [self._score(f"tokens/{self._next()}", prefix, target, self._greedy) for _, prefix, target in requests]
+        found = []
+        for _, prefix, target in requests:
+            found.append(self._score(f"tokens/{self._count}", prefix, target, self._greedy))
+            self._count += 1
+        return found
 
     def _score(self, name: str, prefix: list[int], target: list[int], greedy: bool) -> tuple[float, bool]:
         room = max(0, self.max_length - len(target))
         self._note_cut(name, len(prefix) > room)
         return self.runner.score(name, prefix[len(prefix) - room :] if len(prefix) > room else prefix, target, greedy)
 
-    def _request(self, instance: Instance) -> tuple[Query, dict[str, Any]]:
+    def _request(self, instance: Instance, number: int) -> tuple[Query, dict[str, Any]]:
         """The query, and the task's options that the user did not set."""
         context, asked = instance.args
         mine = self.runner.setting.options
@@ -246,7 +250,7 @@ class DLLM(TemplateLM):
         name = self._name(instance)
         self._note_cut(name, len(prompt) > room > 0)
         prompt = prompt[-room:] if room > 0 else prompt
-        return Query(name, prompt, stops, (self._seed or 0) + self._next(), own), options
+        return Query(name, prompt, stops, (self._seed or 0) + number, own), options
 
     def _note_cut(self, name: str, was: bool) -> None:
         if was:
@@ -258,10 +262,6 @@ class DLLM(TemplateLM):
         if message not in self._told:
             self._told.add(message)
             _tell(message)
-
-    def _next(self) -> int:
-        self._count += 1
-        return self._count - 1
 
     def _name(self, instance: Instance) -> str:
         """Unique among the requests of a run; repeats of a document are numbered."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import re
 import shutil
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +19,7 @@ import numpy as np
 from dllm.api import prepare
 from dllm.cache import NoCache
 from dllm.cache.base import Cache
+from dllm.checks import Notice
 from dllm.decoding import request as decoding
 from dllm.decoding.engine import Engine
 from dllm.decoding.options import eos_ids, parse_options
@@ -213,8 +215,11 @@ class Runner:
             frames, file = self._load_trace(record), self._traces / files[record.id]
             if frames is not None:
                 found.append(frames)
-            elif not file.exists():  # else it is of another answer, as after a change of the journal by hand
+            elif not file.exists():
                 raise disturbed(str(file), file, "; run the command again, which records these steps again")
+            else:  # as after a change of the journal by hand
+                told = f"{file} is damaged, or has the steps of another answer to {record.id!r}; they are left out"
+                warnings.warn(told, Notice, stacklevel=1)
         return found
 
     def close(self, remove: bool = False) -> None:

@@ -1,0 +1,1 @@
+../../dllm/own_code.py
