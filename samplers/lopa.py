@@ -108,7 +108,7 @@ class LoPA(Policy):
             torch.where(fill, guess, tokens),
             fill | chosen,
             drafted=guess.where(fills.any(1), state.mask_token_id),
-            source=torch.where(flagged(torch.zeros_like(window.region), window.columns, fill), -1, best[:, None]),
+            source=torch.where(flagged(torch.zeros_like(window.region), window.columns, fill), 0, best[:, None]),
         )
 
 

@@ -22,7 +22,6 @@ from omegaconf import DictConfig, OmegaConf
 
 import dllm
 from dllm import identity
-from dllm.api import prepare
 from dllm.checks import choice, known, naming, number, seed, threads
 from dllm.decoding import compatibility
 from dllm.decoding.options import parse_options
@@ -31,8 +30,8 @@ from dllm.evaluation.journal import Journal
 from dllm.evaluation.likelihood import Estimate
 from dllm.evaluation.metrics import COSTS
 from dllm.evaluation.run_folder import RunFolder, sessions
-from dllm.evaluation.runner import Runner, Setting
-from dllm.files import parse_json, portable
+from dllm.evaluation.runner import Runner, Setting, refusals
+from dllm.files import expanded, is_folder, parse_json, portable
 from dllm.progress import progress_reports
 from dllm.resolve import CALIBRATION, TARGET, build, is_shipped, names, options_of, variants
 from dllm.scripts import app
@@ -111,11 +110,15 @@ def run(
         label: display name.
         chosen: names of the sampler, the cache and the task.
     """
-    sampler, cache, stamps = app.build_both(cfg)
+    with refusals():
+        sampler, cache, stamps = app.build_both(cfg)
     task: Task = build("task", cfg.task, Task)
-    options = _decoding(fields, task)
+    options = {name: fields[name] for name in _OPTIONS if fields[name] is not None or name == "block_length"}
+    if fields["gen_length"] is None and task.gen_length is not None:
+        options["gen_length"] = task.gen_length
     # Bad values are rejected before the model is loaded.
-    compatibility.check(sampler, cache, parse_options(options).cfg_scale)
+    with refusals():
+        compatibility.check(sampler, cache, parse_options(options).cfg_scale)
     seed = fields["seed"] if fields["estimate"]["order"] == "random" else 0  # other orders are deterministic
     with naming({name: f"estimate.{name}" for name in fields["estimate"]}):
         estimate = Estimate(**fields["estimate"], seed=seed, cfg_scale=fields["cfg_scale"])
@@ -153,29 +156,6 @@ def run(
             runner.close()
 
 
-def _decoding(fields: Mapping[str, Any], task: Task) -> dict[str, Any]:
-    options = {name: fields[name] for name in _OPTIONS if fields[name] is not None or name == "block_length"}
-    if fields["gen_length"] is None and task.gen_length is not None:
-        options["gen_length"] = task.gen_length
-    return options
-
-
-def check_setting(lm: dllm.LanguageModel, fields: Mapping[str, Any]) -> None:
-    """Reject a sampler and a cache that cannot decode by this model and these options, whatever the prompts.
-
-    Args:
-        lm: the model.
-        fields: options of `dllm evaluate`.
-
-    Raises:
-        ValueError: they cannot.
-    """
-    sampler, cache, _ = app.build_both(OmegaConf.create(dict(fields)))
-    options = _decoding(fields, build("task", fields["task"], Task))
-    compatibility.check(sampler, cache, parse_options(options).cfg_scale)
-    prepare(lm, [[lm.backbone.eos_token_ids[0]]], sampler, cache, dllm.Options(**options))
-
-
 def normal(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Normalized options, with the format as JSON: the order of a schema's properties is that of an answer."""
     form = fields["response_format"]
@@ -184,7 +164,10 @@ def normal(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def failure_folder(out: Path, label: str, fields: Mapping[str, Any]) -> RunFolder:
     """Where the failure of a setting is recorded, which may have no model, data or files to be known by."""
-    model = fields["model"] | {"path": os.path.abspath(fields["model"]["path"])}  # noqa: PTH100
+    path = fields["model"]["path"]
+    if path.startswith((".", "~", os.sep)) or is_folder(expanded(path)):
+        path = os.path.abspath(expanded(path))  # noqa: PTH100
+    model = fields["model"] | {"path": path}
     setting = {name: value for name, value in fields.items() if name not in ("out", "objective")}
     return RunFolder(out, label, normal(setting | {"model": model}))
 
@@ -275,9 +258,16 @@ def _label(fields: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
         known, options = options_of(group, chosen[group]) if ours else {}, fields[group].items()
         own = [(name, value) for name, value in options if known.get(name, ...) != value or f"{group}.{name}" in given]
         entries = [each for name, value in own for each in _entries((group, name), value, known.get(name), given)]
-        parts.append(" ".join([str(chosen[group]), *(f"{name}={value}" for name, value in entries)]))
-    more = [f"{name}={fields[name]}" for name in sorted((_OPTIONS | {"seed"}) - {"batch_size"}) if name in given]
+        parts.append(" ".join([str(chosen[group]), *(f"{name}={_shown(value)}" for name, value in entries)]))
+    more = [
+        f"{name}={_shown(fields[name])}" for name in sorted((_OPTIONS | {"seed"}) - {"batch_size"}) if name in given
+    ]
     return ", ".join([" + ".join(part for part in parts if part != "none"), *more])
+
+
+def _shown(value: Any) -> str:
+    """A value of a label: of a range that was swept, without what rounding left."""
+    return f"{value:.12g}" if isinstance(value, float) else str(value)
 
 
 def _entries(place: tuple[str, str], value: Any, default: Any, given: Collection[str]) -> list[tuple[str, Any]]:

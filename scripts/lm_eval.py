@@ -31,12 +31,13 @@ class _Unsaved(logging.Filter):
     def __init__(self) -> None:
         super().__init__()
         self.told: list[str] = []
+        self._harness = logging.getLogger("lm_eval")
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Pass every record."""
+        """Pass what the harness shows."""
         if record.getMessage().startswith("Could not save"):
             self.told.append(record.getMessage())
-        return True
+        return self._harness.isEnabledFor(record.levelno)
 
 
 def main() -> None:
@@ -60,7 +61,9 @@ def main() -> None:
     )
     evaluator.get_git_commit_hash = _commit
     unsaved = _Unsaved()
-    logging.getLogger("lm_eval.loggers.evaluation_tracker").addFilter(unsaved)
+    tracker = logging.getLogger("lm_eval.loggers.evaluation_tracker")
+    tracker.addFilter(unsaved)
+    tracker.setLevel(logging.INFO)  # the filter is asked about warnings whatever the harness shows
     try:
         cli_evaluate()
         if unsaved.told:

@@ -21,6 +21,7 @@ from dllm import identity
 from dllm.calibration import Calibration
 from dllm.checks import Notice, number, seed, threads
 from dllm.escape import terminal
+from dllm.evaluation.runner import RefusedError, refusals
 from dllm.files import BUNDLED, read_json
 from dllm.reports import matrix, matrix_page
 from dllm.reports.matrix import Setting
@@ -100,7 +101,6 @@ def _collect(fields: Mapping[str, Any], samplers: Sequence[str], caches: Sequenc
     runs, cards = (Path(fields[name] or out / place) for name, place in (("runs", "runs"), ("cards", CARDS)))
     data = out / matrix.NAME
     own.check("out", fields["out"], {data: own.MATRIX_DATA})
-    lm: dllm.LanguageModel | None = None
     if fields["run"]:
         _check_cards(fields, samplers, cards)
         lm = app.load_model(fields["model"])  # refused here, rather than once for each run
@@ -112,9 +112,9 @@ def _collect(fields: Mapping[str, Any], samplers: Sequence[str], caches: Sequenc
         for _, file in _present(samplers, cards):
             calibrate.refuse_others(_called(fields), file, Calibration.read(file).compared_dtype(dtype))
         for sampler in samplers:
-            _certify(lm, fields, sampler, cards)
+            _certify(fields, sampler, cards)
     chosen = {sampler: _options(sampler, cards) for sampler in samplers}
-    found = _run(lm, fields, chosen, caches, runs) if lm is not None else matrix.found_in(runs)
+    found = _run(fields, chosen, caches, runs) if fields["run"] else matrix.found_in(runs)
     _check_runs(fields, found, cards)
     used = {name: _as_run(name, options, found) for name, options in chosen.items()}
     settings = {name: _setting(name, options) for name, options in used.items()}
@@ -188,7 +188,7 @@ def _check_runs(fields: Mapping[str, Any], found: Mapping[tuple[str, str], Path 
             raise ValueError(f"{called}: {file} is another card than that of {folder} ({made_with}); {fix}")
 
 
-def _certify(lm: dllm.LanguageModel, fields: Mapping[str, Any], sampler: str, cards: Path) -> None:
+def _certify(fields: Mapping[str, Any], sampler: str, cards: Path) -> None:
     """Make the card of a sampler with a knob, unless it exists or none are to be made."""
     folder, options = cards / card_name(sampler), options_of("sampler", sampler)
     if _card(sampler, cards).is_file() or not fields["calibrate"] or _knob(sampler, options) is None:
@@ -202,16 +202,14 @@ def _certify(lm: dllm.LanguageModel, fields: Mapping[str, Any], sampler: str, ca
     made |= {"sampler": options, "cache": options_of("cache", "none")}
     print(f"{sampler}:", flush=True)
     try:
-        evaluate.check_setting(lm, merged("evaluate") | made)
-        calibrate.check(made, sampler)
-    except ValueError as error:  # the others continue
+        with refusals():
+            calibrate.check(made, sampler)
+        calibrate.certify(OmegaConf.create(made), {"sampler": sampler, "cache": "none", "task": task})
+    except RefusedError as error:  # the others continue
         warnings.warn(f"{sampler} is not calibrated: {app.one_line(error)}", Notice, stacklevel=2)
-        return
-    calibrate.certify(OmegaConf.create(made), {"sampler": sampler, "cache": "none", "task": task})
 
 
 def _run(
-    lm: dllm.LanguageModel,
     fields: Mapping[str, Any],
     chosen: Mapping[str, Mapping[str, Any]],
     caches: Sequence[str],
@@ -231,14 +229,13 @@ def _run(
                 label = sampler + (f" + {cache}" if cache != "none" else "")
                 refused = evaluate.failure_folder(runs, label, made)
                 try:
-                    evaluate.check_setting(lm, made)
-                except ValueError as error:
+                    names_ = {"sampler": sampler, "cache": cache, "task": task}
+                    metrics, folder = evaluate.run(OmegaConf.create(made), made, label, names_)
+                except RefusedError as error:
                     found[sampler, cache] = app.one_line(error)
                     refused.fail(app.one_line(error))
                     print(terminal(f"{label}: refused: {app.one_line(error)}", one_line=True), flush=True)
                     continue
-                names_ = {"sampler": sampler, "cache": cache, "task": task}
-                metrics, folder = evaluate.run(OmegaConf.create(made), made, label, names_)
                 refused.clear_error()
                 found[sampler, cache] = folder
                 print(terminal(f"{label}: {_shown(metrics)}  -> {folder}", one_line=True), flush=True)

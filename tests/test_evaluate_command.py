@@ -18,14 +18,20 @@ from pyarrow import parquet
 
 import dllm
 from commands import Outcome, command, in_a_process, start
+from dllm.cache import NoCache
 from dllm.evaluation import run_folder
+from dllm.evaluation.journal import Journal
+from dllm.evaluation.likelihood import Estimate
 from dllm.evaluation.metrics import wilson
 from dllm.evaluation.run_folder import RunFolder
+from dllm.evaluation.runner import Runner, Setting
 from dllm.evaluation.trace import Trace
 from dllm.files import BUNDLED, write_json
 from dllm.resolve import text
+from dllm.samplers import Vanilla
 from dllm.scripts import evaluate as application
 from dllm.tasks import word_problems
+from dllm.tasks.base import Graded
 from models import random_llada, save_folder
 from policies import over_masks
 
@@ -268,6 +274,14 @@ class TestSweeps:
         assert not list(out.glob("*/error.json"))
         assert len(folders(out)) == 2
 
+    def test_a_total_of_ones_own_task_is_of_all_its_samples(self, tmp_path: Path) -> None:
+        graded = Graded({"right": {"a": 1.0, "b": 0.0}}, "right", {"a": {}, "b": {}}, totals={"x": 2.5, "y": (3.5, 1)})
+        lm = dllm.load("tiny-llada", device="cpu")
+        runner = Runner(Setting(lm, Vanilla(), NoCache(), {}, Estimate()), Journal(None))
+        found = RunFolder(tmp_path, "mine", {}).finish(runner, graded)
+        shown = {name: (score["value"], score["n"]) for name, score in found["metrics"]["scores"].items()}
+        assert shown == {"right": (0.5, 2), "x": (2.5, 2), "y": (3.5, 1)}
+
     def test_a_failure_is_forgotten_however_its_folder_is_written(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -382,7 +396,7 @@ def test_a_score_brings_the_number_of_its_samples(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, "a", {})
     scores = {
         "of two": {"value": 0.5, "interval": [0.1, 0.9], "n": 2},
-        "of seven": {"value": 0, "interval": None, "n": 7},
+        "of seven": {"value": 0, "interval": [0.0, 0.35], "n": 7},
     }
     metrics = {"n": 2, "accuracy": 0.5, "accuracy_interval": [0.1, 0.9], "accuracy_name": "of two", "scores": scores}
     metrics |= dict.fromkeys(("nfe", "tpf", "tokens_per_second", "speedup"))

@@ -9,6 +9,7 @@ import pytest
 
 import dllm
 from dllm.decoding.engine import Engine
+from dllm.samplers import Vanilla
 from toys import Leftmost
 
 httpx = pytest.importorskip("httpx")
@@ -53,6 +54,14 @@ def test_a_request_that_no_engine_can_take_ends_no_other(
         assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
         assert "it broke" in answer.json()["error"]["message"]
         assert server.complete(max_tokens=4)["choices"][0]["text"]
+
+
+def test_of_several_prompts_the_one_that_is_refused_is_told(lm: dllm.LanguageModel) -> None:
+    with serving(lm, Vanilla(steps=8), max_length=64, gen_length=32) as server:
+        for prompts in ([[5] * 3, [5] * 61], [[5] * 61, [5] * 3]):
+            answer = server.post("completions", {"prompt": prompts})
+            assert answer.status_code == 400
+            assert "steps=8 is out of range" in answer.json()["error"]["message"]
 
 
 def test_options_that_only_equal_a_choice_are_refused(lm: dllm.LanguageModel) -> None:

@@ -78,14 +78,8 @@ class Account:
     last: tuple[Prediction, Tensor] | None = None
     broken: Bool[Tensor, " B"] | None = None
 
-    def shown(self, window: Window, edit: Edit, other: int = -1) -> tuple[Prediction, Tensor] | None:
-        """The prediction that an edit was made by and its columns, (B, K), without drafts; None without one.
-
-        Args:
-            window: the rows.
-            edit: of these.
-            other: the draft that is shown where the token is of none; -1 for none.
-        """
+    def shown(self, window: Window, edit: Edit) -> tuple[Prediction, Tensor] | None:
+        """The prediction that an edit was made by and its columns, (B, K), without drafts; None without one."""
         if edit.prediction is not None:
             return edit.prediction, window.columns
         if self.last is None or self.last[0].asked.ndim == 2:
@@ -95,10 +89,7 @@ class Account:
         if edit.source is None:  # the first draft, which is the canvas
             return prediction.arranged(lambda values: values[:, 0]), columns[:, 0]
         drafts = torch.arange(columns.shape[1], device=columns.device)[:, None]
-        own = (
-            edit.source.where(edit.source >= 0, other)[:, None].expand(-1, columns.shape[1], -1).gather(2, columns)
-            == drafts
-        )
+        own = edit.source[:, None].expand(-1, columns.shape[1], -1).gather(2, columns) == drafts
         shown = prediction.within(prediction.asked & own).arranged(lambda values: values.flatten(1))
         return shown, columns.flatten(1)
 

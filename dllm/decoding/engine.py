@@ -300,7 +300,7 @@ class Engine:
         account = self.denoiser.bind(window)
         edit = self.sampler.step(window, self.denoiser, self._state)
         if self._gate.holds:
-            edit = self._gate.permit(window, edit, account.shown(window, edit, other=0))
+            edit = self._gate.permit(window, edit, account.shown(window, edit))
         return Taken(window, edit, account)
 
     def steps(self) -> Iterator[Step]:

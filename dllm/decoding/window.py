@@ -104,8 +104,8 @@ class Edit:
             nor a stop string in an incomplete block finishes a row, as what it follows may change too.
         drafted: tokens that were verified as drafts, accepted where they are written; [MASK] where there were none.
             None if the policy does not draft.
-        source: (B, L) the draft whose prediction the token of a column of the canvas is of, or would be; -1 for none of
-            this step. None: the first.
+        source: (B, L) the draft whose prediction the token of a column of the canvas is of, or would be.
+            None: the first.
         prediction: the one that the tokens are of where the policy changed what the model predicts for the columns of
             the window. None: the latest.
         guide_forwards: forwards of a guide model per row for this edit; None for none.

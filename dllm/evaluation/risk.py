@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
 import numpy as np
@@ -96,7 +97,7 @@ def upper_bound(losses: NDArray[np.float64], delta: float) -> float:
 
 def at_most(bound: float) -> str:
     """An upper bound in percent, rounded up: what is said of it holds, too."""
-    return f"{math.ceil(10_000 * bound) / 10_000:.2%}"
+    return f"{Decimal(repr(bound)).quantize(Decimal('0.0001'), ROUND_CEILING):.2%}"
 
 
 def binomial_tail(most: int, n: int, p: float) -> float:

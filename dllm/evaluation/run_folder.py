@@ -203,7 +203,7 @@ class RunFolder:
         trace(runner, records).save(self.path / "trace.safetensors")
         _parquet(self.path / "samples.parquet", samples(records, graded))
         scores = {name: quality(list(values.values())) for name, values in graded.scores.items()} | {
-            name: {"value": value, "interval": None, "n": count} for name, (value, count) in graded.totals.items()
+            name: _total(value, len(graded.rows)) for name, value in graded.totals.items()
         }
         main = None if graded.main is None else scores[graded.main]
         metrics = {
@@ -225,6 +225,11 @@ class RunFolder:
         write_json(self.path / "results.json", found)
         runner.close(remove=True)
         return found
+
+
+def _total(value: float | tuple[float, int], samples: int) -> dict[str, Any]:
+    total, count = value if isinstance(value, tuple) else (value, samples)
+    return {"value": total, "interval": None, "n": count}
 
 
 def _check_member(file: Path, before: str) -> None:

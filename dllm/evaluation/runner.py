@@ -7,7 +7,8 @@ import re
 import shutil
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import count, islice
 from pathlib import Path
@@ -69,6 +70,19 @@ class Setting:
     cache: Cache
     options: Mapping[str, Any]
     estimate: Estimate = Estimate()  # noqa: RUF009  # frozen
+
+
+class RefusedError(ValueError):
+    """A sampler, a cache and options that do not go together, or cannot answer a request."""
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Tell errors of what is asked for from those of files."""
+    try:
+        yield
+    except ValueError as error:
+        raise RefusedError(str(error)) from error
 
 
 class Runner:
@@ -266,8 +280,9 @@ class Runner:
         self, requests: Sequence[Query], sampler: Any, cache: Any, options: Mapping[str, Any]
     ) -> tuple[list[decoding.Request], Engine]:
         """The requests, and an engine with these queued."""
-        seeded = parse_options({**options, "seed": [request.seed for request in requests]})
-        return prepare(self.lm, [request.prompt for request in requests], sampler, cache, seeded)
+        with refusals():
+            seeded = parse_options({**options, "seed": [request.seed for request in requests]})
+            return prepare(self.lm, [request.prompt for request in requests], sampler, cache, seeded)
 
     def _begin_session(self, requests: Sequence[Query], options: Mapping[str, Any]) -> None:
         """Warm up: the first forwards of a process, and loading by a policy, are not timed.

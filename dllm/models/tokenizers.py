@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers import (  # type: ignore[attr-defined]  # two of them are alia
     Qwen2TokenizerFast,
 )
 
-from dllm.checks import first_line, is_text, panicked, telling_panics
+from dllm.checks import Notice, first_line, is_text, panicked, telling_panics
 from dllm.files import parse_json
 from dllm.models.growth import check_prompts, check_texts
 
@@ -30,16 +31,19 @@ _BPE_FILES = ("vocab.json", "merges.txt")
 # What splits texts, which these files do not say, by the tokenizer_class of tokenizer_config.json.
 _BPE_CLASSES = {
     "DreamTokenizer": Qwen2TokenizerFast,
+    "DreamTokenizerFast": Qwen2TokenizerFast,
     "GPT2Tokenizer": GPT2TokenizerFast,
     "GPT2TokenizerFast": GPT2TokenizerFast,
     "Qwen2Tokenizer": Qwen2TokenizerFast,
     "Qwen2TokenizerFast": Qwen2TokenizerFast,
 }
+_ANY_CLASS = ("PreTrainedTokenizerFast", "TokenizersBackend")  # what transformers calls any fast tokenizer
 _OTHER_FILES = ("tokenizer_config.json", "tokenizer.model")
 # Entries of tokenizer_config.json that a loader would read as file names.
 _FILES = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
 _BEFORE = ("0", "\n", ".")  # texts that are tokens of their own whatever follows, the one or the other
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token for a byte, which nothing is merged to
+_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)  # of a chat template
 _MOST_BYTES = 2 * 10**8
 _ELSEWHERE = ("fast_tokenizer_files", "gguf_file", "init_inputs", "tokenizer_object", "vocab", "merges")
 
@@ -143,16 +147,26 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
             f"{folder}: the tokenizer files ({', '.join(files)}, tokenizer_config.json) cannot be read: {reason}; "
             "copy them again from the published model"
         ) from None
-    tokenizer.chat_template = tokenizer.chat_template or None  # an empty one would leave out all messages
+    if _is_empty(tokenizer.chat_template):  # it would leave out all messages
+        tokenizer.chat_template = None
     _check_special(folder, tokenizer, content)
+    ids, own = set(tokenizer.get_vocab().values()), {each["content"] for each in content.get("added_tokens", [])}
     for token, declared_id in declared:
         found = tokenizer.convert_tokens_to_ids(token)
-        if found != declared_id:
-            raise ValueError(
-                f"{folder}: the tokenizer gives {token!r} the id {found}, its files say {declared_id}; "
-                "copy the tokenizer files of one model"
-            )
+        if found == declared_id or not token:  # an empty one is not read
+            continue
+        problem = f"{folder}: the tokenizer gives {token!r} the id {found}, its files say {declared_id}"
+        if declared_id in ids or token not in own:
+            raise ValueError(f"{problem}; copy the tokenizer files of one model")
+        warnings.warn(f"{problem}; transformers reads it so, too, as ids have no gaps", Notice, stacklevel=2)
     return tokenizer
+
+
+def _is_empty(template: Any) -> bool:
+    """Whether a chat template, or the default of several, writes nothing at all."""
+    if isinstance(template, dict):
+        return all(map(_is_empty, template.values())) or _is_empty(template.get("default", "other"))
+    return template is None or not _COMMENT.sub("", str(template)).strip()
 
 
 def check_tokenizer_config(folder: Path) -> None:
@@ -189,22 +203,24 @@ def check_vocabulary(tokenizer: Any, model: dict[str, Any]) -> None:
     Raises:
         ValueError: what it is.
     """
+    if not isinstance(tokenizer.backend_tokenizer.model, BPE):
+        return
     vocabulary = tokenizer.get_vocab()
     for number, times in Counter(vocabulary.values()).most_common(1):
         if times > 1:
             same = sorted(token for token, each in vocabulary.items() if each == number)
             raise ValueError(f"its tokens {same[0]!r} and {same[1]!r} have one id, {number}")
-    if not isinstance(tokenizer.backend_tokenizer.model, BPE) or model.get("ignore_merges"):
+    if model.get("ignore_merges"):
         return
     prefix, suffix = (model.get(each) or "" for each in ("continuing_subword_prefix", "end_of_word_suffix"))
     pairs = (each.split(" ") if isinstance(each, str) else each for each in model["merges"])
     made = {first + second.removeprefix(prefix) for first, second in pairs}
     words = {
         word
-        for word in vocabulary.keys() - tokenizer.get_added_vocab().keys()
+        for word in vocabulary.keys() - tokenizer.get_added_vocab().keys() - {model.get("unk_token")}
         if len(word.removeprefix(prefix).removesuffix(suffix)) > 1 and not _BYTE.fullmatch(word)
     }
-    if 10 * len(words - made) > len(words):  # some have a few that nothing makes
+    if len(words - made) > max(20, len(words) // 10):  # some have a few that nothing makes, such as special ones
         raise ValueError(f"its merges make only {len(words & made)} of the {len(words)} words of its vocabulary")
 
 
@@ -214,8 +230,8 @@ def _bpe_class(folder: Path) -> Any:
     Raises:
         ValueError: the class is another one.
     """
-    named = _read(folder / "tokenizer_config.json").get("tokenizer_class") or "Qwen2Tokenizer"
-    kind = _BPE_CLASSES.get(str(named))
+    named = str(_read(folder / "tokenizer_config.json").get("tokenizer_class") or _ANY_CLASS[0])
+    kind = _BPE_CLASSES["Qwen2Tokenizer"] if named in _ANY_CLASS else _BPE_CLASSES.get(named)
     if kind is None:
         raise ValueError(
             f"{folder}: the tokenizer's tokenizer_class={named!r} is not read from vocab.json and merges.txt; save its "

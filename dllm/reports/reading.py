@@ -140,7 +140,7 @@ def _run(path: Path, folder: Path, quality: str | None) -> MeasuredRun:
     content = _read(path, "dllm-results")
     try:
         metrics = dict(content["metrics"])
-        lower = _lower_is_better(content)
+        lower = _lower_is_better(content.get("details"))
         metrics["scores"] = {
             str(name): dict(score) | {"lower_is_better": _metric_of(str(name)) in lower}
             for name, score in (metrics.get("scores") or {}).items()
@@ -182,15 +182,20 @@ def _run(path: Path, folder: Path, quality: str | None) -> MeasuredRun:
     return run
 
 
-def _lower_is_better(content: Mapping[str, Any]) -> set[str]:
-    """The metrics of which the harness says that lower is better."""
-    tasks = (content.get("details") or {}).get("higher_is_better") or {}
-    return {str(name) for task in tasks.values() for name, better in (task or {}).items() if better is False}
+def _lower_is_better(details: Any) -> set[tuple[str, str]]:
+    """The metrics of which the harness says that lower is better, with their tasks, and with "" if there is one."""
+    tasks = details.get("higher_is_better") if isinstance(details, dict) else None
+    if not isinstance(tasks, dict):
+        return set()
+    parts = [(str(task), str(name), better) for task, part in tasks.items() if isinstance(part, dict)
+             for name, better in part.items()]  # fmt: skip
+    return {(where, name) for task, name, better in parts if better is False for where in (task, "")}
 
 
-def _metric_of(score: str) -> str:
-    """`acc` of `task: acc,filter`."""
-    return score.rpartition(": ")[2].partition(",")[0]
+def _metric_of(score: str) -> tuple[str, str]:
+    """The task, "" if there is one, and the metric of `task: metric,filter`."""
+    task, _, name = score.rpartition(": ")
+    return task, name.partition(",")[0]
 
 
 def _where(folder: Path) -> dict[str, str]:

@@ -21,7 +21,7 @@ from dllm.serving.answers import Writer, dumps, error, event, failed
 from dllm.serving.events import Pieces
 from dllm.serving.limits import Guard, Limits, SlowReaderError
 from dllm.serving.log import Log
-from dllm.serving.loop import GONE, STOPPING, EngineLoop, FullError, StoppingError
+from dllm.serving.loop import GONE, STOPPING, EngineLoop, FullError, StoppingError, first_failure
 from dllm.serving.protocol import BadRequestError, ChatRequest, CompletionRequest, Plan, Terms, parse
 from dllm.serving.static import HEADERS, files
 from dllm.serving.ticket import Failure, News, Ticket
@@ -321,7 +321,7 @@ class Following:
     @property
     def failure(self) -> Failure | None:
         """The first failure of a choice."""
-        return next((ticket.failure for ticket in self.tickets if ticket.failure is not None), None)
+        return first_failure(self.tickets)
 
     def take(self) -> list[tuple[int, News]]:
         """The news of each choice that has any."""

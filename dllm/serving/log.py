@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from secrets import token_hex
 from typing import Any, TextIO
 
+from dllm.serving.loop import first_failure
 from dllm.serving.protocol import ChatRequest, CompletionRequest, Plan
 from dllm.serving.ticket import Ticket
 
@@ -63,7 +64,7 @@ class Entry:
     def ended(self, tickets: Sequence[Ticket]) -> None:
         """The request has ended."""
         outcomes = [ticket.outcome for ticket in tickets]
-        failure = next((ticket.failure for ticket in tickets if ticket.failure is not None), None)
+        failure = first_failure(tickets)
         answers = [ticket.answer for ticket in tickets if ticket.answer is not None]
         fields = {
             "status": 200 if failure is None else failure.status,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from threading import Condition, Thread
 from typing import Any
@@ -28,6 +28,12 @@ _LONGEST_WAIT = 60  # seconds that a client is told to wait at most
 _MOST_FAILURES = 3  # of engines in a row, after which the server is no longer healthy
 STOPPING = Failure(503, "the server is stopping; try again later, or another one", "refused")
 GONE = Failure(499, "the client is gone", "cancelled")
+
+
+def first_failure(choices: Iterable[Ticket]) -> Failure | None:
+    """The first failure of a request's choices that is not due to that of another choice; None without any."""
+    failures = [choice.failure for choice in choices if choice.failure is not None]
+    return next((each for each in failures if each is not GONE), next(iter(failures), None))
 
 
 class FullError(Exception):

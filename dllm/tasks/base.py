@@ -18,7 +18,8 @@ class Graded:
         main: the score reported as accuracy, from 0 to 1, higher is better; None without one.
         rows: additional columns of the table of samples, such as the question.
         details: additional results, such as those of the harness.
-        totals: scores that are not a mean over samples, such as perplexity, and of how many samples each is.
+        totals: scores that are not a mean over samples, such as perplexity; with the number of their samples if these
+            are not all.
         own: the task's default main score, if the user chose another.
     """
 
@@ -26,7 +27,7 @@ class Graded:
     main: str | None
     rows: Mapping[str, Mapping[str, Any]]
     details: Mapping[str, Any] = field(default_factory=dict)
-    totals: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    totals: Mapping[str, float | tuple[float, int]] = field(default_factory=dict)
     own: str | None = None
 
 

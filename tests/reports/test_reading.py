@@ -171,6 +171,9 @@ class TestRefused:
         self.refused(tmp_path, "lower it is; use one of acc", quality="mc: brier_score,none")
         self.refused(tmp_path, "is not a score of these runs; use one of acc", quality="x")
         assert load(tmp_path, quality="acc").groups[0].runs[0].quality == 0.3
+        for free in (["x"], {"mc": True}, {"mc": {"acc": True}, "b": {"brier_score": False}}, None, "text"):
+            (folder / "results.json").write_text(json.dumps(found | {"details": {"higher_is_better": free}}))
+            assert load(tmp_path, quality="mc: brier_score,none").groups[0].runs[0].quality == 0.3
 
     def test_a_score_that_is_no_share(self, tmp_path: Path) -> None:
         scores = {"perplexity": {"value": 12.5, "interval": None}, "right": {"value": 0.5, "interval": None}}
