@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -143,12 +144,12 @@ class Learn2PD(Policy):
     def _probability(self, window: Window, prediction: Prediction, state: FilterState) -> Float[Tensor, "B K"]:
         """Probability that each prediction is final, by the filter for the row's block length."""
         confidence = prediction.confidence.float()
-        probability = torch.zeros_like(confidence)
+        probability, width = torch.zeros_like(confidence), confidence.shape[1]
         for length, network in tuple(state.networks.items()):
-            own = (each[:, :length] for each in (confidence, window.masked, window.inside))
-            if length <= confidence.shape[1]:
-                theirs = (window.block_length == length)[:, None]
-                probability[:, :length] = network(*own).sigmoid().where(theirs, probability[:, :length])
+            # The window is as wide as the longest block in it, and at most the canvas.
+            own = (F.pad(each, (0, length - width)) for each in (confidence, window.masked, window.inside))
+            found = F.pad(network(*own).sigmoid(), (0, width - length))
+            probability = found.where((window.block_length == length)[:, None], probability)
         return probability
 
 

@@ -149,6 +149,7 @@ def _with_lora(backbone: MaskedDiffusionModel, cfg: DictConfig) -> nn.Module:
     )
     with warnings.catch_warnings(action="ignore"):  # peft calls what transformers renames
         model: Any = peft.get_peft_model(backbone, config)
+    config.target_modules = sorted(config.target_modules or ())  # a set, whose order differs between processes
     # A name that holds elsewhere, where the model is no folder of this machine.
     path = expanded(cfg.model.path)
     config.base_model_name_or_path = str(path.resolve() if is_folder(path) else cfg.model.path)

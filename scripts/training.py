@@ -306,10 +306,10 @@ def publish(out: Path, folder: Path, recipe: str, card: str) -> None:
     """Copy a finished model, without the training checkpoint, and write its card."""
     own.check_training("publish", folder, PUBLISHED, recipe)
     with claimed(folder / recipe, f"publish={str(folder)!r}", "another folder"):
+        write_card(folder / "README.md", card, recipe)  # first, as the folder is known by it
         for name in PUBLISHED:
             if (out / name).exists() and name != "README.md":
                 write_whole(folder / name, (out / name).read_bytes())
-        write_card(folder / "README.md", card, recipe)
 
 
 def run(trainer: Trainer, what: str, check: Callable[[], object] = lambda: None) -> None:

@@ -171,6 +171,10 @@ class TestTraining:
         )  # fmt: skip
         assert result.code == 0, result.err
 
+    def test_the_adapter_is_the_same_in_each_process(self, distilled: Path) -> None:
+        own = json.loads((distilled / "adapter_config.json").read_text())["target_modules"]
+        assert own == sorted(own) and len(own) > 3
+
     def test_the_adapter_names_its_base(self, model: Path, distilled: Path) -> None:
         config = json.loads((distilled / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == str(model)

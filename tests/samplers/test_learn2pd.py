@@ -81,6 +81,18 @@ class TestRule:
         assert chosen(sampler, [0.5, nan, 0.6]) == [0, 2]
 
 
+@pytest.mark.parametrize("length", [16, None])
+def test_a_canvas_shorter_than_the_block_is_a_short_block(length: int | None) -> None:
+    lm = random_llada(max_length=64, dtype=torch.float64)
+    sampler = Learn2PD(random_filter(1, length), threshold=0.5, allow_mismatch=True)
+    short, long = [5, 6], [*range(4, 44)]
+    asked = {"gen_length": 8, "block_length": 16, "seed": 0}
+    alone = dllm.generate(lm, [short], sampler, **asked)
+    beside = dllm.generate(lm, [short, long], sampler, **asked)
+    assert alone.completions[0].tolist() == beside.completions[0].tolist()
+    assert alone.nfe[0] == beside.nfe[0] < 8
+
+
 @pytest.mark.parametrize("make", [random_llada, random_dream])
 def test_the_filter_sees_the_whole_block_as_the_model_would_predict_it_now(make: Any) -> None:
     lm, spy = make(), Spy()
