@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import sys
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import cache
 from importlib import import_module, resources
 from pathlib import Path
@@ -49,6 +51,36 @@ def search_also(*folders: Path) -> None:
         _FOLDERS[1:] = folders
         for each in (defaults_list, sources, merged):
             each.cache_clear()
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What a process knows of classes and choices of one's own, for those that it starts.
+
+    Attributes:
+        modules: that register classes; those of the script itself cannot be carried.
+        path: where modules are found.
+        folders: from `search_also`.
+    """
+
+    modules: tuple[str, ...]
+    path: tuple[str, ...]
+    folders: tuple[Path, ...]
+
+    @classmethod
+    def here(cls) -> Carried:
+        """That of this process."""
+        modules = {each.__module__: None for each in _REGISTERED.values() if each.__module__ != "__main__"}
+        path = (os.path.abspath(each) for each in sys.path) if modules else ()  # noqa: PTH100  # a link stays one
+        return cls(tuple(modules), tuple(path), tuple(map(Path.absolute, _FOLDERS[1:])))
+
+    def restore(self) -> None:
+        """Know the same in another process."""
+        sys.path += [each for each in self.path if each not in sys.path]
+        for module in self.modules:
+            import_module(module)
+        if not _FOLDERS[1:]:
+            search_also(*self.folders)
 
 
 def names(group: str) -> list[str]:

@@ -11,6 +11,7 @@ import stat
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from itertools import accumulate, islice
@@ -36,7 +37,7 @@ from dllm.checks import NOT_WITHIN, Notice, close, first_line, is_text, naming, 
 from dllm.checks import known as known_options
 from dllm.escape import brief
 from dllm.files import parse_json
-from dllm.resolve import CALIBRATION, TARGET, build, names, options_of, variants, written_out
+from dllm.resolve import CALIBRATION, TARGET, Carried, build, names, options_of, variants, written_out
 from dllm.samplers.base import Sampler
 from dllm.scripts import flags, hydra_targets, references, torchrun, usage, yaml_files
 from dllm.scripts.ending import fail, leave_quietly, line
@@ -50,6 +51,7 @@ _MOST_JOBS = 10_000
 _LONGEST_NAME = 255  # Hydra looks for a file of this name
 # More digits than an argument can have: the error of Python's lower limit does not name the option.
 _DIGITS = 1 << 18
+_RETURNED = Counter[str]()  # jobs of a sweep, by how they ended; some are counted twice
 _SHARED = ("BasicLauncher", "JoblibLauncher")  # launchers whose jobs write to this process's own stderr
 _PIECE = re.compile(r"""(?:\s*'([^']*)'\s*|\s*"([^"]*)"\s*|([^,]*)),""")
 _QUOTED = re.compile(r"""\s*('[^']*'|"[^"]*")\s*(,\s*('[^']*'|"[^"]*")\s*)*""")
@@ -72,12 +74,13 @@ def run(task: Callable[[DictConfig], Any], config_name: str, kinds: Mapping[str,
     """
     command = f"dllm {config_name.replace('_', '-')}"
 
-    composed = False
+    composed, own = False, Carried.here()
 
     def guarded(cfg: DictConfig) -> Any:
         # Caught here as well as below: Hydra would report errors of the task in its own format.
         nonlocal composed
         composed, fields = True, dict[str, Any]()
+        own.restore()  # launchers may run this in another process
         try:
             fields |= _fields(cfg)
             check_kinds(fields, config_name, kinds or {})
@@ -101,17 +104,14 @@ def run(task: Callable[[DictConfig], Any], config_name: str, kinds: Mapping[str,
             shared = hydra_cfg.launcher["_target_"].endswith(_SHARED)
             raise (_ToldError if shared else ValueError)(message) from None
 
-    # Without the second, Hydra prints its own report of a wrong option and exits with 1.
-    os.environ |= {STARTED: str(time.time()), "HYDRA_FULL_ERROR": "1"}
-    setattr(JobReturn, "return_value", property(_returned, _return))  # noqa: B010  # mypy knows no such assignment
-    yaml_files.register(usage.entries(config_name).keys() - usage.groups(config_name).keys())
-    hydra_targets.register()
-    sys.set_int_max_str_digits(_DIGITS)
+    _prepare_hydra(config_name)
     try:
         arguments = rewrite(sys.argv[1:], config_name)
-        sys.argv = [command, *arguments]
-        with _notices(command), _package(arguments), references.counted():
+        sys.argv, own = [command, *arguments], Carried.here()
+        with _notices(command), _package(arguments), references.counted(), hydra_targets.one_study():
             hydra.main(version_base="1.3", config_path="pkg://dllm.conf", config_name=config_name)(guarded)()
+        if _RETURNED["failed"] and not _RETURNED["done"]:  # a search goes on after trials that fail
+            sys.exit(2)
     except BrokenPipeError:
         leave_quietly()
     except _ToldError:
@@ -126,13 +126,25 @@ def run(task: Callable[[DictConfig], Any], config_name: str, kinds: Mapping[str,
         fail(command, f"Hydra cannot use these options ({first_line(error)}); leave out those of hydra")
 
 
+def _prepare_hydra(config_name: str) -> None:
+    # Without the second, Hydra prints its own report of a wrong option and exits with 1.
+    os.environ |= {STARTED: str(time.time()), "HYDRA_FULL_ERROR": "1"}
+    setattr(JobReturn, "return_value", property(_returned, _return))  # noqa: B010  # mypy knows no such assignment
+    yaml_files.register(usage.entries(config_name).keys() - usage.groups(config_name).keys())
+    hydra_targets.register()
+    sys.set_int_max_str_digits(_DIGITS)
+    _RETURNED.clear()
+
+
 class _ToldError(ValueError):
     """An error that a job of a sweep has already reported."""
 
 
 def _returned(job: JobReturn) -> Any:
     """The return value of a job, without Hydra's own report of a failed job."""
-    if isinstance(job._return_value, Exception):
+    failed = isinstance(job._return_value, Exception)
+    _RETURNED["failed" if failed else "done"] += 1
+    if failed:
         raise job._return_value
     return job._return_value
 

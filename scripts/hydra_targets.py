@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, StringNode, read_write
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from dllm.evaluation.claim import claimed
 from dllm.scripts import references
 from dllm.stored import there
 
@@ -49,6 +51,9 @@ _OWN = "dllm.conf"  # is in the configurations of sweeps, as they are read from 
 _WHOLE = re.compile(r"\$\{[^}]*:.*\}", re.DOTALL)  # of a resolver, which may give anything
 
 
+_STUDIES, _LOCKS = set[Path](), ExitStack()  # of searches, by their results
+
+
 class _Loader(ConfigLoaderImpl):
     """Hydra's loader, which rejects foreign code before any of it is imported."""
 
@@ -56,7 +61,8 @@ class _Loader(ConfigLoaderImpl):
         cfg = super().load_configuration(*args, **kwargs)
         references.check(cfg)
         check(cfg.hydra, kwargs["overrides"] if "overrides" in kwargs else args[1])
-        if cfg.hydra.mode == RunMode.MULTIRUN:
+        # Hydra swallows errors where it only asks for the mode.
+        if cfg.hydra.mode == RunMode.MULTIRUN and kwargs.get("validate_sweep_overrides", True):
             _check_sweep(cfg.hydra)
         return cfg
 
@@ -126,6 +132,8 @@ def _check_sweep(node: DictConfig) -> None:
         folder = Path(node.sweep.dir)
     except OmegaConfBaseException:  # it depends on a job
         return
+    if not node.sweeper["_target_"].endswith("BasicSweeper"):
+        _lock(folder / "optimization_results.yaml")
     for name, marks in {"multirun.yaml": ("hydra:", _OWN), "optimization_results.yaml": ("name:", "")}.items():
         file, (begin, own) = folder / name, marks
         if there(file):
@@ -135,6 +143,23 @@ def _check_sweep(node: DictConfig) -> None:
                     f"{file} exists and is not of such a sweep, which would replace it; give another folder, or remove "
                     "that file"
                 )
+
+
+def _lock(results: Path) -> None:
+    """Keep others from searching in the same folder: they would take each other's trials for failures."""
+    if results not in _STUDIES:
+        _STUDIES.add(results)
+        _LOCKS.enter_context(claimed(results, str(results), "another out"))
+
+
+@contextmanager
+def one_study() -> Iterator[None]:
+    """Release the locks of searches at the end."""
+    try:
+        yield
+    finally:
+        _STUDIES.clear()
+        _LOCKS.close()
 
 
 def _entries(node: Any, place: str) -> Iterator[tuple[str, str, Any, Any]]:

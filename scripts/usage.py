@@ -71,7 +71,7 @@ and stands for what its line says. With --multirun (-m) options may have several
 _EXIT = {
     "0": "done",
     "1": "the program that reads the output closed it, or a fault of dllm, with a traceback",
-    "2": "bad input, or something cannot be read or written: one line on stderr; in a sweep, some jobs failed",
+    "2": "bad input, or what cannot be read or written: one line on stderr; jobs of a sweep, all of a search, failed",
     "130": "interrupted by Ctrl-C; what was written is kept. 143: the same, by SIGTERM",
 }
 # What is read beside the options, and by which commands: those with this option or group.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 import dllm
+from commands import in_a_process
 from contract_rig import BACKBONES, BY_NAME, PROMPTS
 from dllm.checks import Notice
 from dllm.decoding import graphs
@@ -452,3 +455,10 @@ def test_a_model_that_is_cast_is_the_one_that_is_loaded_in_that_precision(make: 
         dllm.generate(lm, [[*range(1, 20)]], "threshold", "block", gen_length=16, seed=0) for lm in (loaded, cast)
     )
     assert torch.equal(one.sequences, other.sequences)
+
+
+@in_a_process
+def test_a_stream_that_is_not_read_to_its_end_ends_with_the_interpreter() -> None:
+    script = "import dllm; frames = dllm.stream(dllm.load('tiny-llada'), 'Tom', gen_length=8); next(frames)"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")

@@ -8,6 +8,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from pyarrow import parquet
 import dllm
 from commands import Outcome, command, in_a_process, start
 from dllm.cache import NoCache
-from dllm.evaluation import run_folder
+from dllm.evaluation import claim, run_folder
 from dllm.evaluation.journal import Journal
 from dllm.evaluation.likelihood import Estimate
 from dllm.evaluation.metrics import wilson
@@ -335,6 +337,43 @@ class TestSweeps:
         assert 0 < len(folders(tmp_path)) < 4
         assert "best_value" in (tmp_path / "optimization_results.yaml").read_text()
         assert "radius=-1 is out of range" in json.loads(next(tmp_path.glob("*/error.json")).read_text())["message"]
+
+    def test_a_search_of_which_every_trial_fails_has_failed(self, tmp_path: Path) -> None:
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+        outcome = run(tmp_path, "sweep=tune", "hydra.sweeper.n_trials=1", "task.seed=-5")
+        assert outcome.code == 2
+        assert "task.seed=-5 is out of range" in outcome.err
+
+    def test_two_searches_in_one_folder_are_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+        monkeypatch.setattr(claim.Claim.__init__, "__defaults__", (0.0,))
+        with claim.claimed(tmp_path / "optimization_results.yaml", "", ""):
+            outcome = run(tmp_path, "sweep=tune", "hydra.sweeper.n_trials=1")
+        assert (outcome.code, outcome.out) == (2, "")
+        assert "optimization_results.yaml is being written by process" in outcome.err
+        assert not folders(tmp_path)
+
+    @in_a_process
+    def test_launchers_know_classes_of_ones_own(self, tmp_path: Path) -> None:
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+        (tmp_path / "conf" / "sampler").mkdir(parents=True)
+        (tmp_path / "conf" / "sampler" / "mine.yaml").write_text("_target_: own_policy.Mine\n")
+        (tmp_path / "own_policy.py").write_text(
+            "from dataclasses import dataclass\nimport dllm\nfrom dllm.samplers import Threshold\n\n"
+            "@dllm.register\n@dataclass(frozen=True)\nclass Mine(Threshold):\n    threshold: float = 0.5\n"
+        )
+        script = "import own_policy\nfrom dllm.scripts.cli import main\nif __name__ == '__main__':\n    main()\n"
+        (tmp_path / "my_dllm.py").write_text(script)
+        asked = ("--config-dir=conf", "-m", "hydra/launcher=joblib", *FAST, "sampler=mine", "task.limit=1", "out=out")
+        ran = subprocess.run(
+            [sys.executable, "my_dllm.py", "evaluate", *asked],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ran.returncode == 0, ran.stderr
+        assert {found["label"] for found in results(tmp_path / "out")} == {"mine"}
 
     @pytest.mark.parametrize(
         ("sweep", "samplers", "caches"),

@@ -324,7 +324,8 @@ class Engine:
             if not self._closed:
                 self._tell("close")
                 self.lm.spare[:] = [self._memory]
-            self._closed, self._waiting, self._next = True, deque(), None
+            self._closed, self._next = True, None
+            self._waiting.clear()
             self._canvas.rows = self._canvas.rows[:0]
 
     def __enter__(self) -> Engine:
