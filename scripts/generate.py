@@ -44,7 +44,7 @@ _TEXTS = ("prompt", "input", "output", "picture", "resume", "split", "column")
 _KINDS = get_type_hints(dllm.Options) | {
     name: kind | None for name, kind in {"seed": int, **dict.fromkeys(_TEXTS, str)}.items()
 }
-_EMPTY = "what ends an answer came first; eos_suppression=confidence puts end-of-text off"
+_LATER = {None: "confidence puts end-of-text off", "confidence": "logits never predicts it"}
 # Options without effect on infilling.
 _WITHOUT_INFILL = ("gen_length", "stop_at_eos", "stop")
 
@@ -147,11 +147,16 @@ def _is_job(cfg: DictConfig) -> bool:
     return is_folder(path) or cfg.output.endswith("/") or (path.suffix != ".jsonl" and not os.path.lexists(path))
 
 
-def _print_answer(console: Console, result: dllm.Generation) -> None:
+def _why_empty(suppression: str | None) -> str:
+    more = f"; eos_suppression={_LATER[suppression]}" if suppression in _LATER else ""
+    return f"what ends an answer came first{more}"
+
+
+def _print_answer(console: Console, result: dllm.Generation, suppression: str | None) -> None:
     """Print an answer and its statistics."""
     console.print(Text(terminal(result.texts[0]), "green"), soft_wrap=True)
     if not (result.texts[0] or "").strip():
-        console.print(f"the answer is empty: {_EMPTY}", highlight=False, soft_wrap=True)
+        console.print(f"the answer is empty: {_why_empty(suppression)}", highlight=False, soft_wrap=True)
     stats, nfe = result.stats, int(result.nfe[0])
     counts = f"NFE {nfe}  tokens {stats.tokens}  TPF {stats.tpf:.2f}  {stats.tokens_per_second:.1f} tokens/s"
     # Costs beyond NFE are shown if there are any.
@@ -211,7 +216,7 @@ class Session:
                 own.check("picture", str(picture), {picture: own.PICTURE})
                 save_picture(frames, f"{self.lm.name} · {prompt}", picture)
         finally:
-            _print_answer(console, result)
+            _print_answer(console, result, self.options.get("eos_suppression"))
 
     def answer_file(
         self, questions: Sequence[PromptLine], answers: AnswerFile, show: str, read: Sequence[identity.Stamp]
@@ -250,7 +255,7 @@ class Session:
         answers.verify()
         new = "new " if len(left) < len(questions) else ""
         if empty:
-            print(f"{empty} of {len(costs)} {new}answers are empty: {_EMPTY}")
+            print(f"{empty} of {len(costs)} {new}answers are empty: {_why_empty(self.options.get('eos_suppression'))}")
         if (drift := summarise(measured, seconds=0.0)) is not None:
             print(_summary(drift))
         if costs:

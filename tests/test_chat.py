@@ -21,6 +21,7 @@ import dllm
 from commands import Outcome, chat, in_a_process
 from dllm.checks import SEEDS
 from dllm.scripts import partners
+from dllm.serving.client import Reader, ServerError
 from fake_server import FakeServer, serving
 from models import random_llada, save_folder
 from warm import Process
@@ -285,6 +286,12 @@ class TestServer:
         assert [named in each for each in errors] == [True], result.err
         assert (result.code, result.out) == (2, "The answer is 8.\n")
         assert [each["content"] for each in server.asked[1][2]["messages"]] == ["Ho"]
+
+    def test_an_end_without_an_answer_is_no_answer(self) -> None:
+        reader = Reader()
+        assert reader.feed(b"data: [DONE]\n\n") == ""
+        with pytest.raises(ServerError, match="ended the answer before it was complete"):
+            reader.end()
 
     def test_a_server_that_is_not_there_is_one_line_for_each_turn(self) -> None:
         refused(chat("Hi\nHo\n", "server=http://127.0.0.1:9"), "http://127.0.0.1:9 cannot be reached", lines=2)

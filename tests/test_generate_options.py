@@ -112,6 +112,16 @@ class TestStop:
             result = run(where, "show=none", *extra, *options)
             assert (result.code, result.err) == (0, "")
             assert sum(line.startswith(told) for line in result.out.splitlines()) == 1
+            assert "eos_suppression=confidence puts end-of-text off" in result.out
+            output.unlink(missing_ok=True)
+            result = run(where, "show=none", *extra, *options, "eos_suppression=confidence")
+            assert "eos_suppression=confidence" not in result.out.replace(
+                "eos_suppression=logits never predicts it", ""
+            )
+
+    def test_no_prompt_is_a_word_problem(self, run: Any) -> None:
+        shown = [run(*given, "show=none", "gen_length=4").out.splitlines() for given in (["prompt=null"], [])]
+        assert shown[0][:2] == shown[1][:2]
 
     @pytest.mark.parametrize(
         ("written", "meant"),

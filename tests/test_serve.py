@@ -137,6 +137,13 @@ def test_infilling_tells_what_was_given_and_fills_the_masks(server: Running, lm:
 
 def test_a_suffix_gives_the_text_between(server: Running, lm: dllm.LanguageModel) -> None:
     answer = server.complete(prompt="Tom has 23 apples. He", suffix=" 12. How many apples does he have?", max_tokens=2)
+    nothing = {"stop": [], "response_format": {"type": "text"}}
+    assert (
+        server.complete(
+            prompt="Tom has 23 apples. He", suffix=" 12. How many apples does he have?", max_tokens=2, **nothing
+        )["choices"]
+        == answer["choices"]
+    )
     tokenizer, mask = lm.tokenizer, lm.backbone.mask_token_id
     before, after = (
         tokenizer("Tom has 23 apples. He").input_ids,

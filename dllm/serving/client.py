@@ -175,7 +175,7 @@ class Reader:
         self._rest = b""
         self.tokens: int | None = None
         self.nfe: int | None = None
-        self.done = self._begun = False
+        self.done = self._begun = self._answered = False
 
     def feed(self, data: bytes) -> str:
         """Take the next bytes; return the text that they complete.
@@ -202,7 +202,7 @@ class Reader:
     def _take(self, event: bytes) -> str:
         self._begun = True
         if event == b"[DONE]":
-            self.done = True
+            self.done = self._answered
             return ""
         try:
             chunk = parse_json(event)
@@ -223,6 +223,7 @@ class Reader:
         choice = choices[0] if isinstance(choices, list) and choices else None
         if not isinstance(choice, dict):
             return ""
+        self._answered = True
         delta = choice.get("delta")
         text = delta.get("content") if isinstance(delta, dict) else choice.get("text")
         return mended(text) if isinstance(text, str) else ""

@@ -30,6 +30,7 @@ Number = Annotated[bool | Annotated[int, Field(ge=-(2**63), lt=2**63)] | float, 
 # Fields of OpenAI's clients that say nothing about the answer.
 _SILENT = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
 # Fields that would change the answer, and the values that do not.
+_NOTHING: tuple[Any, ...] = (None, [], {"type": "text"})  # values of stop and response_format that change nothing
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "best_of": (1,), "echo": (False,),
     "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
@@ -328,7 +329,7 @@ class Terms:
             raise ValueError("max_tokens has no effect beside response_format.value_length; leave one of them out")
         if infill:
             for name in ("stop", "max_tokens", "max_completion_tokens"):
-                if getattr(request, name, None) is not None:
+                if getattr(request, name, None) not in _NOTHING:
                     raise ValueError(f"{name} has no effect on infilling; leave it out")
         options = replace(options, gen_length=self._fitting(request, options.gen_length, len(ids), after))
         prompt, middle = len(ids) + len(after or ()), None
@@ -365,7 +366,7 @@ class Terms:
         if tokenizer is None:
             raise ValueError("suffix needs a tokenizer, and this model has none; leave it out")
         for name in ("stop", "response_format"):
-            if getattr(request, name) is not None:
+            if getattr(request, name) not in _NOTHING:
                 raise ValueError(f"{name} has no effect on infilling; leave it out")
         after = tokens_after(tokenizer, suffix, "suffix")
         for name, part in (("prompt", ids), ("suffix", after)):
