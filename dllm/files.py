@@ -69,6 +69,14 @@ def _write_whole(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes left in a folder that no other process writes to."""
+    with suppress(OSError):  # missing, or read-only
+        for path in folder.iterdir():
+            if UNFINISHED.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+                path.unlink()
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write readable JSON atomically; values of other types are converted to text."""
     write_whole(path, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
@@ -148,6 +156,16 @@ def parse_json(text: str | bytes, once: bool = False) -> Any:
         return json.loads(text, object_pairs_hook=_said_once if once else None)
     except RecursionError:
         raise ValueError("nested too deep") from None
+
+
+def with_sorted_header(data: bytes) -> bytes:
+    """A safetensors file with sorted metadata; safetensors writes them in random order."""
+    length = int.from_bytes(data[:8], "little")
+    header = parse_json(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def _said_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

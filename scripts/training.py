@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from dllm.checks import Notice, first_line, number, out_of_memory, seed, threads
 from dllm.evaluation.claim import claimed
-from dllm.files import UNFINISHED, state, unfinished_in, write_whole
+from dllm.files import UNFINISHED, remove_unfinished, state, unfinished_in, write_whole
 from dllm.progress import progress_bar, watched
 from dllm.scripts import app, own
 from dllm.scripts.model_card import check_recipe, identity_of, write_card
@@ -392,6 +392,7 @@ def folder(cfg: DictConfig, recipe: str, published: Sequence[str] = PUBLISHED) -
     """
     with claimed(Path(cfg.out) / STATE, f"out={cfg.out!r}", "another folder"):
         check_folders(cfg, recipe, published)
+        remove_unfinished(Path(cfg.out))
         yield
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dllm.files import check_readable, parse_json, read_json, write_json, write_whole
+from dllm.files import check_readable, parse_json, read_json, remove_unfinished, unfinished_in, write_json, write_whole
 from dllm.tasks import humaneval
 
 
@@ -69,6 +69,17 @@ def test_a_file_that_says_a_key_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.json is not JSON \(duplicate key 'b'\)"):
         read_json(file)
     assert parse_json('{"a": 1, "a": 2}') == {"a": 2}
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    left, mine = unfinished_in(tmp_path), [tmp_path / ".dllm-mine", tmp_path / "a", unfinished_in(tmp_path / "b")]
+    for file in (left, *mine):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("x")
+    remove_unfinished(tmp_path)
+    remove_unfinished(tmp_path / "missing")
+    assert not left.exists()
+    assert all(file.exists() for file in mine)
 
 
 def test_what_has_no_end_is_not_read(tmp_path: Path) -> None:

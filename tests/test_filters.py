@@ -44,6 +44,15 @@ def test_what_is_saved_is_what_loads(network: FilterNetwork, tmp_path: Path) -> 
     assert torch.equal(found.network(*shown()), network.eval()(*shown()))
 
 
+def test_the_same_filter_has_the_same_bytes(tmp_path: Path) -> None:
+    own = Filter(NeighbourFilter(5, 2), CARD, "x")
+    found = set()
+    for number in range(10):
+        own.save(tmp_path / f"{number}.safetensors")
+        found.add((tmp_path / f"{number}.safetensors").read_bytes())
+    assert len(found) == 1
+
+
 def test_a_bare_file_in_the_published_form_loads_without_a_card(tmp_path: Path) -> None:
     save_file(ConfidenceFilter(32).state_dict(), tmp_path / "f.safetensors")
     found = load_filter(str(tmp_path / "f.safetensors"))

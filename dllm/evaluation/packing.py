@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dllm.files import parse_json
-
 
 def joined(parts: Iterable[NDArray[Any]]) -> NDArray[Any]:
     """Arrays of any shape, flattened and concatenated."""
@@ -60,13 +58,3 @@ def compact_json(value: Any) -> str:
     """Valid UTF-8 JSON: lone surrogates are replaced."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def with_sorted_header(data: bytes) -> bytes:
-    """A safetensors file with sorted metadata; safetensors writes them in random order."""
-    length = int.from_bytes(data[:8], "little")
-    header = parse_json(data[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data[8 + length :]

@@ -26,7 +26,7 @@ from dllm.evaluation.metrics import COSTS, cost, impossible, not_a_share, qualit
 from dllm.evaluation.records import Record, sample_of
 from dllm.evaluation.runner import BASELINES, Runner
 from dllm.evaluation.trace import Trace, words_of
-from dllm.files import check_kept, read_json, write_json, write_whole
+from dllm.files import check_kept, read_json, remove_unfinished, write_json, write_whole
 from dllm.identity import digest
 from dllm.models.loading import LanguageModel
 from dllm.samplers.base import Policy
@@ -169,6 +169,7 @@ class RunFolder:
             answers: that there are already.
         """
         file = self.path / "manifest.json"
+        remove_unfinished(self.path)
         before = sessions(self.path) if there(file) else []  # a damaged one is replaced
         manifest = {"format": "dllm-manifest", "version": 1, "label": self.label, "config": config}
         write_json(file, manifest | {"sessions": [*before, _session(lm) | {"answers": answers}]})

@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dllm.decoding.result import padded
 from dllm.evaluation import trace_html
-from dllm.evaluation.packing import compact_json, flags, held, joined, small, split, spread, with_sorted_header
-from dllm.files import parse_json, write_whole
+from dllm.evaluation.packing import compact_json, flags, held, joined, small, split, spread
+from dllm.files import parse_json, with_sorted_header, write_whole
 from dllm.models.tokenizers import text_of
 from dllm.stored import misfit
 

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from dllm.files import BUNDLED, expanded, parse_json, write_json, write_whole
+from dllm.files import BUNDLED, expanded, parse_json, with_sorted_header, write_json, write_whole
 from dllm.models.checkpoint import FLOATS, read_header
 from dllm.stored import misfit, there
 
@@ -143,7 +143,7 @@ class Filter:
         metadata = {"format": FILTER_FORMAT}
         if self.card is not None:
             metadata["card"] = _digest(asdict(self.card))
-        write_whole(path, save(tensors, metadata))
+        write_whole(path, with_sorted_header(save(tensors, metadata)))
         if self.card is not None:
             write_json(path.with_suffix(".json"), asdict(self.card))
 
