@@ -58,27 +58,28 @@ class Carried:
     """What a process knows of classes and choices of one's own, for those that it starts.
 
     Attributes:
-        modules: that register classes; those of the script itself cannot be carried.
+        classes: that are registered, with their modules; those of the script itself cannot be carried.
         path: where modules are found.
         folders: from `search_also`.
     """
 
-    modules: tuple[str, ...]
+    classes: tuple[tuple[str, str], ...]
     path: tuple[str, ...]
     folders: tuple[Path, ...]
 
     @classmethod
     def here(cls) -> Carried:
         """That of this process."""
-        modules = {each.__module__: None for each in _REGISTERED.values() if each.__module__ != "__main__"}
-        path = (os.path.abspath(each) for each in sys.path) if modules else ()  # noqa: PTH100  # a link stays one
-        return cls(tuple(modules), tuple(path), tuple(map(Path.absolute, _FOLDERS[1:])))
+        own = [(name, each.__module__) for name, each in _REGISTERED.items() if each.__module__ != "__main__"]
+        path = (os.path.abspath(each) for each in sys.path) if own else ()  # noqa: PTH100  # a link stays one
+        return cls(tuple(own), tuple(path), tuple(map(Path.absolute, _FOLDERS[1:])))
 
     def restore(self) -> None:
         """Know the same in another process."""
-        sys.path += [each for each in self.path if each not in sys.path]
-        for module in self.modules:
-            import_module(module)
+        if missing := dict.fromkeys(module for name, module in self.classes if name not in _REGISTERED):
+            sys.path += [each for each in self.path if each not in sys.path]
+            for module in missing:
+                import_module(module)
         if not _FOLDERS[1:]:
             search_also(*self.folders)
 
