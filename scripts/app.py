@@ -342,7 +342,7 @@ def _rewrite_one(argument: str, groups: Mapping[str, Any], multirun: bool) -> li
             _refuse_resolvers(name, argument)
             return [f"{name.partition('.')[0]}={choice}", f"{key}={argument}"]
     literal = name in _TEXTS or (name == "response_format" and _is_json(value))
-    if (name == "prompt" or literal) and value != "null":
+    if name == "prompt" or (literal and value != "null"):
         return [f"{key}={_quote_literally(value)}"]
     if value.startswith(("[", "{")) and value.count(",") >= _MOST_ENTRIES:
         raise ValueError(f"{key}={value} has too many entries; use at most {_MOST_ENTRIES}")

@@ -119,10 +119,6 @@ class TestStop:
                 "eos_suppression=logits never predicts it", ""
             )
 
-    def test_no_prompt_is_a_word_problem(self, run: Any) -> None:
-        shown = [run(*given, "show=none", "gen_length=4").out.splitlines() for given in (["prompt=null"], [])]
-        assert shown[0][:2] == shown[1][:2]
-
     @pytest.mark.parametrize(
         ("written", "meant"),
         [
